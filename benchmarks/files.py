@@ -1,0 +1,220 @@
+"""Reading and writing a checkpoint of the size of Stable Diffusion 1: time, speed, memory beyond the weights.
+
+    python benchmarks/files.py [--gigabytes 2.13] [--repeat 5] [--folder DIR] [--json FILE]
+
+Every row runs in a fresh process, the rows interleaved, with the file in the system's cache. `zeros` only touches as
+much fresh memory as the read needs: no reader can be faster than that. Memory is the peak beyond the process's start
+and the weights that it returns. Writing to a disk (fsync) is timed apart. Before each row another process touches
+and frees plenty of memory: a virtual machine may have to get it from its host first, which can take ten times longer
+than everything measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+SHAPES = [(1280, 1280, 3, 3), (2560, 1280), (640, 640, 3, 3), (5120, 640), (320, 320), (320,), (320,), (640,)]
+
+TOUCH = """
+import mmap
+memory = mmap.mmap(-1, {size})
+for place in range(0, {size}, 4096):
+    memory[place] = 1
+"""
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--gigabytes", type=float, default=2.13)
+    arguments.add_argument("--repeat", type=int, default=5)
+    arguments.add_argument("--folder", type=Path, help="where the files are written; a temporary folder without it")
+    arguments.add_argument("--json", type=Path, help="write the table as JSON, too")
+    arguments.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    given = arguments.parse_args()
+    if given.row:
+        print(json.dumps(measured(given.row, given.folder)))
+        return
+    with tempfile.TemporaryDirectory(prefix="sfumato-bench-", dir=given.folder) as folder:
+        make_file(Path(folder) / "in.safetensors", given.gigabytes)
+        table = [summary(row, runs) for row, runs in run_all(Path(folder), given.repeat).items()]
+    show(table)
+    if given.json:
+        given.json.write_text(json.dumps(table, indent=1))
+
+
+def run_all(folder: Path, repeat: int) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    for _ in range(repeat):
+        for row in ROWS:
+            command = [sys.executable, __file__, "--row", row, "--folder", str(folder)]
+            found[row].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return found
+
+
+def summary(row: str, runs: list[dict[str, float]]) -> dict[str, float | str]:
+    seconds = [run["seconds"] for run in runs]
+    median = statistics.median(seconds)
+    return {
+        "row": row,
+        "seconds": median,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "cpu_seconds": statistics.median(run["cpu"] for run in runs),
+        "fsync_seconds": statistics.median(run["fsync"] for run in runs),
+        "gigabytes_per_second": runs[0]["file"] / median / 1e9,
+        "extra_megabytes": statistics.median(run["extra"] for run in runs) / 1e6,
+    }
+
+
+def show(table: list[dict[str, float | str]]) -> None:
+    print(f"{'':26} seconds (spread)        CPU    fsync   GB/s of file   memory beyond weights")
+    for r in table:
+        spread = f"{r['seconds']:6.2f} ({r['fastest']:.2f}-{r['slowest']:.2f})"
+        print(
+            f"{r['row']:26} {spread:20} {r['cpu_seconds']:6.2f} {r['fsync_seconds']:8.2f} "
+            f"{r['gigabytes_per_second']:12.2f} {r['extra_megabytes']:16.0f} MB"
+        )
+
+
+def make_file(path: Path, gigabytes: float) -> None:
+    import torch
+
+    from sfumato.formats.checkpoint import write_stream
+
+    generator = torch.Generator().manual_seed(0)
+    specs, total = {}, 0
+    while total < gigabytes * 1e9:
+        shape = SHAPES[len(specs) % len(SHAPES)]
+        specs[f"model.block.{len(specs):04d}.weight"] = (torch.float16, shape)
+        total += 2 * torch.Size(shape).numel()
+    write_stream(path, specs, lambda name: torch.randn(specs[name][1], generator=generator).half())
+
+
+def measured(row: str, folder: Path) -> dict[str, float]:
+    """One run of a row: seconds without fsync, CPU seconds, and the peak of memory beyond start and result."""
+    import torch
+
+    from sfumato import files
+    from sfumato.formats.checkpoint import open_checkpoint
+
+    path = folder / "in.safetensors"
+    path.with_name("out.safetensors").unlink(missing_ok=True)
+    if row.startswith(("write", "hash")):  # what is written is there before the clock starts
+        with open_checkpoint(path) as file:
+            given = {name: file.read(name) for name in file.keys()}
+    else:
+        given = {}
+    slept = 0.0
+
+    def timed_sync(place: Path, sync: Callable[[Path], None] = files.sync) -> None:
+        nonlocal slept
+        begin = time.perf_counter()
+        sync(place)
+        slept += time.perf_counter() - begin
+
+    files.sync = timed_sync
+    torch.empty(1).half().float()
+    subprocess.run([sys.executable, "-c", TOUCH.format(size=4 * path.stat().st_size)], check=True)
+    before = current_memory()
+    begin, cpu = time.perf_counter(), time.process_time()
+    result = ROWS[row](path, given)
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    made = sum(tensor.nbytes for tensor in result.values())
+    return {
+        "seconds": seconds - slept,
+        "cpu": cpu,
+        "fsync": slept,
+        "file": path.stat().st_size,
+        "extra": peak - made,
+    }
+
+
+def current_memory() -> int:
+    """Bytes of memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def read(path: Path, given: dict, dtype: str | None = None) -> dict:
+    import torch
+
+    from sfumato.formats.checkpoint import open_checkpoint
+
+    with open_checkpoint(path) as file:
+        return {name: file.read(name, dtype=dtype and getattr(torch, dtype)) for name in file.keys()}
+
+
+def read_with_library(path: Path, given: dict, dtype: str = "float16") -> dict:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name).to(getattr(torch, dtype), copy=True) for name in file.keys()}
+
+
+def zeros(path: Path, given: dict) -> dict:
+    import torch
+
+    from sfumato.formats.header import read_header
+
+    return {name: torch.empty(info.shape).zero_() for name, info in read_header(path).tensors.items()}
+
+
+def write(path: Path, given: dict, dtype: str | None = None) -> dict:
+    import torch
+
+    from sfumato.formats.checkpoint import write_safetensors
+
+    write_safetensors(path.with_name("out.safetensors"), given, dtype=dtype and getattr(torch, dtype))
+    return {}
+
+
+def write_with_library(path: Path, given: dict) -> dict:
+    from safetensors.torch import save_file
+
+    save_file(given, path.with_name("out.safetensors"))
+    return {}
+
+
+def hashes(path: Path, given: dict) -> dict:
+    from sfumato.formats.checkpoint import adapter_hashes
+
+    adapter_hashes(given, {})
+    return {}
+
+
+def sha256(path: Path, given: dict) -> dict:
+    from sfumato.formats.checkpoint import sha256_of
+
+    sha256_of(path)
+    return {}
+
+
+ROWS: dict[str, Callable[[Path, dict], dict]] = {
+    "zeros, fp32": zeros,
+    "read fp16 -> fp32": lambda path, given: read(path, given, "float32"),
+    "the same, safe_open": lambda path, given: read_with_library(path, given, "float32"),
+    "read fp16 -> fp16": read,
+    "the same, safe_open + copy": read_with_library,
+    "read fp16 -> bf16": lambda path, given: read(path, given, "bfloat16"),
+    "write fp16": write,
+    "the same, save_file": write_with_library,
+    "write fp16 -> bf16": lambda path, given: write(path, given, "bfloat16"),
+    "hash of tensors": hashes,
+    "sha256 of the file": sha256,
+}
+
+
+if __name__ == "__main__":
+    main()

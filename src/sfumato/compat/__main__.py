@@ -1,0 +1,8 @@
+"""`python -m sfumato.compat train_network ...` runs a script of the field by its name."""
+
+import sys
+
+from sfumato.compat.launch import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

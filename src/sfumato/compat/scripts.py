@@ -1,0 +1,125 @@
+"""Script name -> family, method, defaults and options."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import PurePath
+from typing import Any
+
+from sfumato.errors import UserError
+from sfumato.names import PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
+from sfumato.registry import did_you_mean
+
+# Options of ours that every script has beyond its own.
+OURS = frozenset({"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "strict", "debug"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """One script of the field. `family` None: the checkpoint says which of several it is."""
+
+    name: str
+    family: str | None
+    method: str
+    summary: str
+    available: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def presets(self) -> dict[str, Any]:
+        """What the script sets before the user's options."""
+        return {"family": self.family, "method": self.method, **self.defaults}
+
+    @property
+    def options(self) -> frozenset[str]:
+        """The names of the options that it has."""
+        table = option_table()
+        return OURS.union(table["every script"], table[self.name])
+
+
+SCRIPTS = {
+    script.name: script
+    for script in (
+        Script(
+            name="train_network",
+            family="sd",
+            method="adapter",
+            summary="Trains an adapter for Stable Diffusion 1.",
+            available=True,
+        ),
+        Script(
+            name="sdxl_train_network",
+            family="sdxl",
+            method="adapter",
+            summary="Trains an adapter for Stable Diffusion XL.",
+        ),
+        Script(
+            name="flux_train_network",
+            family=None,
+            method="adapter",
+            summary="Trains an adapter for FLUX.1 or Chroma.",
+            defaults={
+                "timestep_sampling": "sigma",
+                "model_prediction_type": "sigma_scaled",
+                "discrete_flow_shift": 3.0,
+            },
+        ),
+        Script(
+            name="sd3_train_network",
+            family="sd3",
+            method="adapter",
+            summary="Trains an adapter for Stable Diffusion 3.",
+            defaults={"t5xxl_max_token_length": 256},
+        ),
+        Script(
+            name="lumina_train_network",
+            family="lumina2",
+            method="adapter",
+            summary="Trains an adapter for Lumina-Image 2.0.",
+            defaults={"timestep_sampling": "shift", "model_prediction_type": "raw", "discrete_flow_shift": 6.0},
+        ),
+    )
+}
+
+
+@cache
+def option_table() -> dict[str, list[str]]:
+    """The option names that every script of the table has, and what each has beyond them."""
+    return json.loads(files("sfumato.compat").joinpath("options.json").read_text(encoding="utf-8"))
+
+
+def find_script(name: str) -> Script:
+    """The script of a name, with or without .py; UserError for one that is unknown, retired or not available yet."""
+    plain = PurePath(name).as_posix().removesuffix(".py")
+    plain = SCRIPT_ALIASES.get(plain, plain)
+    if plain in RETIRED_SCRIPTS:
+        raise UserError(f"{plain} is out of use", fix=f"{RETIRED_SCRIPTS[plain]} takes its place")
+    script = SCRIPTS.get(plain)
+    if script is not None and script.available:
+        return script
+    if script is not None or plain in PLANNED_SCRIPTS:
+        raise UserError(f"{plain} is not available yet", fix=f"available: {', '.join(available())}")
+    raise UserError(f"{plain!r} is not a script", fix=did_you_mean(plain, {*SCRIPTS, *PLANNED_SCRIPTS}))
+
+
+def available() -> list[str]:
+    return [name for name, script in SCRIPTS.items() if script.available]
+
+
+def absent_options(script: Script) -> dict[str, str]:
+    """Every option that a script does not have, with what to tell the user."""
+    absent = {}
+    for name in {*OWN_ELSEWHERE, *(name for names in option_table().values() for name in names)} - script.options:
+        homes = [other for other in SCRIPTS if name in option_table()[other]]
+        absent[name] = OWN_ELSEWHERE.get(name) or f"{script.name} does not have it; it belongs to {' and '.join(homes)}"
+    return absent
+
+
+OWN_ELSEWHERE = {  # what the script's name says already
+    "family": "the script's name says it; `sfumato train` takes it",
+    "method": "the script's name says it; `sfumato train` takes it",
+}

@@ -1,0 +1,63 @@
+"""Options that trade memory for time and precision."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from sfumato.config.base import Options, option
+
+Backend = Annotated[
+    Literal[
+        "eager",
+        "aot_eager",
+        "inductor",
+        "aot_ts_nvfuser",
+        "nvprims_nvfuser",
+        "cudagraphs",
+        "ofi",
+        "fx2trt",
+        "onnxrt",
+        "tensort",
+        "ipex",
+        "tvm",
+    ],
+    BeforeValidator(lambda value: "inductor" if value == "no" else value),  # front ends write no for not compiling
+]
+
+
+class MemoryOptions(Options):
+    """Memory and precision"""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
+        "no", "precision of the computation", planned_values={"fp16": "the memory options"}
+    )
+    gradient_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
+    sdpa: bool = option(False, "torch's own fast attention", no_effect="it is always used")
+    xformers: bool = option(
+        False, "attention from xformers", planned="the memory options; --sdpa's attention is always on"
+    )
+    mem_eff_attn: bool = option(
+        False, "attention in slices", planned="the memory options; --sdpa's attention is always on"
+    )
+    use_flash_attn: bool = option(
+        False, "attention from flash-attn", planned="the memory options; --sdpa's attention is always on"
+    )
+    use_sage_attn: bool = option(
+        False, "attention from sageattention", planned="the memory options; --sdpa's attention is always on"
+    )
+    full_fp16: bool = option(False, "weights and gradients in float16, too", planned="the memory options")
+    full_bf16: bool = option(False, "weights and gradients in bfloat16, too", planned="the memory options")
+    fp8_base: bool = option(False, "keep the frozen model in float8", planned="the memory options")
+    fp8_base_unet: bool = option(False, "keep the frozen denoiser in float8", planned="the memory options")
+    blocks_to_swap: int | None = option(
+        None, "blocks that wait in main memory until they are needed", planned="the memory options", ge=1
+    )
+    split_mode: bool = option(False, "old way to swap 18 blocks", planned="the memory options")
+    cpu_offload_checkpointing: bool = option(
+        False, "keep checkpointed activations in main memory", planned="the memory options"
+    )
+    highvram: bool = option(False, "do not empty the device's cache while encoding", planned="the memory options")
+    torch_compile: bool = option(False, "compile the model", planned="compiling")
+    dynamo_backend: Backend = option("inductor", "compiler that --torch_compile uses", planned="compiling")

@@ -1,0 +1,67 @@
+"""Options of the base model and its text encoders."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from sfumato.config.base import Options, Shown, option
+from sfumato.config.values import FilePath, ModelPath, ModelPaths, as_token_length
+
+TokenLength = Annotated[Literal[150, 225] | None, BeforeValidator(as_token_length), Shown("75|150|225")]
+
+
+class ModelOptions(Options):
+    """Base model"""
+
+    pretrained_model_name_or_path: ModelPath | None = option(
+        None, "the model to start from: a checkpoint file, a Diffusers folder or a name on the hub", path="model"
+    )
+    vae: ModelPath | None = option(None, "a VAE to use instead of the model's own", path="model")
+    no_half_vae: bool = option(False, "keep the VAE in float32")
+    tokenizer: ModelPaths = option(
+        (), "tokenizers, one per text encoder in the model's order: folders or names on the hub", path="model"
+    )
+    tokenizer_cache_dir: FilePath | None = option(None, "folder that keeps downloaded tokenizers")
+    clip_skip: int | None = option(None, "use the output of CLIP's Nth layer from the end", ge=1)
+    max_token_length: TokenLength = option(None, "longest caption in tokens", planned="longer captions")
+    v2: bool = option(False, "the model is Stable Diffusion 2", planned="Stable Diffusion 2")
+    v_parameterization: bool = option(False, "the model predicts v instead of noise", planned="Stable Diffusion 2")
+    lowram: bool = option(False, "load weights straight onto the device", planned="the memory options")
+    disable_mmap_load_safetensors: bool = option(
+        False, "read safetensors files without mapping them into memory", planned="the memory options"
+    )
+    model_type: Literal["flux", "chroma"] = option(
+        "flux", "which variant of the architecture the checkpoint is", planned="the families that use it"
+    )
+    clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model", planned="the families that use it")
+    clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model", planned="the families that use it")
+    t5xxl: ModelPath | None = option(None, "T5-XXL text encoder", path="model", planned="the families that use it")
+    gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="model", planned="the families that use it")
+    ae: ModelPath | None = option(None, "autoencoder file", path="model", planned="the families that use it")
+    controlnet_model_name_or_path: ModelPath | None = option(
+        None, "ControlNet to start from", path="model", planned="ControlNet training"
+    )
+    t5xxl_max_token_length: int | None = option(
+        None, "longest caption for T5-XXL; without it the model's own limit", planned="the families that use it", ge=1
+    )
+    gemma2_max_token_length: int | None = option(
+        None, "longest caption for Gemma 2; without it the model's own limit", planned="the families that use it", ge=1
+    )
+    t5xxl_device: str | None = option(None, "device of T5-XXL", planned="the families that use it")
+    t5xxl_dtype: str | None = option(None, "precision of T5-XXL", planned="the families that use it")
+    apply_t5_attn_mask: bool = option(
+        False, "hide the padding of T5-XXL's tokens from attention", planned="the families that use it"
+    )
+    apply_lg_attn_mask: bool = option(
+        False, "hide the padding of CLIP-L's and CLIP-G's tokens from attention", planned="the families that use it"
+    )
+    guidance_scale: float = option(3.5, "embedded guidance during training", planned="the families that use it", ge=0)
+    system_prompt: str = option("", "text put before every caption", planned="the families that use it")
+    pos_emb_random_crop_rate: float = option(
+        0.0, "chance of a random crop of the position table", planned="the families that use it", ge=0, le=1
+    )
+    enable_scaled_pos_embed: bool = option(
+        False, "scale the position table to each resolution", planned="the families that use it"
+    )

@@ -1,0 +1,138 @@
+"""The data of a run as found: what is trained at which size, how often, in how many batches."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from sfumato.data.buckets import Choice, Size
+from sfumato.data.images import Transform, interpolation_for
+from sfumato.data.settings import DatasetSettings, SubsetSettings
+from sfumato.data.sources import Picture
+
+
+class Item(NamedTuple):
+    """One picture and where it goes; a tuple, since there may be millions."""
+
+    picture: Picture
+    choice: Choice
+
+    @property
+    def size(self) -> Size:
+        """Width and height as shown."""
+        return self.picture.width, self.picture.height
+
+    def transform(self, interpolation: str | None, *, flip: bool = False) -> Transform:
+        """What is done to its pixels."""
+        wanted = interpolation_for(self.size, self.choice.resized, interpolation)
+        return Transform(resized=self.choice.resized, bucket=self.choice.bucket, interpolation=wanted, flip=flip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetPlan:
+    """The pictures of one folder."""
+
+    settings: SubsetSettings
+    items: tuple[Item, ...]
+    repeats: tuple[int, ...]  # how often each item appears per epoch; 0 for surplus regularisation images
+
+    @property
+    def samples(self) -> int:
+        return sum(self.repeats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetPlan:
+    """Subsets that share batches."""
+
+    settings: DatasetSettings
+    subsets: tuple[SubsetPlan, ...]
+
+    @cached_property
+    def buckets(self) -> dict[Size, int]:
+        """Samples per epoch by bucket size, ascending."""
+        counts: Counter[Size] = Counter()
+        for subset in self.subsets:
+            for item, repeats in zip(subset.items, subset.repeats, strict=True):
+                counts[item.choice.bucket] += repeats
+        return {size: counts[size] for size in sorted(counts) if counts[size]}
+
+    def batches(self, processes: int) -> int:
+        """Global batches per epoch; the last of a bucket may be short."""
+        together = self.settings.batch_size * processes
+        return sum(math.ceil(count / together) for count in self.buckets.values())
+
+    @property
+    def num_train_images(self) -> int:
+        return sum(subset.samples for subset in self.subsets if not subset.settings.is_reg)
+
+    @property
+    def num_reg_images(self) -> int:
+        """With their own repeats, before they are balanced: as the field's metadata counts them."""
+        return sum(subset.settings.num_repeats * len(subset.items) for subset in self.subsets if subset.settings.is_reg)
+
+    @property
+    def mean_aspect_error(self) -> float:
+        """Mean difference between the buckets' and the images' width/height, over images."""
+        errors = [
+            abs(item.choice.bucket[0] / item.choice.bucket[1] - item.size[0] / item.size[1])
+            for subset in self.subsets
+            for item in subset.items
+        ]
+        return sum(errors) / len(errors) if errors else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlan:
+    """All of a run's data."""
+
+    datasets: tuple[DatasetPlan, ...]
+    validation: tuple[DatasetPlan, ...]  # held-out images, each once; no regularisation images
+    processes: int
+    prior_loss_weight: float
+    from_file: bool  # whether a dataset file described it
+    notes: tuple[str, ...]  # lines for the report before the first step
+
+    @property
+    def num_train_images(self) -> int:
+        """Training samples of an epoch, repeats included, regularisation images not."""
+        return sum(dataset.num_train_images for dataset in self.datasets)
+
+    @property
+    def num_reg_images(self) -> int:
+        return sum(dataset.num_reg_images for dataset in self.datasets)
+
+    @property
+    def num_validation_images(self) -> int:
+        return sum(dataset.num_train_images for dataset in self.validation)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Training and regularisation samples."""
+        return sum(sum(dataset.buckets.values()) for dataset in self.datasets)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global micro-batches of an epoch, over all processes."""
+        return sum(dataset.batches(self.processes) for dataset in self.datasets)
+
+    def steps_per_epoch(self, accumulation: int) -> int:
+        """Optimizer steps of an epoch; the last may have fewer micro-batches."""
+        return math.ceil(self.batches_per_epoch / accumulation)
+
+    @property
+    def multipliers(self) -> bool:
+        """Whether any dataset sets an adapter strength of its own."""
+        return any(dataset.settings.network_multiplier != 1.0 for dataset in self.datasets)
+
+    def used(self) -> Iterator[tuple[DatasetPlan, SubsetPlan, Item]]:
+        """Every item that appears at all, of training and validation."""
+        for dataset in (*self.datasets, *self.validation):
+            for subset in dataset.subsets:
+                for item, repeats in zip(subset.items, subset.repeats, strict=True):
+                    if repeats:
+                        yield dataset, subset, item

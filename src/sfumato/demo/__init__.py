@@ -1,0 +1,1 @@
+"""From nothing to a trained LoRA: toy checkpoints in the real file formats, example photos, `sfumato demo`."""

@@ -1,0 +1,1 @@
+"""The formulas: objectives, timesteps, noise, losses, weightings and the randomness they draw from."""

@@ -1,0 +1,44 @@
+"""The interchangeable formulas of one run, chosen from the options once before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from sfumato.config import LossOptions, NoiseOptions
+from sfumato.diffusion.losses import LOSSES, Loss
+from sfumato.diffusion.objective import LatentSpec, Objective
+from sfumato.diffusion.timesteps import make_density
+from sfumato.diffusion.weightings import Weighting, make_weighting
+
+Timestep = Callable[[Generator, Sequence[int], LatentSpec], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The first three are called per SAMPLE with that sample's own generator, on the CPU."""
+
+    timestep: Timestep  # latent shape (C, h, w) -> 0-d t
+    noise: Callable[[Generator, Sequence[int]], Tensor]  # latent shape (C, h, w) -> noise
+    perturb: Callable[[Generator, Tensor], Tensor] | None = None  # what only the noised image sees
+    loss: Loss  # estimate, target -> elementwise
+    weighting: Weighting  # (B,)
+    guidance: float | None = None  # embedded guidance during training
+
+
+def make_recipe(noise: NoiseOptions, loss: LossOptions, objective: Objective, guidance: float | None) -> Recipe:
+    return Recipe(
+        timestep=make_density(noise, objective),
+        noise=gaussian,
+        loss=LOSSES.get(loss.loss_type),
+        weighting=make_weighting(noise),
+        guidance=guidance,
+    )
+
+
+def gaussian(generator: Generator, shape: Sequence[int]) -> Tensor:
+    """Drawn on the CPU in float32, so that every device sees the same noise."""
+    return torch.randn(tuple(shape), generator=generator)

@@ -1,0 +1,70 @@
+"""What the networks that do not train make of pictures and captions, live or for the cache: bit for bit the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.data.batch import Tensors, pad_stack
+from sfumato.diffusion.objective import LatentSpec
+from sfumato.errors import UserError
+from sfumato.families.base import Family
+
+
+@torch.no_grad()
+def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int], *, vae_batch_size: int) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32; each posterior is drawn with its entry's own seed."""
+    noise = posterior_noise(model.latents, pixels.shape, seeds)
+    chunks = zip(pixels.split(vae_batch_size), noise.split(vae_batch_size), strict=True)
+    latents = torch.cat([model.encode_image(some, draw) for some, draw in chunks])
+    if not torch.isfinite(latents).all():
+        raise UserError("the autoencoder gave values that are not finite", fix="--no_half_vae")
+    return latents.to(torch.promote_types(latents.dtype, torch.float32))
+
+
+def posterior_noise(latents: LatentSpec, shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """(B, C, h, w) standard normal for pixels of `shape` (B, 3, H, W), drawn on the CPU."""
+    size = (latents.channels, shape[-2] // latents.downscale, shape[-1] // latents.downscale)
+    return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@dataclass
+class FrozenText:
+    """Features of encoders that do not train: one caption at a time, as the cache makes them, and kept."""
+
+    model: Family
+    limit: int = 10_000  # captions kept; shuffled ones would fill the memory otherwise
+    _kept: dict[tuple[str, str], Tensors] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def encode(self, part: str, captions: Sequence[str]) -> Tensors:
+        """Stacked and padded features of one encoder for a batch of captions."""
+        found = [self._one(part, caption) for caption in captions]
+        return {name: pad_stack([features[name] for features in found]) for name in found[0]}
+
+    def _one(self, part: str, caption: str) -> Tensors:
+        key = (part, caption)
+        if key not in self._kept:
+            if len(self._kept) >= self.limit:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = self.model.encode_text(part, [caption])[0]
+        return self._kept[key]
+
+
+def live_text(model: Family, part: str, captions: Sequence[str]) -> Tensors:
+    """Features of an encoder that trains, with gradients."""
+    found = model.encode_text(part, captions)
+    return {name: pad_stack([features[name] for features in found]) for name in found[0]}
+
+
+def fingerprint(module: nn.Module, *facts: str) -> str:
+    """A hash of every weight of a network and of what else its output depends on; part of each cache key."""
+    digest = hashlib.sha256("\0".join(facts).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

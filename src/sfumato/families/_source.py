@@ -1,0 +1,161 @@
+"""Where a model's weights come from: single files and diffusers folders, seen through their headers first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfumato.config import ModelOptions
+from sfumato.errors import UserError
+from sfumato.formats.checkpoint import PickledFile, TensorFile, open_checkpoint
+from sfumato.formats.keymap import KeyMap
+
+Shapes = dict[str, torch.Size]
+Checkpoint = TensorFile | PickledFile
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the user pointed at: one checkpoint file, or a folder in diffusers' layout."""
+
+    path: Path
+
+    @cached_property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    @cached_property
+    def file(self) -> Checkpoint:
+        """The single file; raises UserError when it is missing or broken."""
+        return open_checkpoint(self.path)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key -> shape of the single file, {} for a folder."""
+        if self.is_folder:
+            return {}
+        return {name: info.shape for name, info in self.file.header.tensors.items()}
+
+    def config(self, network: str) -> dict[str, Any]:
+        """A network's configuration: the folder's config.json, or what the single file's metadata says of it."""
+        if not self.is_folder:
+            return json.loads(self.file.header.metadata.get("sfumato.config", "{}")).get(network, {})
+        return read_json(self.path / network / "config.json")
+
+    def component(self) -> Checkpoint:
+        """The weights when the source is a single network: the file itself, or the folder's weight file."""
+        return open_checkpoint(weight_file(self.path)) if self.is_folder else self.file
+
+    def has(self, network: str) -> bool:
+        return self.is_folder and (self.path / network / "config.json").is_file()
+
+    def weights(self, network: str) -> Checkpoint:
+        """The weights of one network inside the folder."""
+        return open_checkpoint(weight_file(self.path / network))
+
+
+def open_source(model: ModelOptions) -> Source:
+    """The checkpoint that the options name; raises UserError when none is named or there is nothing."""
+    if model.pretrained_model_name_or_path is None:
+        raise UserError("no base model is given", fix="--pretrained_model_name_or_path FILE_OR_FOLDER")
+    path = Path(model.pretrained_model_name_or_path)
+    if not path.exists():
+        raise UserError(f"the base model {path} does not exist")
+    return Source(path)
+
+
+def weight_file(folder: Path) -> Path:
+    """The weight file of a network saved by diffusers or transformers."""
+    for name in ("diffusion_pytorch_model", "model"):
+        for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors"):
+            if (folder / (name + ending)).is_file():
+                return folder / (name + ending)
+    raise UserError(f"{folder} holds no .safetensors weights")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The entries of one network inside a file, and the key map that leads from them to the module."""
+
+    file: Checkpoint
+    key_map: KeyMap
+    prefix: str = ""
+    rows: Callable[[str, Sequence[int]], Sequence[int]] | None = None  # stacked original key, shape -> rows of each
+    tied: Mapping[str, str] = field(default_factory=dict)  # our names that share another's tensor
+
+    def originals(self) -> Iterator[str]:
+        """Keys without the prefix, those dropped on purpose left out."""
+        for key in self.file.header.tensors:
+            if key.startswith(self.prefix) and not self.key_map.drops(key[len(self.prefix) :]):
+                yield key[len(self.prefix) :]
+
+    def shapes(self) -> Shapes:
+        """Our name -> shape, from the header alone; raises UserError for keys that no rule covers."""
+        shapes: Shapes = {}
+        unknown: list[str] = []
+        for original in self.originals():
+            found = self.key_map.ours(original)
+            if found is None:
+                unknown.append(original)
+                continue
+            names, op = found
+            shape = torch.Size(self.file.header.tensors[self.prefix + original].shape)
+            if op == "squeeze":
+                shape = shape[:2]
+            rows = [shape[0]] if len(names) == 1 and shape else self._rows(original, shape, len(names))
+            shapes |= {name: torch.Size((n, *shape[1:])) for name, n in zip(names, rows, strict=True)} if shape else {}
+        if unknown:
+            some = ", ".join(unknown[:5])
+            raise UserError(f"{self.file.header.path} holds {len(unknown)} keys of no known place: {some}")
+        return shapes
+
+    def _rows(self, original: str, shape: torch.Size, count: int) -> Sequence[int]:
+        if self.rows is not None:
+            return self.rows(original, shape)
+        return [shape[0] // count] * count
+
+    def fill(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Put the file's tensors into a module that stands on the meta device, one tensor at a time."""
+        expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        state: dict[str, torch.Tensor] = {}
+        for original in self.originals():
+            tensor = self.file.read(self.prefix + original, dtype=dtype, device=device)
+            names = self.key_map.ours(original)
+            if names is None or not set(names[0]) <= set(expected):
+                raise UserError(f"{self.file.header.path}: {self.prefix + original} has no place in {type(module).__name__}")
+            for name, piece in self.key_map.split(original, tensor, expected):
+                if piece.shape != expected[name]:
+                    raise UserError(
+                        f"{self.file.header.path}: {self.prefix + original} has shape {tuple(piece.shape)}, "
+                        f"{tuple(expected[name])} is expected"
+                    )
+                state[name] = piece
+        state |= {name: state[other] for name, other in self.tied.items() if name in expected and other in state}
+        missing = [name for name in expected if name not in state]
+        if missing:
+            raise UserError(f"{self.file.header.path} lacks {len(missing)} tensors, for example {', '.join(missing[:5])}")
+        module.load_state_dict(state, assign=True)
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network without storage for its parameters, but with its buffers: no throwaway initialisation."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return build()

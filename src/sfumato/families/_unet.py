@@ -1,0 +1,109 @@
+"""The UNet of Stable Diffusion: its configuration and key map, both read off the shapes of a checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sfumato.formats.keymap import KeyMap, Rule
+
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+ENDS = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+
+
+def key_map(config: Mapping[str, Any]) -> KeyMap:
+    """Original (LDM) names <-> diffusers names of the UNet with this diffusers configuration."""
+    rules = [Rule(original, (ours,)) for original, ours in ENDS.items()]
+    levels = len(config["block_out_channels"])
+    layers = config["layers_per_block"]
+    index = 1
+    for level, kind in enumerate(config["down_block_types"]):
+        for layer in range(layers):
+            rules += _block(f"input_blocks.{index}", f"down_blocks.{level}", layer, attention="CrossAttn" in kind)
+            index += 1
+        if level < levels - 1:
+            rules.append(Rule(f"input_blocks.{index}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",)))
+            index += 1
+    rules += _resnet("middle_block.0", "mid_block.resnets.0") + _resnet("middle_block.2", "mid_block.resnets.1")
+    rules.append(Rule("middle_block.1.{*}", ("mid_block.attentions.0.{*}",)))
+    for level, kind in enumerate(config["up_block_types"]):
+        for layer in range(layers + 1):
+            block = level * (layers + 1) + layer
+            attention = "CrossAttn" in kind
+            rules += _block(f"output_blocks.{block}", f"up_blocks.{level}", layer, attention=attention)
+            if layer == layers and level < levels - 1:
+                place = f"output_blocks.{block}.{2 if attention else 1}.conv"
+                rules.append(Rule(place, (f"up_blocks.{level}.upsamplers.0.conv",)))
+    return KeyMap(rules)
+
+
+def _block(original: str, ours: str, layer: int, *, attention: bool) -> list[Rule]:
+    rules = _resnet(f"{original}.0", f"{ours}.resnets.{layer}")
+    if attention:
+        rules.append(Rule(f"{original}.1.{{*}}", (f"{ours}.attentions.{layer}.{{*}}",)))
+    return rules
+
+
+def _resnet(original: str, ours: str) -> list[Rule]:
+    return [Rule(f"{original}.{theirs}", (f"{ours}.{name}",)) for theirs, name in RESNET.items()]
+
+
+def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """diffusers' UNet2DConditionModel configuration from the shapes of original keys (prefix removed).
+
+    Number of heads and norm groups leave no trace in shapes; the family fills them in.
+    """
+    channels, crossed, depths = [], [], []
+    count = 1 + max(int(m[1]) for key in shapes if (m := re.match(r"input_blocks\.(\d+)\.", key)))
+    here: list[int] = []
+    for index in range(1, count):
+        if f"input_blocks.{index}.0.op.weight" in shapes:
+            here = []
+            continue
+        if not here:
+            channels.append(shapes[f"input_blocks.{index}.0.out_layers.3.weight"][0])
+            crossed.append(f"input_blocks.{index}.1.norm.weight" in shapes)
+            depths.append(max(1, _depth(shapes, f"input_blocks.{index}.1.")))
+        here.append(index)
+    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in crossed]
+    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(crossed)]
+    to_k = next(shape for key, shape in shapes.items() if key.endswith("attn2.to_k.weight"))
+    projection = next(shape for key, shape in shapes.items() if key.endswith(".1.proj_in.weight"))
+    return {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "block_out_channels": channels,
+        "layers_per_block": (count - len(channels)) // len(channels),
+        "down_block_types": down,
+        "up_block_types": up,
+        "cross_attention_dim": to_k[1],
+        "use_linear_projection": len(projection) == 2,
+        "transformer_layers_per_block": depths,
+    }
+
+
+def _depth(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
+    found = {m[1] for key in shapes if (m := re.match(re.escape(prefix) + r"transformer_blocks\.(\d+)\.", key))}
+    return len(found)
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(dict(config))

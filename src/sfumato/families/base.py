@@ -1,0 +1,206 @@
+"""What truly differs between models, and nothing else: READ before any family.
+
+A family describes a checkpoint from its headers (Blueprint), loads it, and answers six questions: how text becomes
+features, how features become the denoiser's arguments, how pixels become latents and back, and what it predicts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.data.batch import Sizes, Tensors
+from sfumato.diffusion.objective import LatentSpec, Objective
+from sfumato.errors import UserError
+from sfumato.families._source import Source, Weights, on_meta
+from sfumato.formats.groups import Layer, LayerGroup, layer_groups, layers_of, skeleton
+from sfumato.formats.keymap import KeyMap
+from sfumato.registry import Registry
+
+FAMILIES: Registry[type[Family]] = Registry("model family")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSpec:
+    """The data by which shared code adapts, freezes, offloads, names and saves one network; needs no weights."""
+
+    name: str  # "denoiser", "clip_l", "t5"
+    key_map: KeyMap  # checkpoint file <-> module
+    key_prefix: str  # in the single file: "model.diffusion_model."
+    adapter_map: KeyMap  # adapter names <-> module; often another layout than key_map
+    adapter_prefix: str  # "lora_unet", "lora_te1"
+    adapter_aliases: tuple[KeyMap, ...] = ()  # further layouts accepted when reading
+    targets: tuple[str, ...] = ()  # patterns on the module's own names: Linear and 1x1 conv layers to adapt
+    conv_targets: tuple[str, ...] = ()  # further patterns when conv_dim is given
+    extra_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> single layers (in_dims)
+    kinds: Mapping[str, str] = field(default_factory=dict)  # option -> pattern on names (img_attn_dim)
+    stages: tuple[str, ...] = ()  # ordered patterns on original keys: what --block_lr counts
+    blocks: tuple[str, ...] = ()  # patterns on the paths of the repeated blocks
+    opt_in: str = ""  # the network argument that alone lets this part train (train_t5xxl)
+
+    def groups(self, layers: Mapping[str, Layer]) -> list[LayerGroup]:
+        """The adaptable layers among `layers`, grouped by their names in adapter files."""
+        return layer_groups(
+            layers, self.targets, part=self.name, prefix=self.adapter_prefix, adapter_map=self.adapter_map
+        )
+
+
+@dataclass(kw_only=True)
+class Part:
+    """One network of a loaded model."""
+
+    spec: PartSpec
+    module: nn.Module
+
+    def groups(self) -> list[LayerGroup]:
+        return self.spec.groups(layers_of(self.module))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One network before it is loaded: its data, its configuration and where its weights lie."""
+
+    spec: PartSpec
+    config: Mapping[str, Any]
+    weights: Weights
+
+    def groups(self) -> list[LayerGroup]:
+        """The groups a loaded Part would have, from the file's header alone."""
+        return self.spec.groups(skeleton(self.weights.shapes()))
+
+    def load(
+        self, build: Callable[[Mapping[str, Any]], nn.Module], *, dtype: torch.dtype, device: torch.device
+    ) -> nn.Module:
+        """Build from the configuration without storage, then fill from the file in the wanted dtype."""
+        module = on_meta(lambda: build(self.config))
+        self.weights.fill(module, dtype=dtype, device=device)
+        return module.to(device)  # buffers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a preview uses where the prompt is silent."""
+
+    width: int
+    height: int
+    steps: int
+    scale: float  # classifier-free guidance
+    guidance: float | None  # embedded guidance
+    size_multiple: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What a checkpoint's headers tell, before any weight is read."""
+
+    source: Source
+    title: str  # "Stable Diffusion 1.x", for reports
+    base_model_version: str  # ss_base_model_version in adapter files
+    architecture: str  # modelspec.architecture
+    networks: Mapping[str, Network]  # by part name; the autoencoder under "vae"
+    text_parts: tuple[str, ...]
+    objective: Objective
+    latents: LatentSpec
+
+
+class Family(ABC):
+    """A loaded model. Subclasses set the class variables and answer the abstract questions."""
+
+    name: ClassVar[str]
+    text_parts: ClassVar[tuple[str, ...]]  # names of the text encoders, in the order of --text_encoder_lr
+    bucket_step: ClassVar[int]  # bucket_reso_steps must be a multiple
+    sampling: ClassVar[Sampling]
+
+    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module) -> None:
+        self.blueprint = blueprint
+        self.objective = blueprint.objective
+        self.latents = blueprint.latents
+        self.parts = dict(parts)
+        self.vae = vae
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.parts["denoiser"].module
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @classmethod
+    @abstractmethod
+    def detect(cls, source: Source) -> bool:
+        """Whether the source's keys (or configuration files) are this family's."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
+        """Describe the checkpoint from its headers; a file of another kind is a UserError."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
+        """Build the networks and fill them straight in the wanted dtype; no second copy of the weights."""
+
+    @abstractmethod
+    def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
+        """One encoder, one dict per caption WITHOUT batch dimension, cut to the length that matters."""
+
+    @abstractmethod
+    def text_fingerprint(self, part: str) -> str:
+        """What, besides weights and caption, an encoder's features depend on (token length, masks, layer)."""
+
+    @abstractmethod
+    def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
+        """Features of all encoders -> Conditioning, named by the denoiser's arguments."""
+
+    @abstractmethod
+    def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] and the posterior's noise (B, C, h, w) -> scaled latents."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
+        """Arguments of the denoiser: packing, position ids, masks, time scale; a control network takes the same."""
+
+    @abstractmethod
+    def output(self, raw: Tensor, noisy: Tensor) -> Tensor:
+        """The denoiser's output as a diffusers scheduler expects it: sign and packing undone."""
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> Tensor:
+        """(B, C, h, w), t in 0..1000 float32 -> what a diffusers scheduler calls model_output."""
+        raw = self.denoiser(**self.inputs(noisy, t, conditioning), return_dict=False)[0]
+        return self.output(raw, noisy)
+
+    def to(self, device: torch.device) -> None:
+        for part in self.parts.values():
+            part.module.to(device)
+        self.vae.to(device)
+
+    def freeze(self) -> None:
+        """Nothing of the model trains until a method says so."""
+        for module in (*(part.module for part in self.parts.values()), self.vae):
+            module.requires_grad_(False).eval()
+
+
+def find_family(name: str | None, source: Source) -> type[Family]:
+    """The family by name, or the one that recognises the checkpoint; a checkpoint of another family is a UserError."""
+    known = [FAMILIES.get(each) for each in FAMILIES.names]
+    recognised = next((family for family in known if family.detect(source)), None)
+    if name is None:
+        if recognised is None:
+            raise UserError(f"{source.path} is no checkpoint of a known kind ({', '.join(FAMILIES.names)})")
+        return recognised
+    wanted = FAMILIES.get(name)
+    if not wanted.detect(source):
+        kind = f"a checkpoint of the family {recognised.name!r}" if recognised else "of no known kind"
+        raise UserError(f"{source.path} is {kind}, not of {name!r}")
+    return wanted

@@ -1,0 +1,396 @@
+"""Reading and writing checkpoints tensor by tensor, and the hashes that the field names files by.
+
+No second copy of the weights is ever held: a tensor is read straight into its final memory, or through one small
+buffer where the type changes, and written the same way.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import pickle
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sfumato import files
+from sfumato.errors import UserError
+from sfumato.formats.header import AGAIN, BITS, INDEX, Header, TensorInfo, joined, read_header, sharded_headers
+from sfumato.registry import did_you_mean
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+RANK = {name: rank for rank, name in enumerate(BITS)}
+BUFFER = 1 << 20  # bytes; stays in the processor's cache, larger ones were slower
+PICKLED = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's two formats
+LARGEST_READ = 1 << 30  # bytes; some systems refuse more at once
+WINDOW = 0x100000, 0x110000  # bytes of a file that the field's short hash looks at
+Spec = tuple[torch.dtype, Sequence[int]]
+
+
+class DiskFull(UserError):
+    """No room for a file; whatever had its name before is still there, whole."""
+
+
+# ---------------------------------------------------------------- reading
+
+
+def open_checkpoint(path: Path | str) -> TensorFile | PickledFile:
+    """A safetensors file, a folder or index of several, or a pickled checkpoint (told by its content).
+
+    Raises UserError when it is missing, damaged, or holds more than tensors. Use as a context manager.
+    """
+    path = Path(path)
+    pickled = path.suffix not in (".safetensors", ".json") and _begins_with(path, PICKLED)
+    return PickledFile(path) if pickled else TensorFile(path)
+
+
+def _begins_with(path: Path, marks: tuple[bytes, ...]) -> bool:
+    """False for what is missing or unreadable, too; whoever reads it on says so."""
+    try:
+        with path.open("rb") as file:
+            return file.read(8).startswith(marks)
+    except OSError:
+        return False
+
+
+class TensorFile:
+    """One safetensors file, or several that make up one model; for one thread at a time."""
+
+    def __init__(self, path: Path | str) -> None:
+        path = Path(path)
+        sharded = path.is_dir() or path.name.endswith(INDEX)
+        headers = sharded_headers(path) if sharded else {path: read_header(path)}
+        self.header = joined(path, list(headers.values()))
+        self._place = {name: file for file, header in headers.items() for name in header.tensors}
+        self._stack = ExitStack()
+        self._open: dict[Path, FileIO] = {}
+        self._buffer: Tensor | None = None
+
+    def keys(self) -> KeysView[str]:
+        return self.header.tensors.keys()
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """An owned tensor in its final place. `dtype` changes floating-point tensors only, as everywhere here."""
+        info = _info(self.header, name)
+        stored = _torch_dtype(self.header.path, name, info)
+        wanted = _wanted(stored, dtype)
+        file = self._file(self._place[name])
+        travels = stored if torch.device(device).type != "cpu" and stored.itemsize < wanted.itemsize else wanted
+        tensor = torch.empty(info.shape, dtype=travels)
+        if travels == stored:
+            _fill(file, info.start, _bytes(tensor.reshape(-1)))
+        else:
+            self._convert(file, info, stored, tensor.reshape(-1))
+        return tensor.to(device).to(wanted)
+
+    def _convert(self, file: FileIO, info: TensorInfo, stored: torch.dtype, out: Tensor) -> None:
+        """Read through one small buffer, so that no copy of the tensor in its stored type ever exists."""
+        if self._buffer is None:
+            self._buffer = torch.empty(BUFFER, dtype=torch.uint8)
+        buffer, view = self._buffer.view(stored), _bytes(self._buffer)
+        place = info.start
+        for piece in out.split(buffer.numel()):
+            count = piece.numel()
+            _fill(file, place, view[: count * stored.itemsize])
+            piece.copy_(buffer[:count])
+            place += count * stored.itemsize
+
+    def _file(self, path: Path) -> FileIO:
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(FileIO(path))
+        return self._open[path]
+
+    def close(self) -> None:
+        self._stack.close()
+        self._open.clear()
+        self._buffer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class PickledFile:
+    """A .ckpt or .pt file with nothing but tensors in it, read without running anything that it holds.
+
+    Places in the header count from the tensor itself; numbers and texts beside the tensors become its metadata.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        path = Path(path)
+        state, metadata = _unnested(_unpickled(path))
+        if not state:
+            raise UserError(f"{path} holds no tensors by name")
+        for name, tensor in state.items():
+            if tensor.dtype not in NAMES:
+                raise UserError(f"{path}: {name!r} has the unknown type {tensor.dtype}")
+        tensors = {
+            name: TensorInfo(dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), start=0, end=tensor.nbytes)
+            for name, tensor in state.items()
+        }
+        self.header = Header(path=path, tensors=tensors, metadata=metadata)
+        self._state = state
+
+    def keys(self) -> KeysView[str]:
+        return self.header.tensors.keys()
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """As TensorFile.read."""
+        _info(self.header, name)
+        stored = self._state[name].detach()
+        wanted = _wanted(stored.dtype, dtype)
+        return stored.to(device=device, dtype=wanted, copy=True, memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        self._state = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _info(header: Header, name: str) -> TensorInfo:
+    if name not in header.tensors:
+        raise UserError(f"{header.path} has no tensor {name!r}", fix=did_you_mean(name, list(header.tensors)[:5000]))
+    return header.tensors[name]
+
+
+def _torch_dtype(path: Path, name: str, info: TensorInfo) -> torch.dtype:
+    if info.dtype not in DTYPES:
+        raise UserError(f"{path}: {name!r} is stored as {info.dtype}, which cannot be read")
+    return DTYPES[info.dtype]
+
+
+def _wanted(stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    return asked if asked is not None and stored.is_floating_point else stored
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    """The memory of a flat CPU tensor."""
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _fill(file: FileIO, place: int, memory: memoryview) -> None:
+    file.seek(place)
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done : done + LARGEST_READ])
+        if not count:
+            raise UserError(f"{file.name!s} became shorter while it was read", fix=AGAIN)
+        done += count
+
+
+def _unpickled(path: Path) -> Any:
+    zipped = _begins_with(path, PICKLED[:1])  # the older format cannot be mapped
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found:
+            raise UserError(
+                f"{path} holds more than tensors ({found[1]}), and loading that would run code from the file",
+                fix="get a safetensors version of it, or convert it with a program that you trust",
+            ) from None
+        raise UserError(f"{path} is damaged", fix=AGAIN) from None
+    except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise UserError(f"{path} is damaged ({why})", fix=AGAIN) from None
+
+
+def _unnested(content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, found inside `state_dict` where there is one, and the numbers and texts beside them."""
+    metadata: dict[str, str] = {}
+    while isinstance(content, Mapping):
+        metadata |= {str(key): str(value) for key, value in content.items() if isinstance(value, str | int | float)}
+        if not isinstance(content.get("state_dict"), Mapping):
+            return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}, metadata
+        content = content["state_dict"]
+    return {}, metadata
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write tensors (on any device, contiguous or not, shared or not) as the safetensors library would, or nothing.
+
+    dtype: what floating-point tensors become in the file. Raises DiskFull where there is no room.
+    """
+    write_stream(path, _specs(tensors, dtype), tensors.__getitem__, metadata)
+
+
+def write_stream(
+    path: Path, specs: Mapping[str, Spec], make: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """The same for tensors that are made one at a time: `make(name)` is called in file order and forgotten at once.
+
+    specs: name -> type in the file and shape.
+    """
+    head, infos = _layout(specs, metadata or {})
+    with _room_for(path), files.atomic(path) as temporary:
+        with FileIO(temporary, "w") as file:
+            _write_all(file, memoryview(head))
+            for name in infos:
+                for piece in _pieces(name, make(name), specs[name]):
+                    _write_all(file, piece)
+        written = read_header(temporary)
+        assert written.tensors == infos, f"{path}: the file does not hold what was to be written"
+        assert written.metadata == dict(metadata or {}), f"{path}: the metadata changed on the way"
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            f"{path} could not be written: {(error.strerror or 'no space left').lower()}", fix="make room on that disk"
+        ) from error
+
+
+def _specs(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Spec]:
+    return {name: (_wanted(tensor.dtype, dtype), tensor.shape) for name, tensor in tensors.items()}
+
+
+def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The file's header in bytes and, in file order, where each tensor lies: wide types first, then by name."""
+    for name, (dtype, _) in specs.items():
+        if dtype not in NAMES:
+            raise UserError(f"{name!r} has the type {dtype}, which safetensors files cannot hold")
+    ordered = sorted(specs, key=lambda name: (-RANK[NAMES[specs[name][0]]], name))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    place = 0
+    for name in ordered:
+        dtype, shape = specs[name]
+        end = place + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    infos = {}
+    for name in ordered:
+        start, end = entries[name]["data_offsets"]
+        shape = tuple(entries[name]["shape"])
+        infos[name] = TensorInfo(dtype=entries[name]["dtype"], shape=shape, start=first + start, end=first + end)
+    return struct.pack("<Q", len(text)) + text, infos
+
+
+def _pieces(name: str, tensor: Tensor, spec: Spec) -> Iterator[memoryview]:
+    """The bytes of a tensor in its type in the file, without a copy of the whole where none is needed."""
+    dtype, shape = spec
+    assert tensor.shape == torch.Size(shape), f"{name!r} has shape {tuple(tensor.shape)}, announced {tuple(shape)}"
+    flat = tensor.detach().reshape(-1)
+    if flat.dtype == dtype and flat.device.type == "cpu":
+        yield _bytes(flat)
+        return
+    size = BUFFER if flat.device.type == "cpu" else 64 * BUFFER
+    for piece in flat.split(size // max(dtype.itemsize, flat.dtype.itemsize)):
+        yield _bytes(piece.to(dtype).cpu())
+
+
+def _write_all(file: FileIO, memory: memoryview) -> None:
+    done = 0
+    while done < len(memory):
+        done += file.write(memory[done : done + LARGEST_READ])
+
+
+# ---------------------------------------------------------------- hashes
+
+
+def adapter_hashes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, dtype: torch.dtype | None = None
+) -> tuple[str, str]:
+    """(sshs_model_hash, sshs_legacy_hash) of the file that these tensors and the ss_ entries of the metadata make.
+
+    The first is the SHA-256 of the data section, the second 8 digits of that of bytes 0x100000 to 0x110000 of the
+    file. Nothing is serialised; each tensor passes once.
+    """
+    specs = _specs(tensors, dtype)
+    head, infos = _layout(specs, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    whole, window, place = hashlib.sha256(), hashlib.sha256(), len(head)
+    window.update(head[WINDOW[0] : WINDOW[1]])
+    for name in infos:
+        for piece in _pieces(name, tensors[name], specs[name]):
+            whole.update(piece)
+            window.update(piece[max(WINDOW[0] - place, 0) : max(WINDOW[1] - place, 0)])
+            place += len(piece)
+    return whole.hexdigest(), window.hexdigest()[:8]
+
+
+def model_hash(path: Path | str) -> str:
+    """The field's short name of a file: 8 digits, or NOFILE, or IsADirectory."""
+    path = Path(path)
+    if path.is_dir():
+        return "IsADirectory"
+    try:
+        with path.open("rb") as file:
+            file.seek(WINDOW[0])
+            return hashlib.sha256(file.read(WINDOW[1] - WINDOW[0])).hexdigest()[:8]
+    except FileNotFoundError:
+        return "NOFILE"
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a whole file, or NOFILE, or IsADirectory; remembered in this process by path, size and time.
+
+    About a second per 1.5 GB, during which other threads run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return "IsADirectory"
+    try:
+        facts = path.stat()
+        return _sha256(path.absolute(), facts.st_size, facts.st_mtime_ns)
+    except FileNotFoundError:
+        return "NOFILE"
+
+
+def sha256_later(path: Path | str) -> Future[str]:
+    """`sha256_of` in a thread of its own, which does not hold up the end of the program."""
+    future: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(sha256_of(path))
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=f"hash {Path(path).name}", daemon=True).start()
+    return future
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

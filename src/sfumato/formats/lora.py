@@ -1,0 +1,44 @@
+"""Adapter files: names on disk <-> groups of layers; nothing unmatched passes silently."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sfumato.errors import UserError
+from sfumato.formats.checkpoint import open_checkpoint
+
+GUESSES = {
+    "lora_A.": "diffusers or PEFT",
+    "lora_B.": "diffusers or PEFT",
+    "hada_": "LyCORIS (LoHa)",
+    "lokr_": "LyCORIS (LoKr)",
+    "oft_blocks": "the field's OFT",
+    "dora_scale": "a DoRA trainer",
+}
+
+
+def read_adapter_file(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Group name -> suffix -> tensor of a file in the field's naming (`<name>.lora_down.weight`)."""
+    with open_checkpoint(path) as file:
+        entries: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key in file.header.tensors:
+            name, _, suffix = key.partition(".")
+            entries[name][suffix] = file.read(key)
+    return dict(entries)
+
+
+def check_names(path: Path, found: Mapping[str, Mapping[str, Tensor]], known: Iterable[str]) -> None:
+    """Every name in the file must belong to a layer; else say which do not and where the file seems to come from."""
+    unmatched = sorted(set(found) - set(known))
+    if not unmatched:
+        return
+    keys = [f"{name}.{suffix}" for name in unmatched for suffix in found[name]]
+    guess = next((who for mark, who in GUESSES.items() if any(mark in key for key in keys)), None)
+    raise UserError(
+        f"{path}: {len(unmatched)} of {len(found)} names fit no layer of this model, for example {', '.join(keys[:5])}",
+        fix=f"the file looks like one of {guess}" if guess else "it was made for another model or other layers",
+    )

@@ -1,0 +1,71 @@
+"""When something is saved, under which name, and what may then go: pure functions of step and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sfumato.config import SaveOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The saving options of one run, with their fall-backs resolved. Steps and epochs count from 1."""
+
+    name: str
+    every_steps: int | None
+    every_epochs: int | None
+    last_steps: int | None
+    last_epochs: int | None
+    last_steps_state: int | None
+    last_epochs_state: int | None
+
+    def at_step(self, step: int) -> str | None:
+        """Name of what is saved after this step, if anything is."""
+        return f"{self.name}-step{step:08d}" if self.every_steps and step % self.every_steps == 0 else None
+
+    def at_epoch(self, epoch: int, epochs: int) -> str | None:
+        """Name of what is saved after this epoch; the last one is left to the final save."""
+        due = self.every_epochs and epoch % self.every_epochs == 0 and epoch < epochs
+        return f"{self.name}-{epoch:06d}" if due else None
+
+    def expired_at_step(self, step: int, *, state: bool) -> Iterator[str]:
+        """Names of step saves that may go once the one of `step` stands."""
+        keep = self.last_steps_state if state else self.last_steps
+        if self.every_steps and keep is not None:
+            newest = (step - keep - 1) // self.every_steps * self.every_steps
+            yield from (f"{self.name}-step{old:08d}" for old in range(self.every_steps, newest + 1, self.every_steps))
+
+    def expired_at_epoch(self, epoch: int, *, state: bool) -> Iterator[str]:
+        """Names of epoch saves that may go once the one of `epoch` stands."""
+        keep = self.last_epochs_state if state else self.last_epochs
+        if self.every_epochs and keep is not None:
+            newest = epoch - keep * self.every_epochs
+            yield from (f"{self.name}-{old:06d}" for old in range(self.every_epochs, newest + 1, self.every_epochs))
+
+
+def make_plan(save: SaveOptions, epochs: int) -> Plan:
+    every = save.save_every_n_epochs
+    if every is None and save.save_n_epoch_ratio:
+        every = max(1, epochs // save.save_n_epoch_ratio)
+    last_epochs, last_steps = save.save_last_n_epochs, save.save_last_n_steps
+    return Plan(
+        name=save.output_name,
+        every_steps=save.save_every_n_steps,
+        every_epochs=every,
+        last_steps=last_steps,
+        last_epochs=last_epochs,
+        last_steps_state=save.save_last_n_steps_state or last_steps,
+        last_epochs_state=save.save_last_n_epochs_state or last_epochs,
+    )
+
+
+def retention(plan: Plan, *, states: bool) -> list[str]:
+    """What is kept and for how long, one line each, said before training starts."""
+    lines = []
+    rows = (("step", plan.every_steps, plan.last_steps), ("epoch", plan.every_epochs, plan.last_epochs))
+    for what, every, last in rows:
+        if every:
+            kept = f"the last {last} {what}s are kept" if last is not None else "all are kept"
+            lines.append(f"saving every {every} {what}s; {kept}" + (", states too" if states else ""))
+    return lines

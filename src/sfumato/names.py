@@ -1,0 +1,124 @@
+"""Old names of the field and what they mean here: pure data."""
+
+from __future__ import annotations
+
+NETWORK_MODULES = {  # --network_module -> our adapter
+    "networks.lora": "lora",
+    "networks.lora_flux": "lora",
+    "networks.lora_sd3": "lora",
+    "networks.lora_lumina": "lora",
+    "networks.lora_hunyuan_image": "lora",
+    "networks.lora_anima": "lora",
+    "lora": "lora",
+}
+
+PLANNED_NETWORK_MODULES = {  # --network_module -> the room that will bring it
+    "networks.lora_fa": "the other adapters",
+    "networks.dylora": "the other adapters",
+    "networks.oft": "the other adapters",
+    "networks.oft_flux": "the other adapters",
+    "networks.loha": "the other adapters",
+    "networks.lokr": "the other adapters",
+    "lycoris.kohya": "the other adapters",
+    "lycoris.locon": "the other adapters",
+    "locon.locon_kohya": "the other adapters",
+}
+
+OPTION_ALIASES = {  # old spelling -> option
+    "caption_extention": "caption_extension",
+}
+
+# Keys that front ends write into a configuration file although no script reads them: reported, never an error.
+FOREIGN_KEYS = {  # key -> what to know about it
+    "noise_offset_type": "a front end's note of which noise options it shows",
+    "epoch": "a front end's own; the number of epochs is max_train_epochs",
+    "lowvram": "a front end's own; no trainer reads it",
+    "stop_text_encoder_training": "only full training of a whole model knows it",
+    "mem_eff_save": "only full training of a whole model knows it",
+    "single_blocks_to_swap": "replaced by blocks_to_swap",
+    "double_blocks_to_swap": "replaced by blocks_to_swap",
+    "loraplus_lr_ratio": "it counts only inside network_args",
+    "loraplus_unet_lr_ratio": "it counts only inside network_args",
+    "loraplus_text_encoder_lr_ratio": "it counts only inside network_args",
+}
+
+SCRIPT_ALIASES = {  # name in use elsewhere -> script
+    "train_controlnet": "train_control_net",
+    "sdxl_train_controlnet": "sdxl_train_control_net",
+    "networks/merge_flux_lora": "networks/flux_merge_lora",
+    "tag_images_by_wd14_tagger": "finetune/tag_images_by_wd14_tagger",
+    "tag_image_by_wd14_tagger": "finetune/tag_images_by_wd14_tagger",
+}
+
+PLANNED_SCRIPTS = (  # known, not available yet
+    "anima_minimal_inference",
+    "anima_train",
+    "anima_train_network",
+    "fine_tune",
+    "finetune/clean_captions_and_tags",
+    "finetune/make_captions",
+    "finetune/make_captions_by_git",
+    "finetune/merge_captions_to_metadata",
+    "finetune/merge_dd_tags_to_metadata",
+    "finetune/prepare_buckets_latents",
+    "finetune/tag_images_by_wd14_tagger",
+    "flux_minimal_inference",
+    "flux_train",
+    "flux_train_control_net",
+    "flux_train_network",
+    "gen_img",
+    "hunyuan_image_minimal_inference",
+    "hunyuan_image_train_network",
+    "lumina_minimal_inference",
+    "lumina_train",
+    "lumina_train_network",
+    "networks/check_lora_weights",
+    "networks/convert_anima_lora_to_comfy",
+    "networks/convert_flux_lora",
+    "networks/convert_hunyuan_image_lora_to_comfy",
+    "networks/extract_lora_from_dylora",
+    "networks/extract_lora_from_models",
+    "networks/flux_extract_lora",
+    "networks/flux_merge_lora",
+    "networks/lora_interrogator",
+    "networks/merge_lora",
+    "networks/resize_lora",
+    "networks/sdxl_merge_lora",
+    "networks/svd_merge_lora",
+    "sd3_minimal_inference",
+    "sd3_train",
+    "sd3_train_network",
+    "sdxl_gen_img",
+    "sdxl_minimal_inference",
+    "sdxl_train",
+    "sdxl_train_control_net",
+    "sdxl_train_control_net_lllite",
+    "sdxl_train_network",
+    "sdxl_train_textual_inversion",
+    "tools/cache_latents",
+    "tools/cache_text_encoder_outputs",
+    "tools/canny",
+    "tools/convert_diffusers20_original_sd",
+    "tools/convert_diffusers_to_flux",
+    "tools/detect_face_rotate",
+    "tools/latent_upscaler",
+    "tools/merge_models",
+    "tools/merge_sd3_safetensors",
+    "tools/resize_images_to_resolution",
+    "tools/show_metadata",
+    "train_control_net",
+    "train_db",
+    "train_textual_inversion",
+)
+
+RETIRED_SCRIPTS = {  # out of use: what to use instead, once it is there
+    "train_textual_inversion_XTI": "train_textual_inversion",
+    "hypernetwork_nai": "train_network",
+    "networks/hypernetwork_nai": "train_network",
+    "lora_diffusers": "gen_img",
+    "networks/lora_diffusers": "gen_img",
+    "merge_lora_old": "networks/merge_lora",
+    "networks/merge_lora_old": "networks/merge_lora",
+    "gen_img_diffusers": "gen_img",
+    "sdxl_train_control_net_lllite_old": "sdxl_train_control_net_lllite",
+}

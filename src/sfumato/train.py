@@ -1,0 +1,122 @@
+"""READ FIRST. train() > train_step() > training_loss(): the only training loop, for every family and method."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from sfumato.config import Config
+from sfumato.data.batch import Batch, Tensors
+from sfumato.data.loader import Step
+from sfumato.encode import live_text
+from sfumato.interrupt import Interrupt, interruptible
+from sfumato.run import Run, open_run
+from sfumato.saving import save_final, save_previews, save_state_folder, saves_due
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config) -> None:
+    """Train as the configuration says. Ends early, with a state to resume from, when the user interrupts."""
+    run = open_run(config)
+    if run.start >= run.total:
+        log.info("nothing left to do: training was complete at step %d of %d", run.start, run.total)
+        return
+    with interruptible() as interrupt, run.closing():
+        if config.samples.sample_at_first and run.start == 0:
+            save_previews(run, step=0)
+        loop(run, interrupt)
+
+
+def loop(run: Run, interrupt: Interrupt) -> None:
+    """Step after step; once in a while: log, make previews, save."""
+    for step in run.loader.steps(run.start):
+        loss = train_step(run, step)
+        done = step.index + 1
+        run.journal.note(done, loss, run.optimizer)
+        if done == run.start + 1:
+            run.warn(run.method.report())
+        if done < run.total:
+            saves_due(run, done)
+        if interrupt.asked:
+            folder = save_state_folder(run, f"{run.saves.name}-step{done:08d}-state", done)
+            log.info("stopped after step %d of %d; go on with: --resume %s", done, run.total, folder)
+            return
+        if done == run.total:
+            break
+    save_final(run)
+
+
+def train_step(run: Run, step: Step) -> Tensor:
+    """One optimizer step over its micro-batches; returns the step's loss, summed over all processes."""
+    run.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=run.device)
+    for micro, batch in enumerate(step.batches):
+        run.randomness.seed_modules(step.index, micro, run.rank)
+        with run.autocast():
+            loss = training_loss(run, batch, step.real_samples)
+        loss.backward()
+        total += loss.detach()
+    sum_over_processes(run, total)
+    if run.config.optim.max_grad_norm > 0:
+        nn.utils.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm)
+    run.rates.set(run.optimizer, step.index)
+    run.optimizer.step()
+    return total
+
+
+def training_loss(run: Run, batch: Batch, real_samples: int) -> Tensor:
+    """A micro-batch's share of the step's loss: the sum over its samples / the real samples of the whole step.
+
+    Latents (B, C, h, w); t in 0 .. 1000; everything random is a function of the samples' ids.
+    """
+    model, method, recipe, rng = run.model, run.method, run.recipe, run.randomness
+    x0 = run.latents(batch)
+    shape = x0.shape[1:]
+    t = rng.per_sample("timestep", batch.ids, lambda draw, _: recipe.timestep(draw, shape, model.latents))
+    noise = rng.per_sample("noise", batch.ids, lambda draw, _: recipe.noise(draw, shape))
+    seen = noise
+    if recipe.perturb:  # only the input is perturbed, the target keeps the clean noise
+        perturb = recipe.perturb
+        seen = rng.per_sample("perturb", batch.ids, lambda draw, i: perturb(draw, noise[i])).to(x0)
+    noise, seen = noise.to(x0), seen.to(x0)
+    level = model.objective.level(t)
+    noisy = model.objective.add_noise(x0, seen, level)
+    method.begin(model, batch.extras)  # lasts until the next begin
+    prediction = method.predict(model, noisy, t, conditioning_of(run, batch), batch.extras).to(x0.dtype)
+
+    estimate = model.objective.estimate(prediction, noisy, level)
+    target = model.objective.target(x0, noise, level)
+    loss = recipe.loss(estimate, target, level)
+    if batch.mask is not None:
+        loss = loss * batch.mask.to(loss)  # multiplied, not divided by the mask's sum
+    weight = recipe.weighting(level, model.objective).to(loss) * batch.weight.to(loss)
+    return (loss.flatten(1).mean(1) * weight).sum() / real_samples
+
+
+def conditioning_of(run: Run, batch: Batch) -> Tensors:
+    """Cached features, live ones of encoders that train, and remembered ones of those that do not."""
+    features: dict[str, Tensors] = {part: dict(tensors) for part, tensors in batch.text.items()}
+    captions = [run.method.caption(caption) for caption in batch.captions]
+    for part in run.model.text_parts:
+        if part in run.method.live_text:
+            features[part] = live_text(run.model, part, captions)
+        elif part not in features:
+            features[part] = run.frozen_text.encode(part, captions)
+    moved = {part: {k: v.to(run.device) for k, v in tensors.items()} for part, tensors in features.items()}
+    return run.model.condition(moved, batch.sizes, run.recipe.guidance)
+
+
+def sum_over_processes(run: Run, loss: Tensor) -> None:
+    """Add up gradients in one flat message; each process divided by the real samples of all, so a sum is right."""
+    if run.processes == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.parameters]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten().to(gradients[0].dtype)])
+    distributed.all_reduce(flat)
+    for parameter, piece in zip(run.parameters, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = piece.view_as(parameter)
+    loss.copy_(flat[-1])

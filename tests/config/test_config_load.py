@@ -1,0 +1,217 @@
+"""load_config: precedence, all faults at once, what is not available yet, secrets."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sfumato.config import Config, load_config
+from sfumato.config.schema import vocabulary
+from sfumato.errors import SeveralErrors
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+def test_precedence(load, write):
+    file = write("network_dim = 2\nseed = 2\nclip_skip = 2")
+    config = load([file, "--network_dim", "1"], defaults={"clip_skip": 3, "keep_tokens": 3, "seed": 3})
+    found = {name: (config.value(name), config.source(name)) for name in ("network_dim", "seed", "keep_tokens")}
+    assert found == {"network_dim": (1, "command line"), "seed": (2, "run.toml"), "keep_tokens": (3, "launcher")}
+    assert config.source("max_grad_norm") == "default"
+    assert set(config.sources) == set(vocabulary())
+
+
+def test_a_default_given_on_the_command_line_goes_before_the_file(load, write):
+    config = load([write("cache_latents = true\nmax_train_steps = 5"), "--no_cache_latents", "--max_train_steps=1600"])
+    assert (config.cache.cache_latents, config.loop.max_train_steps) == (False, 1600)
+
+
+def test_values_have_their_types(load):
+    config = load(
+        "--text_encoder_lr 1e-4 1e-5 --network_args conv_dim=4 algo=x --optimizer_args betas=0.9,0.999"
+        " --lr_scheduler cosine --lr_warmup_steps 10% --resolution 512,768 --tokenizer a/b c/d"
+    )
+    assert config.optim.text_encoder_lr == (1e-4, 1e-5)
+    assert config.network.network_args == {"conv_dim": 4, "algo": "x"}
+    assert config.optim.optimizer_args == {"betas": (0.9, 0.999)}
+    assert config.optim.lr_warmup_steps == 0.1
+    assert config.buckets.resolution == (512, 768)
+    assert config.model.tokenizer == ("a/b", "c/d")
+    assert isinstance(config.save.output_dir, Path)
+
+
+def test_a_fault_inside_a_list_is_told(faults):
+    assert faults("--text_encoder_lr 1e-4 -1") == ["--text_encoder_lr: '-1' is below 0"]
+    assert faults("--text_encoder_lr 1e-4 x") == ["--text_encoder_lr: 'x' is not a number"]
+    assert faults("--learning_rate nan --max_grad_norm inf") == [
+        "--learning_rate: 'nan' is not a finite number",
+        "--max_grad_norm: 'inf' is not a finite number",
+    ]
+
+
+def test_all_faults_at_once(write, tmp_path):
+    with pytest.raises(SeveralErrors) as raised:
+        load_config(
+            [
+                write("nettwork_dim = 4\nseed = 'x'"), "--sed", "3", "--learning_rate", "fast",
+                "--fp8_base", "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights", "--max_train_steps", "0",
+                "--mixed_precision", "fp16", "--lr_scheduler", "sine",
+            ]
+        )  # fmt: skip
+    told = [str(error) for error in raised.value.errors]
+    wanted = [
+        "--sed is not", "run.toml:1: nettwork_dim", "run.toml:2: seed: 'x'", "--learning_rate: 'fast'",
+        "--lr_scheduler: 'sine'", "--max_train_steps: '0' is below 1", "--fp8_base is not available yet",
+        "--mixed_precision fp16 is not available yet", "no.safetensors does not exist",
+        "--dim_from_weights has no file", "no model", "no images", "no folder",
+    ]  # fmt: skip
+    for part in wanted:
+        assert sum(part in text for text in told) == 1, part
+    assert len(told) == len(wanted)
+    assert str(raised.value).startswith(f"{len(wanted)} problems, listed above; the first: {told[0]}")
+
+
+def test_one_fault_is_not_told_twice(tmp_path):
+    """A misspelt or mistyped option is not called missing, too."""
+    argv = ["--pretrained_model_name_or_pat", "a/b", "--train_data_dirr", str(tmp_path), "--output_dirr", "x"]
+    with pytest.raises(SeveralErrors) as raised:
+        load_config([*argv, "--resolution", "big"])
+    assert len(raised.value.errors) == 4
+
+
+def test_what_is_not_available_yet_is_refused_unless_it_is_the_default(faults, load):
+    assert faults("--fp8_base") == ["--fp8_base is not available yet (comes with the memory options)"]
+    assert faults("--loss_type huber") == ["--loss_type huber is not available yet (comes with the other losses)"]
+    assert faults("--network_module networks.oft")[0].endswith("is not available yet (comes with the other adapters)")
+    assert load("--loss_type l2 --huber_c 0.1 --no_fp8_base --max_token_length 75").loss.loss_type == "l2"
+
+
+VALUES = {"X": "0.123", "N": "7", "TEXT": "x", "PATH": "x/y", "X,X": "1,2", "NAME=VALUE ...": "a=1", "N|X%": "10%"}
+
+
+@pytest.mark.parametrize("name", [name for name, option in vocabulary().items() if option.facts.planned])
+def test_every_planned_option_is_refused(faults, name):
+    option = vocabulary()[name]
+    other = [choice for choice in option.choices if choice != str(option.default)]
+    value = other[0] if other else VALUES.get(option.takes.removesuffix(" ..."), VALUES.get(option.takes, "150"))
+    found = faults([option.flag] if option.kind == "flag" else [option.flag, value])
+    assert found[0] == f"{option.flag} is not available yet (comes with {option.facts.planned})"
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("name", [name for name, option in vocabulary().items() if option.facts.planned_values])
+def test_every_planned_choice_is_refused(faults, name):
+    option = vocabulary()[name]
+    for choice, room in option.facts.planned_values.items():
+        found = faults([option.flag, choice])
+        assert f"{option.flag} {choice} is not available yet (comes with {room})" in found
+
+
+def test_an_option_that_the_script_does_not_have(faults, write):
+    absent = {"clip_l": "it belongs to another script", "seed": "no dice"}
+    assert faults(["--clip_l", "x", write("seed = 1")], absent=absent) == [
+        "--clip_l is not an option here — it belongs to another script",
+        "run.toml:1: seed is not an option here — no dice",
+    ]
+
+
+def test_what_includes_what(load):
+    config = load("--cache_latents_to_disk --cache_text_encoder_outputs_to_disk")
+    assert config.cache.cache_latents
+    assert config.cache.cache_text_encoder_outputs
+    assert config.source("cache_latents") == "--cache_latents_to_disk"
+
+
+def test_sampling_periods_below_one_are_told_and_ignored(load):
+    config = load("--sample_every_n_steps 0 --sample_every_n_epochs -1")
+    assert config.samples.sample_every_n_steps is config.samples.sample_every_n_epochs is None
+    assert len(config.notes) == 2
+
+
+def test_no_effect_is_a_note_or_with_strict_an_error(load, faults):
+    assert load("--sdpa").notes == ("--sdpa has no effect: it is always used",)
+    assert faults("--sdpa --strict") == ["--sdpa has no effect: it is always used"]
+    assert faults("--save_last_n_steps 5 --strict")[0].startswith("--save_last_n_steps has no effect")
+    assert not faults("--strict --seed 1 --seed 2")
+
+
+SECRET = "canary-3f9a"
+
+
+@pytest.mark.parametrize("name", [name for name, option in vocabulary().items() if option.secret])
+def test_secrets_are_nowhere(faults, write, name):
+    """On the command line, in the file, misspelt, of the wrong type or with too many words: the value is not told."""
+    for argv in (
+        [f"--{name}", SECRET],
+        [f"--{name}={SECRET}"],
+        [f"--{name}", "x", SECRET],
+        [f"--{name}x", SECRET],
+        [f"--{name[:-2]}", SECRET],
+        [write(f"{name} = '{SECRET}'")],
+        [write(f"{name} = ['{SECRET}']")],
+        [write(f"{name}x = '{SECRET}'")],
+        [write(f"{name} = {SECRET}")],
+    ):
+        found = faults(argv)
+        assert found
+        assert SECRET not in " ".join(found)
+
+
+def test_secrets_are_not_in_the_repr():
+    config = Config.model_validate({"hub": {"huggingface_token": SECRET}, "log": {"wandb_api_key": SECRET}})
+    assert SECRET not in repr(config) + str(config) + str(config.model_dump()) + config.model_dump_json()
+    assert config.log.wandb_api_key is not None
+    assert config.log.wandb_api_key.get_secret_value() == SECRET
+
+
+def test_a_secret_on_the_command_line_is_warned_about(load, monkeypatch):
+    monkeypatch.setattr("sfumato.config.base.Option.room", lambda option, value: "")
+    (note,) = load(f"--wandb_api_key {SECRET}").notes
+    assert "--wandb_api_key is on the command line" in note
+    assert SECRET not in note
+
+
+def test_paths(faults, load, tmp_path, monkeypatch):
+    (tmp_path / "weights.safetensors").touch()
+    wrong, right = tmp_path / "weight.safetensors", tmp_path / "weights.safetensors"
+    assert faults(f"--network_weights {wrong}") == [
+        f"--network_weights: {wrong} does not exist — did you mean {right}?",
+    ]
+    assert faults(f"--network_weights {tmp_path}")[0].endswith("is a folder, not a file")
+    assert faults(f"--reg_data_dir {tmp_path / 'weights.safetensors'}")[0].endswith("is a file, not a folder")
+    assert "the folder nowhere does not exist either" in faults("--sample_prompts nowhere/p.txt --sample_at_first")[0]
+    assert load("--vae owner/name").model.vae == "owner/name"
+    for missing in (
+        "./owner/name",
+        "name",
+        "a/b/c",
+        "owner/name.safetensors",
+        "/owner/name",
+        "C:\\x\\y",
+        "owner/name/",
+    ):
+        assert "does not exist" in faults(["--vae", missing])[0]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("--network_weights ~/weights.safetensors").network.network_weights == tmp_path / "weights.safetensors"
+
+
+def test_torch_is_not_imported():
+    program = (
+        "import sys; from sfumato.config import load_config; from sfumato.errors import UserError\n"
+        "try: load_config(['--seed', 'x'])\n"
+        "except UserError: pass\n"
+        "sys.exit(str(sorted({'torch', 'diffusers', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
+    )
+    assert (done.stderr.strip(), done.returncode) == ("", 1)
+
+
+def test_a_config_pickles_and_compares(load):
+    config = load("--network_args a=1 --seed 1")
+    assert pickle.loads(pickle.dumps(config)) == config != load("--seed 1")

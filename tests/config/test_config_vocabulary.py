@@ -1,0 +1,91 @@
+"""The vocabulary against the option list of the field's scripts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sfumato.config.schema import THEMES, Config, vocabulary
+from sfumato.names import OPTION_ALIASES
+
+FIELD = json.loads((Path(__file__).parents[1] / "goldens" / "network_script_options.json").read_text())
+OURS = {
+    "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "strict", "debug",
+}  # fmt: skip
+
+# Where a default differs on purpose: None where the scripts disagree (each script sets its own), a name that the
+# scripts fill in later.
+OTHER_DEFAULTS = {"output_name": "last", "text_encoder_lr": None}
+BY_SCRIPT = {"t5xxl_max_token_length", "timestep_sampling", "model_prediction_type", "discrete_flow_shift"}
+MORE_CHOICES = {"resize_interpolation": {"box"}, "timestep_sampling": set()}
+
+
+def test_every_option_of_the_scripts_is_known():
+    assert set(FIELD) - set(OPTION_ALIASES) <= set(vocabulary())
+
+
+def test_what_is_beyond_them_is_ours():
+    assert set(vocabulary()) - set(FIELD) == OURS
+
+
+def test_old_spellings_are_aliases_of_options():
+    assert set(OPTION_ALIASES) <= set(FIELD)
+    assert set(OPTION_ALIASES.values()) <= set(vocabulary())
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELD) - set(OPTION_ALIASES)))
+def test_default_choices_and_number_of_values(name):
+    theirs, ours = FIELD[name], vocabulary()[name]
+    if name in BY_SCRIPT:
+        assert ours.default is None
+    elif name in OTHER_DEFAULTS:
+        assert ours.default == OTHER_DEFAULTS[name]
+    elif theirs["default"] is None:
+        assert ours.default in (None, (), {})
+    else:
+        assert ours.default == theirs["default"]
+        assert isinstance(ours.default, bool) == isinstance(theirs["default"], bool)
+    assert {0: "flag", "*": "many", None: "one"}[theirs["nargs"]] == ours.kind
+    if ours.choices and name != "lr_scheduler":
+        assert set(ours.choices) - MORE_CHOICES.get(name, set()) == choices(theirs["choices"])
+
+
+def choices(given) -> set[str]:
+    lists = given["by script"].values() if isinstance(given, dict) else [given]
+    return {str(choice) for each in lists for choice in each if choice is not None}
+
+
+def test_every_option_explains_itself():
+    for option in vocabulary().values():
+        assert 5 < len(option.help) < 120, option.name
+        assert not option.help.endswith("."), option.name
+        assert option.kind == "flag" or option.takes, option.name
+
+
+def test_planned_choices_are_choices():
+    for option in vocabulary().values():
+        assert set(option.facts.planned_values) <= set(option.choices), option.name
+        assert not option.room(option.default)
+        assert not (option.facts.planned and option.facts.no_effect), option.name
+
+
+def test_every_default_is_a_value_that_its_type_accepts():
+    for theme, options in THEMES.items():
+        built = options()
+        given = {name: getattr(built, name) for name in options.model_fields}
+        assert options.model_validate(given) == built, theme
+
+
+def test_the_themes_are_the_attributes():
+    assert list(Config.model_fields) == [*THEMES, "sources", "notes"]
+    config = Config()
+    assert all(type(getattr(config, theme)) is options for theme, options in THEMES.items())
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Config().loop.seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match="frozen"):
+        Config().notes = ()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,117 @@
+"""Key maps against diffusers' own converters, every key both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders import single_file_utils
+from torch import Tensor, nn
+
+from sfumato.families import _flux_keys, _unet, _vae
+from sfumato.formats.keymap import KeyMap
+
+SD1_UNET = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
+
+
+def on_meta(build: Any) -> nn.Module:
+    with init_empty_weights():
+        return build()
+
+
+def tagged(module: nn.Module, columns: int | None = None) -> dict[str, Tensor]:
+    """The module's keys with small tensors that no two places share; rows are kept where stacking matters."""
+    state: dict[str, Tensor] = {}
+    start = 0
+    for name, tensor in module.state_dict().items():
+        rows = tensor.shape[0] if columns is not None else 1
+        state[name] = torch.arange(start, start + rows).reshape(rows, *[1] * (tensor.ndim - 1))
+        start += rows
+    return state
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def round_trip(key_map: KeyMap, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    original = key_map.to_original(state)
+    same(key_map.to_ours(original, {name: tensor.shape for name, tensor in state.items()}), state)
+    return original
+
+
+def test_sd1_unet() -> None:
+    unet = on_meta(lambda: _unet.build(SD1_UNET))
+    original = round_trip(_unet.key_map(SD1_UNET), tagged(unet))
+    assert len(original) == 686
+    file = {"model.diffusion_model." + name: tensor for name, tensor in original.items()}
+    theirs = single_file_utils.convert_ldm_unet_checkpoint(file, dict(unet.config))
+    same(tagged(unet), theirs)
+
+
+def test_sd1_unet_configuration_from_shapes() -> None:
+    unet = on_meta(lambda: _unet.build(SD1_UNET))
+    shapes = {name: tuple(t.shape) for name, t in _unet.key_map(SD1_UNET).to_original(unet.state_dict()).items()}
+    found = _unet.config_from_shapes(shapes)
+    again = on_meta(lambda: _unet.build(found | {"attention_head_dim": 8}))
+    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in unet.state_dict().items()}
+
+
+@pytest.mark.parametrize("quant", [True, False])
+def test_vae(quant: bool) -> None:
+    config = {
+        "block_out_channels": [32, 32, 64, 64],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "use_quant_conv": quant,
+        "use_post_quant_conv": quant,
+    }
+    vae = _vae.build(config)
+    original = round_trip(_vae.key_map(4), vae.state_dict())
+    assert original["encoder.mid.attn_1.q.weight"].shape == (64, 64, 1, 1)
+    theirs = single_file_utils.convert_ldm_vae_checkpoint(
+        {"first_stage_model." + name: tensor for name, tensor in original.items()}, dict(vae.config)
+    )
+    same(vae.state_dict(), theirs)
+    found = _vae.config_from_shapes({name: tuple(tensor.shape) for name, tensor in original.items()})
+    assert {name: found[name] for name in config} == config
+
+
+def test_flux_dev() -> None:
+    """Every key of the full model, rows at their real numbers, columns cut to one."""
+    transformer = on_meta(lambda: _flux_keys.build(FLUX_DEV))
+    state = tagged(transformer, columns=1)
+    original = round_trip(_flux_keys.KEYS, state)
+    assert len(original) == 780
+    theirs = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    same(state, theirs)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_flux_configuration_from_shapes(guided: bool) -> None:
+    transformer = on_meta(lambda: _flux_keys.build(FLUX_DEV | {"num_layers": 2, "guidance_embeds": guided}))
+    shapes = {name: tuple(t.shape) for name, t in _flux_keys.KEYS.to_original(transformer.state_dict()).items()}
+    found = _flux_keys.config_from_shapes(shapes)
+    assert found["guidance_embeds"] is guided
+    again = on_meta(lambda: _flux_keys.build(found))
+    assert {n: t.shape for n, t in again.state_dict().items()} == {
+        n: t.shape for n, t in transformer.state_dict().items()
+    }
+    assert dict(again.config)["axes_dims_rope"] == [16, 56, 56]
+    fused = "single_blocks.0.linear1"
+    assert _flux_keys.rows(fused + ".weight", shapes[fused + ".weight"]) == [3072, 3072, 3072, 12288]
+    assert _flux_keys.rows(fused + ".bias", shapes[fused + ".bias"]) == [3072, 3072, 3072, 12288]
