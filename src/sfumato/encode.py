@@ -32,6 +32,12 @@ def posterior_noise(latents: LatentSpec, shape: Sequence[int], seeds: Sequence[i
     return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+@torch.no_grad()
+def encode_captions(model: Family, part: str, captions: Sequence[str]) -> list[Tensors]:
+    """The features of an encoder that does not train, one dict per caption."""
+    return model.encode_text(part, captions)
+
+
 @dataclass
 class FrozenText:
     """Features of encoders that do not train: one caption at a time, as the cache makes them, and kept."""
@@ -40,7 +46,6 @@ class FrozenText:
     limit: int = 10_000  # captions kept; shuffled ones would fill the memory otherwise
     _kept: dict[tuple[str, str], Tensors] = field(default_factory=dict)
 
-    @torch.no_grad()
     def encode(self, part: str, captions: Sequence[str]) -> Tensors:
         """Stacked and padded features of one encoder for a batch of captions."""
         found = [self._one(part, caption) for caption in captions]
@@ -51,7 +56,7 @@ class FrozenText:
         if key not in self._kept:
             if len(self._kept) >= self.limit:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = self.model.encode_text(part, [caption])[0]
+            self._kept[key] = encode_captions(self.model, part, [caption])[0]
         return self._kept[key]
 
 

@@ -2,72 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sfumato import files
 from sfumato.config import Config
-from sfumato.data.summary import DataPlan, find_data, table
-from sfumato.errors import Problems, UserError
+from sfumato.config.schema import vocabulary
+from sfumato.data.plans import DataPlan
+from sfumato.data.summary import find_data, table
+from sfumato.errors import Problems
+
+if TYPE_CHECKING:
+    from sfumato.families.base import Blueprint, Family
+    from sfumato.methods.base import Method
 
 
 def plan(config: Config) -> None:
-    """Print everything; the first part comes before torch is imported, within a second."""
+    """Print everything; options and data come before torch is imported. Raises what `train` would refuse."""
+    show(options(config))
     problems = Problems()
-    for line in configuration(config):
-        print(line)
-    data: DataPlan | None = None
-    with problems.catch():
-        data = find_data(config, bucket_step=1, problems=problems)
-    if data is not None:
-        print("\n".join(table(data)))
-        print("\n".join(length(config, data)), flush=True)
-    with problems.catch():
-        print("\n".join(trainable(config)))
-    problems.raise_all()
+    data = find_data(config, bucket_step=1, problems=problems)
+    show(data_lines(config, data))
+    if problems.found:
+        problems.raise_all()
+    show(model_lines(look(config, processes=1)))
 
 
-def configuration(config: Config) -> Iterator[str]:
-    """Every option that is not at its default, with where it came from."""
-    yield "Options"
-    for name in sorted(config.sources):
-        if config.changed(name):
-            yield f"  {name:<32} {config.value(name)!s:<40} {config.source(name)}"
-    yield from (f"  note: {note}" for note in config.notes)
-    yield ""
+def show(lines: Iterable[str]) -> None:
+    print("\n".join(lines), flush=True)
 
 
-def length(config: Config, data: DataPlan) -> Iterator[str]:
-    """Steps and epochs."""
-    accumulation = config.loop.gradient_accumulation_steps
-    total = total_steps(config, data)
-    per_epoch = data.steps_per_epoch(accumulation)
-    yield f"{total} steps, {-(-total // per_epoch)} epochs of {per_epoch} steps"
-    yield ""
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """All that is known of a run before any weight is read."""
+
+    family: type[Family]
+    blueprint: Blueprint
+    method: Method
+    data: DataPlan
+    total: int  # optimizer steps, counted from step 0
 
 
-def total_steps(config: Config, data: DataPlan) -> int:
-    """Optimizer steps of the whole run, counted from step 0; --max_train_epochs goes before --max_train_steps."""
-    loop = config.loop
-    if loop.max_train_epochs is None:
-        return loop.max_train_steps
-    return loop.max_train_epochs * data.steps_per_epoch(loop.gradient_accumulation_steps)
-
-
-def trainable(config: Config) -> Iterator[str]:
-    """What trains, with how many parameters at which rate."""
+def look(config: Config, *, processes: int) -> Outlook:
+    """Read headers and folders; every fault of model, data, method and output folder is raised at once."""
     from sfumato.families import register_all
     from sfumato.families._source import open_source
     from sfumato.families.base import find_family
     from sfumato.methods import make_method
 
     register_all()
-    source = open_source(config.model)
-    family = find_family(config.run.family, source)
-    blueprint = family.read(source, config.model, config.noise)
-    yield f"Model: {blueprint.title} ({source.path.name})"
-    yield from planned_table(make_method(config.run.method, config).plan(blueprint))
+    problems = Problems()
+    family, blueprint, method = None, None, None
+    with problems.catch():
+        source = open_source(config.model)
+        family = find_family(config.run.family, source)
+        blueprint = family.read(source, config.model, config.noise)
+        method = make_method(config)
+        method.plan(blueprint)
+    data = find_data(config, bucket_step=family.bucket_step if family else 1, processes=processes, problems=problems)
+    with problems.catch():
+        if config.save.output_dir is not None:
+            files.check_writable(config.save.output_dir, option="--output_dir")
+    problems.raise_all()
+    assert family is not None and blueprint is not None and method is not None
+    return Outlook(family=family, blueprint=blueprint, method=method, data=data, total=total_steps(config, data))
 
 
-def planned_table(rows: Sequence) -> Iterator[str]:
-    yield f"  {'part':<12}{'modules':>9}{'parameters':>14}{'rate':>12}"
-    for row in rows:
-        yield f"  {row.part:<12}{row.modules:>9,}{row.parameters:>14,}{row.learning_rate:>12.3g}"
+def total_steps(config: Config, data: DataPlan) -> int:
+    """Optimizer steps of the whole run; --max_train_epochs goes before --max_train_steps."""
+    loop = config.loop
+    if loop.max_train_epochs is None:
+        return loop.max_train_steps
+    return loop.max_train_epochs * data.steps_per_epoch(loop.gradient_accumulation_steps)
+
+
+def options(config: Config) -> Iterator[str]:
+    """Every option that is not at its default, and where it came from."""
+    yield "options"
+    for name in config.sources:
+        if config.changed(name):
+            yield f"  {name:<32} {shown(config.value(name)):<36} {config.source(name)}"
+
+
+def public_options(config: Config) -> dict[str, str]:
+    """Every option that is not at its default, as text, without secrets and with names instead of paths."""
+    known = vocabulary()
+    return {
+        name: shown(config.value(name).name if isinstance(config.value(name), Path) else config.value(name))
+        for name in known
+        if config.changed(name) and not known[name].secret
+    }
+
+
+def shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(str(each) for each in value)
+    if isinstance(value, dict):
+        return " ".join(f"{name}={each}" for name, each in value.items())
+    return str(value)
+
+
+def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
+    """The dataset table, buckets, batches, steps, and what was noticed on the way."""
+    rows = table(data, accumulation=config.loop.gradient_accumulation_steps)
+    for group, members in groupby(rows, key=lambda row: row[0]):
+        yield group
+        yield from (f"  {name:<32} {value}" for _, name, value in members)
+    if data.batches_per_epoch:
+        total = total_steps(config, data)
+        epochs = -(-total // data.steps_per_epoch(config.loop.gradient_accumulation_steps))
+        yield "run"
+        yield f"  {'steps':<32} {total}, over {epochs} epochs"
+    yield from (f"note: {note}" for note in (*config.notes, *data.notes))
+
+
+def model_lines(outlook: Outlook) -> Iterator[str]:
+    """What trains, with how many parameters at which rate."""
+    yield "model"
+    yield f"  {'checkpoint':<32} {outlook.blueprint.source.path.name}, {outlook.blueprint.title}"
+    yield f"  {'part':<20}{'layers':>10}{'parameters':>14}{'rate':>12}"
+    for row in outlook.method.plan(outlook.blueprint):
+        yield f"  {row.part:<20}{row.modules:>10,}{row.parameters:>14,}{row.learning_rate:>12.3g}"

@@ -68,14 +68,14 @@ def make_scheduler(name: str, objective: Objective) -> Any:
 
     A flow is always walked by Euler steps over the family's own time grid.
     """
-    import diffusers
+    from diffusers import schedulers
 
     if objective.predicts == "velocity":
-        return diffusers.FlowMatchEulerDiscreteScheduler(**objective.scheduler_options())
+        return schedulers.FlowMatchEulerDiscreteScheduler(**objective.scheduler_options())
     if name.removeprefix("k_") not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}", fix=did_you_mean(name, SAMPLERS))
     kind, options = SAMPLERS[name.removeprefix("k_")]
-    return getattr(diffusers, kind)(**objective.scheduler_options(), **options)
+    return getattr(schedulers, kind)(**objective.scheduler_options(), **options)
 
 
 @torch.no_grad()

@@ -22,12 +22,11 @@ log = logging.getLogger(__name__)
 def train(config: Config) -> None:
     """Train as the configuration says. Ends early, with a state to resume from, when the user interrupts."""
     run = open_run(config)
-    if run.start >= run.total:
-        log.info("nothing left to do: training was complete at step %d of %d", run.start, run.total)
+    if run is None:
         return
-    with interruptible() as interrupt, run.closing():
+    with interruptible() as interrupt, run.journal:
         if config.samples.sample_at_first and run.start == 0:
-            save_previews(run, step=0)
+            save_previews(run, 0, "000000")
         loop(run, interrupt)
 
 
@@ -36,7 +35,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
     for step in run.loader.steps(run.start):
         loss = train_step(run, step)
         done = step.index + 1
-        run.journal.note(done, loss, run.optimizer)
+        run.journal.note(done, loss, {group["name"]: group["lr"] for group in run.optimizer.param_groups})
         if done == run.start + 1:
             run.warn(run.method.report())
         if done < run.total:

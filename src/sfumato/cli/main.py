@@ -74,7 +74,7 @@ def train(
         return 0
     from sfumato.train import train as run
 
-    return guarded(lambda: run(config, config.run.family, config.run.method), debug=config.log.debug)
+    return guarded(lambda: run(config), debug=config.log.debug)
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -84,7 +84,7 @@ def plan(argv: Sequence[str]) -> int:
         return 0
     from sfumato.plan import plan as run
 
-    return guarded(lambda: run(config, config.run.family), debug=config.log.debug)
+    return guarded(lambda: run(config), debug=config.log.debug)
 
 
 def toy(argv: Sequence[str]) -> int:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Generic, TypeVar
 
-from sfumato.data.headers import header_at
+from sfumato.data.headers import BINARY, header_at
 from sfumato.data.index import KnownCaption, KnownImage
 from sfumato.errors import UserError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # in any case
-READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 SLOW_DISK = 0.001  # seconds for a file; above it, waiting for several files at once pays
 TRIAL = 100  # files read one by one to tell
 
@@ -75,7 +74,7 @@ def read_files(
         def look(name: str) -> None:
             path = f"{folder}{os.sep}{name}"
             try:
-                file = os.open(prefix + name, READ_ONLY, dir_fd=descriptor)
+                file = os.open(prefix + name, os.O_RDONLY | BINARY, dir_fd=descriptor)
                 try:
                     found[name] = read(file, os.fstat(file), path)
                 finally:

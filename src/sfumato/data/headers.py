@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from PIL import Image
 
 from sfumato.errors import UserError
 
+BINARY = os.O_BINARY if sys.platform == "win32" else 0  # for os.open
 HEAD = 4096  # bytes read at once; the header of nearly every file lies within
 SMALLEST_SIDE = 8  # one latent pixel
 MOST_PIXELS = 178_956_970  # where Pillow suspects a decompression bomb

@@ -52,9 +52,15 @@ def content_hash(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=20).digest()
 
 
-def prepare(data: bytes, transform: Transform, path: str) -> Pixels:
-    """The pixels of a bucket; UserError, which names the file, where it is damaged."""
+def prepare(data: bytes, transform: Transform, *, size: Size, path: str) -> Pixels:
+    """The pixels of a bucket. size: the image's, for which the transform was chosen; the path is for messages.
+
+    UserError, which names the file, where it is damaged or has another size by now.
+    """
     image = decode(data, path)
+    if image.size != size:
+        was, now = (f"{width}x{height}" for width, height in (size, image.size))
+        raise UserError(f"{path} is {now} pixels, but was {was} when the run began", fix="start again")
     if image.size != transform.resized:
         image = image.resize(transform.resized, FILTERS[transform.interpolation])
     left, top = crop_offset(transform.resized, transform.bucket)

@@ -89,7 +89,9 @@ def training_command(family: str, paths: Mapping[str, Path], output_dir: Path) -
     places = {name: path for name, path in paths.items() if not name.startswith("tokenizer")}
     places |= {"train_data_dir": example_photos(), "output_dir": output_dir}
     absolute = {name: str(path.resolve()) for name, path in places.items()}
-    options = (f"--{name}={value}" if value else f"--{name}" for name, value in {**absolute, **QUICK, **toy.options}.items())
+    options = (
+        f"--{name}={value}" if value else f"--{name}" for name, value in {**absolute, **QUICK, **toy.options}.items()
+    )
     return shlex.join([sys.executable, *launcher(toy.script), *options])
 
 

@@ -138,7 +138,9 @@ class Weights:
             tensor = self.file.read(self.prefix + original, dtype=dtype, device=device)
             names = self.key_map.ours(original)
             if names is None or not set(names[0]) <= set(expected):
-                raise UserError(f"{self.file.header.path}: {self.prefix + original} has no place in {type(module).__name__}")
+                raise UserError(
+                    f"{self.file.header.path}: {self.prefix + original} has no place in {type(module).__name__}"
+                )
             for name, piece in self.key_map.split(original, tensor, expected):
                 if piece.shape != expected[name]:
                     raise UserError(
@@ -149,7 +151,9 @@ class Weights:
         state |= {name: state[other] for name, other in self.tied.items() if name in expected and other in state}
         missing = [name for name in expected if name not in state]
         if missing:
-            raise UserError(f"{self.file.header.path} lacks {len(missing)} tensors, for example {', '.join(missing[:5])}")
+            raise UserError(
+                f"{self.file.header.path} lacks {len(missing)} tensors, for example {', '.join(missing[:5])}"
+            )
         module.load_state_dict(state, assign=True)
 
 

@@ -107,6 +107,8 @@ class Blueprint:
     text_parts: tuple[str, ...]
     objective: Objective
     latents: LatentSpec
+    implementation: str = "diffusers"  # modelspec.implementation
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
 
 
 class Family(ABC):

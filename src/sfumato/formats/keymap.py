@@ -94,7 +94,6 @@ class KeyMap:
         originals = dict.fromkeys(self.locate(name).original for name in state)
         return {original: self.build(original, state) for original in originals}
 
-
     def build(self, original: str, state: Mapping[str, Tensor]) -> Tensor:
         """One original tensor out of ours; raises UserError where one of several stacked tensors is missing."""
         found = self.ours(original)

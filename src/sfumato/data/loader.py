@@ -1,0 +1,181 @@
+"""From the order of samples to batches of tensors, prepared ahead by threads; the same for any number of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sfumato.data.batch import Batch, Extras, Sizes, Tensors, pad_stack
+from sfumato.data.buckets import crop_box
+from sfumato.data.cache import LATENTS, LatentNames, Place, TensorCache, TextNames, seed_of_entry, to_tensor
+from sfumato.data.captions import process
+from sfumato.data.images import Pixels, read
+from sfumato.data.order import Order, PlannedBatch, PlannedStep, Sample
+from sfumato.errors import UserError
+from sfumato.seeds import python_random
+
+
+class Loader:
+    """Batches of one process.
+
+    latents: where cached latents lie; without it batches carry pixels. names: by which entries are named, needed for
+    the seeds of the posterior's noise in both cases. text: features of the encoders whose output is cached.
+    workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        *,
+        names: LatentNames,
+        max_train_steps: int,
+        latents: TensorCache | None = None,
+        text: Mapping[str, TextFeatures] | None = None,
+        workers: int = 2,
+    ) -> None:
+        self.order = order
+        self.plan = order.plan
+        self.names = names
+        self.max_train_steps = max_train_steps
+        self.latents = latents
+        self.text = dict(text or {})
+        self.workers = workers
+
+    def steps(self, first_step: int = 0) -> Iterator[Step]:
+        """The steps from `first_step` (counted from 0) on, without end; UserError names an image that is damaged.
+
+        Closing the iterator, or an error, ends the threads.
+        """
+        planned = self.order.steps(first_step)
+        if self.workers == 0:
+            for step in planned:
+                yield step_of(step, [self._batch(step, batch) for batch in step.batches])
+            return
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sfumato-loader")
+        try:
+            waiting: deque[tuple[PlannedStep, list[Future[Batch]]]] = deque()
+            while True:
+                while sum(len(futures) for _, futures in waiting) < 2 * self.workers:
+                    step = next(planned)
+                    waiting.append((step, [pool.submit(self._batch, step, batch) for batch in step.batches]))
+                step, futures = waiting.popleft()
+                yield step_of(step, [future.result() for future in futures])
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _batch(self, step: PlannedStep, batch: PlannedBatch) -> Batch:
+        samples = [self._prepared(step, batch, sample) for sample in batch.samples]
+        strength = batch.dataset.settings.network_multiplier
+        multiplier = torch.full((len(samples),), strength) if self.plan.multipliers else None
+        captions = [sample.caption for sample in samples]
+        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        return Batch(
+            ids=torch.tensor([sample.id for sample in batch.samples]),
+            latents=stacked([sample.latents for sample in samples]),
+            pixels=to_tensor(pixels) if pixels else None,
+            captions=captions,
+            text={name: features.stacked(captions) for name, features in self.text.items()},
+            text_dropped={},
+            sizes=Sizes(
+                original=torch.tensor([sample.original for sample in samples]),
+                crop=torch.tensor([sample.crop for sample in samples]),
+                target=torch.tensor([batch.bucket[::-1]] * len(samples)),
+            ),
+            extras=Extras(multiplier=multiplier),
+            weight=torch.tensor([self._weight(sample) for sample in batch.samples]),
+            entry_seeds=torch.tensor([sample.entry_seed for sample in samples]),
+        )
+
+    def _weight(self, sample: Sample) -> float:
+        if not sample.real:
+            return 0.0
+        return self.plan.prior_loss_weight if sample.subset.settings.is_reg else 1.0
+
+    def _prepared(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> Prepared:
+        """Everything random here is a function of the seed and the sample's id."""
+        settings, item, seed = sample.subset.settings, sample.item, self.order.seed
+        flip = settings.flip_aug and python_random(seed, "flip", sample.id).random() < 0.5
+        place = Place(item.picture, item.transform(settings.interpolation, flip=flip))
+        caption = process(
+            item.picture.caption,
+            settings.rules,
+            python_random(seed, "caption", sample.id),
+            epoch=step.epoch + 1,
+            step=step.index,
+            max_train_steps=self.max_train_steps,
+        )
+        left, top, right, _ = crop_box(item.size, batch.bucket)
+        data = None if self.latents else read(item.picture.path)
+        key = self.names.key(place, data)
+        return Prepared(
+            caption=caption,
+            latents=found(self.latents, key, item.picture.path) if self.latents else None,
+            pixels=place.pixels(data) if data is not None else None,
+            original=(item.picture.height, item.picture.width),
+            crop=(int(top), int(batch.bucket[0] - right if flip else left)),
+            entry_seed=seed_of_entry(key),
+        )
+
+
+def found(cache: TensorCache, key: bytes, path: str) -> Tensor:
+    tensors = cache.get(key)
+    if tensors is None:
+        raise UserError(f"the cached latents of {path} cannot be read any more", fix="start again; they are made anew")
+    return tensors[LATENTS]
+
+
+def stacked(latents: Sequence[Tensor | None]) -> Tensor | None:
+    present = [each for each in latents if each is not None]
+    assert len(present) in (0, len(latents)), "a batch is cached whole or not at all"
+    return torch.stack(present) if present else None
+
+
+def step_of(step: PlannedStep, batches: Sequence[Batch]) -> Step:
+    return Step(index=step.index, epoch=step.epoch, batches=tuple(batches), real_samples=step.real_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step of one process."""
+
+    index: int  # steps before it, from 0
+    epoch: int  # from 0
+    batches: tuple[Batch, ...]  # this process's, one for each micro-step
+    real_samples: int  # of all processes and micro-steps; copies that fill up a batch do not count
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFeatures:
+    """The cached output of one text encoder."""
+
+    cache: TensorCache
+    names: TextNames
+
+    def stacked(self, captions: Sequence[str]) -> Tensors:
+        """Each feature of the captions, padded to the longest; UserError where one is missing."""
+        each = [self._of(caption) for caption in captions]
+        return {name: pad_stack([features[name] for features in each]) for name in each[0]}
+
+    def _of(self, caption: str) -> Tensors:
+        features = self.cache.get(self.names.key(caption))
+        if features is None:
+            fix = "start again; they are made anew"
+            raise UserError(f"the cached text features of {caption[:60]!r} cannot be read", fix=fix)
+        return features
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One sample, before it is stacked with the others of its batch."""
+
+    caption: str
+    latents: Tensor | None
+    pixels: Pixels | None
+    original: tuple[int, int]  # height, width
+    crop: tuple[int, int]  # top, left
+    entry_seed: int

@@ -1,0 +1,126 @@
+"""From a data plan to batches: the caches of what does not train, filled once, and the loader over them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+
+from sfumato.config import Config
+from sfumato.data.cache import (
+    ContentHashes,
+    Counts,
+    LatentNames,
+    TensorCache,
+    TextNames,
+    fill_latents,
+    fill_text,
+    latent_places,
+)
+from sfumato.data.index import default_cache_dir
+from sfumato.data.loader import Loader, TextFeatures
+from sfumato.data.order import Order
+from sfumato.data.plans import DataPlan
+from sfumato.data.store import DiskStore, MemoryStore
+from sfumato.data.summary import captions_to_cache
+from sfumato.encode import encode_captions, encode_images, fingerprint
+from sfumato.errors import Problems
+from sfumato.families.base import Family
+from sfumato.methods.base import Method
+
+log = logging.getLogger(__name__)
+QUIET_SECONDS = 10.0  # between two lines about a long job
+
+
+def make_loader(config: Config, data: DataPlan, total: int, model: Family, method: Method, at: Accelerator) -> Loader:
+    """Fill the caches that are asked for and open the loader; encoders that are cached leave the device."""
+    assert config.loop.seed is not None
+    workers = min(config.loader.max_data_loader_n_workers, os.cpu_count() or 1)
+    accumulation = config.loop.gradient_accumulation_steps
+    order = Order(data, seed=config.loop.seed, accumulation=accumulation, rank=at.process_index)
+    names = LatentNames(
+        fingerprint=fingerprint(model.vae, type(model).name),
+        dtype=torch.promote_types(next(model.vae.parameters()).dtype, torch.float32),
+        hashes=ContentHashes(open_store(config) if config.cache.cache_latents_to_disk else MemoryStore()),
+    )
+    latents = cached_latents(config, data, names, model, at, workers) if config.cache.cache_latents else None
+    text = cached_text(config, data, model, method, at) if config.cache.cache_text_encoder_outputs else {}
+    return Loader(order, names=names, max_train_steps=total, latents=latents, text=text, workers=workers)
+
+
+def open_store(config: Config) -> DiskStore:
+    return DiskStore(config.cache.cache_dir or default_cache_dir())
+
+
+def cached_latents(
+    config: Config, data: DataPlan, names: LatentNames, model: Family, at: Accelerator, workers: int
+) -> TensorCache:
+    """Every picture's latents, from the cache or made now; then the autoencoder waits in main memory."""
+    chunk = config.cache.vae_batch_size
+    cache = TensorCache(open_store(config) if config.cache.cache_latents_to_disk else MemoryStore())
+    counts = fill_latents(
+        cache,
+        names,
+        latent_places(data),
+        lambda pixels, seeds: encode_images(model, pixels, seeds, vae_batch_size=chunk),
+        batch_size=chunk,
+        workers=workers,
+        rank=at.process_index,
+        processes=at.num_processes,
+        progress=telling("latents"),
+    )
+    told("latents", counts)
+    model.vae.to("cpu")
+    return cache
+
+
+def cached_text(
+    config: Config, data: DataPlan, model: Family, method: Method, at: Accelerator
+) -> dict[str, TextFeatures]:
+    """The features of every encoder that does not train."""
+    problems = Problems()
+    captions = [method.caption(caption) for caption in captions_to_cache(data, problems)]
+    problems.raise_all()
+    found: dict[str, TextFeatures] = {}
+    for part in model.text_parts:
+        if part in method.live_text:
+            continue
+        names = TextNames(fingerprint=fingerprint(model.parts[part].module, part, model.text_fingerprint(part)))
+        to_disk = config.cache.cache_text_encoder_outputs_to_disk
+        cache = TensorCache(open_store(config) if to_disk else MemoryStore())
+        counts = fill_text(
+            cache,
+            names,
+            captions,
+            partial(encode_captions, model, part),
+            rank=at.process_index,
+            processes=at.num_processes,
+            progress=telling(f"text features of {part}"),
+        )
+        told(f"text features of {part}", counts)
+        found[part] = TextFeatures(cache=cache, names=names)
+        model.parts[part].module.to("cpu")
+    return found
+
+
+def telling(what: str) -> Callable[[int, int], None]:
+    """A line now and then about a job that takes long."""
+    began = last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= QUIET_SECONDS:
+            last = now
+            log.info("%s: %d of %d, %.1f a second", what, done, total, done / (now - began))
+
+    return tell
+
+
+def told(what: str, counts: Counts) -> None:
+    log.info("%s: %d found in the cache, %d made", what, counts.found, counts.encoded)

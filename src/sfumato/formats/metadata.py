@@ -1,0 +1,151 @@
+"""What an adapter file says of its training: the field's ss_ keys and the model-spec keys. Names of files, never paths."""
+
+from __future__ import annotations
+
+import base64
+import json
+import mimetypes
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato import __version__
+from sfumato.config import Config
+from sfumato.errors import UserError
+
+PROGRAM = f"sfumato {__version__}"
+MINIMUM = (
+    "ss_v2",
+    "ss_base_model_version",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+)
+# Keys whose value is the option of the same name, ss_ taken off.
+SAME = (
+    "learning_rate", "text_encoder_lr", "unet_lr", "gradient_checkpointing", "gradient_accumulation_steps",
+    "lr_warmup_steps", "lr_scheduler", "network_dropout", "mixed_precision", "full_fp16", "v2", "clip_skip",
+    "max_token_length", "cache_latents", "lowram", "noise_offset", "multires_noise_iterations",
+    "multires_noise_discount", "adaptive_noise_scale", "zero_terminal_snr", "training_comment", "max_grad_norm",
+    "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "face_crop_aug_range",
+    "prior_loss_weight", "min_snr_gamma", "scale_weight_norms", "ip_noise_gamma", "noise_offset_random_strength",
+    "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_scale", "huber_c", "fp8_base",
+    "fp8_base_unet", "validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs",
+    "validate_every_n_steps", "resize_interpolation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the options do not say of a run; everything here is known before the first step."""
+
+    session_id: int
+    started_at: float  # Unix time
+    total_steps: int
+    epochs: int
+    base_model_version: str
+    network_dim: int
+    network_alpha: float
+    optimizer: str  # module.Class(arguments)
+    data: Mapping[str, Any]  # ss_ keys about the data
+    model: Mapping[str, str]  # names and hashes of the checkpoint and of --vae
+    family: Mapping[str, Any]  # ss_ keys that only some families have
+
+
+def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
+    """All ss_ keys that are known before training; values are texts as Python writes them, lists and tables JSON."""
+    network = config.network
+    values: dict[str, Any] = {
+        "ss_session_id": facts.session_id,
+        "ss_training_started_at": facts.started_at,
+        "ss_output_name": config.save.output_name,
+        **{f"ss_{name}": _plain(config.value(name)) for name in SAME},
+        "ss_debiased_estimation": config.loss.debiased_estimation_loss,
+        "ss_num_epochs": facts.epochs,
+        "ss_max_train_steps": facts.total_steps,
+        "ss_network_module": network.network_module or "networks.lora",
+        "ss_network_dim": facts.network_dim,
+        "ss_network_alpha": facts.network_alpha,
+        "ss_base_model_version": facts.base_model_version,
+        "ss_seed": config.loop.seed,
+        "ss_sd_scripts_commit_hash": PROGRAM,
+        "ss_optimizer": facts.optimizer,
+        **facts.data,
+        **facts.model,
+        **facts.family,
+    }
+    if network.network_args:
+        values["ss_network_args"] = {name: str(value) for name, value in network.network_args.items()}
+    return {name: _text(value) for name, value in values.items()}
+
+
+def at_save(metadata: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
+    """The same with what is known only when a file is written."""
+    now = {"ss_training_finished_at": str(time.time()), "ss_steps": str(step), "ss_epoch": str(epoch)}
+    return {**metadata, **now}
+
+
+def minimum(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What --no_metadata keeps: the keys that programs need to use the file."""
+    return {name: metadata[name] for name in MINIMUM if name in metadata}
+
+
+def modelspec(
+    config: Config, *, architecture: str, implementation: str, prediction_type: str, resolution: tuple[int, int]
+) -> dict[str, str]:
+    """The model-spec 1.0.1 keys. prediction_type: "epsilon", "v", or "" for flows, which the standard has no word for."""
+    options, noise = config.metadata, config.noise
+    values = {
+        "sai_model_spec": "1.0.1",
+        "architecture": architecture,
+        "implementation": implementation,
+        "implementation_version": PROGRAM,
+        "title": options.metadata_title or config.save.output_name,
+        "resolution": f"{resolution[0]}x{resolution[1]}",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "prediction_type": prediction_type,
+        "author": options.metadata_author,
+        "description": options.metadata_description,
+        "license": options.metadata_license,
+        "tags": options.metadata_tags,
+        "usage_hint": options.metadata_usage_hint,
+        "thumbnail": _thumbnail(options.metadata_thumbnail),
+        "merged_from": options.metadata_merged_from,
+        "trigger_phrase": options.metadata_trigger_phrase,
+        "preprocessor": options.metadata_preprocessor,
+        "is_negative_embedding": options.metadata_is_negative_embedding,
+        "encoder_layer": config.model.clip_skip and str(config.model.clip_skip),
+    }
+    if noise.min_timestep is not None or noise.max_timestep is not None:
+        highest = 1000 if noise.max_timestep is None else noise.max_timestep
+        values["timestep_range"] = f"{noise.min_timestep or 0},{highest}"
+    return {f"modelspec.{name}": value for name, value in values.items() if value}
+
+
+def _thumbnail(given: str | None) -> str | None:
+    """A data URL as it is, or a picture file made into one."""
+    if given is None or given.startswith("data:"):
+        return given
+    kind = mimetypes.guess_type(given)[0] or "image/jpeg"
+    try:
+        return f"data:{kind};base64," + base64.b64encode(Path(given).read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"--metadata_thumbnail: cannot read {given} ({error.strerror})") from error
+
+
+def _plain(value: Any) -> Any:
+    """A path becomes its name, several values a list."""
+    if isinstance(value, Path):
+        return value.name
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) or _is_table(value) else str(value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)

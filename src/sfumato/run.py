@@ -1,0 +1,238 @@
+"""Everything before the first step: checks, model, caches, optimizer, and what a saved state brings back."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sfumato import plan
+from sfumato.config import Config
+from sfumato.data.batch import Batch
+from sfumato.data.describe import metadata as data_metadata
+from sfumato.data.loader import Loader
+from sfumato.diffusion.randomness import Randomness
+from sfumato.diffusion.recipe import Recipe, make_recipe
+from sfumato.encode import FrozenText, encode_images
+from sfumato.families.base import Family
+from sfumato.feed import make_loader
+from sfumato.formats.checkpoint import model_hash, sha256_of
+from sfumato.formats.metadata import Facts, modelspec, training_metadata
+from sfumato.formats.outputs import Plan as SavePlan
+from sfumato.formats.outputs import make_plan, retention
+from sfumato.formats.state import load_state, newest_complete
+from sfumato.memory.checkpointing import checkpoint_blocks
+from sfumato.methods.base import Method
+from sfumato.optim.optimizers import describe, make_optimizer
+from sfumato.optim.schedules import Rates, make_rates
+from sfumato.track.console import set_up
+from sfumato.track.journal import Journal
+from sfumato.track.progress import Progress
+from sfumato.track.trackers import make_trackers
+
+log = logging.getLogger(__name__)
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One training run, ready for its next step."""
+
+    config: Config
+    accelerator: Accelerator
+    outlook: plan.Outlook
+    model: Family
+    method: Method
+    recipe: Recipe
+    randomness: Randomness
+    optimizer: Optimizer
+    rates: Rates
+    parameters: Sequence[nn.Parameter]
+    loader: Loader
+    frozen_text: FrozenText
+    journal: Journal
+    saves: SavePlan
+    output: Path
+    metadata: dict[str, str]  # ss_ keys that are known before training
+    start: int  # steps done before
+    total: int
+    steps_per_epoch: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def processes(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.total // self.steps_per_epoch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self.accelerator.autocast()
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Cached latents, or the autoencoder's, made exactly as the cache makes them."""
+        if batch.latents is not None:
+            return batch.latents.to(self.device, non_blocking=True)
+        assert batch.pixels is not None
+        chunk = self.config.cache.vae_batch_size
+        return encode_images(self.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=chunk)
+
+    def modelspec(self) -> dict[str, str]:
+        kind = {"epsilon": "epsilon", "v": "v", "velocity": ""}[self.model.objective.predicts]
+        return modelspec(
+            self.config,
+            architecture=self.outlook.blueprint.architecture + "/lora",
+            implementation=self.outlook.blueprint.implementation,
+            prediction_type=kind,
+            resolution=self.outlook.data.datasets[0].settings.resolution,
+        )
+
+    def warn(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            log.warning("%s", line)
+
+
+def open_run(config: Config) -> Run | None:
+    """Check what can be checked without weights, then load; None when a resumed run has nothing left to do."""
+    config = with_seed(config)
+    assert config.loop.seed is not None
+    assert config.save.output_dir is not None
+    accelerator = make_accelerator(config)
+    set_up(config.log, main_process=accelerator.is_main_process)
+    outlook = plan.look(config, processes=accelerator.num_processes)
+    saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
+    report(config, outlook, saves)
+    state = resumed_state(config, outlook.total)
+    start = state.get("step", 0)
+    if start >= outlook.total:
+        log.info("nothing left to do: training was complete at step %d of %d", start, outlook.total)
+        return None
+    model = outlook.family.load(
+        outlook.blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=accelerator.device
+    )
+    method = outlook.method
+    groups = method.prepare(model)
+    if config.memory.gradient_checkpointing:
+        for part in model.parts.values():
+            checkpoint_blocks(part.module, part.spec.blocks)
+    optimizer = make_optimizer(config.optim, groups)
+    rates = make_rates(config.optim, optimizer, outlook.total)
+    if state:
+        method.modules.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+    loader = make_loader(config, outlook.data, outlook.total, model, method, accelerator)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        outlook=outlook,
+        model=model,
+        method=method,
+        recipe=make_recipe(config.noise, config.loss, model.objective, config.model.guidance_scale),
+        randomness=Randomness(config.loop.seed),
+        optimizer=optimizer,
+        rates=rates,
+        parameters=[parameter for group in groups for parameter in group.parameters],
+        loader=loader,
+        frozen_text=FrozenText(model),
+        journal=open_journal(config, outlook, accelerator, start, state.get("journal", {})),
+        saves=saves,
+        metadata=training_metadata(config, facts_of(config, outlook, optimizer)),
+        output=config.save.output_dir,
+        start=start,
+        total=outlook.total,
+        steps_per_epoch=steps_per_epoch(config, outlook),
+    )
+
+
+def facts_of(config: Config, outlook: plan.Outlook, optimizer: Optimizer) -> Facts:
+    """What the adapter file says beyond the options; the checkpoint's hash is taken once, at the start."""
+    named = {"sd_model": config.model.pretrained_model_name_or_path, "vae": config.model.vae}
+    model: dict[str, str] = {}
+    for kind, path in named.items():
+        if path:
+            model |= {f"ss_{kind}_name": Path(path).name, f"ss_{kind}_hash": model_hash(path)}
+            model |= {f"ss_new_{kind}_hash": sha256_of(path)}
+    network = config.network
+    dim = network.network_dim or 4
+    return Facts(
+        session_id=random.SystemRandom().randrange(2**32),
+        started_at=time.time(),
+        total_steps=outlook.total,
+        epochs=-(-outlook.total // steps_per_epoch(config, outlook)),
+        base_model_version=outlook.blueprint.base_model_version,
+        network_dim=dim,
+        network_alpha=network.network_alpha or dim,
+        optimizer=describe(optimizer, config.optim.optimizer_args),
+        data=data_metadata(outlook.data),
+        model=model,
+        family=outlook.blueprint.metadata,
+    )
+
+
+def with_seed(config: Config) -> Config:
+    """Draw the seed where none was given, so that it is written down and a resumed run has it."""
+    if config.loop.seed is not None:
+        return config
+    seed = random.SystemRandom().randrange(2**32)
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """One process, or those that a launcher started; refuses a launch that silently stayed alone."""
+    return Accelerator(mixed_precision=config.memory.mixed_precision, cpu=not torch.cuda.is_available())
+
+
+def steps_per_epoch(config: Config, outlook: plan.Outlook) -> int:
+    return outlook.data.steps_per_epoch(config.loop.gradient_accumulation_steps)
+
+
+def report(config: Config, outlook: plan.Outlook, saves: SavePlan) -> None:
+    """The same tables that `sfumato plan` prints, before anything is loaded."""
+    for line in (*plan.data_lines(config, outlook.data), *plan.model_lines(outlook), *retention(saves, states=config.save.save_state)):
+        log.info("%s", line)
+    log.info("seed %d", config.loop.seed)
+
+
+def resumed_state(config: Config, total: int) -> dict[str, Any]:
+    """What --resume brings back, {} for a fresh run; each option that differs from the saved run is named."""
+    if config.save.resume is None:
+        return {}
+    folder = newest_complete(config.save.resume)
+    state, info = load_state(folder)
+    log.info("resuming from %s, step %d of %d", folder, state["step"], total)
+    before, now = info["options"], plan.public_options(config)
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            log.warning("--%s was %s, now it is %s", name, before.get(name, "not set"), now.get(name, "not set"))
+    return state
+
+
+def open_journal(
+    config: Config, outlook: plan.Outlook, accelerator: Accelerator, start: int, state: dict[str, Any]
+) -> Journal:
+    main = accelerator.is_main_process
+    progress = Progress(outlook.total, start, plain=config.log.console_log_simple, visible=main)
+    assert config.save.output_dir is not None
+    facts = plan.public_options(config)
+    trackers = make_trackers(config.log, config.save.output_dir, config.save.output_name, start, facts) if main else ()
+    journal = Journal(trackers, progress, window=steps_per_epoch(config, outlook))
+    journal.load_state_dict(state)
+    return journal

@@ -1,0 +1,137 @@
+"""What a run leaves behind: adapter files, states, previews. Called by the loop between steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sfumato import files, plan
+from sfumato.config.prompts import read_prompts
+from sfumato.errors import UserError
+from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
+from sfumato.formats.metadata import at_save, minimum
+from sfumato.formats.state import save_state
+from sfumato.run import Run
+from sfumato.sample import Picture, fill_in, generate
+from sfumato.seeds import seed_of
+
+log = logging.getLogger(__name__)
+PRECISIONS = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def saves_due(run: Run, step: int) -> None:
+    """Once in a while: everything that is due after this step, counted from 1, before the last one."""
+    save, samples = run.config.save, run.config.samples
+    ends_epoch = step % run.steps_per_epoch == 0
+    epoch = step // run.steps_per_epoch
+    if ends_epoch and samples.sample_every_n_epochs and epoch % samples.sample_every_n_epochs == 0:
+        save_previews(run, step, f"e{epoch:06d}")
+    elif (
+        not samples.sample_every_n_epochs and samples.sample_every_n_steps and step % samples.sample_every_n_steps == 0
+    ):
+        save_previews(run, step, f"{step:06d}")
+    if name := run.saves.at_step(step):
+        save_both(run, name, step, state=save.save_state)
+        remove(run, run.saves.expired_at_step(step, state=False), run.saves.expired_at_step(step, state=True))
+    if ends_epoch and (name := run.saves.at_epoch(epoch, run.epochs)):
+        save_both(run, name, step, state=save.save_state)
+        remove(run, run.saves.expired_at_epoch(epoch, state=False), run.saves.expired_at_epoch(epoch, state=True))
+
+
+def save_final(run: Run) -> None:
+    """After the last step."""
+    save, samples = run.config.save, run.config.samples
+    if samples.sample_every_n_epochs or samples.sample_every_n_steps:
+        save_previews(run, run.total, f"{run.total:06d}")
+    save_both(run, run.saves.name, run.total, state=save.save_state or save.save_state_on_train_end)
+    log.info("saved %s", run.output / f"{run.saves.name}.safetensors")
+
+
+def save_both(run: Run, name: str, step: int, *, state: bool) -> None:
+    run.journal.flush()
+    if not run.accelerator.is_main_process:
+        return
+    save_output(run, run.output / f"{name}.safetensors", step)
+    if state:
+        save_state_folder(run, f"{name}-state", step)
+
+
+def save_output(run: Run, path: Path, step: int) -> None:
+    """The adapter file, with its metadata and the field's two hashes."""
+    dtype = PRECISIONS[run.config.save.save_precision]
+    tensors = run.method.state_to_save()
+    epoch = -(-step // run.steps_per_epoch)
+    metadata = at_save(run.metadata, step=step, epoch=epoch)
+    if run.config.save.no_metadata:
+        metadata = minimum(metadata)
+    metadata |= run.modelspec()
+    whole, short = adapter_hashes(tensors, metadata, dtype=dtype)
+    metadata |= {"sshs_model_hash": whole, "sshs_legacy_hash": short}
+    write_safetensors(path, tensors, metadata, dtype=dtype)
+    log.debug("%s: %d tensors", path, len(tensors))
+
+
+def save_state_folder(run: Run, name: str, step: int) -> Path:
+    """Everything that the next step depends on: trained weights, optimizer, step, recent losses."""
+    run.journal.flush()
+    folder = run.output / name
+    if run.accelerator.is_main_process:
+        state: dict[str, Any] = {
+            "step": step,
+            "weights": dict(run.method.modules.state_dict()),
+            "optimizer": run.optimizer.state_dict(),
+            "journal": run.journal.state_dict(),
+        }
+        save_state(folder, state, {"options": plan.public_options(run.config)})
+    return folder
+
+
+def remove(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:
+    """Older saves go once the new one stands."""
+    if not run.accelerator.is_main_process:
+        return
+    for name in outputs:
+        (run.output / f"{name}.safetensors").unlink(missing_ok=True)
+    for name in states:
+        shutil.rmtree(run.output / f"{name}-state", ignore_errors=True)
+
+
+def save_previews(run: Run, step: int, label: str) -> None:
+    """Pictures of every prompt; the file is read again each time. A failure is a warning, training goes on."""
+    path = run.config.samples.sample_prompts
+    if path is None or not run.accelerator.is_main_process:
+        return
+    run.method.modules.eval()
+    try:
+        for number, prompt in enumerate(read_prompts(path)):
+            assert run.config.loop.seed is not None
+            seed = seed_of(run.config.loop.seed, "preview", step, number) & 0xFFFFFFFF
+            picture = fill_in(prompt, run.model, sampler=run.config.samples.sample_sampler, seed=seed)
+            given = "" if prompt.seed is None else f"_{prompt.seed}"
+            name = f"{run.saves.name}_{label}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
+            save_picture(run, picture, run.output / "sample" / name)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        log.warning("no previews after step %d: %s", step, error)
+    finally:
+        run.method.modules.train()
+
+
+def save_picture(run: Run, picture: Picture, path: Path) -> None:
+    """One PNG that carries its recipe."""
+    with run.autocast():
+        image = generate(run.model, run.method, picture)
+    pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    text = PngInfo()
+    for name, value in vars(picture).items():
+        text.add_text(name, json.dumps(value) if not isinstance(value, str) else value)
+    with files.atomic(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)

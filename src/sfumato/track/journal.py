@@ -1,0 +1,62 @@
+"""Losses and rates, from the step to the terminal and the curves."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from sfumato.track.progress import Progress
+from sfumato.track.trackers import Tracker
+
+
+class Journal:
+    """Reads each step's loss one step late, so that telling of it never waits for the device."""
+
+    def __init__(self, trackers: Sequence[Tracker], progress: Progress, *, window: int) -> None:
+        self.trackers, self.progress = trackers, progress
+        self.window = window  # steps of an epoch: what loss/average runs over
+        self.losses: deque[float] = deque(maxlen=window)
+        self.waiting: tuple[int, Tensor, Mapping[str, float]] | None = None
+
+    def __enter__(self) -> Self:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+        self.progress.__exit__(kind, error, trace)
+        for tracker in self.trackers:
+            tracker.close()
+
+    def note(self, step: int, loss: Tensor, rates: Mapping[str, float]) -> None:
+        """After a step, counted from 1; `rates` by parameter group."""
+        self.flush()
+        self.waiting = (step, loss, rates)
+
+    def flush(self) -> None:
+        """Write what waits; before anything is saved, so that a state knows every loss."""
+        if self.waiting is None:
+            return
+        step, loss, rates = self.waiting
+        self.waiting = None
+        self.losses.append(float(loss))
+        average = sum(self.losses) / len(self.losses)
+        values = {"loss/current": self.losses[-1], "loss/average": average}
+        if step % self.window == 0:
+            values["loss/epoch_average"] = average
+        values |= {f"lr/{name}": rate for name, rate in rates.items()}
+        for tracker in self.trackers:
+            tracker.log(step, values)
+        self.progress.advance(step, average, max(rates.values(), default=0.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses.extend(state.get("losses", []))

@@ -1,0 +1,81 @@
+"""Small pictures, and the way from options to a data plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.config import load_config
+from sfumato.data.plans import DataPlan
+from sfumato.data.summary import find_data
+from sfumato.errors import Problems
+
+
+def picture(size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
+    """Noise over a gradient: no two pixels alike, so that a wrong turn or crop shows."""
+    width, height = size
+    rng = np.random.default_rng(seed)
+    gradient = np.linspace(0, 200, width)[None, :, None] * np.linspace(0.3, 1, height)[:, None, None]
+    return Image.fromarray((gradient + rng.integers(0, 55, (height, width, 3))).astype(np.uint8))
+
+
+def write(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, caption: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(size, seed).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+def write_many(folder: Path, count: int, *, size: tuple[int, int] = (64, 64), seed: int = 0) -> list[Path]:
+    """img0.png ..., each with a caption of its own."""
+    return [write(folder / f"img{i}.png", size, seed * 1000 + i, f"tag{i}, cat, {folder.name}") for i in range(count)]
+
+
+@dataclass
+class Finder:
+    """From a folder and options to a plan; keeps the last call's problems."""
+
+    root: Path
+    problems: Problems
+
+    def __call__(self, *argv: object, bucket_step: int = 64, processes: int = 1) -> DataPlan:
+        """The plan; raises what is wrong."""
+        plan = self.attempt(*argv, bucket_step=bucket_step, processes=processes)
+        self.problems.raise_all()
+        return plan
+
+    def attempt(self, *argv: object, bucket_step: int = 64, processes: int = 1) -> DataPlan:
+        model = self.root / "model.safetensors"
+        model.touch()
+        needed = ["--pretrained_model_name_or_path", model, "--output_dir", self.root / "out"]
+        if "--cache_dir" not in argv:
+            needed += ["--cache_dir", self.root / "cache"]
+        config = load_config([str(each) for each in (*argv, *needed)])
+        self.problems = Problems()
+        return find_data(config, bucket_step=bucket_step, processes=processes, problems=self.problems)
+
+    def toml(self, text: str, *argv: object, **options: int) -> DataPlan:
+        """With a dataset file of this text; {root} stands for the test's folder."""
+        path = self.root / "dataset.toml"
+        path.write_text(text.replace("{root}", self.root.as_posix()), encoding="utf-8")
+        return self("--dataset_config", path, *argv, **options)
+
+    @property
+    def said(self) -> list[str]:
+        return [str(error) for error in self.problems.found]
+
+
+@pytest.fixture
+def find(tmp_path: Path) -> Finder:
+    return Finder(tmp_path, Problems())
+
+
+@pytest.fixture
+def pictures() -> Callable[..., list[Path]]:
+    return write_many
