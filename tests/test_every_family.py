@@ -87,7 +87,10 @@ def test_a_loaded_single_file_is_saved_again_bit_for_bit(toys: Toys, tmp_path: P
     from sfumato.families._saving import save_single_file
 
     save_single_file(load(toys.original), tmp_path / "again.safetensors", {})
-    before, after = load_file(str(toys.original.pretrained_model_name_or_path)), load_file(tmp_path / "again.safetensors")
+    before, after = (
+        load_file(str(toys.original.pretrained_model_name_or_path)),
+        load_file(tmp_path / "again.safetensors"),
+    )
     assert {k for k in before} <= set(after)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
@@ -133,7 +136,9 @@ def sd_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipe.scheduler = make_scheduler(picture.sampler, model.objective)
     pipe.set_progress_bar_config(disable=True)
-    hidden = [model.encode_text("clip", [text])[0]["hidden"][None] for text in (picture.prompt, picture.negative_prompt)]
+    hidden = [
+        model.encode_text("clip", [text])[0]["hidden"][None] for text in (picture.prompt, picture.negative_prompt)
+    ]
     return pipe(
         prompt_embeds=hidden[0], negative_prompt_embeds=hidden[1], height=picture.height, width=picture.width,
         num_inference_steps=picture.steps, guidance_scale=picture.scale, latents=x, output_type="latent",

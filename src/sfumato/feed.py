@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from sfumato.config import Config
 from sfumato.data.cache import (
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 QUIET_SECONDS = 10.0  # between two lines about a long job
 
 
-def make_loader(config: Config, data: DataPlan, total: int, model: Family, method: Method, at: Accelerator) -> Loader:
+def make_loader(config: Config, data: DataPlan, total: int, model: Family, method: Method, at: PartialState) -> Loader:
     """Fill the caches that are asked for and open the loader; encoders that are cached leave the device."""
     assert config.loop.seed is not None
     workers = min(config.loader.max_data_loader_n_workers, os.cpu_count() or 1)
@@ -58,7 +58,7 @@ def open_store(config: Config) -> DiskStore:
 
 
 def cached_latents(
-    config: Config, data: DataPlan, names: LatentNames, model: Family, at: Accelerator, workers: int
+    config: Config, data: DataPlan, names: LatentNames, model: Family, at: PartialState, workers: int
 ) -> TensorCache:
     """Every picture's latents, from the cache or made now; then the autoencoder waits in main memory."""
     chunk = config.cache.vae_batch_size
@@ -80,7 +80,7 @@ def cached_latents(
 
 
 def cached_text(
-    config: Config, data: DataPlan, model: Family, method: Method, at: Accelerator
+    config: Config, data: DataPlan, model: Family, method: Method, at: PartialState
 ) -> dict[str, TextFeatures]:
     """The features of every encoder that does not train."""
     problems = Problems()

@@ -67,7 +67,9 @@ def look(config: Config, *, processes: int) -> Outlook:
         if config.save.output_dir is not None:
             files.check_writable(config.save.output_dir, option="--output_dir")
     problems.raise_all()
-    assert family is not None and blueprint is not None and method is not None
+    assert family is not None
+    assert blueprint is not None
+    assert method is not None
     return Outlook(family=family, blueprint=blueprint, method=method, data=data, total=total_steps(config, data))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,6 +25,7 @@ from sfumato.data.loader import Loader
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import Recipe, make_recipe
 from sfumato.encode import FrozenText, encode_images
+from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.feed import make_loader
 from sfumato.formats.checkpoint import model_hash, sha256_of
@@ -49,7 +51,7 @@ class Run:
     """One training run, ready for its next step."""
 
     config: Config
-    accelerator: Accelerator
+    processes: PartialState
     outlook: plan.Outlook
     model: Family
     method: Method
@@ -70,22 +72,20 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        return self.processes.device
 
     @property
-    def rank(self) -> int:
-        return self.accelerator.process_index
-
-    @property
-    def processes(self) -> int:
-        return self.accelerator.num_processes
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.processes.is_main_process
 
     @property
     def epochs(self) -> int:
         return -(-self.total // self.steps_per_epoch)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return self.accelerator.autocast()
+        dtype = DTYPES[self.config.memory.mixed_precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def latents(self, batch: Batch) -> Tensor:
         """Cached latents, or the autoencoder's, made exactly as the cache makes them."""
@@ -115,9 +115,9 @@ def open_run(config: Config) -> Run | None:
     config = with_seed(config)
     assert config.loop.seed is not None
     assert config.save.output_dir is not None
-    accelerator = make_accelerator(config)
-    set_up(config.log, main_process=accelerator.is_main_process)
-    outlook = plan.look(config, processes=accelerator.num_processes)
+    processes = open_processes()
+    set_up(config.log, main_process=processes.is_main_process)
+    outlook = plan.look(config, processes=processes.num_processes)
     saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
     report(config, outlook, saves)
     state = resumed_state(config, outlook.total)
@@ -126,7 +126,7 @@ def open_run(config: Config) -> Run | None:
         log.info("nothing left to do: training was complete at step %d of %d", start, outlook.total)
         return None
     model = outlook.family.load(
-        outlook.blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=accelerator.device
+        outlook.blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=processes.device
     )
     method = outlook.method
     groups = method.prepare(model)
@@ -138,10 +138,10 @@ def open_run(config: Config) -> Run | None:
     if state:
         method.modules.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
-    loader = make_loader(config, outlook.data, outlook.total, model, method, accelerator)
+    loader = make_loader(config, outlook.data, outlook.total, model, method, processes)
     return Run(
         config=config,
-        accelerator=accelerator,
+        processes=processes,
         outlook=outlook,
         model=model,
         method=method,
@@ -152,7 +152,7 @@ def open_run(config: Config) -> Run | None:
         parameters=[parameter for group in groups for parameter in group.parameters],
         loader=loader,
         frozen_text=FrozenText(model),
-        journal=open_journal(config, outlook, accelerator, start, state.get("journal", {})),
+        journal=open_journal(config, outlook, processes, start, state.get("journal", {})),
         saves=saves,
         metadata=training_metadata(config, facts_of(config, outlook, optimizer)),
         output=config.save.output_dir,
@@ -195,9 +195,16 @@ def with_seed(config: Config) -> Config:
     return config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """One process, or those that a launcher started; refuses a launch that silently stayed alone."""
-    return Accelerator(mixed_precision=config.memory.mixed_precision, cpu=not torch.cuda.is_available())
+def open_processes() -> PartialState:
+    """This process alone, or its place among those that a launcher started; a launch that stayed alone is refused."""
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != processes.num_processes:
+        raise UserError(
+            f"{asked} processes were launched, but they do not know of each other",
+            fix="launch with torchrun --nproc_per_node N",
+        )
+    return processes
 
 
 def steps_per_epoch(config: Config, outlook: plan.Outlook) -> int:
@@ -206,7 +213,8 @@ def steps_per_epoch(config: Config, outlook: plan.Outlook) -> int:
 
 def report(config: Config, outlook: plan.Outlook, saves: SavePlan) -> None:
     """The same tables that `sfumato plan` prints, before anything is loaded."""
-    for line in (*plan.data_lines(config, outlook.data), *plan.model_lines(outlook), *retention(saves, states=config.save.save_state)):
+    kept = retention(saves, states=config.save.save_state)
+    for line in (*plan.data_lines(config, outlook.data), *plan.model_lines(outlook), *kept):
         log.info("%s", line)
     log.info("seed %d", config.loop.seed)
 
@@ -226,9 +234,9 @@ def resumed_state(config: Config, total: int) -> dict[str, Any]:
 
 
 def open_journal(
-    config: Config, outlook: plan.Outlook, accelerator: Accelerator, start: int, state: dict[str, Any]
+    config: Config, outlook: plan.Outlook, processes: PartialState, start: int, state: dict[str, Any]
 ) -> Journal:
-    main = accelerator.is_main_process
+    main = processes.is_main_process
     progress = Progress(outlook.total, start, plain=config.log.console_log_simple, visible=main)
     assert config.save.output_dir is not None
     facts = plan.public_options(config)

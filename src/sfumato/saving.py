@@ -58,7 +58,7 @@ def save_final(run: Run) -> None:
 
 def save_both(run: Run, name: str, step: int, *, state: bool) -> None:
     run.journal.flush()
-    if not run.accelerator.is_main_process:
+    if not run.is_main:
         return
     save_output(run, run.output / f"{name}.safetensors", step)
     if state:
@@ -84,7 +84,7 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
     """Everything that the next step depends on: trained weights, optimizer, step, recent losses."""
     run.journal.flush()
     folder = run.output / name
-    if run.accelerator.is_main_process:
+    if run.is_main:
         state: dict[str, Any] = {
             "step": step,
             "weights": dict(run.method.modules.state_dict()),
@@ -97,7 +97,7 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
 
 def remove(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:
     """Older saves go once the new one stands."""
-    if not run.accelerator.is_main_process:
+    if not run.is_main:
         return
     for name in outputs:
         (run.output / f"{name}.safetensors").unlink(missing_ok=True)
@@ -108,7 +108,7 @@ def remove(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:
 def save_previews(run: Run, step: int, label: str) -> None:
     """Pictures of every prompt; the file is read again each time. A failure is a warning, training goes on."""
     path = run.config.samples.sample_prompts
-    if path is None or not run.accelerator.is_main_process:
+    if path is None or not run.is_main:
         return
     run.method.modules.eval()
     try:

@@ -54,7 +54,7 @@ def train_step(run: Run, step: Step) -> Tensor:
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
     for micro, batch in enumerate(step.batches):
-        run.randomness.seed_modules(step.index, micro, run.rank)
+        run.randomness.seed_modules(step.index, micro, run.processes.process_index)
         with run.autocast():
             loss = training_loss(run, batch, step.real_samples)
         loss.backward()
@@ -111,7 +111,7 @@ def conditioning_of(run: Run, batch: Batch) -> Tensors:
 
 def sum_over_processes(run: Run, loss: Tensor) -> None:
     """Add up gradients in one flat message; each process divided by the real samples of all, so a sum is right."""
-    if run.processes == 1:
+    if run.processes.num_processes == 1:
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.parameters]
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten().to(gradients[0].dtype)])

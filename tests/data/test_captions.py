@@ -68,9 +68,7 @@ def test_warm_up(row):
     names = ("token_warmup_step", "token_warmup_min", "keep_tokens")
     rules = CaptionRules(**{name: row[name] for name in names})
     for step, result in row["result_by_current_step"].items():
-        got = process(
-            row["caption"], rules, Random(0), epoch=1, step=int(step), max_train_steps=row["max_train_steps"]
-        )
+        got = process(row["caption"], rules, Random(0), epoch=1, step=int(step), max_train_steps=row["max_train_steps"])
         assert got == result
 
 

@@ -154,8 +154,9 @@ def of_pillow(path: str, read: Read) -> Header:
         raise UserError(f"{path} is empty (0 bytes)", fix="replace or remove it")
     try:
         with Image.open(BytesIO(data)) as image:
-            orientation = int(image.getexif().get(0x0112, 1))
-            return Header(image.width, image.height, orientation if 1 <= orientation <= 8 else 1)
+            # Pillow turns TIFF by itself, size included.
+            orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+            return Header(image.width, image.height, orientation if orientation in range(1, 9) else 1)
     except DECODER_ERRORS as error:
         raise UserError(f"{path} is no image, or is damaged", fix="replace or remove it") from error
 

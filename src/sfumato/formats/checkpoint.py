@@ -14,10 +14,11 @@ import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,7 +39,11 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANK = {name: rank for rank, name in enumerate(BITS)}
-BUFFER = 16 << 20  # bytes; small enough to count for nothing, large enough that threads seldom wait for each other
+PIECE = 1 << 15  # elements converted at a time: as many as torch converts without sharing out the work, since its
+# threads waiting for each other cost ten times more on a busy machine; it also stays in the processor's cache
+SPAN = 1 << 18  # elements worth a reading thread of their own
+READERS = 4
+TRANSFER = 16 << 20  # bytes copied from a device at a time
 PICKLED = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's two formats
 LARGEST_READ = 1 << 30  # bytes; some systems refuse more at once
 WINDOW = 0x100000, 0x110000  # bytes of a file that the field's short hash looks at
@@ -72,7 +77,7 @@ def _begins_with(path: Path, marks: tuple[bytes, ...]) -> bool:
 
 
 class TensorFile:
-    """One safetensors file, or several that make up one model; for one thread at a time."""
+    """One safetensors file, or several that make up one model."""
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
@@ -81,8 +86,8 @@ class TensorFile:
         self.header = joined(path, list(headers.values()))
         self._place = {name: file for file, header in headers.items() for name in header.tensors}
         self._stack = ExitStack()
-        self._open: dict[Path, FileIO] = {}
-        self._buffer: Tensor | None = None
+        self._mine = threading.local()  # each reading thread has files of its own
+        self._readers: ThreadPoolExecutor | None = None
 
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
@@ -92,36 +97,50 @@ class TensorFile:
         info = _info(self.header, name)
         stored = _torch_dtype(self.header.path, name, info)
         wanted = _wanted(stored, dtype)
-        file = self._file(self._place[name])
+        path = self._place[name]
         travels = stored if torch.device(device).type != "cpu" and stored.itemsize < wanted.itemsize else wanted
         tensor = torch.empty(info.shape, dtype=travels)
+        flat = tensor.reshape(-1)
         if travels == stored:
-            _fill(file, info.start, _bytes(tensor.reshape(-1)))
+            _fill(self._file(path), info.start, _bytes(flat))
         else:
-            self._convert(file, info, stored, tensor.reshape(-1))
+            self._convert(path, info.start, stored, flat)
         return tensor.to(device).to(wanted)
 
-    def _convert(self, file: FileIO, info: TensorInfo, stored: torch.dtype, out: Tensor) -> None:
+    def _convert(self, path: Path, place: int, stored: torch.dtype, out: Tensor) -> None:
+        """Fill `out` from a file with another type, in several threads where it is large."""
+        workers = min(READERS, torch.get_num_threads(), out.numel() // SPAN)
+        if workers < 2:
+            self._convert_span(path, place, stored, out)
+            return
+        if self._readers is None:
+            self._readers = self._stack.enter_context(ThreadPoolExecutor(READERS, "read"))
+        spans = out.split(-(-out.numel() // workers))
+        starts = accumulate((span.numel() * stored.itemsize for span in spans[:-1]), initial=place)
+        for _ in self._readers.map(lambda s, start: self._convert_span(path, start, stored, s), spans, starts):
+            pass  # waits, and raises what a thread raised
+
+    def _convert_span(self, path: Path, place: int, stored: torch.dtype, out: Tensor) -> None:
         """Read through one small buffer, so that no copy of the tensor in its stored type ever exists."""
-        if self._buffer is None:
-            self._buffer = torch.empty(BUFFER, dtype=torch.uint8)
-        buffer, view = self._buffer.view(stored), _bytes(self._buffer)
-        place = info.start
-        for piece in out.split(buffer.numel()):
-            count = piece.numel()
-            _fill(file, place, view[: count * stored.itemsize])
-            piece.copy_(buffer[:count])
-            place += count * stored.itemsize
+        file, buffer = self._file(path), torch.empty(PIECE, dtype=stored)
+        memory = _bytes(buffer)
+        for piece in out.split(PIECE):
+            size = piece.numel() * stored.itemsize
+            _fill(file, place, memory[:size])
+            piece.copy_(buffer[: piece.numel()])
+            place += size
 
     def _file(self, path: Path) -> FileIO:
-        if path not in self._open:
-            self._open[path] = self._stack.enter_context(FileIO(path))
-        return self._open[path]
+        """This thread's own, for its place in it is its own, too."""
+        mine: dict[Path, FileIO] = self._mine.__dict__
+        if path not in mine:
+            mine[path] = self._stack.enter_context(FileIO(path))
+        return mine[path]
 
     def close(self) -> None:
         self._stack.close()
-        self._open.clear()
-        self._buffer = None
+        self._mine = threading.local()
+        self._readers = None
 
     def __enter__(self) -> Self:
         return self
@@ -314,8 +333,11 @@ def _pieces(name: str, tensor: Tensor, spec: Spec) -> Iterator[memoryview]:
     if flat.dtype == dtype and flat.device.type == "cpu":
         yield _bytes(flat)
         return
-    for piece in flat.split(BUFFER // flat.dtype.itemsize):
-        yield _bytes(piece.to(dtype).cpu())
+    if flat.device.type != "cpu":
+        yield from (_bytes(piece.to(dtype).cpu()) for piece in flat.split(TRANSFER // flat.dtype.itemsize))
+        return
+    for piece in flat.split(PIECE):
+        yield _bytes(piece.to(dtype))
 
 
 def _write_all(file: FileIO, memory: memoryview) -> None:

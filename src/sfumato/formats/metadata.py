@@ -1,4 +1,4 @@
-"""What an adapter file says of its training: the field's ss_ keys and the model-spec keys. Names of files, never paths."""
+"""What an adapter file says of its training: the field's ss_ and model-spec keys. Names of files, never paths."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def minimum(metadata: Mapping[str, str]) -> dict[str, str]:
 def modelspec(
     config: Config, *, architecture: str, implementation: str, prediction_type: str, resolution: tuple[int, int]
 ) -> dict[str, str]:
-    """The model-spec 1.0.1 keys. prediction_type: "epsilon", "v", or "" for flows, which the standard has no word for."""
+    """The model-spec 1.0.1 keys. prediction_type: "epsilon", "v", or "" for flows, which it has no word for."""
     options, noise = config.metadata, config.noise
     values = {
         "sai_model_spec": "1.0.1",

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -96,8 +95,8 @@ def _replace(temporary: Path, folder: Path) -> None:
     """Put the finished folder in place; an older one steps aside first and goes when the new one stands."""
     aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.old") if folder.exists() else None
     if aside:
-        os.rename(folder, aside)
-    os.rename(temporary, folder)
+        folder.rename(aside)
+    temporary.rename(folder)
     files.sync(folder.parent)
     if aside:
         shutil.rmtree(aside)

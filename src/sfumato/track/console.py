@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from sfumato.config import LogOptions
@@ -28,7 +29,7 @@ def _to_file(path: Path) -> logging.Handler:
 
 
 def _to_terminal(options: LogOptions) -> logging.Handler:
-    if options.console_log_simple:
+    if options.console_log_simple or not sys.stderr.isatty():  # a log file wants whole lines
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(PLAIN, datefmt="%H:%M:%S"))
         return handler

@@ -1,0 +1,192 @@
+"""Headers and pixels against Pillow and closed forms; damaged files."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from sfumato.data.folders import read_images
+from sfumato.data.headers import header_of
+from sfumato.data.images import Transform, content_hash, decode, interpolation_for, prepare
+from sfumato.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+
+
+def noise(width=40, height=24, seed=0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def plain(size, **options) -> Transform:
+    return Transform(resized=size, bucket=size, interpolation="lanczos", **options)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [(40, 24), (9, 300), (1000, 8)])
+def test_headers_of_every_format(kind, size):
+    data = saved(noise(*size), kind)
+    assert header_of(data, "x")[:2] == size
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 50}, {"exif": Image.Exif()}])
+def test_the_three_kinds_of_webp(options):
+    assert header_of(saved(noise(333, 77), "WEBP", **options), "x")[:2] == (333, 77)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_turns_sizes_and_pixels_alike(kind, orientation):
+    exif = Image.Exif()
+    exif[0x010E] = "a long description before the orientation " * 5
+    exif[0x0112] = orientation
+    data = saved(noise(), kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
+    ours = decode(data, "x")
+    assert header_of(data, "x")[:2] == ours.size == upright.size
+    assert np.array_equal(np.asarray(ours), np.asarray(upright))
+
+
+def test_long_segments_before_the_size_are_walked_over():
+    data = saved(noise(), "JPEG", icc_profile=b"p" * 150_000, comment=b"c" * 60_000)
+    assert header_of(data, "x")[:2] == (40, 24)
+
+
+def test_sixteen_bit_grey_is_scaled():
+    grey = np.linspace(0, 65535, 24 * 40).reshape(24, 40).astype(np.uint16)
+    data = saved(Image.fromarray(grey), "PNG")
+    pixels = np.asarray(decode(data, "x")).astype(int)
+    assert np.abs(pixels - (grey / 257)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
+def test_other_modes_become_the_rgb_that_pillow_makes(mode):
+    image = noise().convert(mode)
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    data = saved(image, kind)
+    wanted = np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+    assert np.array_equal(np.asarray(decode(data, "x")), wanted)
+
+
+def test_alpha_is_dropped_not_blended():
+    rgba = np.dstack([np.asarray(noise()), np.zeros((24, 40), np.uint8)])
+    assert np.array_equal(np.asarray(decode(saved(Image.fromarray(rgba), "PNG"), "x")), rgba[..., :3])
+
+
+def test_a_palette_with_transparency_keeps_its_colours():
+    image = noise().quantize(16)
+    data = saved(image, "PNG", transparency=bytes(range(16)))
+    assert np.array_equal(np.asarray(decode(data, "x")), np.asarray(image.convert("RGB")))
+
+
+def test_shrinking_to_half_takes_the_mean_of_four():
+    image = noise(64, 32)
+    transform = Transform(resized=(32, 16), bucket=(32, 16), interpolation="area")
+    pixels = prepare(saved(image, "PNG"), transform, size=(64, 32), path="x").astype(int)
+    mean = np.asarray(image).reshape(16, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(pixels - mean).max() <= 1  # Pillow rounds once a pass
+
+
+def test_the_crop_is_central_and_the_mirror_last():
+    image = noise(50, 33)
+    transform = Transform(resized=(50, 33), bucket=(40, 24), interpolation="area")
+    data = saved(image, "PNG")
+    centre = np.asarray(image)[4:28, 5:45]
+    assert np.array_equal(prepare(data, transform, size=(50, 33), path="x"), centre)
+    mirrored = Transform(resized=(50, 33), bucket=(40, 24), interpolation="area", flip=True)
+    assert np.array_equal(prepare(data, mirrored, size=(50, 33), path="x"), centre[:, ::-1])
+
+
+def test_interpolation_is_chosen_by_direction_unless_given():
+    assert interpolation_for((100, 100), (50, 50), None) == "area"
+    assert interpolation_for((100, 100), (100, 100), None) == "area"
+    assert interpolation_for((100, 40), (100, 50), None) == "lanczos"
+    assert interpolation_for((100, 100), (50, 50), "nearest") == "nearest"
+
+
+def test_transforms_that_give_the_same_pixels_have_one_name():
+    def name(interpolation: str) -> str:
+        return Transform(resized=(8, 8), bucket=(8, 8), interpolation=interpolation).name
+
+    assert name("linear") == name("bilinear")
+    assert len({name(each) for each in ("linear", "cubic", "area", "nearest", "lanczos")}) == 5
+    assert plain((8, 8)).name != plain((8, 8), flip=True).name
+
+
+def test_an_image_that_changed_its_size_is_told():
+    with pytest.raises(UserError, match="cat.png is 40x24 pixels, but was 41x24 when the run began"):
+        prepare(saved(noise(), "PNG"), plain((40, 24)), size=(41, 24), path="cat.png")
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that claims 60000x60000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+BAD = {
+    "empty.png": (b"", "is empty (0 bytes)"),
+    "text.jpg": (b"this is no picture", "is no image, or is damaged"),
+    "page.png": (b"<!DOCTYPE html><html>", "is no image, or is damaged"),
+    "cut.jpg": (saved(noise(), "JPEG")[:30], "is no image, or is damaged"),
+    "dot.png": (saved(noise(1, 1), "PNG"), "is only 1x1 pixels"),
+    "bomb.png": (bomb(), "claims 60000x60000 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_headers_name_the_file(tmp_path, name):
+    data, words = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    found = read_images(str(tmp_path), [name, "gone.png"], {})
+    assert not found.by_name
+    assert str(tmp_path / name) in found.faults[name].what
+    assert words in found.faults[name].what
+    assert "gone.png cannot be read" in found.faults["gone.png"].what
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+@pytest.mark.parametrize("part", [0.3, 0.7, 0.95])
+def test_pixels_that_are_cut_short_name_the_file(kind, part):
+    data = saved(noise(200, 200), kind)
+    with pytest.raises(UserError, match="cut.png is (damaged|no image)"):
+        prepare(data[: int(len(data) * part)], plain((200, 200)), size=(200, 200), path="cut.png")
+
+
+WHOLE = [saved(noise(), kind) for kind in ("PNG", "JPEG", "WEBP", "BMP")]
+
+
+@given(st.sampled_from(WHOLE), st.lists(st.tuples(st.integers(0, 300), st.integers(0, 255)), max_size=8))
+def test_any_damage_is_a_header_or_a_clear_error(data, changes):
+    damaged = bytearray(data)
+    for place, value in changes:
+        damaged[place % len(damaged)] = value
+    try:
+        width, height, orientation = header_of(bytes(damaged), "x")
+        decode(bytes(damaged), "x")
+    except UserError as error:
+        assert "x" in error.what
+    else:
+        assert width >= 8
+        assert height >= 8
+        assert 1 <= orientation <= 8
+
+
+def test_content_is_what_counts():
+    assert content_hash(b"a") == content_hash(b"a") != content_hash(b"b")

@@ -1,0 +1,184 @@
+"""Training as a user runs it, at toy size: exact resume, caches, previews, and files that other programs load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from sfumato.demo.toy import write_toy
+from sfumato.formats.state import load_state
+from training import losses, pictures, run, same, weights
+
+FAMILIES = ("sd", "flux")
+Toy = Mapping[str, Path]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return write_toy(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_equal_runs_give_equal_files(sd: Toy, images: Path, tmp_path: Path) -> None:
+    first, second = run(sd, images, tmp_path / "1"), run(sd, images, tmp_path / "2")
+    assert same(weights(first), weights(second))
+    assert losses(first) == losses(second)
+    ours, theirs = metadata(first / "lora.safetensors"), metadata(second / "lora.safetensors")
+    changed = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+    assert changed <= {
+        "ss_session_id", "ss_training_started_at", "ss_training_finished_at", "modelspec.date", "sshs_legacy_hash",
+    }  # fmt: skip
+
+
+def test_every_tensor_learns(toy: Toy, images: Path, tmp_path: Path) -> None:
+    """Up matrices start at zero and move at once; the loss is finite and the rates are those asked for."""
+    output = run(toy, images, tmp_path, unet_lr="2e-3", max_train_steps=3)
+    ups = {name: tensor for name, tensor in weights(output).items() if name.endswith("lora_up.weight")}
+    still = [name for name, tensor in ups.items() if not tensor.any()]
+    assert ups
+    assert not still, still
+    assert all(0 < row["loss/current"] < 100 and row["lr/denoiser"] == 2e-3 for row in losses(output))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 3, "train_batch_size": 2, "lr_scheduler": "cosine"}]
+)
+def test_resume_is_exact(sd: Toy, images: Path, tmp_path: Path, options: dict) -> None:
+    """20 steps = 7, resume, 6, resume, 7, bit for bit, with any number of loader workers."""
+    straight = run(sd, images, tmp_path / "straight", max_train_steps=20, max_data_loader_n_workers=2, **options)
+    parts = tmp_path / "parts"
+    common = {"max_train_steps": 20, "save_state": True, **options}
+    run(sd, images, parts, **common, save_every_n_steps=7, max_data_loader_n_workers=0)
+    forget(parts, keep="lora-step00000007")
+    run(sd, images, parts, **common, save_every_n_steps=13, resume=parts / "lora-step00000007-state")
+    forget(parts, keep="lora-step00000013")
+    run(sd, images, parts, **common, resume=parts)
+    assert same(weights(straight), weights(parts))
+    assert losses(straight) == losses(parts)
+
+
+def forget(output: Path, keep: str) -> None:
+    """What a run leaves that was killed after this save."""
+    import shutil
+
+    for path in output.iterdir():
+        if path.is_dir() and not path.name.startswith(keep):
+            shutil.rmtree(path)
+        elif path.suffix == ".safetensors" and not path.name.startswith(keep):
+            path.unlink()
+
+
+def test_nothing_left_to_do(sd: Toy, images: Path, tmp_path: Path) -> None:
+    run(sd, images, tmp_path, save_state=True)
+    before = (tmp_path / "lora.safetensors").stat().st_mtime_ns
+    run(sd, images, tmp_path, resume=tmp_path)
+    assert (tmp_path / "lora.safetensors").stat().st_mtime_ns == before
+
+
+def test_state_holds_what_trains_and_nothing_else(sd: Toy, images: Path, tmp_path: Path) -> None:
+    run(sd, images, tmp_path, save_state=True, network_train_unet_only=True)
+    state, info = load_state(tmp_path / "lora-state")
+    assert all("lora_unet_" in name for name in state["weights"])
+    size = sum(tensor.numel() for tensor in state["weights"].values())
+    assert size == sum(t.numel() for n, t in weights(tmp_path).items() if not n.endswith("alpha"))
+    assert info["options"]["network_train_unet_only"] == "True"
+
+
+def test_cached_is_uncached(toy: Toy, images: Path, tmp_path: Path) -> None:
+    plain = run(toy, images, tmp_path / "plain", network_train_unet_only=True, flip_aug=True)
+    latents = run(toy, images, tmp_path / "latents", network_train_unet_only=True, flip_aug=True, cache_latents=True)
+    cache = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True, "cache_dir": tmp_path / "cache"}
+    disk = run(toy, images, tmp_path / "disk", network_train_unet_only=True, flip_aug=True, **cache)
+    again = run(toy, images, tmp_path / "again", network_train_unet_only=True, flip_aug=True, **cache)
+    for other in (latents, disk, again):
+        assert same(weights(plain), weights(other))
+        assert losses(plain) == losses(other)
+
+
+def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# a comment\na cat --w 64 --h 64 --s 2 --d 5 --n a dog --l 3\na red cup --w 64 --h 64 --s 2\n")
+    plain = run(toy, images, tmp_path / "plain")
+    options = {"sample_prompts": prompts, "sample_every_n_steps": 2, "sample_at_first": True}
+    shown = run(toy, images, tmp_path / "shown", **options)
+    assert same(weights(plain), weights(shown))
+    assert losses(plain) == losses(shown)
+    made = sorted(path.name[: len("lora_000002_00")] for path in (shown / "sample").iterdir())
+    assert made == [f"lora_{step:06d}_{i:02d}" for step in (0, 2, 4) for i in (0, 1)]
+
+
+def test_a_failed_preview_is_a_warning(sd: Toy, images: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --ss no_such_sampler --s 1 --w 64 --h 64")
+    run(sd, images, tmp_path / "out", sample_prompts=prompts, sample_every_n_steps=2)
+    assert (tmp_path / "out" / "lora.safetensors").is_file()
+
+
+@pytest.mark.parametrize("only", ["unet", "text_encoder"])
+def test_one_part_only(toy: Toy, images: Path, tmp_path: Path, only: str) -> None:
+    output = run(toy, images, tmp_path, **{f"network_train_{only}_only": True})
+    prefix = "lora_unet_" if only == "unet" else "lora_te"
+    assert all(name.startswith(prefix) for name in weights(output))
+
+
+def test_going_on_from_weights(toy: Toy, images: Path, tmp_path: Path) -> None:
+    first = run(toy, images, tmp_path / "first", network_alpha=3)
+    file = first / "lora.safetensors"
+    second = run(toy, images, tmp_path / "second", network_weights=file, dim_from_weights=True, learning_rate="1e-12")
+    before, after = weights(first), weights(second)
+    assert set(before) == set(after)
+    assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
+    assert {float(tensor) for name, tensor in after.items() if name.endswith("alpha")} == {3.0}
+
+
+def test_gradient_checkpointing_changes_nothing(toy: Toy, images: Path, tmp_path: Path) -> None:
+    plain = run(toy, images, tmp_path / "plain")
+    less = run(toy, images, tmp_path / "less", gradient_checkpointing=True)
+    assert same(weights(plain), weights(less))
+
+
+def test_bf16(toy: Toy, images: Path, tmp_path: Path) -> None:
+    output = run(toy, images, tmp_path, mixed_precision="bf16", save_precision="fp16", max_train_steps=2)
+    assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in weights(output).values())
+
+
+def test_keeping_only_the_last_saves(sd: Toy, images: Path, tmp_path: Path) -> None:
+    options = {"save_every_n_steps": 2, "save_last_n_steps": 4, "save_last_n_steps_state": 2, "save_state": True}
+    run(sd, images, tmp_path, max_train_steps=10, **options)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "lora-state", "lora-step00000004.safetensors", "lora-step00000006-state", "lora-step00000006.safetensors",
+        "lora-step00000008-state", "lora-step00000008.safetensors", "lora.run.jsonl", "lora.safetensors",
+    ]  # fmt: skip
+
+
+def test_metadata_keys_are_those_of_the_field(sd: Toy, images: Path, tmp_path: Path) -> None:
+    golden = json.loads((Path(__file__).parent / "goldens" / "metadata_keys.json").read_text())
+    found = metadata(run(sd, images, tmp_path) / "lora.safetensors")
+    conditions = golden["when"]
+    wanted = set(golden["train_network_keys"]) - {"ss_datasets", "ss_network_args", "ss_vae_name", "ss_vae_hash"}
+    wanted -= {"ss_new_vae_hash"}
+    assert wanted == {name for name in found if name.startswith("ss_")}
+    assert found["ss_network_dim"] == "2"
+    assert found["ss_base_model_version"] == "sd_v1"
+    assert conditions
+    assert not any(str(tmp_path) in value or str(images) in value for value in found.values())
