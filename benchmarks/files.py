@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -105,7 +104,7 @@ def measured(row: str, folder: Path) -> dict[str, float]:
     path = folder / "in.safetensors"
     if row.startswith(("write", "hash")):  # what is written is there before the clock starts
         with open_checkpoint(path) as file:
-            given = {name: file.read(name) for name in file.keys()}
+            given = {name: file.read(name) for name in file.header.tensors}
     else:
         given = {}
     slept = 0.0
@@ -118,10 +117,10 @@ def measured(row: str, folder: Path) -> dict[str, float]:
 
     files.sync = timed_sync
     torch.empty(1).half().float()
-    before = current_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = memory("VmRSS")
     result = ROWS[row](path, given)
-    extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    extra -= sum(tensor.nbytes for tensor in result.values())
+    extra = memory("VmHWM") - before - sum(tensor.nbytes for tensor in result.values())
     del result
     slept = 0.0
     path.with_name("out.safetensors").unlink(missing_ok=True)
@@ -131,9 +130,10 @@ def measured(row: str, folder: Path) -> dict[str, float]:
     return {"seconds": seconds - slept, "cpu": cpu, "fsync": slept, "file": path.stat().st_size, "extra": extra}
 
 
-def current_memory() -> int:
-    """Bytes of memory that this process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def memory(kind: str) -> int:
+    """Bytes that this process holds (VmRSS) or has held at most (VmHWM); Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
 
 
 def read(path: Path, given: dict, dtype: str | None = None) -> dict:
@@ -142,7 +142,7 @@ def read(path: Path, given: dict, dtype: str | None = None) -> dict:
     from sfumato.formats.checkpoint import open_checkpoint
 
     with open_checkpoint(path) as file:
-        return {name: file.read(name, dtype=dtype and getattr(torch, dtype)) for name in file.keys()}
+        return {name: file.read(name, dtype=dtype and getattr(torch, dtype)) for name in file.header.tensors}
 
 
 def read_with_library(path: Path, given: dict, dtype: str = "float16") -> dict:
@@ -150,7 +150,7 @@ def read_with_library(path: Path, given: dict, dtype: str = "float16") -> dict:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name).to(getattr(torch, dtype), copy=True) for name in file.keys()}
+        return {name: file.get_tensor(name).to(getattr(torch, dtype), copy=True) for name in file.keys()}  # noqa: SIM118
 
 
 def zeros(path: Path, given: dict) -> dict:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sfumato.config import Config, ModelOptions, NetworkOptions, OptimOptions, load_config
+from sfumato.config import Config, LossOptions, ModelOptions, NetworkOptions, OptimOptions
 from sfumato.config.loop import LoopOptions
 from sfumato.config.noise import NoiseOptions
 from sfumato.config.prompts import Prompt
-from sfumato.data.batch import Extras, Sizes, Tensors
+from sfumato.data.batch import Batch, Extras, Sizes
 from sfumato.demo.toy import write_toy
-from sfumato.encode import live_text
+from sfumato.diffusion.randomness import Randomness
+from sfumato.diffusion.recipe import make_recipe
+from sfumato.encode import FrozenText, live_text
 from sfumato.families import register_all
 from sfumato.families._source import open_source
-from sfumato.families.base import FAMILIES, Family, find_family
+from sfumato.families.base import Family, find_family
 from sfumato.methods import make_method
 from sfumato.sample import conditioning, denoise, fill_in, make_scheduler
+from sfumato.train import training_loss
 
 register_all()
 CASES = {"sd": {}, "flux": {"apply_t5_attn_mask": True}}
@@ -91,7 +94,7 @@ def test_a_loaded_single_file_is_saved_again_bit_for_bit(toys: Toys, tmp_path: P
         load_file(str(toys.original.pretrained_model_name_or_path)),
         load_file(tmp_path / "again.safetensors"),
     )
-    assert {k for k in before} <= set(after)
+    assert set(before) <= set(after)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
@@ -99,8 +102,7 @@ def test_samples_do_not_see_their_neighbours(toys: Toys) -> None:
     model = load(toys.original)
     together = predict(model, ["a cat", "a red cup of coffee on a wooden table"])
     alone = predict(model, ["a cat"])
-    x, conditioning = inputs_of(model, ["a cat", "a red cup of coffee on a wooden table"])
-    assert together.shape == x.shape
+    assert together.shape == (2, model.latents.channels, 8, 8)
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-5)
 
 
@@ -126,7 +128,7 @@ class Plain:
 
     def begin(self, model: Family, extras: Extras) -> None: ...
 
-    def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
+    def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Any, extras: Extras) -> Tensor:
         return model.predict(noisy, t, conditioning)
 
 
@@ -192,3 +194,117 @@ def test_denoising_equals_the_diffusers_pipeline(toys: Toys, scale: float) -> No
     theirs = PIPELINES[model.name](toys.folder / "diffusers", model, picture, x)
     assert ours.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- loss and gradients in float64
+
+
+def bare_run(model: Family, method: Any, noise: NoiseOptions) -> Any:
+    """What training_loss asks of a run, without files and data."""
+    return SimpleNamespace(
+        model=model, method=method, randomness=Randomness(3), device=torch.device("cpu"), frozen_text=FrozenText(model),
+        recipe=make_recipe(noise, LossOptions(), model.objective, 2.5), latents=lambda batch: batch.latents,
+    )  # fmt: skip
+
+
+def fixed_batch(model: Family, captions: list[str]) -> Batch:
+    count = len(captions)
+    generator = torch.Generator().manual_seed(1)
+    return Batch(
+        ids=torch.arange(10, 10 + count),
+        latents=torch.randn(count, model.latents.channels, 12, 8, generator=generator, dtype=torch.float64),
+        pixels=None, captions=captions, text={}, text_dropped={}, sizes=Sizes.plain(count, 96, 64), extras=Extras(),
+        weight=torch.tensor([1.0, 0.5]), entry_seeds=torch.zeros(count, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def sd_loss(pipe: Any, denoise: Any, encode: Any, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    noisy = schedule.add_noise(x0, noise, t.long())
+    ids = pipe.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    prediction = denoise(noisy, t.long(), encoder_hidden_states=encode["text_encoder"](ids).last_hidden_state).sample
+    return (prediction - noise) ** 2
+
+
+def flux_loss(
+    pipe: Any, denoise: Any, encode: Any, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]
+) -> Tensor:
+    sigma = (t.double() / 1000).reshape(-1, 1, 1, 1)
+    noisy = (1 - sigma) * x0 + sigma * noise
+    batch, channels, height, width = x0.shape
+    words = pipe.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    pooled = encode["text_encoder"](words).pooler_output
+    tokens = pipe.tokenizer_2(captions, padding="max_length", max_length=512, return_tensors="pt").input_ids
+    hidden = encode["text_encoder_2"](tokens).last_hidden_state
+    raw = denoise(
+        hidden_states=pipe._pack_latents(noisy, batch, channels, height, width), timestep=t.double() / 1000,
+        guidance=torch.full((batch,), 2.5, dtype=torch.float64), pooled_projections=pooled,
+        encoder_hidden_states=hidden, txt_ids=torch.zeros(512, 3, dtype=torch.float64),
+        img_ids=pipe._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float64),
+    ).sample  # fmt: skip
+    prediction = pipe._unpack_latents(raw, height * 8, width * 8, pipe.vae_scale_factor)
+    return (prediction - (noise - x0)) ** 2
+
+
+LOSSES: dict[str, tuple[str, Callable[..., Tensor], dict[str, str]]] = {
+    "sd": ("unet", sd_loss, {"denoiser": "unet", "clip": "text_encoder"}),
+    "flux": (
+        "transformer", flux_loss, {"denoiser": "transformer", "clip_l": "text_encoder", "t5": "text_encoder_2"},
+    ),
+}  # fmt: skip
+
+
+def test_loss_and_gradients_equal_those_of_diffusers_parts(toys: Toys) -> None:
+    """Every adapter's gradient, text encoders included, against weights W + scale * up @ down in diffusers' modules."""
+    from diffusers import DiffusionPipeline
+
+    noise_options = NoiseOptions(model_prediction_type="raw", timestep_sampling="sigmoid")
+    plain = toys.diffusers.model_copy(update={"apply_t5_attn_mask": False})
+    model = load(plain, torch.float64, noise_options)
+    every_encoder = {part.spec.opt_in: True for part in model.parts.values() if part.spec.opt_in}
+    config = Config(
+        network=NetworkOptions(network_dim=3, network_alpha=2.0, network_args=every_encoder),
+        optim=OptimOptions(learning_rate=1.0), loop=LoopOptions(seed=1),
+    )  # fmt: skip
+    method: Any = make_method(config)
+    method.prepare(model)
+    method.modules.double()
+    for parameter in method.modules.parameters():
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
+    run = bare_run(model, method, noise_options)
+    batch = fixed_batch(model, ["a cat", "a red dog on a table"])
+    ours = training_loss(run, batch, 2)
+    ours.backward()
+
+    pipe = DiffusionPipeline.from_pretrained(toys.folder / "diffusers").to(torch.float64)
+    name, loss_of, names = LOSSES[model.name]
+    modules = {ours: getattr(pipe, theirs) for ours, theirs in names.items()}
+    leaves: dict[str, tuple[Tensor, Tensor]] = {}
+    changed: dict[str, dict[str, Tensor]] = {part: dict(module.named_parameters()) for part, module in modules.items()}
+    for adapter in method.engine:
+        group = adapter.group
+        down, up = (p.detach().clone().requires_grad_() for p in (adapter.lora_down, adapter.lora_up))
+        leaves[group.name] = (down, up)
+        for i, path in enumerate(group.paths):
+            key = f"{path}.weight"
+            key = key if key in changed[group.part] else f"text_model.{key}"
+            weight = changed[group.part][key]
+            product = group.take(up, i).flatten(1) @ down.flatten(1)
+            changed[group.part][key] = weight + 2 / 3 * product.reshape(weight.shape)
+
+    def call(part: str) -> Any:
+        return lambda *args, **kwargs: torch.func.functional_call(modules[part], changed[part], args, kwargs)
+
+    draw = run.randomness
+    t = draw.per_sample("timestep", batch.ids, lambda g, _: run.recipe.timestep(g, (1, 12, 8), model.latents))
+    noise = draw.per_sample("noise", batch.ids, lambda g, _: torch.randn(batch.latents.shape[1:], generator=g)).double()
+    encoders = {theirs: call(ours) for ours, theirs in names.items()}
+    elementwise = loss_of(pipe, encoders[name], encoders, batch.latents, noise, t, list(batch.captions))
+    theirs = (elementwise.flatten(1).mean(1) * batch.weight).sum() / 2
+    theirs.backward()
+    assert abs(ours.item() - theirs.item()) < 1e-9
+    for adapter in method.engine:
+        for mine, other in zip((adapter.lora_down, adapter.lora_up), leaves[adapter.group.name], strict=True):
+            torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-9)

@@ -89,6 +89,7 @@ min_bucket_reso = -4
   caption_dropout_rate = 2
 """)
     told = {line.removeprefix(f"{path}: ") for line in faults(path)}
+    not_a_range = "is not a range; write two numbers, the smaller first, as 2.0,4.0"
     assert told == {
         "general.shuffle_caption is 1, not true or false",
         "unknown key general.caption_extention — did you mean 'caption_extension'?",
@@ -100,8 +101,7 @@ min_bucket_reso = -4
         "datasets[0].subsets[1].num_repeats is 1.5, not a whole number",
         "unknown key datasets[0].subsets[1].resolution — it belongs in [general] or [[datasets]]",
         "datasets[0].subsets[1].resize_interpolation is \"lancsoz\" — did you mean 'lanczos'?",
-        "datasets[0].subsets[1].face_crop_aug_range = [4.0, 2.0] is not a range; write two numbers, the smaller first, "
-        "as 2.0,4.0",
+        f"datasets[0].subsets[1].face_crop_aug_range = [4.0, 2.0] {not_a_range}",
         "datasets[0].subsets[1].keep_tokens is true, not a whole number",
         "datasets[0].subsets[1].caption_dropout_rate is 2, but must be at most 1.0",
     }

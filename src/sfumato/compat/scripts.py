@@ -59,9 +59,10 @@ SCRIPTS = {
         ),
         Script(
             name="flux_train_network",
-            family=None,
+            family="flux",
             method="adapter",
-            summary="Trains an adapter for FLUX.1 or Chroma.",
+            summary="Trains an adapter for FLUX.1.",
+            available=True,
             defaults={
                 "timestep_sampling": "sigma",
                 "model_prediction_type": "sigma_scaled",

@@ -33,31 +33,31 @@ class ModelOptions(Options):
         False, "read safetensors files without mapping them into memory", planned="the memory options"
     )
     model_type: Literal["flux", "chroma"] = option(
-        "flux", "which variant of the architecture the checkpoint is", planned="the families that use it"
+        "flux",
+        "which variant of the architecture the checkpoint is",
+        planned_values={"chroma": "the families that use it"},
     )
-    clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model", planned="the families that use it")
+    clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model")
     clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model", planned="the families that use it")
-    t5xxl: ModelPath | None = option(None, "T5-XXL text encoder", path="model", planned="the families that use it")
+    t5xxl: ModelPath | None = option(None, "T5-XXL text encoder", path="model")
     gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="model", planned="the families that use it")
-    ae: ModelPath | None = option(None, "autoencoder file", path="model", planned="the families that use it")
+    ae: ModelPath | None = option(None, "autoencoder file", path="model")
     controlnet_model_name_or_path: ModelPath | None = option(
         None, "ControlNet to start from", path="model", planned="ControlNet training"
     )
     t5xxl_max_token_length: int | None = option(
-        None, "longest caption for T5-XXL; without it the model's own limit", planned="the families that use it", ge=1
+        None, "longest caption for T5-XXL; without it the model's own limit", ge=1
     )
     gemma2_max_token_length: int | None = option(
         None, "longest caption for Gemma 2; without it the model's own limit", planned="the families that use it", ge=1
     )
     t5xxl_device: str | None = option(None, "device of T5-XXL", planned="the families that use it")
     t5xxl_dtype: str | None = option(None, "precision of T5-XXL", planned="the families that use it")
-    apply_t5_attn_mask: bool = option(
-        False, "hide the padding of T5-XXL's tokens from attention", planned="the families that use it"
-    )
+    apply_t5_attn_mask: bool = option(False, "hide the padding of T5-XXL's tokens from attention")
     apply_lg_attn_mask: bool = option(
         False, "hide the padding of CLIP-L's and CLIP-G's tokens from attention", planned="the families that use it"
     )
-    guidance_scale: float = option(3.5, "embedded guidance during training", planned="the families that use it", ge=0)
+    guidance_scale: float = option(3.5, "embedded guidance during training", ge=0)
     system_prompt: str = option("", "text put before every caption", planned="the families that use it")
     pos_emb_random_crop_rate: float = option(
         0.0, "chance of a random crop of the position table", planned="the families that use it", ge=0, le=1

@@ -35,22 +35,22 @@ class NoiseOptions(Options):
         False, "rescale the noise schedule so that its end is pure noise", planned="the noise options"
     )
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"] | None = option(
-        None, "how timesteps are drawn; without it the family's way", planned="the families that use it"
+        None,
+        "how timesteps are drawn; without it the family's way",
+        planned_values={"nextdit_shift": "the families that use it"},
     )
-    sigmoid_scale: float = option(1.0, "width of the sigmoid density", planned="the families that use it", gt=0)
-    discrete_flow_shift: float | None = option(
-        None, "shift towards noise; without it the family's value", planned="the families that use it", gt=0
-    )
+    sigmoid_scale: float = option(1.0, "width of the sigmoid density", gt=0)
+    discrete_flow_shift: float | None = option(None, "shift towards noise; without it the family's value", gt=0)
     training_shift: float = option(1.0, "shift towards noise in training", planned="the families that use it", gt=0)
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] | None = option(
-        None, "space in which the prediction is compared; without it the family's", planned="the families that use it"
+        None, "space in which the prediction is compared; without it the family's"
     )
     weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none", "uniform"] = option(
-        "uniform", "density of timesteps, or weight of the loss over them", planned="the families that use it"
+        "uniform", "density of timesteps, or weight of the loss over them"
     )
-    logit_mean: float = option(0.0, "mean of the logit-normal density", planned="the families that use it")
-    logit_std: float = option(1.0, "deviation of the logit-normal density", planned="the families that use it", gt=0)
-    mode_scale: float = option(1.29, "strength of the mode density", planned="the families that use it")
+    logit_mean: float = option(0.0, "mean of the logit-normal density")
+    logit_std: float = option(1.0, "deviation of the logit-normal density", gt=0)
+    mode_scale: float = option(1.29, "strength of the mode density")
 
 
 class LossOptions(Options):

@@ -86,7 +86,7 @@ class TensorFile:
         self.header = joined(path, list(headers.values()))
         self._place = {name: file for file, header in headers.items() for name in header.tensors}
         self._stack = ExitStack()
-        self._mine = threading.local()  # each reading thread has files of its own
+        self._mine = _Files()
         self._readers: ThreadPoolExecutor | None = None
 
     def keys(self) -> KeysView[str]:
@@ -132,14 +132,13 @@ class TensorFile:
 
     def _file(self, path: Path) -> FileIO:
         """This thread's own, for its place in it is its own, too."""
-        mine: dict[Path, FileIO] = self._mine.__dict__
-        if path not in mine:
-            mine[path] = self._stack.enter_context(FileIO(path))
-        return mine[path]
+        if path not in self._mine.open:
+            self._mine.open[path] = self._stack.enter_context(FileIO(path))
+        return self._mine.open[path]
 
     def close(self) -> None:
         self._stack.close()
-        self._mine = threading.local()
+        self._mine = _Files()
         self._readers = None
 
     def __enter__(self) -> Self:
@@ -147,6 +146,13 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Files(threading.local):
+    """Open files of each thread."""
+
+    def __init__(self) -> None:
+        self.open: dict[Path, FileIO] = {}
 
 
 class PickledFile:
@@ -208,7 +214,7 @@ def _wanted(stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
 
 def _bytes(flat: Tensor) -> memoryview:
     """The memory of a flat CPU tensor."""
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _fill(file: FileIO, place: int, memory: memoryview) -> None:
@@ -273,7 +279,7 @@ def write_stream(
 
     specs: name -> type in the file and shape.
     """
-    head, infos = _layout(specs, metadata or {})
+    head, infos = _layout(specs, metadata)
     with _room_for(path), files.atomic(path) as temporary:
         with FileIO(temporary, "w") as file:
             _write_all(file, memoryview(head))
@@ -301,13 +307,13 @@ def _specs(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str
     return {name: (_wanted(tensor.dtype, dtype), tensor.shape) for name, tensor in tensors.items()}
 
 
-def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, TensorInfo]]:
+def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, TensorInfo]]:
     """The file's header in bytes and, in file order, where each tensor lies: wide types first, then by name."""
     for name, (dtype, _) in specs.items():
         if dtype not in NAMES:
             raise UserError(f"{name!r} has the type {dtype}, which safetensors files cannot hold")
     ordered = sorted(specs, key=lambda name: (-RANK[NAMES[specs[name][0]]], name))
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     place = 0
     for name in ordered:
         dtype, shape = specs[name]
@@ -329,7 +335,7 @@ def _pieces(name: str, tensor: Tensor, spec: Spec) -> Iterator[memoryview]:
     """The bytes of a tensor in its type in the file, without a copy of the whole where none is needed."""
     dtype, shape = spec
     assert tensor.shape == torch.Size(shape), f"{name!r} has shape {tuple(tensor.shape)}, announced {tuple(shape)}"
-    flat = tensor.detach().reshape(-1)
+    flat = tensor.detach().contiguous().reshape(-1)
     if flat.dtype == dtype and flat.device.type == "cpu":
         yield _bytes(flat)
         return

@@ -1,0 +1,235 @@
+"""Finding the data, caching latents without an encoder, reading them back: time, CPU time, memory.
+
+    python benchmarks/data.py [IMAGES] [--photos 200] [--latents 5000] [--repeat 3] [--folder DIR] [--json FILE]
+
+IMAGES small pictures with captions are listed cold (nothing remembered) and warm (every size and time checked again);
+`stat` lists and stats the same files and does nothing else: nothing that checks them can be faster. Photos are JPEGs of
+600 to 1500 pixels a side, brought to 512-pixel buckets with an encoder that does nothing. Latents are those of 512-pixel
+pictures in float32. Every row runs in a fresh process with the files in the system's cache, the rows interleaved;
+median and spread of the repeats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+Figures = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=int, nargs="?", default=100_000, help="small pictures to list")
+    parser.add_argument("--photos", type=int, default=200, help="photos to cache")
+    parser.add_argument("--latents", type=int, default=5000, help="cache entries to read")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the files are written; a temporary folder without it")
+    parser.add_argument("--json", type=Path, help="write the table as JSON, too")
+    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.row:
+        print(json.dumps(ROWS[given.row](given.folder)))
+        return
+    with tempfile.TemporaryDirectory(prefix="sfumato-bench-", dir=given.folder) as folder:
+        make_small_pictures(Path(folder) / "small" / "1_a", given.images)
+        make_photos(Path(folder) / "photos" / "1_a", given.photos)
+        make_latents(Path(folder) / "latents", given.latents)
+        runs: dict[str, list[Figures]] = {row: [] for row in ROWS}
+        for _ in range(given.repeat):
+            for row, found in runs.items():
+                found.append(in_fresh_process(row, Path(folder)))
+    table = [summary(row, found) for row, found in runs.items()]
+    show(table)
+    if given.json:
+        given.json.write_text(json.dumps(table, indent=1))
+
+
+def in_fresh_process(row: str, folder: Path) -> Figures:
+    command = [sys.executable, __file__, "--row", row, "--folder", str(folder)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(row: str, runs: list[Figures]) -> dict[str, object]:
+    """Median of each figure, and how far the seconds were apart."""
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    seconds = [run["seconds"] for run in runs]
+    return {"row": row, **medians, "fastest": min(seconds), "slowest": max(seconds)}
+
+
+def show(table: list[dict[str, object]]) -> None:
+    names = ("seconds", "fastest", "slowest", "cpu", "items", "per_second", "cpu_ms_each", "megabytes")
+    print(f"{'row':<14}" + "".join(f"{name:>13}" for name in names))
+    for line in table:
+        print(f"{line['row']!s:<14}" + "".join(f"{line.get(name, float('nan')):>13,.2f}" for name in names))
+
+
+@contextmanager
+def measured(figures: Figures) -> Iterator[None]:
+    """Wall and CPU seconds of the block, and the process's memory beyond its start, at the peak."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    figures["seconds"], figures["cpu"] = time.perf_counter() - wall, time.process_time() - cpu
+    figures["megabytes"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def rated(figures: Figures, items: int) -> Figures:
+    each = figures["cpu"] / items * 1000
+    return {**figures, "items": items, "per_second": items / figures["seconds"], "cpu_ms_each": each}
+
+
+def stat(folder: Path) -> Figures:
+    figures: Figures = {}
+    with measured(figures), os.scandir(folder / "small" / "1_a") as entries:
+        files = sum(1 for entry in entries if entry.stat().st_size)
+    return rated(figures, files // 2)
+
+
+def index(folder: Path, *, warm: bool) -> Figures:
+    """Sizes, captions, buckets and steps of the small pictures."""
+    from sfumato.config import load_config
+    from sfumato.data.summary import find_data
+    from sfumato.errors import Problems
+
+    (folder / "model.safetensors").touch()
+    cache = folder / "index"
+    argv = ["--train_data_dir", str(folder / "small"), "--resolution", "512", "--enable_bucket"]
+    argv += ["--pretrained_model_name_or_path", str(folder / "model.safetensors"), "--output_dir", str(folder / "out")]
+    config = load_config([*argv, "--cache_dir", str(cache), "--caption_extension", ".txt"])
+    if not warm:
+        shutil.rmtree(cache, ignore_errors=True)
+    problems, figures = Problems(), Figures()
+    with measured(figures):
+        plan = find_data(config, bucket_step=64, problems=problems)
+    problems.raise_all()
+    return rated(figures, plan.num_train_images)
+
+
+def caching(folder: Path, *, batch_size: int) -> Figures:
+    """All of latent caching but the encoder: read, hash, decode, resize, stack, write."""
+    import torch
+
+    from sfumato.config import load_config
+    from sfumato.data.cache import ContentHashes, LatentNames, TensorCache, fill_latents, latent_places
+    from sfumato.data.store import DiskStore
+    from sfumato.data.summary import find_data
+    from sfumato.errors import Problems
+
+    (folder / "model.safetensors").touch()
+    argv = ["--train_data_dir", str(folder / "photos"), "--resolution", "512", "--enable_bucket"]
+    argv += ["--pretrained_model_name_or_path", str(folder / "model.safetensors"), "--output_dir", str(folder / "out")]
+    problems, figures, batches = Problems(), Figures(), []
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        config = load_config([*argv, "--cache_dir", cache])
+        plan = find_data(config, bucket_step=64, problems=problems)
+        problems.raise_all()
+        store = DiskStore(Path(cache))
+        names = LatentNames(fingerprint="none", dtype=torch.float32, hashes=ContentHashes(store))
+
+        def encode(pixels: torch.Tensor, seeds: object) -> torch.Tensor:
+            batches.append(len(pixels))
+            return torch.zeros(len(pixels), 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
+
+        places = latent_places(plan)
+        with measured(figures):
+            fill_latents(TensorCache(store), names, places, encode, batch_size=batch_size)
+        store.close()
+    return {**rated(figures, len(places)), "mean_batch": statistics.mean(batches)}
+
+
+def reading(folder: Path) -> Figures:
+    """Latents by key, in random order, in one thread."""
+    from sfumato.data.cache import TensorCache, key_of
+    from sfumato.data.store import DiskStore
+
+    cache = TensorCache(DiskStore(folder / "latents"))
+    count = int((folder / "latents" / "count").read_text())
+    keys = [key_of("bench", str(i)) for i in range(count)]
+    random.Random(0).shuffle(keys)
+    figures = Figures()
+    with measured(figures):
+        assert all(cache.get(key) is not None for key in keys)
+    return rated(figures, count)
+
+
+ROWS: dict[str, Callable[[Path], Figures]] = {
+    "stat": stat,
+    "index cold": lambda folder: index(folder, warm=False),
+    "index warm": lambda folder: index(folder, warm=True),
+    "caching b1": lambda folder: caching(folder, batch_size=1),
+    "caching b8": lambda folder: caching(folder, batch_size=8),
+    "read latents": reading,
+}
+
+
+def make_small_pictures(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    contents = []
+    for i in range(40):
+        size = int(rng.integers(64, 160)), int(rng.integers(64, 160))
+        kind = "PNG" if i % 4 == 0 else "JPEG"
+        contents.append((kind.lower().replace("jpeg", "jpg"), encoded(noise(rng, size), kind, quality=60)))
+    for i in range(count):
+        ending, data = contents[i % 40]
+        (folder / f"img{i:07d}.{ending}").write_bytes(data)
+        (folder / f"img{i:07d}.txt").write_text(f"1girl, solo, long hair, number {i}, smile, looking at viewer")
+
+
+def make_photos(folder: Path, count: int) -> None:
+    """Smooth with a little noise, as photos are: 100 to 600 kB."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for i in range(count):
+        size = int(rng.integers(600, 1500)), int(rng.integers(600, 1500))
+        smooth = noise(rng, (size[0] // 16, size[1] // 16)).resize(size, Image.Resampling.BICUBIC)
+        grain = rng.integers(-10, 10, (size[1], size[0], 1))
+        photo = Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
+        (folder / f"photo{i}.jpg").write_bytes(encoded(photo, "JPEG", quality=90))
+
+
+def make_latents(folder: Path, count: int) -> None:
+    import torch
+
+    from sfumato.data.cache import LATENTS, TensorCache, key_of
+    from sfumato.data.store import DiskStore
+
+    store = DiskStore(folder)
+    for i in range(count):
+        TensorCache(store).put(key_of("bench", str(i)), {LATENTS: torch.randn(4, 64, 64)})
+    store.close()
+    (folder / "count").write_text(str(count))
+
+
+def noise(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""The cache: entries are named by content, so exactly what changed is made anew."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.data import cache as cache_module
+from sfumato.data.cache import (
+    LATENTS,
+    ContentHashes,
+    LatentNames,
+    TensorCache,
+    TextNames,
+    fill_latents,
+    fill_text,
+    latent_places,
+    seed_of_entry,
+    to_tensor,
+)
+from sfumato.data.store import DiskStore, MemoryStore
+from sfumato.errors import UserError
+
+
+def encode(pixels: torch.Tensor, seeds) -> torch.Tensor:
+    """A stand-in for an encoder: means of 8x8 blocks, and the seed's noise."""
+    means = torch.nn.functional.avg_pool2d(pixels, 8)
+    noise = [torch.randn(means.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return means + 0.1 * torch.stack(noise)
+
+
+class Counting:
+    """Counts what reaches the encoder."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def __call__(self, pixels, seeds):
+        self.batches.append(len(pixels))
+        return encode(pixels, seeds)
+
+
+class Disk:
+    """Fills a disk cache from a plan, each time through a newly opened store, as a new run does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, plan, *, fingerprint: str = "vae", dtype=torch.float32, batch_size: int = 1, **options):
+        store = DiskStore(self.folder)
+        names = LatentNames(fingerprint=fingerprint, dtype=dtype, hashes=ContentHashes(store))
+        places = latent_places(plan)
+        counts = fill_latents(
+            TensorCache(store), names, places, options.pop("encode", encode), batch_size=batch_size, **options
+        )
+        found = {place: TensorCache(store).get(names.key(place)) for place in places}
+        store.close()
+        return counts, found
+
+
+@pytest.fixture
+def disk(tmp_path):
+    return Disk(tmp_path / "latents")
+
+
+@pytest.fixture
+def plan(find, pictures, tmp_path):
+    pictures(tmp_path / "t" / "1_a", 4)
+    pictures(tmp_path / "t" / "1_b", 2, seed=1)
+
+    def make(*argv, resolution=64):
+        return find("--train_data_dir", tmp_path / "t", "--resolution", resolution, *argv)
+
+    return make
+
+
+def test_a_second_run_encodes_nothing(plan, disk):
+    assert disk(plan())[0] == (0, 6)
+    assert disk(plan())[0] == (6, 0)
+
+
+def test_entries_are_what_the_encoder_made_with_the_entrys_own_noise(plan, disk):
+    _, found = disk(plan(), batch_size=3)
+    for place, tensors in found.items():
+        names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
+        alone = encode(to_tensor([place.pixels()]), [seed_of_entry(names.key(place))])[0]
+        assert torch.equal(tensors[LATENTS], alone)
+
+
+def change_a_pixel(folder: Path) -> None:
+    path = folder / "t" / "1_a" / "img1.png"
+    pixels = np.array(Image.open(path))
+    pixels[3, 4, 0] ^= 1
+    Image.fromarray(pixels).save(path)
+
+
+def test_one_pixel_makes_one_entry_new(plan, disk, tmp_path):
+    disk(plan())
+    change_a_pixel(tmp_path)
+    assert disk(plan())[0] == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("argv", "options", "new"),
+    [
+        ({"resolution": 128}, {}, 6),
+        ({}, {"fingerprint": "another vae"}, 6),
+        ({}, {"dtype": torch.bfloat16}, 6),
+        ({"argv": ("--resize_interpolation", "nearest"), "resolution": 128}, {}, 6),
+        ({"argv": ("--flip_aug",)}, {}, 6),  # the mirrored ones, beside those that are there
+        ({"argv": ("--shuffle_caption", "--train_batch_size", 3)}, {}, 0),
+    ],
+)
+def test_exactly_what_depends_on_a_change_is_new(plan, disk, argv, options, new):
+    disk(plan())
+    counts, _ = disk(plan(*argv.get("argv", ()), resolution=argv.get("resolution", 64)), **options)
+    assert counts.encoded == new
+    assert disk(plan())[0] == (6, 0)  # and the old ones are still there
+
+
+def test_touching_moving_and_renaming_cost_nothing(plan, disk, tmp_path):
+    disk(plan())
+    first = tmp_path / "t" / "1_a" / "img0.png"
+    os.utime(first)
+    first.rename(first.with_name("renamed.png"))
+    first.with_suffix(".txt").rename(first.with_name("renamed.txt"))
+    (tmp_path / "t" / "1_b").rename(tmp_path / "t" / "5_c")
+    assert disk(plan())[0] == (6, 0)
+
+
+def test_the_same_name_elsewhere_is_another_entry(plan, disk, tmp_path):
+    """img0 lies in both folders; a .bmp of other content joins the .png of the same stem."""
+    _, found = disk(plan())
+    same_stem = [tensors[LATENTS] for place, tensors in found.items() if Path(place.picture.path).stem == "img0"]
+    assert not torch.equal(*same_stem)
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "t" / "1_a" / "img0.bmp")
+    counts, found = disk(plan())
+    assert counts == (6, 1)
+    assert len({tensors[LATENTS].numpy().tobytes() for tensors in found.values()}) == 7
+
+
+def test_the_same_content_twice_is_encoded_once(plan, disk, tmp_path):
+    data = (tmp_path / "t" / "1_a" / "img0.png").read_bytes()
+    (tmp_path / "t" / "1_b" / "copy.png").write_bytes(data)
+    counting = Counting()
+    counts, found = disk(plan(), encode=counting)
+    assert len(found) == 7
+    assert counts.encoded == sum(counting.batches) == 6
+
+
+def test_mirrored_entries_are_of_mirrored_pixels(plan, disk):
+    _, found = disk(plan("--flip_aug"), encode=lambda pixels, seeds: torch.nn.functional.avg_pool2d(pixels, 8))
+    by_image = {}
+    for place, tensors in found.items():
+        by_image.setdefault(place.picture.path, {})[place.transform.flip] = tensors[LATENTS]
+    for pair in by_image.values():
+        torch.testing.assert_close(pair[True], pair[False].flip(-1))
+
+
+def test_batches_are_full_where_buckets_allow(find, pictures, tmp_path, disk):
+    pictures(tmp_path / "t" / "1_a", 10, size=(64, 64))
+    pictures(tmp_path / "t" / "1_b", 9, size=(256, 64), seed=1)
+    argv = ("--enable_bucket", "--min_bucket_reso", 64, "--max_bucket_reso", 256, "--resolution", 128)
+    counting = Counting()
+    disk(find("--train_data_dir", tmp_path / "t", *argv), batch_size=8, encode=counting)
+    assert counting.batches == [8, 2, 8, 1]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(plan, tmp_path, workers):
+    one = Disk(tmp_path / "one")(plan(), batch_size=2, workers=workers)[1]
+    other = Disk(tmp_path / "other")(plan(), batch_size=2, workers=2)[1]
+    assert all(torch.equal(one[place][LATENTS], other[place][LATENTS]) for place in one)
+
+
+def test_latents_that_are_not_finite_name_the_image(plan, disk):
+    def broken(pixels, seeds):
+        return encode(pixels, seeds).log()
+
+    with pytest.raises(UserError, match=r"latents of .*img\d.png are not finite"):
+        disk(plan(), encode=broken)
+
+
+def test_a_damaged_image_is_named_and_the_rest_is_kept(plan, disk, tmp_path):
+    path = tmp_path / "t" / "1_b" / "img1.png"
+    plan = plan()
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"1_b.img1\.png is damaged"):
+        disk(plan)
+    path.unlink()
+    with pytest.raises(UserError, match=r"1_b.img1\.png cannot be read"):
+        disk(plan)
+
+
+def test_progress_counts_to_the_end(plan, disk):
+    told = []
+    disk(plan(), batch_size=2, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (6, 6)
+    assert told == sorted(told)
+
+
+def features(caption: str) -> dict[str, torch.Tensor]:
+    length = len(caption.split()) + 2
+    hidden = torch.arange(length * 4.0).reshape(length, 4) + sum(map(ord, caption))
+    return {"hidden": hidden, "mask": torch.ones(length, dtype=torch.bool)}
+
+
+class Encoder:
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, captions):
+        assert len(captions) == 1
+        self.seen.extend(captions)
+        return [features(caption) for caption in captions]
+
+
+def test_text_is_encoded_once_for_each_caption(tmp_path):
+    cache, encoder = TensorCache(DiskStore(tmp_path)), Encoder()
+    names = TextNames(fingerprint="clip")
+    captions = ["a cat", "a dog", "", "a cat"]
+    assert fill_text(cache, names, captions, encoder) == (0, 3)
+    assert fill_text(cache, names, captions, encoder) == (3, 0)
+    assert encoder.seen == ["a cat", "a dog", ""]
+    for caption in captions:
+        entry = cache.get(names.key(caption))
+        assert entry is not None
+        assert all(torch.equal(entry[name], tensor) for name, tensor in features(caption).items())
+        assert entry["mask"].dtype == torch.bool
+
+
+def test_one_letter_or_another_encoder_makes_new_text(tmp_path):
+    cache = TensorCache(DiskStore(tmp_path))
+    captions = ["a cat", "a dog", "a bird"]
+    fill_text(cache, TextNames(fingerprint="clip"), captions, Encoder())
+    assert fill_text(cache, TextNames(fingerprint="clip"), ["a cat", "a dot", "a bird"], Encoder()) == (2, 1)
+    assert fill_text(cache, TextNames(fingerprint="t5"), captions, Encoder()) == (0, 3)
+    half = TextNames(fingerprint="clip", dtype=torch.bfloat16)
+    assert fill_text(cache, half, captions, Encoder()) == (0, 3)
+    entry = cache.get(half.key("a cat"))
+    assert entry is not None
+    assert (entry["hidden"].dtype, entry["mask"].dtype) == (torch.bfloat16, torch.bool)
+
+
+def test_processes_share_the_work_and_each_waits_for_all(plan, tmp_path):
+    plan = plan("--flip_aug")
+    encoders = [Counting(), Counting()]
+    results = {}
+
+    def run(rank: int) -> None:
+        results[rank] = Disk(tmp_path / "latents")(plan, encode=encoders[rank], rank=rank, processes=2)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = [sum(encoder.batches) for encoder in encoders]
+    assert sum(made) == 12
+    assert all(made)
+    for _, found in results.values():
+        assert all(tensors is not None for tensors in found.values())
+
+
+def test_what_a_dead_process_owes_is_made_by_the_others(plan, disk, monkeypatch):
+    monkeypatch.setattr(cache_module, "PATIENCE", 0.3)
+    counts, found = disk(plan(), rank=0, processes=2)
+    assert counts.encoded == 6
+    assert all(tensors is not None for tensors in found.values())
+
+
+def test_memory_is_not_shared_so_every_process_makes_all(plan):
+    store = MemoryStore()
+    names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
+    counts = fill_latents(TensorCache(store), names, latent_places(plan()), encode, rank=1, processes=2)
+    assert counts == (0, 6)
+
+
+def test_hashes_are_remembered_while_the_file_is_the_same(plan, tmp_path, monkeypatch):
+    pictures = [place.picture for place in latent_places(plan())]
+    store = DiskStore(tmp_path / "hashes")
+    first = [ContentHashes(store).of(picture) for picture in pictures]
+    reads = []
+    original = cache_module.read
+    monkeypatch.setattr(cache_module, "read", lambda path: reads.append(path) or original(path))
+    assert [ContentHashes(store).of(picture) for picture in pictures] == first
+    assert not reads
+    change_a_pixel(tmp_path)
+    pictures = [place.picture for place in latent_places(plan())]
+    again = [ContentHashes(store).of(picture) for picture in pictures]
+    assert sum(a != b for a, b in zip(first, again, strict=True)) == 1
+    assert len(reads) == 1
+
+
+def test_an_entry_that_breaks_is_made_anew(plan, disk, tmp_path, caplog):
+    disk(plan())
+    (shard,) = (tmp_path / "latents" / "shards").iterdir()
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 255  # in the last record's content
+    shard.write_bytes(data)
+    counts, found = disk(plan(), dtype=torch.float32)
+    assert counts == (6, 0)  # only reading finds it
+    assert sum(tensors is None for tensors in found.values()) == 1
+    assert "is damaged and not used" in caplog.text
+    counts, found = disk(plan())
+    assert counts == (5, 1)
+    assert all(tensors is not None for tensors in found.values())
+
+
+def test_seeds_are_whole_numbers_that_a_generator_takes():
+    assert seed_of_entry(b"\xff" * 20) == 2**63 - 1
+    torch.Generator().manual_seed(seed_of_entry(b"\xff" * 20))

@@ -1,0 +1,162 @@
+"""The order of samples: each exactly its repeats, the same for any number of processes, resumed without replay."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice, pairwise
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sfumato.data.buckets import Buckets
+from sfumato.data.captions import CaptionRules
+from sfumato.data.order import Order
+from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
+from sfumato.data.settings import DatasetSettings, SubsetSettings
+from sfumato.data.sources import Picture
+
+SHAPES = ((128, 128), (256, 64), (64, 256))  # each a bucket of its own
+
+
+def plan_of(datasets, *, batch_size: int = 2, processes: int = 1) -> DataPlan:
+    """datasets: for each, for each subset, (repeats, number of images); the images take turns among three shapes."""
+    found = []
+    for d, subsets in enumerate(datasets):
+        buckets = Buckets(resolution=(128, 128), shortest=64, longest=256)
+        plans = []
+        for s, (repeats, count) in enumerate(subsets):
+            settings = SubsetSettings(
+                where="",
+                image_dir=f"{d}{s}",
+                is_reg=False,
+                class_tokens=None,
+                num_repeats=repeats,
+                caption_extension=".txt",
+                flip_aug=False,
+                interpolation=None,
+                validation_split=0.0,
+                validation_seed=None,
+                rules=CaptionRules(),
+            )
+            pictures = [Picture(f"{d}/{s}/{i}.png", 0, 0, *SHAPES[i % 3], f"{d} {s} {i}") for i in range(count)]
+            items = tuple(Item(each, buckets.choose((each.width, each.height))) for each in pictures)
+            plans.append(SubsetPlan(settings=settings, items=items, repeats=(repeats,) * count))
+        of_dataset = DatasetSettings(
+            where="",
+            batch_size=batch_size,
+            buckets=buckets,
+            network_multiplier=1.0,
+            skip_image_resolution=None,
+            subsets=tuple(each.settings for each in plans),
+        )
+        found.append(DatasetPlan(settings=of_dataset, subsets=tuple(plans)))
+    return DataPlan(
+        datasets=tuple(found), validation=(), processes=processes, prior_loss_weight=1.0, from_file=True, notes=()
+    )
+
+
+def epochs_of(order: Order, count: int = 1, first: int = 0):
+    return list(islice(order.steps(first * order.steps_per_epoch), count * order.steps_per_epoch))
+
+
+def samples_of(steps):
+    return [sample for step in steps for batch in step.batches for sample in batch.samples]
+
+
+DATASETS = st.lists(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), min_size=1, max_size=3), min_size=1, max_size=3
+)
+
+
+@given(DATASETS, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_every_sample_appears_exactly_its_repeats(datasets, batch_size, processes, accumulation, seed):
+    plan = plan_of(datasets, batch_size=batch_size, processes=processes)
+    expected = Counter(
+        {
+            f"{d} {s} {i}": repeats
+            for d, subsets in enumerate(datasets)
+            for s, (repeats, count) in enumerate(subsets)
+            for i in range(count)
+        }
+    )
+    orders = [Order(plan, seed=seed, accumulation=accumulation, rank=rank) for rank in range(processes)]
+    for epoch in range(2):
+        ranks = [epochs_of(order, first=epoch) for order in orders]
+        seen = [sample for steps in ranks for sample in samples_of(steps)]
+        assert Counter(sample.item.picture.caption for sample in seen if sample.real) == expected
+        places = sorted(sample.id for sample in seen if sample.real)
+        assert places == list(range(epoch * plan.samples_per_epoch, (epoch + 1) * plan.samples_per_epoch))
+        for together in zip(*ranks, strict=True):
+            real = sum(sample.real for step in together for batch in step.batches for sample in batch.samples)
+            assert {step.real_samples for step in together} == {real}
+            for batches in zip(*(step.batches for step in together), strict=True):
+                assert len({len(batch.samples) for batch in batches}) == 1  # every process works on as many
+                assert len({batch.bucket for batch in batches}) == 1
+                assert all(sample.item.choice.bucket == batch.bucket for batch in batches for sample in batch.samples)
+
+
+@given(DATASETS, st.integers(0, 5))
+def test_ids_and_order_do_not_depend_on_processes(datasets, seed):
+    """One process with batch 4, two with batch 2, four with batch 1: the same global batches."""
+    found = []
+    for processes in (1, 2, 4):
+        plan = plan_of(datasets, batch_size=4 // processes, processes=processes)
+        ranks = [epochs_of(Order(plan, seed=seed, accumulation=2, rank=rank)) for rank in range(processes)]
+        found.append(
+            [
+                [
+                    [(sample.id, sample.item) for batch in batches for sample in batch.samples if sample.real]
+                    for batches in zip(*(step.batches for step in together), strict=True)
+                ]
+                for together in zip(*ranks, strict=True)
+            ]
+        )
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_single_process_has_no_fillers():
+    plan = plan_of([[(1, 11)]], batch_size=4)
+    assert all(sample.real for sample in samples_of(epochs_of(Order(plan, seed=0))))
+
+
+def test_fillers_are_copies_of_a_sample_of_their_batch():
+    plan = plan_of([[(1, 3)]], batch_size=4, processes=2)
+    ranks = [epochs_of(Order(plan, seed=0, rank=rank)) for rank in range(2)]
+    for steps in zip(*ranks, strict=True):
+        samples = samples_of(steps)
+        real = {sample.id: sample.item for sample in samples if sample.real}
+        assert all(real[sample.id] == sample.item for sample in samples)
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 7, 8, 23])
+def test_starting_later_gives_the_tail(first):
+    order = Order(plan_of([[(2, 7)], [(1, 5)]]), seed=3, accumulation=2)
+    whole = list(islice(order.steps(), 30))
+    assert list(islice(order.steps(first), 30 - first)) == whole[first:]
+
+
+def test_the_last_step_of_an_epoch_takes_what_is_left():
+    plan = plan_of([[(1, 9)]], batch_size=1)
+    order = Order(plan, seed=0, accumulation=4)
+    assert [len(step.batches) for step in islice(order.steps(), 6)] == [4, 4, 1, 4, 4, 1]
+    assert [step.epoch for step in islice(order.steps(), 6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_epochs_and_seeds_differ():
+    plan = plan_of([[(3, 12)]])
+
+    def captions(seed: int, epoch: int) -> list[str]:
+        return [sample.item.picture.caption for sample in samples_of(epochs_of(Order(plan, seed=seed), first=epoch))]
+
+    orders = [captions(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert captions(0, 1) == orders[1]
+
+
+def test_buckets_come_mixed():
+    plan = plan_of([[(10, 9)]])
+    shapes = [step.batches[0].bucket for step in epochs_of(Order(plan, seed=0))]
+    changes = sum(a != b for a, b in pairwise(shapes))
+    assert changes > len(shapes) / 3  # in runs, it would be 2

@@ -1,0 +1,202 @@
+"""The header reader agrees with the safetensors library, and names what is wrong with a file that is not whole."""
+
+import contextlib
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+
+from sfumato.errors import UserError
+from sfumato.formats.header import LONGEST_HEADER, read_header, sharded_headers
+
+TENSORS = {
+    "unet.weight": torch.randn(3, 4),
+    "unet.bias": torch.randn(3).half(),
+    "scalar": torch.tensor(2.0, dtype=torch.bfloat16),
+    "empty": torch.zeros(0, 5),
+    "small": torch.zeros(4).to(torch.float8_e4m3fn),
+    "ids": torch.arange(6).reshape(2, 3),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt", "comment": "größer ✓"})
+    return path
+
+
+def raw(header: bytes, data: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def entry(**changes):
+    return json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}).encode()
+
+
+def test_it_reads_what_the_library_reads(file):
+    header = read_header(file)
+    with safe_open(file, "pt") as library:
+        assert set(header.tensors) == set(library.keys())
+        assert header.metadata == library.metadata()
+        assert header.shapes == {name: tuple(library.get_slice(name).get_shape()) for name in library.keys()}  # noqa: SIM118
+        assert {n: i.dtype for n, i in header.tensors.items()} == {n: library.get_slice(n).get_dtype() for n in TENSORS}
+    content = file.read_bytes()
+    for name, tensor in TENSORS.items():
+        info = header.tensors[name]
+        assert content[info.start : info.end] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert info.count == tensor.numel()
+        assert info.nbytes == tensor.nbytes
+
+
+def test_a_file_without_tensors_and_metadata(tmp_path):
+    path = tmp_path / "none.safetensors"
+    path.write_bytes(raw(b"{}"))
+    assert read_header(path).tensors == {}
+    assert read_header(path).metadata == {}
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(UserError, match=r"gone.safetensors does not exist"):
+        read_header(tmp_path / "gone.safetensors")
+    with pytest.raises(UserError, match="is a folder"):
+        read_header(tmp_path)
+
+
+def test_every_truncation_is_named_with_both_sizes(file):
+    content = file.read_bytes()
+    for size in range(len(content)):
+        file.write_bytes(content[:size])
+        with pytest.raises(UserError) as caught:
+            read_header(file)
+        assert str(file) in str(caught.value)
+        assert f"{size:,}" in str(caught.value)
+        if size >= len(content) - 50:
+            assert f"{len(content):,} bytes and has {size:,}" in str(caught.value)
+
+
+def test_surplus_bytes(file):
+    file.write_bytes(file.read_bytes() + b"xx")
+    with pytest.raises(UserError, match="2 bytes more"):
+        read_header(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "0 bytes"),
+        (b"PK\x03\x04" + b"x" * 100, "pickled checkpoint"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P", "old pickled"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>" + b"x" * 100, "web page"),
+        (b"\n <html>" + b"x" * 100, "web page"),
+        (b"GGUF" + b"\x03\0\0\0" + b"x" * 100, "GGUF"),
+        (b"x" * 1000, "not a safetensors file"),
+        (struct.pack("<Q", LONGEST_HEADER + 1) + b"{" + b" " * 100, "not a safetensors file"),
+        (struct.pack("<Q", 2**63) + b"{}", "not a safetensors file"),
+        (struct.pack("<Q", LONGEST_HEADER) + b"{" + b" " * 100, "cut off"),
+        (raw(b"{nonsense}"), "header is damaged"),
+        (raw(b'{"a": "\xff"}'), "header is damaged"),
+        (raw(b"{" + b'"a":{' * 90_000), "header is damaged"),
+        (raw(b'{"__metadata__": {"a": 1}}'), "metadata is not"),
+        (raw(b'{"a": []}'), "entry 'a'"),
+        (raw(b'{"a": {"dtype": "F32"}}'), "entry 'a'"),
+        (raw(entry(dtype="F33"), b"x" * 8), "unknown type 'F33'"),
+        (raw(entry(dtype=[1]), b"x" * 8), "entry 'a'"),
+        (raw(entry(shape=[3]), b"x" * 8), "size of 'a'"),
+        (raw(entry(shape=[-1, -2]), b"x" * 8), "size of 'a'"),
+        (raw(entry(shape=[2.0]), b"x" * 8), "size of 'a'"),
+        (raw(entry(shape=["2"]), b"x" * 8), "'a'"),
+        (raw(entry(data_offsets=[8, 0]), b"x" * 8), "size of 'a'"),
+        (raw(entry(data_offsets=[8, 16]), b"x" * 16), "gap or overlap"),
+    ],
+)
+def test_what_is_not_a_whole_safetensors_file_is_told(tmp_path, content, told):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+
+
+@given(st.data())
+def test_no_change_of_a_byte_gets_another_error(tmp_path_factory, data):
+    content = bytearray(save(TENSORS))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        assert max(info.end for info in read_header(path).tensors.values()) == len(content)
+
+
+# ---------------------------------------------------------------- models in pieces
+
+
+@pytest.fixture
+def shards(tmp_path):
+    names = list(TENSORS)
+    files = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    for file, keys in files.items():
+        save_file({key: TENSORS[key] for key in keys}, tmp_path / file)
+    weight_map = {key: file for file, keys in files.items() for key in keys}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return tmp_path
+
+
+def test_pieces_are_found_by_index_and_by_folder(shards):
+    by_folder = sharded_headers(shards)
+    assert by_folder == sharded_headers(shards / "model.safetensors.index.json")
+    assert {name for header in by_folder.values() for name in header.tensors} == set(TENSORS)
+    assert [path.name for path in by_folder] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_a_folder_with_one_file_and_a_variant(tmp_path):
+    save_file(TENSORS, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file(TENSORS, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert list(sharded_headers(tmp_path)) == [tmp_path / "diffusion_pytorch_model.safetensors"]
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    assert list(sharded_headers(tmp_path)) == [tmp_path / "diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_folders_that_do_not_say_which_file(tmp_path):
+    with pytest.raises(UserError, match="holds no safetensors file"):
+        sharded_headers(tmp_path)
+    save_file(TENSORS, tmp_path / "a.safetensors")
+    save_file(TENSORS, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match=r"several models: a.safetensors, b.safetensors"):
+        sharded_headers(tmp_path)
+
+
+def test_a_missing_or_foreign_piece(shards):
+    second = shards / "model-00002-of-00002.safetensors"
+    save_file({"other": torch.zeros(1)}, second)
+    with pytest.raises(UserError, match="disagree about 4 tensors"):
+        sharded_headers(shards)
+    second.unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors does not exist"):
+        sharded_headers(shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "not an index"),
+        ("nonsense", "not an index"),
+        ('{"weight_map": 3}', "not an index"),
+        ('{"weight_map": {}}', "must map"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "must map"),
+        ('{"weight_map": {"a": 3}}', "must map"),
+    ],
+)
+def test_a_broken_index(tmp_path, text, told):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(UserError, match=told):
+        sharded_headers(index)
