@@ -124,11 +124,13 @@ def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path) -> Non
     engine.attach(Part(spec=_flux_keys.spec(""), module=module).groups(), lambda group: LoRA(group, rank=4, alpha=2.0))
     for parameter in engine.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    grid = torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    positions = torch.stack(grid, -1).reshape(-1, 3)
     arguments = {
         "hidden_states": torch.randn(1, 16, 64, generator=generator), "timestep": torch.tensor([0.5]),
         "guidance": torch.tensor([3.5]), "pooled_projections": torch.randn(1, 768, generator=generator),
         "encoder_hidden_states": torch.randn(1, 8, 4096, generator=generator), "txt_ids": torch.zeros(8, 3),
-        "img_ids": torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1).reshape(-1, 3),
+        "img_ids": positions,
     }  # fmt: skip
     with torch.no_grad():
         ours = module(**arguments, return_dict=False)[0]

@@ -49,7 +49,7 @@ def seed_of_entry(key: bytes) -> int:
 
 def to_tensor(pixels: Sequence[Pixels]) -> Tensor:
     """uint8 (H, W, 3) each -> float32 (B, 3, H, W) in [-1, 1]"""
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
 def latent_places(plan: DataPlan) -> list[Place]:

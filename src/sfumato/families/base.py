@@ -80,6 +80,7 @@ class Network:
         """Build from the configuration without storage, then fill from the file in the wanted dtype."""
         module = on_meta(lambda: build(self.config))
         self.weights.fill(module, dtype=dtype, device=device)
+        self.weights.file.close()  # opens again by itself when something more is read
         return module.to(device)  # buffers
 
 

@@ -280,7 +280,7 @@ def write_stream(
     specs: name -> type in the file and shape.
     """
     head, infos = _layout(specs, metadata)
-    with _room_for(path), files.atomic(path) as temporary:
+    with room_for(path), files.atomic(path) as temporary:
         with FileIO(temporary, "w") as file:
             _write_all(file, memoryview(head))
             for name in infos:
@@ -292,7 +292,8 @@ def write_stream(
 
 
 @contextmanager
-def _room_for(path: Path) -> Iterator[None]:
+def room_for(path: Path) -> Iterator[None]:
+    """Turn the system's ways of saying that there is no room into DiskFull; other errors pass."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Training state on disk: a tree of plain values and tensors, whole or not at all, without pickle.
 
 A state is a folder with `state.safetensors` (every tensor, named by its path in the tree) and `state.json` (the tree,
-the checksum of the tensors, and facts about the run). The folder is made under another name and renamed when complete.
+checksums, and facts about the run). The folder is made under another name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -11,95 +11,142 @@ import json
 import logging
 import math
 import shutil
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato import __version__, files
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import TensorFile, write_safetensors
+from sfumato.formats.checkpoint import TensorFile, room_for, write_safetensors
 
 log = logging.getLogger(__name__)
 TENSORS, TREE = "state.safetensors", "state.json"
+FOREIGN = ("train_state.json", "optimizer.bin", "random_states_0.pkl")  # what other programs put into their states
 VERSION = 1
 
 
 def save_state(folder: Path, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Write a tree of dicts, lists, tuples, numbers, texts, None and tensors; `info` is plain JSON.
 
-    A kill at any moment leaves the older folder of that name or this one, complete.
+    A kill at any moment leaves the older folder of that name or this one, complete: in its place, or beside it where
+    `newest_complete` finds it. Raises DiskFull where there is no room, UserError for a value of another kind.
     """
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "", tensors)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        write_safetensors(temporary / TENSORS, tensors)
-        content = {
-            "version": VERSION,
-            "program": f"sfumato {__version__}",
-            "torch": torch.__version__,
-            "sha256": _digest(temporary / TENSORS),
-            "info": info,
-            "tree": tree,
-        }
-        files.write_text(temporary / TREE, json.dumps(content))
-        _replace(temporary, folder)
+        with room_for(folder):
+            temporary.mkdir(parents=True)
+            write_safetensors(temporary / TENSORS, tensors)
+            content = {
+                "version": VERSION,
+                "program": f"sfumato {__version__}",
+                "torch": torch.__version__,
+                "saved_at": time.time(),
+                "sha256": _digest(temporary / TENSORS),
+                "info": info,
+                "tree": tree,
+            }
+            files.write_text(temporary / TREE, json.dumps({**content, "seal": _seal(content)}))
+            _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, info); raises UserError when the folder is not a complete state."""
+    """(state, info), tensors on the CPU. Raises UserError when the folder is not a complete state."""
     fault = fault_of(folder)
     if fault:
         raise UserError(f"{folder} is not a complete state: {fault}")
-    content = json.loads((folder / TREE).read_text(encoding="utf-8"))
+    content = _content(folder)
     with TensorFile(folder / TENSORS) as file:
         return _unflatten(content["tree"], file), content["info"]
 
 
 def newest_complete(path: Path) -> Path:
-    """The state that `path` is, or the newest complete one inside it; those skipped on the way are named."""
-    if (path / TREE).is_file():
-        return path
-    if not path.is_dir():
+    """The state that `path` is, or the newest complete one inside it; those skipped on the way are named.
+
+    Where `path` is a state that was being replaced when its run was killed, what lies ready beside it counts.
+    """
+    if not path.exists() and not any(_copies(path)):
         raise UserError(f"{path} does not exist, so there is no state to resume from")
-    states = [each for each in path.iterdir() if each.is_dir() and each.name.rstrip("0123456789.").find("-state") > 0]
-    for state in sorted(states, key=lambda each: each.stat().st_mtime_ns, reverse=True):
+    is_state = not path.is_dir() or (path / TREE).is_file() or _is_foreign(path)
+    for state in sorted([*([path] if is_state else _states_in(path)), *_copies(path)], key=_saved_at, reverse=True):
         fault = fault_of(state)
         if fault is None:
             return state
         log.warning("skipping %s, which is not a complete state: %s", state, fault)
+    if is_state:
+        fix = "give the folder that holds all states of the run, and the newest complete one is taken"
+        raise UserError(f"{path} is not a complete state: {fault_of(path)}", fix=fix)
     raise UserError(f"{path} holds no complete state", fix="give the folder of a state, its name ends in -state")
 
 
 def fault_of(folder: Path) -> str | None:
     """What keeps a folder from being a complete state, or None."""
     try:
-        content = json.loads((folder / TREE).read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            return f"it has version {content['version']}, this program reads {VERSION}"
+        content = _content(folder)
         return None if content["sha256"] == _digest(folder / TENSORS) else f"{TENSORS} is damaged"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (ValueError, KeyError):
-        return f"{TREE} is damaged"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return "it was saved by another program" if _is_foreign(folder) else f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except ValueError as error:
+        return str(error)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """What state.json says; ValueError tells what is wrong with it."""
+    try:
+        content = json.loads((folder / TREE).read_text(encoding="utf-8"))
+        version, seal = content["version"], content.pop("seal")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{TREE} is damaged") from None
+    if version != VERSION:
+        raise ValueError(f"it has version {version}, this program reads {VERSION}")
+    if seal != _seal(content):
+        raise ValueError(f"{TREE} is damaged")
+    return content
+
+
+def _saved_at(folder: Path) -> float:
+    """Unix time, 0 where nobody knows."""
+    try:
+        return _content(folder)["saved_at"]
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _states_in(folder: Path) -> Iterator[Path]:
+    """Folders that are states by name or content, those left by a kill in the middle of saving included."""
+    for each in sorted(folder.iterdir()):
+        if each.is_dir() and ("-state" in each.name or (each / TREE).is_file()):
+            yield each
+
+
+def _copies(folder: Path) -> list[Path]:
+    """The new and the old version that a kill in the middle of replacing leaves beside the place."""
+    beside = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
+    return [each for each in beside if each.name.startswith(f".{folder.name}.") and each.suffix in (".tmp", ".old")]
+
+
+def _is_foreign(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in FOREIGN)
 
 
 def _replace(temporary: Path, folder: Path) -> None:
     """Put the finished folder in place; an older one steps aside first and goes when the new one stands."""
-    aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.old") if folder.exists() else None
-    if aside:
-        folder.rename(aside)
+    if folder.exists():
+        folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old"))
     temporary.rename(folder)
     files.sync(folder.parent)
-    if aside:
-        shutil.rmtree(aside)
+    for leftover in _copies(folder):  # of this save and of earlier ones that were killed
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:
@@ -107,25 +154,37 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _seal(content: Mapping[str, Any]) -> str:
+    """A checksum of state.json's own content."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The tree as JSON; [kind, content] where JSON alone would lose the kind."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return ["tensor", path]
+        if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+            raise UserError(f"state: {path} is a {type(value).__name__} ({value.layout}), which cannot be saved")
+        name = path
+        while name in tensors:  # the keys 1 and "1" make the same path
+            name += "#"
+        tensors[name] = value.detach()
+        return ["tensor", name]
     if isinstance(value, Mapping):
-        items = [[_key(key), _flatten(each, f"{path}/{key}", tensors)] for key, each in value.items()]
+        items = [[_key(key, path), _flatten(each, f"{path}/{key}", tensors)] for key, each in value.items()]
         return ["dict", items]
     if isinstance(value, list | tuple):
         items = [_flatten(each, f"{path}/{i}", tensors) for i, each in enumerate(value)]
         return ["list" if isinstance(value, list) else "tuple", items]
     if isinstance(value, float) and not math.isfinite(value):
-        return ["float", repr(value)]
-    assert value is None or isinstance(value, bool | int | float | str), f"{path} is a {type(value).__name__}"
-    return value
+        return ["float", repr(float(value))]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"state: {path} is a {type(value).__name__}, which cannot be saved")
 
 
-def _key(key: Any) -> Any:
-    assert isinstance(key, int | str), f"the key {key!r} is neither text nor a whole number"
+def _key(key: Any, path: str) -> Any:
+    if not isinstance(key, int | str):
+        raise UserError(f"state: the key {key!r} of {path or 'the state'} is neither text nor a whole number")
     return key
 
 

@@ -1,0 +1,160 @@
+"""Mistakes that users make: one clear last line, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from sfumato.cli.main import main
+from sfumato.demo.toy import write_toy
+from training import arguments, pictures
+
+Case = Callable[[Mapping[str, Path], Path], list[str]]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+
+
+def with_images(toy: Mapping[str, Path], folder: Path, **options: object) -> list[str]:
+    return arguments(toy, pictures(folder / "images"), folder / "out", **options)
+
+
+def missing_model(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    return with_images({"pretrained_model_name_or_path": folder / "nowhere.safetensors"}, folder)
+
+
+def truncated_model(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    path = folder / "torn.safetensors"
+    path.write_bytes(Path(toy["pretrained_model_name_or_path"]).read_bytes()[:-1000])
+    return with_images({"pretrained_model_name_or_path": path}, folder)
+
+
+def not_a_model(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    path = folder / "letter.safetensors"
+    path.write_text("Dear reader")
+    return with_images({"pretrained_model_name_or_path": path}, folder)
+
+
+def other_family(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    paths = write_toy("flux", folder / "flux")
+    return with_images({"pretrained_model_name_or_path": paths["pretrained_model_name_or_path"]}, folder, family="sd")
+
+
+def no_images(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    (folder / "images" / "10_cat").mkdir(parents=True)
+    return arguments(toy, folder / "images", folder / "out")
+
+
+def no_captions(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    images = pictures(folder / "images", name="2_")
+    for caption in images.rglob("*.txt"):
+        caption.unlink()
+    return arguments(toy, images, folder / "out")
+
+
+def unknown_option(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    return [*with_images(toy, folder), "--lerning_rate", "1e-4"]
+
+
+def wrong_type(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    return with_images(toy, folder, max_train_steps="many")
+
+
+def unknown_key(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    config = folder / "options.toml"
+    config.write_text("[training]\nlearning_rat = 1e-4\n")
+    return [*with_images(toy, folder), "--config_file", str(config)]
+
+
+def unknown_dataset_key(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    images = pictures(folder / "images")
+    config = folder / "data.toml"
+    config.write_text(
+        f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}/2_cat"\nnum_repeat = 2\n'
+    )
+    return arguments(toy, images, folder / "out", train_data_dir=None, dataset_config=config)
+
+
+def unwritable_output(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    (folder / "file").write_text("")
+    return arguments(toy, pictures(folder / "images"), folder / "file" / "out")
+
+
+def planned_option(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    return [*with_images(toy, folder), "--fp8_base"]
+
+
+def nothing_trains(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    return with_images(toy, folder, unet_lr=0, text_encoder_lr=0)
+
+
+def foreign_weights(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 2)}, folder / "foreign.safetensors")
+    return with_images(toy, folder, network_weights=folder / "foreign.safetensors", dim_from_weights=True)
+
+
+def no_state(toy: Mapping[str, Path], folder: Path) -> list[str]:
+    (folder / "empty").mkdir()
+    return with_images(toy, folder, resume=folder / "empty")
+
+
+CASES: dict[Case, tuple[str, ...]] = {
+    missing_model: ("nowhere.safetensors",),
+    truncated_model: ("torn.safetensors", "bytes"),
+    not_a_model: ("letter.safetensors",),
+    other_family: ("'flux'", "'sd'"),
+    no_images: ("10_cat", "no image"),
+    no_captions: ("caption",),
+    unknown_option: ("--lerning_rate", "learning_rate"),
+    wrong_type: ("max_train_steps", "many"),
+    unknown_key: ("options.toml", "learning_rat", "learning_rate"),
+    unknown_dataset_key: ("data.toml", "num_repeat", "num_repeats"),
+    unwritable_output: ("--output_dir",),
+    planned_option: ("--fp8_base", "not available yet"),
+    nothing_trains: ("learning rate",),
+    foreign_weights: ("foreign.safetensors", "lora_unet_nowhere"),
+    no_state: ("empty", "state"),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_a_mistake_is_one_clear_last_line(
+    case: Case, toy: Mapping[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = case(toy, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code = main(["train", *argv])
+    told = capfd.readouterr().err
+    assert code == 2, told
+    assert "Traceback" not in told
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for word in CASES[case]:
+        assert word.lower() in last.lower(), last
+    written = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.is_file()]
+    assert not written
+
+
+def test_all_faults_come_at_once(toy: Mapping[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Model, data and output are checked together, so that a user does not mend them one by one."""
+    (tmp_path / "images" / "10_cat").mkdir(parents=True)
+    argv = arguments({"pretrained_model_name_or_path": tmp_path / "nowhere"}, tmp_path / "images", tmp_path / "out")
+    (tmp_path / "nowhere").mkdir()
+    assert main(["train", *argv]) == 2
+    told = capfd.readouterr().err
+    assert "nowhere" in told
+    assert "10_cat" in told
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_without_permission(toy: Mapping[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert main(["train", *arguments(toy, pictures(tmp_path / "images"), tmp_path / "locked" / "out")]) == 2

@@ -1,0 +1,110 @@
+"""Training seen from outside: several processes, Ctrl-C, and a kill at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfumato.demo.toy import write_toy
+from sfumato.formats.state import load_state, newest_complete
+from training import arguments, losses, pictures, run, same, weights
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = [sys.executable, str(ROOT / "launchers" / "train_network.py")]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    """The same global batch; fillers where a batch does not divide; only the first process writes."""
+    alone = run(toy, images, tmp_path / "alone", train_batch_size=2, max_train_steps=6)
+    command = arguments(toy, images, tmp_path / "both", train_batch_size=1, max_train_steps=6)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    subprocess.run([*launcher, SCRIPT[1], *command], check=True, timeout=300)
+    ours, theirs = weights(tmp_path / "both"), weights(alone)
+    assert set(ours) == set(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-5)
+    pairs = zip(losses(alone), losses(tmp_path / "both"), strict=True)
+    assert all(abs(one["loss/current"] - two["loss/current"]) < 1e-4 for one, two in pairs)
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*SCRIPT, *command], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until the file is there and has a line."""
+    for _ in range(1200):
+        if path.is_file() and path.stat().st_size:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_state_that_goes_on_exactly(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    """First Ctrl-C: the step is finished, the state saved, the command told, exit code 0."""
+    output, steps = tmp_path / "out", 400
+    command = arguments(toy, images, output, max_train_steps=steps, console_log_level="INFO")
+    process = start(command)
+    wait_for(output / "lora.run.jsonl", process)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    folder = re.findall(r"--resume (\S+)", told)[-1]
+    done = load_state(Path(folder))[0]["step"]
+    assert 0 < done < steps
+    assert len(losses(output)) == done
+    total = done + 2
+    straight = run(toy, images, tmp_path / "straight", max_train_steps=total)
+    run(toy, images, output, max_train_steps=total, resume=folder)
+    assert same(weights(straight), weights(output))
+    assert losses(straight) == losses(output)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_a_state_to_resume(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    """SIGKILL at 20 random moments while every step is saved; each time the newest complete state goes on."""
+    output = tmp_path / "out"
+    command = arguments(toy, images, output, max_train_steps=100_000, save_every_n_steps=1, save_state=True)
+    command += ["--save_last_n_steps", "3", "--network_train_unet_only"]
+    resume: list[str] = []
+    reached = 0
+    moments = random.Random(0)
+    for _ in range(20):
+        (output / "lora.run.jsonl").unlink(missing_ok=True)
+        process = start([*command, *resume])
+        wait_for(output / "lora.run.jsonl", process)
+        time.sleep(moments.uniform(0.0, 0.4))
+        process.kill()
+        process.communicate()
+        if not any(path.name.endswith("-state") for path in output.iterdir()):
+            continue
+        state, _ = load_state(newest_complete(output))
+        assert state["step"] >= reached
+        reached = state["step"]
+        resume = ["--resume", str(output)]
+    assert reached > 20
