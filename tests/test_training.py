@@ -14,7 +14,8 @@ from sfumato.demo.toy import write_toy
 from sfumato.formats.state import load_state
 from training import losses, pictures, run, same, weights
 
-FAMILIES = ("sd", "flux")
+FAMILIES = ("sd", "sdxl", "flux")
+UNREACHED = {"sdxl": "lora_te1_text_model_encoder_layers_1_"}  # the text is read off the layer before it
 Toy = Mapping[str, Path]
 
 
@@ -49,13 +50,14 @@ def test_equal_runs_give_equal_files(sd: Toy, images: Path, tmp_path: Path) -> N
     }  # fmt: skip
 
 
-def test_every_tensor_learns(toy: Toy, images: Path, tmp_path: Path) -> None:
+def test_every_tensor_learns(toy: Toy, images: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Up matrices start at zero and move at once; the loss is finite and the rates are those asked for."""
     output = run(toy, images, tmp_path, unet_lr="2e-3", max_train_steps=3)
     ups = {name: tensor for name, tensor in weights(output).items() if name.endswith("lora_up.weight")}
     still = [name for name, tensor in ups.items() if not tensor.any()]
+    unreached = UNREACHED.get(request.node.callspec.params["toy"], "none")
     assert ups
-    assert not still, still
+    assert still == [name for name in ups if name.startswith(unreached)]
     assert all(0 < row["loss/current"] < 100 and row["lr/denoiser"] == 2e-3 for row in losses(output))
 
 

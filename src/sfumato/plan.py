@@ -44,6 +44,7 @@ class Outlook:
     method: Method
     data: DataPlan
     total: int  # optimizer steps, counted from step 0
+    notes: tuple[str, ...]  # about the checkpoint, and options that have no effect on it
 
 
 def look(config: Config, *, processes: int) -> Outlook:
@@ -52,17 +53,26 @@ def look(config: Config, *, processes: int) -> Outlook:
     from sfumato.families._source import open_source
     from sfumato.families.base import find_family
     from sfumato.methods import make_method
+    from sfumato.optim.optimizers import choose
+    from sfumato.optim.rates import check_schedule
 
     register_all()
     problems = Problems()
-    family, blueprint, method = None, None, None
+    family, blueprint, method, notes = None, None, None, ()
     with problems.catch():
         source = open_source(config.model)
         family = find_family(config.run.family, source)
         blueprint = family.read(source, config.model, config.noise)
         method = make_method(config)
         method.plan(blueprint)
+        notes = tuple(model_notes(config, family, blueprint))
+        for note in notes if config.log.strict else ():
+            problems.add(note)
     data = find_data(config, bucket_step=family.bucket_step if family else 1, processes=processes, problems=problems)
+    with problems.catch():
+        choose(config.optim)
+    with problems.catch():
+        check_schedule(config.optim, total_steps(config, data))
     with problems.catch():
         if config.save.output_dir is not None:
             files.check_writable(config.save.output_dir, option="--output_dir")
@@ -70,7 +80,8 @@ def look(config: Config, *, processes: int) -> Outlook:
     assert family is not None
     assert blueprint is not None
     assert method is not None
-    return Outlook(family=family, blueprint=blueprint, method=method, data=data, total=total_steps(config, data))
+    total = total_steps(config, data)
+    return Outlook(family=family, blueprint=blueprint, method=method, data=data, total=total, notes=notes)
 
 
 def total_steps(config: Config, data: DataPlan) -> int:
@@ -121,10 +132,21 @@ def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
     yield from (f"note: {note}" for note in (*config.notes, *data.notes))
 
 
+def model_notes(config: Config, family: type[Family], blueprint: Blueprint) -> Iterator[str]:
+    """What the user should know of the checkpoint, and options that other families read and this one does not."""
+    yield from blueprint.notes
+    from sfumato.families.base import FAMILIES
+
+    read_by_some = frozenset[str]().union(*(FAMILIES.get(name).options for name in FAMILIES.names))
+    idle = sorted(name for name in read_by_some - family.options if config.changed(name))
+    yield from (f"--{name} has no effect on a model of the family {family.name}" for name in idle)
+
+
 def model_lines(outlook: Outlook) -> Iterator[str]:
     """What trains, with how many parameters at which rate."""
     yield "model"
-    yield f"  {'checkpoint':<32} {outlook.blueprint.source.path.name}, {outlook.blueprint.title}"
+    yield f"  {'checkpoint':<32} {outlook.blueprint.source.name}, {outlook.blueprint.title}"
     yield f"  {'part':<20}{'layers':>10}{'parameters':>14}{'rate':>12}"
     for row in outlook.method.plan(outlook.blueprint):
         yield f"  {row.part:<20}{row.modules:>10,}{row.parameters:>14,}{row.learning_rate:>12.3g}"
+    yield from (f"note: {note}" for note in outlook.notes)

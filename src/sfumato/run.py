@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sfumato import plan
@@ -35,15 +36,15 @@ from sfumato.formats.outputs import make_plan, retention
 from sfumato.formats.state import load_state, newest_complete
 from sfumato.memory.checkpointing import checkpoint_blocks
 from sfumato.methods.base import Method
-from sfumato.optim.optimizers import describe, make_optimizer
-from sfumato.optim.schedules import Rates, make_rates
+from sfumato.optim.optimizers import describe, make_optimizer, restore
+from sfumato.optim.rates import Rates, make_rates
 from sfumato.track.console import set_up
 from sfumato.track.journal import Journal
 from sfumato.track.progress import Progress
 from sfumato.track.trackers import make_trackers
 
 log = logging.getLogger(__name__)
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,7 @@ class Run:
     randomness: Randomness
     optimizer: Optimizer
     rates: Rates
+    scaler: GradScaler  # does nothing but in fp16
     parameters: Sequence[nn.Parameter]
     loader: Loader
     frozen_text: FrozenText
@@ -135,9 +137,13 @@ def open_run(config: Config) -> Run | None:
             checkpoint_blocks(part.module, part.spec.blocks)
     optimizer = make_optimizer(config.optim, groups)
     rates = make_rates(config.optim, optimizer, outlook.total)
+    scaler = GradScaler(processes.device.type, enabled=config.memory.mixed_precision == "fp16")
     if state:
         method.modules.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore(optimizer, state["optimizer"], state["optimizer_class"])
+        rates.load_state_dict(state["rates"])
+        if state["scaler"]:  # empty where the saved run was not in fp16
+            scaler.load_state_dict(state["scaler"])
     loader = make_loader(config, outlook.data, outlook.total, model, method, processes)
     return Run(
         config=config,
@@ -149,6 +155,7 @@ def open_run(config: Config) -> Run | None:
         randomness=Randomness(config.loop.seed),
         optimizer=optimizer,
         rates=rates,
+        scaler=scaler,
         parameters=[parameter for group in groups for parameter in group.parameters],
         loader=loader,
         frozen_text=FrozenText(model),

@@ -20,6 +20,8 @@ from sfumato.errors import UserError
 from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
 from sfumato.formats.metadata import at_save, minimum
 from sfumato.formats.state import save_state
+from sfumato.optim.averaging import averaged
+from sfumato.optim.optimizers import class_name
 from sfumato.run import Run
 from sfumato.sample import Picture, fill_in, generate
 from sfumato.seeds import seed_of
@@ -60,7 +62,8 @@ def save_both(run: Run, name: str, step: int, *, state: bool) -> None:
     run.journal.flush()
     if not run.is_main:
         return
-    save_output(run, run.output / f"{name}.safetensors", step)
+    with averaged(run.optimizer):
+        save_output(run, run.output / f"{name}.safetensors", step)
     if state:
         save_state_folder(run, f"{name}-state", step)
 
@@ -89,6 +92,9 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
             "step": step,
             "weights": dict(run.method.modules.state_dict()),
             "optimizer": run.optimizer.state_dict(),
+            "optimizer_class": class_name(run.optimizer),
+            "rates": run.rates.state_dict(),
+            "scaler": run.scaler.state_dict(),
             "journal": run.journal.state_dict(),
         }
         save_state(folder, state, {"options": plan.public_options(run.config)})
@@ -112,13 +118,14 @@ def save_previews(run: Run, step: int, label: str) -> None:
         return
     run.method.modules.eval()
     try:
-        for number, prompt in enumerate(read_prompts(path)):
-            assert run.config.loop.seed is not None
-            seed = seed_of(run.config.loop.seed, "preview", step, number) & 0xFFFFFFFF
-            picture = fill_in(prompt, run.model, sampler=run.config.samples.sample_sampler, seed=seed)
-            given = "" if prompt.seed is None else f"_{prompt.seed}"
-            name = f"{run.saves.name}_{label}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
-            save_picture(run, picture, run.output / "sample" / name)
+        with averaged(run.optimizer):
+            for number, prompt in enumerate(read_prompts(path)):
+                assert run.config.loop.seed is not None
+                seed = seed_of(run.config.loop.seed, "preview", step, number) & 0xFFFFFFFF
+                picture = fill_in(prompt, run.model, sampler=run.config.samples.sample_sampler, seed=seed)
+                given = "" if prompt.seed is None else f"_{prompt.seed}"
+                name = f"{run.saves.name}_{label}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
+                save_picture(run, picture, run.output / "sample" / name)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         log.warning("no previews after step %d: %s", step, error)
     finally:

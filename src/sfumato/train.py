@@ -13,6 +13,7 @@ from sfumato.data.batch import Batch, Tensors
 from sfumato.data.loader import Step
 from sfumato.encode import live_text
 from sfumato.interrupt import Interrupt, interruptible
+from sfumato.optim.rates import shown_rates
 from sfumato.run import Run, open_run
 from sfumato.saving import save_final, save_previews, save_state_folder, saves_due
 
@@ -35,7 +36,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
     for step in run.loader.steps(run.start):
         loss = train_step(run, step)
         done = step.index + 1
-        run.journal.note(done, loss, {group["name"]: group["lr"] for group in run.optimizer.param_groups})
+        run.journal.note(done, loss, shown_rates(run.optimizer))
         if done == run.start + 1:
             run.warn(run.method.report())
         if done < run.total:
@@ -57,13 +58,15 @@ def train_step(run: Run, step: Step) -> Tensor:
         run.randomness.seed_modules(step.index, micro, run.processes.process_index)
         with run.autocast():
             loss = training_loss(run, batch, step.real_samples)
-        loss.backward()
+        run.scaler.scale(loss).backward()
         total += loss.detach()
     sum_over_processes(run, total)
+    run.scaler.unscale_(run.optimizer)
     if run.config.optim.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm)
     run.rates.set(run.optimizer, step.index)
-    run.optimizer.step()
+    run.scaler.step(run.optimizer)  # the optimizer's own step, left out where float16 has overflowed
+    run.scaler.update()
     return total
 
 
@@ -110,12 +113,21 @@ def conditioning_of(run: Run, batch: Batch) -> Tensors:
 
 
 def sum_over_processes(run: Run, loss: Tensor) -> None:
-    """Add up gradients in one flat message; each process divided by the real samples of all, so a sum is right."""
+    """Add up gradients in one flat message; each process divided by the real samples of all, so a sum is right.
+
+    A parameter that got a gradient in no process keeps none, so that the optimizer passes over it as it does alone.
+    """
     if run.processes.num_processes == 1:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in run.parameters]
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.flatten().to(gradients[0].dtype)])
+    parameters = run.parameters
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    here = [p.grad is not None for p in parameters]
+    sizes = [gradient.numel() for gradient in gradients]
+    facts = torch.cat([loss.flatten(), loss.new_tensor(here)]).to(gradients[0].dtype)
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), facts])
     distributed.all_reduce(flat)
-    for parameter, piece in zip(run.parameters, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = piece.view_as(parameter)
-    loss.copy_(flat[-1])
+    *pieces, total, found = flat.split([*sizes, 1, len(here)])
+    anywhere = here if all(here) else found.tolist()
+    for parameter, piece, counts in zip(parameters, pieces, anywhere, strict=True):
+        parameter.grad = piece.view_as(parameter) if counts else None
+    loss.copy_(total[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,7 +29,7 @@ def plan_of(datasets, *, batch_size: int = 2, processes: int = 1) -> DataPlan:
         for s, (repeats, count) in enumerate(subsets):
             settings = SubsetSettings(
                 where="",
-                image_dir=f"{d}{s}",
+                image_dir=Path(f"{d}{s}"),
                 is_reg=False,
                 class_tokens=None,
                 num_repeats=repeats,

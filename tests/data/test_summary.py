@@ -15,7 +15,7 @@ from sfumato.data import sources
 from sfumato.data.describe import metadata
 from sfumato.data.sources import held_out
 from sfumato.data.summary import captions_to_cache, find_data, table
-from sfumato.errors import Problems
+from sfumato.errors import Problems, UserError
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 RESOLUTION = ("--resolution", 64)
@@ -418,3 +418,47 @@ def test_the_default_cache_folder_is_used(find, pictures, tmp_path, monkeypatch)
     find_data(load_config([*argv, "--train_data_dir", "t"]), bucket_step=8, problems=problems)
     problems.raise_all()
     assert list((tmp_path / "home" / "sfumato" / "folders").iterdir())
+
+
+def test_a_subset_of_which_nothing_is_left_is_a_fault(find, pictures, tmp_path):
+    for path in pictures(tmp_path / "a", 2):
+        path.with_suffix(".txt").unlink()
+    text = f"[[datasets]]\nresolution = 64\n{SUBSET}a'\n"
+    with pytest.raises(UserError, match="every image is left out"):
+        find.toml(text, "--on_missing_caption", "skip")
+    with pytest.raises(UserError, match="nothing is left to train on"):
+        find.toml(f"{text}class_tokens = 'a'\n".replace("64", "64\nskip_image_resolution = 64"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "dataset", "subset", "words"),
+    [
+        (("--resolution", 512), "resolution = 64", "", "--resolution has no effect: dataset.toml gives resolution"),
+        (("--keep_tokens", 2), "resolution = 64", "keep_tokens = 0", "--keep_tokens has no effect: dataset.toml gives"),
+        ((), "resolution = 64", "keep_tokens = 2", "keep_tokens has no effect without shuffle_caption"),
+        ((), "resolution = 64", "token_warmup_min = 2", "token_warmup_min has no effect without token_warmup_step"),
+        ((), "resolution = 64\nmin_bucket_reso = 64", "", "min_bucket_reso: no effect without enable_bucket"),
+        (
+            (),
+            "resolution = 64\nenable_bucket = true\nbucket_no_upscale = true\nmax_bucket_reso = 64",
+            "",
+            "max_bucket_reso: no effect with bucket_no_upscale",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_told(find, pictures, tmp_path, argv, dataset, subset, words):
+    pictures(tmp_path / "a", 1)
+    text = f"[[datasets]]\n{dataset}\n{SUBSET}a'\n{subset}\n"
+    assert any(words in note for note in find.toml(text, *argv).notes)
+    with pytest.raises(UserError) as caught:
+        find.toml(text, *argv, "--strict")
+    assert words in str(caught.value)
+
+
+def test_repeats_of_folders_go_before_the_option(find, pictures, tmp_path):
+    pictures(tmp_path / "t" / "3_a", 1)
+    plan = find("--train_data_dir", tmp_path / "t", *RESOLUTION, "--dataset_repeats", 7)
+    assert plan.num_train_images == 3
+    assert any("--dataset_repeats has no effect" in note for note in plan.notes)
+    pictures(tmp_path / "leaf", 2)
+    assert find("--train_data_dir", tmp_path / "leaf", *RESOLUTION, "--dataset_repeats", 7).num_train_images == 14

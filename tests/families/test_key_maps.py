@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
-import torch
-from accelerate import init_empty_weights
 from diffusers.loaders import single_file_utils
-from torch import Tensor, nn
 
+from keys import UNETS, on_meta, round_trip, same, tagged
 from sfumato.families import _flux_keys, _unet, _vae
-from sfumato.formats.keymap import KeyMap
 
-SD1_UNET = {
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
+SD1_UNET = UNETS["sd15"]
 FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
-
-
-def on_meta(build: Any) -> nn.Module:
-    with init_empty_weights():
-        return build()
-
-
-def tagged(module: nn.Module, columns: int | None = None) -> dict[str, Tensor]:
-    """The module's keys with small tensors that no two places share; rows are kept where stacking matters."""
-    state: dict[str, Tensor] = {}
-    start = 0
-    for name, tensor in module.state_dict().items():
-        rows = tensor.shape[0] if columns is not None else 1
-        state[name] = torch.arange(start, start + rows).reshape(rows, *[1] * (tensor.ndim - 1))
-        start += rows
-    return state
-
-
-def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    assert set(ours) == set(theirs)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def round_trip(key_map: KeyMap, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    original = key_map.to_original(state)
-    same(key_map.to_ours(original, {name: tensor.shape for name, tensor in state.items()}), state)
-    return original
 
 
 def test_sd1_unet() -> None:

@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -86,7 +85,9 @@ def test_a_tree_of_everything_comes_back(tmp_path):
 
 trees = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.integers() | st.text(), inner),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.integers() | st.text(), inner)
+    ),
     max_leaves=20,
 )
 
@@ -105,15 +106,18 @@ def test_optimizers_go_on_as_if_nothing_had_happened(tmp_path, kind):
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
         return model, kind(model.parameters(), lr=0.1)
 
-    def steps(model, optimizer, numbers):
+    def step(model, optimizer, number):
         def closure():
             optimizer.zero_grad()
             loss = model(torch.full((2, 3), float(number))).square().mean()
             loss.backward()
             return loss
 
+        optimizer.step(closure)
+
+    def steps(model, optimizer, numbers):
         for number in numbers:
-            optimizer.step(closure)
+            step(model, optimizer, number)
 
     straight = make()
     steps(*straight, range(6))
@@ -220,7 +224,9 @@ def test_where_nothing_is_complete(tmp_path, messages):
         newest_complete(tmp_path)
     make(tmp_path / "x-state", 1)
     (tmp_path / "x-state" / "state.safetensors").unlink()
-    with pytest.raises(UserError, match=r"x-state is not a complete state: state.safetensors is missing.*give the folder"):
+    with pytest.raises(
+        UserError, match=r"x-state is not a complete state: state.safetensors is missing.*give the folder"
+    ):
         newest_complete(tmp_path / "x-state")
     with pytest.raises(UserError, match="holds no complete state"):
         newest_complete(tmp_path)
@@ -265,36 +271,52 @@ def test_a_full_disk_leaves_the_earlier_state(tmp_path):
 # ---------------------------------------------------------------- kill -9
 
 SAVER = """
-import sys, torch
+import os, signal, sys, time, torch
 from pathlib import Path
 from sfumato.formats.state import save_state
-folder = Path(sys.argv[1])
-number = int(sys.argv[2])
-while True:
-    number += 1
-    name = "x-state" if number % 2 else f"x-step{number % 6}-state"
-    save_state(folder / name, {"n": number, "w": torch.full((100,), number)}, {"step": number})
-    print(number, flush=True)
+
+def save_for_ever(folder, number, told):
+    while True:
+        number += 1
+        name = "x-state" if number % 2 else f"x-step{number % 6}-state"
+        save_state(folder / name, {"n": number, "w": torch.full((100,), number)}, {"step": number})
+        os.write(told, f"{number}\\n".encode())
+
+for line in sys.stdin:  # what was saved last, seconds until the kill
+    number, wait = line.split()
+    read, told = os.pipe()
+    child = os.fork()  # importing torch once for all
+    if child == 0:
+        save_for_ever(Path(sys.argv[1]), int(number), told)
+    os.close(told)
+    with os.fdopen(read) as pipe:
+        done = pipe.readline()  # the first save stands
+        time.sleep(float(wait))
+        os.kill(child, signal.SIGKILL)
+        done += pipe.read()
+    os.waitpid(child, 0)
+    print(max(map(int, done.split())), flush=True)
 """
 
 
 def kill_while_saving(folder, rng, kills):
-    """Start a program that saves again and again, kill it at a random moment, look, and go on from there."""
+    """Let a program save again and again, kill it at a random moment, look, and go on from there."""
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
-    number, looked = 0, set()
-    for _ in range(kills):
-        command = [sys.executable, "-c", SAVER, str(folder), str(number)]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as saver:
-            assert saver.stdout
-            done = int(saver.stdout.readline())  # the first save stands
-            time.sleep(rng.random() * 0.05)
-            saver.send_signal(signal.SIGKILL)
-            done = max([done, *map(int, saver.stdout.read().split())])
-        looked |= {path.suffix for path in folder.iterdir()}
-        found = number_in(newest_complete(folder))
-        assert found in (done, done + 1), "an older state than the last that was announced"
-        number = found
-    return looked
+    command = [sys.executable, "-c", SAVER, str(folder)]
+    number, seen = 0, set()
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as saver:
+        assert saver.stdin
+        assert saver.stdout
+        for _ in range(kills):
+            saver.stdin.write(f"{number} {rng.random() * 0.05}\n")
+            done = int(saver.stdout.readline())
+            seen |= {path.suffix for path in folder.iterdir()}
+            number = number_in(newest_complete(folder))
+            assert number in (done, done + 1), "an older state than the last that was announced"
+        saver.stdin.close()
+    return seen
 
 
 def test_a_kill_while_saving(tmp_path):
@@ -303,5 +325,5 @@ def test_a_kill_while_saving(tmp_path):
 
 @pytest.mark.slow
 def test_many_kills_while_saving(tmp_path):
-    looked = kill_while_saving(tmp_path, random.Random(2), kills=20)
-    assert ".tmp" in looked, "no kill fell into a save; the test has lost its point"
+    seen = kill_while_saving(tmp_path, random.Random(2), kills=20)
+    assert ".tmp" in seen, "no kill fell into a save; the test has lost its point"

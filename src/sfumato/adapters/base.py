@@ -22,6 +22,7 @@ class Adapter(nn.Module, ABC):
     """A change of the weights of one group; knows no family and no file name."""
 
     boosted: ClassVar[tuple[str, ...]] = ()  # parameters that LoRA+ speeds up
+    limited: ClassVar[bool] = False  # whether `limit_norm` works for this kind
 
     def __init__(self, group: LayerGroup) -> None:
         super().__init__()
@@ -39,6 +40,23 @@ class Adapter(nn.Module, ABC):
         """What to add to the i-th layer's output at strength 1; subclasses may avoid forming delta."""
         return apply_weight(self.group.layers[i], x, self.delta(i))
 
+    def add_to(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
+        """The i-th layer's output for x with this change added, in the output's dtype.
+
+        strength: one number, or (rows,), one for each row of the batch. Subclasses may spare a pass over the output.
+        """
+        change = self(x, i).to(output.dtype)
+        if isinstance(strength, Tensor):
+            return output + change * column(strength, change)
+        return torch.add(output, change, alpha=strength)
+
+    def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:
+        """Shrink the parameters so that the change's norm is at most `maximum`; (norm now, whether it was larger).
+
+        Both 0-d and on the device: nothing waits for it.
+        """
+        raise UserError(f"--scale_weight_norms does not work with {type(self).__name__}")
+
     @abstractmethod
     def tensors(self) -> Tensors:
         """File suffix -> tensor, e.g. lora_down.weight, alpha."""
@@ -47,6 +65,11 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
         """The adapter that `tensors` were saved from; shapes that do not fit the group are a UserError."""
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """(rows,) -> (rows, 1, ...) in the dtype and on the device of `like` (rows, ...)."""
+    return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def apply_weight(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
@@ -85,13 +108,10 @@ class AdapterEngine(nn.Module):
         self, adapter: Adapter, name: str, i: int, layer: nn.Module, args: tuple[Tensor], output: Tensor
     ) -> Tensor:
         self._seen.add(name)
-        multiplier = self.multiplier
-        if isinstance(multiplier, Tensor):
-            rows = multiplier.repeat_interleave(output.shape[0] // multiplier.shape[0])
-            return output + adapter(args[0], i) * rows.to(output).reshape(-1, *[1] * (output.ndim - 1))
-        if multiplier == 0:
-            return output
-        return torch.add(output, adapter(args[0], i).to(output.dtype), alpha=multiplier)
+        strength = self.multiplier
+        if isinstance(strength, Tensor):
+            return adapter.add_to(output, args[0], i, strength.repeat_interleave(output.shape[0] // strength.shape[0]))
+        return output if strength == 0 else adapter.add_to(output, args[0], i, strength)
 
     @contextmanager
     def scaled(self, multiplier: float | Tensor) -> Iterator[None]:
@@ -106,8 +126,14 @@ class AdapterEngine(nn.Module):
     def merge(self, multiplier: float = 1.0) -> None:
         """Add every adapter's change to the weights it hooks."""
         for adapter in self:
-            for i, layer in enumerate(adapter.group.layers):
-                layer.weight += (multiplier * adapter.delta(i)).to(layer.weight)
+            merge(adapter, multiplier)
+
+    @torch.no_grad()
+    def limit_norms(self, maximum: float) -> dict[str, Tensor]:
+        """Shrink every change to at most this norm; what the field's curves show of it, 0-d and on the device."""
+        found = [adapter.limit_norm(maximum) for adapter in self if trains(adapter)]
+        norms, larger = torch.stack([norm for norm, _ in found]), torch.stack([was for _, was in found])
+        return {"keys_scaled": larger.sum(), "avg_key_norm": norms.mean(), "max_key_norm": norms.max()}
 
     def tensors(self) -> Tensors:
         """All entries of an adapter file: <group name>.<suffix> -> tensor, detached."""
@@ -123,10 +149,21 @@ class AdapterEngine(nn.Module):
         idle = [
             name
             for name, adapter in self.adapters.items()
-            if name in self._seen and all(p.grad is None for p in adapter.parameters() if p.requires_grad)
+            if name in self._seen and trains(adapter) and all(p.grad is None for p in adapter.parameters())
         ]
         lines = [f"{len(never)} adapted layers never ran: {some(never)}"] if never else []
         return lines + ([f"{len(idle)} adapters got no gradient: {some(idle)}"] if idle else [])
+
+
+@torch.no_grad()
+def merge(adapter: Adapter, multiplier: float = 1.0) -> None:
+    """Add an adapter's change to its layers' weights; the sum is rounded once, to the weights' own dtype."""
+    for i, layer in enumerate(adapter.group.layers):
+        layer.weight.copy_(layer.weight + multiplier * adapter.delta(i).to(layer.weight.device))
+
+
+def trains(adapter: Adapter) -> bool:
+    return any(parameter.requires_grad for parameter in adapter.parameters())
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

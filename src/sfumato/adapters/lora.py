@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from sfumato.adapters.base import Adapter, expect_suffixes
+from sfumato.adapters.base import Adapter, column, expect_suffixes
 from sfumato.errors import UserError
 from sfumato.formats.groups import LayerGroup
 
 SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Chances in training, drawn from torch's global generators alone: they are reseeded for every micro-step and
+    replayed by checkpointing. Each layer of a group draws for itself.
+    """
+
+    neuron: float = 0.0  # of each value between the two matrices; the others grow by 1 / (1 - p)
+    rank: float = 0.0  # of each rank, for each row of the batch; the others grow by 1 / (1 - p)
+    module: float = 0.0  # of the whole change, for the whole batch
+
+    def __bool__(self) -> bool:
+        return bool(self.neuron or self.rank or self.module)
+
+
+NONE = Dropout()
+
+
 class LoRA(Adapter):
     """One shared down matrix for the whole group; the rows of up are sliced over its layers."""
 
     boosted = ("lora_up",)
+    limited = True
 
     def __init__(self, group: LayerGroup, *, rank: int, alpha: float, generator: Generator | None = None) -> None:
         super().__init__(group)
@@ -28,6 +47,7 @@ class LoRA(Adapter):
         device = layer.weight.device
         kernel = tuple(layer.weight.shape[2:])
         self.rank, self.alpha = rank, alpha
+        self.dropout = NONE
         down = torch.empty(rank, layer.weight.shape[1], *kernel, device="meta" if device.type == "meta" else "cpu")
         if generator is not None and device.type != "meta":
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
@@ -46,13 +66,57 @@ class LoRA(Adapter):
         return self.scale * product.reshape(self.group.layers[i].weight.shape)
 
     def forward(self, x: Tensor, i: int) -> Tensor:
-        """The scale goes onto the rank-wide product: the full-size tensors are touched once."""
-        layer = self.group.layers[i]
-        down, up = self.lora_down.to(x.dtype), self._up(i).to(x.dtype)
+        """The scale goes onto the rank-wide product: the full-size tensor is written once."""
+        low = self._low(x, i) * self.scale
+        up = self._up(i).to(low.dtype)
+        return F.linear(low, up) if isinstance(self.group.layers[i], nn.Linear) else F.conv2d(low, up)
+
+    def add_to(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
+        """For linear layers the matrix product adds to the output itself: no full-size change in between.
+
+        Not in place, since the output of a linear layer over more than one row of tokens is a view, whose gradient
+        autograd would copy.
+        """
+        if not isinstance(self.group.layers[i], nn.Linear):
+            return super().add_to(output, x, i, strength)
+        low, up, alpha = self._low(x, i).to(output.dtype), self._up(i).to(output.dtype), self.scale
+        if isinstance(strength, Tensor):
+            low = low * column(strength, low)
+        else:
+            alpha *= strength
+        flat = output.reshape(-1, output.shape[-1])
+        return torch.addmm(flat, low.reshape(-1, self.rank), up.t(), alpha=alpha).view_as(output)
+
+    def _low(self, x: Tensor, i: int) -> Tensor:
+        """down(x), with this layer's dropouts: rank channels, last for linear layers, second for convolutions."""
+        layer, down = self.group.layers[i], self.lora_down.to(x.dtype)
         if isinstance(layer, nn.Linear):
-            return F.linear(F.linear(x, down) * self.scale, up)
-        low = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)  # pyright: ignore
-        return F.conv2d(low * self.scale, up)
+            low, inside = F.linear(x, down), [1] * (x.ndim - 2) + [self.rank]
+        else:
+            low = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)  # pyright: ignore
+            inside = [self.rank, 1, 1]
+        if not (self.training and self.dropout):
+            return low
+        drop = self.dropout
+        if drop.neuron:
+            low = F.dropout(low, drop.neuron)
+        if drop.rank:
+            kept = torch.rand(low.shape[0], *inside, device=low.device) >= drop.rank
+            low = low * (kept.to(low.dtype) / (1 - drop.rank))
+        if drop.module:  # a factor and no branch: nothing waits for the device, and every parameter gets a gradient
+            low = low * (torch.rand((), device=low.device) >= drop.module).to(low.dtype)
+        return low
+
+    @torch.no_grad()
+    def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:
+        """Both matrices shrink by the root of the ratio. |up down|^2 is taken from two products of rank x rank."""
+        up, down = self.lora_up.flatten(1), self.lora_down.flatten(1)
+        square = ((up.t() @ up) * (down @ down.t())).sum()
+        norm = self.scale * square.clamp(min=0).sqrt()
+        ratio = (maximum / norm.clamp(min=maximum / 2)).clamp(max=1)
+        self.lora_up.mul_(ratio.sqrt())
+        self.lora_down.mul_(ratio.sqrt())
+        return norm * ratio, ratio < 1
 
     def tensors(self) -> dict[str, Tensor]:
         return {

@@ -48,7 +48,7 @@ SCRIPTS = {
             name="train_network",
             family="sd",
             method="adapter",
-            summary="Trains an adapter for Stable Diffusion 1.",
+            summary="Trains an adapter for Stable Diffusion 1 and 2.",
             available=True,
         ),
         Script(
@@ -56,6 +56,7 @@ SCRIPTS = {
             family="sdxl",
             method="adapter",
             summary="Trains an adapter for Stable Diffusion XL.",
+            available=True,
         ),
         Script(
             name="flux_train_network",

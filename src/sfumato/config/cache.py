@@ -18,7 +18,10 @@ class CacheOptions(Options):
     )
     vae_batch_size: int = option(1, "images that the VAE encodes at a time", ge=1)
     text_encoder_batch_size: int | None = option(
-        None, "captions that a text encoder encodes at a time; without it --train_batch_size", ge=1
+        None,
+        "captions that a text encoder encodes at a time",
+        no_effect="each caption is encoded on its own, so that its features never depend on its neighbours",
+        ge=1,
     )
     skip_cache_check: bool = option(
         False,
@@ -30,5 +33,7 @@ class CacheOptions(Options):
 class LoaderOptions(Options):
     """Data loading"""
 
-    max_data_loader_n_workers: int = option(8, "processes that prepare data, at most one per core", ge=0)
-    persistent_data_loader_workers: bool = option(False, "keep these processes between epochs")
+    max_data_loader_n_workers: int = option(8, "threads that prepare data, at most one per core; 0 for none", ge=0)
+    persistent_data_loader_workers: bool = option(
+        False, "keep these threads between epochs", no_effect="they are always kept"
+    )

@@ -138,6 +138,8 @@ def check_rules(config: Config, suspects: set[str], problems: Problems) -> Confi
     for rule in broken_rules(config, suspects):
         if rule.kind == "no effect":
             tell(rule.what, rule.fix)
+        elif rule.kind == "note":
+            notes.append(f"{rule.what} ({rule.fix})")
         elif rule.kind == "conflict" or not config.run.output_config:
             problems.add(rule.what, fix=rule.fix)
     return config.model_copy(update={"notes": tuple(notes)})

@@ -12,6 +12,12 @@ class LoopOptions(Options):
     max_train_epochs: int | None = option(None, "epochs; takes the place of --max_train_steps", ge=1)
     gradient_accumulation_steps: int = option(1, "batches whose gradients make one step", ge=1)
     seed: int | None = option(None, "seed of everything random; without it drawn and reported")
-    initial_epoch: int | None = option(None, "epoch to start at, counted from 1", ge=1)
-    initial_step: int | None = option(None, "step to start at; goes before --initial_epoch", ge=0)
-    skip_until_initial_step: bool = option(False, "leave out the data of the steps before it")
+    initial_epoch: int | None = option(
+        None, "epoch to start at, counted from 1", planned="the other training options", ge=1
+    )
+    initial_step: int | None = option(
+        None, "step to start at; goes before --initial_epoch", planned="the other training options", ge=0
+    )
+    skip_until_initial_step: bool = option(
+        False, "leave out the data of the steps before it", planned="the other training options"
+    )

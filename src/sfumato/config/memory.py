@@ -30,9 +30,7 @@ Backend = Annotated[
 class MemoryOptions(Options):
     """Memory and precision"""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = option(
-        "no", "precision of the computation", planned_values={"fp16": "the memory options"}
-    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the computation")
     gradient_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
     sdpa: bool = option(False, "torch's own fast attention", no_effect="it is always used")
     xformers: bool = option(

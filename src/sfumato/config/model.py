@@ -23,11 +23,13 @@ class ModelOptions(Options):
     tokenizer: ModelPaths = option(
         (), "tokenizers, one per text encoder in the model's order: folders or names on the hub", path="model"
     )
-    tokenizer_cache_dir: FilePath | None = option(None, "folder that keeps downloaded tokenizers")
+    tokenizer_cache_dir: FilePath | None = option(
+        None, "folder that keeps downloaded tokenizers", no_effect="tokenizers are shipped or read from folders"
+    )
     clip_skip: int | None = option(None, "use the output of CLIP's Nth layer from the end", ge=1)
-    max_token_length: TokenLength = option(None, "longest caption in tokens", planned="longer captions")
-    v2: bool = option(False, "the model is Stable Diffusion 2", planned="Stable Diffusion 2")
-    v_parameterization: bool = option(False, "the model predicts v instead of noise", planned="Stable Diffusion 2")
+    max_token_length: TokenLength = option(None, "longest caption in tokens")
+    v2: bool = option(False, "the model is Stable Diffusion 2")
+    v_parameterization: bool = option(False, "the model predicts v instead of noise")
     lowram: bool = option(False, "load weights straight onto the device", planned="the memory options")
     disable_mmap_load_safetensors: bool = option(
         False, "read safetensors files without mapping them into memory", planned="the memory options"

@@ -11,7 +11,7 @@ from sfumato.config.values import Arguments, Rates, Steps
 class OptimOptions(Options):
     """Optimizer and learning rate"""
 
-    optimizer_type: str = option("", "optimizer by name; without it AdamW")
+    optimizer_type: str = option("", "optimizer by name, or a class by its dotted name; without it AdamW")
     optimizer_args: Arguments = option({}, "its arguments, as weight_decay=0.01 betas=0.9,0.999")
     use_8bit_adam: bool = option(False, "old way to write --optimizer_type AdamW8bit")
     use_lion_optimizer: bool = option(False, "old way to write --optimizer_type Lion")
@@ -33,33 +33,41 @@ class OptimOptions(Options):
         "warmup_stable_decay",
         "piecewise_constant",
         "adafactor",
-    ] = option(
-        "constant",
-        "course of the learning rate",
-        planned_values={
-            "cosine_with_restarts": "the other schedules",
-            "polynomial": "the other schedules",
-            "inverse_sqrt": "the other schedules",
-            "cosine_with_min_lr": "the other schedules",
-            "warmup_stable_decay": "the other schedules",
-            "piecewise_constant": "the other schedules",
-            "adafactor": "the other schedules",
-        },
-    )
+    ] = option("constant", "course of the learning rate")
     lr_warmup_steps: Steps = option(0, "steps, or share of all steps, over which the learning rate rises")
-    lr_decay_steps: Steps = option(
-        0, "steps, or share of all steps, over which it falls at the end", planned="the other schedules"
-    )
-    lr_scheduler_num_cycles: int = option(1, "cycles of a cosine schedule", planned="the other schedules", ge=1)
-    lr_scheduler_power: float = option(1.0, "exponent of the polynomial schedule", planned="the other schedules")
-    lr_scheduler_timescale: int | None = option(
-        None, "time scale of inverse_sqrt; without it the warm-up", planned="the other schedules", ge=1
-    )
-    lr_scheduler_min_lr_ratio: float | None = option(
-        None, "lowest learning rate as a share of the highest", planned="the other schedules", ge=0, le=1
-    )
-    lr_scheduler_type: str = option("", "a schedule class by its dotted name", planned="the other schedules")
-    lr_scheduler_args: Arguments = option({}, "arguments of that class", planned="the other schedules")
+    lr_decay_steps: Steps = option(0, "steps, or share of all, over which warmup_stable_decay falls at the end")
+    lr_scheduler_num_cycles: int = option(1, "restarts of a cosine, or its half waves with a lowest rate", ge=1)
+    lr_scheduler_power: float = option(1.0, "exponent of the polynomial schedule", ge=0)
+    lr_scheduler_timescale: int | None = option(None, "time scale of inverse_sqrt; without it the warm-up", ge=1)
+    lr_scheduler_min_lr_ratio: float | None = option(None, "lowest learning rate as a share of the highest", ge=0, le=1)
+    lr_scheduler_type: str = option("", "a schedule class of torch by name, or another by its dotted name")
+    lr_scheduler_args: Arguments = option({}, "arguments of that class, or of a schedule that takes some")
     fused_backward_pass: bool = option(
         False, "step each parameter as soon as its gradient is there", planned="the memory options"
     )
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name, however it was given."""
+        switches = {"AdamW8bit": self.use_8bit_adam, "Lion": self.use_lion_optimizer}
+        return next((name for name, given in switches.items() if given), self.optimizer_type or "AdamW")
+
+    @property
+    def schedule_free(self) -> bool:
+        """Whether the optimizer needs no schedule, and keeps an average of the weights that must be put in place."""
+        return self.optimizer.lower().endswith("schedulefree")
+
+    @property
+    def finds_rate(self) -> bool:
+        """Whether the optimizer finds its learning rate and only multiplies it by the given one."""
+        return self.optimizer.lower().startswith(("dadapt", "prodigy"))
+
+    @property
+    def adafactor(self) -> bool:
+        return self.optimizer.lower() == "adafactor"
+
+    @property
+    def relative_step(self) -> bool:
+        """Whether AdaFactor sets its own learning rate, as it does unless it is told otherwise."""
+        arguments = self.optimizer_args
+        return self.adafactor and bool(arguments.get("relative_step", True) or arguments.get("warmup_init", False))

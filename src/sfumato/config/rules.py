@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
 
+from sfumato.config.optim_rules import OPTIM_RULES
+from sfumato.config.rule import Rule
 from sfumato.config.schema import Config
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One rule. It is left out while one of its options is at fault for another reason.
-
-    kind: "required" and "conflict" are errors; "no effect" is a line in the report, or an error with --strict;
-    "note" is a line in the report.
-    """
-
-    name: str
-    kind: Literal["required", "conflict", "no effect", "note"]
-    options: tuple[str, ...]
-    broken: Callable[[Config], bool]
-    what: str
-    fix: str
 
 
 def broken_rules(config: Config, suspects: set[str]) -> Iterator[Rule]:
@@ -108,32 +92,6 @@ CONFLICTS = (
         broken=lambda c: c.images.random_crop and c.cache.cache_latents,
         what="--random_crop changes the picture at every step, and --cache_latents encodes it once",
         fix="leave one of them out",
-    ),
-    Rule(
-        name="two-optimizers",
-        kind="conflict",
-        options=("use_8bit_adam", "use_lion_optimizer"),
-        broken=lambda c: c.optim.use_8bit_adam and c.optim.use_lion_optimizer,
-        what="--use_8bit_adam and --use_lion_optimizer name two optimizers",
-        fix="give --optimizer_type AdamW8bit or --optimizer_type Lion",
-    ),
-    Rule(
-        name="optimizer-twice",
-        kind="conflict",
-        options=("use_8bit_adam", "use_lion_optimizer", "optimizer_type"),
-        broken=lambda c: (c.optim.use_8bit_adam or c.optim.use_lion_optimizer) and c.optim.optimizer_type != "",
-        what="--optimizer_type and an old switch (--use_8bit_adam, --use_lion_optimizer) both name the optimizer",
-        fix="keep --optimizer_type",
-    ),
-    Rule(
-        name="constant-warmup",
-        kind="conflict",
-        options=("lr_scheduler", "lr_scheduler_type", "lr_warmup_steps"),
-        broken=lambda c: (
-            c.optim.lr_scheduler == "constant" and not c.optim.lr_scheduler_type and c.optim.lr_warmup_steps != 0
-        ),
-        what="--lr_warmup_steps does not go with --lr_scheduler constant",
-        fix="write --lr_scheduler constant_with_warmup",
     ),
     Rule(
         name="log-folder",
@@ -272,4 +230,4 @@ NO_EFFECT = (
     ),
 )
 
-RULES = REQUIRED + CONFLICTS + NO_EFFECT
+RULES = REQUIRED + CONFLICTS + NO_EFFECT + OPTIM_RULES

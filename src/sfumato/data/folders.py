@@ -16,6 +16,7 @@ from sfumato.data.index import KnownCaption, KnownImage
 from sfumato.errors import UserError
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # in any case
+ENDINGS = frozenset(IMAGE_ENDINGS)
 SLOW_DISK = 0.001  # seconds for a file; above it, waiting for several files at once pays
 TRIAL = 100  # files read one by one to tell
 
@@ -28,11 +29,11 @@ def list_folder(folder: str) -> Listing:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith("."):
+            if name[0] == ".":
                 continue
             if entry.is_dir():
                 folders.append(name)
-            elif name[name.rfind(".") :].lower() in IMAGE_ENDINGS:
+            elif name[name.rfind(".") :].lower() in ENDINGS:
                 images.append(name)
             else:
                 others.add(name)
@@ -84,23 +85,20 @@ def read_files(
             except OSError as error:
                 faults[name] = UserError(f"{path} cannot be read ({error.strerror})", fix="check its permissions")
 
-        unknown = []
-        for name in names:
+        unknown = list(names) if not known else []
+        for name in names if known else ():
             old = known.get(name)
-            if old is None or not unchanged(prefix + name, descriptor, old):
-                unknown.append(name)
-            else:
+            try:  # in line, since it is done for every file at every start
+                facts = os.stat(prefix + name, dir_fd=descriptor)
+                same = old is not None and facts.st_mtime_ns == old[1] and facts.st_size == old[0]
+            except OSError:
+                same = False
+            if old is not None and same:
                 found[name] = old
+            else:
+                unknown.append(name)
         for_each(look, unknown)
     return Found(by_name=found, faults=faults, new=bool(unknown))
-
-
-def unchanged(place: str, descriptor: int | None, known: KnownImage | KnownCaption) -> bool:
-    try:
-        facts = os.stat(place, dir_fd=descriptor)
-    except OSError:
-        return False
-    return facts.st_mtime_ns == known[1] and facts.st_size == known[0]
 
 
 def for_each(look: Callable[[str], None], names: Sequence[str]) -> None:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sfumato.config import Config
-from sfumato.config.dataset_toml import OPTION_OF, Table, read_dataset_config
+from sfumato.config.dataset_toml import (
+    DATASET_KEYS,
+    OPTION_OF,
+    SUBSET_KEYS,
+    DatasetFile,
+    Table,
+    read_dataset_config,
+)
+from sfumato.config.schema import vocabulary
 from sfumato.data.buckets import Buckets, Size
 from sfumato.data.captions import CaptionRules
 from sfumato.data.folders import list_folder
@@ -40,6 +48,8 @@ def layouts(config: Config, report: Report) -> Iterator[tuple[str, tuple[Table, 
             yield "", (), subsets
         return
     file = read_dataset_config(path)
+    for line in overridden(file, config):
+        report.no_effect(line)
     for i, entry in enumerate(file.datasets):
         where = f"{path}: datasets[{i}]"
         tables = (entry.table, file.general)
@@ -47,6 +57,16 @@ def layouts(config: Config, report: Report) -> Iterator[tuple[str, tuple[Table, 
             one_subset(f"{where}.subsets[{j}]", (subset, *tables), config) for j, subset in enumerate(entry.subsets)
         ]
         yield where, tables, list(without_repetitions(subsets, report))
+
+
+def overridden(file: DatasetFile, config: Config) -> Iterator[str]:
+    """Options that were given, but that the file gives everywhere itself."""
+    levels = [(DATASET_KEYS, [(entry.table, file.general) for entry in file.datasets])]
+    levels += [(SUBSET_KEYS, [(each, entry.table, file.general) for entry in file.datasets for each in entry.subsets])]
+    for keys, places in levels:
+        for key, option in keys.items():
+            if config.changed(option) and all(any(t.value(key) is not None for t in tables) for tables in places):
+                yield f"--{option} has no effect: {file.path.name} gives {key} for every dataset"
 
 
 def without_repetitions(subsets: Sequence[SubsetSettings], report: Report) -> Iterator[SubsetSettings]:
@@ -85,6 +105,9 @@ def one_dataset(
     if value["resolution"] is None:
         raise UserError(f"{name}no resolution is given", fix="give --resolution, as 512 or 512,768")
     multiplier = value["network_multiplier"]
+    idle = {line: subset.where for subset in reversed(subsets) for line in idle_rules(subset)}
+    for line, subset in idle.items():
+        report.no_effect(f"{subset}: {line}")
     return DatasetSettings(
         where=where,
         batch_size=value["batch_size"],
@@ -115,6 +138,9 @@ def bucket_rule(name: str, value: dict[str, Any], bucket_step: int, report: Repo
     if not value["enable_bucket"]:
         if value["bucket_no_upscale"] and name:  # the same on the command line is told by the configuration
             report.no_effect(f"{name}bucket_no_upscale has no effect without enable_bucket")
+        tell_idle(
+            name, value, ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), "without enable_bucket", report
+        )
         multiple = math.gcd(bucket_step, 16)  # a latent of even sides; buckets are coarser by custom only
         if any(side % multiple for side in resolution):
             near = ",".join(str(max(round(side / multiple), 1) * multiple) for side in resolution)
@@ -129,6 +155,7 @@ def bucket_rule(name: str, value: dict[str, Any], bucket_step: int, report: Repo
             fix=f"set bucket_reso_steps to {-(-step // bucket_step) * bucket_step}",
         )
     if value["bucket_no_upscale"]:
+        tell_idle(name, value, ("min_bucket_reso", "max_bucket_reso"), "with bucket_no_upscale", report)
         return Buckets(resolution=resolution, step=step, no_upscale=True)
     if shortest > longest:
         raise UserError(f"{name}min_bucket_reso {shortest} is above max_bucket_reso {longest}", fix="exchange the two")
@@ -144,6 +171,20 @@ def bucket_rule(name: str, value: dict[str, Any], bucket_step: int, report: Repo
     if rounded != (shortest, longest):
         report.note(f"{name}buckets go from {rounded[0]} to {rounded[1]} pixels, the nearest multiples of {step}")
     return Buckets(resolution=resolution, shortest=rounded[0], longest=rounded[1], step=step)
+
+
+def tell_idle(name: str, value: Mapping[str, Any], keys: Sequence[str], because: str, report: Report) -> None:
+    changed = [key for key in keys if value[key] != vocabulary()[OPTION_OF[key]].default]
+    if changed:
+        report.no_effect(f"{name}{', '.join(changed)}: no effect {because}")
+
+
+def idle_rules(subset: SubsetSettings) -> Iterator[str]:
+    """Caption options that need another one."""
+    if subset.rules.keep_tokens and not subset.rules.changes_tags:
+        yield "keep_tokens has no effect without shuffle_caption, token_warmup_step or caption_tag_dropout_rate"
+    if subset.rules.token_warmup_min != 1 and not subset.rules.token_warmup_step:
+        yield "token_warmup_min has no effect without token_warmup_step"
 
 
 def one_subset(
@@ -177,8 +218,10 @@ def of_folders(config: Config, report: Report) -> Iterator[SubsetSettings]:
             continue
         option = "--reg_data_dir" if is_reg else "--train_data_dir"
         with report.problems.catch():
-            for folder in folder_subsets(root, option, is_reg, report):
-                yield one_subset(str(folder.image_dir), (), config, folder=folder)
+            found = folder_subsets(root, option, is_reg, report)
+            if config.changed("dataset_repeats") and all(folder.num_repeats is not None for folder in found):
+                report.no_effect("--dataset_repeats has no effect: the folders' names say how often to repeat")
+            yield from (one_subset(str(folder.image_dir), (), config, folder=folder) for folder in found)
 
 
 def folder_subsets(root: Path, option: str, is_reg: bool, report: Report) -> list[FolderSubset]:

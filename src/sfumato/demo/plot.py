@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sfumato.demo._drawing import ACCENT, GREY, HAIRLINE, INK, PALE, PAPER, font, width_of
+from sfumato.demo._drawing import ACCENT, GREY, HAIRLINE, INK, PALE, PAPER, font
 
 FINE = 3  # everything is drawn so many times larger, then reduced
 WIDTH, HEIGHT = 960, 520

@@ -29,6 +29,7 @@ WORDS = (  # of common captions, so that the toy tokenizers need few tokens for 
     *("cup", "coffee", "espresso", "saucer", "table", "wooden", "rocket", "launch", "pad", "sky", "dusk", "lights"),
 )
 QUICK = {  # options of the printed command: a run that ends within seconds
+    "caption_extension": ".txt",
     "resolution": "64",
     "train_batch_size": "2",
     "network_dim": "4",
@@ -50,6 +51,7 @@ class Toy:
     script: str  # launchers/SCRIPT.py
     options: Mapping[str, str] = field(default_factory=dict)  # of the printed command, beyond paths and QUICK
     variants: tuple[str, ...] = ("",)  # the first is the usual one
+    variant_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # further options of a variant
 
 
 TOYS: Registry[Toy] = Registry("toy")
@@ -83,15 +85,14 @@ def families() -> list[str]:
     return [name.removeprefix(PREFIX) for name in modules if name.startswith(PREFIX)]
 
 
-def training_command(family: str, paths: Mapping[str, Path], output_dir: Path) -> str:
+def training_command(family: str, paths: Mapping[str, Path], output_dir: Path, *, variant: str = "") -> str:
     """A line for a POSIX shell, in any folder, that trains on a toy."""
     toy = TOYS.get(family)
     places = {name: path for name, path in paths.items() if not name.startswith("tokenizer")}
     places |= {"train_data_dir": example_photos(), "output_dir": output_dir}
     absolute = {name: str(path.resolve()) for name, path in places.items()}
-    options = (
-        f"--{name}={value}" if value else f"--{name}" for name, value in {**absolute, **QUICK, **toy.options}.items()
-    )
+    values = {**absolute, **QUICK, **toy.options, **toy.variant_options.get(variant, {})}
+    options = (f"--{name}={value}" if value else f"--{name}" for name, value in values.items())
     return shlex.join([sys.executable, *launcher(toy.script), *options])
 
 
@@ -109,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     for name, path in paths.items():
         print(f"{name:<{width}}  {path}")
     print("\nThis trains on it, in seconds:\n")
-    print(training_command(asked.family, paths, asked.folder / "output"))
+    print(training_command(asked.family, paths, asked.folder / "output", variant=asked.variant))
     return 0
 
 

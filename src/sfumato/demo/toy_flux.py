@@ -8,19 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from sfumato.demo import toy_sd
 from sfumato.demo.toy import TOYS, WORDS, Layout, Toy
 from sfumato.demo.weights import random_network
 from sfumato.families import _clip, _flux_keys, _t5, _tokenizers, _vae
 from sfumato.formats.checkpoint import write_safetensors
 
 HEAD, HEADS = 32, 2
-WIDTH = HEAD * HEADS
+WIDTH = HEAD * HEADS  # also of the text encoders
 LATENT = 16  # channels; a token is a patch of 2x2
-VAE_CONFIG = {
-    "block_out_channels": [32, 32, 64, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
+VAE_CONFIG = toy_sd.VAE_CONFIG | {
     "latent_channels": LATENT,
     "scaling_factor": 0.3611,
     "shift_factor": 0.1159,
@@ -49,7 +46,7 @@ def make_networks(words: int, pieces: int, *, guided: bool, seed: int) -> dict[s
     """The four networks; `words` and `pieces` are the sizes of CLIP's and T5's vocabularies."""
     return {
         "transformer": random_network(_flux_keys.build, transformer_config(guided), seed=seed, purpose="flux dit"),
-        "text_encoder": random_network(_clip.build, clip_config(words), seed=seed, purpose="flux clip"),
+        "text_encoder": random_network(_clip.build, toy_sd.clip_config(words), seed=seed, purpose="flux clip"),
         "text_encoder_2": random_network(_t5.build, t5_config(pieces), seed=seed, purpose="flux t5"),
         "vae": random_network(_vae.build, VAE_CONFIG, seed=seed, purpose="flux vae"),
     }
@@ -66,23 +63,6 @@ def transformer_config(guided: bool) -> dict[str, Any]:
         "pooled_projection_dim": WIDTH,
         "guidance_embeds": guided,
         "axes_dims_rope": [HEAD // 8, HEAD * 7 // 16, HEAD * 7 // 16],
-    }
-
-
-def clip_config(vocabulary: int) -> dict[str, Any]:
-    """A CLIP text tower of two layers; the tokenizer's begin and end tokens are its last two."""
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": WIDTH,
-        "projection_dim": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "max_position_embeddings": _clip.LENGTH,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
-        "pad_token_id": vocabulary - 1,
     }
 
 
@@ -112,13 +92,14 @@ def single_files(networks: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def write_folder(folder: Path, networks: Mapping[str, Any], *, guided: bool) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    import diffusers
 
-    pipeline = FluxPipeline(
+    library: Any = diffusers  # its annotations are narrower than what it takes
+    pipeline = library.FluxPipeline(
         **networks,
         tokenizer=_tokenizers.clip_tokenizer(folder / "tokenizer"),
         tokenizer_2=_tokenizers.t5_tokenizer(folder / "tokenizer_2"),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guided, shift=3.0 if guided else 1.0),
+        scheduler=library.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guided, shift=3.0 if guided else 1.0),
     )
     pipeline.save_pretrained(folder)
 

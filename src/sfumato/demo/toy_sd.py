@@ -1,4 +1,4 @@
-"""The toy Stable Diffusion 1: one checkpoint in the original layout, or a diffusers folder of the same weights."""
+"""The toy Stable Diffusion 1 and 2: a checkpoint in the original layout, or a diffusers folder of the same weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from sfumato.demo.toy import TOYS, WORDS, Layout, Toy
 from sfumato.demo.weights import random_network
 from sfumato.diffusion.objective import VariancePreserving
-from sfumato.families import _clip, _tokenizers, _unet, _vae
-from sfumato.families.sd import CLIP, UNET
+from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
+from sfumato.families.sd import CLIP, OPEN_CLIP, UNET
 from sfumato.formats.checkpoint import write_safetensors
 
 WIDTH = 64  # of the text encoder
@@ -27,6 +27,11 @@ UNET_CONFIG = {
     "cross_attention_dim": WIDTH,
     "attention_head_dim": 8,  # diffusers' name for the number of heads
 }
+UNET_CONFIG_2 = UNET_CONFIG | {
+    "block_out_channels": [32, 64, 128, 128],
+    "attention_head_dim": [1, 1, 2, 2],  # heads of 64 channels
+    "use_linear_projection": True,
+}
 VAE_CONFIG = {
     "block_out_channels": [32, 32, 64, 64],
     "layers_per_block": 1,
@@ -39,12 +44,13 @@ VAE_CONFIG = {
 
 def write(folder: Path, *, seed: int, layout: Layout, variant: str) -> dict[str, Path]:
     words = _tokenizers.toy_tokenizer(folder / "tokenizer", WORDS)
-    networks = make_networks(words, seed)
+    networks = make_networks(words, seed) if variant == "1" else make_networks_2(words, seed)
     if layout == "diffusers":
-        write_folder(folder, networks)
+        write_folder(folder, networks, variant)
         return {"pretrained_model_name_or_path": folder, "tokenizer": folder / "tokenizer"}
     path = folder / "toy_sd.safetensors"
-    write_safetensors(path, single_file(networks), {"format": "pt"})
+    tensors = single_file(networks) if variant == "1" else single_file_2(networks, words, seed)
+    write_safetensors(path, tensors, {"format": "pt"})
     return {"pretrained_model_name_or_path": path, "tokenizer": folder / "tokenizer"}
 
 
@@ -55,6 +61,20 @@ def make_networks(vocabulary: int, seed: int) -> dict[str, Any]:
         "vae": random_network(_vae.build, VAE_CONFIG, seed=seed, purpose="sd vae"),
         "text_encoder": random_network(_clip.build, clip_config(vocabulary), seed=seed, purpose="sd clip"),
     }
+
+
+def make_networks_2(vocabulary: int, seed: int) -> dict[str, Any]:
+    """The same of Stable Diffusion 2."""
+    return make_networks(vocabulary, seed) | {
+        "unet": random_network(_unet.build, UNET_CONFIG_2, seed=seed, purpose="sd unet"),
+        "text_encoder": open_clip(vocabulary, seed, layers=2),
+    }
+
+
+def open_clip(vocabulary: int, seed: int, *, layers: int) -> Any:
+    """A text tower of any depth; the layers that two depths share are equal."""
+    config = clip_config(vocabulary) | {"hidden_act": "gelu", "num_hidden_layers": layers}
+    return random_network(_clip.build, config, seed=seed, purpose="sd open clip")
 
 
 def clip_config(vocabulary: int) -> dict[str, Any]:
@@ -76,15 +96,27 @@ def clip_config(vocabulary: int) -> dict[str, Any]:
 
 def single_file(networks: Mapping[str, Any]) -> dict[str, Tensor]:
     """Every entry of a checkpoint as the first trainers of the field saved it, leftovers of their training included."""
-    unet = _unet.key_map(UNET_CONFIG).to_original(networks["unet"].state_dict())
-    vae = _vae.key_map(len(VAE_CONFIG["block_out_channels"])).to_original(networks["vae"].state_dict())
     clip = _clip.key_map().to_original(networks["text_encoder"].state_dict())
     clip["text_model.embeddings.position_ids"] = torch.arange(_clip.LENGTH)[None]
+    return pictures(networks) | {CLIP + name: tensor for name, tensor in clip.items()} | leftovers()
+
+
+def single_file_2(networks: Mapping[str, Any], vocabulary: int, seed: int) -> dict[str, Tensor]:
+    """A checkpoint of Stable Diffusion 2, in which the text tower has a layer more than is used."""
+    whole = open_clip(vocabulary, seed, layers=3)
+    clip = _open_clip.key_map(projected=False).to_original(whole.state_dict())
+    clip |= {"text_projection": torch.eye(WIDTH), "logit_scale": torch.tensor(4.6)}
+    return pictures(networks) | {OPEN_CLIP + name: tensor for name, tensor in clip.items()} | leftovers()
+
+
+def pictures(networks: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What every checkpoint of this line holds: the UNet and the autoencoder."""
+    unet = _unet.key_map(networks["unet"].config).to_original(networks["unet"].state_dict())
+    levels = len(networks["vae"].config["block_out_channels"])
+    vae = _vae.key_map(levels).to_original(networks["vae"].state_dict())
     return {
         **{UNET + name: tensor for name, tensor in unet.items()},
         **{_vae.PREFIX + name: tensor for name, tensor in vae.items()},
-        **{CLIP + name: tensor for name, tensor in clip.items()},
-        **leftovers(),
     }
 
 
@@ -112,15 +144,17 @@ def leftovers() -> dict[str, Tensor]:
     return {name: table.float() for name, table in tables.items()} | counters
 
 
-def write_folder(folder: Path, networks: Mapping[str, Any]) -> None:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+def write_folder(folder: Path, networks: Mapping[str, Any], variant: str) -> None:
+    import diffusers
 
-    scheduler = DDIMScheduler(
-        **VariancePreserving().scheduler_options(), clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    library: Any = diffusers  # its annotations are narrower than what it takes
+    objective = VariancePreserving(predicts="v" if variant == "2-v" else "epsilon")
+    scheduler = library.DDIMScheduler(
+        **objective.scheduler_options(), clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline = library.StableDiffusionPipeline(
         **networks,
-        tokenizer=_tokenizers.clip_tokenizer(folder / "tokenizer"),
+        tokenizer=_tokenizers.clip_tokenizer(folder / "tokenizer", pad_with_zero=variant != "1"),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -129,4 +163,12 @@ def write_folder(folder: Path, networks: Mapping[str, Any]) -> None:
     pipeline.save_pretrained(folder)
 
 
-TOYS.register("sd")(Toy(write=write, script="train_network", options={"network_module": "networks.lora"}))
+TOYS.register("sd")(
+    Toy(
+        write=write,
+        script="train_network",
+        options={"network_module": "networks.lora"},
+        variants=("1", "2", "2-v"),
+        variant_options={"2": {"v2": ""}, "2-v": {"v2": "", "v_parameterization": ""}},
+    )
+)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.config import ModelOptions
 from sfumato.errors import UserError
+from sfumato.families._source import Source, find_path
 from sfumato.formats.keymap import KeyMap, Rule
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig
 
 TARGETS = ("encoder.layers.{n}.self_attn.{*}", "encoder.layers.{n}.mlp.{*}")
 BLOCKS = ("encoder.layers.{n}",)
@@ -19,6 +26,7 @@ FILE_KEYS = KeyMap(  # with or without the `text_model.` level; projections that
     (*DROP, "text_projection{*}", "logit_scale"),
 )
 LENGTH = 77  # positions, start and end token included
+CHUNK = LENGTH - 2  # tokens of text among them; longer captions are read in several chunks
 
 
 def key_map() -> KeyMap:
@@ -49,6 +57,22 @@ def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in wanted if name in config}
 
 
+def tokenizer_folders(source: Source, model: ModelOptions, names: Sequence[str]) -> list[Path | None]:
+    """For each encoder --tokenizer's value, else the folder of that name beside the checkpoint or inside the model.
+
+    None stands for the vocabulary that ships with the program.
+    """
+    beside = source.path if source.is_folder else source.path.parent
+    found = [beside / name if (beside / name).is_dir() else None for name in names]
+    given = [find_path(folder) for folder in model.tokenizer[: len(names)]]
+    return [*given, *found[len(given) :]]
+
+
+def chunks_of(model: ModelOptions) -> int:
+    """How many chunks of 75 tokens --max_token_length asks for."""
+    return (model.max_token_length or CHUNK) // CHUNK
+
+
 def check_vocabulary(tokenizer: Any, encoder: Any) -> None:
     """A tokenizer of another model would give ids beyond the embedding table, or the wrong words."""
     rows = encoder.get_input_embeddings().weight.shape[0]
@@ -59,29 +83,70 @@ def check_vocabulary(tokenizer: Any, encoder: Any) -> None:
         )
 
 
-def build(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
 
     last = config["vocab_size"] - 1  # the true end token; published configurations often say 2
-    return CLIPTextModel(CLIPTextConfig(**{**config, "bos_token_id": last - 1, "eos_token_id": last}))
+    return CLIPTextConfig(**{**config, "bos_token_id": last - 1, "eos_token_id": last})
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(text_config(config))
+
+
+def states(tower: Any, ids: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+    """(B, 77) ids -> (B, 77, D) twice: the `layer`-th block's output from the end, and the last one's after its norm.
+
+    `tower` is a CLIPTextModel.
+    """
+    output = tower(input_ids=ids, output_hidden_states=True)
+    return output.hidden_states[-layer], output.last_hidden_state
 
 
 def hidden_states(encoder: Any, ids: Tensor, *, layer: int) -> Tensor:
     """(B, 77) ids -> (B, 77, D): the output of the `layer`-th block from the end, then the final norm."""
     if layer == 1:
         return encoder(input_ids=ids).last_hidden_state
-    states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
-    return encoder.final_layer_norm(states[-layer])
+    return encoder.final_layer_norm(states(encoder, ids, layer=layer)[0])
 
 
 def pooled(encoder: Any, ids: Tensor, end: int) -> Tensor:
-    """(B, 77) ids -> (B, D): the final state of the first end token, found by its id and not as the highest one."""
-    last = hidden_states(encoder, ids, layer=1)
+    """(B, 77) ids -> (B, D): the final state of the first end token."""
+    return at_first_end(hidden_states(encoder, ids, layer=1), ids, end)
+
+
+def at_first_end(last: Tensor, ids: Tensor, end: int) -> Tensor:
+    """(B, 77, D) -> (B, D) at the first end token, found by its id and not as the highest one."""
     place = (ids == end).int().argmax(dim=1)
     return last[torch.arange(len(last), device=last.device), place]
 
 
-def token_ids(tokenizer: Any, captions: Sequence[str], device: torch.device) -> Tensor:
-    """(B, 77) ids, cut and padded as the encoder was trained with."""
-    ids = tokenizer(list(captions), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-    return ids.input_ids.to(device)
+def token_ids(tokenizer: Any, captions: Sequence[str], device: torch.device, *, chunks: int = 1) -> Tensor:
+    """(B * chunks, 77) ids, the chunks of a caption one after the other, cut and padded as in training."""
+    words = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=CHUNK * chunks).input_ids
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = [row for ids in words for row in chunk_rows(ids, chunks, begin, end, pad)]
+    return torch.tensor(rows, device=device)
+
+
+def chunk_rows(ids: Sequence[int], chunks: int, begin: int, end: int, pad: int) -> Iterator[list[int]]:
+    """Each chunk of 75 as a text of its own: begin, tokens, end, padding; what lies beyond the caption is empty."""
+    for start in range(0, CHUNK * chunks, CHUNK):
+        part = ids[start : start + CHUNK]
+        yield [begin, *part, end, *[pad] * (CHUNK - len(part))]
+
+
+def join_chunks(hidden: Tensor, chunks: int) -> Tensor:
+    """(B * chunks, 77, D) -> (B, 75 * chunks + 2, D): the first begin, every chunk's inside, the last position."""
+    if chunks == 1:
+        return hidden
+    rows = hidden.unflatten(0, (-1, chunks))
+    return torch.cat([rows[:, 0, :1], rows[:, :, 1:-1].flatten(1, 2), rows[:, -1, -1:]], dim=1)
+
+
+def fingerprint(tokenizer: Any, *, layer: int, chunks: int) -> str:
+    """What features depend on besides the encoder's weights: the tokenizer, the layer, the length."""
+    words = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    return f"tokenizer {words}, padding {tokenizer.pad_token_id}, layer {layer}, {CHUNK * chunks} tokens"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,9 @@ from sfumato.formats.keymap import KeyMap
 
 Shapes = dict[str, torch.Size]
 Checkpoint = TensorFile | PickledFile
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # folders, no lone checkpoints
+HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "safety_checker/*")
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Source:
     """What the user pointed at: one checkpoint file, or a folder in diffusers' layout."""
 
     path: Path
+    hub_name: str = ""  # owner/name, when the folder is the hub's cache
+
+    @property
+    def name(self) -> str:
+        """What to call it in reports."""
+        return self.hub_name or self.path.name
 
     @cached_property
     def is_folder(self) -> bool:
@@ -65,10 +75,31 @@ def open_source(model: ModelOptions) -> Source:
     """The checkpoint that the options name; raises UserError when none is named or there is nothing."""
     if model.pretrained_model_name_or_path is None:
         raise UserError("no base model is given", fix="--pretrained_model_name_or_path FILE_OR_FOLDER")
-    path = Path(model.pretrained_model_name_or_path)
-    if not path.exists():
-        raise UserError(f"the base model {path} does not exist")
-    return Source(path)
+    name = model.pretrained_model_name_or_path
+    path = find_path(name)
+    return Source(path, hub_name="" if Path(name).exists() else name)
+
+
+def find_path(name: str) -> Path:
+    """A file or folder as it is; a name on the hub (owner/name) becomes its folder in the hub's cache.
+
+    What the cache lacks is downloaded, unless HF_HUB_OFFLINE is set. Raises UserError where there is nothing.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"{path} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_VARIANTS)))
+    except (OSError, ValueError) as error:  # not found, no access, no connection, a malformed name
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name} is neither a file or folder here nor a model that the hub gave ({reason})",
+            fix="give the path of a checkpoint, or download the model first",
+        ) from error
 
 
 def weight_file(folder: Path) -> Path:
@@ -118,6 +149,8 @@ class Weights:
             shape = torch.Size(self.file.header.tensors[self.prefix + original].shape)
             if op == "squeeze":
                 shape = shape[:2]
+            if op == "transpose":
+                shape = shape[::-1]
             rows = [shape[0]] if len(names) == 1 and shape else self._rows(original, shape, len(names))
             shapes |= {name: torch.Size((n, *shape[1:])) for name, n in zip(names, rows, strict=True)} if shape else {}
         if unknown:

@@ -1,13 +1,28 @@
-"""The UNet of Stable Diffusion: its configuration and key map, both read off the shapes of a checkpoint."""
+"""The UNet of Stable Diffusion: its configuration and key map, read off a checkpoint, and what it predicts."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
-from sfumato.formats.keymap import KeyMap, Rule
+from sfumato.errors import UserError
+from sfumato.families._source import Source, Weights, read_json
+from sfumato.families.base import Network, PartSpec
+from sfumato.formats.keymap import KeyMap, Rule, identity
 
+PREFIX = "model.diffusion_model."  # inside whole checkpoints
+TARGETS = ("{*}attentions.{n}.{*}",)
+CONV_TARGETS = ("{*}resnets.{n}.{*}", "{*}downsamplers.{n}.conv", "{*}upsamplers.{n}.conv")
+BLOCKS = (
+    "down_blocks.{n}.resnets.{n}",
+    "down_blocks.{n}.attentions.{n}",
+    "mid_block.resnets.{n}",
+    "mid_block.attentions.{n}",
+    "up_blocks.{n}.resnets.{n}",
+    "up_blocks.{n}.attentions.{n}",
+)
+HEAD = 64  # channels of an attention head from Stable Diffusion 2 on
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -64,6 +79,77 @@ def _resnet(original: str, ours: str) -> list[Rule]:
     return [Rule(f"{original}.{theirs}", (f"{ours}.{name}",)) for theirs, name in RESNET.items()]
 
 
+def spec(map_: KeyMap, adapter_map: KeyMap, aliases: tuple[KeyMap, ...] = ()) -> PartSpec:
+    return PartSpec(
+        name="denoiser",
+        key_map=map_,
+        key_prefix=PREFIX,
+        adapter_map=adapter_map,
+        adapter_aliases=aliases,
+        adapter_prefix="lora_unet",
+        targets=TARGETS,
+        conv_targets=CONV_TARGETS,
+        blocks=BLOCKS,
+    )
+
+
+def network(
+    source: Source, spec: Callable[[KeyMap], PartSpec], complete: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Network:
+    """The denoiser of a checkpoint or a folder; `complete` adds what the shapes in a single file do not say."""
+    if source.is_folder:
+        config = source.config("unet")
+        return Network(
+            spec=spec(key_map(config)), config=config, weights=Weights(file=source.weights("unet"), key_map=identity())
+        )
+    inside = {key[len(PREFIX) :]: shape for key, shape in source.shapes.items() if key.startswith(PREFIX)}
+    config = config_from_shapes(inside)
+    config = config | complete(config) | source.config("unet")
+    map_ = key_map(config)
+    return Network(spec=spec(map_), config=config, weights=Weights(file=source.file, key_map=map_, prefix=PREFIX))
+
+
+def heads_of_64(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How many heads each level has; diffusers calls that attention_head_dim."""
+    return {"attention_head_dim": [max(1, channels // HEAD) for channels in config["block_out_channels"]]}
+
+
+def check_channels(source: Source, denoiser: Network, vae: Network) -> None:
+    """Inpainting and similar variants see more than the noisy picture, which nothing here would give them."""
+    sees, latent = denoiser.config["in_channels"], vae.config["latent_channels"]
+    if sees != latent:
+        raise UserError(
+            f"{source.name} is a variant whose denoiser takes {sees} channels instead of {latent} (inpainting, depth "
+            "or the like), which is not supported",
+            fix="start from the plain text-to-image checkpoint",
+        )
+
+
+def prediction(source: Source, asked_v: bool) -> tuple[Literal["epsilon", "v"], tuple[str, ...]]:
+    """What the model is to predict, as --v_parameterization says, and a note where the checkpoint says otherwise.
+
+    Raises UserError where the checkpoint says v and the option is missing: training it on noise would ruin it.
+    """
+    told = told_prediction(source)
+    if told == "v" and not asked_v:
+        raise UserError(f"{source.name} says that it predicts v", fix="--v_parameterization")
+    if told == "epsilon" and asked_v:
+        return "v", (f"--v_parameterization: {source.name} says that it predicts noise; it is trained to predict v",)
+    return "v" if asked_v else "epsilon", ()
+
+
+def told_prediction(source: Source) -> Literal["epsilon", "v"] | None:
+    """What a checkpoint says of itself: a folder's scheduler, a file's model spec or its marker tensor."""
+    if source.is_folder:
+        scheduler = source.path / "scheduler" / "scheduler_config.json"
+        named = read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
+    else:
+        about = source.file.header.metadata
+        named = "v" if "v_pred" in source.shapes else about.get("modelspec.prediction_type")
+    known: dict[Any, Literal["epsilon", "v"]] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
+    return known.get(named)
+
+
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """diffusers' UNet2DConditionModel configuration from the shapes of original keys (prefix removed).
 
@@ -95,6 +181,17 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "cross_attention_dim": to_k[1],
         "use_linear_projection": len(projection) == 2,
         "transformer_layers_per_block": depths,
+        **_size_conditioning(shapes),
+    }
+
+
+def _size_conditioning(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The vector of pooled text and sizes, where the checkpoint has a layer for it."""
+    if "label_emb.0.0.weight" not in shapes:
+        return {}
+    return {
+        "addition_embed_type": "text_time",
+        "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
     }
 
 

@@ -19,7 +19,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.errors import UserError
 from sfumato.families._source import Source, Weights, on_meta
-from sfumato.formats.groups import Layer, LayerGroup, layer_groups, layers_of, skeleton
+from sfumato.formats.groups import Layer, LayerGroup, file_name, layer_groups, layers_of, skeleton
 from sfumato.formats.keymap import KeyMap
 from sfumato.registry import Registry
 
@@ -38,17 +38,32 @@ class PartSpec:
     adapter_aliases: tuple[KeyMap, ...] = ()  # further layouts accepted when reading
     targets: tuple[str, ...] = ()  # patterns on the module's own names: Linear and 1x1 conv layers to adapt
     conv_targets: tuple[str, ...] = ()  # further patterns when conv_dim is given
-    extra_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # option -> single layers (in_dims)
-    kinds: Mapping[str, str] = field(default_factory=dict)  # option -> pattern on names (img_attn_dim)
-    stages: tuple[str, ...] = ()  # ordered patterns on original keys: what --block_lr counts
+    extra_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in_dims -> further targets, one a rank
+    # Network arguments over names as adapter files have them, with dots; a|b matches either.
+    kinds: Mapping[str, str] = field(default_factory=dict)  # img_attn_dim -> the layers whose rank it sets
+    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # train_blocks -> value -> what is adapted
+    counted: Mapping[str, str] = field(default_factory=dict)  # train_block_indices -> the blocks that {n} counts
+    stages: tuple[str, ...] = ()  # ordered patterns on original keys (a|b: either): what --block_lr counts
+    sections: Mapping[str, range] = field(default_factory=dict)  # down_lr_weight -> the stages it counts
     blocks: tuple[str, ...] = ()  # patterns on the paths of the repeated blocks
     opt_in: str = ""  # the network argument that alone lets this part train (train_t5xxl)
 
-    def groups(self, layers: Mapping[str, Layer]) -> list[LayerGroup]:
-        """The adaptable layers among `layers`, grouped by their names in adapter files."""
-        return layer_groups(
-            layers, self.targets, part=self.name, prefix=self.adapter_prefix, adapter_map=self.adapter_map
-        )
+    def groups(self, layers: Mapping[str, Layer], *, every: bool = False) -> list[LayerGroup]:
+        """The usually adapted layers among `layers`, or `every` adaptable one, grouped by names in adapter files."""
+        more = [*self.conv_targets, *(target for targets in self.extra_targets.values() for target in targets)]
+        targets = [*self.targets, *(more if every else ())]
+        return layer_groups(layers, targets, part=self.name, prefix=self.adapter_prefix, adapter_map=self.adapter_map)
+
+    def aliases(self, groups: Sequence[LayerGroup]) -> dict[str, str]:
+        """Name in a further layout -> our name, for the groups that are one layer there, too."""
+        found: dict[str, str] = {}
+        for group in groups:
+            ours = self.adapter_map.locate(group.paths[0])
+            for layout in self.adapter_aliases:
+                place = layout.locate(group.paths[0])
+                if (place.siblings, place.op) == (ours.siblings, ours.op):
+                    found[file_name(self.adapter_prefix, place.original)] = group.name
+        return found
 
 
 @dataclass(kw_only=True)
@@ -58,8 +73,8 @@ class Part:
     spec: PartSpec
     module: nn.Module
 
-    def groups(self) -> list[LayerGroup]:
-        return self.spec.groups(layers_of(self.module))
+    def groups(self, *, every: bool = False) -> list[LayerGroup]:
+        return self.spec.groups(layers_of(self.module), every=every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +85,9 @@ class Network:
     config: Mapping[str, Any]
     weights: Weights
 
-    def groups(self) -> list[LayerGroup]:
+    def groups(self, *, every: bool = False) -> list[LayerGroup]:
         """The groups a loaded Part would have, from the file's header alone."""
-        return self.spec.groups(skeleton(self.weights.shapes()))
+        return self.spec.groups(skeleton(self.weights.shapes()), every=every)
 
     def load(
         self, build: Callable[[Mapping[str, Any]], nn.Module], *, dtype: torch.dtype, device: torch.device
@@ -110,6 +125,7 @@ class Blueprint:
     latents: LatentSpec
     implementation: str = "diffusers"  # modelspec.implementation
     metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
+    notes: tuple[str, ...] = ()  # what the user should know before the first step; errors with --strict
 
 
 class Family(ABC):
@@ -119,6 +135,7 @@ class Family(ABC):
     text_parts: ClassVar[tuple[str, ...]]  # names of the text encoders, in the order of --text_encoder_lr
     bucket_step: ClassVar[int]  # bucket_reso_steps must be a multiple
     sampling: ClassVar[Sampling]
+    options: ClassVar[frozenset[str]] = frozenset()  # of those that only some families read, the ones that this does
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module) -> None:
         self.blueprint = blueprint

@@ -55,6 +55,11 @@ class Flux(Family):
     name = "flux"
     text_parts = ("clip_l", "t5")
     bucket_step = 32
+    options = frozenset(
+        {"clip_l", "t5xxl", "ae", "model_type", "t5xxl_max_token_length", "apply_t5_attn_mask", "guidance_scale"}
+        | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
+        | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}
+    )
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=DEFAULT_GUIDANCE, size_multiple=16)
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:

@@ -1,9 +1,8 @@
-"""Stable Diffusion 1.x: one CLIP text encoder, a UNet over 4-channel latents."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet over 4-channel latents."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,43 +11,27 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.diffusion.objective import VariancePreserving
-from sfumato.families import _clip, _tokenizers, _unet, _vae
-from sfumato.families._source import Source, Weights
+from sfumato.errors import UserError
+from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
+from sfumato.families._source import Source, Weights, find_path
 from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Sampling
 from sfumato.formats.keymap import KeyMap, identity
 
-UNET = "model.diffusion_model."
-CLIP = "cond_stage_model.transformer."
-UNET_TARGETS = ("{*}attentions.{n}.{*}",)
-UNET_CONV_TARGETS = ("{*}resnets.{n}.{*}", "{*}downsamplers.{n}.conv", "{*}upsamplers.{n}.conv")
-UNET_BLOCKS = (
-    "down_blocks.{n}.resnets.{n}",
-    "down_blocks.{n}.attentions.{n}",
-    "mid_block.resnets.{n}",
-    "mid_block.attentions.{n}",
-    "up_blocks.{n}.resnets.{n}",
-    "up_blocks.{n}.attentions.{n}",
-)
+UNET = _unet.PREFIX
+CLIP = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L
+OPEN_CLIP = "cond_stage_model.model."  # 2.x: OpenCLIP's ViT-H
+OPEN_CLIP_LAYERS = 24  # of which the model was trained without the last
 
 
 def unet_spec(key_map: KeyMap) -> PartSpec:
-    return PartSpec(
-        name="denoiser",
-        key_map=key_map,
-        key_prefix=UNET,
-        adapter_map=identity(),  # adapter files of this family keep diffusers' names
-        adapter_prefix="lora_unet",
-        targets=UNET_TARGETS,
-        conv_targets=UNET_CONV_TARGETS,
-        blocks=UNET_BLOCKS,
-    )
+    return _unet.spec(key_map, identity())  # adapter files of this family keep diffusers' names
 
 
-def clip_spec() -> PartSpec:
+def clip_spec(key_map: KeyMap, prefix: str) -> PartSpec:
     return PartSpec(
         name="clip",
-        key_map=_clip.key_map(),
-        key_prefix=CLIP,
+        key_map=key_map,
+        key_prefix=prefix,
         adapter_map=_clip.key_map(),
         adapter_prefix="lora_te",
         targets=_clip.TARGETS,
@@ -61,33 +44,46 @@ class StableDiffusion(Family):
     name = "sd"
     text_parts = ("clip",)
     bucket_step = 64
+    options = frozenset({"vae", "no_half_vae", "clip_skip", "max_token_length", "v2", "v_parameterization"})
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
         self.clip_layer = model.clip_skip or 1
-        self.tokenizer: Any = _tokenizers.clip_tokenizer(_tokenizer_folder(blueprint.source, model))
+        self.chunks = _clip.chunks_of(model)
+        folder = _clip.tokenizer_folders(blueprint.source, model, ("tokenizer",))[0]
+        self.tokenizer: Any = _tokenizers.clip_tokenizer(folder, pad_with_zero=is_version_2(blueprint.source))
         _clip.check_vocabulary(self.tokenizer, self.parts["clip"].module)
 
     @classmethod
     def detect(cls, source: Source) -> bool:
         if source.is_folder:
             return source.has("unet") and not source.config("unet").get("addition_embed_type")
-        return UNET + "input_blocks.0.0.weight" in source.shapes and any(key.startswith(CLIP) for key in source.shapes)
+        text = any(key.startswith((CLIP, OPEN_CLIP)) for key in source.shapes)
+        return UNET + "input_blocks.0.0.weight" in source.shapes and text
 
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
+        second = is_version_2(source)
+        if model.v2 and not second:
+            raise UserError(f"{source.name} is Stable Diffusion 1.x", fix="leave --v2 out")
         fixed = {"scaling_factor": 0.18215}
-        vae = _vae.replacement(Path(model.vae), fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
+        vae = _vae.replacement(find_path(model.vae), fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
+        denoiser = _unet.network(source, unet_spec, _unet.heads_of_64 if second else _eight_heads)
+        _unet.check_channels(source, denoiser, vae)
+        predicts, notes = _unet.prediction(source, model.v_parameterization)
+        v = predicts == "v"
         return Blueprint(
             source=source,
-            title="Stable Diffusion 1.x",
-            base_model_version="sd_v1",
-            architecture="stable-diffusion-v1",
+            title=f"Stable Diffusion {2 if second else 1}.x" + (", predicting v" if v else ""),
+            base_model_version=f"sd_v{2 if second else 1}" + ("_v" if v else ""),
+            architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
             text_parts=cls.text_parts,
-            networks={"denoiser": _read_unet(source), "clip": _read_clip(source), "vae": vae},
-            objective=VariancePreserving(),
+            networks={"denoiser": denoiser, "clip": _read_clip(source), "vae": vae},
+            objective=VariancePreserving(predicts=predicts),
             latents=_vae.latent_spec(vae.config, patch=1, size_multiple=64),
+            metadata={"ss_v2": second},
+            notes=notes,
         )
 
     @classmethod
@@ -103,11 +99,12 @@ class StableDiffusion(Family):
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module
-        ids = _clip.token_ids(self.tokenizer, captions, encoder.device)
-        return [{"hidden": hidden} for hidden in _clip.hidden_states(encoder, ids, layer=self.clip_layer)]
+        ids = _clip.token_ids(self.tokenizer, captions, encoder.device, chunks=self.chunks)
+        hidden = _clip.hidden_states(encoder, ids, layer=self.clip_layer)
+        return [{"hidden": one} for one in _clip.join_chunks(hidden, self.chunks)]
 
     def text_fingerprint(self, part: str) -> str:
-        return f"layer {self.clip_layer}, {_clip.LENGTH} tokens"
+        return _clip.fingerprint(self.tokenizer, layer=self.clip_layer, chunks=self.chunks)
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         return {"encoder_hidden_states": features["clip"]["hidden"]}
@@ -127,35 +124,35 @@ class StableDiffusion(Family):
         return raw
 
 
-def _read_unet(source: Source) -> Network:
-    if source.is_folder:
-        config = source.config("unet")
-        weights = Weights(file=source.weights("unet"), key_map=identity())
-        return Network(spec=unet_spec(_unet.key_map(config)), config=config, weights=weights)
-    inside = {key[len(UNET) :]: shape for key, shape in source.shapes.items() if key.startswith(UNET)}
-    config = _unet.config_from_shapes(inside) | {"attention_head_dim": 8} | source.config("unet")
-    key_map = _unet.key_map(config)
-    return Network(
-        spec=unet_spec(key_map), config=config, weights=Weights(file=source.file, key_map=key_map, prefix=UNET)
-    )
+def is_version_2(source: Source) -> bool:
+    """2.x reads OpenCLIP's text; in a folder, where encoders share their names, the activation tells."""
+    if not source.is_folder:
+        return any(key.startswith(OPEN_CLIP) for key in source.shapes)
+    return source.config("text_encoder").get("hidden_act") == "gelu"
+
+
+def _eight_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attention_head_dim": 8}  # diffusers' name for the number of heads
 
 
 def _read_clip(source: Source) -> Network:
     if source.is_folder:
         config = _clip.config_of_folder(source.config("text_encoder"))
-        return Network(
-            spec=clip_spec(),
-            config=config,
-            weights=Weights(file=source.weights("text_encoder"), key_map=_clip.FILE_KEYS),
-        )
+        weights = Weights(file=source.weights("text_encoder"), key_map=_clip.FILE_KEYS)
+        second = is_version_2(source)
+        key_map = _open_clip.key_map(projected=False) if second else _clip.key_map()
+        return Network(spec=clip_spec(key_map, OPEN_CLIP if second else CLIP), config=config, weights=weights)
+    if is_version_2(source):
+        key_map = _open_clip.key_map(projected=False, unused=_unused_layer(source))
+        weights = Weights(file=source.file, key_map=key_map, prefix=OPEN_CLIP)
+        config = _open_clip.config_from_shapes(weights.shapes()) | source.config("text_encoder")
+        return Network(spec=clip_spec(key_map, OPEN_CLIP), config=config, weights=weights)
     weights = Weights(file=source.file, key_map=_clip.FILE_KEYS, prefix=CLIP)
     config = _clip.config_from_shapes(weights.shapes()) | source.config("text_encoder")
-    return Network(spec=clip_spec(), config=config, weights=weights)
+    return Network(spec=clip_spec(_clip.key_map(), CLIP), config=config, weights=weights)
 
 
-def _tokenizer_folder(source: Source, model: ModelOptions) -> Path | None:
-    """--tokenizer, else the folder beside the checkpoint, else None for the vocabulary that ships with the program."""
-    if model.tokenizer:
-        return Path(model.tokenizer[0])
-    beside = (source.path if source.is_folder else source.path.parent) / "tokenizer"
-    return beside if beside.is_dir() else None
+def _unused_layer(source: Source) -> int | None:
+    """The last layer, which the model was trained without; a file made from a folder may lack it already."""
+    layers = _open_clip.layer_count(list(source.shapes), OPEN_CLIP)
+    return None if layers == OPEN_CLIP_LAYERS - 1 else layers - 1

@@ -82,7 +82,7 @@ def layer_groups(
     swapped: set[str] = set()
     for path in chosen:
         place = adapter_map.locate(path)
-        name = f"{prefix}_{place.original.replace('.', '_')}"
+        name = file_name(prefix, place.original)
         missing = [sibling for sibling in place.siblings if sibling not in layers]
         if missing or not set(place.siblings) <= set(chosen):
             raise UserError(f"{name} stands for {', '.join(place.siblings)}, but only some of them are adapted")
@@ -91,6 +91,11 @@ def layer_groups(
         if place.op == "swap":
             swapped.add(name)
     return [_group(name, part, paths, layers, name in swapped) for name, paths in sorted(groups.items())]
+
+
+def file_name(prefix: str, original: str) -> str:
+    """A layer's name in adapter files."""
+    return f"{prefix}_{original.replace('.', '_')}"
 
 
 def _group(name: str, part: str, paths: tuple[str, ...], layers: Mapping[str, Layer], swap: bool) -> LayerGroup:

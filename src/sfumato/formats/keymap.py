@@ -170,7 +170,7 @@ def _apply(op: Op, tensor: Tensor) -> Tensor:
         first, second = tensor.chunk(2)
         return torch.cat([second, first])
     if op == "transpose":
-        return tensor.T
+        return tensor.T.contiguous()
     if op == "squeeze":
         return tensor.reshape(tensor.shape[:2]) if tensor.ndim == 4 else tensor
     return tensor

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import open_checkpoint
 
+T = TypeVar("T")
 GUESSES = {
     "lora_A.": "diffusers or PEFT",
     "lora_B.": "diffusers or PEFT",
@@ -29,6 +31,15 @@ def read_adapter_file(path: Path) -> dict[str, dict[str, Tensor]]:
             name, _, suffix = key.partition(".")
             entries[name][suffix] = file.read(key)
     return dict(entries)
+
+
+def renamed(path: Path, found: Mapping[str, T], aliases: Mapping[str, str]) -> dict[str, T]:
+    """`found` with names of a further layout replaced by ours; a layer under both names is a UserError."""
+    result = {aliases.get(name, name): entries for name, entries in found.items()}
+    if len(result) < len(found):
+        twice = next(name for name in found if name in aliases and aliases[name] in found)
+        raise UserError(f"{path} has the layer {aliases[twice]} a second time, as {twice}")
+    return result
 
 
 def check_names(path: Path, found: Mapping[str, Mapping[str, Tensor]], known: Iterable[str]) -> None:

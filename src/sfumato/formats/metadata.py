@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import mimetypes
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from sfumato import __version__
 from sfumato.config import Config
 from sfumato.errors import UserError
+from sfumato.formats.checkpoint import model_hash, sha256_of
 
 PROGRAM = f"sfumato {__version__}"
 MINIMUM = (
@@ -36,6 +39,12 @@ SAME = (
     "fp8_base_unet", "validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs",
     "validate_every_n_steps", "resize_interpolation",
 )  # fmt: skip
+TABLES = (  # written as JSON, the others as Python writes them
+    "ss_datasets", "ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_bucket_info", "ss_network_args",
+)  # fmt: skip
+ROOT = r"(?:file://|~\w*|[A-Za-z]:)?[/\\](?!/)"
+PATH = re.compile(rf"(?:^|(?<=[\s=,;:'\"\[({{])){ROOT}[^\s,;'\"\])}}]*[^\s,;'\"\])}}/\\][/\\]?")
+ONE_PATH = re.compile(rf"{ROOT}[^,;'\"]*")  # may hold spaces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +60,22 @@ class Facts:
     network_alpha: float
     optimizer: str  # module.Class(arguments)
     data: Mapping[str, Any]  # ss_ keys about the data
-    model: Mapping[str, str]  # names and hashes of the checkpoint and of --vae
+    model: Mapping[str, str]  # names and hashes of the checkpoint and of --vae, see `named_file`
     family: Mapping[str, Any]  # ss_ keys that only some families have
 
 
 def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
-    """All ss_ keys that are known before training; values are texts as Python writes them, lists and tables JSON."""
+    """All ss_ keys that are known before training; values are texts as Python writes them, tables JSON.
+
+    Raises UserError for a thumbnail that cannot be read, so that it is not found out at the first save.
+    """
+    _thumbnail(config.metadata.metadata_thumbnail)
     network = config.network
     values: dict[str, Any] = {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_output_name": config.save.output_name,
-        **{f"ss_{name}": _plain(config.value(name)) for name in SAME},
+        **{f"ss_{name}": config.value(name) for name in SAME},
         "ss_debiased_estimation": config.loss.debiased_estimation_loss,
         "ss_num_epochs": facts.epochs,
         "ss_max_train_steps": facts.total_steps,
@@ -72,14 +85,33 @@ def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
         "ss_base_model_version": facts.base_model_version,
         "ss_seed": config.loop.seed,
         "ss_sd_scripts_commit_hash": PROGRAM,
-        "ss_optimizer": facts.optimizer,
+        "ss_optimizer": without_paths(facts.optimizer),
         **facts.data,
         **facts.model,
         **facts.family,
     }
+    if config.optim.text_encoder_lr is not None:
+        values["ss_text_encoder_lr"] = list(config.optim.text_encoder_lr)
     if network.network_args:
-        values["ss_network_args"] = {name: str(value) for name, value in network.network_args.items()}
-    return {name: _text(value) for name, value in values.items()}
+        arguments = {**network.network_args}
+        if network.network_dropout is not None:
+            arguments["dropout"] = network.network_dropout
+        values["ss_network_args"] = {name: without_paths(str(value)) for name, value in arguments.items()}
+    return {name: json.dumps(value) if name in TABLES else str(value) for name, value in values.items()}
+
+
+def named_file(kind: str, given: str | Path | None) -> dict[str, str]:
+    """Name and hashes of the checkpoint ("sd_model") or of --vae ("vae"); {} where none was given.
+
+    Hashes only of what lies here. Takes about a second per 1.5 GB the first time in a process.
+    """
+    if given is None:
+        return {}
+    path = Path(given)
+    if not path.exists():
+        return {f"ss_{kind}_name": without_paths(str(given))}  # a name on the hub stays whole
+    name = path.resolve().name if path.name in ("", "..") else path.name
+    return {f"ss_{kind}_name": name, f"ss_{kind}_hash": model_hash(path), f"ss_new_{kind}_hash": sha256_of(path)}
 
 
 def at_save(metadata: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
@@ -113,7 +145,7 @@ def modelspec(
         "tags": options.metadata_tags,
         "usage_hint": options.metadata_usage_hint,
         "thumbnail": _thumbnail(options.metadata_thumbnail),
-        "merged_from": options.metadata_merged_from,
+        "merged_from": options.metadata_merged_from and without_paths(options.metadata_merged_from),
         "trigger_phrase": options.metadata_trigger_phrase,
         "preprocessor": options.metadata_preprocessor,
         "is_negative_embedding": options.metadata_is_negative_embedding,
@@ -125,8 +157,16 @@ def modelspec(
     return {f"modelspec.{name}": value for name, value in values.items() if value}
 
 
+def without_paths(text: str) -> str:
+    """The text with every absolute path in it, or one from a home folder, cut down to its last name."""
+    if ONE_PATH.fullmatch(text):
+        return PureWindowsPath(text).name or text  # it knows both kinds of slashes
+    return PATH.sub(lambda found: PureWindowsPath(found[0]).name, text)
+
+
+@lru_cache(maxsize=4)
 def _thumbnail(given: str | None) -> str | None:
-    """A data URL as it is, or a picture file made into one."""
+    """A data URL as it is, or a picture file made into one; read once, for all saves of a run."""
     if given is None or given.startswith("data:"):
         return given
     kind = mimetypes.guess_type(given)[0] or "image/jpeg"
@@ -134,18 +174,3 @@ def _thumbnail(given: str | None) -> str | None:
         return f"data:{kind};base64," + base64.b64encode(Path(given).read_bytes()).decode()
     except OSError as error:
         raise UserError(f"--metadata_thumbnail: cannot read {given} ({error.strerror})") from error
-
-
-def _plain(value: Any) -> Any:
-    """A path becomes its name, several values a list."""
-    if isinstance(value, Path):
-        return value.name
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) or _is_table(value) else str(value)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(each, dict) for each in value)

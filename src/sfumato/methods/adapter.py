@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import zip_longest
+from pathlib import Path
 
 from torch import Tensor, nn
 
-from sfumato.adapters.base import Adapter, AdapterEngine
-from sfumato.adapters.lora import LoRA
+from sfumato.adapters.base import Adapter, AdapterEngine, merge, trains
+from sfumato.adapters.lora import Dropout, LoRA
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.diffusion.randomness import Randomness
 from sfumato.errors import UserError
 from sfumato.families.base import Blueprint, Family
 from sfumato.formats.groups import LayerGroup
-from sfumato.formats.lora import check_names, read_adapter_file
+from sfumato.formats.lora import check_names, read_adapter_file, renamed
+from sfumato.methods.adapter_rates import PLUS
+from sfumato.methods.adapter_rule import AdapterRule, make_rule
 from sfumato.methods.base import METHODS, Planned
 from sfumato.optim.groups import ParameterGroup
+
+log = logging.getLogger(__name__)
+Entries = Mapping[str, dict[str, Tensor]]  # of an adapter file: group name -> suffix -> tensor
+Groups = Mapping[str, Sequence[LayerGroup]]  # part -> every adaptable layer
 
 
 @METHODS.register("adapter")
@@ -25,41 +35,58 @@ class AdapterMethod:
     """The engine holds the adapters; this class decides where they go and at which rate they learn."""
 
     def __init__(self, config: Config) -> None:
-        self.network, self.optim = config.network, config.optim
+        self.config, self.network = config, config.network
         assert config.loop.seed is not None, "the run's seed is drawn before the method is made"
         self.randomness = Randomness(config.loop.seed)
         self.engine = AdapterEngine()
         self.modules = nn.ModuleDict({"adapters": self.engine.adapters})
         self.live_text: frozenset[str] = frozenset()
         path = self.network.network_weights
-        self.weights = read_adapter_file(path) if path else {}
+        self.weights: Entries = read_adapter_file(path) if path else {}
+        strengths = zip_longest(
+            self.network.base_weights, self.network.base_weights_multiplier[: len(self.network.base_weights)]
+        )
+        self.base = [(path, 1.0 if m is None else m, read_adapter_file(path)) for path, m in strengths]
 
     def plan(self, blueprint: Blueprint) -> list[Planned]:
-        rates = self._rates(blueprint.text_parts)
-        groups = {part: blueprint.networks[part].groups() for part in rates}
-        self._check_weights([group for each in groups.values() for group in each])
-        planned = []
-        for part, rate in rates.items():
-            adapters = [adapter for group in groups[part] if (adapter := self._make(group))]
-            count = sum(p.numel() for adapter in adapters for p in adapter.parameters())
-            planned.append(Planned(part=part, modules=len(adapters), parameters=count, learning_rate=rate))
-        return planned
+        rule = make_rule(self.config, blueprint)
+        groups = {part: blueprint.networks[part].groups(every=True) for part in rule.specs}
+        for _ in self._base_adapters(rule, groups):
+            pass  # each is checked as it is made
+        adapters = list(self._adapters(rule, groups))
+        modules = Counter(rule.rates.of(adapter.group).label for adapter in adapters)
+        return [
+            Planned(
+                part=row.name,
+                modules=modules[row.name.removesuffix(PLUS)],
+                parameters=sum(parameter.numel() for parameter in row.parameters),
+                learning_rate=row.learning_rate,
+            )
+            for row in rule.rates.groups(adapters)
+        ]
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
         model.freeze()
-        rates = self._rates(model.text_parts)
-        self._check_weights([group for part in rates for group in model.parts[part].groups()])
-        for part in rates:
-            self.engine.attach(model.parts[part].groups(), self._make)
-        self.live_text = frozenset(rates) & frozenset(model.text_parts)
+        rule = make_rule(self.config, model.blueprint)
+        groups = {name: part.groups(every=True) for name, part in model.parts.items()}
+        for adapter, strength in self._base_adapters(rule, groups):
+            merge(adapter, strength)
+        self.base = []
+        adapters = {adapter.group.name: adapter for adapter in self._adapters(rule, groups)}
+        for part in rule.rates.parts:
+            self.engine.attach(groups[part], lambda group: adapters.get(group.name))
+        if rule.args.verbose:
+            self._tell(rule)
+        self.live_text = frozenset(rule.rates.parts) & frozenset(model.text_parts)
         self.engine.train()
-        return [self._parameters(part, rate) for part, rate in rates.items()]
+        return rule.rates.groups(self.engine)
 
     def caption(self, text: str) -> str:
         return text
 
     def begin(self, model: Family, extras: Extras) -> None:
-        self.engine.multiplier = 1.0 if extras.multiplier is None else extras.multiplier
+        given = extras.multiplier
+        self.engine.multiplier = 1.0 if given is None else given.to(model.device, non_blocking=True)
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
         return model.predict(noisy, t, conditioning)
@@ -67,66 +94,87 @@ class AdapterMethod:
     def without(self) -> AbstractContextManager[None]:
         return self.engine.scaled(0.0)
 
+    def after_step(self) -> Mapping[str, Tensor]:
+        limit = self.network.scale_weight_norms
+        found = {} if limit is None else self.engine.limit_norms(limit)
+        return {f"max_norm/{name}": value for name, value in found.items()}
+
     def state_to_save(self) -> Tensors:
         return self.engine.tensors()
 
     def report(self) -> list[str]:
         return self.engine.report()
 
-    def _rates(self, text_parts: Sequence[str]) -> dict[str, float]:
-        """Part -> learning rate of the parts that train; a rate of 0 leaves a part out."""
-        optim, network = self.optim, self.network
-        rates: dict[str, float] = {}
-        if not network.network_train_text_encoder_only:
-            rates["denoiser"] = optim.learning_rate if optim.unet_lr is None else optim.unet_lr
-        if not network.network_train_unet_only:
-            rates |= dict(zip(text_parts, self._text_rates(len(text_parts)), strict=True))
-        rates = {part: rate for part, rate in rates.items() if rate}
-        if not rates:
-            raise UserError("no part of the model trains: every learning rate is 0", fix="--learning_rate 1e-4")
-        return rates
+    def _adapters(self, rule: AdapterRule, groups: Groups) -> Iterator[Adapter]:
+        """The adapters of every part that trains, new or from --network_weights."""
+        self._match_weights(rule, groups)
+        rule.ranks.check([group for part in rule.rates.parts for group in groups[part]])
+        for part in rule.rates.parts:
+            made = [adapter for group in groups[part] if (adapter := self._make(rule, group))]
+            if not any(trains(adapter) for adapter in made):
+                raise UserError(f"the part {part!r} was asked to train, but none of its layers is adapted")
+            yield from made
 
-    def _text_rates(self, encoders: int) -> Sequence[float]:
-        given = self.optim.text_encoder_lr
-        if not given:
-            return [self.optim.learning_rate] * encoders
-        if len(given) == 1:
-            return list(given) * encoders
-        if len(given) != encoders:
-            raise UserError(
-                f"--text_encoder_lr has {len(given)} values, this model has {encoders} text encoders",
-                fix="give one value, or one for each encoder",
-            )
-        return given
-
-    def _check_weights(self, groups: Sequence[LayerGroup]) -> None:
-        if self.network.network_weights:
-            check_names(self.network.network_weights, self.weights, [group.name for group in groups])
-
-    def _make(self, group: LayerGroup) -> Adapter | None:
-        """A new adapter, or the one of --network_weights; with --dim_from_weights the file alone decides."""
-        entries = self.weights.get(group.name)
-        if self.network.dim_from_weights:
-            return LoRA.from_tensors(group, entries) if entries else None
-        rank = self.network.network_dim or 4
-        alpha = self.network.network_alpha or rank
-        if entries is None:
+    def _make(self, rule: AdapterRule, group: LayerGroup) -> Adapter | None:
+        """None where the group gets no adapter. One at rate 0 exists only if the file has it, and stays as it is."""
+        entries, rate = self.weights.get(group.name), rule.rates.of(group).value
+        ranks = None if self.network.dim_from_weights else rule.ranks.of(group)
+        if entries is not None:
+            adapter = LoRA.from_tensors(group, entries)
+            if not self.network.dim_from_weights:
+                self._check_rank(group, adapter.rank, ranks[0] if ranks else 0)
+        elif ranks is None or rate == 0:
+            return None
+        else:
             generator = self.randomness.generator("init " + group.name)
-            return LoRA(group, rank=rank, alpha=alpha, generator=generator)
-        adapter = LoRA.from_tensors(group, entries)
-        self._check_rank(group, adapter, rank)
-        return adapter
+            adapter = LoRA(group, rank=ranks[0], alpha=ranks[1], generator=generator)
+        adapter.dropout = Dropout(
+            neuron=self.network.network_dropout or 0.0, rank=rule.args.rank_dropout, module=rule.args.module_dropout
+        )
+        return adapter.requires_grad_(rate != 0)
 
-    def _check_rank(self, group: LayerGroup, adapter: LoRA, rank: int) -> None:
-        if adapter.rank != rank:
+    def _check_rank(self, group: LayerGroup, rank: int, wanted: int) -> None:
+        if rank != wanted:
+            asked = f"the options ask for {wanted}" if wanted else "the options leave it out"
             raise UserError(
-                f"{self.network.network_weights}: {group.name} has rank {adapter.rank}, --network_dim is {rank}",
-                fix=f"--network_dim {adapter.rank}, or --dim_from_weights",
+                f"{self.network.network_weights}: {group.name} has rank {rank}, {asked}",
+                fix="give the ranks that the file was trained with, or --dim_from_weights",
             )
 
-    def _parameters(self, part: str, rate: float) -> ParameterGroup:
-        adapters = [adapter for adapter in self.engine if adapter.group.part == part]
-        if not adapters:
-            raise UserError(f"the part {part!r} was asked to train, but none of its layers is adapted")
-        parameters = [parameter for adapter in adapters for parameter in adapter.parameters()]
-        return ParameterGroup(name=part, parameters=parameters, learning_rate=rate)
+    def _match_weights(self, rule: AdapterRule, groups: Groups) -> None:
+        """Names of other layouts become ours; every name in the file must belong to a layer of a part that trains."""
+        path = self.network.network_weights
+        if path is None:
+            return
+        self.weights = matched(path, self.weights, rule, groups)
+        for part in rule.specs.keys() - rule.rates.parts.keys():
+            idle = [group.name for group in groups[part] if group.name in self.weights]
+            if idle:
+                raise UserError(
+                    f"{path} has {len(idle)} adapters for the part {part!r}, which does not train in this run",
+                    fix="let it train, or merge the file with --base_weights",
+                )
+
+    def _base_adapters(self, rule: AdapterRule, groups: Groups) -> Iterator[tuple[Adapter, float]]:
+        """What --base_weights merge into the model before training, with the strength of each file."""
+        known = {group.name: group for part in rule.specs for group in groups[part]}
+        for path, strength, entries in self.base:
+            for name, tensors in matched(path, entries, rule, groups).items():
+                yield LoRA.from_tensors(known[name], tensors), strength
+
+    def _tell(self, rule: AdapterRule) -> None:
+        for adapter in self.engine:
+            assert isinstance(adapter, LoRA)
+            rate = rule.rates.of(adapter.group)
+            log.info(
+                "%s: rank %d, alpha %g, rate %g (%s)",
+                adapter.group.name, adapter.rank, adapter.alpha, rate.value, rate.label,
+            )  # fmt: skip
+
+
+def matched(path: Path, entries: Entries, rule: AdapterRule, groups: Groups) -> Entries:
+    """A file's entries under our names; one that belongs to no layer of the model is a UserError."""
+    for part, spec in rule.specs.items():
+        entries = renamed(path, entries, spec.aliases(groups[part]))
+    check_names(path, entries, [group.name for each in groups.values() for group in each])
+    return entries

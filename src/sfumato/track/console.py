@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sfumato.config import LogOptions
+from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PLAIN = "%(asctime)s %(levelname)-7s %(message)s"
 
 
 def set_up(options: LogOptions, *, main_process: bool = True) -> None:
-    """Send what the program logs to stderr, or to --console_log_file; other processes only speak of errors."""
+    """Send what the program logs to stderr, or to --console_log_file; other processes only speak of errors.
+
+    Raises UserError when the file cannot be written.
+    """
     handler = _to_file(options.console_log_file) if options.console_log_file else _to_terminal(options)
     logger = logging.getLogger("sfumato")
+    for old in logger.handlers:
+        old.close()
     logger.handlers[:] = [handler]
-    logger.propagate = False
+    logger.propagate = False  # libraries hang handlers of their own on the root
     level = logging.getLevelNamesMapping()[options.console_log_level or "INFO"]
     logger.setLevel(level if main_process else max(level, logging.ERROR))
 
 
+@cache
+def terminal() -> Console:
+    """The one console of messages and bars, so that a message appears above a moving bar."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 def _to_file(path: Path) -> logging.Handler:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--console_log_file: cannot write {path} ({error.strerror})") from error
     handler.setFormatter(logging.Formatter(PLAIN))
     return handler
 
@@ -33,7 +55,6 @@ def _to_terminal(options: LogOptions) -> logging.Handler:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(PLAIN, datefmt="%H:%M:%S"))
         return handler
-    from rich.console import Console
     from rich.logging import RichHandler
 
-    return RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S", markup=False)
+    return RichHandler(console=terminal(), show_path=False, log_time_format="%H:%M:%S", markup=False)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,12 +14,14 @@ from torch import Tensor
 from sfumato.track.progress import Progress
 from sfumato.track.trackers import Tracker
 
+log = logging.getLogger(__name__)
+
 
 class Journal:
     """Reads each step's loss one step late, so that telling of it never waits for the device."""
 
     def __init__(self, trackers: Sequence[Tracker], progress: Progress, *, window: int) -> None:
-        self.trackers, self.progress = trackers, progress
+        self.trackers, self.progress = list(trackers), progress
         self.window = window  # steps of an epoch: what loss/average runs over
         self.losses: deque[float] = deque(maxlen=window)
         self.waiting: tuple[int, Tensor, Mapping[str, float]] | None = None
@@ -32,7 +36,8 @@ class Journal:
         self.flush()
         self.progress.__exit__(kind, error, trace)
         for tracker in self.trackers:
-            tracker.close()
+            with suppress(OSError):  # told when it was written
+                tracker.close()
 
     def note(self, step: int, loss: Tensor, rates: Mapping[str, float]) -> None:
         """After a step, counted from 1; `rates` by parameter group."""
@@ -51,9 +56,17 @@ class Journal:
         if step % self.window == 0:
             values["loss/epoch_average"] = average
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
-        for tracker in self.trackers:
-            tracker.log(step, values)
+        for tracker in list(self.trackers):
+            self._tell(tracker, step, values)
         self.progress.advance(step, average, max(rates.values(), default=0.0))
+
+    def _tell(self, tracker: Tracker, step: int, values: Mapping[str, float]) -> None:
+        """A tracker that can no longer write is left out; training goes on."""
+        try:
+            tracker.log(step, values)
+        except OSError as error:
+            log.warning("%s cannot be written any more: %s", type(tracker).__name__, error)
+            self.trackers.remove(tracker)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses)}

@@ -3,69 +3,97 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+from sfumato.track.console import terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 log = logging.getLogger(__name__)
-QUIET_SECONDS = 10.0  # at least so long between two lines where there is no terminal
+QUIET_SECONDS = 10.0  # between two lines where there is no terminal, or a tenth of the run if that is sooner
+REDRAWS = 4.0  # of the bar, per second
+RECENT = 50  # steps that the speed is taken from
 
 
 class Progress:
     """Shows step, loss, rate, seconds per step and time left; reads python numbers only, so it never waits."""
 
-    def __init__(self, total: int, start: int, *, plain: bool, visible: bool = True) -> None:
-        self.total, self.start, self.done = total, start, start
-        self.began = self.told = time.monotonic()
+    def __init__(
+        self,
+        total: int,
+        start: int,
+        *,
+        plain: bool,
+        visible: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.clock = total, clock
+        self.last = self.told_step = start
+        self.seconds: deque[float] = deque(maxlen=RECENT)  # each recent step's
+        self.now = self.told = clock()
         self.bar = _bar(total, start) if visible and not plain and sys.stderr.isatty() else None
         self.lines = visible and self.bar is None
 
     def __enter__(self) -> Self:
+        self.now = self.told = self.clock()
         if self.bar:
-            self.bar[0].start()
+            self.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar:
-            self.bar[0].stop()
+            self.bar.stop()
 
     def advance(self, step: int, loss: float, rate: float) -> None:
-        """After a step; `loss` is the average that is worth showing."""
-        self.done = step
-        facts = f"loss {loss:.4f}  rate {rate:.2e}  {self.seconds_per_step:.2f} s/it"
+        """After a step, counted from 1; `loss` is the average that is worth showing."""
+        now = self.clock()
+        if step > self.last:
+            self.seconds.append((now - self.now) / (step - self.last))
+        self.now, self.last = now, step
+        if not self.bar and not self._due():
+            return
+        pace = self.seconds_per_step
+        facts = f"loss {loss:.4f}  rate {rate:.2e}  {pace:.2f} s/it  {duration(pace * (self.total - step))} left"
         if self.bar:
-            bar, task = self.bar
-            bar.update(task, completed=step, facts=facts)
-        elif self.lines and self._due():
-            left = self.seconds_per_step * (self.total - step)
-            log.info("step %d of %d  %s  %s left", step, self.total, facts, duration(left))
+            self.bar.update(self.bar.task_ids[0], completed=step, facts=facts)
+        else:
+            log.info("step %d of %d  %s", step, self.total, facts)
 
     @property
     def seconds_per_step(self) -> float:
-        return (time.monotonic() - self.began) / max(1, self.done - self.start)
+        """The middle of the recent steps' times, so that a pause for previews does not count."""
+        return statistics.median(self.seconds) if self.seconds else 0.0
 
     def _due(self) -> bool:
-        now = time.monotonic()
-        if self.done == self.total or now - self.told >= QUIET_SECONDS:
-            self.told = now
-            return True
-        return False
+        """Whether a line is due: never one for each step, and the last step always has one."""
+        waited, steps = self.now - self.told, self.last - self.told_step
+        tenth = self.last * 10 // self.total > self.told_step * 10 // self.total
+        due = self.last == self.total or (steps > 1 and (waited >= QUIET_SECONDS or (tenth and waited >= 1)))
+        if due and self.lines:
+            self.told, self.told_step = self.now, self.last
+        return due and self.lines
 
 
-def _bar(total: int, start: int):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def _bar(total: int, start: int) -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        TimeElapsedColumn(),
     )  # fmt: skip
-    bar = Bar(*columns, console=Console(stderr=True))
-    return bar, bar.add_task("training", total=total, completed=start, facts="")
+    bar = Bar(*columns, console=terminal(), refresh_per_second=REDRAWS)
+    bar.add_task("training", total=total, completed=start, facts="")
+    return bar
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,75 @@
+"""Names and shapes in adapter files at full size, from models without storage, against the reference trainer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from keys import CLIP_G, CLIP_H, CLIP_L, UNETS, on_meta
+from lora_keys import Shapes, golden
+from sfumato.adapters.lora import LoRA
+from sfumato.families import _clip, _flux_keys, _open_clip, _t5, _unet, flux, sd, sdxl
+from sfumato.families.base import Part, PartSpec
+
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def shapes(spec: PartSpec, build: Callable[[], nn.Module]) -> Shapes:
+    """What a file of rank 4 would hold for one network."""
+    adapters = [LoRA(group, rank=4, alpha=1) for group in Part(spec=spec, module=on_meta(build)).groups()]
+    return {
+        f"{adapter.group.name}.{suffix}": tuple(tensor.shape)
+        for adapter in adapters
+        for suffix, tensor in adapter.tensors().items()
+    }
+
+
+def sd_unet(variant: str) -> Shapes:
+    return shapes(sd.unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
+
+
+def transformer(*, guided: bool) -> Shapes:
+    config = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": guided}
+    return shapes(_flux_keys.spec(""), lambda: _flux_keys.build(config))
+
+
+def test_sd15() -> None:
+    clip = shapes(sd.clip_spec(_clip.key_map(), sd.CLIP), lambda: _clip.build(CLIP_L))
+    assert sd_unet("sd15") | clip == golden("lora_sd15")
+
+
+@pytest.mark.parametrize("variant", ["sd21", "sd21_linearproj"])
+def test_sd21(variant: str) -> None:
+    key_map = _open_clip.key_map(projected=False)
+    clip = shapes(sd.clip_spec(key_map, sd.OPEN_CLIP), lambda: _clip.build(CLIP_H))
+    assert sd_unet(variant) | clip == golden(f"lora_{variant}")
+
+
+def test_sdxl() -> None:
+    unet = shapes(sdxl.unet_spec(_unet.key_map(UNETS["sdxl"])), lambda: _unet.build(UNETS["sdxl"]))
+    clip_l = shapes(sdxl.clip_l_spec(), lambda: _clip.build(CLIP_L))
+    clip_g = shapes(sdxl.clip_g_spec(), lambda: _open_clip.build_projected(CLIP_G))
+    assert unet | clip_l | clip_g == golden("lora_sdxl")
+
+
+def test_flux_dev() -> None:
+    unet = transformer(guided=True)
+    clip_l = shapes(flux.clip_spec(), lambda: _clip.build(CLIP_L))
+    t5 = shapes(flux.t5_spec(), lambda: _t5.build(T5_XXL))
+    assert unet == golden("lora_flux_unet_only")
+    assert unet | clip_l == golden("lora_flux")
+    assert unet | clip_l | t5 == golden("lora_flux_t5")
+
+
+def test_flux_schnell() -> None:
+    assert transformer(guided=False) == golden("lora_flux_schnell")

@@ -1,0 +1,227 @@
+"""What is particular to Stable Diffusion XL: two encoders, sizes, key maps at the published configuration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from safetensors.torch import load_file, save_file
+
+from keys import CLIP_G, CLIP_L, UNETS, on_meta, round_trip, same, shapes_of, tagged
+from sfumato.config import ModelOptions, NoiseOptions, load_config
+from sfumato.data.batch import Sizes
+from sfumato.demo.toy import write_toy
+from sfumato.encode import live_text
+from sfumato.errors import UserError
+from sfumato.families import _clip, _open_clip, _unet, register_all
+from sfumato.families._source import open_source
+from sfumato.families.base import Blueprint, Family, find_family
+from sfumato.families.sdxl import CLIP_G_KEYS
+from sfumato.plan import look
+from training import arguments, pictures, run, weights
+
+CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
+LAST_OF_CLIP_L = "lora_te1_text_model_encoder_layers_1_"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return write_toy("sdxl", tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"))
+
+
+def read(path: Path, **options: Any) -> Blueprint:
+    register_all()
+    model = ModelOptions(pretrained_model_name_or_path=str(path), **options)
+    source = open_source(model)
+    return find_family(None, source).read(source, model, NoiseOptions())
+
+
+def load(path: Path, **options: Any) -> Family:
+    register_all()
+    model = ModelOptions(pretrained_model_name_or_path=str(path), **options)
+    source = open_source(model)
+    family = find_family("sdxl", source)
+    blueprint = family.read(source, model, NoiseOptions())
+    loaded = family.load(blueprint, model, dtype=torch.float32, device=torch.device("cpu"))
+    loaded.freeze()
+    return loaded
+
+
+# ---------------------------------------------------------------- the published model, without its weights
+
+
+def test_unet_keys() -> None:
+    config = UNETS["sdxl"]
+    unet = on_meta(lambda: _unet.build(config))
+    original = round_trip(_unet.key_map(config), tagged(unet))
+    assert len(original) == 1680
+    file = {"model.diffusion_model." + name: tensor for name, tensor in original.items()}
+    same(tagged(unet), single_file_utils.convert_ldm_unet_checkpoint(file, dict(unet.config)))
+
+
+def test_configuration_from_shapes() -> None:
+    unet = on_meta(lambda: _unet.build(UNETS["sdxl"]))
+    original = _unet.key_map(UNETS["sdxl"]).to_original(unet.state_dict())
+    found = _unet.config_from_shapes({name: tuple(tensor.shape) for name, tensor in original.items()})
+    found |= {"addition_time_embed_dim": 256, **_unet.heads_of_64(found)}
+    assert {name: found[name] for name in UNETS["sdxl"]} == UNETS["sdxl"]
+    assert shapes_of(on_meta(lambda: _unet.build(found))) == shapes_of(unet)
+
+
+def test_second_encoder_keys() -> None:
+    """Rows at their real numbers; the projection, which is transposed, whole."""
+    encoder = on_meta(lambda: _open_clip.build_projected(CLIP_G))
+    state = tagged(encoder, columns=1)
+    state["text_projection.weight"] = torch.arange(1280 * 1280).reshape(1280, 1280)
+    original = round_trip(CLIP_G_KEYS, state)
+    assert len(original) == 32 * 12 + 5
+    theirs = single_file_utils.convert_open_clip_checkpoint(encoder, original | {"logit_scale": torch.zeros(())}, "")
+    same(state, theirs)
+
+
+def test_encoder_configurations_from_shapes() -> None:
+    for build, config, found in (
+        (_clip.build, CLIP_L, _clip.config_from_shapes),
+        (_open_clip.build_projected, CLIP_G, _open_clip.config_from_shapes),
+    ):
+        assert found(shapes_of(on_meta(lambda build=build, config=config: build(config)))) == config
+
+
+# ---------------------------------------------------------------- text and sizes
+
+
+def test_text_is_read_before_the_last_layer_and_pooled_at_the_first_end(toy: Mapping[str, Path]) -> None:
+    """Against the layers called by hand."""
+    model = load(toy["pretrained_model_name_or_path"])
+    encoder: Any = model.parts["clip_g"].module
+    ids = model.tokenizers["clip_g"](CAPTIONS, padding="max_length", return_tensors="pt").input_ids  # pyright: ignore
+    assert (ids[0, 4:] == 0).all()  # begin, two words, end, then padding with 0
+    tower = encoder.text_model
+    mask = torch.full((77, 77), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        x = tower.embeddings(ids)
+        states = [x := layer(x, mask) for layer in tower.encoder.layers]
+        last = tower.final_layer_norm(states[-1])
+        ends = [row.index(model.tokenizers["clip_g"].eos_token_id) for row in ids.tolist()]  # pyright: ignore
+        pooled = last[torch.arange(2), ends] @ encoder.text_projection.weight.T
+        found = live_text(model, "clip_g", CAPTIONS)
+    torch.testing.assert_close(found["hidden"], states[-2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["pooled"], pooled, rtol=0, atol=1e-5)
+
+
+def test_sizes_reach_the_denoiser_in_the_order_of_the_original(toy: Mapping[str, Path]) -> None:
+    model = load(toy["pretrained_model_name_or_path"])
+    features = {part: live_text(model, part, CAPTIONS) for part in model.text_parts}
+    sizes = Sizes(
+        original=torch.tensor([[1021, 768], [64, 64]]), crop=torch.tensor([[3, 5], [0, 0]]),
+        target=torch.tensor([[512, 640], [64, 64]]),
+    )  # fmt: skip
+    conditioning = model.condition(features, sizes, None)
+    assert conditioning["time_ids"].tolist()[0] == [1021.0, 768.0, 3.0, 5.0, 512.0, 640.0]
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one = model.predict(x, torch.full((2,), 500.0), conditioning)
+        plain = model.predict(x, torch.full((2,), 500.0), model.condition(features, Sizes.plain(2, 64, 64), None))
+    assert (one[0] - plain[0]).abs().max() > 1e-3
+    torch.testing.assert_close(one[1], plain[1], rtol=0, atol=1e-6)
+
+
+def test_longer_captions(toy: Mapping[str, Path]) -> None:
+    """The first chunk is what a short caption has; the pooled vector is the first chunk's."""
+    words = " ".join(["cat", "dog", "red"] * 40)
+    path = toy["pretrained_model_name_or_path"]
+    short, long = load(path), load(path, max_token_length=225)
+    for part in ("clip_l", "clip_g"):
+        whole, first = live_text(long, part, ["a cat", words]), live_text(short, part, ["a cat", words])
+        assert whole["hidden"].shape[:2] == (2, 227)
+        torch.testing.assert_close(whole["hidden"][:, :76], first["hidden"][:, :76], rtol=0, atol=1e-5)
+        assert (whole["hidden"][1, 76:121] - whole["hidden"][0, 76:121]).abs().max() > 0.1
+        assert long.text_fingerprint(part) != short.text_fingerprint(part)
+    torch.testing.assert_close(
+        live_text(long, "clip_g", [words])["pooled"], live_text(short, "clip_g", [words])["pooled"], rtol=0, atol=1e-5
+    )
+
+
+# ---------------------------------------------------------------- what the checkpoint says
+
+
+def test_what_the_checkpoint_is(toy: Mapping[str, Path]) -> None:
+    blueprint = read(toy["pretrained_model_name_or_path"])
+    assert blueprint.base_model_version == "sdxl_base_v1-0"
+    assert blueprint.architecture == "stable-diffusion-xl-v1-base"
+    assert blueprint.latents.scale == 0.13025
+    assert blueprint.objective.predicts == "epsilon"
+    assert read(toy["pretrained_model_name_or_path"], v_parameterization=True).objective.predicts == "v"
+    with pytest.raises(UserError, match=r"leave --v2 out"):
+        read(toy["pretrained_model_name_or_path"], v2=True)
+
+
+def test_a_marked_v_prediction_file_wants_the_option(toy: Mapping[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(toy["pretrained_model_name_or_path"])
+    save_file(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
+    with pytest.raises(UserError, match="--v_parameterization"):
+        read(tmp_path / "v.safetensors")
+    assert read(tmp_path / "v.safetensors", v_parameterization=True).notes == ()
+
+
+def test_clip_skip_has_no_effect_and_the_report_says_so(
+    toy: Mapping[str, Path], images: Path, tmp_path: Path
+) -> None:
+    command = arguments(toy, images, tmp_path, clip_skip=2)
+    assert look(load_config(command), processes=1).notes == ("--clip_skip has no effect on this model",)
+    with pytest.raises(UserError, match="--clip_skip has no effect"):
+        look(load_config([*command, "--strict"]), processes=1)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_a_file_in_diffusers_names_is_read(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    first = run(toy, images, tmp_path / "first", network_train_unet_only=True)
+    blueprint = read(toy["pretrained_model_name_or_path"])
+    spec, groups = blueprint.networks["denoiser"].spec, blueprint.networks["denoiser"].groups()
+    other = {ours: theirs for theirs, ours in spec.aliases(groups).items()}
+    assert len(other) == len(groups)
+    renamed = {f"{other[key.partition('.')[0]]}.{key.partition('.')[2]}": t for key, t in weights(first).items()}
+    assert "lora_unet_down_blocks_1_attentions_0_proj_in.alpha" in renamed
+    save_file(renamed, tmp_path / "diffusers.safetensors")
+    again = run(
+        toy, images, tmp_path / "again", network_train_unet_only=True, dim_from_weights=True, learning_rate="1e-12",
+        network_weights=tmp_path / "diffusers.safetensors",
+    )  # fmt: skip
+    before, after = weights(first), weights(again)
+    assert set(before) == set(after)
+    assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
+    save_file(renamed | weights(first), tmp_path / "both.safetensors")
+    with pytest.raises(UserError, match="a second time"):
+        run(toy, images, tmp_path / "x", network_train_unet_only=True, network_weights=tmp_path / "both.safetensors")
+
+
+@pytest.mark.slow
+def test_two_processes_leave_unreached_layers_as_one_does(
+    toy: Mapping[str, Path], images: Path, tmp_path: Path
+) -> None:
+    """Weight decay would move the down matrices of layers that never get a gradient."""
+    options = {"max_train_steps": 3, "optimizer_args": "weight_decay=0.5"}
+    alone = run(toy, images, tmp_path / "alone", train_batch_size=2, **options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    script = Path(__file__).parents[2] / "launchers" / "sdxl_train_network.py"
+    command = arguments(toy, images, tmp_path / "both", train_batch_size=1, **options)
+    subprocess.run([*launcher, str(script), *command], check=True, timeout=300)
+    ours, theirs = weights(tmp_path / "both"), weights(alone)
+    unreached = [name for name in theirs if name.startswith(LAST_OF_CLIP_L)]
+    assert unreached
+    assert all(torch.equal(ours[name], theirs[name]) for name in unreached)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=5e-3)

@@ -1,0 +1,99 @@
+"""Help for tests of key maps: real models without storage, and small tensors that no two places share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from sfumato.formats.keymap import KeyMap
+
+UNETS: dict[str, dict[str, Any]] = {  # published configurations, by the goldens' names
+    "sd15": {
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+}
+UNETS["sd21_linearproj"] = UNETS["sd15"] | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+UNETS["sd21"] = UNETS["sd21_linearproj"] | {"use_linear_projection": False}
+UNETS["sdxl"] = {
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+CLIP_L: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "projection_dim": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+CLIP_H = CLIP_L | {  # as Stable Diffusion 2 uses it, without its last layer
+    "hidden_size": 1024,
+    "projection_dim": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+}
+CLIP_G = CLIP_H | {
+    "hidden_size": 1280,
+    "projection_dim": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+}
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with init_empty_weights():
+        return build()
+
+
+def tagged(module: nn.Module, columns: int | None = None) -> dict[str, Tensor]:
+    """The module's keys with small tensors that no two places share; rows are kept where stacking matters."""
+    state: dict[str, Tensor] = {}
+    start = 0
+    for name, tensor in module.state_dict().items():
+        rows = tensor.shape[0] if columns is not None else 1
+        state[name] = torch.arange(start, start + rows).reshape(rows, *[1] * (tensor.ndim - 1))
+        start += rows
+    return state
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def round_trip(key_map: KeyMap, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state in original names, which lead back to the very same state."""
+    original = key_map.to_original(state)
+    same(key_map.to_ours(original, {name: tensor.shape for name, tensor in state.items()}), state)
+    return original
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -1,0 +1,162 @@
+"""Optimizers, schedules and float16 as a user runs them, at toy size: what is logged, saved, previewed and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sfumato.config import load_config
+from sfumato.demo.toy import write_toy
+from sfumato.errors import SeveralErrors, UserError
+from sfumato.formats.state import load_state
+from sfumato.plan import look
+from sfumato.run import open_run
+from sfumato.train import train_step
+from training import arguments, losses, pictures, run, same, weights
+
+Toy = Mapping[str, Path]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+
+
+RUNS = {
+    "float16": {"mixed_precision": "fp16"},
+    "schedule-free": {"optimizer_type": "AdamWScheduleFree", "optimizer_args": "warmup_steps=2"},
+    "Prodigy": {"optimizer_type": "prodigy", "learning_rate": 1, "lr_scheduler": "cosine"},
+    "AdaFactor": {"optimizer_type": "adafactor", "learning_rate": None},
+    "class": {"lr_scheduler_type": "ExponentialLR", "lr_scheduler_args": "gamma=0.5"},
+    "8 bits in float16": {"mixed_precision": "fp16", "optimizer_type": "AdamW8bit", "lr_scheduler": "linear"},
+}
+PACKAGES = {"schedule-free": "schedulefree", "Prodigy": "prodigyopt", "8 bits in float16": "bitsandbytes"}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_resume_is_exact_and_previews_disturb_nothing(sd: Toy, images: Path, tmp_path: Path, case: str) -> None:
+    """6 steps in one go = 3 steps with previews after each, and 3 after a resume."""
+    if case in PACKAGES:
+        pytest.importorskip(PACKAGES[case])
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64 --s 1\n")
+    options: dict[str, Any] = {"max_train_steps": 6, "network_train_unet_only": True, **RUNS[case]}
+    straight = run(sd, images, tmp_path / "straight", **options)
+    parts = tmp_path / "parts"
+    shown = {"sample_prompts": prompts, "sample_every_n_steps": 1, "save_state": True, "save_every_n_steps": 3}
+    run(sd, images, parts, **options, **shown)
+    assert same(weights(straight), weights(parts))
+    resumed = tmp_path / "resumed"
+    run(sd, images, resumed, **options, resume=parts / "lora-step00000003-state")
+    assert same(weights(straight), weights(resumed))
+    assert losses(straight) == losses(parts)
+    assert losses(straight)[3:] == losses(resumed)
+    assert not same(weights(straight), weights(parts, "lora-step00000003"))
+
+
+def test_series_of_rates(sd: Toy, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    output = run(sd, images, tmp_path, optimizer_type="Prodigy", learning_rate=1, max_train_steps=3, lr_scheduler="linear")
+    rows = losses(output)
+    assert [row["lr/denoiser"] for row in rows] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert all(row["lr/d*lr/clip"] == row["lr/d*lr/denoiser"] > 0 for row in rows)
+
+
+def test_the_file_holds_the_average_and_the_state_what_trains(sd: Toy, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("schedulefree")
+    options = {"optimizer_type": "SGDScheduleFree", "learning_rate": "0.1", "network_train_unet_only": True}
+    output = run(sd, images, tmp_path, **options, save_state=True)
+    state, _ = load_state(output / "lora-state")
+    trained = {name.removeprefix("adapters."): tensor for name, tensor in state["weights"].items()}
+    momentum = state["optimizer"]["param_groups"][0]["momentum"]
+    averages = {name: tensor for name, tensor in weights(output).items() if name.endswith("lora_up.weight")}
+    assert state["optimizer"]["param_groups"][0]["train_mode"]
+    z = [each["z"] for each in state["optimizer"]["state"].values()]
+    assert averages
+    for name, average in averages.items():
+        part, _, suffix = name.partition(".")
+        y = trained[f"{part}.{suffix.replace('.weight', '')}"]
+        fast = next(each for each in z if each.shape == y.shape and torch.allclose(momentum * average + (1 - momentum) * each, y, atol=1e-6))  # fmt: skip
+        assert not torch.equal(y, average)
+        assert fast.isfinite().all()
+
+
+def open_at(toy: Toy, images: Path, output: Path, **options: Any) -> Any:
+    opened = open_run(load_config(arguments(toy, images, output, **options)))
+    assert opened is not None
+    return opened
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGDNesterov"])
+def test_an_overflow_costs_one_step_and_half_the_scale(sd: Toy, images: Path, tmp_path: Path, kind: str) -> None:
+    """The weights and the optimizer's state stay; the next step goes on with gradients of the right size."""
+    options = {"mixed_precision": "fp16", "optimizer_type": kind, "network_train_unet_only": True}
+    opened = open_at(sd, images, tmp_path, **options)
+    steps = opened.loader.steps(0)
+    train_step(opened, next(steps))
+    assert all(parameter.dtype == torch.float32 for parameter in opened.parameters)
+    before = [parameter.detach().clone() for parameter in opened.parameters]
+    scale = opened.scaler.get_scale()
+    handle = opened.parameters[0].register_hook(lambda gradient: gradient * float("inf"))
+    train_step(opened, next(steps))
+    handle.remove()
+    assert all(torch.equal(old, new) for old, new in zip(before, opened.parameters, strict=True))
+    assert opened.scaler.get_scale() == scale / 2
+    train_step(opened, next(steps))
+    moved = [not torch.equal(old, new) for old, new in zip(before, opened.parameters, strict=True)]
+    assert any(moved)
+    assert all(parameter.isfinite().all() for parameter in opened.parameters)
+
+
+def test_gradients_are_clipped_at_their_own_size(sd: Toy, images: Path, tmp_path: Path) -> None:
+    """Not at the size that the loss scale gives them: clipping acts on the same norm with and without float16."""
+    norms = {}
+    for precision in ("no", "fp16"):
+        options = {"mixed_precision": precision, "max_grad_norm": "1e-3", "network_train_unet_only": True}
+        opened = open_at(sd, images, tmp_path / precision, **options)
+        train_step(opened, next(opened.loader.steps(0)))
+        gradients = [parameter.grad for parameter in opened.parameters if parameter.grad is not None]
+        norms[precision] = float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients])))
+    assert norms["fp16"] == pytest.approx(norms["no"], rel=2e-2)
+    assert norms["no"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_float16_is_near_float32(sd: Toy, images: Path, tmp_path: Path) -> None:
+    plain = losses(run(sd, images, tmp_path / "plain", max_train_steps=3))
+    half = losses(run(sd, images, tmp_path / "half", max_train_steps=3, mixed_precision="fp16"))
+    assert [row["loss/current"] for row in half] == pytest.approx([row["loss/current"] for row in plain], rel=1e-2)
+
+
+def test_resume_in_another_precision(sd: Toy, images: Path, tmp_path: Path) -> None:
+    run(sd, images, tmp_path, max_train_steps=2, save_state=True)
+    run(sd, images, tmp_path, max_train_steps=3, mixed_precision="fp16", resume=tmp_path, save_state=True)
+    run(sd, images, tmp_path, max_train_steps=4, resume=tmp_path)
+    assert len(losses(tmp_path)) == 4
+
+
+def test_resume_with_another_optimizer_is_refused(sd: Toy, images: Path, tmp_path: Path) -> None:
+    run(sd, images, tmp_path, max_train_steps=2, save_state=True)
+    with pytest.raises(UserError, match=r"saved with torch.optim.adamw.AdamW, this run has torch.optim.sgd.SGD"):
+        run(sd, images, tmp_path, max_train_steps=3, resume=tmp_path, optimizer_type="SGDNesterov")
+
+
+def test_mistakes_are_told_before_weights_are_read(sd: Toy, images: Path, tmp_path: Path) -> None:
+    config = load_config(
+        arguments(
+            sd, images, tmp_path, optimizer_args="weight_deccay=1", lr_scheduler="cosine", lr_warmup_steps=50
+        )
+    )  # fmt: skip
+    with pytest.raises(SeveralErrors) as raised:
+        look(config, processes=1)
+    told = [str(error) for error in raised.value.errors]
+    assert "AdamW does not take 'weight_deccay' — did you mean 'weight_decay'?" in told[0]
+    assert "do not fit into 4 steps" in told[1]
