@@ -7,6 +7,8 @@ import os
 import pytest
 from hypothesis import settings
 
+from families.toys import ToyShelf
+
 # Set before anything imports torch or the hub. One thread: toy networks are slower with more, sums become
 # reproducible, and several workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,3 +27,9 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory):
         for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
             patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def toy_shelf(tmp_path_factory: pytest.TempPathFactory) -> ToyShelf:
+    """Toy models of every family, each written when it is first asked for."""
+    return ToyShelf(tmp_path_factory.mktemp("toys"))

@@ -49,7 +49,8 @@ LAYERS = (
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
 NAMES_FAMILIES = {"families", "compat", "demo", "cli", "names"}  # names.py is the field's old names as data
-OPTION_NAMES = {"flux_shift"}  # what the field named after a family though others use it
+# What the field named after a family though others use it: an option and two keys of adapter files.
+OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
 ALLOWED_FAMILY_NAMES = {("config/model.py", "flux"), ("config/model.py", "chroma")}  # the choices of --model_type
 MAY_PRINT = {"cli", "plan", "demo", "tools"}
 ALLOWED_GETATTR = {("data/headers.py", "getattr(os, 'O_BINARY', 0)")}  # for what only some systems' libraries have

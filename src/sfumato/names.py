@@ -24,6 +24,12 @@ PLANNED_NETWORK_MODULES = {  # --network_module -> the room that will bring it
     "locon.locon_kohya": "the other adapters",
 }
 
+PLANNED_NETWORK_ARGS = {  # name in --network_args -> the room that will bring it
+    "split_qkv": "the other adapters",
+    "ggpo_sigma": "the other adapters",
+    "ggpo_beta": "the other adapters",
+}
+
 OPTION_ALIASES = {  # old spelling -> option
     "caption_extention": "caption_extension",
 }
@@ -65,7 +71,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "flux_minimal_inference",
     "flux_train",
     "flux_train_control_net",
-    "flux_train_network",
     "gen_img",
     "hunyuan_image_minimal_inference",
     "hunyuan_image_train_network",
@@ -93,7 +98,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "sdxl_train",
     "sdxl_train_control_net",
     "sdxl_train_control_net_lllite",
-    "sdxl_train_network",
     "sdxl_train_textual_inversion",
     "tools/cache_latents",
     "tools/cache_text_encoder_outputs",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato import files
@@ -69,10 +68,12 @@ def look(config: Config, *, processes: int) -> Outlook:
         for note in notes if config.log.strict else ():
             problems.add(note)
     data = find_data(config, bucket_step=family.bucket_step if family else 1, processes=processes, problems=problems)
+    total = total_steps(config, data)
     with problems.catch():
         choose(config.optim)
     with problems.catch():
-        check_schedule(config.optim, total_steps(config, data))
+        if total:
+            check_schedule(config.optim, total)
     with problems.catch():
         if config.save.output_dir is not None:
             files.check_writable(config.save.output_dir, option="--output_dir")
@@ -80,7 +81,6 @@ def look(config: Config, *, processes: int) -> Outlook:
     assert family is not None
     assert blueprint is not None
     assert method is not None
-    total = total_steps(config, data)
     return Outlook(family=family, blueprint=blueprint, method=method, data=data, total=total, notes=notes)
 
 
@@ -102,9 +102,11 @@ def options(config: Config) -> Iterator[str]:
 
 def public_options(config: Config) -> dict[str, str]:
     """Every option that is not at its default, as text, without secrets and with names instead of paths."""
+    from sfumato.formats.metadata import without_paths
+
     known = vocabulary()
     return {
-        name: shown(config.value(name).name if isinstance(config.value(name), Path) else config.value(name))
+        name: without_paths(shown(config.value(name)))
         for name in known
         if config.changed(name) and not known[name].secret
     }
@@ -134,9 +136,9 @@ def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
 
 def model_notes(config: Config, family: type[Family], blueprint: Blueprint) -> Iterator[str]:
     """What the user should know of the checkpoint, and options that other families read and this one does not."""
-    yield from blueprint.notes
     from sfumato.families.base import FAMILIES
 
+    yield from blueprint.notes
     read_by_some = frozenset[str]().union(*(FAMILIES.get(name).options for name in FAMILIES.names))
     idle = sorted(name for name in read_by_some - family.options if config.changed(name))
     yield from (f"--{name} has no effect on a model of the family {family.name}" for name in idle)

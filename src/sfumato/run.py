@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,7 @@ from sfumato.encode import FrozenText, encode_images
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.feed import make_loader
-from sfumato.formats.checkpoint import model_hash, sha256_of
-from sfumato.formats.metadata import Facts, modelspec, training_metadata
+from sfumato.formats.metadata import Facts, modelspec, named_files, training_metadata
 from sfumato.formats.outputs import Plan as SavePlan
 from sfumato.formats.outputs import make_plan, retention
 from sfumato.formats.state import load_state, newest_complete
@@ -68,12 +68,14 @@ class Run:
     saves: SavePlan
     output: Path
     metadata: dict[str, str]  # ss_ keys that are known before training
+    named_files: Future[dict[str, str]]  # those of the checkpoint and --vae, hashed while training goes on
     start: int  # steps done before
     total: int
     steps_per_epoch: int
 
     @property
     def device(self) -> torch.device:
+        assert self.processes.device is not None
         return self.processes.device
 
     @property
@@ -118,6 +120,7 @@ def open_run(config: Config) -> Run | None:
     assert config.loop.seed is not None
     assert config.save.output_dir is not None
     processes = open_processes()
+    assert processes.device is not None
     set_up(config.log, main_process=processes.is_main_process)
     outlook = plan.look(config, processes=processes.num_processes)
     saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
@@ -162,6 +165,7 @@ def open_run(config: Config) -> Run | None:
         journal=open_journal(config, outlook, processes, start, state.get("journal", {})),
         saves=saves,
         metadata=training_metadata(config, facts_of(config, outlook, optimizer)),
+        named_files=ThreadPoolExecutor(1).submit(named_files, config.model),
         output=config.save.output_dir,
         start=start,
         total=outlook.total,
@@ -170,13 +174,7 @@ def open_run(config: Config) -> Run | None:
 
 
 def facts_of(config: Config, outlook: plan.Outlook, optimizer: Optimizer) -> Facts:
-    """What the adapter file says beyond the options; the checkpoint's hash is taken once, at the start."""
-    named = {"sd_model": config.model.pretrained_model_name_or_path, "vae": config.model.vae}
-    model: dict[str, str] = {}
-    for kind, path in named.items():
-        if path:
-            model |= {f"ss_{kind}_name": Path(path).name, f"ss_{kind}_hash": model_hash(path)}
-            model |= {f"ss_new_{kind}_hash": sha256_of(path)}
+    """What the adapter file says beyond the options, the checkpoint's name and hashes excepted."""
     network = config.network
     dim = network.network_dim or 4
     return Facts(
@@ -189,7 +187,6 @@ def facts_of(config: Config, outlook: plan.Outlook, optimizer: Optimizer) -> Fac
         network_alpha=network.network_alpha or dim,
         optimizer=describe(optimizer, config.optim.optimizer_args),
         data=data_metadata(outlook.data),
-        model=model,
         family=outlook.blueprint.metadata,
     )
 

@@ -73,7 +73,7 @@ def save_output(run: Run, path: Path, step: int) -> None:
     dtype = PRECISIONS[run.config.save.save_precision]
     tensors = run.method.state_to_save()
     epoch = -(-step // run.steps_per_epoch)
-    metadata = at_save(run.metadata, step=step, epoch=epoch)
+    metadata = at_save({**run.metadata, **run.named_files.result()}, step=step, epoch=epoch)
     if run.config.save.no_metadata:
         metadata = minimum(metadata)
     metadata |= run.modelspec()

@@ -36,7 +36,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
     for step in run.loader.steps(run.start):
         loss = train_step(run, step)
         done = step.index + 1
-        run.journal.note(done, loss, shown_rates(run.optimizer))
+        run.journal.note(done, loss, shown_rates(run.optimizer), run.method.after_step())
         if done == run.start + 1:
             run.warn(run.method.report())
         if done < run.total:

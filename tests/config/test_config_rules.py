@@ -13,6 +13,11 @@ PLAIN_ADAFACTOR = (
 )
 # name -> options that break it, options that are nearly the same and do not
 CASES = {
+    "lora-plus-found-rate": (
+        "--network_args loraplus_lr_ratio=16 --optimizer_type Prodigy --learning_rate 1",
+        "--network_args loraplus_lr_ratio=16 --optimizer_type AdamW",
+    ),
+    "base-strengths": ("--base_weights FILE --base_weights_multiplier 1 2", "--base_weights FILE FILE"),
     "parts": ("--network_train_unet_only --network_train_text_encoder_only", "--network_train_unet_only"),
     "dim-from-weights": ("--dim_from_weights", "--dim_from_weights --network_weights FILE"),
     "cached-color": ("--color_aug --cache_latents", "--color_aug"),

@@ -23,7 +23,16 @@ from sfumato.config import (
 )
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import model_hash, sha256_of
-from sfumato.formats.metadata import Facts, at_save, minimum, modelspec, named_file, training_metadata, without_paths
+from sfumato.formats.metadata import (
+    Facts,
+    at_save,
+    minimum,
+    modelspec,
+    named_file,
+    named_files,
+    training_metadata,
+    without_paths,
+)
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "metadata_keys.json").read_text())
 WHEN = GOLDEN["when"]
@@ -47,7 +56,6 @@ def facts(**changes):
             "network_alpha": 1.0,
             "optimizer": "torch.optim.adamw.AdamW(weight_decay=0.1)",
             "data": {},
-            "model": {},
             "family": {},
         }
         | changes
@@ -59,10 +67,10 @@ def facts(**changes):
 
 def test_the_keys_are_the_fields_under_its_conditions():
     data, model = dict.fromkeys(DATA), dict.fromkeys(MODEL, "")
-    plain = training_metadata(Config(), facts(data=data, model=model))
+    plain = training_metadata(Config(), facts(data=data)) | model
     assert set(plain) == set(GOLDEN["train_network_keys"]) - set(WHEN["at save"]) - {"ss_network_args"}
     given = Config(network=NetworkOptions(network_args={"conv_dim": 4}))
-    full = at_save(training_metadata(given, facts(data=data, model=model)), step=1600, epoch=10)
+    full = at_save(training_metadata(given, facts(data=data)) | model, step=1600, epoch=10)
     assert set(full) == set(GOLDEN["train_network_keys"])
     assert len(full) == GOLDEN["keys_count"]
     assert all(isinstance(value, str) for value in full.values())
@@ -248,8 +256,7 @@ def test_no_canary_gets_out(tmp_path):
         save=SaveOptions(output_dir=Path(canary), resume=Path(canary)),
         metadata=MetadataOptions(metadata_merged_from=f"a, {canary}/b.safetensors"),
     )
-    model = named_file("sd_model", f"{canary}/m.safetensors")
-    metadata = training_metadata(config, facts(model=model, optimizer=f"a.B(path='{canary}/x')"))
+    metadata = training_metadata(config, facts(optimizer=f"a.B(path='{canary}/x')")) | named_files(config.model)
     metadata |= modelspec(config, architecture="a", implementation="b", prediction_type="v", resolution=(8, 8))
     leaks = {name: value for name, value in metadata.items() if re.search("canary|secret", value)}
     assert leaks == {}

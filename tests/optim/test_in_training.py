@@ -42,30 +42,34 @@ RUNS = {
 PACKAGES = {"schedule-free": "schedulefree", "Prodigy": "prodigyopt", "8 bits in float16": "bitsandbytes"}
 
 
-@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize(
+    "case", ["float16", "schedule-free", *(pytest.param(case, marks=pytest.mark.slow) for case in list(RUNS)[2:])]
+)
 def test_resume_is_exact_and_previews_disturb_nothing(sd: Toy, images: Path, tmp_path: Path, case: str) -> None:
-    """6 steps in one go = 3 steps with previews after each, and 3 after a resume."""
+    """4 steps in one go = 4 steps with previews after each = 2 steps, resume, 2 steps."""
     if case in PACKAGES:
         pytest.importorskip(PACKAGES[case])
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1\n")
-    options: dict[str, Any] = {"max_train_steps": 6, "network_train_unet_only": True, **RUNS[case]}
+    options: dict[str, Any] = {"max_train_steps": 4, "network_train_unet_only": True, **RUNS[case]}
     straight = run(sd, images, tmp_path / "straight", **options)
     parts = tmp_path / "parts"
-    shown = {"sample_prompts": prompts, "sample_every_n_steps": 1, "save_state": True, "save_every_n_steps": 3}
+    shown = {"sample_prompts": prompts, "sample_every_n_steps": 1, "save_state": True, "save_every_n_steps": 2}
     run(sd, images, parts, **options, **shown)
     assert same(weights(straight), weights(parts))
     resumed = tmp_path / "resumed"
-    run(sd, images, resumed, **options, resume=parts / "lora-step00000003-state")
+    run(sd, images, resumed, **options, resume=parts / "lora-step00000002-state")
     assert same(weights(straight), weights(resumed))
     assert losses(straight) == losses(parts)
-    assert losses(straight)[3:] == losses(resumed)
-    assert not same(weights(straight), weights(parts, "lora-step00000003"))
+    assert losses(straight)[2:] == losses(resumed)
+    assert not same(weights(straight), weights(parts, "lora-step00000002"))
 
 
 def test_series_of_rates(sd: Toy, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("prodigyopt")
-    output = run(sd, images, tmp_path, optimizer_type="Prodigy", learning_rate=1, max_train_steps=3, lr_scheduler="linear")
+    output = run(
+        sd, images, tmp_path, optimizer_type="Prodigy", learning_rate=1, max_train_steps=3, lr_scheduler="linear"
+    )
     rows = losses(output)
     assert [row["lr/denoiser"] for row in rows] == pytest.approx([1, 2 / 3, 1 / 3])
     assert all(row["lr/d*lr/clip"] == row["lr/d*lr/denoiser"] > 0 for row in rows)
@@ -76,18 +80,15 @@ def test_the_file_holds_the_average_and_the_state_what_trains(sd: Toy, images: P
     options = {"optimizer_type": "SGDScheduleFree", "learning_rate": "0.1", "network_train_unet_only": True}
     output = run(sd, images, tmp_path, **options, save_state=True)
     state, _ = load_state(output / "lora-state")
-    trained = {name.removeprefix("adapters."): tensor for name, tensor in state["weights"].items()}
-    momentum = state["optimizer"]["param_groups"][0]["momentum"]
-    averages = {name: tensor for name, tensor in weights(output).items() if name.endswith("lora_up.weight")}
-    assert state["optimizer"]["param_groups"][0]["train_mode"]
-    z = [each["z"] for each in state["optimizer"]["state"].values()]
-    assert averages
-    for name, average in averages.items():
-        part, _, suffix = name.partition(".")
-        y = trained[f"{part}.{suffix.replace('.weight', '')}"]
-        fast = next(each for each in z if each.shape == y.shape and torch.allclose(momentum * average + (1 - momentum) * each, y, atol=1e-6))  # fmt: skip
-        assert not torch.equal(y, average)
-        assert fast.isfinite().all()
+    [group] = state["optimizer"]["param_groups"]
+    assert group["train_mode"]
+    file, momentum, up = weights(output), group["momentum"], 0
+    for number, (name, trained) in enumerate(state["weights"].items()):
+        fast = state["optimizer"]["state"][number]["z"]
+        average = file[name.removeprefix("adapters.") + ".weight"]
+        assert torch.allclose(momentum * average + (1 - momentum) * fast, trained, atol=1e-6)
+        up += bool(trained.any()) and not torch.equal(average, trained)
+    assert up > len(state["weights"]) / 2
 
 
 def open_at(toy: Toy, images: Path, output: Path, **options: Any) -> Any:
@@ -131,9 +132,10 @@ def test_gradients_are_clipped_at_their_own_size(sd: Toy, images: Path, tmp_path
 
 
 def test_float16_is_near_float32(sd: Toy, images: Path, tmp_path: Path) -> None:
-    plain = losses(run(sd, images, tmp_path / "plain", max_train_steps=3))
-    half = losses(run(sd, images, tmp_path / "half", max_train_steps=3, mixed_precision="fp16"))
-    assert [row["loss/current"] for row in half] == pytest.approx([row["loss/current"] for row in plain], rel=1e-2)
+    options = {"max_train_steps": 3, "no_half_vae": True}
+    plain = losses(run(sd, images, tmp_path / "plain", **options))
+    half = losses(run(sd, images, tmp_path / "half", **options, mixed_precision="fp16"))
+    assert [row["loss/current"] for row in half] == pytest.approx([row["loss/current"] for row in plain], rel=2e-3)
 
 
 def test_resume_in_another_precision(sd: Toy, images: Path, tmp_path: Path) -> None:

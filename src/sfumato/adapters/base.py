@@ -162,7 +162,7 @@ def merge(adapter: Adapter, multiplier: float = 1.0) -> None:
         layer.weight.copy_(layer.weight + multiplier * adapter.delta(i).to(layer.weight.device))
 
 
-def trains(adapter: Adapter) -> bool:
+def trains(adapter: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in adapter.parameters())
 
 

@@ -33,18 +33,10 @@ class NetworkOptions(Options):
     dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
     network_train_unet_only: bool = option(False, "adapt only the denoiser")
     network_train_text_encoder_only: bool = option(False, "adapt only the text encoders")
-    network_dropout: float | None = option(
-        None, "chance to drop each value inside the adapter", planned="the other adapter options", ge=0, lt=1
-    )
-    scale_weight_norms: float | None = option(
-        None, "largest norm that a layer's change may have", planned="the other adapter options", gt=0
-    )
-    base_weights: FilePaths = option(
-        (), "adapter files merged into the model before training", path="file", planned="the other adapter options"
-    )
-    base_weights_multiplier: Floats = option(
-        (), "strengths of --base_weights, in their order; 1 where missing", planned="the other adapter options"
-    )
+    network_dropout: float | None = option(None, "chance to drop each value inside the adapter", ge=0, lt=1)
+    scale_weight_norms: float | None = option(None, "largest norm that a layer's change may have", gt=0)
+    base_weights: FilePaths = option((), "adapter files merged into the model before training", path="file")
+    base_weights_multiplier: Floats = option((), "strengths of --base_weights, in their order; 1 where missing")
 
     @property
     def adapter(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sfumato.config.network_rules import NETWORK_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
 from sfumato.config.rule import Rule
 from sfumato.config.schema import Config
@@ -230,4 +231,4 @@ NO_EFFECT = (
     ),
 )
 
-RULES = REQUIRED + CONFLICTS + NO_EFFECT + OPTIM_RULES
+RULES = REQUIRED + CONFLICTS + NO_EFFECT + OPTIM_RULES + NETWORK_RULES

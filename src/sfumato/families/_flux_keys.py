@@ -44,6 +44,22 @@ RULES = (
     Rule("single_blocks.{n}.modulation.lin", (f"{SINGLE}norm.linear",)),
 )
 KEYS = KeyMap(RULES)
+IN_TARGETS = (  # img, time, vector, guidance, txt
+    "x_embedder",
+    "time_text_embed.timestep_embedder.{*}",
+    "time_text_embed.text_embedder.{*}",
+    "time_text_embed.guidance_embedder.{*}",
+    "context_embedder",
+)
+KINDS = {
+    **{
+        f"{x}_{kind}_dim": f"double_blocks.{{n}}.{x}_{kind}.{{*}}"
+        for kind in ("attn", "mlp", "mod")
+        for x in ("img", "txt")
+    },
+    "single_dim": "single_blocks.{n}.linear{n}",
+    "single_mod_dim": "single_blocks.{n}.modulation.{*}",
+}
 
 
 def spec(prefix: str) -> PartSpec:
@@ -54,6 +70,13 @@ def spec(prefix: str) -> PartSpec:
         adapter_map=KEYS,
         adapter_prefix="lora_unet",
         targets=(DOUBLE + "{*}", SINGLE + "{*}"),
+        extra_targets={"in_dims": IN_TARGETS},
+        kinds=KINDS,
+        choices={"train_blocks": {"double": "double_blocks.{*}", "single": "single_blocks.{*}"}},
+        counted={
+            "train_double_block_indices": "double_blocks.{n}.{*}",
+            "train_single_block_indices": "single_blocks.{n}.{*}",
+        },
         blocks=(DOUBLE[:-1], SINGLE[:-1]),
     )
 

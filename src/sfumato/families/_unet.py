@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from sfumato.errors import UserError
@@ -79,7 +80,15 @@ def _resnet(original: str, ours: str) -> list[Rule]:
     return [Rule(f"{original}.{theirs}", (f"{ours}.{name}",)) for theirs, name in RESNET.items()]
 
 
-def spec(map_: KeyMap, adapter_map: KeyMap, aliases: tuple[KeyMap, ...] = ()) -> PartSpec:
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """How the field counts a UNet's blocks: ordered patterns on original keys, and which of them an argument counts."""
+
+    patterns: tuple[str, ...]
+    sections: Mapping[str, range]
+
+
+def spec(map_: KeyMap, adapter_map: KeyMap, stages: Stages, aliases: tuple[KeyMap, ...] = ()) -> PartSpec:
     return PartSpec(
         name="denoiser",
         key_map=map_,
@@ -89,6 +98,8 @@ def spec(map_: KeyMap, adapter_map: KeyMap, aliases: tuple[KeyMap, ...] = ()) ->
         adapter_prefix="lora_unet",
         targets=TARGETS,
         conv_targets=CONV_TARGETS,
+        stages=stages.patterns,
+        sections=stages.sections,
         blocks=BLOCKS,
     )
 

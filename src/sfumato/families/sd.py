@@ -21,10 +21,18 @@ UNET = _unet.PREFIX
 CLIP = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L
 OPEN_CLIP = "cond_stage_model.model."  # 2.x: OpenCLIP's ViT-H
 OPEN_CLIP_LAYERS = 24  # of which the model was trained without the last
+STAGES = _unet.Stages(  # 25: twelve blocks down, the middle as one, twelve up
+    patterns=(
+        *(f"input_blocks.{i}.{{*}}" for i in range(12)),
+        "middle_block.{*}",
+        *(f"output_blocks.{i}.{{*}}" for i in range(12)),
+    ),
+    sections={"down_lr_weight": range(12), "mid_lr_weight": range(12, 13), "up_lr_weight": range(13, 25)},
+)
 
 
 def unet_spec(key_map: KeyMap) -> PartSpec:
-    return _unet.spec(key_map, identity())  # adapter files of this family keep diffusers' names
+    return _unet.spec(key_map, identity(), STAGES)  # adapter files of this family keep diffusers' names
 
 
 def clip_spec(key_map: KeyMap, prefix: str) -> PartSpec:

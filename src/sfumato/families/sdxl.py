@@ -20,13 +20,23 @@ from sfumato.formats.keymap import KeyMap, identity
 CLIP_L = "conditioner.embedders.0.transformer."
 CLIP_G = "conditioner.embedders.1.model."
 CLIP_G_KEYS = _open_clip.key_map(projected=True)
+STAGES = _unet.Stages(  # 23: embeddings, nine blocks down, three in the middle, nine up, the output
+    patterns=(
+        "time_embed.{*}|label_emb.{*}",
+        *(f"input_blocks.{i}.{{*}}" for i in range(9)),
+        *(f"middle_block.{i}.{{*}}" for i in range(3)),
+        *(f"output_blocks.{i}.{{*}}" for i in range(9)),
+        "out.{*}",
+    ),
+    sections={"down_lr_weight": range(1, 10), "mid_lr_weight": range(10, 13), "up_lr_weight": range(13, 22)},
+)
 LAYER = 2  # from the end: both encoders are read before their last layer, without the final norm
 SIZES = 6  # numbers that the UNet is told: height and width, top and left, height and width
 
 
 def unet_spec(key_map: KeyMap) -> PartSpec:
     """Adapter files keep the original names; those that other programs write in diffusers' names are read, too."""
-    return _unet.spec(key_map, key_map, aliases=(identity(),))
+    return _unet.spec(key_map, key_map, STAGES, aliases=(identity(),))
 
 
 def clip_l_spec() -> PartSpec:

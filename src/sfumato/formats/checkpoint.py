@@ -182,6 +182,8 @@ class PickledFile:
     def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """As TensorFile.read."""
         _info(self.header, name)
+        if not self._state:  # closed before
+            self._state, _ = _unnested(_unpickled(self.header.path))
         stored = self._state[name].detach()
         wanted = _wanted(stored.dtype, dtype)
         return stored.to(device=device, dtype=wanted, copy=True, memory_format=torch.contiguous_format)

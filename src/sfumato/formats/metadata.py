@@ -14,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from sfumato import __version__
-from sfumato.config import Config
+from sfumato.config import Config, ModelOptions
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import model_hash, sha256_of
 
@@ -60,7 +60,6 @@ class Facts:
     network_alpha: float
     optimizer: str  # module.Class(arguments)
     data: Mapping[str, Any]  # ss_ keys about the data
-    model: Mapping[str, str]  # names and hashes of the checkpoint and of --vae, see `named_file`
     family: Mapping[str, Any]  # ss_ keys that only some families have
 
 
@@ -87,7 +86,6 @@ def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
         "ss_sd_scripts_commit_hash": PROGRAM,
         "ss_optimizer": without_paths(facts.optimizer),
         **facts.data,
-        **facts.model,
         **facts.family,
     }
     if config.optim.text_encoder_lr is not None:
@@ -112,6 +110,11 @@ def named_file(kind: str, given: str | Path | None) -> dict[str, str]:
         return {f"ss_{kind}_name": without_paths(str(given))}  # a name on the hub stays whole
     name = path.resolve().name if path.name in ("", "..") else path.name
     return {f"ss_{kind}_name": name, f"ss_{kind}_hash": model_hash(path), f"ss_new_{kind}_hash": sha256_of(path)}
+
+
+def named_files(model: ModelOptions) -> dict[str, str]:
+    """Names and hashes of the checkpoint and of --vae."""
+    return named_file("sd_model", model.pretrained_model_name_or_path) | named_file("vae", model.vae)
 
 
 def at_save(metadata: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:

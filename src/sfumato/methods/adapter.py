@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import zip_longest
+from itertools import chain, repeat
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -43,10 +43,9 @@ class AdapterMethod:
         self.live_text: frozenset[str] = frozenset()
         path = self.network.network_weights
         self.weights: Entries = read_adapter_file(path) if path else {}
-        strengths = zip_longest(
-            self.network.base_weights, self.network.base_weights_multiplier[: len(self.network.base_weights)]
-        )
-        self.base = [(path, 1.0 if m is None else m, read_adapter_file(path)) for path, m in strengths]
+        strengths = chain(self.network.base_weights_multiplier, repeat(1.0))
+        files = zip(self.network.base_weights, strengths, strict=False)
+        self.base = [(path, strength, read_adapter_file(path)) for path, strength in files]
 
     def plan(self, blueprint: Blueprint) -> list[Planned]:
         rule = make_rule(self.config, blueprint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 from sfumato.config.values import as_tuple, whole
 from sfumato.errors import Problems, UserError
 from sfumato.families.base import PartSpec
+from sfumato.names import PLANNED_NETWORK_ARGS
 from sfumato.registry import did_you_mean
 
+Reader = Callable[[Any], Any]  # raises ValueError
 Indices = frozenset[int] | None  # None: all
 PAIR = re.compile(r"(.+?)=([^=,]+)(?:,|$)")  # a comma that does not follow a value belongs to the expression
 
@@ -41,7 +43,7 @@ class AdapterArgs:
     choices: Mapping[str, str] = field(default_factory=dict)
     counted: Mapping[str, Indices] = field(default_factory=dict)
     sections: Mapping[str, Any] = field(default_factory=dict)
-    opted_in: frozenset[str] = frozenset()
+    opted_in: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def convolutions(self) -> bool:
@@ -58,56 +60,49 @@ class AdapterArgs:
 
 def read_args(given: Mapping[str, Any], specs: Iterable[PartSpec]) -> AdapterArgs:
     """Check --network_args against what the parts of a model offer; every fault is raised at once."""
-    specs = tuple(specs)
-    readers = {name: ("", reader) for name, reader in plain_readers(specs).items()}
-    for spec in specs:
-        readers |= {name: ("kinds", read_rank) for name in spec.kinds}
-        readers |= {name: ("extra_targets", read_ranks) for name in spec.extra_targets}
-        readers |= {
-            name: ("choices", partial(read_choice, known=("all", *spec.choices[name]))) for name in spec.choices
-        }
-        readers |= {name: ("counted", read_indices) for name in spec.counted}
-        readers |= {name: ("sections", as_it_is) for name in spec.sections}
-        readers |= {spec.opt_in: ("opted_in", read_flag)} if spec.opt_in else {}
+    known = readers(tuple(specs))
     problems = Problems()
-    found: dict[str, Any] = {"kinds": {}, "extra_targets": {}, "choices": {}, "counted": {}, "sections": {}}
-    opted_in: set[str] = set()
+    found: dict[str, Any] = {}
     for name, value in given.items():
         with problems.catch():
-            if name not in readers:
-                refuse(name, readers)
-            place, reader = readers[name]
-            checked = told(name, reader, value)
-            if place == "opted_in":
-                opted_in |= {name} if checked else set()
-            elif place:
-                found[place][name] = checked
-            else:
-                found[name] = checked
+            if name not in known:
+                raise unknown(name, known)
+            table, reader = known[name]
+            place = found.setdefault(table, {}) if table else found
+            place[name] = told(name, reader, value)
     problems.raise_all()
-    args = AdapterArgs(**found, opted_in=frozenset(opted_in))
+    args = AdapterArgs(**found)
     check_partners(args)
     return args
 
 
-def plain_readers(specs: Iterable[PartSpec]) -> dict[str, Callable[[Any], Any]]:
-    """What every model takes, and what models with convolutions or counted stages take."""
-    specs = tuple(specs)
-    readers = dict(EVERYWHERE)
+def readers(specs: Sequence[PartSpec]) -> dict[str, tuple[str, Reader]]:
+    """Name -> the table of AdapterArgs that holds it ("" for a field of its own), and how its value is read."""
+    plain = dict(EVERYWHERE)
     if any(spec.conv_targets for spec in specs):
-        readers |= CONVOLUTIONS
+        plain |= CONVOLUTIONS
     if any(spec.stages and spec.sections for spec in specs):
-        readers |= STAGES
-    return readers
+        plain |= STAGES
+    found: dict[str, tuple[str, Reader]] = {name: ("", reader) for name, reader in plain.items()}
+    for spec in specs:
+        found |= dict.fromkeys(spec.kinds, ("kinds", read_rank))
+        found |= dict.fromkeys(spec.extra_targets, ("extra_targets", read_ranks))
+        found |= {name: ("choices", partial(read_choice, known=("all", *of))) for name, of in spec.choices.items()}
+        found |= dict.fromkeys(spec.counted, ("counted", read_indices))
+        found |= dict.fromkeys(spec.sections, ("sections", as_it_is))
+        found |= {spec.opt_in: ("opted_in", read_flag)} if spec.opt_in else {}
+    return found
 
 
-def refuse(name: str, known: Iterable[str]) -> None:
+def unknown(name: str, known: Iterable[str]) -> UserError:
+    if name in PLANNED_NETWORK_ARGS:
+        return UserError(f"--network_args {name} is not available yet (comes with {PLANNED_NETWORK_ARGS[name]})")
     if name in {**EVERYWHERE, **CONVOLUTIONS, **STAGES}:
-        raise UserError(f"--network_args {name} has no effect: this model has nothing of the kind", fix="leave it out")
-    raise UserError(f"--network_args: this model's adapters do not take {name!r}", fix=did_you_mean(name, known))
+        return UserError(f"--network_args {name} has no effect: this model has nothing of the kind", fix="leave it out")
+    return UserError(f"--network_args: this model's adapters do not take {name!r}", fix=did_you_mean(name, known))
 
 
-def told(name: str, reader: Callable[[Any], Any], value: Any) -> Any:
+def told(name: str, reader: Reader, value: Any) -> Any:
     try:
         return reader(value)
     except ValueError as error:
@@ -173,9 +168,9 @@ def read_choice(value: Any, known: Iterable[str]) -> str:
 
 
 def read_indices(value: Any) -> Indices:
-    """ "0,2,5-7", a number, "all" or "none"."""
-    if value in ("all", "none"):
-        return None if value == "all" else frozenset()
+    """Of 0,2,5-7, a number, all or none; the configuration has already made None of none."""
+    if value is None or value == "all":
+        return frozenset() if value is None else None
     found: set[int] = set()
     for each in str(value).split(",") if isinstance(value, str) else as_tuple(value):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(each))
@@ -185,8 +180,8 @@ def read_indices(value: Any) -> Indices:
     return frozenset(found)
 
 
-def read_pairs(value: Any, kind: Callable[[Any], Any]) -> tuple[tuple[re.Pattern[str], Any], ...]:
-    """ "expression=value,expression=value": regular expressions that are searched in adapter names."""
+def read_pairs(value: Any, kind: Reader) -> tuple[tuple[re.Pattern[str], Any], ...]:
+    """Of expression=value,expression=value: regular expressions that are searched in adapter names."""
     text = str(value).strip()
     found = list(PAIR.finditer(text))
     if "".join(match[0] for match in found) != text:
@@ -204,7 +199,7 @@ def as_it_is(value: Any) -> Any:
     return value
 
 
-EVERYWHERE: dict[str, Callable[[Any], Any]] = {
+EVERYWHERE: dict[str, Reader] = {
     "rank_dropout": read_chance,
     "module_dropout": read_chance,
     "network_reg_dims": partial(read_pairs, kind=read_rank),
@@ -214,8 +209,8 @@ EVERYWHERE: dict[str, Callable[[Any], Any]] = {
     "loraplus_text_encoder_lr_ratio": read_ratio,
     "verbose": read_flag,
 }
-CONVOLUTIONS: dict[str, Callable[[Any], Any]] = {"conv_dim": read_rank, "conv_alpha": read_number}
-STAGES: dict[str, Callable[[Any], Any]] = {
+CONVOLUTIONS: dict[str, Reader] = {"conv_dim": read_rank, "conv_alpha": read_number}
+STAGES: dict[str, Reader] = {
     "block_dims": read_ranks,
     "block_alphas": read_numbers,
     "conv_block_dims": read_ranks,

@@ -87,7 +87,7 @@ def adapter_rates(
     if not parts:
         raise UserError("no part of the model trains: every learning rate is 0", fix="--learning_rate 1e-4")
     for part in text_parts:
-        if specs[part].opt_in in args.opted_in and part not in parts:
+        if args.opted_in.get(specs[part].opt_in) and part not in parts:
             raise UserError(f"--network_args {specs[part].opt_in}=True has no effect: the part {part!r} does not train")
     weights = {part: stage_weights(args, specs[part]) for part in parts if args.sections and specs[part].sections}
     only_denoiser, only_text = set(parts) == {"denoiser"}, "denoiser" not in parts
@@ -101,7 +101,7 @@ def adapter_rates(
 
 def left_out(specs: Mapping[str, PartSpec], args: AdapterArgs, text_parts: Sequence[str]) -> set[str]:
     """Text encoders that train only on request and were not asked for."""
-    return {part for part in text_parts if specs[part].opt_in and specs[part].opt_in not in args.opted_in}
+    return {part for part in text_parts if specs[part].opt_in and not args.opted_in.get(specs[part].opt_in)}
 
 
 def part_rates(
@@ -165,7 +165,9 @@ def _number(option: str, text: str) -> float:
     except ValueError:
         number = -1.0
     if not (math.isfinite(number) and number >= 0):
-        raise UserError(f"--network_args {option}: {text!r} is no factor of a learning rate", fix="0 or a number above it")
+        raise UserError(
+            f"--network_args {option}: {text!r} is no factor of a learning rate", fix="0 or a number above it"
+        )
     return number
 
 

@@ -38,6 +38,4 @@ def make_rule(config: Config, blueprint: Blueprint) -> AdapterRule:
             "--cache_text_encoder_outputs has nothing to keep: every text encoder trains, so its output changes",
             fix="--network_train_unet_only, or leave it out",
         )
-    return AdapterRule(
-        args=args, specs=specs, ranks=Ranks(network=config.network, args=args, specs=specs), rates=rates
-    )
+    return AdapterRule(args=args, specs=specs, ranks=Ranks(network=config.network, args=args, specs=specs), rates=rates)

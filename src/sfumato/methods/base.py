@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,6 +49,10 @@ class Method(Protocol):
 
     def without(self) -> AbstractContextManager[None]:
         """The model as it was before training."""
+        ...
+
+    def after_step(self) -> Mapping[str, Tensor]:
+        """After each optimizer step; series name -> value for the curves, 0-d and on the device."""
         ...
 
     def state_to_save(self) -> Tensors:

@@ -124,7 +124,7 @@ def make_optimizer(optim: OptimOptions, groups: Sequence[ParameterGroup]) -> Opt
 
 def build(choice: Choice, rows: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Optimizer:
     try:
-        optimizer = choice.kind(rows, **arguments)
+        optimizer: Optimizer = choice.kind(rows, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"{choice.name} cannot be made of these arguments: {error}", fix="--optimizer_args") from error
     if isinstance(optimizer, Averaging):

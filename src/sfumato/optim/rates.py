@@ -177,10 +177,10 @@ def shown_rates(optimizer: Optimizer) -> dict[str, float]:
     """Series name -> rate of the last step; an optimizer that finds a factor d of its own adds d * rate."""
     shown: dict[str, float] = {}
     for group in optimizer.param_groups:
-        name = group["name"]
-        shown[name] = relative_rate(optimizer, group) if group["lr"] is None else group["lr"]
+        rate: float = relative_rate(optimizer, group) if group["lr"] is None else group["lr"]
+        shown[group["name"]] = rate
         if "d" in group:
-            shown[f"d*lr/{name}"] = float(group["d"]) * group["lr"]
+            shown[f"d*lr/{group['name']}"] = float(group["d"]) * rate
     return shown
 
 

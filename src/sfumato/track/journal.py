@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from sfumato.track.progress import Progress
 from sfumato.track.trackers import Tracker
 
 log = logging.getLogger(__name__)
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Journal:
@@ -24,7 +25,7 @@ class Journal:
         self.trackers, self.progress = list(trackers), progress
         self.window = window  # steps of an epoch: what loss/average runs over
         self.losses: deque[float] = deque(maxlen=window)
-        self.waiting: tuple[int, Tensor, Mapping[str, float]] | None = None
+        self.waiting: tuple[int, Tensor, Mapping[str, float], Mapping[str, Tensor]] | None = None
 
     def __enter__(self) -> Self:
         self.progress.__enter__()
@@ -39,16 +40,18 @@ class Journal:
             with suppress(OSError):  # told when it was written
                 tracker.close()
 
-    def note(self, step: int, loss: Tensor, rates: Mapping[str, float]) -> None:
-        """After a step, counted from 1; `rates` by parameter group."""
+    def note(
+        self, step: int, loss: Tensor, rates: Mapping[str, float], more: Mapping[str, Tensor] = NOTHING
+    ) -> None:
+        """After a step, counted from 1; `rates` by parameter group, `more` by the names of their curves."""
         self.flush()
-        self.waiting = (step, loss, rates)
+        self.waiting = (step, loss, rates, more)
 
     def flush(self) -> None:
         """Write what waits; before anything is saved, so that a state knows every loss."""
         if self.waiting is None:
             return
-        step, loss, rates = self.waiting
+        step, loss, rates, more = self.waiting
         self.waiting = None
         self.losses.append(float(loss))
         average = sum(self.losses) / len(self.losses)
@@ -56,6 +59,7 @@ class Journal:
         if step % self.window == 0:
             values["loss/epoch_average"] = average
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
+        values |= {name: float(value) for name, value in more.items()}
         for tracker in list(self.trackers):
             self._tell(tracker, step, values)
         self.progress.advance(step, average, max(rates.values(), default=0.0))

@@ -1,0 +1,65 @@
+"""Base models by their name on the hub, from its cache on this machine; no test reaches the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.demo.toy import write_toy
+from sfumato.errors import UserError
+from sfumato.families import register_all
+from sfumato.families._source import find_path, open_source
+from sfumato.families.base import find_family
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cached(cache: Path, name: str) -> Path:
+    """A snapshot's folder as the hub's library lays it out."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(COMMIT)
+    return place / "snapshots" / COMMIT
+
+
+def test_a_model_in_the_cache_is_loaded_by_its_name(cache: Path) -> None:
+    write_toy("sd", cached(cache, "someone/toy-sd"), layout="diffusers")
+    register_all()
+    model = ModelOptions(pretrained_model_name_or_path="someone/toy-sd")
+    source = open_source(model)
+    assert source.name == "someone/toy-sd"
+    assert source.path == cache / "models--someone--toy-sd" / "snapshots" / COMMIT
+    family = find_family(None, source)
+    blueprint = family.read(source, model, NoiseOptions())
+    loaded = family.load(blueprint, model, dtype=torch.float32, device=torch.device("cpu"))
+    assert loaded.name == "sd"
+
+
+def test_what_is_not_in_the_cache_says_so(cache: Path) -> None:
+    with pytest.raises(UserError, match=r"someone/else is neither .* nor a model that the hub gave"):
+        find_path("someone/else")
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "a/b/c", "/nowhere/at all"])
+def test_a_missing_path_is_not_looked_for_on_the_hub(cache: Path, name: str) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        find_path(name)
+
+
+def test_a_file_or_folder_goes_before_the_hub(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone" / "toy").mkdir(parents=True)
+    assert find_path("someone/toy") == Path("someone/toy")
+    assert open_source(ModelOptions(pretrained_model_name_or_path="someone/toy")).name == "toy"

@@ -1,0 +1,34 @@
+"""Toy models for any test: each is written once a session, when it is first asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sfumato.config import ModelOptions
+from sfumato.demo.toy import Layout, write_toy
+
+Key = tuple[str, Layout, str]
+
+
+@dataclass
+class ToyShelf:
+    """Toys by family, layout and variant; their files are shared, so tests only read them."""
+
+    folder: Path
+    _written: dict[Key, dict[str, Path]] = field(default_factory=dict)
+
+    def paths(self, family: str, layout: Layout = "original", variant: str = "") -> dict[str, Path]:
+        """Component -> path, as `write_toy` gives it."""
+        key = (family, layout, variant)
+        if key not in self._written:
+            folder = self.folder / "_".join(filter(None, key))
+            self._written[key] = write_toy(family, folder, layout=layout, variant=variant)
+        return self._written[key]
+
+    def options(self, family: str, layout: Layout = "original", variant: str = "", **more: Any) -> ModelOptions:
+        """The options of the base model that name the toy."""
+        found = self.paths(family, layout, variant)
+        named = {name: path for name, path in found.items() if not name.startswith("tokenizer")}
+        return ModelOptions(**{name: str(path) for name, path in named.items()}, **more)

@@ -1,0 +1,189 @@
+"""Which layers get adapters of which rank: names and shapes at full size, against the reference trainer's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+from keys import CLIP_G, CLIP_H, CLIP_L, UNETS, on_meta
+from lora_keys import Shapes, golden
+from sfumato.adapters.lora import LoRA
+from sfumato.config import NetworkOptions
+from sfumato.errors import UserError
+from sfumato.families import _clip, _flux_keys, _open_clip, _unet, flux, sd, sdxl
+from sfumato.families.base import Part, PartSpec
+from sfumato.formats.groups import LayerGroup
+from sfumato.methods.adapter_args import read_args
+from sfumato.methods.adapter_ranks import Ranks
+
+CONV = {"conv_dim": 4, "conv_alpha": 1}
+EVERY_THIRD = (0, 2, 4) * 8 + (0,)
+SOME = (0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2)
+
+
+def part(spec: PartSpec, build: Callable[[], nn.Module]) -> Part:
+    return Part(spec=spec, module=on_meta(build))
+
+
+def unet(family: Any, variant: str) -> Part:
+    return part(family.unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
+
+
+def sd15() -> list[Part]:
+    return [unet(sd, "sd15"), part(sd.clip_spec(_clip.key_map(), sd.CLIP), lambda: _clip.build(CLIP_L))]
+
+
+def sd21(variant: str) -> list[Part]:
+    spec = sd.clip_spec(_open_clip.key_map(projected=False), sd.OPEN_CLIP)
+    return [unet(sd, variant), part(spec, lambda: _clip.build(CLIP_H))]
+
+
+def xl() -> list[Part]:
+    clip_g = part(sdxl.clip_g_spec(), lambda: _open_clip.build_projected(CLIP_G))
+    return [unet(sdxl, "sdxl"), part(sdxl.clip_l_spec(), lambda: _clip.build(CLIP_L)), clip_g]
+
+
+def flux_dev() -> list[Part]:
+    config = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
+    return [part(_flux_keys.spec(""), lambda: _flux_keys.build(config))]
+
+
+def decided(parts: list[Part], arguments: dict[str, Any], **options: Any) -> list[tuple[LayerGroup, int, float]]:
+    specs = {each.spec.name: each.spec for each in parts}
+    ranks = Ranks(
+        network=NetworkOptions(**{"network_dim": 4, **options}), args=read_args(arguments, specs.values()), specs=specs
+    )
+    groups = [group for each in parts for group in each.groups(every=True)]
+    ranks.check(groups)
+    return [(group, *found) for group in groups if (found := ranks.of(group))]
+
+
+def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
+    adapters = [LoRA(group, rank=rank, alpha=alpha) for group, rank, alpha in decided(parts, arguments)]
+    return {
+        f"{adapter.group.name}.{suffix}": tuple(tensor.shape)
+        for adapter in adapters
+        for suffix, tensor in adapter.tensors().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("variant", "parts", "arguments"),
+    [
+        ("lora_sd15_conv", sd15, CONV),
+        ("lora_sd15_block_dims", sd15, {"block_dims": EVERY_THIRD}),
+        ("lora_sd21_conv", lambda: sd21("sd21"), CONV),
+        ("lora_sd21_linearproj_conv", lambda: sd21("sd21_linearproj"), CONV),
+        ("lora_sdxl_conv", xl, CONV),
+        ("lora_sdxl_block_dims", xl, {"block_dims": SOME}),
+        ("lora_flux_reg_dims", flux_dev, {"network_reg_dims": "single_blocks_.*_linear1=8,_img_mod_=0"}),
+        (
+            "lora_flux_dims",
+            flux_dev,
+            {
+                "img_attn_dim": 2, "txt_attn_dim": 6, "img_mlp_dim": 8, "txt_mlp_dim": 10, "img_mod_dim": 12,
+                "txt_mod_dim": 14, "single_dim": 16, "single_mod_dim": 18, "in_dims": [1, 3, 5, 7, 9],
+            },
+        ),
+        (
+            "lora_flux_block_indices",
+            flux_dev,
+            {"train_double_block_indices": "0-2,5", "train_single_block_indices": None},
+        ),
+        ("lora_flux_train_blocks_double", flux_dev, {"train_blocks": "double"}),
+        ("lora_flux_train_blocks_single", flux_dev, {"train_blocks": "single"}),
+    ],
+)  # fmt: skip
+def test_files_are_those_of_the_field(
+    variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]
+) -> None:
+    assert shapes(parts(), arguments) == golden(variant)
+
+
+def found(parts: list[Part], arguments: dict[str, Any], **options: Any) -> dict[str, tuple[int, float]]:
+    return {group.name: (rank, alpha) for group, rank, alpha in decided(parts, arguments, **options)}
+
+
+def test_alphas() -> None:
+    """conv_alpha is 1 unless given; 0 means the rank; blocks may have their own; text encoders keep network_alpha."""
+    parts = sd15()
+    linear, conv = "lora_unet_down_blocks_0_attentions_0_proj_in", "lora_unet_down_blocks_0_resnets_0_conv1"
+    shortcut, text = "lora_unet_up_blocks_0_resnets_0_conv_shortcut", "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    plain = found(parts, {"conv_dim": 8}, network_dim=16, network_alpha=2.0)
+    assert (plain[linear], plain[conv], plain[shortcut], plain[text]) == ((16, 2), (8, 1), (16, 2), (16, 2))
+    zero = found(parts, {"conv_dim": 8, "conv_alpha": 0}, network_dim=16, network_alpha=0.0)
+    assert (zero[linear], zero[conv]) == ((16, 16), (8, 8))
+    blocks = {"block_alphas": (3,) * 25, "conv_block_dims": (5,) * 25, "conv_block_alphas": (7,) * 25}
+    own = found(parts, blocks, network_dim=16)
+    assert (own[linear], own[conv], own[shortcut], own[text]) == ((16, 3), (5, 7), (16, 3), (16, 1))
+
+
+def test_blocks_are_counted_as_the_field_does() -> None:
+    """Down- and upsamplers belong to the block before them; rank n marks stage n."""
+    ranks = found(sd15(), {"block_dims": tuple(range(100, 125)), "conv_block_dims": tuple(range(100, 125))})
+    places = {
+        "down_blocks_0_resnets_0_conv1": 1, "down_blocks_0_attentions_1_proj_in": 2,
+        "down_blocks_0_downsamplers_0_conv": 3, "down_blocks_3_resnets_1_conv2": 11, "mid_block_resnets_1_conv1": 12,
+        "mid_block_attentions_0_proj_in": 12, "up_blocks_0_resnets_0_conv1": 13, "up_blocks_0_upsamplers_0_conv": 15,
+        "up_blocks_1_attentions_0_proj_out": 16, "up_blocks_3_resnets_2_time_emb_proj": 24,
+    }  # fmt: skip
+    assert {name: ranks[f"lora_unet_{name}"][0] - 100 for name in places} == places
+    ranks = found(xl(), {"block_dims": tuple(range(100, 123)), "conv_block_dims": tuple(range(100, 123))})
+    places = {
+        "input_blocks_1_0_in_layers_2": 2, "input_blocks_3_0_op": 4, "input_blocks_8_1_proj_in": 9,
+        "middle_block_0_in_layers_2": 10, "middle_block_1_proj_in": 11, "middle_block_2_emb_layers_1": 12,
+        "output_blocks_0_1_proj_in": 13, "output_blocks_2_2_conv": 15, "output_blocks_8_0_skip_connection": 21,
+    }  # fmt: skip
+    assert {name: ranks[f"lora_unet_{name}"][0] - 100 for name in places} == places
+
+
+def test_expressions_go_before_everything_else_and_the_last_one_wins() -> None:
+    arguments = {"train_blocks": "single", "single_dim": 6, "network_reg_dims": "_blocks_3_=2,double_.*_mlp_{1,2}0=9"}
+    ranks = found(flux_dev(), arguments)
+    assert ranks["lora_unet_single_blocks_3_linear1"] == (2, 1)
+    assert ranks["lora_unet_single_blocks_4_linear1"] == (6, 1)
+    assert ranks["lora_unet_double_blocks_3_img_attn_qkv"] == (2, 1)
+    assert ranks["lora_unet_double_blocks_3_img_mlp_0"] == (9, 1)
+    assert "lora_unet_double_blocks_4_img_attn_qkv" not in ranks
+
+
+@pytest.mark.parametrize(
+    ("parts", "arguments", "message"),
+    [
+        (sd15, {"block_dims": (4,) * 24}, "24 numbers, this model needs 25"),
+        (sd15, {"network_reg_dims": "resnets=4"}, "matches no adapter name"),
+        (sd15, {"block_dim": (4,) * 25}, "did you mean 'block_dims'"),
+        (sd15, {"conv_alpha": 1}, "no effect without conv_dim"),
+        (sd15, {"conv_block_alphas": (1,) * 25}, "no effect without conv_block_dims"),
+        (sd15, {"network_reg_dims": "a=1.5"}, "a rank is a whole number"),
+        (sd15, {"network_reg_dims": "a=1,b"}, "pairs are expected"),
+        (sd15, {"network_reg_dims": "(=1"}, "no regular expression"),
+        (sd15, {"rank_dropout": 1}, "chance below 1"),
+        (sd15, {"train_t5xxl": True}, "do not take 'train_t5xxl'"),
+        (flux_dev, {"conv_dim": 4}, "no effect: this model has nothing of the kind"),
+        (flux_dev, {"block_dims": (4,)}, "no effect: this model has nothing of the kind"),
+        (flux_dev, {"in_dims": (4, 4)}, "2 numbers, this model needs 5"),
+        (flux_dev, {"train_blocks": "triple"}, "one of all, double, single"),
+        (flux_dev, {"train_double_block_indices": "3-19"}, "counted from 0 to 18"),
+        (flux_dev, {"train_double_block_indices": "3-"}, "numbers and ranges"),
+        (flux_dev, {"split_qkv": True}, "not available yet"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(parts: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        decided(parts(), arguments)
+
+
+def test_every_fault_is_told_at_once() -> None:
+    with pytest.raises(UserError, match="2 problems"):
+        read_args({"a": 1, "rank_dropout": "b"}, [flux.t5_spec()])
+
+
+def test_convolution_ranks_need_convolutions_that_train() -> None:
+    with pytest.raises(UserError, match="no convolution trains"):
+        text = sd15()
+        specs = {each.spec.name: each.spec for each in text}
+        Ranks(network=NetworkOptions(), args=read_args(CONV, specs.values()), specs=specs).check(text[1].groups())
