@@ -49,10 +49,12 @@ def write_text(path: Path, content: str) -> None:
 
 
 def check_writable(folder: Path, *, option: str) -> None:
-    """Create the folder and try a file in it, so that an unwritable output is found before hours of work."""
-    probe = folder / f".{uuid.uuid4().hex[:8]}.tmp"
+    """Try a file in the folder, or where the folder is to be made, and take it away again: nothing is left behind."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    probe = place / f".{uuid.uuid4().hex[:8]}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def plan(config: Config) -> None:
     """Print everything; options and data come before torch is imported. Raises what `train` would refuse."""
+    config = with_seed(config)
     show(options(config))
     problems = Problems()
     data = find_data(config, bucket_step=1, problems=problems)
@@ -28,6 +30,14 @@ def plan(config: Config) -> None:
     if problems.found:
         problems.raise_all()
     show(model_lines(look(config, processes=1)))
+
+
+def with_seed(config: Config) -> Config:
+    """Draw the seed where none was given, so that it is written down and a resumed run has it."""
+    if config.loop.seed is not None:
+        return config
+    seed = random.SystemRandom().randrange(2**32)
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
 
 
 def show(lines: Iterable[str]) -> None:

@@ -116,7 +116,7 @@ class Run:
 
 def open_run(config: Config) -> Run | None:
     """Check what can be checked without weights, then load; None when a resumed run has nothing left to do."""
-    config = with_seed(config)
+    config = plan.with_seed(config)
     assert config.loop.seed is not None
     assert config.save.output_dir is not None
     processes = open_processes()
@@ -189,14 +189,6 @@ def facts_of(config: Config, outlook: plan.Outlook, optimizer: Optimizer) -> Fac
         data=data_metadata(outlook.data),
         family=outlook.blueprint.metadata,
     )
-
-
-def with_seed(config: Config) -> Config:
-    """Draw the seed where none was given, so that it is written down and a resumed run has it."""
-    if config.loop.seed is not None:
-        return config
-    seed = random.SystemRandom().randrange(2**32)
-    return config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
 
 
 def open_processes() -> PartialState:

@@ -33,11 +33,11 @@ def calls(monkeypatch):
     def module(name: str, **functions):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**functions))
 
-    def train(config, family, method):
-        made.append(("train", config, family, method))
+    def train(config):
+        made.append(("train", config))
 
-    def plan(config, family):
-        made.append(("plan", config, family))
+    def plan(config):
+        made.append(("plan", config))
 
     def tool(argv):
         made.append(("tool", list(argv)))
@@ -53,8 +53,9 @@ def calls(monkeypatch):
 def test_train_and_plan_get_the_config(argv, calls):
     assert main(["train", *argv, "--family", "some", "--seed", "3"]) == 0
     assert main(["plan", *argv]) == 0
-    (_, config, family, method), (_, _, no_family) = calls
-    assert (config.loop.seed, family, method, no_family) == (3, "some", "adapter", None)
+    (_, config), (_, without) = calls
+    assert (config.loop.seed, config.run.family, config.run.method) == (3, "some", "adapter")
+    assert without.run.family is None
 
 
 def test_toy_and_demo_get_their_own_words_and_give_the_exit_code(calls):
@@ -86,7 +87,7 @@ def test_several_faults_stand_one_a_line_and_the_last_line_counts_them(argv, cap
 
 
 def test_a_fault_of_the_run_is_one_line(argv, calls, monkeypatch, capsys):
-    def fails(config, family, method):
+    def fails(config):
         raise UserError("the file\nis broken", fix="mend it")
 
     monkeypatch.setattr(sys.modules["sfumato.train"], "train", fails)
@@ -96,7 +97,7 @@ def test_a_fault_of_the_run_is_one_line(argv, calls, monkeypatch, capsys):
 
 @pytest.mark.parametrize("where", ["command line", "file"])
 def test_debug_shows_the_traceback_above_the_last_line(argv, calls, monkeypatch, capsys, tmp_path, where):
-    def fails(config, family, method):
+    def fails(config):
         raise UserError("no")
 
     monkeypatch.setattr(sys.modules["sfumato.train"], "train", fails)
@@ -109,7 +110,7 @@ def test_debug_shows_the_traceback_above_the_last_line(argv, calls, monkeypatch,
 
 
 def test_ctrl_c(argv, calls, monkeypatch, capsys):
-    def interrupted(config, family, method):
+    def interrupted(config):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["sfumato.train"], "train", interrupted)
@@ -118,7 +119,7 @@ def test_ctrl_c(argv, calls, monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_is_not_hidden(argv, calls, monkeypatch):
-    def broken(config, family, method):
+    def broken(config):
         raise ZeroDivisionError
 
     monkeypatch.setattr(sys.modules["sfumato.train"], "train", broken)

@@ -94,13 +94,11 @@ def test_options_of_other_scripts_are_refused_with_their_home(capsys):
 
 def test_a_script_runs_with_its_family(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setitem(
-        sys.modules, "sfumato.train", SimpleNamespace(train=lambda config, *names: made.append((config, *names)))
-    )
+    monkeypatch.setitem(sys.modules, "sfumato.train", SimpleNamespace(train=made.append))
     words = f"--pretrained_model_name_or_path a/b --train_data_dir {tmp_path} --output_dir o --resolution 64 --seed 4"
     assert main(["train_network", *words.split()]) == 0
-    ((config, family, method),) = made
-    assert (config.loop.seed, family, method) == (4, "sd", "adapter")
+    (config,) = made
+    assert (config.loop.seed, config.run.family, config.run.method) == (4, "sd", "adapter")
     assert config.source("family") == "launcher"
 
 
@@ -109,7 +107,7 @@ def test_help_shows_only_what_the_script_has(capsys):
     printed = capsys.readouterr().out
     assert "usage: train_network.py" in printed
     assert "--clip_l" not in printed
-    assert all((f"{name} (not available yet)" in printed) != script.available for name, script in SCRIPTS.items())
+    assert all((f"  {name} (not available yet)" in printed) != script.available for name, script in SCRIPTS.items())
 
 
 @pytest.mark.parametrize("argv", [["--seed", "3"], ["nonsense"]])
