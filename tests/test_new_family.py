@@ -46,10 +46,10 @@ class Letters(nn.Module):
         return self.table(codes).squeeze(-1)
 
 
-def spec(name: str, key_map: KeyMap, prefix: str) -> PartSpec:
+def spec(name: str, key_map: KeyMap, prefix: str, *targets: str) -> PartSpec:
     return PartSpec(
         name=name, key_map=key_map, key_prefix=f"{name}.", adapter_map=key_map, adapter_prefix=prefix,
-        targets=("query", "key", "out", "table"),
+        targets=targets,
     )  # fmt: skip
 
 
@@ -67,8 +67,8 @@ class Exercise(Family):
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         specs = (
-            spec("denoiser", KEYS, "lora_unet"),
-            spec("letters", identity(), "lora_te"),
+            spec("denoiser", KEYS, "lora_unet", "query", "key", "out"),
+            spec("letters", identity(), "lora_te", "table"),
             spec("vae", identity(), ""),
         )
         networks = {

@@ -93,17 +93,11 @@ CASES = {
     "keep-epochs": ("--save_last_n_epochs 2", "--save_last_n_epochs 2 --save_every_n_epochs 1"),
     "keep-steps": ("--save_last_n_steps 2 --save_every_n_epochs 1", "--save_last_n_steps 2 --save_every_n_steps 1"),
     "keep-states": ("--save_last_n_steps_state 2", "--save_last_n_steps_state 2 --save_state"),
-    "start-twice": ("--initial_epoch 2 --initial_step 5", "--initial_step 5"),
-    "skip-nothing": ("--skip_until_initial_step", "--skip_until_initial_step --initial_step 5"),
     "samples-without-prompts": ("--sample_at_first", "--sample_at_first --sample_prompts FILE"),
     "prompts-unused": ("--sample_prompts FILE", "--sample_prompts FILE --sample_every_n_steps 5"),
     "samples-twice": (
         "--sample_prompts FILE --sample_every_n_steps 5 --sample_every_n_epochs 1",
         "--sample_prompts FILE --sample_every_n_steps 5 --sample_every_n_epochs 0",
-    ),
-    "no-workers": (
-        "--persistent_data_loader_workers --max_data_loader_n_workers 0",
-        "--persistent_data_loader_workers --max_data_loader_n_workers 1",
     ),
 }
 # name -> which of the base options is left out, or what replaces them

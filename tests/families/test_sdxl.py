@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from sfumato.data.batch import Sizes
 from sfumato.demo.toy import write_toy
 from sfumato.encode import live_text
 from sfumato.errors import UserError
-from sfumato.families import _clip, _open_clip, _unet, register_all
+from sfumato.families import _clip, _open_clip, _unet, _vae, register_all, sdxl
 from sfumato.families._source import open_source
 from sfumato.families.base import Blueprint, Family, find_family
 from sfumato.families.sdxl import CLIP_G_KEYS
@@ -27,6 +29,13 @@ from sfumato.plan import look
 from training import arguments, pictures, run, weights
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
+VAE = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
 LAST_OF_CLIP_L = "lora_te1_text_model_encoder_layers_1_"
 
 
@@ -96,6 +105,45 @@ def test_encoder_configurations_from_shapes() -> None:
         (_open_clip.build_projected, CLIP_G, _open_clip.config_from_shapes),
     ):
         assert found(shapes_of(on_meta(lambda build=build, config=config: build(config)))) == config
+
+
+def test_a_published_file_is_understood_from_its_header(tmp_path: Path) -> None:
+    """A sparse file with every key of the full model: nothing but the header is read."""
+    unet = on_meta(lambda: _unet.build(UNETS["sdxl"]))
+    clip_l, clip_g = on_meta(lambda: _clip.build(CLIP_L)), on_meta(lambda: _open_clip.build_projected(CLIP_G))
+    vae = on_meta(lambda: _vae.build(VAE))
+    position_ids = "text_model.embeddings.position_ids"
+    parts = {
+        _unet.PREFIX: _unet.key_map(UNETS["sdxl"]).to_original(unet.state_dict()),
+        sdxl.CLIP_L: _clip.key_map().to_original(clip_l.state_dict()) | {position_ids: torch.zeros(1, 77)},
+        sdxl.CLIP_G: CLIP_G_KEYS.to_original(clip_g.state_dict()) | {"logit_scale": torch.zeros(())},
+        _vae.PREFIX: _vae.key_map(4).to_original(vae.state_dict()),
+    }
+    shapes = {prefix + name: tuple(tensor.shape) for prefix, part in parts.items() for name, tensor in part.items()}
+    assert len(shapes) == 2515
+    write_hollow(tmp_path / "xl.safetensors", shapes)
+    blueprint = read(tmp_path / "xl.safetensors")
+    networks = blueprint.networks
+    config = dict(networks["denoiser"].config)
+    assert {name: config[name] for name in UNETS["sdxl"]} == UNETS["sdxl"]
+    assert (networks["clip_l"].config, networks["clip_g"].config) == (CLIP_L, CLIP_G)
+    assert {name: len(networks[name].groups()) for name in ("denoiser", "clip_l", "clip_g")} == {
+        "denoiser": 722, "clip_l": 72, "clip_g": 192,
+    }  # fmt: skip
+
+
+def write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file in float16 whose data is one large hole."""
+    entries: dict[str, Any] = {}
+    place = 0
+    for name, shape in shapes.items():
+        end = place + 2 * torch.Size(shape).numel()
+        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + place)
 
 
 # ---------------------------------------------------------------- text and sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,20 +33,24 @@ def unet(family: Any, variant: str) -> Part:
     return part(family.unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
 
 
+@cache
 def sd15() -> list[Part]:
     return [unet(sd, "sd15"), part(sd.clip_spec(_clip.key_map(), sd.CLIP), lambda: _clip.build(CLIP_L))]
 
 
+@cache
 def sd21(variant: str) -> list[Part]:
     spec = sd.clip_spec(_open_clip.key_map(projected=False), sd.OPEN_CLIP)
     return [unet(sd, variant), part(spec, lambda: _clip.build(CLIP_H))]
 
 
+@cache
 def xl() -> list[Part]:
     clip_g = part(sdxl.clip_g_spec(), lambda: _open_clip.build_projected(CLIP_G))
     return [unet(sdxl, "sdxl"), part(sdxl.clip_l_spec(), lambda: _clip.build(CLIP_L)), clip_g]
 
 
+@cache
 def flux_dev() -> list[Part]:
     config = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
     return [part(_flux_keys.spec(""), lambda: _flux_keys.build(config))]
@@ -97,9 +102,7 @@ def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
         ("lora_flux_train_blocks_single", flux_dev, {"train_blocks": "single"}),
     ],
 )  # fmt: skip
-def test_files_are_those_of_the_field(
-    variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]
-) -> None:
+def test_files_are_those_of_the_field(variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]) -> None:
     assert shapes(parts(), arguments) == golden(variant)
 
 
@@ -183,7 +186,8 @@ def test_every_fault_is_told_at_once() -> None:
 
 
 def test_convolution_ranks_need_convolutions_that_train() -> None:
+    parts = sd15()
+    specs = {each.spec.name: each.spec for each in parts}
+    ranks = Ranks(network=NetworkOptions(), args=read_args(CONV, specs.values()), specs=specs)
     with pytest.raises(UserError, match="no convolution trains"):
-        text = sd15()
-        specs = {each.spec.name: each.spec for each in text}
-        Ranks(network=NetworkOptions(), args=read_args(CONV, specs.values()), specs=specs).check(text[1].groups())
+        ranks.check(parts[1].groups())

@@ -182,22 +182,6 @@ NO_EFFECT = (
         fix="give --save_state",
     ),
     Rule(
-        name="start-twice",
-        kind="no effect",
-        options=("initial_epoch", "initial_step"),
-        broken=lambda c: c.loop.initial_epoch is not None and c.loop.initial_step is not None,
-        what="--initial_epoch has no effect: --initial_step goes before it",
-        fix="give one of them",
-    ),
-    Rule(
-        name="skip-nothing",
-        kind="no effect",
-        options=("skip_until_initial_step", "initial_epoch", "initial_step", "resume"),
-        broken=lambda c: c.loop.skip_until_initial_step and not c.changed("initial_epoch", "initial_step", "resume"),
-        what="--skip_until_initial_step has no effect without --initial_step, --initial_epoch or --resume",
-        fix="give one of them",
-    ),
-    Rule(
         name="samples-without-prompts",
         kind="no effect",
         options=("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
@@ -220,14 +204,6 @@ NO_EFFECT = (
         broken=lambda c: c.samples.sample_every_n_steps is not None and c.samples.sample_every_n_epochs is not None,
         what="--sample_every_n_steps has no effect: --sample_every_n_epochs goes before it",
         fix="give one of them",
-    ),
-    Rule(
-        name="no-workers",
-        kind="no effect",
-        options=("persistent_data_loader_workers", "max_data_loader_n_workers"),
-        broken=lambda c: c.loader.persistent_data_loader_workers and c.loader.max_data_loader_n_workers == 0,
-        what="--persistent_data_loader_workers has no effect: there are no worker processes",
-        fix="leave it out, or raise --max_data_loader_n_workers",
     ),
 )
 
