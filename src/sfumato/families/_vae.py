@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfumato.diffusion.objective import LatentSpec
@@ -135,6 +136,11 @@ def build(config: Mapping[str, Any]) -> Any:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL.from_config(dict(config))
+
+
+def precision(dtype: torch.dtype, *, whole: bool = False) -> torch.dtype:
+    """The model's dtype, except that float16 overflows inside published autoencoders; `whole`: no half at all."""
+    return torch.float32 if dtype == torch.float16 or (whole and dtype == torch.bfloat16) else dtype
 
 
 def encode(vae: Any, latents: LatentSpec, pixels: Tensor, noise: Tensor) -> Tensor:

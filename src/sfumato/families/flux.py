@@ -112,7 +112,7 @@ class Flux(Family):
             "clip_l": part("clip_l", _clip.build),
             "t5": part("t5", _t5.build),
         }
-        vae = blueprint.networks["vae"].load(_vae.build, dtype=dtype, device=device)
+        vae = blueprint.networks["vae"].load(_vae.build, dtype=_vae.precision(dtype), device=device)
         return cls(blueprint, parts, vae, model)
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:

@@ -101,7 +101,7 @@ class StableDiffusion(Family):
             return Part(spec=network.spec, module=network.load(build, dtype=dtype, device=device))
 
         parts = {"denoiser": part("denoiser", _unet.build), "clip": part("clip", _clip.build)}
-        vae_dtype = torch.float32 if model.no_half_vae and dtype != torch.float64 else dtype
+        vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
 

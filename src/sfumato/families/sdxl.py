@@ -123,7 +123,7 @@ class StableDiffusionXL(Family):
             "clip_l": part("clip_l", _clip.build),
             "clip_g": part("clip_g", _open_clip.build_projected),
         }
-        vae_dtype = torch.float32 if model.no_half_vae and dtype != torch.float64 else dtype
+        vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
 
