@@ -50,9 +50,7 @@ def plain_options(family: str, variant: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_both_layouts_are_recognised_and_hold_the_same_weights(
-    toy_shelf: ToyShelf, family: str, variant: str
-) -> None:
+def test_both_layouts_are_recognised_and_hold_the_same_weights(toy_shelf: ToyShelf, family: str, variant: str) -> None:
     more = plain_options(family, variant)
     first = load(toy_shelf.options(family, "original", variant, **more))
     second = load(toy_shelf.options(family, "diffusers", variant, **more))
@@ -146,9 +144,9 @@ def test_text_encoder_files_have_the_names_in_use(toy_shelf: ToyShelf) -> None:
 
 
 def test_unknown_families_and_variants_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'fluxx'.*did you mean 'flux'"):
+    with pytest.raises(UserError, match=r"'fluxx'.*did you mean 'flux'"):
         write_toy("fluxx", tmp_path)
-    with pytest.raises(UserError, match="'schnel'.*did you mean 'schnell'"):
+    with pytest.raises(UserError, match=r"'schnel'.*did you mean 'schnell'"):
         write_toy("flux", tmp_path, variant="schnel")
     assert not list(tmp_path.iterdir())
 

@@ -15,6 +15,7 @@ import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
+import training
 from keys import CLIP_G, CLIP_L, UNETS, on_meta, round_trip, same, shapes_of, tagged
 from sfumato.config import ModelOptions, NoiseOptions, load_config
 from sfumato.data.batch import Sizes
@@ -252,6 +253,14 @@ def test_a_file_in_diffusers_names_is_read(toy: Mapping[str, Path], images: Path
     save_file(renamed | weights(first), tmp_path / "both.safetensors")
     with pytest.raises(UserError, match="a second time"):
         run(toy, images, tmp_path / "x", network_train_unet_only=True, network_weights=tmp_path / "both.safetensors")
+
+
+def test_one_encoder_trains_and_the_other_is_cached(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    options = {"text_encoder_lr": ["1e-3", "0"], "max_train_steps": 3}
+    live = run(toy, images, tmp_path / "live", **options)
+    cached = run(toy, images, tmp_path / "cached", cache_text_encoder_outputs=True, **options)
+    assert training.same(weights(live), weights(cached))
+    assert {name.split("_text_model")[0] for name in weights(live) if name.startswith("lora_te")} == {"lora_te1"}
 
 
 @pytest.mark.slow

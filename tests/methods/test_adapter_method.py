@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from families.toys import ToyShelf
+from sfumato.adapters.lora import LoRA
 from sfumato.config import load_config
 from sfumato.errors import UserError
 from sfumato.run import Run, open_run
@@ -180,6 +181,13 @@ def test_norms_are_limited_after_every_step(sd: Toy, images: Path, tmp_path: Pat
     assert last["max_norm/max_key_norm"] == pytest.approx(max(norms), rel=1e-4)
     assert last["max_norm/avg_key_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
     assert 0 < last["max_norm/keys_scaled"] <= len(norms)
+
+
+def test_a_norm_limit_is_refused_where_the_adapter_has_none(
+    sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoRA, "limited", False)
+    assert "--scale_weight_norms does not work" in refused(sd, images, tmp_path, scale_weight_norms=1)
 
 
 # ---------------------------------------------------------------- dropout

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from sfumato.adapters.base import Adapter, column, expect_suffixes
+from sfumato.adapters.frozen_linear import add_low_rank, fits
 from sfumato.errors import UserError
 from sfumato.formats.groups import LayerGroup
 
@@ -72,20 +73,23 @@ class LoRA(Adapter):
         return F.linear(low, up) if isinstance(self.group.layers[i], nn.Linear) else F.conv2d(low, up)
 
     def add_to(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
-        """For linear layers the matrix product adds to the output itself: no full-size change in between.
-
-        Not in place, since the output of a linear layer over more than one row of tokens is a view, whose gradient
-        autograd would copy.
-        """
-        if not isinstance(self.group.layers[i], nn.Linear):
+        """For linear layers the matrix product adds to the output itself: no full-size change in between."""
+        layer = self.group.layers[i]
+        if not isinstance(layer, nn.Linear):
             return super().add_to(output, x, i, strength)
-        low, up, alpha = self._low(x, i).to(output.dtype), self._up(i).to(output.dtype), self.scale
-        if isinstance(strength, Tensor):
+        for_each = isinstance(strength, Tensor)
+        up = (self._up(i) * (self.scale if for_each else self.scale * strength)).to(output.dtype)
+        if not for_each and not self._drops and fits(layer, x, output):
+            return add_low_rank(output, x, layer.weight, self.lora_down.to(x.dtype), up)
+        low = self._low(x, i).to(output.dtype)
+        if for_each:
             low = low * column(strength, low)
-        else:
-            alpha *= strength
-        flat = output.reshape(-1, output.shape[-1])
-        return torch.addmm(flat, low.reshape(-1, self.rank), up.t(), alpha=alpha).view_as(output)
+        # Not in place: the output of a linear layer may be a view, whose gradient autograd would copy.
+        return torch.addmm(output.reshape(-1, len(up)), low.reshape(-1, self.rank), up.t()).view_as(output)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and bool(self.dropout)
 
     def _low(self, x: Tensor, i: int) -> Tensor:
         """down(x), with this layer's dropouts: rank channels, last for linear layers, second for convolutions."""
@@ -95,7 +99,7 @@ class LoRA(Adapter):
         else:
             low = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)  # pyright: ignore
             inside = [self.rank, 1, 1]
-        if not (self.training and self.dropout):
+        if not self._drops:
             return low
         drop = self.dropout
         if drop.neuron:

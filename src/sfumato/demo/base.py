@@ -52,6 +52,7 @@ class Base:
     title: str
     model: dict[str, Path]  # option -> path
     size: int  # pixels of a side
+    sampler: str
     steps: int
     scale: float  # classifier-free guidance
     training: dict[str, str] = field(default_factory=dict)  # options that suit it
@@ -71,14 +72,16 @@ def make_base(folder: Path, *, seed: int = 0) -> Base:
     return Base(
         title="toy model",
         model={"pretrained_model_name_or_path": path},
-        size=64,
-        steps=30,
+        size=96,
+        sampler="euler_a",  # its fresh noise frees pictures that are stuck in the haze
+        steps=60,
         scale=1.0,
         training={
-            "train_batch_size": "10",
+            "train_batch_size": "8",
             "network_dim": "8",
             "network_alpha": "8",
             "learning_rate": "1e-2",
+            "optimizer_args": "betas=0.9,0.99",
             "lr_scheduler": "cosine",
             "lr_warmup_steps": "20",
             "max_train_steps": "800",

@@ -64,25 +64,23 @@ def demo(output: Path, *, options: Mapping[str, str] | None = None) -> Result:
     from sfumato.demo.base import make_base
     from sfumato.train import train
 
-    print(f"Writing a small base model into {output / 'base'}")
+    print(f"Writing a toy base model into {output / 'base'}.")
     base = make_base(output / "base")
     line = command_line(base, output, options or {})
-    print(f"Training, which is the same as:\n\nsfumato train {shlex.join(line)}\n", flush=True)
+    print(f"Training on {example_photos()}; by hand:\n\nsfumato train {shlex.join(line)}\n", flush=True)
     config = load_config(line)
     train(config)
 
-    print("\nMaking pictures before and after")
-    result = Result(
-        lora=output / f"{NAME}.safetensors", plot=output / "loss.png", sheet=output / "before_and_after.png"
-    )
-    trained = load_config([*line, f"--network_weights={result.lora}", "--dim_from_weights"])
+    print("\nMaking pictures without and with the LoRA.", flush=True)
+    lora = output / f"{NAME}.safetensors"
+    before = pictures(config, base)  # a new adapter changes nothing
+    after = pictures(load_config([*line, f"--network_weights={lora}", "--dim_from_weights"]), base)
     losses = read_losses(output / f"{NAME}.run.jsonl")
     facts = f"{base.title}, LoRA of rank {config.network.network_dim}, {len(losses)} steps on {photos()} photos"
+    result = Result(lora=lora, plot=output / "loss.png", sheet=output / "before_and_after.png")
     save(result.plot, loss_plot(losses, title="Training loss", subtitle=facts))
-    rows = [
-        Row(prompt=prompt, seed=seed, pictures=pair)
-        for (prompt, seed), *pair in zip(WANTED, pictures(config, base), pictures(trained, base), strict=True)
-    ]
+    asked = zip(WANTED, before, after, strict=True)
+    rows = [Row(prompt=prompt, seed=seed, pictures=pair) for (prompt, seed), *pair in asked]
     save(result.sheet, sheet(rows, ["before", "after"], title="Before and after", subtitle=facts))
     return result
 
@@ -105,10 +103,7 @@ def command_line(base: Base, output: Path, options: Mapping[str, str]) -> list[s
 
 
 def pictures(config: Config, base: Base) -> list[Image.Image]:
-    """Everything that is WANTED, from a freshly loaded model with the adapter that `config` gives it.
-
-    A new adapter changes nothing; one of --network_weights is what it was trained to be.
-    """
+    """Everything that is WANTED, from a freshly loaded model with the adapter that `config` asks for."""
     import torch
 
     from sfumato import plan
@@ -119,9 +114,9 @@ def pictures(config: Config, base: Base) -> list[Image.Image]:
     model = outlook.family.load(outlook.blueprint, config.model, dtype=torch.float32, device=device)
     outlook.method.prepare(model)
     outlook.method.modules.eval()
-    made = []
-    for prompt, seed in WANTED:
-        picture = Picture(
+
+    def picture(prompt: str, seed: int) -> Image.Image:
+        recipe = Picture(
             prompt=prompt,
             negative_prompt="",
             width=base.size,
@@ -130,11 +125,12 @@ def pictures(config: Config, base: Base) -> list[Image.Image]:
             steps=base.steps,
             scale=base.scale,
             guidance=None,
-            sampler="ddim",
+            sampler=base.sampler,
         )
-        pixels = (generate(model, outlook.method, picture) + 1) * 127.5
-        made.append(Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy()))
-    return made
+        pixels = (generate(model, outlook.method, recipe) + 1) * 127.5
+        return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
+
+    return [picture(prompt, seed) for prompt, seed in WANTED]
 
 
 def photos() -> int:

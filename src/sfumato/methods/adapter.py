@@ -127,6 +127,8 @@ class AdapterMethod:
         else:
             generator = self.randomness.generator("init " + group.name)
             adapter = LoRA(group, rank=ranks[0], alpha=ranks[1], generator=generator)
+        if self.network.scale_weight_norms is not None and not adapter.limited:
+            raise UserError(f"--scale_weight_norms does not work with {type(adapter).__name__}", fix="leave it out")
         adapter.dropout = Dropout(
             neuron=self.network.network_dropout or 0.0, rank=rule.args.rank_dropout, module=rule.args.module_dropout
         )

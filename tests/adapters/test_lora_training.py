@@ -1,0 +1,250 @@
+"""LoRA while it trains: the sum into the output, dropouts, the norm limit, recomputation and compilation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfumato.adapters.base import Adapter, AdapterEngine
+from sfumato.adapters.lora import Dropout, LoRA
+from sfumato.errors import UserError
+from sfumato.formats.groups import LayerGroup, layer_groups, layers_of
+from sfumato.formats.keymap import KeyMap, Rule, identity
+
+
+def groups_of(module: nn.Module, adapter_map: KeyMap | None = None) -> list[LayerGroup]:
+    return layer_groups(
+        layers_of(module), ("{*}",), part="denoiser", prefix="lora_unet", adapter_map=adapter_map or identity()
+    )
+
+
+def attached(module: nn.Module, *, rank: int = 3, alpha: float = 1.5, adapter_map: KeyMap | None = None):
+    """An engine whose LoRAs have random matrices in the module's own dtype."""
+    engine = AdapterEngine()
+    dtype = next(module.parameters()).dtype
+    engine.attach(groups_of(module, adapter_map), lambda group: LoRA(group, rank=rank, alpha=alpha).to(dtype))
+    for parameter in engine.parameters():
+        nn.init.normal_(parameter)
+    return engine
+
+
+def only(engine: AdapterEngine) -> LoRA:
+    (adapter,) = engine
+    assert isinstance(adapter, LoRA)
+    return adapter
+
+
+# ---------------------------------------------------------------- the sum into the output
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 5, 6), (2, 3, 5, 6)])
+@pytest.mark.parametrize("strength", [0.7, torch.tensor([0.25, 2.0])])
+def test_adding_into_the_output_is_adding(shape: tuple[int, ...], strength: float | Tensor) -> None:
+    """Values and gradients, for any number of token dimensions; a strength for each row needs rows."""
+    if isinstance(strength, Tensor) and len(shape) == 1:
+        return
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 4).double()
+    adapter = only(attached(nn.Sequential(layer)))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    output = F.linear(x, layer.weight, layer.bias)
+    ours = adapter.add_to(output, x, 0, strength)
+    theirs = Adapter.add_to(adapter, output, x, 0, strength)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    seed, wanted = torch.randn_like(ours), [x, adapter.lora_down, adapter.lora_up]
+    mine = torch.autograd.grad(ours, wanted, seed, retain_graph=True)
+    for one, other in zip(mine, torch.autograd.grad(theirs, wanted, seed), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+
+
+def test_the_sum_is_rounded_once_in_bfloat16() -> None:
+    """bf16 outputs with float32 matrices: as close to the exact sum as bf16 can say."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32, bias=False).bfloat16()
+    engine = AdapterEngine()
+    engine.attach(groups_of(nn.Sequential(layer)), lambda group: LoRA(group, rank=4, alpha=4))
+    adapter = only(engine)
+    with torch.no_grad():
+        adapter.lora_up.copy_(torch.randn(32, 4).bfloat16())
+        adapter.lora_down.copy_(torch.randn(4, 32).bfloat16())
+    x = torch.randn(16, 32).bfloat16()
+    output = F.linear(x, layer.weight)
+    low = F.linear(x, adapter.lora_down.bfloat16())
+    exact = output.double() + low.double() @ adapter.lora_up.double().t()
+    assert torch.equal(layer(x), exact.bfloat16())
+
+
+def test_under_autocast() -> None:
+    """A float32 input to a layer that autocast runs in bf16."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(3, 3, 3, padding=1))
+    attached(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear, image = module[0](torch.randn(2, 5, 8)), module[1](torch.randn(2, 3, 4, 4))
+    assert linear.dtype == image.dtype == torch.bfloat16
+    (linear.float().sum() + image.float().sum()).backward()
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def low_of(adapter: LoRA, x: Tensor) -> Tensor:
+    return adapter._low(x, 0)
+
+
+def test_neuron_dropout_is_torchs() -> None:
+    adapter = only(attached(nn.Sequential(nn.Linear(6, 4))))
+    x = torch.randn(2, 5, 6)
+    adapter.dropout = Dropout(neuron=0.4)
+    torch.manual_seed(1)
+    mine = low_of(adapter, x)
+    torch.manual_seed(1)
+    assert torch.equal(mine, F.dropout(F.linear(x, adapter.lora_down), 0.4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "inside"),
+    [
+        (nn.Linear(6, 4), torch.randn(40, 6), (0,)),
+        (nn.Linear(6, 4), torch.randn(40, 5, 6), (0, 2)),
+        (nn.Conv2d(6, 4, 3), torch.randn(40, 6, 5, 5), (0, 1)),
+    ],
+)
+def test_rank_dropout(layer: nn.Module, x: Tensor, inside: tuple[int, ...]) -> None:
+    """Whole ranks of a row vanish, the others grow by 1 / (1 - p), about p of them in all."""
+    torch.manual_seed(0)
+    adapter = only(attached(nn.Sequential(layer), rank=8))
+    plain = low_of(adapter, x)
+    adapter.dropout = Dropout(rank=0.25)
+    factor = low_of(adapter, x) / plain
+    ranks = factor if x.ndim == 2 else factor.amax(dim=[d for d in range(factor.ndim) if d not in inside])
+    assert torch.equal(ranks.isclose(torch.tensor(0.0)) | ranks.isclose(torch.tensor(4 / 3)), ranks == ranks)
+    assert torch.allclose(factor, ranks if x.ndim == 2 else ranks.reshape(adapter_shape(factor, inside)))
+    assert 0.65 < (ranks > 0).float().mean() < 0.85
+
+
+def adapter_shape(factor: Tensor, inside: tuple[int, ...]) -> list[int]:
+    return [size if d in inside else 1 for d, size in enumerate(factor.shape)]
+
+
+def test_module_dropout() -> None:
+    """All or nothing for the whole batch, without growth; the gradient is zero then, not missing."""
+    module = nn.Sequential(nn.Linear(6, 4))
+    adapter = only(attached(module))
+    x = torch.randn(2, 6)
+    plain = module(x)
+    base = F.linear(x, module[0].weight, module[0].bias)
+    adapter.dropout = Dropout(module=0.5)
+    torch.manual_seed(0)
+    seen = [module(x) for _ in range(100)]
+    kept = [torch.allclose(output, plain) for output in seen]
+    assert all(torch.allclose(output, plain if k else base) for output, k in zip(seen, kept, strict=True))
+    assert 30 < sum(kept) < 70
+    seen[kept.index(False)].sum().backward()
+    assert adapter.lora_up.grad is not None
+    assert not adapter.lora_up.grad.any()
+
+
+def test_no_dropout_in_evaluation() -> None:
+    module = nn.Sequential(nn.Linear(6, 4))
+    engine = attached(module)
+    plain = module(torch.ones(2, 6))
+    only(engine).dropout = Dropout(neuron=0.5, rank=0.5, module=0.5)
+    engine.eval()
+    assert torch.equal(module(torch.ones(2, 6)), plain)
+
+
+def test_recomputation_meets_the_same_draws() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double()
+    engine = attached(module)
+    for adapter in engine:
+        assert isinstance(adapter, LoRA)
+        adapter.dropout = Dropout(neuron=0.3, rank=0.3, module=0.3)
+    x = torch.randn(7, 5, 6, dtype=torch.float64, requires_grad=True)
+
+    def gradients(recompute: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        output = checkpoint(module, x, use_reentrant=False) if recompute else module(x)
+        return list(torch.autograd.grad((output**2).sum(), [x, *engine.parameters()]))
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
+
+
+@pytest.mark.parametrize("multiplier", [1.0, torch.tensor([0.5, 1.0])])
+def test_compiled_is_eager(multiplier: float | Tensor) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double()
+    engine = attached(module)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+
+    def results() -> list[Tensor]:
+        with engine.scaled(multiplier):
+            output = module(x)
+        return [output, *torch.autograd.grad((output**2).sum(), list(engine.parameters()))]
+
+    eager = results()
+    module.compile(backend="aot_eager", fullgraph=True)
+    for one, other in zip(results(), eager, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+# ---------------------------------------------------------------- norms
+
+
+@pytest.mark.parametrize("size", [0.001, 1.0])
+def test_the_norm_limit_is_the_fields(size: float) -> None:
+    """ratio = clamp(norm, max) / max(norm, max / 2), of which both matrices take the root; the norm by the product."""
+    torch.manual_seed(0)
+    fused = nn.ModuleDict({"q": nn.Linear(6, 4), "k": nn.Linear(6, 5)}).double()
+    modules = [fused, nn.Sequential(nn.Conv2d(3, 4, 3)).double()]
+    maps = [KeyMap([Rule("qk", ("q", "k"))]), identity()]
+    for module, adapter_map in zip(modules, maps, strict=True):
+        adapter = only(attached(module, adapter_map=adapter_map))
+        with torch.no_grad():
+            adapter.lora_up.mul_(size)
+        before = [parameter.clone() for parameter in (adapter.lora_up, adapter.lora_down)]
+        layers = range(len(adapter.group.layers))
+        norm = torch.cat([adapter.delta(i).flatten() for i in layers]).norm().item()
+        now, larger = adapter.limit_norm(0.5)
+        ratio = min(norm, 0.5) / max(norm, 0.25)
+        ratio = ratio if norm > 0.5 else 1.0
+        for parameter, was in zip((adapter.lora_up, adapter.lora_down), before, strict=True):
+            torch.testing.assert_close(parameter.detach(), was * math.sqrt(ratio), atol=1e-12, rtol=0)
+        assert float(now) == pytest.approx(norm * ratio, rel=1e-9)
+        assert bool(larger) == (norm > 0.5)
+
+
+def test_a_change_of_zero_keeps_its_matrices() -> None:
+    engine = AdapterEngine()
+    engine.attach(groups_of(nn.Sequential(nn.Linear(3, 2))), lambda group: LoRA(group, rank=1, alpha=1))
+    adapter = only(engine)
+    with torch.no_grad():
+        adapter.lora_down.fill_(1)
+    found = engine.limit_norms(0.1)
+    assert {name: float(value) for name, value in found.items()} == {
+        "keys_scaled": 0, "avg_key_norm": 0, "max_key_norm": 0,
+    }  # fmt: skip
+    assert torch.equal(adapter.lora_down.detach(), torch.ones(1, 3))
+
+
+def test_what_has_no_norm_limit_says_so() -> None:
+    class Fixed(Adapter):
+        def delta(self, i: int) -> Tensor:
+            return torch.zeros_like(self.group.layers[i].weight)
+
+        def tensors(self) -> dict[str, Tensor]:
+            return {}
+
+        @classmethod
+        def from_tensors(cls, group, tensors):
+            return cls(group)
+
+    (group,) = groups_of(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(UserError, match="--scale_weight_norms does not work with Fixed"):
+        Fixed(group).limit_norm(1.0)
