@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -62,10 +63,77 @@ def test_adding_into_the_output_is_adding(shape: tuple[int, ...], strength: floa
         torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
 
-def test_the_sum_is_rounded_once_in_bfloat16() -> None:
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6), (2, 3, 5, 6)])
+def test_one_node_for_a_frozen_layer_is_two_branches(shape: tuple[int, ...]) -> None:
+    """Values and gradients, also of a layer that stands behind others and of a group's slices."""
+    torch.manual_seed(0)
+    fused = nn.ModuleDict({"q": nn.Linear(6, 4), "k": nn.Linear(6, 5, bias=False)}).double().requires_grad_(False)
+    engine = attached(fused, adapter_map=KeyMap([Rule("qk", ("q", "k"))]))
+    adapter = only(engine)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    wanted = [x, adapter.lora_down, adapter.lora_up]
+
+    def results(exact: bool) -> list[Tensor]:
+        seen = x.tanh()
+        with engine.scaled(0.0 if exact else 0.7):
+            outputs = [fused["q"](seen), fused["k"](seen)]
+        if exact:
+            outputs = [y + 0.7 * F.linear(seen, adapter.delta(i)) for i, y in enumerate(outputs)]
+        assert all("LowRank" in str(y.grad_fn) for y in outputs) != exact
+        output = torch.cat(outputs, -1)
+        return [output, *torch.autograd.grad((output**3).sum(), wanted)]
+
+    for ours, theirs in zip(results(False), results(True), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+
+
+def test_one_node_only_where_nothing_else_stands_behind_the_output() -> None:
+    """A trained layer, another hook, another forward, another dtype: two branches, and every gradient arrives."""
+
+    def behind(change: Callable[[nn.Linear], object], x: Tensor) -> str:
+        layer = nn.Linear(6, 6).requires_grad_(False)
+        attached(nn.Sequential(layer))
+        change(layer)
+        return type(layer(x).grad_fn).__name__
+
+    x = torch.randn(3, 6, requires_grad=True)
+    assert behind(lambda layer: None, x) == "_LowRankBackward"
+    assert behind(lambda layer: layer.requires_grad_(True), x) != "_LowRankBackward"
+    assert behind(lambda layer: layer.register_forward_hook(lambda *_: None), x) != "_LowRankBackward"
+    assert behind(lambda layer: setattr(layer, "forward", layer.forward), x) != "_LowRankBackward"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert behind(lambda layer: None, x) != "_LowRankBackward"
+
+
+def test_two_adapters_on_one_layer_both_learn() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 4)).double().requires_grad_(False)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    base = module(x)
+    first, second = only(attached(module)), only(attached(module))
+    output = module(x)
+    torch.testing.assert_close(output, base + F.linear(x, first.delta(0) + second.delta(0)), atol=1e-12, rtol=0)
+    output.sum().backward()
+    assert first.lora_up.grad is not None
+    assert second.lora_up.grad is not None
+
+
+def test_without_gradients_the_input_stays_as_it_is() -> None:
+    module = nn.Sequential(nn.Linear(6, 6)).requires_grad_(False)
+    attached(module)
+    x = torch.randn(2, 6)
+    kept = x.clone()
+    with torch.no_grad():
+        first = module(x)
+        assert torch.equal(module(x), first)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_sum_is_rounded_once_in_bfloat16(frozen: bool) -> None:
     """bf16 outputs with float32 matrices: as close to the exact sum as bf16 can say."""
     torch.manual_seed(0)
-    layer = nn.Linear(32, 32, bias=False).bfloat16()
+    layer = nn.Linear(32, 32, bias=False).bfloat16().requires_grad_(not frozen)
     engine = AdapterEngine()
     engine.attach(groups_of(nn.Sequential(layer)), lambda group: LoRA(group, rank=4, alpha=4))
     adapter = only(engine)
@@ -159,13 +227,14 @@ def test_no_dropout_in_evaluation() -> None:
     assert torch.equal(module(torch.ones(2, 6)), plain)
 
 
-def test_recomputation_meets_the_same_draws() -> None:
+@pytest.mark.parametrize("chance", [0.0, 0.3])
+def test_recomputation_meets_the_same_draws(chance: float) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double()
+    module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double().requires_grad_(False)
     engine = attached(module)
     for adapter in engine:
         assert isinstance(adapter, LoRA)
-        adapter.dropout = Dropout(neuron=0.3, rank=0.3, module=0.3)
+        adapter.dropout = Dropout(neuron=chance, rank=chance, module=chance)
     x = torch.randn(7, 5, 6, dtype=torch.float64, requires_grad=True)
 
     def gradients(recompute: bool) -> list[Tensor]:
@@ -179,7 +248,7 @@ def test_recomputation_meets_the_same_draws() -> None:
 @pytest.mark.parametrize("multiplier", [1.0, torch.tensor([0.5, 1.0])])
 def test_compiled_is_eager(multiplier: float | Tensor) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double()
+    module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double().requires_grad_(False)
     engine = attached(module)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
 

@@ -20,8 +20,10 @@ def fits(layer: nn.Module, x: Tensor, output: Tensor) -> bool:
     """
     if type(layer) is not nn.Linear or "forward" in layer.__dict__ or len(layer._forward_hooks) != 1:
         return False
-    trains = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-    return not trains and layer.weight.dtype == x.dtype == output.dtype and not torch.compiler.is_compiling()
+    if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        return False
+    alike = layer.weight.dtype == x.dtype == output.dtype and output.is_contiguous()
+    return alike and not torch.compiler.is_compiling()
 
 
 def add_low_rank(output: Tensor, x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -45,9 +47,9 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         rows, low, weight, down, up = ctx.saved_tensors
-        above = gradient.reshape(-1, gradient.shape[-1])
+        above = gradients[0].reshape(-1, len(up))
         inside = above @ up
         _, of_x, _, of_down, of_up = ctx.needs_input_grad
         below = (above @ weight).addmm_(inside, down).view(ctx.shape) if of_x else None
