@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,18 @@ from sfumato.families.base import Family
 from sfumato.methods.base import Method
 from sfumato.registry import did_you_mean
 
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # the field's names -> diffusers' scheduler and its options
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    "lms": ("LMSDiscreteScheduler", {"steps_offset": 1}),
     "euler": ("EulerDiscreteScheduler", {"steps_offset": 1}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {"steps_offset": 1}),
+    "heun": ("HeunDiscreteScheduler", {"steps_offset": 1}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {"steps_offset": 1}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {"steps_offset": 1}),
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"steps_offset": 1}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
 }
 
 
@@ -75,6 +84,8 @@ def make_scheduler(name: str, objective: Objective) -> Any:
     if name.removeprefix("k_") not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}", fix=did_you_mean(name, SAMPLERS))
     kind, options = SAMPLERS[name.removeprefix("k_")]
+    if kind == "LMSDiscreteScheduler" and importlib.util.find_spec("scipy") is None:
+        raise UserError(f"the sampler {name} needs scipy", fix="pip install scipy")
     return getattr(schedulers, kind)(**objective.scheduler_options(), **options)
 
 
