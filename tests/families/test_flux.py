@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sfumato.data.batch import Sizes
 from sfumato.demo.toy import write_toy
 from sfumato.encode import live_text
 from sfumato.errors import UserError
-from sfumato.families import _flux_keys, register_all
+from sfumato.families import _flux_keys, _tokenizers, register_all
 from sfumato.families._source import open_source
 from sfumato.families.base import Family, Part, find_family
 
@@ -106,6 +107,19 @@ def test_a_missing_t5_tokenizer_says_which_files_to_put_where(toy: dict[str, str
     with pytest.raises(UserError, match="T5 tokenizer") as caught:
         load(**(toy | {"pretrained_model_name_or_path": str(alone)}), tokenizer=(clip,))
     assert "--tokenizer" in caught.value.fix
+
+
+def test_the_t5_tokenizer_is_found_in_the_hub_cache(
+    toy: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the hub lays it out: snapshots of a commit that a reference names."""
+    repository = tmp_path / "models--black-forest-labs--FLUX.1-dev"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    snapshot = repository / "snapshots" / "abc" / "tokenizer_2"
+    shutil.copytree(Path(toy["clip_l"]).parent / "tokenizer_2", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert _tokenizers.t5_in_hub_cache() == snapshot
 
 
 @pytest.mark.slow

@@ -23,6 +23,11 @@ CLIP_LENGTH = 77
 SHIPPED_MERGES = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+T5_ON_HUB = (
+    ("google/t5-v1_1-xxl", "spiece.model"),
+    ("black-forest-labs/FLUX.1-dev", "tokenizer_2/tokenizer.json"),
+    ("black-forest-labs/FLUX.1-schnell", "tokenizer_2/tokenizer.json"),
+)
 T5_SPECIALS = ("<pad>", "</s>", "<unk>")
 
 
@@ -60,6 +65,17 @@ def t5_tokenizer(folder: Path | None, *, max_length: int = 512, option: str = "-
     from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(folder, model_max_length=max_length, local_files_only=True)
+
+
+def t5_in_hub_cache() -> Path | None:
+    """The folder of a T5 tokenizer that was downloaded before, by whatever program; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository, file in T5_ON_HUB:
+        found = try_to_load_from_cache(repository, file)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def toy_tokenizer(folder: Path, words: Iterable[str]) -> int:

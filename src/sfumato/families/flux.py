@@ -249,9 +249,9 @@ def _component(source: Source, model: ModelOptions, option: str, folder: str) ->
 
 
 def _tokenizer_folders(source: Source, model: ModelOptions) -> tuple[Path | None, Path | None]:
-    """--tokenizer's two values, else the folders beside the checkpoint or inside the diffusers model."""
+    """--tokenizer's two values, else the folders beside the checkpoint or in the diffusers model, else the cache."""
     beside = source.path if source.is_folder else source.path.parent
     found = [folder if folder.is_dir() else None for folder in (beside / "tokenizer", beside / "tokenizer_2")]
     given = [Path(folder) for folder in model.tokenizer[:2]]
     clip, t5 = [*given, *found[len(given) :]]
-    return clip, t5
+    return clip, t5 or _tokenizers.t5_in_hub_cache()
