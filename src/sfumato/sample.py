@@ -19,6 +19,7 @@ from sfumato.families.base import Family
 from sfumato.methods.base import Method
 from sfumato.registry import did_you_mean
 
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # the field's names -> diffusers' scheduler and its options
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
@@ -80,7 +81,7 @@ def make_scheduler(name: str, objective: Objective) -> Any:
     from diffusers import schedulers
 
     if objective.predicts == "velocity":
-        return schedulers.FlowMatchEulerDiscreteScheduler(**objective.scheduler_options())
+        return getattr(schedulers, FLOW_SCHEDULER)(**objective.scheduler_options())
     if name.removeprefix("k_") not in SAMPLERS:
         raise UserError(f"unknown sampler {name!r}", fix=did_you_mean(name, SAMPLERS))
     kind, options = SAMPLERS[name.removeprefix("k_")]

@@ -116,7 +116,7 @@ def test_the_exact_velocity_has_no_loss(space: Any) -> None:
 
 
 def test_sigma_scaled_is_the_velocity_loss_times_sigma_squared() -> None:
-    """The field compares the image estimate with noise - x0, which no model can reach; ours compares image with image."""
+    """The field compares the image estimate with noise - x0, which no model can reach; ours compares images."""
     x0, noise, guess = (torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(3))
     raw, scaled = (RectifiedFlow(space=space, grid=lambda *_: None) for space in ("raw", "sigma_scaled"))
     level = raw.level(torch.tensor([100.0, 700.0]))

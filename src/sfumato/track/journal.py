@@ -40,9 +40,7 @@ class Journal:
             with suppress(OSError):  # told when it was written
                 tracker.close()
 
-    def note(
-        self, step: int, loss: Tensor, rates: Mapping[str, float], more: Mapping[str, Tensor] = NOTHING
-    ) -> None:
+    def note(self, step: int, loss: Tensor, rates: Mapping[str, float], more: Mapping[str, Tensor] = NOTHING) -> None:
         """After a step, counted from 1; `rates` by parameter group, `more` by the names of their curves."""
         self.flush()
         self.waiting = (step, loss, rates, more)
