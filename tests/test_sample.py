@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from families.toys import ToyShelf
 from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.config.prompts import Prompt, parse_line
 from sfumato.config.samples import SampleOptions
 from sfumato.config.schema import vocabulary
 from sfumato.data.batch import Extras, Sizes
@@ -17,9 +20,26 @@ from sfumato.errors import UserError
 from sfumato.families import register_all
 from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
-from sfumato.sample import SAMPLERS, conditioning, denoise, make_scheduler
+from sfumato.sample import SAMPLERS, conditioning, denoise, fill_in, generate, make_scheduler, without_effect
 
 STEPS, SCALE = 6, 3.0
+PUBLISHED = {  # scheduler_config.json of Stable Diffusion 1.5, which any scheduler takes its own keys from
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
+}  # fmt: skip
+SCHEDULERS: dict[str, tuple[str, dict[str, str]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
+}
 
 
 class Plain:
@@ -46,38 +66,152 @@ def model(folder: Path) -> Family:
     return family.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_sampler_equals_the_pipeline(name: str, folder: Path, model: Family) -> None:
+    """With and without the k_ prefix, for an even and an odd number of steps; to 1e-4 of the largest latent."""
+    import diffusers
     from diffusers import StableDiffusionPipeline
 
     if name == "lms":
         pytest.importorskip("scipy")
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipe.scheduler = make_scheduler(name, model.objective)
+    kind, options = SCHEDULERS[name]
+    pipe.scheduler = getattr(diffusers, kind).from_config(PUBLISHED, **options)
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     texts = [conditioning(model, [text], Sizes.plain(1, 64, 64), None) for text in ("a cat", "a red dog")]
     method: Any = Plain()
-    ours = denoise(
-        model, method, make_scheduler(f"k_{name}", model.objective), x, *texts, steps=STEPS, scale=SCALE,
-        extras=Extras(), generator=torch.Generator().manual_seed(1),
-    )  # fmt: skip
     positive, negative = (text["encoder_hidden_states"] for text in texts)
-    theirs = pipe(
-        prompt_embeds=positive, negative_prompt_embeds=negative, height=64, width=64, num_inference_steps=STEPS,
-        guidance_scale=SCALE, latents=x, output_type="latent", generator=torch.Generator().manual_seed(1),
-    ).images  # fmt: skip
-    scale = float(ours.abs().max())
-    assert scale > 0.1
-    assert float((ours - theirs).abs().max()) < 1e-4 * max(1.0, scale)
+    for written, steps in ((name, STEPS), (f"k_{name}", STEPS + 1)):
+        ours = denoise(
+            model, method, make_scheduler(written, model.objective), x, *texts, steps=steps, scale=SCALE,
+            extras=Extras(), generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+        theirs = pipe(
+            prompt_embeds=positive, negative_prompt_embeds=negative, height=64, width=64, num_inference_steps=steps,
+            guidance_scale=SCALE, latents=x, output_type="latent", generator=torch.Generator().manual_seed(1),
+        ).images  # fmt: skip
+        assert ours.abs().max() > 0.1
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_every_name_that_the_option_takes_is_there() -> None:
     assert SampleOptions().sample_sampler == "ddim"
-    assert {name.removeprefix("k_") for name in vocabulary()["sample_sampler"].choices} == set(SAMPLERS)
+    assert (
+        {name.removeprefix("k_") for name in vocabulary()["sample_sampler"].choices} == set(SAMPLERS) == set(SCHEDULERS)
+    )
 
 
 def test_an_unknown_name_is_told(model: Family) -> None:
     with pytest.raises(UserError, match="eulr") as caught:
         make_scheduler("eulr", model.objective)
     assert "euler" in caught.value.fix
+
+
+# ---------------------------------------------------------------- what a prompt asks for
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("sd", "sd/sdxl (train_util.sample_image_inference)"),
+        ("sdxl", "sd/sdxl (train_util.sample_image_inference)"),
+        ("flux", "flux/chroma"),
+    ],
+)
+def test_defaults_are_the_fields(family: str, named: str, toy_shelf: ToyShelf) -> None:
+    golden = json.loads((Path(__file__).parent / "goldens" / "prompts.json").read_text())
+    usual = golden["sample_defaults_by_family"][named]
+    picture = fill_in(Prompt(prompt="a cat"), loaded(family, toy_shelf), sampler="ddim", seed=3)
+    assert (picture.width, picture.height) == (usual["width"], usual["height"])
+    assert (picture.steps, picture.scale, picture.seed) == (usual["sample_steps"], usual["scale"], 3)
+    assert picture.guidance == usual.get("guidance_scale")
+    assert picture.weighted
+
+
+def loaded(family: str, toy_shelf: ToyShelf) -> Family:
+    register_all()
+    options = toy_shelf.options(family)
+    source = open_source(options)
+    found = find_family(family, source)
+    blueprint = found.read(source, options, NoiseOptions())
+    return found.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "line", "told"),
+    [
+        ("sd", "a --n b --l 7 --ss euler --ctr 0.5 --rcfg 1 --w 64 --h 128", []),
+        ("sd", "a --g 3", ["--g has no effect, this model has no embedded guidance; classifier-free guidance is --l"]),
+        ("sd", "a --w 70 --h 20", ["the width 70 is made 64", "the height 20 is made 64"]),
+        ("sd", "a --cn x.png --fs 3", ["--cn has no effect, there is no control network", "--fs has no effect"]),
+        ("flux", "a --n b --g 3.5", ["the negative prompt has no effect, since classifier-free guidance is off; --l"]),
+        ("flux", "a --n b --l 2 --ss euler", ["--ss has no effect, this model is always walked by Euler steps"]),
+        ("flux", "a --ctr 0.5 --rcfg 1", ["--ctr has no effect", "--rcfg has no effect"]),
+    ],
+)
+def test_what_has_no_effect_is_told(family: str, line: str, told: list[str], toy_shelf: ToyShelf) -> None:
+    prompt, model = parse_line(line, where="here"), loaded(family, toy_shelf)
+    lines = list(without_effect(prompt, fill_in(prompt, model, sampler="ddim", seed=0), model))
+    assert len(lines) == len(told)
+    for line_told, start in zip(lines, told, strict=True):
+        assert line_told.startswith(f"the prompt 'a': {start}")
+
+
+class Lines:
+    """Predictions that are known: (t, which text) -> a constant picture; the second text is twice the first."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, str]] = []
+
+    def predict(self, model: Any, noisy: torch.Tensor, t: torch.Tensor, text: Any, extras: Extras) -> torch.Tensor:
+        self.asked.append((float(t[0]), text))
+        return torch.full_like(noisy, 1.0 if text == "positive" else 2.0)
+
+
+def walk(model: Family, **options: float) -> tuple[torch.Tensor, list[tuple[float, str]]]:
+    method: Any = Lines()
+    found = denoise(
+        model, method, make_scheduler("ddim", model.objective), torch.zeros(1, 4, 2, 2), "positive", "negative",
+        steps=5, scale=4.0, extras=Extras(), generator=torch.Generator(), **options,
+    )  # fmt: skip
+    return found, method.asked
+
+
+def test_guidance_ends_where_it_is_told_to(model: Family) -> None:
+    """The negative text is asked only while the share of the way that is done is below the ratio."""
+    _, always = walk(model)
+    _, early = walk(model, cfg_trunc_ratio=0.5)
+    assert [t for t, text in always if text == "negative"] == [801, 601, 401, 201, 1]
+    assert [t for t, text in early if text == "negative"] == [801, 601]
+    assert [t for t, text in early if text == "positive"] == [801, 601, 401, 201, 1]
+
+
+def test_a_guided_prediction_is_shortened(model: Family) -> None:
+    """2 + 4 (1 - 2) = -2 is twice as long as 1: to 1.5 lengths it is -1.5, and with room for 2 it stays."""
+    plain = walk(model)[0]
+    assert torch.equal(walk(model, renorm_cfg=2.0)[0], plain)
+    torch.testing.assert_close(walk(model, renorm_cfg=1.5)[0], plain * 0.75)
+
+
+def test_emphasis_in_a_preview(toy_shelf: ToyShelf) -> None:
+    model = loaded("sd", toy_shelf)
+
+    class Nothing(Plain):
+        def caption(self, text: str) -> str:
+            return text
+
+        def begin(self, model: Family, extras: Extras) -> None: ...
+
+    method: Any = Nothing()
+
+    def picture(text: str, **options: bool) -> torch.Tensor:
+        prompt = Prompt(prompt=text, width=64, height=64, sample_steps=2)
+        return generate(model, method, fill_in(prompt, model, sampler="ddim", seed=1, **options))
+
+    plain = picture("a cat")
+    assert torch.equal(picture("a (cat:1)"), plain)
+    assert not torch.equal(picture("a (cat:1.5)"), plain)
+    assert torch.equal(picture(r"a \(cat:1.5\)"), picture("a (cat:1.5)", weighted=False))

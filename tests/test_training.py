@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from sfumato.demo.toy import write_toy
+from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from training import losses, pictures, run, same, weights
 
@@ -128,11 +129,25 @@ def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None
     assert made == [f"lora_{step:06d}_{i:02d}" for step in (0, 2, 4) for i in (0, 1)]
 
 
-def test_a_failed_preview_is_a_warning(sd: Toy, images: Path, tmp_path: Path) -> None:
+def test_a_failed_preview_is_a_warning(sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise UserError("no such picture")
+
+    monkeypatch.setattr("sfumato.saving.generate", fails)
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat --ss no_such_sampler --s 1 --w 64 --h 64")
+    prompts.write_text("a cat --s 1 --w 64 --h 64")
     run(sd, images, tmp_path / "out", sample_prompts=prompts, sample_every_n_steps=2)
     assert (tmp_path / "out" / "lora.safetensors").is_file()
+
+
+@pytest.mark.parametrize("content", ["a cat --ss no_such_sampler", "# only a comment"])
+def test_a_fault_in_the_prompts_is_told_before_the_first_step(
+    sd: Toy, images: Path, tmp_path: Path, content: str
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(content)
+    with pytest.raises(UserError, match=r"no_such_sampler|holds no prompt"):
+        run(sd, images, tmp_path / "out", sample_prompts=prompts, sample_every_n_steps=2)
 
 
 @pytest.mark.parametrize("only", ["unet", "text_encoder"])

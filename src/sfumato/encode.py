@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Tensors, pad_stack
+from sfumato.data.emphasis import emphasised, parse, plain
 from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
 from sfumato.families.base import Family
@@ -32,10 +33,22 @@ def posterior_noise(latents: LatentSpec, shape: Sequence[int], seeds: Sequence[i
     return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def encode_text(model: Family, part: str, captions: Sequence[str], *, weighted: bool) -> list[Tensors]:
+    """One encoder's features, one dict per caption; `weighted`: (words) and [words] count more and less."""
+    if not (weighted and "weighted_captions" in model.options):
+        return model.encode_text(part, captions)
+    pieces = [parse(caption) for caption in captions]
+    found = model.encode_text(part, [plain(each) for each in pieces])
+    return [
+        model.weigh(part, features, each) if emphasised(each) else features
+        for features, each in zip(found, pieces, strict=True)
+    ]
+
+
 @torch.no_grad()
-def encode_captions(model: Family, part: str, captions: Sequence[str]) -> list[Tensors]:
+def encode_captions(model: Family, part: str, captions: Sequence[str], *, weighted: bool = False) -> list[Tensors]:
     """The features of an encoder that does not train, one dict per caption."""
-    return model.encode_text(part, captions)
+    return encode_text(model, part, captions, weighted=weighted)
 
 
 @dataclass
@@ -43,6 +56,7 @@ class FrozenText:
     """Features of encoders that do not train: one caption at a time, as the cache makes them, and kept."""
 
     model: Family
+    weighted: bool = False  # whether captions are read with emphasis
     limit: int = 10_000  # captions kept; shuffled ones would fill the memory otherwise
     _kept: dict[tuple[str, str], Tensors] = field(default_factory=dict)
 
@@ -56,13 +70,13 @@ class FrozenText:
         if key not in self._kept:
             if len(self._kept) >= self.limit:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = encode_captions(self.model, part, [caption])[0]
+            self._kept[key] = encode_captions(self.model, part, [caption], weighted=self.weighted)[0]
         return self._kept[key]
 
 
-def live_text(model: Family, part: str, captions: Sequence[str]) -> Tensors:
+def live_text(model: Family, part: str, captions: Sequence[str], *, weighted: bool = False) -> Tensors:
     """Features of an encoder that trains, with gradients."""
-    found = model.encode_text(part, captions)
+    found = encode_text(model, part, captions, weighted=weighted)
     return {name: pad_stack([features[name] for features in found]) for name in found[0]}
 
 

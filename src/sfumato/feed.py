@@ -90,14 +90,15 @@ def cached_text(
     for part in model.text_parts:
         if part in method.live_text:
             continue
-        names = TextNames(fingerprint=fingerprint(model.parts[part].module, part, model.text_fingerprint(part)))
+        facts = (part, model.text_fingerprint(part), *(("emphasis",) if config.captions.weighted_captions else ()))
+        names = TextNames(fingerprint=fingerprint(model.parts[part].module, *facts))
         to_disk = config.cache.cache_text_encoder_outputs_to_disk
         cache = TensorCache(open_store(config) if to_disk else MemoryStore())
         counts = fill_text(
             cache,
             names,
             captions,
-            partial(encode_captions, model, part),
+            partial(encode_captions, model, part, weighted=config.captions.weighted_captions),
             rank=at.process_index,
             processes=at.num_processes,
             progress=telling(f"text features of {part}"),

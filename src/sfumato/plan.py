@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from sfumato import files
 from sfumato.config import Config
+from sfumato.config.prompts import read_prompts
 from sfumato.config.schema import vocabulary
 from sfumato.data.plans import DataPlan
 from sfumato.data.summary import find_data, table
-from sfumato.errors import Problems
+from sfumato.errors import Problems, UserError
 
 if TYPE_CHECKING:
     from sfumato.families.base import Blueprint, Family
@@ -85,6 +86,8 @@ def look(config: Config, *, processes: int) -> Outlook:
         if total:
             check_schedule(config.optim, total)
     with problems.catch():
+        check_prompts(config)
+    with problems.catch():
         if config.save.output_dir is not None:
             files.check_writable(config.save.output_dir, option="--output_dir")
     problems.raise_all()
@@ -92,6 +95,13 @@ def look(config: Config, *, processes: int) -> Outlook:
     assert blueprint is not None
     assert method is not None
     return Outlook(family=family, blueprint=blueprint, method=method, data=data, total=total, notes=notes)
+
+
+def check_prompts(config: Config) -> None:
+    """The file of prompts is read anew for every preview, where a fault is only a warning; here it is an error."""
+    path = config.samples.sample_prompts
+    if path is not None and not read_prompts(path):
+        raise UserError(f"{path} holds no prompt")
 
 
 def total_steps(config: Config, data: DataPlan) -> int:

@@ -6,10 +6,10 @@ import logging
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Run:
     start: int  # steps done before
     total: int
     steps_per_epoch: int
+    told: set[str] = field(default_factory=set)  # warnings that are not repeated
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +109,12 @@ class Run:
             prediction_type=kind,
             resolution=self.outlook.data.datasets[0].settings.resolution,
         )
+
+    def warn_once(self, lines: Iterable[str]) -> None:
+        """Warn of what was not yet warned of in this run."""
+        new = [line for line in dict.fromkeys(lines) if line not in self.told]
+        self.told.update(new)
+        self.warn(new)
 
     def warn(self, lines: Sequence[str]) -> None:
         for line in lines:
@@ -161,7 +168,7 @@ def open_run(config: Config) -> Run | None:
         scaler=scaler,
         parameters=[parameter for group in groups for parameter in group.parameters],
         loader=loader,
-        frozen_text=FrozenText(model),
+        frozen_text=FrozenText(model, weighted=config.captions.weighted_captions),
         journal=open_journal(config, outlook, processes, start, state.get("journal", {})),
         saves=saves,
         metadata=training_metadata(config, facts_of(config, outlook, optimizer)),

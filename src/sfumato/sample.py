@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,9 @@ class Picture:
     scale: float
     guidance: float | None
     sampler: str
+    cfg_trunc_ratio: float = 1.0
+    renorm_cfg: float = 0.0
+    weighted: bool = True  # whether (words) and [words] count more and less
 
     @property
     def guided(self) -> bool:
@@ -55,7 +59,7 @@ class Picture:
         return self.scale != 1.0
 
 
-def fill_in(prompt: Prompt, model: Family, *, sampler: str, seed: int) -> Picture:
+def fill_in(prompt: Prompt, model: Family, *, sampler: str, seed: int, weighted: bool = True) -> Picture:
     """The family's defaults where the prompt is silent; sizes rounded down to what the family can make."""
     usual = model.sampling
     multiple = usual.size_multiple
@@ -70,7 +74,32 @@ def fill_in(prompt: Prompt, model: Family, *, sampler: str, seed: int) -> Pictur
         scale=usual.scale if prompt.scale is None else prompt.scale,
         guidance=usual.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
         sampler=prompt.sample_sampler or sampler,
+        cfg_trunc_ratio=usual.cfg_trunc_ratio if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio,
+        renorm_cfg=usual.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg,
+        weighted=weighted,
     )
+
+
+def without_effect(prompt: Prompt, picture: Picture, model: Family) -> Iterator[str]:
+    """What the prompt asks for in vain on this model, and sizes that are not as asked."""
+    start = f"the prompt {prompt.prompt[:40]!r}: "
+    if not picture.guided:
+        given = {"the negative prompt": prompt.negative_prompt, "--ctr": prompt.cfg_trunc_ratio}
+        given |= {"--rcfg": prompt.renorm_cfg}
+        for name in (name for name, value in given.items() if value):
+            yield f"{start}{name} has no effect, since classifier-free guidance is off; --l above 1 turns it on"
+    if prompt.guidance_scale is not None and model.sampling.guidance is None:
+        yield f"{start}--g has no effect, this model has no embedded guidance; classifier-free guidance is --l"
+    if prompt.sample_sampler and "sample_sampler" not in model.options:
+        yield f"{start}--ss has no effect, this model is always walked by Euler steps"
+    if prompt.controlnet_image:
+        yield f"{start}--cn has no effect, there is no control network"
+    if prompt.flow_shift is not None:
+        yield f"{start}--fs has no effect on this model"
+    for name in ("width", "height"):
+        asked, made = vars(prompt)[name], vars(picture)[name]
+        if asked not in (None, made):
+            yield f"{start}the {name} {asked} is made {made}, a multiple of {model.sampling.size_multiple} from 64 on"
 
 
 def make_scheduler(name: str, objective: Objective) -> Any:
@@ -103,19 +132,32 @@ def denoise(
     scale: float,
     extras: Extras,
     generator: Generator,
+    cfg_trunc_ratio: float = 1.0,
+    renorm_cfg: float = 0.0,
 ) -> Tensor:
-    """Standard normal x (B, C, h, w) -> clean latents. `negative` None: no classifier-free guidance."""
+    """Standard normal x (B, C, h, w) -> clean latents. `negative` None: no classifier-free guidance.
+
+    cfg_trunc_ratio: the guidance ends where this share of the way is done. renorm_cfg: the longest that a guided
+    prediction may be, in lengths of the one for the prompt; 0 for any length.
+    """
     model.objective.set_timesteps(scheduler, steps, model.latents, x.shape)
     x = model.objective.first_noise(scheduler, x)
     for t in scheduler.timesteps:
         scaled = model.objective.scheduler_input(scheduler, x, t)
         now = t.float().expand(x.shape[0])
         prediction = method.predict(model, scaled, now, positive, extras).float()
-        if negative is not None:
+        if negative is not None and (cfg_trunc_ratio >= 1 or 1 - float(t) / 1000 < cfg_trunc_ratio):
             without = method.predict(model, scaled, now, negative, extras).float()
-            prediction = without + scale * (prediction - without)
+            guided = without + scale * (prediction - without)
+            prediction = shortened(guided, prediction, renorm_cfg) if renorm_cfg else guided
         x = scheduler.step(prediction, t, x, **_chance(scheduler, generator)).prev_sample
     return x
+
+
+def shortened(guided: Tensor, plain: Tensor, limit: float) -> Tensor:
+    """`guided` (B, C, h, w), each sample at most `limit` times as long as the same one of `plain`."""
+    lengths = [x.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1) for x in (guided, plain)]
+    return guided * (limit * lengths[1] / lengths[0]).clamp(max=1)
 
 
 def _chance(scheduler: Any, generator: Generator) -> dict[str, Generator]:
@@ -125,8 +167,11 @@ def _chance(scheduler: Any, generator: Generator) -> dict[str, Generator]:
 
 
 @torch.no_grad()
-def conditioning(model: Family, captions: list[str], sizes: Sizes, guidance: float | None) -> Tensors:
-    features = {part: live_text(model, part, captions) for part in model.text_parts}
+def conditioning(
+    model: Family, captions: list[str], sizes: Sizes, guidance: float | None, *, weighted: bool = False
+) -> Tensors:
+    """What the denoiser gets of the captions; `weighted`: (words) and [words] count more and less."""
+    features = {part: live_text(model, part, captions, weighted=weighted) for part in model.text_parts}
     return model.condition(features, sizes, guidance)
 
 
@@ -138,14 +183,16 @@ def generate(model: Family, method: Method, picture: Picture) -> Tensor:
     shape = (1, spec.channels, picture.height // spec.downscale, picture.width // spec.downscale)
     extras, sizes = Extras(), Sizes.plain(1, picture.height, picture.width)
     method.begin(model, extras)
-    positive = conditioning(model, [method.caption(picture.prompt)], sizes, picture.guidance)
-    negative = None
-    if picture.guided:
-        negative = conditioning(model, [method.caption(picture.negative_prompt)], sizes, picture.guidance)
+
+    def read(text: str) -> Tensors:
+        return conditioning(model, [method.caption(text)], sizes, picture.guidance, weighted=picture.weighted)
+
+    positive, negative = read(picture.prompt), read(picture.negative_prompt) if picture.guided else None
     x = torch.randn(shape, generator=generator).to(model.device)
     scheduler = make_scheduler(picture.sampler, model.objective)
     clean = denoise(
         model, method, scheduler, x, positive, negative,
         steps=picture.steps, scale=picture.scale, extras=extras, generator=generator,
+        cfg_trunc_ratio=picture.cfg_trunc_ratio, renorm_cfg=picture.renorm_cfg,
     )  # fmt: skip
     return model.decode(clean)[0].float().cpu().clamp(-1, 1)

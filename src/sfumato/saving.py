@@ -23,7 +23,7 @@ from sfumato.formats.state import save_state
 from sfumato.optim.averaging import averaged
 from sfumato.optim.optimizers import class_name
 from sfumato.run import Run
-from sfumato.sample import Picture, fill_in, generate
+from sfumato.sample import Picture, fill_in, generate, without_effect
 from sfumato.seeds import seed_of
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,11 @@ def save_previews(run: Run, step: int, label: str) -> None:
             for number, prompt in enumerate(read_prompts(path)):
                 assert run.config.loop.seed is not None
                 seed = seed_of(run.config.loop.seed, "preview", step, number) & 0xFFFFFFFF
-                picture = fill_in(prompt, run.model, sampler=run.config.samples.sample_sampler, seed=seed)
+                samples = run.config.samples
+                picture = fill_in(
+                    prompt, run.model, sampler=samples.sample_sampler, seed=seed, weighted=samples.prompt_weighting
+                )
+                run.warn_once((*prompt.notes, *without_effect(prompt, picture, run.model)))
                 given = "" if prompt.seed is None else f"_{prompt.seed}"
                 name = f"{run.saves.name}_{label}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
                 save_picture(run, picture, run.output / "sample" / name)

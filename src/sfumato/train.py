@@ -105,7 +105,7 @@ def conditioning_of(run: Run, batch: Batch) -> Tensors:
     captions = [run.method.caption(caption) for caption in batch.captions]
     for part in run.model.text_parts:
         if part in run.method.live_text:
-            features[part] = live_text(run.model, part, captions)
+            features[part] = live_text(run.model, part, captions, weighted=run.frozen_text.weighted)
         elif part not in features:
             features[part] = run.frozen_text.encode(part, captions)
     moved = {part: {k: v.to(run.device) for k, v in tensors.items()} for part, tensors in features.items()}

@@ -12,7 +12,8 @@ from sfumato.names import OPTION_ALIASES
 
 FIELD = json.loads((Path(__file__).parents[1] / "goldens" / "network_script_options.json").read_text())
 OURS = {
-    "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "strict", "debug",
+    "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
+    "debug",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own), a name that the

@@ -79,6 +79,17 @@ def test_an_encoder_that_trains_only_on_request(flux: Toy, images: Path, tmp_pat
     assert any(tensor.any() for name, tensor in file.items() if "_te3_" in name and "lora_up" in name)
 
 
+def test_a_rate_for_an_encoder_that_was_not_asked_to_train_is_told(
+    flux: Toy, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = "the rate 2e-05 of t5 has no effect without --network_args train_t5xxl=True"
+    options: dict[str, Any] = {"text_encoder_lr": ["1e-5", "2e-5"], "console_log_simple": True}
+    opened(flux, images, tmp_path, **options)
+    assert line in " ".join(capfd.readouterr().err.split())
+    opened(flux, images, tmp_path, network_args=["train_t5xxl=True"], **options)
+    assert line not in " ".join(capfd.readouterr().err.split())
+
+
 def test_an_encoder_that_trains_cannot_be_cached(flux: Toy, sd: Toy, images: Path, tmp_path: Path) -> None:
     options = {"cache_text_encoder_outputs": True}
     assert "nothing to keep" in refused(flux, images, tmp_path, network_args=["train_t5xxl=true"], **options)

@@ -191,3 +191,25 @@ def test_convolution_ranks_need_convolutions_that_train() -> None:
     ranks = Ranks(network=NetworkOptions(), args=read_args(CONV, specs.values()), specs=specs)
     with pytest.raises(UserError, match="no convolution trains"):
         ranks.check(parts[1].groups())
+
+
+def test_arguments_of_a_part_that_does_not_train_are_refused() -> None:
+    parts = [*flux_dev(), part(flux.clip_spec(), lambda: _clip.build(CLIP_L))]
+    specs = {each.spec.name: each.spec for each in parts}
+    for arguments in (
+        {"single_dim": 4},
+        {"in_dims": [1] * 5},
+        {"train_blocks": "all"},
+        {"train_single_block_indices": 0},
+    ):
+        ranks = Ranks(network=NetworkOptions(), args=read_args(arguments, specs.values()), specs=specs)
+        ranks.check(parts[0].groups(every=True))
+        with pytest.raises(UserError, match="its part does not train"):
+            ranks.check(parts[1].groups(every=True))
+
+
+def test_a_kind_without_layers_is_refused() -> None:
+    config = {"num_layers": 2, "num_single_layers": 0}
+    parts = [part(_flux_keys.spec(""), lambda: _flux_keys.build(config))]
+    with pytest.raises(UserError, match="no layer of the kind"):
+        decided(parts, {"single_dim": 4})

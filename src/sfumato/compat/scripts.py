@@ -15,7 +15,9 @@ from sfumato.names import PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
 from sfumato.registry import did_you_mean
 
 # Options of ours that every script has beyond its own.
-OURS = frozenset({"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "strict", "debug"})
+OURS = frozenset(
+    {"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict", "debug"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)

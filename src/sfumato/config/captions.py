@@ -24,9 +24,7 @@ class CaptionOptions(Options):
     caption_dropout_rate: float = option(0.0, "chance of an empty caption", ge=0, le=1)
     caption_dropout_every_n_epochs: int = option(0, "empty captions in every Nth epoch; 0 for none", ge=0)
     caption_tag_dropout_rate: float = option(0.0, "chance to leave out each tag", ge=0, le=1)
-    weighted_captions: bool = option(
-        False, "(words) and [words] in captions count more and less", planned="weighted captions"
-    )
+    weighted_captions: bool = option(False, "(words) and [words] in captions count more and less")
     clip_l_dropout_rate: float = option(
         0.0, "chance to leave out CLIP-L's text", planned="the families that use it", ge=0, le=1
     )

@@ -33,6 +33,7 @@ class SampleOptions(Options):
         "k_dpm_2",
         "k_dpm_2_a",
     ] = option("ddim", "sampler where a prompt names none")
+    prompt_weighting: bool = option(True, "(words) and [words] in prompts count more and less")
     sample_batch_size: int | None = option(
         None, "prompts of equal size that are sampled together", planned="the families that use it", ge=1
     )

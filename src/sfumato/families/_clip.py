@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import ModelOptions
+from sfumato.data.emphasis import Pieces, of_tokens, plain
 from sfumato.errors import UserError
 from sfumato.families._source import Source, find_path
 from sfumato.formats.keymap import KeyMap, Rule
@@ -129,6 +130,24 @@ def token_ids(tokenizer: Any, captions: Sequence[str], device: torch.device, *, 
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     rows = [row for ids in words for row in chunk_rows(ids, chunks, begin, end, pad)]
     return torch.tensor(rows, device=device)
+
+
+def token_weights(tokenizer: Any, pieces: Pieces, *, chunks: int) -> Tensor:
+    """(75 * chunks + 2,) weights at the positions of `join_chunks`; 1 where no word of the text stands."""
+    tokens = tokenizer(
+        plain(pieces), add_special_tokens=False, truncation=True, max_length=CHUNK * chunks, return_offsets_mapping=True
+    )
+    weights = of_tokens(pieces, [end for _, end in tokens.offset_mapping])
+    return torch.tensor([1.0, *weights, *[1.0] * (CHUNK * chunks - len(weights)), 1.0])
+
+
+def weighted(hidden: Tensor, weights: Tensor) -> Tensor:
+    """(L, D) scaled around its mean, by (L,) weights.
+
+    The field multiplies and then brings the mean of the whole back by one factor, which is nearly the same as long as
+    that mean is far from zero, and goes wrong where it is not.
+    """
+    return hidden + (weights.to(hidden) - 1)[:, None] * (hidden - hidden.mean())  # where the weight is 1: unchanged
 
 
 def chunk_rows(ids: Sequence[int], chunks: int, begin: int, end: int, pad: int) -> Iterator[list[int]]:

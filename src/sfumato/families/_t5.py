@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.data.emphasis import Pieces, of_tokens, plain
 from sfumato.formats.keymap import KeyMap, Rule
 
 TARGETS = (
@@ -56,6 +57,13 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 def hidden_states(encoder: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     """(B, L) ids and bool mask -> (B, L, D); None: padding is attended to, as the models were trained with."""
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+def token_weights(tokenizer: Any, pieces: Pieces, length: int) -> Tensor:
+    """(length,) weights of the tokens, as `token_ids` places them; 1 for the end and for padding."""
+    tokens = tokenizer(plain(pieces), truncation=True, max_length=length, return_offsets_mapping=True)
+    weights = of_tokens(pieces, [end for _, end in tokens.offset_mapping])
+    return torch.tensor(weights + [1.0] * (length - len(weights)))
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:

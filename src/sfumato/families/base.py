@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.emphasis import Pieces
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.errors import UserError
 from sfumato.families._source import Source, Weights, on_meta
@@ -109,6 +110,8 @@ class Sampling:
     scale: float  # classifier-free guidance
     guidance: float | None  # embedded guidance
     size_multiple: int
+    cfg_trunc_ratio: float = 1.0  # classifier-free guidance only before this share of the way from noise to picture
+    renorm_cfg: float = 0.0  # longest a guided prediction may be, in lengths of the one for the prompt; 0: any length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +173,12 @@ class Family(ABC):
     @abstractmethod
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         """One encoder, one dict per caption WITHOUT batch dimension, cut to the length that matters."""
+
+    def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
+        """One caption's features with some of its words counting more or less; an encoder that gives no feature for
+        each word leaves them as they are. Only called where `options` has weighted_captions.
+        """
+        return features
 
     @abstractmethod
     def text_fingerprint(self, part: str) -> str:

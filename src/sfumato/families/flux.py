@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.emphasis import Pieces
 from sfumato.diffusion.objective import RectifiedFlow
 from sfumato.diffusion.timesteps import resolution_mu
 from sfumato.errors import UserError
@@ -59,6 +60,7 @@ class Flux(Family):
         {"clip_l", "t5xxl", "ae", "model_type", "t5xxl_max_token_length", "apply_t5_attn_mask", "guidance_scale"}
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
         | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}
+        | {"weighted_captions", "prompt_weighting"}
     )
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=DEFAULT_GUIDANCE, size_multiple=16)
 
@@ -126,6 +128,12 @@ class Flux(Family):
             return [{"hidden": one} for one in hidden]
         lengths = mask.sum(1).tolist()
         return [{"hidden": one[:n], "mask": real[:n]} for one, real, n in zip(hidden, mask, lengths, strict=True)]
+
+    def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
+        if part == "clip_l":  # only its summary of the whole text is used
+            return features
+        weights = _t5.token_weights(self.t5_tokenizer, pieces, len(features["hidden"]))
+        return {**features, "hidden": features["hidden"] * weights.to(features["hidden"])[:, None]}
 
     def text_fingerprint(self, part: str) -> str:
         return f"{self.t5_length} tokens, masked {self.masked}" if part == "t5" else f"{_clip.LENGTH} tokens, pooled"

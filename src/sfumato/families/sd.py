@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.emphasis import Pieces
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
@@ -52,7 +53,10 @@ class StableDiffusion(Family):
     name = "sd"
     text_parts = ("clip",)
     bucket_step = 64
-    options = frozenset({"vae", "no_half_vae", "clip_skip", "max_token_length", "v2", "v_parameterization"})
+    options = frozenset(
+        {"vae", "no_half_vae", "clip_skip", "max_token_length", "v2", "v_parameterization"}
+        | {"weighted_captions", "prompt_weighting", "sample_sampler"}
+    )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
@@ -110,6 +114,10 @@ class StableDiffusion(Family):
         ids = _clip.token_ids(self.tokenizer, captions, encoder.device, chunks=self.chunks)
         hidden = _clip.hidden_states(encoder, ids, layer=self.clip_layer)
         return [{"hidden": one} for one in _clip.join_chunks(hidden, self.chunks)]
+
+    def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
+        weights = _clip.token_weights(self.tokenizer, pieces, chunks=self.chunks)
+        return {**features, "hidden": _clip.weighted(features["hidden"], weights)}
 
     def text_fingerprint(self, part: str) -> str:
         return _clip.fingerprint(self.tokenizer, layer=self.clip_layer, chunks=self.chunks)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.emphasis import Pieces
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
@@ -68,7 +69,10 @@ class StableDiffusionXL(Family):
     name = "sdxl"
     text_parts = ("clip_l", "clip_g")
     bucket_step = 32
-    options = frozenset({"vae", "no_half_vae", "max_token_length", "v_parameterization"})
+    options = frozenset(
+        {"vae", "no_half_vae", "max_token_length", "v_parameterization"}
+        | {"weighted_captions", "prompt_weighting", "sample_sampler"}
+    )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
@@ -137,6 +141,10 @@ class StableDiffusionXL(Family):
         hidden, pooled = _open_clip.hidden_and_pooled(encoder, ids, tokenizer.eos_token_id, layer=LAYER)
         joined, first = _clip.join_chunks(hidden, self.chunks), pooled[:: self.chunks]
         return [{"hidden": one, "pooled": vector} for one, vector in zip(joined, first, strict=True)]
+
+    def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
+        weights = _clip.token_weights(self.tokenizers[part], pieces, chunks=self.chunks)
+        return {**features, "hidden": _clip.weighted(features["hidden"], weights)}
 
     def text_fingerprint(self, part: str) -> str:
         return _clip.fingerprint(self.tokenizers[part], layer=LAYER, chunks=self.chunks)

@@ -74,6 +74,8 @@ class AdapterMethod:
         adapters = {adapter.group.name: adapter for adapter in self._adapters(rule, groups)}
         for part in rule.rates.parts:
             self.engine.attach(groups[part], lambda group: adapters.get(group.name))
+        for note in rule.notes:
+            log.warning("%s", note)
         if rule.args.verbose:
             self._tell(rule)
         self.live_text = frozenset(rule.rates.parts) & frozenset(model.text_parts)

@@ -33,25 +33,31 @@ class Ranks:
         return any(matches(target, path) for target in (*spec.targets, *added))
 
     def check(self, groups: Sequence[LayerGroup]) -> None:
-        """Refuse lists of the wrong length and what matches none of these layers, those of the parts that train."""
+        """Refuse lists of the wrong length, and what has no effect on these layers, those of the parts that train."""
         check_lengths(self.args, tuple(self.specs.values()))
         groups = [group for group in groups if self.considered(group)]
         if self.args.convolutions and all(is_pointwise(group.layers[0]) for group in groups):
             raise UserError("--network_args conv_dim has no effect: no convolution trains", fix="leave it out")
-        for expressions in (self.args.network_reg_dims, self.args.network_reg_lrs):
-            for expression, _ in expressions:
-                if not any(expression.search(group.name) for group in groups):
-                    raise UserError(f"--network_args: the expression {expression.pattern!r} matches no adapter name")
+        for expression, _ in (*self.args.network_reg_dims, *self.args.network_reg_lrs):
+            if not any(expression.search(group.name) for group in groups):
+                raise UserError(f"--network_args: the expression {expression.pattern!r} matches no adapter name")
+        parts = [self.specs[part] for part in {group.part for group in groups}]
+        for table in ("kinds", "extra_targets", "choices", "counted"):
+            for option in vars(self.args)[table]:
+                if not any(option in vars(spec)[table] for spec in parts):
+                    raise UserError(
+                        f"--network_args {option} has no effect: its part does not train", fix="leave it out"
+                    )
         for option, wanted in self.args.counted.items():
-            numbers = [n for group in groups if (n := self._number(option, group)) is not None]
-            if wanted and max(wanted) > max(numbers, default=-1):
+            highest = max((n for group in groups if (n := self._number(option, group)) is not None), default=-1)
+            if wanted and max(wanted) > highest:
                 raise UserError(
                     f"--network_args {option}: there is no block {max(wanted)}",
-                    fix=f"they are counted from 0 to {max(numbers)}" if numbers else "leave it out",
+                    fix=f"they are counted from 0 to {highest}",
                 )
         for option in self.args.kinds:
             if not any(matches(self.specs[g.part].kinds.get(option, ""), self.name(g)) for g in groups):
-                raise UserError(f"--network_args {option} has no effect: no layer of the kind trains")
+                raise UserError(f"--network_args {option} has no effect: this model has no layer of the kind")
 
     def of(self, group: LayerGroup) -> tuple[int, float] | None:
         """Rank and alpha of a group's adapter, or None where it gets none."""

@@ -131,6 +131,20 @@ def text_rates(optim: OptimOptions, encoders: int) -> Sequence[float]:
     return given
 
 
+def idle_rates(
+    optim: OptimOptions, specs: Mapping[str, PartSpec], text_parts: Sequence[str], idle: set[str]
+) -> list[str]:
+    """A line for each rate that stands for an encoder that was not asked to train."""
+    given = optim.text_encoder_lr or ()
+    rates = dict(zip(text_parts, given, strict=False)) if len(given) > 1 else {}
+    return [
+        f"--text_encoder_lr: the rate {rates[part]:g} of {part} has no effect without "
+        f"--network_args {specs[part].opt_in}=True"
+        for part in text_parts
+        if part in idle and rates.get(part)
+    ]
+
+
 def stage_weights(args: AdapterArgs, spec: PartSpec) -> list[float]:
     """The factor of each stage's rate; 1 where none is given, 0 at or below the threshold."""
     weights = [1.0] * len(spec.stages)

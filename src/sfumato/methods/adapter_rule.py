@@ -10,7 +10,7 @@ from sfumato.errors import UserError
 from sfumato.families.base import Blueprint, PartSpec
 from sfumato.methods.adapter_args import AdapterArgs, read_args
 from sfumato.methods.adapter_ranks import Ranks
-from sfumato.methods.adapter_rates import AdapterRates, adapter_rates
+from sfumato.methods.adapter_rates import AdapterRates, adapter_rates, idle_rates, left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,7 @@ class AdapterRule:
     specs: Mapping[str, PartSpec]  # of every part that can be adapted, trained or not
     ranks: Ranks
     rates: AdapterRates
+    notes: tuple[str, ...]  # what was asked for and has no effect
 
 
 def make_rule(config: Config, blueprint: Blueprint) -> AdapterRule:
@@ -38,4 +39,11 @@ def make_rule(config: Config, blueprint: Blueprint) -> AdapterRule:
             "--cache_text_encoder_outputs has nothing to keep: every text encoder trains, so its output changes",
             fix="--network_train_unet_only, or leave it out",
         )
-    return AdapterRule(args=args, specs=specs, ranks=Ranks(network=config.network, args=args, specs=specs), rates=rates)
+    asleep = left_out(specs, args, blueprint.text_parts)
+    return AdapterRule(
+        args=args,
+        specs=specs,
+        ranks=Ranks(network=config.network, args=args, specs=specs),
+        rates=rates,
+        notes=tuple(idle_rates(config.optim, specs, blueprint.text_parts, asleep)),
+    )

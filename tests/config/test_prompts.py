@@ -1,0 +1,129 @@
+"""Prompt files: against what the field's trainer makes of the same files and lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sfumato.config.prompts import OPTIONS, SAMPLERS, Prompt, parse_line, read_prompts
+from sfumato.errors import UserError
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "prompts.json").read_text())
+# Defects of the reference that are not repeated: the prompt's own first word was read as an option, the shift stayed
+# a text, a mark at the start of a file hid its first comment, and files of other endings ended in a crash.
+FIRST_WORDS = {
+    "n foo bar", "w 512 house", "s 3 cats on a mat --w 64", "d 5", "h 20 m tall tower", "cn tower in toronto",
+    "l 4 people", "g 2 things --g 3", "fs style",
+}  # fmt: skip
+
+
+def given(prompt: Prompt) -> dict[str, Any]:
+    """What the file says, without defaults."""
+    values = {field.name: getattr(prompt, field.name) for field in fields(prompt) if field.name != "notes"}
+    return {name: value for name, value in values.items() if value not in (None, "")}
+
+
+def of_reference(parsed: dict[str, Any]) -> dict[str, Any]:
+    wanted = {name: value for name, value in parsed.items() if name != "enum"}
+    if "flow_shift" in wanted:
+        try:
+            wanted["flow_shift"] = float(wanted["flow_shift"])
+        except ValueError:
+            del wanted["flow_shift"]
+    return wanted
+
+
+@pytest.mark.parametrize("row", GOLDEN["line_to_prompt_dict"], ids=lambda row: row["line"])
+def test_lines(row: dict[str, Any]) -> None:
+    line, wanted = row["line"], of_reference(row["parsed"])
+    if line in FIRST_WORDS:
+        _, *options = line.split(" --")
+        wanted = {"prompt": wanted["prompt"], **{OPTIONS[o[0]].field: wanted[OPTIONS[o[0]].field] for o in options}}
+    assert given(parse_line(line, where="here")) == wanted
+
+
+@pytest.mark.parametrize("row", GOLDEN["load_prompts"], ids=lambda row: row["file"])
+def test_files(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / row["file"]
+    path.write_bytes(row["content"].encode())
+    if row["file"] in ("nosubset.toml", "obj.json", "p.yaml", "p.prompt"):  # crashes there, errors here
+        with pytest.raises(UserError, match=r"holds no|ends in"):
+            read_prompts(path)
+        return
+    found = [given(prompt) for prompt in read_prompts(path)]
+    special = {
+        "override.toml": [{"prompt": "a", "width": 640}],
+        "P.TXT": [{"prompt": "a cat"}],
+        "bom.txt": [{"prompt": "a"}],
+    }
+    if row["file"] in special:
+        assert found == special[row["file"]]
+    else:
+        known = {field.name for field in fields(Prompt)}
+        assert found == [{k: v for k, v in of_reference(each).items() if k in known} for each in row["parsed"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        ("a --d abc", "--d 'abc' is no value for it"),
+        ("a --fs abc", "--fs 'abc' is no value for it"),
+        ("a --n", "--n '' is no value for it"),
+        ("a --w 64 more", "of --w '64 more' only '64' is used"),
+        ("a --x 3", "'--x 3' is no option and is left out"),
+        ("a --w=64", "'--w=64' is no option and is left out (options are written ` --w 512`)"),
+        ("a - b -- c", "'-- c' is no option"),
+    ],
+)
+def test_what_is_left_out_is_told(line: str, note: str) -> None:
+    (told,) = parse_line(line, where="file:3").notes
+    assert told.startswith("file:3: ")
+    assert note in told
+
+
+def test_nothing_is_told_of_what_is_understood() -> None:
+    line = "a cat --n bad --W 64 --h 64 --d 1 --s 5000 --l 2 --g 3.5 --ss k_euler  --cn a b.png --ctr 1 --rcfg 1 --fs 3"
+    prompt = parse_line(line, where="here")
+    assert prompt.notes == ()
+    assert (prompt.sample_steps, prompt.sample_sampler, prompt.controlnet_image) == (1000, "k_euler", "a b.png")
+
+
+def test_a_bad_value_leaves_an_earlier_one() -> None:
+    assert parse_line("a --w 64 --w x", where="here").width == 64
+
+
+def test_a_key_without_meaning_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('[{"prompt": "a", "widht": 64}]')
+    (prompt,) = read_prompts(path)
+    assert "widht is no key of a prompt and is left out (did you mean 'width'?)" in prompt.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = "64"', "width takes int, not '64'"),
+        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nseed = true', "seed takes int, not True"),
+        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = 0', "width is below 1"),
+        ("a.toml", "[prompt", "a.toml: "),
+        ("a.json", '[{"width": 3}]', "has no prompt"),
+        ("a.json", "[3]", "holds no list of prompts"),
+        ("a.txt", "a cat --ss euler_b", "unknown sampler 'euler_b' — did you mean 'euler"),
+    ],
+)
+def test_faults_name_file_and_entry(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        read_prompts(tmp_path / name)
+    assert message in str(error.value)
+    assert name in str(error.value)
+
+
+def test_the_option_offers_the_same_samplers() -> None:
+    from sfumato.config.schema import vocabulary
+
+    assert vocabulary()["sample_sampler"].choices == SAMPLERS

@@ -1,0 +1,148 @@
+"""Words that count more and less, in every family: closed forms at the words' own places, and nothing elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from families.toys import ToyShelf
+from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.data.batch import Sizes
+from sfumato.encode import FrozenText, encode_captions, encode_text, live_text
+from sfumato.families import register_all
+from sfumato.families._source import open_source
+from sfumato.families.base import Family, find_family
+from sfumato.sample import conditioning
+from training import losses, pictures, run, same, weights
+
+register_all()
+FAMILIES = ("sd", "sdxl", "flux")
+
+
+def load(options: ModelOptions) -> Family:
+    source = open_source(options)
+    family = find_family(None, source)
+    blueprint = family.read(source, options, NoiseOptions())
+    loaded = family.load(blueprint, options, dtype=torch.float64, device=torch.device("cpu"))
+    loaded.freeze()
+    return loaded
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, toy_shelf: ToyShelf) -> Family:
+    return load(toy_shelf.options(request.param))
+
+
+def pair(model: Family, part: str, marked: str, plain: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features of the text with its marks read, and of the text without them."""
+    (ours,) = encode_captions(model, part, [marked], weighted=True)
+    (base,) = encode_captions(model, part, [plain])
+    return ours, base
+
+
+def test_text_without_marks_is_encoded_as_ever(model: Family) -> None:
+    for part in model.text_parts:
+        ours, base = pair(model, part, "a red cup", "a red cup")
+        assert all(torch.equal(ours[name], base[name]) for name in base)
+
+
+def test_marks_are_words_where_emphasis_is_off(model: Family) -> None:
+    for part in model.text_parts:
+        (off,) = encode_captions(model, part, ["a (red:1.5) cup"])
+        (literal,) = encode_captions(model, part, [r"a \(red:1.5\) cup"], weighted=True)
+        assert all(torch.equal(off[name], literal[name]) for name in off)
+
+
+# Each word is one token of the toys. CLIP's come after the begin token; T5's "a" and "red" are not words of its toy.
+MARKED, PLAIN = "photo (cat:1.5) of [[cup]]", "photo cat of cup"
+WEIGHTS = [1.0, 1.5, 1.0, 1 / 1.21]
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "first"),
+    [("sd", "clip", 1), ("sdxl", "clip_l", 1), ("sdxl", "clip_g", 1), ("flux", "t5", 0)],
+)
+def test_closed_form(family: str, part: str, first: int, toy_shelf: ToyShelf) -> None:
+    """CLIP: m + w (h - m) with m the mean of all positions and channels; T5: w h. Pooled vectors stay."""
+    model = load(toy_shelf.options(family))
+    ours, base = pair(model, part, MARKED, PLAIN)
+    w = torch.ones(len(base["hidden"]), 1, dtype=torch.float64)
+    w[first : first + 4, 0] = torch.tensor(WEIGHTS)
+    mean = base["hidden"].mean() if part.startswith("clip") else 0.0
+    torch.testing.assert_close(ours["hidden"], mean + w * (base["hidden"] - mean), atol=1e-12, rtol=0)
+    assert not torch.allclose(ours["hidden"], base["hidden"])
+    assert all(torch.equal(ours[name], base[name]) for name in base if name != "hidden")
+
+
+def test_the_mean_of_a_text_of_one_weight_moves_little(toy_shelf: ToyShelf) -> None:
+    """Around the mean: what lies at the mean stays, so no weight moves the whole."""
+    model = load(toy_shelf.options("sd"))
+    ours, base = pair(model, "clip", "(photo cat of cup:3)", PLAIN)
+    assert abs(ours["hidden"].mean() - base["hidden"].mean()) < 3 * base["hidden"][1:5].std()
+
+
+def test_words_in_later_chunks(toy_shelf: ToyShelf) -> None:
+    """The 80th word of a long caption stands at place 80 behind the first begin token, chunks or not."""
+    model = load(toy_shelf.options("sd", max_token_length=150))
+    words = ["cat"] * 79
+    ours, base = pair(model, "clip", " ".join([*words, "(cup:2)", "of"]), " ".join([*words, "cup", "of"]))
+    changed = (ours["hidden"] != base["hidden"]).any(dim=1).nonzero().flatten().tolist()
+    assert base["hidden"].shape[0] == 152
+    assert changed == [80]
+
+
+def test_emphasis_beyond_the_last_token_is_cut_with_its_words(model: Family) -> None:
+    text = " ".join(["cat"] * 600)
+    for part in model.text_parts:
+        ours, base = pair(model, part, f"{text} (cup:2)", f"{text} cup")
+        assert all(torch.equal(ours[name], base[name]) for name in base)
+
+
+def test_live_is_cached_and_gradients_pass(model: Family) -> None:
+    captions = [MARKED, "a red cup", "(two (big:2) words)"]
+    for part in model.text_parts:
+        encoder: Any = model.parts[part].module
+        frozen = FrozenText(model, weighted=True).encode(part, captions)
+        encoder.requires_grad_(True)
+        live = live_text(model, part, captions, weighted=True)
+        for name, tensor in live.items():
+            torch.testing.assert_close(tensor, frozen[name], atol=1e-10, rtol=0)
+        total = torch.stack([tensor.double().sum() for tensor in live.values() if tensor.is_floating_point()]).sum()
+        assert any(g is not None for g in torch.autograd.grad(total, list(encoder.parameters()), allow_unused=True))
+        encoder.requires_grad_(False)
+
+
+def test_previews_weigh_by_default_and_can_be_told_not_to(model: Family) -> None:
+    sizes = Sizes.plain(1, 64, 64)
+    on = conditioning(model, [MARKED], sizes, None, weighted=True)["encoder_hidden_states"]
+    off = conditioning(model, [MARKED], sizes, None)["encoder_hidden_states"]
+    plain = conditioning(model, [PLAIN], sizes, None)["encoder_hidden_states"]
+    assert not torch.equal(on, off)
+    assert not torch.equal(on, plain)
+
+
+def test_a_family_without_emphasis_reads_marks_as_words(toy_shelf: ToyShelf, monkeypatch: Any) -> None:
+    model = load(toy_shelf.options("sd"))
+    monkeypatch.setattr(type(model), "options", frozenset())
+    (found,) = encode_text(model, "clip", [MARKED], weighted=True)
+    assert torch.equal(found["hidden"], model.encode_text("clip", [MARKED])[0]["hidden"])
+
+
+@pytest.mark.parametrize("family", ["sd", "flux"])
+def test_training_on_weighted_captions(family: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """It changes what is learned, and the cache knows captions read with emphasis from others."""
+    toy, images = toy_shelf.paths(family), pictures(tmp_path / "images", 2)
+    for path in images.glob("*/*.txt"):
+        path.write_text("a photo of a (cat:1.5)")
+    options = {"network_train_unet_only": True, "max_train_steps": 2}
+    disk = {"cache_text_encoder_outputs_to_disk": True, "cache_dir": tmp_path / "cache"}
+    plain = run(toy, images, tmp_path / "plain", **options, **disk)
+    cached = run(toy, images, tmp_path / "cached", **options, **disk, weighted_captions=True)
+    live = run(toy, images, tmp_path / "live", **options, weighted_captions=True)
+    assert not same(weights(plain), weights(cached))
+    assert same(weights(live), weights(cached))
+    assert losses(live) == losses(cached)
