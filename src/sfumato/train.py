@@ -39,14 +39,13 @@ def loop(run: Run, interrupt: Interrupt) -> None:
         run.journal.note(done, loss, shown_rates(run.optimizer), run.method.after_step())
         if done == run.start + 1:
             run.warn(run.method.report())
-        if done < run.total:
-            saves_due(run, done)
+        if done == run.total:
+            break
+        saves_due(run, done)
         if interrupt.asked:
             folder = save_state_folder(run, f"{run.saves.name}-step{done:08d}-state", done)
             log.info("stopped after step %d of %d; go on with: --resume %s", done, run.total, folder)
             return
-        if done == run.total:
-            break
     save_final(run)
 
 

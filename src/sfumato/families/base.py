@@ -24,6 +24,7 @@ from sfumato.formats.groups import Layer, LayerGroup, file_name, layer_groups, l
 from sfumato.formats.keymap import KeyMap
 from sfumato.registry import Registry
 
+Builder = Callable[[Mapping[str, Any]], nn.Module]  # a network from its configuration
 FAMILIES: Registry[type[Family]] = Registry("model family")
 
 
@@ -90,9 +91,7 @@ class Network:
         """The groups a loaded Part would have, from the file's header alone."""
         return self.spec.groups(skeleton(self.weights.shapes()), every=every)
 
-    def load(
-        self, build: Callable[[Mapping[str, Any]], nn.Module], *, dtype: torch.dtype, device: torch.device
-    ) -> nn.Module:
+    def load(self, build: Builder, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Build from the configuration without storage, then fill from the file in the wanted dtype."""
         module = on_meta(lambda: build(self.config))
         self.weights.fill(module, dtype=dtype, device=device)
@@ -129,6 +128,14 @@ class Blueprint:
     implementation: str = "diffusers"  # modelspec.implementation
     metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
     notes: tuple[str, ...] = ()  # what the user should know before the first step; errors with --strict
+
+    def load(self, builders: Mapping[str, Builder], *, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
+        """The named networks, each built from its configuration and filled from its file."""
+        networks = {name: self.networks[name] for name in builders}
+        return {
+            name: Part(spec=network.spec, module=network.load(builders[name], dtype=dtype, device=device))
+            for name, network in networks.items()
+        }
 
 
 class Family(ABC):

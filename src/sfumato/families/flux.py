@@ -105,15 +105,12 @@ class Flux(Family):
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        def part(name: str, build: Callable[[Mapping[str, Any]], nn.Module]) -> Part:
-            network = blueprint.networks[name]
-            return Part(spec=network.spec, module=network.load(build, dtype=dtype, device=device))
-
-        parts = {
-            "denoiser": part("denoiser", _flux_keys.build),
-            "clip_l": part("clip_l", _clip.build),
-            "t5": part("t5", _t5.build),
+        builders = {
+            "denoiser": _flux_keys.build,
+            "clip_l": _clip.build,
+            "t5": _t5.build,
         }
+        parts = blueprint.load(builders, dtype=dtype, device=device)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=_vae.precision(dtype), device=device)
         return cls(blueprint, parts, vae, model)
 

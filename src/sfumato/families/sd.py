@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -100,11 +100,8 @@ class StableDiffusion(Family):
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        def part(name: str, build: Callable[[Mapping[str, Any]], nn.Module]) -> Part:
-            network = blueprint.networks[name]
-            return Part(spec=network.spec, module=network.load(build, dtype=dtype, device=device))
-
-        parts = {"denoiser": part("denoiser", _unet.build), "clip": part("clip", _clip.build)}
+        builders = {"denoiser": _unet.build, "clip": _clip.build}
+        parts = blueprint.load(builders, dtype=dtype, device=device)
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)

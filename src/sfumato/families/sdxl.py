@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -118,15 +118,12 @@ class StableDiffusionXL(Family):
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        def part(name: str, build: Callable[[Mapping[str, Any]], nn.Module]) -> Part:
-            network = blueprint.networks[name]
-            return Part(spec=network.spec, module=network.load(build, dtype=dtype, device=device))
-
-        parts = {
-            "denoiser": part("denoiser", _unet.build),
-            "clip_l": part("clip_l", _clip.build),
-            "clip_g": part("clip_g", _open_clip.build_projected),
+        builders = {
+            "denoiser": _unet.build,
+            "clip_l": _clip.build,
+            "clip_g": _open_clip.build_projected,
         }
+        parts = blueprint.load(builders, dtype=dtype, device=device)
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
