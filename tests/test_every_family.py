@@ -33,10 +33,16 @@ CASES = {
     "sd": {},
     "sd2": {"v2": True},
     "sd2_v": {"v_parameterization": True},
+    "sd2_v_zero": {"v_parameterization": True},
     "sdxl": {},
     "flux": {"apply_t5_attn_mask": True},
 }
-VARIANTS = {"sd2": ("sd", "2"), "sd2_v": ("sd", "2-v")}  # case -> family and variant of its toy
+VARIANTS = {  # case -> family and variant of its toy
+    "sd2": ("sd", "2"),
+    "sd2_v": ("sd", "2-v"),
+    "sd2_v_zero": ("sd", "2-v"),
+}
+NOISE = {"sd2_v_zero": NoiseOptions(zero_terminal_snr=True)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Toys:
     original: ModelOptions
     diffusers: ModelOptions
     folder: Path
+    noise: NoiseOptions
 
 
 @pytest.fixture(scope="session", params=sorted(CASES))
@@ -60,6 +67,7 @@ def toys(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         original=ModelOptions(**components, **options),
         diffusers=ModelOptions(pretrained_model_name_or_path=str(folder / "diffusers"), **options),
         folder=folder,
+        noise=NOISE.get(request.param, NoiseOptions()),
     )
 
 
@@ -182,7 +190,7 @@ PIPELINES: dict[str, Callable[..., Tensor]] = {"sd": sd_pipeline, "sdxl": sd_pip
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_denoising_equals_the_diffusers_pipeline(toys: Toys, scale: float) -> None:
     plain = toys.diffusers.model_copy(update={"apply_t5_attn_mask": False})  # diffusers' pipeline has no mask
-    model = load(plain)
+    model = load(plain, noise=toys.noise)
     picture = fill_in(
         Prompt(prompt="a cat", negative_prompt="a red dog", width=64, height=96, sample_steps=4, scale=scale),
         model, sampler="ddim", seed=3,
@@ -227,7 +235,10 @@ def fixed_batch(model: Family, captions: list[str]) -> Batch:
 def sd_loss(pipe: Any, denoise: Any, encode: Any, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]) -> Tensor:
     from diffusers import DDPMScheduler
 
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    zero = pipe.scheduler.config.get("rescale_betas_zero_snr", False)
+    schedule = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero
+    )
     noisy = schedule.add_noise(x0, noise, t.long())
     ids = pipe.tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
     prediction = denoise(noisy, t.long(), encoder_hidden_states=encode["text_encoder"](ids).last_hidden_state).sample
@@ -288,7 +299,7 @@ def test_loss_and_gradients_equal_those_of_diffusers_parts(toys: Toys) -> None:
     """Every adapter's gradient, text encoders included, against weights W + scale * up @ down in diffusers' modules."""
     from diffusers import DiffusionPipeline
 
-    noise_options = NoiseOptions(model_prediction_type="raw", timestep_sampling="sigmoid")
+    noise_options = toys.noise.model_copy(update={"model_prediction_type": "raw", "timestep_sampling": "sigmoid"})
     plain = toys.diffusers.model_copy(update={"apply_t5_attn_mask": False})
     model = load(plain, torch.float64, noise_options)
     every_encoder = {part.spec.opt_in: True for part in model.parts.values() if part.spec.opt_in}
@@ -307,6 +318,8 @@ def test_loss_and_gradients_equal_those_of_diffusers_parts(toys: Toys) -> None:
     ours.backward()
 
     pipe = DiffusionPipeline.from_pretrained(toys.folder / "diffusers").to(torch.float64)
+    if toys.noise.zero_terminal_snr:
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
     name, loss_of, names = LOSSES[model.name]
     modules = {ours: getattr(pipe, theirs) for ours, theirs in names.items()}
     leaves: dict[str, tuple[Tensor, Tensor]] = {}

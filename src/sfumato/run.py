@@ -35,6 +35,7 @@ from sfumato.formats.outputs import Plan as SavePlan
 from sfumato.formats.outputs import make_plan, retention
 from sfumato.formats.state import load_state, newest_complete
 from sfumato.memory.checkpointing import checkpoint_blocks
+from sfumato.memory.host import keep_freed_memory
 from sfumato.methods.base import Method
 from sfumato.optim.optimizers import describe, make_optimizer, restore
 from sfumato.optim.rates import Rates, make_rates
@@ -132,6 +133,8 @@ def open_run(config: Config) -> Run | None:
     outlook = plan.look(config, processes=processes.num_processes)
     saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
     report(config, outlook, saves)
+    if processes.device.type == "cpu":
+        keep_freed_memory()
     state = resumed_state(config, outlook.total)
     start = state.get("step", 0)
     if start >= outlook.total:

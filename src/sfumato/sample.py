@@ -116,7 +116,13 @@ def make_scheduler(name: str, objective: Objective) -> Any:
     kind, options = SAMPLERS[name.removeprefix("k_")]
     if kind == "LMSDiscreteScheduler" and importlib.util.find_spec("scipy") is None:
         raise UserError(f"the sampler {name} needs scipy", fix="pip install scipy")
-    return getattr(schedulers, kind)(**objective.scheduler_options(), **options)
+    scheduler, options = getattr(schedulers, kind), objective.scheduler_options() | options
+    if unknown := options.keys() - inspect.signature(scheduler).parameters.keys():
+        raise UserError(
+            f"the sampler {name} cannot walk this model's noise schedule ({', '.join(sorted(unknown))})",
+            fix="--sample_sampler euler, or ddim, euler_a, dpmsolver++",
+        )
+    return scheduler(**options)
 
 
 @torch.no_grad()

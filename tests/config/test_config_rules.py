@@ -40,6 +40,10 @@ CASES = {
         "--lr_scheduler cosine_with_min_lr",
         "--lr_scheduler cosine_with_min_lr --lr_scheduler_min_lr_ratio 0.1",
     ),
+    "sampler-from-noise": (
+        "--zero_terminal_snr --sample_sampler k_lms",
+        "--zero_terminal_snr --sample_sampler k_euler",
+    ),
     "schedule-twice": ("--lr_scheduler_type StepLR --lr_scheduler cosine", "--lr_scheduler_type StepLR"),
     "schedule-free": (
         "--optimizer_type RAdamScheduleFree --lr_warmup_steps 5 --lr_scheduler polynomial --lr_scheduler_power 2",

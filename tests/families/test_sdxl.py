@@ -50,11 +50,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp("images"))
 
 
-def read(path: Path, **options: Any) -> Blueprint:
+def read(path: Path, noise: NoiseOptions | None = None, **options: Any) -> Blueprint:
     register_all()
     model = ModelOptions(pretrained_model_name_or_path=str(path), **options)
     source = open_source(model)
-    return find_family(None, source).read(source, model, NoiseOptions())
+    return find_family(None, source).read(source, model, noise or NoiseOptions())
 
 
 def load(path: Path, **options: Any) -> Family:
@@ -221,7 +221,11 @@ def test_a_marked_v_prediction_file_wants_the_option(toy: Mapping[str, Path], tm
     save_file(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
     with pytest.raises(UserError, match="--v_parameterization"):
         read(tmp_path / "v.safetensors")
-    assert read(tmp_path / "v.safetensors", v_parameterization=True).notes == ()
+    (note,) = read(tmp_path / "v.safetensors", v_parameterization=True).notes
+    assert "--zero_terminal_snr is not given" in note
+    whole = read(tmp_path / "v.safetensors", NoiseOptions(zero_terminal_snr=True), v_parameterization=True)
+    assert whole.notes == ()
+    assert whole.objective.level(torch.tensor([999.0])).snr.item() == 0
 
 
 def test_clip_skip_has_no_effect_and_the_report_says_so(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:

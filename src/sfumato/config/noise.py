@@ -31,9 +31,7 @@ class NoiseOptions(Options):
     ip_noise_gamma_random_strength: bool = option(
         False, "draw its strength between 0 and the value given", planned="the noise options"
     )
-    zero_terminal_snr: bool = option(
-        False, "rescale the noise schedule so that its end is pure noise", planned="the noise options"
-    )
+    zero_terminal_snr: bool = option(False, "rescale the noise schedule so that its end is pure noise")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"] | None = option(
         None,
         "how timesteps are drawn; without it the family's way",

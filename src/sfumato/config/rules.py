@@ -9,6 +9,8 @@ from sfumato.config.optim_rules import OPTIM_RULES
 from sfumato.config.rule import Rule
 from sfumato.config.schema import Config
 
+NEVER_FROM_NOISE = ("pndm", "lms", "heun", "dpm_2", "dpm_2_a", "dpmsingle")
+
 
 def broken_rules(config: Config, suspects: set[str]) -> Iterator[Rule]:
     for rule in RULES:
@@ -77,6 +79,14 @@ CONFLICTS = (
         broken=lambda c: c.network.dim_from_weights and c.network.network_weights is None,
         what="--dim_from_weights has no file to take ranks from",
         fix="give --network_weights",
+    ),
+    Rule(
+        name="sampler-from-noise",
+        kind="conflict",
+        options=("zero_terminal_snr", "sample_sampler"),
+        broken=lambda c: c.noise.zero_terminal_snr and c.samples.sample_sampler.removeprefix("k_") in NEVER_FROM_NOISE,
+        what="the sampler of --sample_sampler cannot start where --zero_terminal_snr leaves nothing of the picture",
+        fix="--sample_sampler ddim, or euler, euler_a, dpmsolver, dpmsolver++",
     ),
     Rule(
         name="cached-color",

@@ -77,6 +77,19 @@ class Objective(Protocol):
         ...
 
 
+def ending_in_noise(alphas_cumprod: Tensor) -> Tensor:
+    """(1000,) -> the same with nothing left of the image at the end, and the beginning where it was.
+
+    Taken through single alphas, as samplers do, so that their float32 values are met.
+    """
+    root = alphas_cumprod.sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    kept = ((root - last) * (first / (first - last))) ** 2
+    alphas = torch.cat([kept[:1], kept[1:] / kept[:-1]])
+    betas = 1 - alphas
+    return torch.cumprod(1 - betas, 0)
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1) in the dtype and on the device of `like` (B, C, h, w)."""
     moved = values.to(dtype=like.dtype).to(device=like.device, non_blocking=True)
@@ -85,17 +98,22 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving:
-    """DDPM (Ho et al. 2020, eq. 4) with 1000 scaled-linear betas; epsilon or v (Salimans & Ho 2022, sec. 4)."""
+    """DDPM (Ho et al. 2020, eq. 4) with 1000 scaled-linear betas; epsilon or v (Salimans & Ho 2022, sec. 4).
+
+    `zero_terminal_snr` moves and stretches sqrt(alphas_cumprod) so that its last value is 0 (Lin et al. 2024, alg. 1).
+    """
 
     predicts: Literal["epsilon", "v"] = "epsilon"
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    zero_terminal_snr: bool = False
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
         """(1000,) float64; betas are taken in float32 as every published checkpoint was trained with."""
         betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, 1000, dtype=torch.float32) ** 2
-        return torch.cumprod(1 - betas, 0).double()
+        kept = torch.cumprod(1 - betas, 0)
+        return (ending_in_noise(kept) if self.zero_terminal_snr else kept).double()
 
     def level(self, t: Tensor) -> Level:
         kept = self.alphas_cumprod[t.long()]
@@ -113,13 +131,18 @@ class VariancePreserving:
         return prediction
 
     def scheduler_options(self) -> dict[str, Any]:
-        return {
+        options = {
             "num_train_timesteps": 1000,
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "beta_schedule": "scaled_linear",
             "prediction_type": "v_prediction" if self.predicts == "v" else "epsilon",
         }
+        if self.zero_terminal_snr:
+            # Only v tells anything about the picture where nothing is left of it.
+            spacing = {"timestep_spacing": "trailing"} if self.predicts == "v" else {}
+            options |= {"rescale_betas_zero_snr": True, **spacing}
+        return options
 
     def set_timesteps(self, scheduler: Any, steps: int, latents: LatentSpec, shape: Sequence[int]) -> None:
         scheduler.set_timesteps(steps)

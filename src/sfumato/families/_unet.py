@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families._source import Source, Weights, read_json
 from sfumato.families.base import Network, PartSpec
@@ -136,29 +138,44 @@ def check_channels(source: Source, denoiser: Network, vae: Network) -> None:
         )
 
 
-def prediction(source: Source, asked_v: bool) -> tuple[Literal["epsilon", "v"], tuple[str, ...]]:
-    """What the model is to predict, as --v_parameterization says, and a note where the checkpoint says otherwise.
+def objective(source: Source, model: ModelOptions, noise: NoiseOptions) -> tuple[VariancePreserving, tuple[str, ...]]:
+    """What the options say that is predicted and how it is noised, and notes where that does not fit.
 
-    Raises UserError where the checkpoint says v and the option is missing: training it on noise would ruin it.
+    Raises UserError where the checkpoint says v and --v_parameterization is missing: training on noise would ruin it.
     """
-    told = told_prediction(source)
+    told, asked_v, notes = told_prediction(source), model.v_parameterization, []
     if told == "v" and not asked_v:
         raise UserError(f"{source.name} says that it predicts v", fix="--v_parameterization")
     if told == "epsilon" and asked_v:
-        return "v", (f"--v_parameterization: {source.name} says that it predicts noise; it is trained to predict v",)
-    return "v" if asked_v else "epsilon", ()
+        notes.append(f"--v_parameterization: {source.name} says that it predicts noise; it is trained to predict v")
+    if noise.zero_terminal_snr and not asked_v:
+        notes.append("--zero_terminal_snr: a model that predicts noise learns nothing from pure noise; v would")
+    if told_zero_terminal_snr(source) and not noise.zero_terminal_snr:
+        notes.append(f"{source.name} says that its noise schedule ends in pure noise, --zero_terminal_snr is not given")
+    made = VariancePreserving(predicts="v" if asked_v else "epsilon", zero_terminal_snr=noise.zero_terminal_snr)
+    return made, tuple(notes)
 
 
 def told_prediction(source: Source) -> Literal["epsilon", "v"] | None:
     """What a checkpoint says of itself: a folder's scheduler, a file's model spec or its marker tensor."""
     if source.is_folder:
-        scheduler = source.path / "scheduler" / "scheduler_config.json"
-        named = read_json(scheduler).get("prediction_type") if scheduler.is_file() else None
+        named = _scheduler(source).get("prediction_type")
     else:
-        about = source.file.header.metadata
-        named = "v" if "v_pred" in source.shapes else about.get("modelspec.prediction_type")
+        named = "v" if "v_pred" in source.shapes else source.file.header.metadata.get("modelspec.prediction_type")
     known: dict[Any, Literal["epsilon", "v"]] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
     return known.get(named)
+
+
+def told_zero_terminal_snr(source: Source) -> bool:
+    """Whether a checkpoint says that its schedule ends in pure noise: a folder's scheduler, a file's marker tensor."""
+    if source.is_folder:
+        return bool(_scheduler(source).get("rescale_betas_zero_snr"))
+    return "ztsnr" in source.shapes
+
+
+def _scheduler(source: Source) -> dict[str, Any]:
+    path = source.path / "scheduler" / "scheduler_config.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
-from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._source import Source, Weights, find_path
@@ -54,7 +53,7 @@ class StableDiffusion(Family):
     text_parts = ("clip",)
     bucket_step = 64
     options = frozenset(
-        {"vae", "no_half_vae", "clip_skip", "max_token_length", "v2", "v_parameterization"}
+        {"vae", "no_half_vae", "clip_skip", "max_token_length", "v2", "v_parameterization", "zero_terminal_snr"}
         | {"weighted_captions", "prompt_weighting", "sample_sampler"}
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
@@ -83,8 +82,8 @@ class StableDiffusion(Family):
         vae = _vae.replacement(find_path(model.vae), fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
         denoiser = _unet.network(source, unet_spec, _unet.heads_of_64 if second else _eight_heads)
         _unet.check_channels(source, denoiser, vae)
-        predicts, notes = _unet.prediction(source, model.v_parameterization)
-        v = predicts == "v"
+        objective, notes = _unet.objective(source, model, noise)
+        v = objective.predicts == "v"
         return Blueprint(
             source=source,
             title=f"Stable Diffusion {2 if second else 1}.x" + (", predicting v" if v else ""),
@@ -92,7 +91,7 @@ class StableDiffusion(Family):
             architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
             text_parts=cls.text_parts,
             networks={"denoiser": denoiser, "clip": _read_clip(source), "vae": vae},
-            objective=VariancePreserving(predicts=predicts),
+            objective=objective,
             latents=_vae.latent_spec(vae.config, patch=1, size_multiple=64),
             metadata={"ss_v2": second},
             notes=notes,

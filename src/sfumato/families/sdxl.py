@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
-from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._source import Source, Weights, find_path
@@ -70,7 +69,7 @@ class StableDiffusionXL(Family):
     text_parts = ("clip_l", "clip_g")
     bucket_step = 32
     options = frozenset(
-        {"vae", "no_half_vae", "max_token_length", "v_parameterization"}
+        {"vae", "no_half_vae", "max_token_length", "v_parameterization", "zero_terminal_snr"}
         | {"weighted_captions", "prompt_weighting", "sample_sampler"}
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
@@ -103,15 +102,15 @@ class StableDiffusionXL(Family):
         clip_g = _read_clip_g(source)
         denoiser = _unet.network(source, unet_spec, lambda config: _size_conditioning(config, clip_g))
         _unet.check_channels(source, denoiser, vae)
-        predicts, notes = _unet.prediction(source, model.v_parameterization)
+        objective, notes = _unet.objective(source, model, noise)
         return Blueprint(
             source=source,
-            title="Stable Diffusion XL" + (", predicting v" if predicts == "v" else ""),
+            title="Stable Diffusion XL" + (", predicting v" if objective.predicts == "v" else ""),
             base_model_version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base",
             text_parts=cls.text_parts,
             networks={"denoiser": denoiser, "clip_l": _read_clip_l(source), "clip_g": clip_g, "vae": vae},
-            objective=VariancePreserving(predicts=predicts),
+            objective=objective,
             latents=_vae.latent_spec(vae.config, patch=1, size_multiple=32),
             notes=notes,
         )

@@ -1,0 +1,33 @@
+"""Freed memory is used again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import torch
+from sfumato.memory.host import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def touch():
+    for _ in range(4):
+        torch.empty(64 * 2**18).fill_(1)  # 64 MiB
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides by itself")
+def test_freed_blocks_are_not_fetched_anew() -> None:
+    faults = {}
+    for mode in ("usual", "kept"):
+        done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
+        faults[mode] = int(done.stdout)
+    assert faults["kept"] < 100 < 1000 < faults["usual"]
