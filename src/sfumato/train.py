@@ -78,7 +78,7 @@ def training_loss(run: Run, batch: Batch, real_samples: int) -> Tensor:
     x0 = run.latents(batch)
     shape = x0.shape[1:]
     t = rng.per_sample("timestep", batch.ids, lambda draw, _: recipe.timestep(draw, shape, model.latents))
-    noise = rng.per_sample("noise", batch.ids, lambda draw, _: recipe.noise(draw, shape))
+    noise = rng.per_sample("noise", batch.ids, lambda draw, i: recipe.noise(draw, x0[i]))
     seen = noise
     if recipe.perturb:  # only the input is perturbed, the target keeps the clean noise
         perturb = recipe.perturb

@@ -13,7 +13,7 @@ from sfumato.names import OPTION_ALIASES
 FIELD = json.loads((Path(__file__).parents[1] / "goldens" / "network_script_options.json").read_text())
 OURS = {
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
-    "debug",
+    "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own), a name that the

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from sfumato.config import NoiseOptions
+from sfumato.config import LossOptions, NoiseOptions
 from sfumato.diffusion import timesteps
 from sfumato.diffusion.objective import LatentSpec, Level, RectifiedFlow, VariancePreserving
 from sfumato.diffusion.weightings import cosmap, make_weighting, sigma_sqrt
@@ -95,7 +95,9 @@ def test_flow_weightings() -> None:
     sigma = torch.tensor(golden["sigmas"], dtype=torch.float64)
     objective = RectifiedFlow(grid=lambda *_: None)
     for scheme, weights in golden["weights"].items():
-        found = make_weighting(NoiseOptions(weighting_scheme=scheme))(Level(sigma * 1000, 1 - sigma, sigma), objective)
+        found = make_weighting(NoiseOptions(weighting_scheme=scheme), LossOptions())(
+            Level(sigma * 1000, 1 - sigma, sigma), objective
+        )
         assert found.tolist() == pytest.approx(weights, rel=1e-5), scheme
 
 

@@ -12,25 +12,13 @@ class NoiseOptions(Options):
 
     min_timestep: int | None = option(None, "lowest timestep that is trained; without it 0", ge=0, le=999)
     max_timestep: int | None = option(None, "timesteps that are trained lie below this; without it 1000", ge=1, le=1000)
-    noise_offset: float | None = option(None, "noise that is equal over a whole channel", planned="the noise options")
-    noise_offset_random_strength: bool = option(
-        False, "draw its strength between 0 and the value given", planned="the noise options"
-    )
-    adaptive_noise_scale: float | None = option(
-        None, "add this share of the latents' mean to --noise_offset", planned="the noise options"
-    )
-    multires_noise_iterations: int | None = option(
-        None, "coarser layers of noise that are added", planned="the noise options", ge=0
-    )
-    multires_noise_discount: float = option(
-        0.3, "strength of each layer relative to the finer one", planned="the noise options", ge=0
-    )
-    ip_noise_gamma: float | None = option(
-        None, "extra noise that only the model's input gets", planned="the noise options", ge=0
-    )
-    ip_noise_gamma_random_strength: bool = option(
-        False, "draw its strength between 0 and the value given", planned="the noise options"
-    )
+    noise_offset: float | None = option(None, "noise that is equal over a whole channel")
+    noise_offset_random_strength: bool = option(False, "draw its strength between 0 and the value given")
+    adaptive_noise_scale: float | None = option(None, "add this share of the latents' mean to --noise_offset")
+    multires_noise_iterations: int | None = option(None, "coarser layers of noise that are added", ge=0)
+    multires_noise_discount: float = option(0.3, "strength of each layer relative to the finer one", ge=0)
+    ip_noise_gamma: float | None = option(None, "extra noise that only the model's input gets", ge=0)
+    ip_noise_gamma_random_strength: bool = option(False, "draw its strength between 0 and the value given")
     zero_terminal_snr: bool = option(False, "rescale the noise schedule so that its end is pure noise")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"] | None = option(
         None,
@@ -57,20 +45,16 @@ class LossOptions(Options):
     loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = option(
         "l2",
         "how prediction and target are compared",
-        planned_values={"l1": "the other losses", "huber": "the other losses", "smooth_l1": "the other losses"},
     )
     huber_schedule: Literal["constant", "exponential", "snr"] = option(
-        "snr", "how the huber threshold follows the timestep", planned="the other losses"
+        "snr", "how the huber threshold follows the timestep"
     )
-    huber_c: float = option(0.1, "huber threshold at the end of the schedule", planned="the other losses", gt=0)
-    huber_scale: float = option(1.0, "factor on the huber threshold", planned="the other losses", gt=0)
-    min_snr_gamma: float | None = option(
-        None, "caps the weight of timesteps with little noise (5 is usual)", planned="the loss weightings", gt=0
-    )
-    debiased_estimation_loss: bool = option(False, "weight by 1 / sqrt(SNR)", planned="the loss weightings")
-    scale_v_pred_loss_like_noise_pred: bool = option(
-        False, "weight a v-prediction loss as if noise were predicted", planned="the loss weightings"
-    )
-    v_pred_like_loss: float | None = option(
-        None, "strength of a v-prediction-like part of the weight", planned="the loss weightings", gt=0
-    )
+    huber_c: float = option(0.1, "huber threshold at the end of the schedule", gt=0)
+    huber_scale: float = option(1.0, "factor on the huber threshold", gt=0)
+    min_snr_gamma: float | None = option(None, "caps the weight of timesteps with little noise (5 is usual)", gt=0)
+    soft_min_snr_gamma: float | None = option(None, "the same cap without its corner", gt=0)
+    p2_gamma: float | None = option(None, "how much less timesteps with little noise count (P2)", gt=0)
+    p2_k: float = option(1.0, "signal-to-noise ratio from which --p2_gamma counts", gt=0)
+    debiased_estimation_loss: bool = option(False, "weight by 1 / sqrt(SNR)")
+    scale_v_pred_loss_like_noise_pred: bool = option(False, "weight a v-prediction loss as if noise were predicted")
+    v_pred_like_loss: float | None = option(None, "strength of a v-prediction-like part of the weight", gt=0)

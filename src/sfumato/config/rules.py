@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sfumato.config.loss_rules import LOSS_RULES
 from sfumato.config.network_rules import NETWORK_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
 from sfumato.config.rule import Rule
@@ -217,4 +218,4 @@ NO_EFFECT = (
     ),
 )
 
-RULES = REQUIRED + CONFLICTS + NO_EFFECT + OPTIM_RULES + NETWORK_RULES
+RULES = REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES + NETWORK_RULES

@@ -2,17 +2,77 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from sfumato.diffusion.objective import Level
+from sfumato.config import LossOptions
+from sfumato.diffusion.objective import Level, per_sample
 from sfumato.registry import Registry
 
 Loss = Callable[[Tensor, Tensor, Level], Tensor]
-LOSSES: Registry[Loss] = Registry("loss type")
+Threshold = Callable[[Level, LossOptions], Tensor]  # (B,): where a robust loss turns from quadratic to linear
+LOSSES: Registry[Callable[[LossOptions], Loss]] = Registry("loss type")
+SCHEDULES: Registry[Threshold] = Registry("huber schedule")
+
+
+def make_loss(options: LossOptions) -> Loss:
+    return LOSSES.get(options.loss_type)(options)
 
 
 @LOSSES.register("l2")
-def l2(estimate: Tensor, target: Tensor, level: Level) -> Tensor:
-    return (estimate - target) ** 2
+def l2(options: LossOptions) -> Loss:
+    return lambda estimate, target, level: (estimate - target) ** 2
+
+
+@LOSSES.register("l1")
+def l1(options: LossOptions) -> Loss:
+    return lambda estimate, target, level: (estimate - target).abs()
+
+
+@LOSSES.register("huber")
+def huber(options: LossOptions) -> Loss:
+    """2 c (sqrt(d^2 + c^2) - c), the pseudo-Huber loss: d^2 where d is small, 2 c |d| where it is large."""
+    threshold = SCHEDULES.get(options.huber_schedule)
+
+    def loss(estimate: Tensor, target: Tensor, level: Level) -> Tensor:
+        c = per_sample(threshold(level, options), estimate)
+        return 2 * c * _rounded(estimate - target, c)
+
+    return loss
+
+
+@LOSSES.register("smooth_l1")
+def smooth_l1(options: LossOptions) -> Loss:
+    """2 (sqrt(d^2 + c^2) - c): d^2 / c where d is small, 2 |d| where it is large."""
+    threshold = SCHEDULES.get(options.huber_schedule)
+    return lambda estimate, target, level: (
+        2 * _rounded(estimate - target, per_sample(threshold(level, options), estimate))
+    )
+
+
+@SCHEDULES.register("constant")
+def constant(level: Level, options: LossOptions) -> Tensor:
+    return torch.full_like(level.alpha, options.huber_c * options.huber_scale)
+
+
+@SCHEDULES.register("exponential")
+def exponential(level: Level, options: LossOptions) -> Tensor:
+    """From 1 at t = 0 to huber_c at t = 1000, times huber_scale."""
+    return torch.exp(math.log(options.huber_c) * level.t.to(level.alpha) / 1000) * options.huber_scale
+
+
+@SCHEDULES.register("snr")
+def snr(level: Level, options: LossOptions) -> Tensor:
+    """(1 - c) / (1 + SNR^(-1/2))^2 + c, times huber_scale: from 1 without noise to huber_c in noise alone.
+
+    SNR^(-1/2) is sigma / alpha for every objective, so flows have this schedule, too.
+    """
+    c = options.huber_c
+    return ((1 - c) / (1 + level.sigma / level.alpha) ** 2 + c) * options.huber_scale
+
+
+def _rounded(d: Tensor, c: Tensor) -> Tensor:
+    return torch.sqrt(d**2 + c**2) - c

@@ -60,6 +60,10 @@ class Objective(Protocol):
         """The prediction in the space of `target`."""
         ...
 
+    def image_error(self, level: Level, snr: Tensor) -> Tensor:
+        """(B,): squared error of the image for each squared error of the estimate; `snr` kept from 0 and infinity."""
+        ...
+
     def scheduler_options(self) -> dict[str, Any]:
         """What a diffusers scheduler must be told to sample with this objective."""
         ...
@@ -130,6 +134,9 @@ class VariancePreserving:
     def estimate(self, prediction: Tensor, noisy: Tensor, level: Level) -> Tensor:
         return prediction
 
+    def image_error(self, level: Level, snr: Tensor) -> Tensor:
+        return 1 / snr if self.predicts == "epsilon" else level.sigma**2
+
     def scheduler_options(self) -> dict[str, Any]:
         options = {
             "num_train_timesteps": 1000,
@@ -183,6 +190,9 @@ class RectifiedFlow:
         if self.space == "sigma_scaled":
             return noisy - per_sample(level.sigma, noisy) * prediction
         return prediction if self.space == "raw" else prediction + noisy
+
+    def image_error(self, level: Level, snr: Tensor) -> Tensor:
+        return torch.ones_like(snr) if self.space == "sigma_scaled" else level.sigma**2
 
     def scheduler_options(self) -> dict[str, Any]:
         return {"num_train_timesteps": 1000}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
 from sfumato.config import LossOptions, NoiseOptions
-from sfumato.diffusion.losses import LOSSES, Loss
+from sfumato.diffusion.losses import Loss, make_loss
+from sfumato.diffusion.noise import Noise, make_noise, make_perturb
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.diffusion.timesteps import make_density
 from sfumato.diffusion.weightings import Weighting, make_weighting
@@ -22,8 +22,8 @@ class Recipe:
     """The first three are called per SAMPLE with that sample's own generator, on the CPU."""
 
     timestep: Timestep  # latent shape (C, h, w) -> 0-d t
-    noise: Callable[[Generator, Sequence[int]], Tensor]  # latent shape (C, h, w) -> noise
-    perturb: Callable[[Generator, Tensor], Tensor] | None = None  # what only the noised image sees
+    noise: Noise  # latent (C, h, w) -> noise
+    perturb: Noise | None = None  # noise -> what only the noised image sees
     loss: Loss  # estimate, target -> elementwise
     weighting: Weighting  # (B,)
     guidance: float | None = None  # embedded guidance during training
@@ -32,13 +32,9 @@ class Recipe:
 def make_recipe(noise: NoiseOptions, loss: LossOptions, objective: Objective, guidance: float | None) -> Recipe:
     return Recipe(
         timestep=make_density(noise, objective),
-        noise=gaussian,
-        loss=LOSSES.get(loss.loss_type),
-        weighting=make_weighting(noise),
+        noise=make_noise(noise),
+        perturb=make_perturb(noise),
+        loss=make_loss(loss),
+        weighting=make_weighting(noise, loss),
         guidance=guidance,
     )
-
-
-def gaussian(generator: Generator, shape: Sequence[int]) -> Tensor:
-    """Drawn on the CPU in float32, so that every device sees the same noise."""
-    return torch.randn(tuple(shape), generator=generator)

@@ -25,6 +25,7 @@ BLOCKS = (
     "up_blocks.{n}.resnets.{n}",
     "up_blocks.{n}.attentions.{n}",
 )
+LOSS_OPTIONS = {"debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}  # no flow has them
 HEAD = 64  # channels of an attention head from Stable Diffusion 2 on
 RESNET = {
     "in_layers.0": "norm1",

@@ -55,6 +55,7 @@ class StableDiffusion(Family):
     options = frozenset(
         {"vae", "no_half_vae", "clip_skip", "max_token_length", "v2", "v_parameterization", "zero_terminal_snr"}
         | {"weighted_captions", "prompt_weighting", "sample_sampler"}
+        | _unet.LOSS_OPTIONS
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
 

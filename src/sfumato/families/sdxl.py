@@ -71,6 +71,7 @@ class StableDiffusionXL(Family):
     options = frozenset(
         {"vae", "no_half_vae", "max_token_length", "v_parameterization", "zero_terminal_snr"}
         | {"weighted_captions", "prompt_weighting", "sample_sampler"}
+        | _unet.LOSS_OPTIONS
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
 
