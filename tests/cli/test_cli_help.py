@@ -26,7 +26,7 @@ def test_defaults_and_choices(monkeypatch):
     assert "--max_train_steps N             optimizer steps [default: 1600]" in text
     assert "--learning_rate X               " in text
     assert "[default: 2e-06]" in text
-    assert "--loss_type l1|l2|huber|smooth_l1 " in text
+    assert "--loss_type l1|l2|huber|smooth_l1\n" in text
 
 
 def test_options_that_a_script_does_not_have_are_left_out():
