@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.config import Config, LossOptions, ModelOptions, NetworkOptions, OptimOptions
+from sfumato.config import (
+    Config,
+    FullOptions,
+    LossOptions,
+    ModelOptions,
+    NetworkOptions,
+    OptimOptions,
+    RunOptions,
+)
 from sfumato.config.loop import LoopOptions
 from sfumato.config.noise import NoiseOptions
 from sfumato.config.prompts import Prompt
@@ -103,15 +111,19 @@ def test_both_layouts_give_the_same_model(toys: Toys) -> None:
 def test_a_loaded_single_file_is_saved_again_bit_for_bit(toys: Toys, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from sfumato.families._saving import save_single_file
+    from sfumato.families._saving import averages, save_single_file
 
-    save_single_file(load(toys.original), tmp_path / "again.safetensors", {})
+    model = load(toys.original)
+    inside = {name: part.module for name, part in model.parts.items() if model.blueprint.in_file(name)}
+    every = {name: module.state_dict().keys() for name, module in inside.items()}
+    save_single_file(model, tmp_path / "again.safetensors", {}, changed=every)
     before, after = (
         load_file(str(toys.original.pretrained_model_name_or_path)),
         load_file(tmp_path / "again.safetensors"),
     )
-    assert set(before) <= set(after)
-    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    assert set(before) - set(after) == set(averages(model.blueprint.source))  # of the weights before training
+    assert set(after) <= set(before)
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
 
 
 def test_samples_do_not_see_their_neighbours(toys: Toys) -> None:
@@ -295,13 +307,47 @@ LOSSES: dict[str, tuple[str, Callable[..., Tensor], dict[str, str]]] = {
 }  # fmt: skip
 
 
+def plain_noise(toys: Toys) -> NoiseOptions:
+    return toys.noise.model_copy(update={"model_prediction_type": "raw", "timestep_sampling": "sigmoid"})
+
+
+def unmasked(toys: Toys) -> Family:
+    """In float64; diffusers' pipelines know no mask over the text."""
+    plain = toys.diffusers.model_copy(update={"apply_t5_attn_mask": False})
+    return load(plain, torch.float64, plain_noise(toys))
+
+
+class Theirs:
+    """diffusers' own modules of one family, and the loss that they give."""
+
+    def __init__(self, toys: Toys, model: Family) -> None:
+        from diffusers import DiffusionPipeline
+
+        self.pipe = DiffusionPipeline.from_pretrained(toys.folder / "diffusers").to(torch.float64)
+        if toys.noise.zero_terminal_snr:
+            config = self.pipe.scheduler.config
+            self.pipe.scheduler = self.pipe.scheduler.from_config(config, rescale_betas_zero_snr=True)
+        self.name, self.loss_of, self.names = LOSSES[model.name]
+        self.modules = {ours: getattr(self.pipe, theirs) for ours, theirs in self.names.items()}
+
+    def loss(self, run: Any, batch: Batch, weights: dict[str, dict[str, Tensor]]) -> Tensor:
+        """The batch's loss with these weights in place of the modules' own."""
+
+        def call(part: str) -> Any:
+            return lambda *args, **kwargs: torch.func.functional_call(self.modules[part], weights[part], args, kwargs)
+
+        x0, draw = batch.latents, run.randomness
+        assert x0 is not None
+        t = draw.per_sample("timestep", batch.ids, lambda g, _: run.recipe.timestep(g, (1, 12, 8), run.model.latents))
+        noise = draw.per_sample("noise", batch.ids, lambda g, _: torch.randn(x0.shape[1:], generator=g)).double()
+        calls = {theirs: call(ours) for ours, theirs in self.names.items()}
+        elementwise = self.loss_of(self.pipe, calls[self.name], calls, x0, noise, t, list(batch.captions))
+        return (elementwise.flatten(1).mean(1) * batch.weight).sum() / 2
+
+
 def test_loss_and_gradients_equal_those_of_diffusers_parts(toys: Toys) -> None:
     """Every adapter's gradient, text encoders included, against weights W + scale * up @ down in diffusers' modules."""
-    from diffusers import DiffusionPipeline
-
-    noise_options = toys.noise.model_copy(update={"model_prediction_type": "raw", "timestep_sampling": "sigmoid"})
-    plain = toys.diffusers.model_copy(update={"apply_t5_attn_mask": False})
-    model = load(plain, torch.float64, noise_options)
+    model = unmasked(toys)
     every_encoder = {part.spec.opt_in: True for part in model.parts.values() if part.spec.opt_in}
     config = Config(
         network=NetworkOptions(network_dim=3, network_alpha=2.0, network_args=every_encoder),
@@ -312,18 +358,14 @@ def test_loss_and_gradients_equal_those_of_diffusers_parts(toys: Toys) -> None:
     method.modules.double()
     for parameter in method.modules.parameters():
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(parameter.numel()))
-    run = bare_run(model, method, noise_options)
+    run = bare_run(model, method, plain_noise(toys))
     batch = fixed_batch(model, ["a cat", "a red dog on a table"])
     ours = training_loss(run, batch, 2)
     ours.backward()
 
-    pipe = DiffusionPipeline.from_pretrained(toys.folder / "diffusers").to(torch.float64)
-    if toys.noise.zero_terminal_snr:
-        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=True)
-    name, loss_of, names = LOSSES[model.name]
-    modules = {ours: getattr(pipe, theirs) for ours, theirs in names.items()}
+    theirs = Theirs(toys, model)
     leaves: dict[str, tuple[Tensor, Tensor]] = {}
-    changed: dict[str, dict[str, Tensor]] = {part: dict(module.named_parameters()) for part, module in modules.items()}
+    changed = {part: dict[str, Tensor](module.named_parameters()) for part, module in theirs.modules.items()}
     for adapter in method.engine:
         group = adapter.group
         down, up = (p.detach().clone().requires_grad_() for p in (adapter.lora_down, adapter.lora_up))
@@ -335,20 +377,51 @@ def test_loss_and_gradients_equal_those_of_diffusers_parts(toys: Toys) -> None:
             product = group.take(up, i).flatten(1) @ down.flatten(1)
             changed[group.part][key] = weight + 2 / 3 * product.reshape(weight.shape)
 
-    def call(part: str) -> Any:
-        return lambda *args, **kwargs: torch.func.functional_call(modules[part], changed[part], args, kwargs)
-
-    draw = run.randomness
-    t = draw.per_sample("timestep", batch.ids, lambda g, _: run.recipe.timestep(g, (1, 12, 8), model.latents))
-    noise = draw.per_sample("noise", batch.ids, lambda g, _: torch.randn(batch.latents.shape[1:], generator=g)).double()
-    encoders = {theirs: call(ours) for ours, theirs in names.items()}
-    elementwise = loss_of(pipe, encoders[name], encoders, batch.latents, noise, t, list(batch.captions))
-    theirs = (elementwise.flatten(1).mean(1) * batch.weight).sum() / 2
-    theirs.backward()
-    assert abs(ours.item() - theirs.item()) < 1e-9
+    loss = theirs.loss(run, batch, changed)
+    loss.backward()
+    assert abs(ours.item() - loss.item()) < 1e-9
     for adapter in method.engine:
         for mine, other in zip((adapter.lora_down, adapter.lora_up), leaves[adapter.group.name], strict=True):
             if other.grad is None:  # layers behind the one that is read
                 assert mine.grad is None, adapter.group.name
                 continue
             torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-9)
+
+
+def test_full_training_has_the_gradients_of_diffusers_own_modules(toys: Toys) -> None:
+    """Every weight's, those of text encoders included where they lie in the model's own file."""
+    model = unmasked(toys)
+    texts = all(model.blueprint.in_file(part) for part in model.text_parts)
+    method: Any = make_method(
+        Config(
+            run=RunOptions(method="full"), full=FullOptions(train_text_encoder=texts),
+            optim=OptimOptions(learning_rate=1.0), loop=LoopOptions(seed=1),
+        )
+    )  # fmt: skip
+    method.prepare(model)
+    run = bare_run(model, method, plain_noise(toys))
+    batch = fixed_batch(model, ["a cat", "a red dog on a table"])
+    ours = training_loss(run, batch, 2)
+    ours.backward()
+
+    theirs = Theirs(toys, model)
+    loss = theirs.loss(run, batch, {part: dict(module.named_parameters()) for part, module in theirs.modules.items()})
+    loss.backward()
+    assert abs(ours.item() - loss.item()) < 1e-9
+    trained = {"denoiser", *(model.text_parts if texts else ())}
+    assert set(method.modules) == trained
+    for part in model.parts.keys() - trained:
+        assert all(weight.grad is None for weight in model.parts[part].module.parameters())
+    for part in trained:
+        mine, others = plain_names(model.parts[part].module), plain_names(theirs.modules[part])
+        assert set(mine) == set(others)
+        for name, weight in mine.items():
+            if others[name].grad is None:  # behind the layer that is read
+                assert weight.grad is None, (part, name)
+            else:
+                torch.testing.assert_close(weight.grad, others[name].grad, rtol=0, atol=1e-9)
+
+
+def plain_names(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Its weights; only some versions of the libraries have the level."""
+    return {name.removeprefix("text_model."): weight for name, weight in module.named_parameters()}

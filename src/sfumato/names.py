@@ -32,6 +32,7 @@ PLANNED_NETWORK_ARGS = {  # name in --network_args -> the room that will bring i
 
 OPTION_ALIASES = {  # old spelling -> option
     "caption_extention": "caption_extension",
+    "skip_latents_validity_check": "skip_cache_check",
 }
 
 # Keys that front ends write into a configuration file although no script reads them: reported, never an error.
@@ -60,7 +61,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "anima_minimal_inference",
     "anima_train",
     "anima_train_network",
-    "fine_tune",
     "finetune/clean_captions_and_tags",
     "finetune/make_captions",
     "finetune/make_captions_by_git",
@@ -69,7 +69,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "finetune/prepare_buckets_latents",
     "finetune/tag_images_by_wd14_tagger",
     "flux_minimal_inference",
-    "flux_train",
     "flux_train_control_net",
     "gen_img",
     "hunyuan_image_minimal_inference",
@@ -95,7 +94,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "sd3_train_network",
     "sdxl_gen_img",
     "sdxl_minimal_inference",
-    "sdxl_train",
     "sdxl_train_control_net",
     "sdxl_train_control_net_lllite",
     "sdxl_train_textual_inversion",
@@ -111,7 +109,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "tools/resize_images_to_resolution",
     "tools/show_metadata",
     "train_control_net",
-    "train_db",
     "train_textual_inversion",
 )
 

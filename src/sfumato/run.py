@@ -105,7 +105,7 @@ class Run:
         kind = {"epsilon": "epsilon", "v": "v", "velocity": ""}[self.model.objective.predicts]
         return modelspec(
             self.config,
-            architecture=self.outlook.blueprint.architecture + "/lora",
+            architecture=self.outlook.blueprint.architecture + self.method.kind,
             implementation=self.outlook.blueprint.implementation,
             prediction_type=kind,
             resolution=self.outlook.data.datasets[0].settings.resolution,
@@ -140,10 +140,11 @@ def open_run(config: Config) -> Run | None:
     if start >= outlook.total:
         log.info("nothing left to do: training was complete at step %d of %d", start, outlook.total)
         return None
-    model = outlook.family.load(
-        outlook.blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=processes.device
-    )
     method = outlook.method
+    blueprint = outlook.blueprint.with_dtype(method.own_weights(outlook.blueprint), torch.float32)
+    model = outlook.family.load(
+        blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=processes.device
+    )
     groups = method.prepare(model)
     if config.memory.gradient_checkpointing:
         for part in model.parts.values():
@@ -152,7 +153,7 @@ def open_run(config: Config) -> Run | None:
     rates = make_rates(config.optim, optimizer, outlook.total)
     scaler = GradScaler(processes.device.type, enabled=config.memory.mixed_precision == "fp16")
     if state:
-        method.modules.load_state_dict(state["weights"])
+        method.load_state(state["weights"])
         restore(optimizer, state["optimizer"], state["optimizer_class"])
         rates.load_state_dict(state["rates"])
         if state["scaler"]:  # empty where the saved run was not in fp16
@@ -184,20 +185,17 @@ def open_run(config: Config) -> Run | None:
 
 
 def facts_of(config: Config, outlook: plan.Outlook, optimizer: Optimizer) -> Facts:
-    """What the adapter file says beyond the options, the checkpoint's name and hashes excepted."""
-    network = config.network
-    dim = network.network_dim or 4
+    """What a saved file says beyond the options, the checkpoint's name and hashes excepted."""
     return Facts(
         session_id=random.SystemRandom().randrange(2**32),
         started_at=time.time(),
         total_steps=outlook.total,
         epochs=-(-outlook.total // steps_per_epoch(config, outlook)),
         base_model_version=outlook.blueprint.base_model_version,
-        network_dim=dim,
-        network_alpha=network.network_alpha or dim,
         optimizer=describe(optimizer, config.optim.optimizer_args),
         data=data_metadata(outlook.data),
         family=outlook.blueprint.metadata,
+        method=outlook.method.metadata(),
     )
 
 

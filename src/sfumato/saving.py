@@ -1,10 +1,9 @@
-"""What a run leaves behind: adapter files, states, previews. Called by the loop between steps."""
+"""What a run leaves behind: trained files, states, previews. Called by the loop between steps."""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,6 @@ from PIL.PngImagePlugin import PngInfo
 from sfumato import files, plan
 from sfumato.config.prompts import read_prompts
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
 from sfumato.formats.metadata import at_save, minimum
 from sfumato.formats.state import save_state
 from sfumato.optim.averaging import averaged
@@ -55,7 +53,7 @@ def save_final(run: Run) -> None:
     if samples.sample_every_n_epochs or samples.sample_every_n_steps:
         save_previews(run, run.total, f"{run.total:06d}")
     save_both(run, run.saves.name, run.total, state=save.save_state or save.save_state_on_train_end)
-    log.info("saved %s", run.output / f"{run.saves.name}.safetensors")
+    log.info("saved %s", output_path(run, run.saves.name))
 
 
 def save_both(run: Run, name: str, step: int, *, state: bool) -> None:
@@ -63,24 +61,22 @@ def save_both(run: Run, name: str, step: int, *, state: bool) -> None:
     if not run.is_main:
         return
     with averaged(run.optimizer):
-        save_output(run, run.output / f"{name}.safetensors", step)
+        save_output(run, output_path(run, name), step)
     if state:
         save_state_folder(run, f"{name}-state", step)
 
 
+def output_path(run: Run, name: str) -> Path:
+    return run.output / (name + run.method.ending(run.model.blueprint))
+
+
 def save_output(run: Run, path: Path, step: int) -> None:
-    """The adapter file, with its metadata and the field's two hashes."""
-    dtype = PRECISIONS[run.config.save.save_precision]
-    tensors = run.method.state_to_save()
+    """The method's file or folder, with its metadata."""
     epoch = -(-step // run.steps_per_epoch)
     metadata = at_save({**run.metadata, **run.named_files.result()}, step=step, epoch=epoch)
     if run.config.save.no_metadata:
         metadata = minimum(metadata)
-    metadata |= run.modelspec()
-    whole, short = adapter_hashes(tensors, metadata, dtype=dtype)
-    metadata |= {"sshs_model_hash": whole, "sshs_legacy_hash": short}
-    write_safetensors(path, tensors, metadata, dtype=dtype)
-    log.debug("%s: %d tensors", path, len(tensors))
+    run.method.write(run.model, path, metadata | run.modelspec(), PRECISIONS[run.config.save.save_precision])
 
 
 def save_state_folder(run: Run, name: str, step: int) -> Path:
@@ -90,7 +86,7 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
     if run.is_main:
         state: dict[str, Any] = {
             "step": step,
-            "weights": dict(run.method.modules.state_dict()),
+            "weights": run.method.state(),
             "optimizer": run.optimizer.state_dict(),
             "optimizer_class": class_name(run.optimizer),
             "rates": run.rates.state_dict(),
@@ -106,9 +102,9 @@ def remove(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:
     if not run.is_main:
         return
     for name in outputs:
-        (run.output / f"{name}.safetensors").unlink(missing_ok=True)
+        files.remove(output_path(run, name))
     for name in states:
-        shutil.rmtree(run.output / f"{name}-state", ignore_errors=True)
+        files.remove(run.output / f"{name}-state")
 
 
 def save_previews(run: Run, step: int, label: str) -> None:

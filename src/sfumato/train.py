@@ -51,6 +51,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
 
 def train_step(run: Run, step: Step) -> Tensor:
     """One optimizer step over its micro-batches; returns the step's loss, summed over all processes."""
+    run.method.before_step(step.index)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
     for micro, batch in enumerate(step.batches):

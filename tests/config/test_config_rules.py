@@ -18,6 +18,19 @@ CASES = {
         "--network_args loraplus_lr_ratio=16 --optimizer_type AdamW",
     ),
     "base-strengths": ("--base_weights FILE --base_weights_multiplier 1 2", "--base_weights FILE FILE"),
+    "adapter-options-full": ("--method full --network_dim 4", "--method full"),
+    "full-options-adapter": ("--block_lr 1e-5,0", "--method full --block_lr 1e-5,0"),
+    "text-rates-twice": (
+        "--method full --train_text_encoder --text_encoder_lr 1e-5 --learning_rate_te 1e-5",
+        "--method full --train_text_encoder --learning_rate_te1 1e-5 --learning_rate_te 1e-6",
+    ),
+    "text-still": ("--method full --learning_rate_te1 1e-5", "--method full --train_text_encoder --text_encoder_lr 0"),
+    "text-never": (
+        "--method full --train_text_encoder --stop_text_encoder_training 0",
+        "--method full --train_text_encoder --stop_text_encoder_training 1",
+    ),
+    "block-rates-twice": ("--method full --block_lr 0,1e-5 --unet_lr 1e-5", "--method full --block_lr 0,1e-5"),
+    "adapter-folder": ("--save_model_as diffusers", "--save_model_as diffusers --method full"),
     "noise-twice": ("--noise_offset 0.1 --multires_noise_iterations 6", "--noise_offset 0.1"),
     "v-weight": (
         "--scale_v_pred_loss_like_noise_pred",

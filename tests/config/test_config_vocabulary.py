@@ -10,7 +10,9 @@ import pytest
 from sfumato.config.schema import THEMES, Config, vocabulary
 from sfumato.names import OPTION_ALIASES
 
-FIELD = json.loads((Path(__file__).parents[1] / "goldens" / "network_script_options.json").read_text())
+GOLDENS = Path(__file__).parents[1] / "goldens"
+NETWORK, FULL = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in ("network", "full"))
+FIELD = FULL | NETWORK  # where both have an option, they agree but for what stands below
 OURS = {
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k",
@@ -18,9 +20,9 @@ OURS = {
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own), a name that the
 # scripts fill in later.
-OTHER_DEFAULTS = {"output_name": "last", "text_encoder_lr": None}
+OTHER_DEFAULTS = {"output_name": "last", "text_encoder_lr": None, "save_model_as": None}
 BY_SCRIPT = {"t5xxl_max_token_length", "timestep_sampling", "model_prediction_type", "discrete_flow_shift"}
-MORE_CHOICES = {"resize_interpolation": {"box"}, "timestep_sampling": set()}
+MORE_CHOICES = {"resize_interpolation": {"box"}, "save_model_as": {"diffusers", "diffusers_safetensors"}}
 
 
 def test_every_option_of_the_scripts_is_known():
@@ -51,6 +53,17 @@ def test_default_choices_and_number_of_values(name):
     assert {0: "flag", "*": "many", None: "one"}[theirs["nargs"]] == ours.kind
     if ours.choices and name != "lr_scheduler":
         assert set(ours.choices) - MORE_CHOICES.get(name, set()) == choices(theirs["choices"])
+
+
+def test_scripts_of_both_kinds_mean_the_same():
+    differ = {n for n in FULL.keys() & NETWORK.keys() if not alike(FULL[n]["default"], NETWORK[n]["default"])}
+    assert differ == {"save_model_as"}
+    assert choices(FULL["save_model_as"]["choices"]) - {"ckpt", "safetensors"} == MORE_CHOICES["save_model_as"]
+
+
+def alike(full, network) -> bool:
+    by_script = network["by script"].values() if isinstance(network, dict) else [network]
+    return full in by_script
 
 
 def choices(given) -> set[str]:

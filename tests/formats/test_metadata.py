@@ -25,6 +25,7 @@ from sfumato.errors import UserError
 from sfumato.formats.checkpoint import model_hash, sha256_of
 from sfumato.formats.metadata import (
     Facts,
+    adapter_metadata,
     at_save,
     minimum,
     modelspec,
@@ -52,14 +53,18 @@ def facts(**changes):
             "total_steps": 1600,
             "epochs": 10,
             "base_model_version": "sd_v1",
-            "network_dim": 4,
-            "network_alpha": 1.0,
             "optimizer": "torch.optim.adamw.AdamW(weight_decay=0.1)",
             "data": {},
             "family": {},
+            "method": {},
         }
         | changes
     )
+
+
+def described(config, **changes):
+    """The ss_ keys of an adapter file."""
+    return training_metadata(config, facts(method=adapter_metadata(config, default_rank=4), **changes))
 
 
 # ---------------------------------------------------------------- ss_ keys
@@ -67,10 +72,10 @@ def facts(**changes):
 
 def test_the_keys_are_the_fields_under_its_conditions():
     data, model = dict.fromkeys(DATA), dict.fromkeys(MODEL, "")
-    plain = training_metadata(Config(), facts(data=data)) | model
+    plain = described(Config(), data=data) | model
     assert set(plain) == set(GOLDEN["train_network_keys"]) - set(WHEN["at save"]) - {"ss_network_args"}
     given = Config(network=NetworkOptions(network_args={"conv_dim": 4}))
-    full = at_save(training_metadata(given, facts(data=data)) | model, step=1600, epoch=10)
+    full = at_save(described(given, data=data) | model, step=1600, epoch=10)
     assert set(full) == set(GOLDEN["train_network_keys"])
     assert len(full) == GOLDEN["keys_count"]
     assert all(isinstance(value, str) for value in full.values())
@@ -84,7 +89,7 @@ def test_values_are_spelled_as_python_spells_them():
         images=ImageOptions(face_crop_aug_range=(2.0, 4.0)),
     )
     data = {"ss_resolution": "(512, 512)", "ss_bucket_info": None, "ss_dataset_dirs": {"a": {"n_repeats": 2}}}
-    found = training_metadata(config, facts(data=data, family={"ss_mode_scale": 1.29}))
+    found = described(config, data=data, family={"ss_mode_scale": 1.29})
     assert {name: found[name] for name in found if name in EXPECTED} == EXPECTED
 
 
@@ -114,19 +119,19 @@ EXPECTED = {
 
 def test_network_arguments_are_a_table_of_texts():
     network = NetworkOptions(network_args={"conv_dim": 4, "flag": True, "name": "x"}, network_dropout=0.25)
-    found = training_metadata(Config(network=network), facts())
+    found = described(Config(network=network))
     expected = {"conv_dim": "4", "flag": "True", "name": "x", "dropout": "0.25"}
     assert json.loads(found["ss_network_args"]) == expected
 
 
 def test_at_save_and_the_minimum():
-    metadata = training_metadata(Config(network=NetworkOptions(network_args={"conv_dim": 4})), facts())
+    metadata = described(Config(network=NetworkOptions(network_args={"conv_dim": 4})))
     saved = at_save(metadata, step=40, epoch=2)
     assert (saved["ss_steps"], saved["ss_epoch"]) == ("40", "2")
     assert abs(float(saved["ss_training_finished_at"]) - time.time()) < 60
     assert set(minimum(saved)) == set(WHEN["minimum kept with --no_metadata"])
     assert minimum(saved).items() <= saved.items()
-    assert "ss_network_args" not in minimum(training_metadata(Config(), facts()))
+    assert "ss_network_args" not in minimum(described(Config()))
 
 
 def test_named_files(tmp_path):
@@ -214,7 +219,7 @@ def test_a_picture_becomes_a_data_url_once(tmp_path):
 def test_a_missing_picture_is_told_before_training(tmp_path):
     config = Config(metadata=MetadataOptions(metadata_thumbnail=str(tmp_path / "gone.png")))
     with pytest.raises(UserError, match="--metadata_thumbnail: cannot read"):
-        training_metadata(config, facts())
+        described(config)
 
 
 # ---------------------------------------------------------------- nothing private

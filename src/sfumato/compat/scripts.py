@@ -41,9 +41,10 @@ class Script:
     def options(self) -> frozenset[str]:
         """The names of the options that it has."""
         table = option_table()
-        return OURS.union(table["every script"], table[self.name])
+        return OURS.union(table["every script"], table[self.method], table[self.name])
 
 
+FLUX_DEFAULTS = {"timestep_sampling": "sigma", "model_prediction_type": "sigma_scaled", "discrete_flow_shift": 3.0}
 SCRIPTS = {
     script.name: script
     for script in (
@@ -67,11 +68,7 @@ SCRIPTS = {
             method="adapter",
             summary="Trains an adapter for FLUX.1.",
             available=True,
-            defaults={
-                "timestep_sampling": "sigma",
-                "model_prediction_type": "sigma_scaled",
-                "discrete_flow_shift": 3.0,
-            },
+            defaults=FLUX_DEFAULTS,
         ),
         Script(
             name="sd3_train_network",
@@ -87,13 +84,43 @@ SCRIPTS = {
             summary="Trains an adapter for Lumina-Image 2.0.",
             defaults={"timestep_sampling": "shift", "model_prediction_type": "raw", "discrete_flow_shift": 6.0},
         ),
+        Script(
+            name="fine_tune",
+            family="sd",
+            method="full",
+            summary="Trains the whole model of Stable Diffusion 1 and 2.",
+            available=True,
+        ),
+        Script(
+            name="train_db",
+            family="sd",
+            method="full",
+            summary="Trains the whole model of Stable Diffusion 1 and 2, text encoder included.",
+            available=True,
+            defaults={"train_text_encoder": True},
+        ),
+        Script(
+            name="sdxl_train",
+            family="sdxl",
+            method="full",
+            summary="Trains the whole model of Stable Diffusion XL.",
+            available=True,
+        ),
+        Script(
+            name="flux_train",
+            family="flux",
+            method="full",
+            summary="Trains the whole transformer of FLUX.1.",
+            available=True,
+            defaults=FLUX_DEFAULTS,
+        ),
     )
 }
 
 
 @cache
 def option_table() -> dict[str, list[str]]:
-    """The option names that every script of the table has, and what each has beyond them."""
+    """The option names that every script of the table has, every one of a method, and what each has beyond them."""
     return json.loads(files("sfumato.compat").joinpath("options.json").read_text(encoding="utf-8"))
 
 
@@ -119,7 +146,7 @@ def absent_options(script: Script) -> dict[str, str]:
     """Every option that a script does not have, with what to tell the user."""
     absent = {}
     for name in {*OWN_ELSEWHERE, *(name for names in option_table().values() for name in names)} - script.options:
-        homes = [other for other in SCRIPTS if name in option_table()[other]]
+        homes = [other for other, each in SCRIPTS.items() if name in each.options]
         absent[name] = OWN_ELSEWHERE.get(name) or f"{script.name} does not have it; it belongs to {' and '.join(homes)}"
     return absent
 

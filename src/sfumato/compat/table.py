@@ -23,6 +23,7 @@ Status: **yes**: works. **later**: known and typed, refused until the named part
 **no effect**: accepted and reported. *Scripts*: the scripts of the field that have the option; `sfumato train` has all.
 """
 
+GROUPS = {"adapter": "adapter scripts", "full": "whole-model scripts"}
 COLUMNS = """| Option | Takes | Default | Status | Scripts | Meaning |
 |---|---|---|---|---|---|"""
 RULES_HEAD = """*required* and *conflict* end the program before it starts; *no effect* is a line in the report,
@@ -61,9 +62,11 @@ def status(option: Option) -> str:
 
 def scripts(option: Option) -> str:
     """Which scripts of the field have the option."""
-    if option.name in option_table()["every script"]:
+    table = option_table()
+    if option.name in table["every script"]:
         return "all"
-    homes = [name.removesuffix("_train_network") for name in SCRIPTS if option.name in option_table()[name]]
+    homes = [GROUPS[group] for group in GROUPS if option.name in table[group]]
+    homes += [name.removesuffix("_train_network") for name in SCRIPTS if option.name in table[name]]
     return ", ".join(homes) if homes else "ours"
 
 

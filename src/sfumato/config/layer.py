@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sfumato.config.base import Option
 from sfumato.config.schema import THEMES, by_theme, vocabulary
 from sfumato.errors import Problems
-from sfumato.names import OPTION_ALIASES
+from sfumato.names import FOREIGN_KEYS, OPTION_ALIASES
 from sfumato.registry import did_you_mean, nearest
 
 # How a value that pydantic refuses is described; {} are the limits that it names.
@@ -117,8 +117,14 @@ def nearest_option(name: str) -> str | None:
 
 
 def refuse_absent(layer: Layer, absent: Mapping[str, str], problems: Problems) -> None:
-    """Take out the options that this script does not have, with the reason that the script gives."""
+    """Take out the options that this script does not have, with the reason that the script gives.
+
+    Some of them front ends write into every configuration file; there they are no fault.
+    """
     for name in [name for name in layer.values if name in absent]:
         del layer.values[name]
+        if layer.typed and name in FOREIGN_KEYS:
+            layer.notes.append(f"{layer.place(name)} is ignored: {FOREIGN_KEYS[name]}")
+            continue
         layer.suspects.add(name)
         problems.add(f"{layer.place(name)} is not an option here", fix=absent[name])

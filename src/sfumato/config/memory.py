@@ -36,6 +36,10 @@ class MemoryOptions(Options):
     xformers: bool = option(
         False, "attention from xformers", planned="the memory options; --sdpa's attention is always on"
     )
+    diffusers_xformers: bool = option(
+        False, "attention from xformers, by diffusers' switch",
+        planned="the memory options; --sdpa's attention is always on",
+    )  # fmt: skip
     mem_eff_attn: bool = option(
         False, "attention in slices", planned="the memory options; --sdpa's attention is always on"
     )
@@ -51,6 +55,12 @@ class MemoryOptions(Options):
     fp8_base_unet: bool = option(False, "keep the frozen denoiser in float8", planned="the memory options")
     blocks_to_swap: int | None = option(
         None, "blocks that wait in main memory until they are needed", planned="the memory options", ge=1
+    )
+    double_blocks_to_swap: int | None = option(
+        None, "old way to say how many double blocks wait in main memory", planned="the memory options", ge=0
+    )
+    single_blocks_to_swap: int | None = option(
+        None, "old way to say how many single blocks wait in main memory", planned="the memory options", ge=0
     )
     split_mode: bool = option(False, "old way to swap 18 blocks", planned="the memory options")
     cpu_offload_checkpointing: bool = option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import Arguments, Rates, Steps
+from sfumato.config.values import Arguments, RateList, Rates, Steps
 
 
 class OptimOptions(Options):
@@ -19,6 +19,15 @@ class OptimOptions(Options):
     unet_lr: float | None = option(None, "learning rate of the denoiser; 0 leaves it as it is", ge=0)
     text_encoder_lr: Rates | None = option(
         None, "learning rates of the text encoders, in their order; one value serves all, 0 leaves one as it is"
+    )
+    learning_rate_te: float | None = option(
+        None, "learning rate of every text encoder of a whole model, without it --learning_rate; 0 leaves it as it is",
+        ge=0,
+    )  # fmt: skip
+    learning_rate_te1: float | None = option(None, "learning rate of a whole model's first text encoder", ge=0)
+    learning_rate_te2: float | None = option(None, "learning rate of a whole model's second text encoder", ge=0)
+    block_lr: RateList | None = option(
+        None, "learning rates of a whole denoiser's blocks, one for each; 0 leaves a block as it is"
     )
     max_grad_norm: float = option(1.0, "gradients with a larger norm are scaled down to it; 0 for never", ge=0)
     lr_scheduler: Literal[
@@ -44,6 +53,13 @@ class OptimOptions(Options):
     lr_scheduler_args: Arguments = option({}, "arguments of that class, or of a schedule that takes some")
     fused_backward_pass: bool = option(
         False, "step each parameter as soon as its gradient is there", planned="the memory options"
+    )
+
+    fused_optimizer_groups: int | None = option(
+        None, "optimizers that share the parameters, each stepping by itself", planned="the memory options", ge=1
+    )
+    blockwise_fused_optimizers: bool = option(
+        False, "an optimizer for each block, stepping by itself", planned="the memory options"
     )
 
     @property

@@ -9,7 +9,10 @@ from sfumato.config.schema import Config
 
 OPTIMIZER = ("optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer")
 SCHEDULE = ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args")
-RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
+RATES = (
+    "learning_rate", "unet_lr", "text_encoder_lr", "learning_rate_te", "learning_rate_te1", "learning_rate_te2",
+    "block_lr",
+)  # fmt: skip
 WAVES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
 READERS = {  # option -> the schedules that read it
     "lr_decay_steps": ("warmup_stable_decay",),
@@ -33,6 +36,12 @@ def named_schedule(config: Config) -> str:
 def rates_in_use(config: Config) -> Iterator[float]:
     """The rates that are given to the parts that train."""
     optim, network = config.optim, config.network
+    if config.run.method == "full":
+        yield from optim.block_lr or (optim.learning_rate if optim.unet_lr is None else optim.unet_lr,)
+        own = (optim.learning_rate_te, optim.learning_rate_te1, optim.learning_rate_te2)
+        given = [*(optim.text_encoder_lr or ()), *(rate for rate in own if rate is not None)]
+        yield from (given or [optim.learning_rate]) if config.full.trains_text else ()
+        return
     if not network.network_train_text_encoder_only:
         yield optim.learning_rate if optim.unet_lr is None else optim.unet_lr
     if not network.network_train_unet_only:
@@ -151,7 +160,7 @@ NO_EFFECT = (
         kind="no effect",
         options=(*RATES, *OPTIMIZER),
         broken=lambda c: c.optim.relative_step and any(c.value(name) for name in RATES if c.changed(name)),
-        what="--learning_rate, --unet_lr and --text_encoder_lr have no effect: AdaFactor's relative_step sets the rate",
+        what="--learning_rate and the rates of parts have no effect: AdaFactor's relative_step sets the rate",
         fix="leave them out, or give --optimizer_args relative_step=False",
     ),
     Rule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sfumato.config.full_rules import FULL_RULES
 from sfumato.config.loss_rules import LOSS_RULES
 from sfumato.config.network_rules import NETWORK_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
@@ -218,4 +219,4 @@ NO_EFFECT = (
     ),
 )
 
-RULES = REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES + NETWORK_RULES
+RULES = REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES + NETWORK_RULES + FULL_RULES

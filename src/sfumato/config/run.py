@@ -12,7 +12,9 @@ class RunOptions(Options):
     """The run"""
 
     family: str | None = option(None, "model family; without it found from the checkpoint")
-    method: Literal["adapter"] = option("adapter", "what is trained: an adapter beside the frozen model")
+    method: Literal["adapter", "full"] = option(
+        "adapter", "what is trained: an adapter beside the frozen model, or the model itself"
+    )
     config_file: FilePath | None = option(
         None, "TOML file with options as keys; section headings are free, .toml is added if missing", path="file"
     )

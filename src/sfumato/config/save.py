@@ -18,11 +18,15 @@ class SaveOptions(Options):
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
         None, "precision of the file; without it as trained"
     )
-    save_model_as: Literal["ckpt", "pt", "safetensors"] = option(
-        "safetensors",
-        "file format",
+    save_model_as: Literal["ckpt", "pt", "safetensors", "diffusers", "diffusers_safetensors"] | None = option(
+        None,
+        "file format; without it safetensors, or a folder where a whole model came from one",
         planned_values={"ckpt": "the other file formats", "pt": "the other file formats"},
     )
+    use_safetensors: bool = option(
+        False, "save as safetensors where --save_model_as does not say", no_effect="weights are always saved so"
+    )
+    mem_eff_save: bool = option(False, "save with less memory", no_effect="every file is written tensor by tensor")
     save_every_n_epochs: int | None = option(None, "save after every Nth epoch", ge=1)
     save_every_n_steps: int | None = option(None, "save after every Nth step", ge=1)
     save_n_epoch_ratio: int | None = option(None, "save about N times, evenly over the epochs", ge=1)

@@ -12,6 +12,7 @@ from sfumato.config.base import Option, Options, described
 from sfumato.config.cache import CacheOptions, LoaderOptions
 from sfumato.config.captions import CaptionOptions
 from sfumato.config.dataset import BucketOptions, DatasetOptions, ImageOptions
+from sfumato.config.full import FullOptions
 from sfumato.config.log import LogOptions
 from sfumato.config.loop import LoopOptions
 from sfumato.config.memory import MemoryOptions
@@ -29,6 +30,7 @@ THEMES: dict[str, type[Options]] = {
     "run": RunOptions,
     "model": ModelOptions,
     "network": NetworkOptions,
+    "full": FullOptions,
     "dataset": DatasetOptions,
     "buckets": BucketOptions,
     "captions": CaptionOptions,
@@ -79,6 +81,7 @@ class Config(Options):
     run: RunOptions = RunOptions()
     model: ModelOptions = ModelOptions()
     network: NetworkOptions = NetworkOptions()
+    full: FullOptions = FullOptions()
     dataset: DatasetOptions = DatasetOptions()
     buckets: BucketOptions = BucketOptions()
     captions: CaptionOptions = CaptionOptions()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import math
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +49,18 @@ def as_steps(value: Any) -> int | float:
 def step_count(steps: int | float, total: int) -> int:
     """How many of `total` steps are meant: a whole number as it is, a share rounded down."""
     return steps if isinstance(steps, int) else int(steps * total)
+
+
+def as_rates(value: Any) -> tuple[float, ...]:
+    """ "1e-5,0,2e-5" or an array of numbers -> learning rates; those of a command line stand in one text."""
+    parts = value.split(",") if isinstance(value, str) else as_tuple(value)
+    try:
+        rates = tuple(float(part) for part in parts)
+    except (TypeError, ValueError):
+        rates = (-1.0,)
+    if not all(0 <= rate < math.inf for rate in rates) or any(isinstance(part, bool) for part in parts):
+        raise ValueError("is not a list of learning rates; write numbers from 0 with commas between them, as 1e-5,0")
+    return rates
 
 
 def as_range(value: Any) -> tuple[float, float]:
@@ -135,6 +149,9 @@ Size = Annotated[
 ]
 Range = Annotated[
     tuple[float, float], PlainValidator(as_range), PlainSerializer(lambda r: f"{r[0]},{r[1]}"), Shown("X,X")
+]
+RateList = Annotated[
+    Sequence[float], PlainValidator(as_rates), PlainSerializer(lambda r: ",".join(map(str, r))), Shown("X,X,...")
 ]
 Steps = Annotated[int | float, PlainValidator(as_steps), Shown("N|X%")]
 Arguments = Annotated[dict[str, Any], BeforeValidator(as_arguments), PlainSerializer(spelled), Shown("NAME=VALUE ...")]

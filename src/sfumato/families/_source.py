@@ -15,7 +15,7 @@ from torch import nn
 
 from sfumato.config import ModelOptions
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import PickledFile, TensorFile, open_checkpoint
+from sfumato.formats.checkpoint import DTYPES, PickledFile, TensorFile, open_checkpoint
 from sfumato.formats.keymap import KeyMap
 
 Shapes = dict[str, torch.Size]
@@ -157,6 +157,23 @@ class Weights:
             some = ", ".join(unknown[:5])
             raise UserError(f"{self.file.header.path} holds {len(unknown)} keys of no known place: {some}")
         return shapes
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """Our name -> the key without prefix that holds it, alone or stacked with others."""
+        found = ((original, self.key_map.ours(original)) for original in self.originals())
+        return {name: original for original, ours in found if ours for name in ours[0]}
+
+    def empty(self, name: str) -> torch.Tensor:
+        """One of our tensors without its values: the type and shape that it has in the file."""
+        stored = self.file.header.tensors[self.prefix + self.places[name]]
+        return torch.empty(self.shapes()[name], dtype=DTYPES[stored.dtype], device="meta")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One of our tensors as the file has it."""
+        original = self.places[name]
+        pieces = self.key_map.split(original, self.file.read(self.prefix + original), self.shapes())
+        return next(piece for ours, piece in pieces if ours == name)
 
     def _rows(self, original: str, shape: torch.Size, count: int) -> Sequence[int]:
         if self.rows is not None:

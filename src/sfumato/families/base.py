@@ -7,8 +7,8 @@ features, how features become the denoiser's arguments, how pixels become latent
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,7 +21,7 @@ from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.errors import UserError
 from sfumato.families._source import Source, Weights, on_meta
 from sfumato.formats.groups import Layer, LayerGroup, file_name, layer_groups, layers_of, skeleton
-from sfumato.formats.keymap import KeyMap
+from sfumato.formats.keymap import KeyMap, matches
 from sfumato.registry import Registry
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # a network from its configuration
@@ -56,6 +56,11 @@ class PartSpec:
         targets = [*self.targets, *(more if every else ())]
         return layer_groups(layers, targets, part=self.name, prefix=self.adapter_prefix, adapter_map=self.adapter_map)
 
+    def stage(self, name: str) -> int | None:
+        """The place among `stages` of the block that holds a layer or weight with this name of ours."""
+        original = self.key_map.locate(name).original
+        return next((i for i, stage in enumerate(self.stages) if matches(stage, original)), None)
+
     def aliases(self, groups: Sequence[LayerGroup]) -> dict[str, str]:
         """Name in a further layout -> our name, for the groups that are one layer there, too."""
         found: dict[str, str] = {}
@@ -86,6 +91,7 @@ class Network:
     spec: PartSpec
     config: Mapping[str, Any]
     weights: Weights
+    dtype: torch.dtype | None = None  # that this network is loaded in whatever the rest of the model is
 
     def groups(self, *, every: bool = False) -> list[LayerGroup]:
         """The groups a loaded Part would have, from the file's header alone."""
@@ -94,7 +100,7 @@ class Network:
     def load(self, build: Builder, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Build from the configuration without storage, then fill from the file in the wanted dtype."""
         module = on_meta(lambda: build(self.config))
-        self.weights.fill(module, dtype=dtype, device=device)
+        self.weights.fill(module, dtype=self.dtype or dtype, device=device)
         self.weights.file.close()  # opens again by itself when something more is read
         return module.to(device)  # buffers
 
@@ -125,9 +131,21 @@ class Blueprint:
     text_parts: tuple[str, ...]
     objective: Objective
     latents: LatentSpec
+    checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
     implementation: str = "diffusers"  # modelspec.implementation
     metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
     notes: tuple[str, ...] = ()  # what the user should know before the first step; errors with --strict
+
+    def in_file(self, part: str) -> bool:
+        """Whether a network lies in the model's own checkpoint, or would if it were a single file."""
+        if self.source.is_folder:
+            return part in self.checkpoint
+        return self.networks[part].weights.file is self.source.file
+
+    def with_dtype(self, parts: Collection[str], dtype: torch.dtype) -> Blueprint:
+        """The same, but some networks are loaded in a dtype of their own."""
+        changed = {name: replace(self.networks[name], dtype=dtype) for name in parts}
+        return replace(self, networks={**self.networks, **changed})
 
     def load(self, builders: Mapping[str, Builder], *, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
         """The named networks, each built from its configuration and filled from its file."""

@@ -91,6 +91,7 @@ class StableDiffusion(Family):
             base_model_version=f"sd_v{2 if second else 1}" + ("_v" if v else ""),
             architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
             text_parts=cls.text_parts,
+            checkpoint=("denoiser", "clip", "vae"),
             networks={"denoiser": denoiser, "clip": _read_clip(source), "vae": vae},
             objective=objective,
             latents=_vae.latent_spec(vae.config, patch=1, size_multiple=64),

@@ -110,6 +110,7 @@ class StableDiffusionXL(Family):
             base_model_version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base",
             text_parts=cls.text_parts,
+            checkpoint=("denoiser", "clip_l", "clip_g", "vae"),
             networks={"denoiser": denoiser, "clip_l": _read_clip_l(source), "clip_g": clip_g, "vae": vae},
             objective=objective,
             latents=_vae.latent_spec(vae.config, patch=1, size_multiple=32),

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -154,6 +155,16 @@ def pattern(text: str) -> re.Pattern[str]:
     for hole, meaning in HOLES.items():
         body = body.replace(re.escape(hole), meaning)
     return re.compile(body)
+
+
+def matches(alternatives: str, name: str) -> bool:
+    """Whether a whole name fits one of the patterns of a|b."""
+    return any(each.fullmatch(name) for each in compiled(alternatives))
+
+
+@cache
+def compiled(alternatives: str) -> tuple[re.Pattern[str], ...]:
+    return tuple(pattern(each) for each in alternatives.split("|")) if alternatives else ()
 
 
 def _head(text: str) -> str:

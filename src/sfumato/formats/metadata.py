@@ -1,4 +1,4 @@
-"""What an adapter file says of its training: the field's ss_ and model-spec keys. Names of files, never paths."""
+"""What a saved file says of its training: the field's ss_ and model-spec keys. Names of files, never paths."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MINIMUM = (
 )
 # Keys whose value is the option of the same name, ss_ taken off.
 SAME = (
-    "learning_rate", "text_encoder_lr", "unet_lr", "gradient_checkpointing", "gradient_accumulation_steps",
-    "lr_warmup_steps", "lr_scheduler", "network_dropout", "mixed_precision", "full_fp16", "v2", "clip_skip",
+    "learning_rate", "gradient_checkpointing", "gradient_accumulation_steps",
+    "lr_warmup_steps", "lr_scheduler", "mixed_precision", "full_fp16", "v2", "clip_skip",
     "max_token_length", "cache_latents", "lowram", "noise_offset", "multires_noise_iterations",
     "multires_noise_discount", "adaptive_noise_scale", "zero_terminal_snr", "training_comment", "max_grad_norm",
     "caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "face_crop_aug_range",
-    "prior_loss_weight", "min_snr_gamma", "scale_weight_norms", "ip_noise_gamma", "noise_offset_random_strength",
+    "prior_loss_weight", "min_snr_gamma", "ip_noise_gamma", "noise_offset_random_strength",
     "ip_noise_gamma_random_strength", "loss_type", "huber_schedule", "huber_scale", "huber_c", "fp8_base",
     "fp8_base_unet", "validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs",
     "validate_every_n_steps", "resize_interpolation",
@@ -56,11 +56,10 @@ class Facts:
     total_steps: int
     epochs: int
     base_model_version: str
-    network_dim: int
-    network_alpha: float
     optimizer: str  # module.Class(arguments)
     data: Mapping[str, Any]  # ss_ keys about the data
     family: Mapping[str, Any]  # ss_ keys that only some families have
+    method: Mapping[str, Any]  # ss_ keys about what is trained
 
 
 def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
@@ -69,7 +68,6 @@ def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
     Raises UserError for a thumbnail that cannot be read, so that it is not found out at the first save.
     """
     _thumbnail(config.metadata.metadata_thumbnail)
-    network = config.network
     values: dict[str, Any] = {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
@@ -78,24 +76,36 @@ def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
         "ss_debiased_estimation": config.loss.debiased_estimation_loss,
         "ss_num_epochs": facts.epochs,
         "ss_max_train_steps": facts.total_steps,
-        "ss_network_module": network.network_module or "networks.lora",
-        "ss_network_dim": facts.network_dim,
-        "ss_network_alpha": facts.network_alpha,
         "ss_base_model_version": facts.base_model_version,
         "ss_seed": config.loop.seed,
         "ss_sd_scripts_commit_hash": PROGRAM,
         "ss_optimizer": without_paths(facts.optimizer),
         **facts.data,
         **facts.family,
+        **facts.method,
     }
-    if config.optim.text_encoder_lr is not None:
-        values["ss_text_encoder_lr"] = list(config.optim.text_encoder_lr)
+    return {name: json.dumps(value) if name in TABLES else str(value) for name, value in values.items()}
+
+
+def adapter_metadata(config: Config, *, default_rank: int) -> dict[str, Any]:
+    """The keys that only adapter files have."""
+    network, optim = config.network, config.optim
+    dim = network.network_dim or default_rank
+    values: dict[str, Any] = {
+        "ss_network_module": network.network_module or "networks.lora",
+        "ss_network_dim": dim,
+        "ss_network_alpha": network.network_alpha or dim,
+        "ss_network_dropout": network.network_dropout,
+        "ss_scale_weight_norms": network.scale_weight_norms,
+        "ss_unet_lr": optim.unet_lr,
+        "ss_text_encoder_lr": None if optim.text_encoder_lr is None else list(optim.text_encoder_lr),
+    }
     if network.network_args:
         arguments = {**network.network_args}
         if network.network_dropout is not None:
             arguments["dropout"] = network.network_dropout
         values["ss_network_args"] = {name: without_paths(str(value)) for name, value in arguments.items()}
-    return {name: json.dumps(value) if name in TABLES else str(value) for name, value in values.items()}
+    return values
 
 
 def named_file(kind: str, given: str | Path | None) -> dict[str, str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.adapters.base import Adapter, AdapterEngine, merge, trains
@@ -18,8 +20,11 @@ from sfumato.data.batch import Extras, Tensors
 from sfumato.diffusion.randomness import Randomness
 from sfumato.errors import UserError
 from sfumato.families.base import Blueprint, Family
+from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
 from sfumato.formats.groups import LayerGroup
 from sfumato.formats.lora import check_names, read_adapter_file, renamed
+from sfumato.formats.metadata import adapter_metadata
+from sfumato.methods.adapter_ranks import DEFAULT_RANK
 from sfumato.methods.adapter_rates import PLUS
 from sfumato.methods.adapter_rule import AdapterRule, make_rule
 from sfumato.methods.base import METHODS, Planned
@@ -33,6 +38,8 @@ Groups = Mapping[str, Sequence[LayerGroup]]  # part -> every adaptable layer
 @METHODS.register("adapter")
 class AdapterMethod:
     """The engine holds the adapters; this class decides where they go and at which rate they learn."""
+
+    kind = "/lora"
 
     def __init__(self, config: Config) -> None:
         self.config, self.network = config, config.network
@@ -64,6 +71,9 @@ class AdapterMethod:
             for row in rule.rates.groups(adapters)
         ]
 
+    def own_weights(self, blueprint: Blueprint) -> Collection[str]:
+        return ()
+
     def prepare(self, model: Family) -> list[ParameterGroup]:
         model.freeze()
         rule = make_rule(self.config, model.blueprint)
@@ -85,6 +95,9 @@ class AdapterMethod:
     def caption(self, text: str) -> str:
         return text
 
+    def before_step(self, step: int) -> None:
+        pass
+
     def begin(self, model: Family, extras: Extras) -> None:
         given = extras.multiplier
         self.engine.multiplier = 1.0 if given is None else given.to(model.device, non_blocking=True)
@@ -100,8 +113,25 @@ class AdapterMethod:
         found = {} if limit is None else self.engine.limit_norms(limit)
         return {f"max_norm/{name}": value for name, value in found.items()}
 
-    def state_to_save(self) -> Tensors:
-        return self.engine.tensors()
+    def state(self) -> Tensors:
+        return dict(self.modules.state_dict())
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.modules.load_state_dict(dict(state))
+
+    def metadata(self) -> Mapping[str, Any]:
+        return adapter_metadata(self.config, default_rank=DEFAULT_RANK)
+
+    def ending(self, blueprint: Blueprint) -> str:
+        return ".safetensors"
+
+    def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        """The adapter file, with the field's two hashes."""
+        tensors = self.engine.tensors()
+        whole, short = adapter_hashes(tensors, metadata, dtype=dtype)
+        hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": short}
+        write_safetensors(path, tensors, {**metadata, **hashes}, dtype=dtype)
+        log.debug("%s: %d tensors", path, len(tensors))
 
     def report(self) -> list[str]:
         return self.engine.report()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from sfumato.config import NetworkOptions
 from sfumato.errors import UserError
 from sfumato.families.base import PartSpec
 from sfumato.formats.groups import LayerGroup, is_pointwise
-from sfumato.formats.keymap import pattern
+from sfumato.formats.keymap import compiled, matches
 from sfumato.methods.adapter_args import AdapterArgs
 
 DEFAULT_RANK = 4
@@ -123,18 +121,7 @@ class Ranks:
 
 def stage_of(spec: PartSpec, group: LayerGroup) -> int | None:
     """The place of a group's layers among the part's stages."""
-    original = spec.key_map.locate(group.paths[0]).original
-    return next((i for i, stage in enumerate(spec.stages) if matches(stage, original)), None)
-
-
-def matches(alternatives: str, name: str) -> bool:
-    """Whether a whole name fits one of the patterns of a|b."""
-    return any(each.fullmatch(name) for each in compiled(alternatives))
-
-
-@cache
-def compiled(alternatives: str) -> tuple[re.Pattern[str], ...]:
-    return tuple(pattern(each) for each in alternatives.split("|")) if alternatives else ()
+    return spec.stage(group.paths[0])
 
 
 def check_lengths(args: AdapterArgs, specs: Sequence[PartSpec]) -> None:

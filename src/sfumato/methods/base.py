@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.data.batch import Extras, Tensors
@@ -28,11 +30,16 @@ class Planned:
 class Method(Protocol):
     """What is trained."""
 
-    modules: nn.ModuleDict  # all that this method added; saved by state
+    kind: str  # what modelspec.architecture says after the model's name: "/lora", "" for a whole model
+    modules: nn.ModuleDict  # all that trains; out of training mode while previews are made
     live_text: frozenset[str]  # encoders that train and so may not be cached
 
     def plan(self, blueprint: Blueprint) -> list[Planned]:
         """What `prepare` will train, from the checkpoint's headers."""
+        ...
+
+    def own_weights(self, blueprint: Blueprint) -> Collection[str]:
+        """The networks whose own weights train; they are loaded and kept in float32."""
         ...
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
@@ -40,6 +47,10 @@ class Method(Protocol):
         ...
 
     def caption(self, text: str) -> str: ...
+
+    def before_step(self, step: int) -> None:
+        """Before the optimizer step with this index, counted from 0 over all resumed runs."""
+        ...
 
     def begin(self, model: Family, extras: Extras) -> None:
         """Before text is encoded; sets state that stays until the next begin, so recomputation in backward meets it."""
@@ -55,8 +66,24 @@ class Method(Protocol):
         """After each optimizer step; series name -> value for the curves, 0-d and on the device."""
         ...
 
-    def state_to_save(self) -> Tensors:
-        """The entries of the output file."""
+    def state(self) -> Tensors:
+        """What training has changed, and `load_state` brings back."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the weights of a saved state; UserError where they are of other parts or layers."""
+        ...
+
+    def metadata(self) -> Mapping[str, Any]:
+        """The ss_ keys that only this method's files have, plain values."""
+        ...
+
+    def ending(self, blueprint: Blueprint) -> str:
+        """What follows a save's name: ".safetensors", or nothing where it is a folder."""
+        ...
+
+    def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        """The output, whole or not at all. dtype: of its floating-point tensors; None keeps them as they are."""
         ...
 
     def report(self) -> list[str]:

@@ -1,0 +1,158 @@
+"""Full training: the model's own weights learn, those of the denoiser and, where asked for, of the text encoders.
+
+Nothing is added to the model and nothing hooked; the output is the model's checkpoint, with everything that did not
+train copied byte for byte from the file that the model came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.config import Config
+from sfumato.data.batch import Extras, Tensors
+from sfumato.errors import UserError
+from sfumato.families._saving import save_single_file
+from sfumato.families.base import Blueprint, Family
+from sfumato.methods.base import METHODS, Planned
+from sfumato.methods.full_rates import Chosen, full_rates
+from sfumato.optim.groups import ParameterGroup
+
+log = logging.getLogger(__name__)
+
+
+@METHODS.register("full")
+class FullMethod:
+    """`chosen` holds what trains; every other weight of the model stays as it was loaded."""
+
+    kind = ""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.modules = nn.ModuleDict()
+        self.live_text: frozenset[str] = frozenset()
+        self.chosen: list[Chosen[nn.Parameter]] = []
+
+    def plan(self, blueprint: Blueprint) -> list[Planned]:
+        rates = full_rates(self.config, blueprint)
+        self._check_text_cache(rates.parts, blueprint)
+        check_output(self.config, blueprint, self.ending(blueprint))
+        networks = [blueprint.networks[part] for part in rates.parts]
+        found = [each for net in networks for each in rates.choose(net.spec, net.weights.shapes().items())]
+        return [
+            Planned(
+                part=each.label,
+                modules=len({name.rpartition(".")[0] for name in each.weights}),
+                parameters=sum(shape.numel() for shape in each.weights.values()),
+                learning_rate=each.rate,
+            )
+            for each in found
+        ]
+
+    def own_weights(self, blueprint: Blueprint) -> Collection[str]:
+        return full_rates(self.config, blueprint).parts.keys()
+
+    def prepare(self, model: Family) -> list[ParameterGroup]:
+        model.freeze()
+        rates = full_rates(self.config, model.blueprint)
+        for name in rates.parts:
+            part = model.parts[name]
+            self.modules[name] = part.module.train()
+            self.chosen += rates.choose(part.spec, part.module.named_parameters())
+        for parameter in self._parameters().values():
+            parameter.requires_grad_(True)
+        self.live_text = frozenset(rates.parts) & frozenset(model.text_parts)
+        return [
+            ParameterGroup(name=each.label, parameters=list(each.weights.values()), learning_rate=each.rate)
+            for each in self.chosen
+        ]
+
+    def caption(self, text: str) -> str:
+        return text
+
+    def before_step(self, step: int) -> None:
+        """From --stop_text_encoder_training on, text encoders are read like any that never trained."""
+        stop = self.config.full.stop_text_encoder_training
+        if stop is not None and step >= stop and self.live_text:
+            log.info("step %d: %s stays as it is from now on", step, " and ".join(sorted(self.live_text)))
+            for part in self.live_text:
+                self.modules[part].requires_grad_(False)
+            self.live_text = frozenset()
+
+    def begin(self, model: Family, extras: Extras) -> None:
+        pass
+
+    def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
+        return model.predict(noisy, t, conditioning)
+
+    def without(self) -> AbstractContextManager[None]:
+        raise UserError(
+            "full training changes the model itself, so its earlier predictions are gone; keeping them would take a "
+            "second copy of every weight",
+            fix="train an adapter, which can be switched off",
+        )
+
+    def after_step(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def state(self) -> Tensors:
+        return {name: parameter.detach() for name, parameter in self._parameters().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        ours = self._parameters()
+        if ours.keys() != state.keys():
+            raise UserError("the state was saved with other parts or blocks in training", fix="start without --resume")
+        for name, parameter in ours.items():
+            parameter.copy_(state[name])
+
+    def metadata(self) -> Mapping[str, Any]:
+        names = ("train_text_encoder", "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "unet_lr")
+        return {f"ss_{name}": self.config.value(name) for name in names if self.config.changed(name)}
+
+    def ending(self, blueprint: Blueprint) -> str:
+        return ".safetensors"
+
+    def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        save_single_file(model, path, metadata, dtype, changed=self._changed())
+
+    def report(self) -> list[str]:
+        idle = [name for name, parameter in self._parameters().items() if parameter.grad is None]
+        return [f"{len(idle)} weights got no gradient: {', '.join(idle[:5])}"] if idle else []
+
+    def _changed(self) -> dict[str, set[str]]:
+        """Names of the weights of each part that are no longer what the file says."""
+        changed: dict[str, set[str]] = {part: set() for part in self.modules}
+        for each in self.chosen:
+            changed[each.part].update(each.weights)
+        return changed
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that trains, by part and name."""
+        return {f"{each.part}.{name}": weight for each in self.chosen for name, weight in each.weights.items()}
+
+    def _check_text_cache(self, parts: Collection[str], blueprint: Blueprint) -> None:
+        if self.config.cache.cache_text_encoder_outputs and set(parts) >= set(blueprint.text_parts):
+            raise UserError(
+                "--cache_text_encoder_outputs has nothing to keep: every text encoder trains, so its output changes",
+                fix="leave one of --cache_text_encoder_outputs and --train_text_encoder out",
+            )
+
+
+def check_output(config: Config, blueprint: Blueprint, ending: str) -> None:
+    """The file that the model comes from is read again at each save, so no save may take its place."""
+    source, folder = blueprint.source.path.resolve(), config.save.output_dir
+    if folder is None or source.parent != folder.resolve():
+        return
+    if re.fullmatch(rf"{re.escape(config.save.output_name)}(-\d+|-step\d+)?{re.escape(ending)}", source.name):
+        raise UserError(
+            f"the saved model would take the place of {source.name}, the one that training starts from",
+            fix="give another --output_name or --output_dir",
+        )
