@@ -34,6 +34,7 @@ from sfumato.formats.metadata import Facts, modelspec, named_files, training_met
 from sfumato.formats.outputs import Plan as SavePlan
 from sfumato.formats.outputs import make_plan, retention
 from sfumato.formats.state import load_state, newest_complete
+from sfumato.health import Health, Proof
 from sfumato.memory.checkpointing import checkpoint_blocks
 from sfumato.memory.host import keep_freed_memory
 from sfumato.methods.base import Method
@@ -63,6 +64,8 @@ class Run:
     rates: Rates
     scaler: GradScaler  # does nothing but in fp16
     parameters: Sequence[nn.Parameter]
+    health: Health
+    proof: Proof
     loader: Loader
     frozen_text: FrozenText
     journal: Journal
@@ -171,6 +174,8 @@ def open_run(config: Config) -> Run | None:
         rates=rates,
         scaler=scaler,
         parameters=[parameter for group in groups for parameter in group.parameters],
+        health=Health(limit=config.loop.max_bad_steps),
+        proof=Proof(optimizer),
         loader=loader,
         frozen_text=FrozenText(model, weighted=config.captions.weighted_captions),
         journal=open_journal(config, outlook, processes, start, state.get("journal", {})),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 import torch.distributed as distributed
@@ -12,6 +13,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch, Tensors
 from sfumato.data.loader import Step
 from sfumato.encode import live_text
+from sfumato.explain import explain
 from sfumato.interrupt import Interrupt, interruptible
 from sfumato.optim.rates import shown_rates
 from sfumato.run import Run, open_run
@@ -34,11 +36,14 @@ def train(config: Config) -> None:
 def loop(run: Run, interrupt: Interrupt) -> None:
     """Step after step; once in a while: log, make previews, save."""
     for step in run.loader.steps(run.start):
-        loss = train_step(run, step)
+        taken = train_step(run, step)
         done = step.index + 1
-        run.journal.note(done, loss, shown_rates(run.optimizer), run.method.after_step())
+        curves = {"grad_norm": taken.norm, **run.method.after_step()}
+        run.journal.note(done, taken.loss, shown_rates(run.optimizer), curves)
         if done == run.start + 1:
             run.warn(run.method.report())
+        if run.health.lost:
+            raise run.health.error(save_state_folder(run, f"{run.saves.name}-step{done:08d}-state", done))
         if done == run.total:
             break
         saves_due(run, done)
@@ -49,8 +54,15 @@ def loop(run: Run, interrupt: Interrupt) -> None:
     save_final(run)
 
 
-def train_step(run: Run, step: Step) -> Tensor:
-    """One optimizer step over its micro-batches; returns the step's loss, summed over all processes."""
+class Taken(NamedTuple):
+    """What a step tells of itself; 0-d, on the device."""
+
+    loss: Tensor  # summed over all processes
+    norm: Tensor  # of all gradients, before they are clipped
+
+
+def train_step(run: Run, step: Step) -> Taken:
+    """One optimizer step over its micro-batches; nothing that is not finite reaches the weights."""
     run.method.before_step(step.index)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
@@ -62,12 +74,18 @@ def train_step(run: Run, step: Step) -> Tensor:
         total += loss.detach()
     sum_over_processes(run, total)
     run.scaler.unscale_(run.optimizer)
-    if run.config.optim.max_grad_norm > 0:
-        nn.utils.clip_grad_norm_(run.parameters, run.config.optim.max_grad_norm)
+    norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
     run.rates.set(run.optimizer, step.index)
-    run.scaler.step(run.optimizer)  # the optimizer's own step, left out where float16 has overflowed
+    if run.health.allows(total, norm, scale=run.scaler.get_scale()):
+        if run.config.optim.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(run.parameters, run.config.optim.max_grad_norm, norm)
+        run.scaler.step(run.optimizer)  # the optimizer's own step, left out where float16 has overflowed
+        if not run.proof.done and bool(torch.isfinite(norm)):
+            run.proof.look()
+    else:
+        run.health.tell(step.index + 1, explain(run, step, training_loss))
     run.scaler.update()
-    return total
+    return Taken(total, norm)
 
 
 def training_loss(run: Run, batch: Batch, real_samples: int) -> Tensor:
@@ -77,8 +95,7 @@ def training_loss(run: Run, batch: Batch, real_samples: int) -> Tensor:
     """
     model, method, recipe, rng = run.model, run.method, run.recipe, run.randomness
     x0 = run.latents(batch)
-    shape = x0.shape[1:]
-    t = rng.per_sample("timestep", batch.ids, lambda draw, _: recipe.timestep(draw, shape, model.latents))
+    t = recipe.timesteps(rng, batch.ids, x0.shape[1:], model.latents)
     noise = rng.per_sample("noise", batch.ids, lambda draw, i: recipe.noise(draw, x0[i]))
     seen = noise
     if recipe.perturb:  # only the input is perturbed, the target keeps the clean noise

@@ -15,7 +15,7 @@ NETWORK, FULL = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text(
 FIELD = FULL | NETWORK  # where both have an option, they agree but for what stands below
 OURS = {
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
-    "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k",
+    "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own), a name that the

@@ -11,6 +11,7 @@ class LoopOptions(Options):
     max_train_steps: int = option(1600, "optimizer steps", ge=1)
     max_train_epochs: int | None = option(None, "epochs; takes the place of --max_train_steps", ge=1)
     gradient_accumulation_steps: int = option(1, "batches whose gradients make one step", ge=1)
+    max_bad_steps: int = option(5, "steps in a row that may give nothing finite before training stops", ge=1)
     seed: int | None = option(None, "seed of everything random; without it drawn and reported")
     initial_epoch: int | None = option(
         None, "epoch to start at, counted from 1", planned="the other training options", ge=1

@@ -11,6 +11,7 @@ from sfumato.config import LossOptions, NoiseOptions
 from sfumato.diffusion.losses import Loss, make_loss
 from sfumato.diffusion.noise import Noise, make_noise, make_perturb
 from sfumato.diffusion.objective import LatentSpec, Objective
+from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import make_density
 from sfumato.diffusion.weightings import Weighting, make_weighting
 
@@ -27,6 +28,10 @@ class Recipe:
     loss: Loss  # estimate, target -> elementwise
     weighting: Weighting  # (B,)
     guidance: float | None = None  # embedded guidance during training
+
+    def timesteps(self, rng: Randomness, ids: Tensor, shape: Sequence[int], latents: LatentSpec) -> Tensor:
+        """(B,) t in 0 .. 1000 for latents (C, h, w); a function of the samples' ids alone."""
+        return rng.per_sample("timestep", ids, lambda draw, _: self.timestep(draw, shape, latents))
 
 
 def make_recipe(noise: NoiseOptions, loss: LossOptions, objective: Objective, guidance: float | None) -> Recipe:

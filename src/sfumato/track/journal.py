@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -51,9 +52,11 @@ class Journal:
             return
         step, loss, rates, more = self.waiting
         self.waiting = None
-        self.losses.append(float(loss))
-        average = sum(self.losses) / len(self.losses)
-        values = {"loss/current": self.losses[-1], "loss/average": average}
+        current = float(loss)
+        if math.isfinite(current):  # steps that were left out have no part in the average
+            self.losses.append(current)
+        average = sum(self.losses) / max(1, len(self.losses))
+        values = {"loss/current": current, "loss/average": average}
         if step % self.window == 0:
             values["loss/epoch_average"] = average
         values |= {f"lr/{name}": rate for name, rate in rates.items()}
