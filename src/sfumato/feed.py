@@ -24,6 +24,7 @@ from sfumato.data.cache import (
 )
 from sfumato.data.index import default_cache_dir
 from sfumato.data.loader import Loader, TextFeatures
+from sfumato.data.masks import MaskNames, fill_masks, mask_places
 from sfumato.data.order import Order
 from sfumato.data.plans import DataPlan
 from sfumato.data.store import DiskStore, MemoryStore
@@ -48,9 +49,10 @@ def make_loader(config: Config, data: DataPlan, total: int, model: Family, metho
         dtype=torch.promote_types(next(model.vae.parameters()).dtype, torch.float32),
         hashes=ContentHashes(open_store(config) if config.cache.cache_latents_to_disk else MemoryStore()),
     )
-    latents = cached_latents(config, data, names, model, at, workers) if config.cache.cache_latents else None
+    masks = MaskNames(downscale=model.latents.downscale, hashes=names.hashes)
+    latents = cached_latents(config, data, names, masks, model, at, workers) if config.cache.cache_latents else None
     text = cached_text(config, data, model, method, at) if config.cache.cache_text_encoder_outputs else {}
-    return Loader(order, names=names, max_train_steps=total, latents=latents, text=text, workers=workers)
+    return Loader(order, names=names, masks=masks, max_train_steps=total, latents=latents, text=text, workers=workers)
 
 
 def open_store(config: Config) -> DiskStore:
@@ -58,9 +60,15 @@ def open_store(config: Config) -> DiskStore:
 
 
 def cached_latents(
-    config: Config, data: DataPlan, names: LatentNames, model: Family, at: PartialState, workers: int
+    config: Config,
+    data: DataPlan,
+    names: LatentNames,
+    masks: MaskNames,
+    model: Family,
+    at: PartialState,
+    workers: int,
 ) -> TensorCache:
-    """Every picture's latents, from the cache or made now; then the autoencoder waits in main memory."""
+    """Every picture's latents and mask, from the cache or made now; then the autoencoder waits in main memory."""
     chunk = config.cache.vae_batch_size
     cache = TensorCache(open_store(config) if config.cache.cache_latents_to_disk else MemoryStore())
     counts = fill_latents(
@@ -75,6 +83,18 @@ def cached_latents(
         progress=telling("latents"),
     )
     told("latents", counts)
+    places = mask_places(data)
+    if places:
+        counts = fill_masks(
+            cache,
+            masks,
+            places,
+            workers=workers,
+            rank=at.process_index,
+            processes=at.num_processes,
+            progress=telling("masks"),
+        )
+        told("masks", counts)
     model.vae.to("cpu")
     return cache
 

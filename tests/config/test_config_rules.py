@@ -147,7 +147,6 @@ REQUIRED = {
     "output": "--output_dir",
     "resolution": "--resolution",
 }
-PLANNED = ("--color_aug", "--random_crop")
 
 
 @pytest.fixture
@@ -166,21 +165,13 @@ def test_a_rule_is_told_when_broken_and_only_then(name, load, faults, file):
     broken, fine = (words.replace("FILE", file) for words in CASES[name])
     if rule(name).kind == "conflict":
         told = [text for text in faults(broken) if "not available yet" not in text]
-        assert told == [f"{rule(name).what} — {rule(name).fix}"] or any(word in broken for word in PLANNED)
+        assert told == [f"{rule(name).what} — {rule(name).fix}"]
         assert not any(rule(name).what in text for text in faults(fine))
     else:
         assert load(broken).notes == (f"{rule(name).what} ({rule(name).fix})",)
         assert not any(rule(name).what in note for note in load(fine).notes)
         strict = faults(f"{broken} --strict")
         assert (f"{rule(name).what} — {rule(name).fix}" in strict) == (rule(name).kind == "no effect")
-
-
-@pytest.mark.parametrize("name", ["cached-color", "cached-crop"])
-def test_rules_of_options_to_come(name, load, faults, monkeypatch):
-    monkeypatch.setattr("sfumato.config.base.Option.room", lambda option, value: "")
-    broken, fine = CASES[name]
-    assert faults(broken) == [f"{rule(name).what} — {rule(name).fix}"]
-    assert not load(fine).notes
 
 
 @pytest.mark.parametrize("name", REQUIRED)

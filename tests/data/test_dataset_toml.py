@@ -127,11 +127,7 @@ resolution = 512
 @pytest.mark.parametrize(
     ("line", "room"),
     [
-        ("alpha_mask = true", "masked loss"),
         ("metadata_file = 'meta.json'", "metadata datasets"),
-        ("conditioning_data_dir = 'masks'", "masked loss"),
-        ("color_aug = true", "augmentation"),
-        ("random_crop = true", "augmentation"),
         ("cache_info = true", "the data sources"),
         ("validation_split = 0.1", "validation"),
         ("custom_attributes = { diff_output_preservation = true }", "preservation"),

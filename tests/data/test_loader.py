@@ -26,6 +26,7 @@ from sfumato.data.cache import (
     latent_places,
 )
 from sfumato.data.loader import Loader, TextFeatures
+from sfumato.data.masks import MaskNames
 from sfumato.data.order import Order
 from sfumato.data.store import DiskStore, MemoryStore
 from sfumato.errors import UserError
@@ -89,7 +90,8 @@ def loader_of(plan, *, workers=0, rank=0, cached=False, text=None, seed=7, accum
     if latents:
         fill_latents(latents, names, latent_places(plan), encode, batch_size=3)
     order = Order(plan, seed=seed, accumulation=accumulation, rank=rank)
-    return Loader(order, names=names, max_train_steps=steps, latents=latents, text=text, workers=workers)
+    masks = MaskNames(downscale=8, hashes=names.hashes)
+    return Loader(order, names=names, masks=masks, max_train_steps=steps, latents=latents, text=text, workers=workers)
 
 
 def told(value: object) -> object:

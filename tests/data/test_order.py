@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sfumato.data.augment import ImageRules
 from sfumato.data.buckets import Buckets
 from sfumato.data.captions import CaptionRules
 from sfumato.data.order import Order
@@ -34,8 +35,8 @@ def plan_of(datasets, *, batch_size: int = 2, processes: int = 1) -> DataPlan:
                 class_tokens=None,
                 num_repeats=repeats,
                 caption_extension=".txt",
-                flip_aug=False,
-                interpolation=None,
+                conditioning_dir=None,
+                images=ImageRules(),
                 validation_split=0.0,
                 validation_seed=None,
                 rules=CaptionRules(),

@@ -272,8 +272,8 @@ def test_several_regularisation_subsets_keep_their_own_settings(find, pictures, 
     text = f"[[datasets]]\nresolution = 64\n{SUBSET}a'\nnum_repeats = 5\n"
     text += f"{SUBSET}b'\nis_reg = true\ncaption_prefix = 'x'\n{SUBSET}c'\nis_reg = true\nflip_aug = true\n"
     _, first, second = find.toml(text).datasets[0].subsets
-    assert (first.settings.rules.caption_prefix, first.settings.flip_aug) == ("x", False)
-    assert (second.settings.rules.caption_prefix, second.settings.flip_aug) == (None, True)
+    assert (first.settings.rules.caption_prefix, first.settings.images.flip_aug) == ("x", False)
+    assert (second.settings.rules.caption_prefix, second.settings.images.flip_aug) == (None, True)
     assert first.repeats + second.repeats == (3, 3, 2, 2)
 
 

@@ -36,7 +36,7 @@ class DatasetOptions(Options):
         False, "keep sizes and captions in a file, so that large folders are listed once", planned="the data sources"
     )
     conditioning_data_dir: FilePath | None = option(
-        None, "folder of mask or control images", path="folder", planned="masked loss"
+        None, "folder of mask or control images, one of the same name for each image", path="folder"
     )
     debug_dataset: bool = option(False, "show what training would see, and stop", planned="the data tools")
 
@@ -60,12 +60,12 @@ class ImageOptions(Options):
     """Image changes"""
 
     flip_aug: bool = option(False, "mirror each image with a chance of one half")
-    color_aug: bool = option(False, "vary the colours a little", planned="augmentation")
-    random_crop: bool = option(False, "crop at a random place instead of the centre", planned="augmentation")
+    color_aug: bool = option(False, "vary hue or gamma a little, in a third of all cases")
+    random_crop: bool = option(False, "crop at a random place instead of the centre")
     face_crop_aug_range: Range | None = option(
-        None, "crop around faces named in the file name, at a random zoom in this range", planned="augmentation"
+        None, "crop around the face that a file name ends in (name_cx_cy_w_h); the crop's shorter side, in faces"
     )
     masked_loss: bool = option(
-        False, "weight the loss by the mask images in --conditioning_data_dir", planned="masked loss"
+        False, "weight the loss by the red channel of the mask images in --conditioning_data_dir"
     )
-    alpha_mask: bool = option(False, "use the images' alpha channel as mask", planned="masked loss")
+    alpha_mask: bool = option(False, "weight the loss by the images' alpha channel")

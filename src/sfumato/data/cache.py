@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfumato.data.batch import Tensors
 from sfumato.data.buckets import Size
-from sfumato.data.images import Pixels, Transform, content_hash, prepare, read
+from sfumato.data.images import Pixels, Plane, Transform, content_hash, prepare, prepare_with_alpha, read
 from sfumato.data.plans import DataPlan
 from sfumato.data.sources import Picture
 from sfumato.data.store import KEY, DiskStore, MemoryStore
@@ -56,8 +56,9 @@ def latent_places(plan: DataPlan) -> list[Place]:
     """Everything that training can ask for, mirrored images included, once each."""
     found: dict[Place, None] = {}
     for _, subset, item in plan.used():
-        for flip in (False, True) if subset.settings.flip_aug else (False,):
-            found[Place(item.picture, item.transform(subset.settings.interpolation, flip=flip))] = None
+        rules = subset.settings.images
+        for flip in (False, True) if rules.flip_aug else (False,):
+            found[Place(item.picture, item.transform(rules, flip=flip))] = None
     return list(found)
 
 
@@ -280,6 +281,11 @@ class Place(NamedTuple):
         """uint8 (H, W, 3); UserError names the file where it is damaged."""
         path, size = self.picture.path, (self.picture.width, self.picture.height)
         return prepare(read(path) if data is None else data, self.transform, size=size, path=path)
+
+    def pixels_with_alpha(self, data: bytes) -> tuple[Pixels, Plane]:
+        """The same with the alpha channel, uint8 (H, W)."""
+        path, size = self.picture.path, (self.picture.width, self.picture.height)
+        return prepare_with_alpha(data, self.transform, size=size, path=path)
 
 
 class Counts(NamedTuple):

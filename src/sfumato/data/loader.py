@@ -6,25 +6,31 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from sfumato.data.augment import size_conditioning
 from sfumato.data.batch import Batch, Extras, Sizes, Tensors, pad_stack
-from sfumato.data.buckets import crop_box
+from sfumato.data.buckets import Size
 from sfumato.data.cache import LATENTS, LatentNames, Place, TensorCache, TextNames, seed_of_entry, to_tensor
 from sfumato.data.captions import process
 from sfumato.data.images import Pixels, read
+from sfumato.data.masks import MASK, MaskNames, MaskPlace, mask_of, reduced
 from sfumato.data.order import Order, PlannedBatch, PlannedStep, Sample
 from sfumato.errors import UserError
 from sfumato.seeds import python_random
+
+T = TypeVar("T")
 
 
 class Loader:
     """Batches of one process.
 
     latents: where cached latents lie; without it batches carry pixels. names: by which entries are named, needed for
-    the seeds of the posterior's noise in both cases. text: features of the encoders whose output is cached.
+    the seeds of the posterior's noise in both cases. masks: the same for masks, which lie beside cached latents.
+    text: features of the encoders whose output is cached.
     workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
     """
 
@@ -33,6 +39,7 @@ class Loader:
         order: Order,
         *,
         names: LatentNames,
+        masks: MaskNames,
         max_train_steps: int,
         latents: TensorCache | None = None,
         text: Mapping[str, TextFeatures] | None = None,
@@ -41,6 +48,7 @@ class Loader:
         self.order = order
         self.plan = order.plan
         self.names = names
+        self.masks = masks
         self.max_train_steps = max_train_steps
         self.latents = latents
         self.text = dict(text or {})
@@ -73,10 +81,12 @@ class Loader:
         strength = batch.dataset.settings.network_multiplier
         multiplier = torch.full((len(samples),), strength) if self.plan.multipliers else None
         captions = [sample.caption for sample in samples]
-        pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+        latents = all_or_none([sample.shown.latents for sample in samples])
+        pixels = all_or_none([sample.shown.pixels for sample in samples])
+        controls = all_or_none([sample.control for sample in samples])
         return Batch(
             ids=torch.tensor([sample.id for sample in batch.samples]),
-            latents=stacked([sample.latents for sample in samples]),
+            latents=torch.stack(latents) if latents else None,
             pixels=to_tensor(pixels) if pixels else None,
             captions=captions,
             text={name: features.stacked(captions) for name, features in self.text.items()},
@@ -86,9 +96,10 @@ class Loader:
                 crop=torch.tensor([sample.crop for sample in samples]),
                 target=torch.tensor([batch.bucket[::-1]] * len(samples)),
             ),
-            extras=Extras(multiplier=multiplier),
+            extras=Extras(multiplier=multiplier, control=to_tensor(controls) if controls else None),
             weight=torch.tensor([self._weight(sample) for sample in batch.samples]),
-            entry_seeds=torch.tensor([sample.entry_seed for sample in samples]),
+            entry_seeds=torch.tensor([sample.shown.entry_seed for sample in samples]),
+            mask=filled([sample.shown.mask for sample in samples]),
         )
 
     def _weight(self, sample: Sample) -> float:
@@ -99,8 +110,8 @@ class Loader:
     def _prepared(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> Prepared:
         """Everything random here is a function of the seed and the sample's id."""
         settings, item, seed = sample.subset.settings, sample.item, self.order.seed
-        flip = settings.flip_aug and python_random(seed, "flip", sample.id).random() < 0.5
-        place = Place(item.picture, item.transform(settings.interpolation, flip=flip))
+        rules = settings.images
+        transform = item.drawn(rules, lambda purpose: python_random(seed, purpose, sample.id))
         caption = process(
             item.picture.caption,
             settings.rules,
@@ -109,30 +120,55 @@ class Loader:
             step=step.index,
             max_train_steps=self.max_train_steps,
         )
-        left, top, right, _ = crop_box(item.size, batch.bucket)
-        data = None if self.latents else read(item.picture.path)
-        key = self.names.key(place, data)
+        place, masked = Place(item.picture, transform), mask_of(item, rules, transform)
+        shown = self._cached(place, masked) if self.latents else self._decoded(place, masked)
+        original, crop = size_conditioning(item.size, transform, whole_size=rules.whole_size)
+        control = None if rules.masked_loss or item.conditioning is None else item.conditioning
         return Prepared(
             caption=caption,
-            latents=found(self.latents, key, item.picture.path) if self.latents else None,
-            pixels=place.pixels(data) if data is not None else None,
-            original=(item.picture.height, item.picture.width),
-            crop=(int(top), int(batch.bucket[0] - right if flip else left)),
-            entry_seed=seed_of_entry(key),
+            shown=shown,
+            control=None if control is None else Place(control, transform.geometry).pixels(),
+            original=original,
+            crop=crop,
         )
 
+    def _cached(self, place: Place, masked: MaskPlace | None) -> Shown:
+        assert self.latents is not None
+        key = self.names.key(place)
+        mask = None
+        if masked is not None:
+            mask = found(self.latents, self.masks.key(masked), f"mask of {masked.picture.path}")[MASK]
+        latents = found(self.latents, key, f"latents of {place.picture.path}")[LATENTS]
+        return Shown(latents=latents, mask=mask, entry_seed=seed_of_entry(key))
 
-def found(cache: TensorCache, key: bytes, path: str) -> Tensor:
+    def _decoded(self, place: Place, masked: MaskPlace | None) -> Shown:
+        data = read(place.picture.path)
+        if masked is not None and masked.channel == "alpha":  # one decoding for both
+            pixels, plane = place.pixels_with_alpha(data)
+        else:
+            pixels, plane = place.pixels(data), None if masked is None else masked.plane()
+        mask = None if plane is None else reduced(plane, self.masks.downscale)
+        return Shown(pixels=pixels, mask=mask, entry_seed=seed_of_entry(self.names.key(place, data)))
+
+
+def found(cache: TensorCache, key: bytes, what: str) -> Tensors:
     tensors = cache.get(key)
     if tensors is None:
-        raise UserError(f"the cached latents of {path} cannot be read any more", fix="start again; they are made anew")
-    return tensors[LATENTS]
+        raise UserError(f"the cached {what} cannot be read any more", fix="start again; they are made anew")
+    return tensors
 
 
-def stacked(latents: Sequence[Tensor | None]) -> Tensor | None:
-    present = [each for each in latents if each is not None]
-    assert len(present) in (0, len(latents)), "a batch is cached whole or not at all"
-    return torch.stack(present) if present else None
+def filled(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """(B, 1, h, w) where any sample has a mask; all of a sample without one counts."""
+    shape = next((mask.shape for mask in masks if mask is not None), None)
+    return None if shape is None else torch.stack([torch.ones(shape) if mask is None else mask for mask in masks])
+
+
+def all_or_none(values: Sequence[T | None]) -> list[T]:
+    """A batch is cached whole or not at all, and control images belong to every picture of a plan or to none."""
+    present = [each for each in values if each is not None]
+    assert len(present) in (0, len(values)), "samples of two kinds in one batch"
+    return present
 
 
 def step_of(step: PlannedStep, batches: Sequence[Batch]) -> Step:
@@ -170,12 +206,21 @@ class TextFeatures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A picture, cached or decoded, and its mask."""
+
+    entry_seed: int
+    latents: Tensor | None = None
+    pixels: Pixels | None = None
+    mask: Tensor | None = None  # (1, h, w)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """One sample, before it is stacked with the others of its batch."""
 
     caption: str
-    latents: Tensor | None
-    pixels: Pixels | None
-    original: tuple[int, int]  # height, width
-    crop: tuple[int, int]  # top, left
-    entry_seed: int
+    shown: Shown
+    control: Pixels | None
+    original: Size  # height, width
+    crop: Size  # top, left

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from sfumato.data.augment import Draw, ImageRules, centred, drawn
 from sfumato.data.buckets import Choice, Size
-from sfumato.data.images import Transform, interpolation_for
+from sfumato.data.images import Transform
 from sfumato.data.settings import DatasetSettings, SubsetSettings
 from sfumato.data.sources import Picture
 
@@ -20,16 +21,20 @@ class Item(NamedTuple):
 
     picture: Picture
     choice: Choice
+    conditioning: Picture | None = None  # its mask or control image
 
     @property
     def size(self) -> Size:
         """Width and height as shown."""
         return self.picture.width, self.picture.height
 
-    def transform(self, interpolation: str | None, *, flip: bool = False) -> Transform:
-        """What is done to its pixels."""
-        wanted = interpolation_for(self.size, self.choice.resized, interpolation)
-        return Transform(resized=self.choice.resized, bucket=self.choice.bucket, interpolation=wanted, flip=flip)
+    def transform(self, rules: ImageRules, *, flip: bool = False) -> Transform:
+        """What is done to its pixels where nothing is left to chance."""
+        return centred(rules, self.size, self.choice, flip=flip)
+
+    def drawn(self, rules: ImageRules, draw: Draw) -> Transform:
+        """What is done to its pixels this time."""
+        return drawn(rules, self.size, self.choice, self.picture.path, draw)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from sfumato.config.dataset_toml import (
     read_dataset_config,
 )
 from sfumato.config.schema import vocabulary
+from sfumato.data.augment import ImageRules
 from sfumato.data.buckets import Buckets, Size
 from sfumato.data.captions import CaptionRules
 from sfumato.data.folders import list_folder
@@ -204,12 +205,36 @@ def one_subset(
         class_tokens=folder.class_tokens if folder else value("class_tokens"),
         num_repeats=folder.num_repeats if folder and folder.num_repeats is not None else value("num_repeats"),
         caption_extension=extension if extension.startswith(".") else f".{extension}",
-        flip_aug=value("flip_aug"),
-        interpolation=value("resize_interpolation"),
+        conditioning_dir=conditioning_dir(value("conditioning_data_dir"), bool(value("is_reg")), folder),
+        images=image_rules(value, config),
         validation_split=value("validation_split"),
         validation_seed=value("validation_seed"),
         rules=CaptionRules(**rules),
     )
+
+
+def conditioning_dir(root: Path | None, is_reg: bool, folder: FolderSubset | None) -> Path | None:
+    """Where masks or control images lie: for a folder N_text in a folder of the same name, if there is one.
+
+    Regularisation images have none.
+    """
+    if root is None or is_reg or (folder and folder.is_reg):
+        return None
+    nested = root / folder.image_dir.name if folder else root
+    return nested if nested.is_dir() else root
+
+
+def image_rules(value: Callable[[str], Any], config: Config) -> ImageRules:
+    """What may happen to the pictures of a subset."""
+    return ImageRules(
+        **{name: value(name) for name in IMAGE_VALUES},
+        masked_loss=config.images.masked_loss,
+        whole_size=not value("enable_bucket"),
+        cached=config.cache.cache_latents,
+    )
+
+
+IMAGE_VALUES = ("flip_aug", "color_aug", "random_crop", "face_crop_aug_range", "alpha_mask", "resize_interpolation")
 
 
 def of_folders(config: Config, report: Report) -> Iterator[SubsetSettings]:
@@ -319,8 +344,8 @@ class SubsetSettings:
     class_tokens: str | None
     num_repeats: int
     caption_extension: str
-    flip_aug: bool
-    interpolation: str | None
+    conditioning_dir: Path | None  # masks or control images, one for each picture
+    images: ImageRules
     validation_split: float
     validation_seed: int | None
     rules: CaptionRules

@@ -12,17 +12,22 @@ from random import Random
 
 from sfumato.config import Config
 from sfumato.data.captions import process
+from sfumato.data.checks import check_pictures, masked
 from sfumato.data.index import default_cache_dir
+from sfumato.data.pairs import conditioning_of, refuse_unpaired
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
 from sfumato.data.settings import DatasetSettings, Report, SubsetSettings, dataset_settings
 from sfumato.data.sources import Picture, Policy, held_out, pictures_of
 from sfumato.errors import Problems, UserError
 
 
-def find_data(config: Config, *, bucket_step: int, processes: int = 1, problems: Problems) -> DataPlan:
+def find_data(
+    config: Config, *, bucket_step: int, processes: int = 1, control: bool = False, problems: Problems
+) -> DataPlan:
     """Look at all folders and decide what is trained at which size and how often.
 
     bucket_step: bucket sides of the model must be multiples of this. processes: batches are formed over all of them.
+    control: whether the method takes control images, one for each picture.
     Every fault goes to `problems`; the plan is whole only if none was added. Writes nothing but its index, in the cache
     folder.
     """
@@ -53,6 +58,8 @@ def find_data(config: Config, *, bucket_step: int, processes: int = 1, problems:
     )
     if not problems.found and config.changed("prior_loss_weight") and plan.num_reg_images == 0:
         report.no_effect("--prior_loss_weight has no effect: there are no regularisation images")
+    check_pictures(plan, masked_loss=config.images.masked_loss, control=control, report=report)
+    refuse_unpaired((dataset.settings for dataset in plan.datasets), report)
     return replace(plan, notes=tuple(report.notes))
 
 
@@ -90,7 +97,8 @@ def one_dataset(
             report.problems.add(f"{subset.where}: every image is left out, see the notes", fix="mend or remove it")
         pictures = large_enough(pictures, settings, subset, report)
         choose = settings.buckets.choose
-        items = tuple(Item(picture, choose((picture.width, picture.height))) for picture in pictures)
+        pairs = zip(pictures, conditioning_of(subset, pictures, policy.cache_dir, report), strict=True)
+        items = tuple(Item(picture, choose((picture.width, picture.height)), other) for picture, other in pairs)
         if subset.validation_split > 0 and not subset.is_reg:
             own_seed = seed if subset.validation_seed is None else subset.validation_seed
             kept, held = held_out(len(items), subset.validation_split, own_seed)
@@ -197,7 +205,8 @@ def table(plan: DataPlan, *, accumulation: int = 1) -> list[tuple[str, str, str]
 def subset_row(subset: SubsetPlan) -> tuple[str, str]:
     settings = subset.settings
     kind = "regularisation images" if settings.is_reg else "images"
-    return str(settings.image_dir), f"{len(subset.items)} {kind}, {subset.samples} samples per epoch"
+    weighed = ", with masks" if masked(subset) else ""
+    return str(settings.image_dir), f"{len(subset.items)} {kind}{weighed}, {subset.samples} samples per epoch"
 
 
 def bucket_enlarged(dataset: DatasetPlan) -> Counter[tuple[int, int]]:
