@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,14 +44,15 @@ class Finder:
 
     root: Path
     problems: Problems
+    bucket_step: int = 64
 
-    def __call__(self, *argv: object, bucket_step: int = 64, processes: int = 1) -> DataPlan:
+    def __call__(self, *argv: object, **options: Any) -> DataPlan:
         """The plan; raises what is wrong."""
-        plan = self.attempt(*argv, bucket_step=bucket_step, processes=processes)
+        plan = self.attempt(*argv, **options)
         self.problems.raise_all()
         return plan
 
-    def attempt(self, *argv: object, bucket_step: int = 64, processes: int = 1) -> DataPlan:
+    def attempt(self, *argv: object, **options: Any) -> DataPlan:
         model = self.root / "model.safetensors"
         model.touch()
         needed = ["--pretrained_model_name_or_path", model, "--output_dir", self.root / "out"]
@@ -58,9 +60,9 @@ class Finder:
             needed += ["--cache_dir", self.root / "cache"]
         config = load_config([str(each) for each in (*argv, *needed)])
         self.problems = Problems()
-        return find_data(config, bucket_step=bucket_step, processes=processes, problems=self.problems)
+        return find_data(config, problems=self.problems, **{"bucket_step": self.bucket_step, **options})
 
-    def toml(self, text: str, *argv: object, **options: int) -> DataPlan:
+    def toml(self, text: str, *argv: object, **options: Any) -> DataPlan:
         """With a dataset file of this text; {root} stands for the test's folder."""
         path = self.root / "dataset.toml"
         path.write_text(text.replace("{root}", self.root.as_posix()), encoding="utf-8")

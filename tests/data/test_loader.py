@@ -120,6 +120,19 @@ def test_any_number_of_workers_gives_the_same(plan, cached):
         assert taken(loader_of(plan, cached=cached, workers=workers), 25) == expected
 
 
+AUGMENTED = RICH.replace("flip_aug = true", "flip_aug = true\ncolor_aug = true\nrandom_crop = true\nalpha_mask = true")
+
+
+@pytest.mark.parametrize("buckets", ["true", "false"])
+def test_augmented_pictures_are_the_same_for_any_number_of_workers_and_from_any_step_on(plan, buckets):
+    text = AUGMENTED.replace("enable_bucket = true", f"enable_bucket = {buckets}")
+    plan = plan(text)
+    expected = taken(loader_of(plan), 25)
+    assert taken(loader_of(plan, workers=3), 25) == expected
+    assert taken(loader_of(plan, workers=2), 15, first=10) == expected[10:]
+    assert taken(loader_of(plan, seed=8), 25) != expected
+
+
 @pytest.mark.parametrize("first", [1, 6, 13])
 def test_starting_later_gives_the_tail(plan, first):
     loader = loader_of(plan(), workers=2)
@@ -143,17 +156,18 @@ def test_every_image_exactly_its_repeats(plan, processes, workers):
     assert len(seen) == weights == plan.samples_per_epoch
 
 
-def by_id(plan, processes: int) -> dict[int, object]:
+def by_id(plan, processes: int, *, cached: bool = True) -> dict[int, object]:
     """Everything about each real sample of the first epoch."""
     found = {}
     for rank in range(processes):
-        loader = loader_of(plan, rank=rank, cached=True)
+        loader = loader_of(plan, rank=rank, cached=cached)
         for step in islice(loader.steps(), loader.order.steps_per_epoch):
             for batch in step.batches:
                 for i, sample in enumerate(batch.ids.tolist()):
                     if batch.weight[i] > 0:
                         parts = [batch.sizes.original[i], batch.sizes.crop[i], batch.sizes.target[i], batch.weight[i]]
-                        found[sample] = told([batch.latents[i], batch.captions[i], batch.entry_seeds[i], *parts])
+                        shown = batch.latents if cached else batch.pixels
+                        found[sample] = told([shown[i], batch.captions[i], batch.entry_seeds[i], *parts])
     return found
 
 
@@ -161,6 +175,8 @@ def test_a_sample_is_the_same_with_one_process_or_two(plan):
     one = plan(RICH.replace("batch_size = 2", "batch_size = 4"))
     two = plan(RICH, processes=2)
     assert by_id(one, 1) == by_id(two, 2)
+    one, two = plan(AUGMENTED.replace("batch_size = 2", "batch_size = 4")), plan(AUGMENTED, processes=2)
+    assert by_id(one, 1, cached=False) == by_id(two, 2, cached=False)
 
 
 def test_cached_is_uncached(plan):

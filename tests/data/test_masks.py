@@ -1,0 +1,321 @@
+"""Masks and control images from folders and alpha channels to batches; exactly what changed is made anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.data.cache import ContentHashes, LatentNames, TensorCache, fill_latents, latent_places
+from sfumato.data.loader import Loader
+from sfumato.data.masks import MASK, MaskNames, fill_masks, mask_places, reduced
+from sfumato.data.order import Order
+from sfumato.data.store import DiskStore, MemoryStore
+from sfumato.errors import UserError
+
+GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_text(encoding="utf-8"))
+
+
+def encode(pixels, seeds):
+    noise = torch.stack([torch.randn(1, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.nn.functional.avg_pool2d(pixels, 8) + noise[:, :, None, None]
+
+
+def write(path: Path, size=(64, 64), seed=0, mode="RGB", caption: str | None = "cat") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    channels = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
+    Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path, find):
+    """Three pictures with masks of two kinds, and one with an alpha channel."""
+    find.bucket_step = 32
+    for i, size in enumerate([(64, 64), (128, 32), (32, 128)]):
+        write(tmp_path / "a" / f"{i}.png", size, i)
+        write(tmp_path / "masks" / f"{i}.webp", size, 10 + i, "L" if i == 1 else "RGB", None)
+    write(tmp_path / "b" / "3.png", (64, 64), 3, "RGBA")
+    return tmp_path
+
+
+SUBSET = "[[datasets.subsets]]\nimage_dir = '{root}/"
+MASKS = "conditioning_data_dir = '{root}/masks'\n"
+BOTH = f"""
+[general]
+caption_extension = '.txt'
+flip_aug = true
+enable_bucket = true
+resolution = 64
+min_bucket_reso = 32
+max_bucket_reso = 256
+bucket_reso_steps = 32
+batch_size = 2
+[[datasets]]
+{SUBSET}a'
+{MASKS}
+{SUBSET}b'
+alpha_mask = true
+"""
+
+
+def loader_of(plan, *, cached=False, downscale=8, workers=0, store=None) -> Loader:
+    store = store or MemoryStore()
+    names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
+    masks = MaskNames(downscale=downscale, hashes=names.hashes)
+    latents = TensorCache(store) if cached else None
+    if latents:
+        fill_latents(latents, names, latent_places(plan), encode)
+        fill_masks(latents, masks, mask_places(plan))
+    order = Order(plan, seed=7)
+    return Loader(order, names=names, masks=masks, max_train_steps=9, latents=latents, workers=workers)
+
+
+def batches(loader: Loader):
+    steps = islice(loader.steps(), 2 * loader.order.steps_per_epoch)
+    return [batch for step in steps for batch in step.batches]
+
+
+def test_masks_are_reduced_as_recorded():
+    """Against the field's own trainer: a loss of ones times the mask, area-averaged."""
+    case = next(each for each in GOLDENS["masked_loss"] if each["case"] == "alpha_masks 4x4 ramp")
+    plane = (np.array(case["inputs"]["alpha_masks"][0]).reshape(4, 4) * 255).round().astype(np.uint8)
+    loss = torch.tensor(case["loss"]).reshape(2, 1, 2, 2)
+    assert (loss * reduced(plane, 2)).flatten().tolist() == pytest.approx(case["result"], rel=1e-6)
+
+
+def test_masks_are_the_red_channel_and_the_alpha_channel_mirrored_with_their_picture(find, data):
+    """Sizes are those of the buckets, so that means of 8x8 pixels of the files themselves are what is wanted."""
+    plan = find.toml(BOTH, "--masked_loss")
+    seen = set()
+    for batch in batches(loader_of(plan)):
+        assert batch.mask.shape == (len(batch.captions), 1, *(side // 8 for side in batch.pixels.shape[2:]))
+        assert batch.mask.dtype == torch.float32
+        for pixels, mask in zip(batch.pixels, batch.mask, strict=True):
+            shown = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            for i in range(4):
+                folder = "a" if i < 3 else "b"
+                own = np.asarray(Image.open(data / folder / f"{i}.png"))
+                for mirrored in (False, True):
+                    turned = own[:, ::-1] if mirrored else own
+                    if turned.shape[:2] == shown.shape[:2] and np.array_equal(turned[..., :3], shown):
+                        if i == 3:
+                            plane = turned[..., 3]
+                        else:
+                            plane = np.asarray(Image.open(data / "masks" / f"{i}.webp").convert("RGB"))[..., 0]
+                            plane = plane[:, ::-1] if mirrored else plane
+                        means = plane.reshape(plane.shape[0] // 8, 8, plane.shape[1] // 8, 8).mean((1, 3)) / 255
+                        np.testing.assert_allclose(mask[0].numpy(), means, rtol=0, atol=1e-6)
+                        seen.add((i, mirrored))
+    assert {i for i, _ in seen} == {0, 1, 2, 3}
+    assert {mirrored for _, mirrored in seen} == {False, True}
+
+
+@pytest.mark.parametrize("downscale", [8, 16])
+def test_cached_masks_are_uncached_ones(find, data, downscale):
+    plan = find.toml(BOTH, "--masked_loss")
+    live = batches(loader_of(plan, downscale=downscale))
+    cached = batches(loader_of(plan, cached=True, downscale=downscale))
+    for ours, theirs in zip(live, cached, strict=True):
+        assert ours.latents is None
+        assert theirs.pixels is None
+        assert torch.equal(ours.mask, theirs.mask)
+        assert torch.equal(ours.entry_seeds, theirs.entry_seeds)
+
+
+def test_what_has_no_mask_counts_fully(find, data):
+    plain = BOTH.replace("alpha_mask = true", "")
+    plan = find.toml(plain, "--masked_loss")
+    assert any("subsets[1]: no masks" in note for note in plan.notes)
+    for cached in (False, True):
+        masks = [batch.mask for batch in batches(loader_of(plan, cached=cached)) if batch.mask is not None]
+        whole = [(mask == 1).flatten(1).all(1) for mask in masks]
+        assert any(each.any() and not each.all() for each in whole)  # one beside another
+    write(data / "b" / "3.png", (64, 64), 3, "RGB")  # without an alpha channel
+    opaque = find.toml(BOTH.replace(MASKS, ""))
+    assert all((batch.mask == 1).all() for batch in batches(loader_of(opaque)) if batch.mask is not None)
+    assert all(batch.mask is None for batch in batches(loader_of(find.toml(plain.replace(MASKS, "")))))
+
+
+def test_an_alpha_mask_counts_without_masked_loss_and_changes_no_latents(find, data):
+    masked = BOTH.replace(MASKS, "")
+    with_mask, without = find.toml(masked), find.toml(masked.replace("alpha_mask = true", ""))
+    for ours, theirs in zip(batches(loader_of(with_mask)), batches(loader_of(without)), strict=True):
+        assert torch.equal(ours.pixels, theirs.pixels)
+        assert torch.equal(ours.entry_seeds, theirs.entry_seeds)
+    assert any(batch.mask is not None and batch.mask.min() < 1 for batch in batches(loader_of(with_mask)))
+
+
+def test_a_mask_file_goes_before_the_alpha_channel(find, data):
+    write(data / "a" / "0.png", (64, 64), 0, "RGBA")
+    both = BOTH.replace(MASKS, MASKS + "alpha_mask = true\n")
+    plan = find.toml(both, "--masked_loss")
+    assert any("alpha_mask has no effect beside mask images" in note for note in plan.notes)
+    places = {Path(place.picture.path).parent.name: place.channel for place in mask_places(plan)}
+    assert places == {"masks": "red", "b": "alpha"}
+
+
+def test_masks_of_another_size_but_the_same_shape_do(find, data):
+    large = Image.open(data / "masks" / "1.webp").resize((1280, 320), Image.Resampling.NEAREST)
+    large.save(data / "masks" / "1.webp", lossless=True)
+    assert find.toml(BOTH, "--masked_loss").num_train_images == 4
+
+
+FAULTS = {
+    "missing": (lambda root: (root / "masks" / "1.webp").unlink(), "1 pictures have no image of the same name in"),
+    "spare": (lambda root: write(root / "masks" / "9.png", caption=None), "1 images in {root}/masks have no picture"),
+    "shape": (lambda root: write(root / "masks" / "1.webp", (64, 64), caption=None), "have another shape"),
+    "twice": (lambda root: write(root / "masks" / "1.png", (128, 32), caption=None), "have the name of another one"),
+    "damaged": (lambda root: (root / "masks" / "1.webp").write_bytes(b"no"), "1.webp is no image"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_pairs_that_do_not_fit_are_told(find, data, name):
+    change, words = FAULTS[name]
+    change(data)
+    with pytest.raises(UserError):
+        find.toml(BOTH, "--masked_loss")
+    assert len(find.said) == 1
+    assert words.format(root=data) in find.said[0].replace("\\", "/")
+    assert "1." in find.said[0] or "9.png" in find.said[0]
+
+
+def test_masks_that_nothing_uses_and_a_loss_without_masks_are_faults(find, data):
+    with pytest.raises(UserError, match="conditioning_data_dir would not be used"):
+        find.toml(BOTH)
+    with pytest.raises(UserError, match="--masked_loss has no masks"):
+        find.toml(BOTH.replace(MASKS, "").replace("alpha_mask = true", ""), "--masked_loss")
+
+
+def test_a_folder_of_masks_from_the_command_line(find, data):
+    """For a folder N_text the masks lie in a folder of that name, or all in one."""
+    (data / "t").mkdir()
+    (data / "a").rename(data / "t" / "2_cat")
+    argv = ("--train_data_dir", data / "t", "--resolution", 64, "--caption_extension", ".txt", "--masked_loss")
+    plan = find(*argv, "--conditioning_data_dir", data / "masks")
+    paths = [item.conditioning.path for item in plan.datasets[0].subsets[0].items]
+    assert [Path(path).relative_to(data).as_posix() for path in paths] == [f"masks/{i}.webp" for i in range(3)]
+    (data / "deep").mkdir()
+    (data / "masks").rename(data / "deep" / "2_cat")
+    plan = find(*argv, "--conditioning_data_dir", data / "deep")
+    assert Path(plan.datasets[0].subsets[0].items[0].conditioning.path) == data / "deep" / "2_cat" / "0.webp"
+
+
+def test_control_images_are_shown_like_their_pictures(find, data):
+    """The same files as pictures and as control images: bit for bit the same in every batch, however it is cropped."""
+    for i in range(3):
+        (data / "masks" / f"{i}.webp").unlink()
+        (data / "masks" / f"{i}.png").write_bytes((data / "a" / f"{i}.png").read_bytes())
+    text = BOTH.replace("flip_aug", "random_crop = true\nflip_aug").replace("resolution = 64", "resolution = 80")
+    text = text[: text.index(SUBSET.format(root="{root}") + "b")]
+    for bucketed in (text, text.replace("enable_bucket = true", "enable_bucket = false")):
+        plan = find.toml(bucketed, control=True)
+        for batch in batches(loader_of(plan)):
+            assert torch.equal(batch.extras.control, batch.pixels)
+            assert batch.mask is None
+        coloured = find.toml(bucketed.replace("flip_aug", "color_aug = true\nflip_aug"), control=True)
+        pairs = [(each.extras.control, each.pixels) for each in batches(loader_of(coloured))]
+        assert any(not torch.equal(control, pixels) for control, pixels in pairs)  # colours stay those of the file
+        assert all((control - pixels).abs().mean() < 0.2 for control, pixels in pairs)
+
+
+def test_control_images_come_beside_cached_latents_too(find, data):
+    text = BOTH[: BOTH.index(SUBSET.format(root="{root}") + "b")]
+    plan = find.toml(text, control=True)
+    for ours, theirs in zip(batches(loader_of(plan)), batches(loader_of(plan, cached=True)), strict=True):
+        assert torch.equal(ours.extras.control, theirs.extras.control)
+
+
+# ---------------------------------------------------------------- what a change makes new
+
+
+class Disk:
+    """Fills a disk cache from a plan, each time through a newly opened store; (latents, masks) made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, plan, *, downscale: int = 8) -> tuple[int, int]:
+        store = DiskStore(self.folder)
+        names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
+        cache = TensorCache(store)
+        latents = fill_latents(cache, names, latent_places(plan), encode)
+        masks = fill_masks(cache, MaskNames(downscale=downscale, hashes=names.hashes), mask_places(plan))
+        store.close()
+        return latents.encoded, masks.encoded
+
+
+def another_mask(root: Path) -> None:
+    write(root / "masks" / "1.webp", (128, 32), 77, caption=None)
+
+
+def another_alpha(root: Path) -> None:
+    """The colours stay, but a file is known by all of its bytes."""
+    pixels = np.asarray(Image.open(root / "b" / "3.png")).copy()
+    pixels[0, 0, 3] ^= 1
+    Image.fromarray(pixels).save(root / "b" / "3.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "edit", "options", "new"),
+    [
+        (lambda root: None, lambda text: text, {}, (0, 0)),
+        (another_mask, lambda text: text, {}, (0, 2)),  # itself and its mirror image
+        (another_alpha, lambda text: text, {}, (2, 2)),
+        (lambda root: None, lambda text: text.replace("resolution = 64", "resolution = 128"), {}, (8, 8)),
+        (lambda root: None, lambda text: text.replace("batch_size = 2", "batch_size = 1"), {}, (0, 0)),
+        (lambda root: None, lambda text: text, {"downscale": 16}, (0, 8)),
+        # 128x32 and 32x128 are cropped to the one size, the square pictures stay
+        (lambda root: None, lambda text: text.replace("enable_bucket = true", "enable_bucket = false"), {}, (4, 4)),
+        # nothing is resized at this size, so only the name of the filter changes
+        (lambda root: None, lambda text: text + "resize_interpolation = 'nearest'\n", {}, (2, 2)),
+    ],
+)  # fmt: skip
+def test_exactly_what_depends_on_a_change_is_new(find, data, change, edit, options, new):
+    disk = Disk(data / "latents")
+    assert disk(find.toml(BOTH, "--masked_loss")) == (8, 8)
+    change(data)
+    assert disk(find.toml(edit(BOTH), "--masked_loss"), **options) == new
+    assert disk(find.toml(edit(BOTH), "--masked_loss"), **options) == (0, 0)
+
+
+def test_masks_cost_no_new_latents(find, data):
+    disk = Disk(data / "latents")
+    unmasked = BOTH.replace(MASKS, "").replace("alpha_mask = true", "")
+    assert disk(find.toml(unmasked)) == (8, 0)
+    assert disk(find.toml(BOTH.replace(MASKS, ""))) == (0, 2)
+    assert disk(find.toml(BOTH, "--masked_loss")) == (0, 6)
+
+
+def test_several_sizes_of_one_folder_lie_beside_each_other(find, data):
+    text = BOTH[: BOTH.index(SUBSET.format(root="{root}") + "b")]
+    twice = text + f"[[datasets]]\nresolution = 128\nbatch_size = 1\n{SUBSET}a'\n{MASKS}"
+    disk = Disk(data / "latents")
+    assert disk(find.toml(text, "--masked_loss")) == (6, 6)
+    assert disk(find.toml(twice, "--masked_loss")) == (6, 6)
+    loader = loader_of(find.toml(twice, "--masked_loss"), cached=True)
+    assert {tuple(batch.latents.shape[2:]) for batch in batches(loader)} == {
+        (8, 8), (4, 16), (16, 4), (16, 16), (8, 32), (32, 8),
+    }  # fmt: skip
+    for batch in batches(loader):
+        assert batch.mask.shape[2:] == batch.latents.shape[2:]
+
+
+def test_fill_masks_shares_its_work(find, data):
+    plan = replace(find.toml(BOTH, "--masked_loss"))
+    store = MemoryStore()
+    names = MaskNames(downscale=8, hashes=ContentHashes(store))
+    told = []
+    counts = fill_masks(TensorCache(store), names, mask_places(plan), progress=lambda *each: told.append(each))
+    assert (counts.found, counts.encoded, told[-1]) == (0, 8, (8, 8))
+    assert all(TensorCache(store).get(names.key(place))[MASK].shape[0] == 1 for place in mask_places(plan))
