@@ -5,7 +5,8 @@
 IMAGES small pictures with captions are listed cold (nothing remembered) and warm (every size and time checked again);
 `stat` lists and stats the same files and does nothing else: nothing that checks them can be faster. Photos are JPEGs
 of 600 to 1500 pixels a side, brought to 512-pixel buckets with an encoder that does nothing. Latents are those of
-512-pixel pictures in float32. Every row runs in a fresh process with the files in the system's cache, the rows
+512-pixel pictures in float32. `load` is the same photos as training takes them, plain and with random crops, colours and
+masks. Every row runs in a fresh process with the files in the system's cache, the rows
 interleaved; median and spread of the repeats. Memory is the peak beyond what the process had before the work.
 """
 
@@ -163,6 +164,38 @@ def caching(folder: Path, *, batch_size: int) -> Figures:
     return {**rated(figures, len(places)), "mean_batch": statistics.mean(batches)}
 
 
+def loading(folder: Path, *options: str) -> Figures:
+    """An epoch of batches of pixels, as training without cached latents takes them, ahead of the step by two threads."""
+    from itertools import islice
+
+    import torch
+
+    from sfumato.config import load_config
+    from sfumato.data.cache import ContentHashes, LatentNames
+    from sfumato.data.loader import Loader
+    from sfumato.data.masks import MaskNames
+    from sfumato.data.order import Order
+    from sfumato.data.store import MemoryStore
+    from sfumato.data.summary import find_data
+    from sfumato.errors import Problems
+
+    (folder / "model.safetensors").touch()
+    argv = ["--train_data_dir", str(folder / "photos"), "--resolution", "512", "--enable_bucket", *options]
+    argv += ["--pretrained_model_name_or_path", str(folder / "model.safetensors"), "--output_dir", str(folder / "out")]
+    argv += ["--on_missing_caption", "empty", "--cache_dir", str(folder / "index")]
+    problems, figures = Problems(), Figures()
+    order = Order(find_data(load_config(argv), bucket_step=64, problems=problems), seed=1)
+    problems.raise_all()
+    hashes = ContentHashes(MemoryStore())
+    names = LatentNames(fingerprint="none", dtype=torch.float32, hashes=hashes)
+    masks = MaskNames(downscale=8, hashes=hashes)
+    loader = Loader(order, names=names, masks=masks, max_train_steps=order.steps_per_epoch, workers=2)
+    with measured(figures):
+        for _ in islice(loader.steps(), order.steps_per_epoch):
+            pass
+    return rated(figures, order.samples_per_epoch)
+
+
 def reading(folder: Path) -> Figures:
     """Latents by key, in random order, in one thread."""
     from sfumato.data.cache import TensorCache, key_of
@@ -184,6 +217,8 @@ ROWS: dict[str, Callable[[Path], Figures]] = {
     "index warm": lambda folder: index(folder, warm=True),
     "caching b1": lambda folder: caching(folder, batch_size=1),
     "caching b8": lambda folder: caching(folder, batch_size=8),
+    "load": loading,
+    "load changed": lambda folder: loading(folder, "--random_crop", "--color_aug", "--flip_aug", "--alpha_mask"),
     "read latents": reading,
 }
 

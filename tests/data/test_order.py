@@ -35,7 +35,7 @@ def plan_of(datasets, *, batch_size: int = 2, processes: int = 1) -> DataPlan:
                 class_tokens=None,
                 num_repeats=repeats,
                 caption_extension=".txt",
-                conditioning_dir=None,
+                conditioning_data_dir=None,
                 images=ImageRules(),
                 validation_split=0.0,
                 validation_seed=None,

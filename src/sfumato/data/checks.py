@@ -25,7 +25,7 @@ def check_pictures(plan: DataPlan, *, masked_loss: bool, control: bool, report: 
             )
         for line in idle_rules(subset):
             report.no_effect(f"{subset.settings.where}: {line}")
-        if subset.settings.conditioning_dir is not None and not (masked_loss or control):
+        if subset.settings.conditioning_data_dir is not None and not (masked_loss or control):
             report.problems.add(
                 f"{subset.settings.where}: the images of conditioning_data_dir would not be used",
                 fix="give --masked_loss, which takes them as masks, or leave it out",
@@ -47,7 +47,7 @@ def idle_rules(subset: SubsetPlan) -> Iterator[str]:
     if rules.random_crop and all(item.choice.resized == item.choice.bucket for item in subset.items):
         if not rules.whole_size or all(item.size == item.choice.bucket for item in subset.items):
             yield "random_crop has no effect: nothing of any picture is cropped away"
-    if rules.alpha_mask and rules.masked_loss and subset.settings.conditioning_dir is not None:
+    if rules.alpha_mask and rules.masked_loss and subset.settings.conditioning_data_dir is not None:
         yield "alpha_mask has no effect beside mask images"
     elif rules.alpha_mask and all(item.picture.path.lower().endswith(WITHOUT_ALPHA) for item in subset.items):
         yield "alpha_mask has no effect: images of these formats have no alpha channel"
@@ -68,4 +68,4 @@ def check_masks(subsets: list[SubsetPlan], report: Report) -> None:
 
 def masked(subset: SubsetPlan) -> bool:
     settings = subset.settings
-    return settings.images.alpha_mask or (settings.images.masked_loss and settings.conditioning_dir is not None)
+    return settings.images.alpha_mask or (settings.images.masked_loss and settings.conditioning_data_dir is not None)

@@ -22,9 +22,9 @@ def conditioning_of(
 
     Faults go to the report's problems: a picture without, two of one name, one of another shape.
     """
-    if subset.conditioning_dir is None or not pictures:
+    if subset.conditioning_data_dir is None or not pictures:
         return [None] * len(pictures)
-    folder = os.path.abspath(subset.conditioning_dir)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
+    folder = os.path.abspath(subset.conditioning_data_dir)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
     told = len(report.problems.found)
     by_stem = by_name(subset, folder, cache_dir, report)
     found = [by_stem.get(stem_of(picture.path)) for picture in pictures]
@@ -65,8 +65,8 @@ def refuse_unpaired(datasets: Iterable[DatasetSettings], report: Report) -> None
     sharing: defaultdict[Path, list[SubsetSettings]] = defaultdict(list)
     for dataset in datasets:
         for subset in dataset.subsets:
-            if subset.conditioning_dir is not None:
-                sharing[subset.conditioning_dir].append(subset)
+            if subset.conditioning_data_dir is not None:
+                sharing[subset.conditioning_data_dir].append(subset)
     for folder, subsets in sharing.items():
         stems = {stem_of(name) for subset in subsets for name in images_in(subset.image_dir)}
         spare = [name for name in images_in(folder) if stem_of(name) not in stems]

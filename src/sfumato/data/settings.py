@@ -205,7 +205,7 @@ def one_subset(
         class_tokens=folder.class_tokens if folder else value("class_tokens"),
         num_repeats=folder.num_repeats if folder and folder.num_repeats is not None else value("num_repeats"),
         caption_extension=extension if extension.startswith(".") else f".{extension}",
-        conditioning_dir=conditioning_dir(value("conditioning_data_dir"), bool(value("is_reg")), folder),
+        conditioning_data_dir=conditioning_data_dir(value("conditioning_data_dir"), bool(value("is_reg")), folder),
         images=image_rules(value, config),
         validation_split=value("validation_split"),
         validation_seed=value("validation_seed"),
@@ -213,7 +213,7 @@ def one_subset(
     )
 
 
-def conditioning_dir(root: Path | None, is_reg: bool, folder: FolderSubset | None) -> Path | None:
+def conditioning_data_dir(root: Path | None, is_reg: bool, folder: FolderSubset | None) -> Path | None:
     """Where masks or control images lie: for a folder N_text in a folder of the same name, if there is one.
 
     Regularisation images have none.
@@ -344,7 +344,7 @@ class SubsetSettings:
     class_tokens: str | None
     num_repeats: int
     caption_extension: str
-    conditioning_dir: Path | None  # masks or control images, one for each picture
+    conditioning_data_dir: Path | None  # masks or control images, one for each picture
     images: ImageRules
     validation_split: float
     validation_seed: int | None
