@@ -5,9 +5,9 @@
 IMAGES small pictures with captions are listed cold (nothing remembered) and warm (every size and time checked again);
 `stat` lists and stats the same files and does nothing else: nothing that checks them can be faster. Photos are JPEGs
 of 600 to 1500 pixels a side, brought to 512-pixel buckets with an encoder that does nothing. Latents are those of
-512-pixel pictures in float32. `load` is the same photos as training takes them, plain and with random crops, colours and
-masks. Every row runs in a fresh process with the files in the system's cache, the rows
-interleaved; median and spread of the repeats. Memory is the peak beyond what the process had before the work.
+512-pixel pictures in float32. `load` is the same photos as training takes them, plain and with random crops, colours
+and masks. Every row runs in a fresh process with the files in the system's cache, the rows interleaved; median and
+spread of the repeats. Memory is the peak beyond what the process had before the work.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def caching(folder: Path, *, batch_size: int) -> Figures:
 
 
 def loading(folder: Path, *options: str) -> Figures:
-    """An epoch of batches of pixels, as training without cached latents takes them, ahead of the step by two threads."""
+    """An epoch of batches of pixels, as training without cached latents takes them, from two threads."""
     from itertools import islice
 
     import torch

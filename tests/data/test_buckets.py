@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.data.buckets import Buckets, crop_box, crop_offset
+from sfumato.data.buckets import Buckets, crop_box, crop_offset, resolutions
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "buckets.json").read_text(encoding="utf-8"))
 TOO_SMALL = [63, 70]  # its recorded bucket has a side of 0, which nothing can be trained at
@@ -78,3 +78,41 @@ def test_the_chosen_shape_is_the_nearest(width, height):
     chosen = buckets.choose((width, height)).bucket
     error = abs(chosen[0] / chosen[1] - width / height)
     assert error <= min(abs(w / h - width / height) for w, h in buckets.sizes) or (width, height) == chosen
+
+
+STEPS = st.sampled_from([8, 16, 32, 64])
+
+
+@given(st.integers(64, 1200), st.integers(64, 1200), STEPS, st.integers(1, 8), st.integers(8, 40))
+def test_the_list_holds_every_width_with_its_tallest_height_and_nothing_else(width, height, step, low, high):
+    area, shortest, longest = width * height, low * step, high * step
+    wanted = set()
+    for side in range(shortest, longest + 1, step):
+        fitting = [other for other in range(step, longest + 1, step) if side * other <= area]
+        if fitting and max(fitting) >= shortest:
+            wanted |= {(side, max(fitting)), (max(fitting), side)}
+    square = max(side for side in range(0, area + 1, step) if side * side <= area)
+    assert resolutions(area, shortest=shortest, longest=longest, step=step) == sorted(wanted | {(square, square)})
+
+
+@given(SIDES, SIDES, STEPS, st.integers(256, 1024), st.booleans())
+def test_a_picture_keeps_its_shape_to_a_pixel_and_is_cut_on_one_side_only(width, height, step, side, no_upscale):
+    buckets = Buckets(resolution=(side, side), shortest=256, longest=1024, step=step, no_upscale=no_upscale)
+    choice = buckets.choose((width, height))
+    if min(width, height) >= step:
+        drift = abs(choice.resized[0] / width - choice.resized[1] / height)
+        assert drift <= 0.5 / min(width, height) * 1.001  # half a pixel on the shorter side at most
+    surplus = [resized - edge for resized, edge in zip(choice.resized, choice.bucket, strict=True)]
+    if no_upscale:
+        assert all(each < step for each in surplus) or min(width, height) < step
+    else:
+        assert min(surplus) == 0
+
+
+@given(SIDES, SIDES)
+def test_sizes_of_one_picture_at_several_resolutions_do_not_depend_on_each_other(width, height):
+    one, other = Buckets(resolution=(512, 512)), Buckets(resolution=(1024, 1024), longest=2048)
+    alone = Buckets(resolution=(1024, 1024), longest=2048).choose((width, height))
+    assert one.choose((width, height)).bucket in one.sizes
+    assert other.choose((width, height)) == alone
+    assert one.choose((width, height)) is one.choose((width, height))

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from sfumato.data.folders import read_images
 from sfumato.data.headers import header_of
-from sfumato.data.images import Transform, content_hash, decode, interpolation_for, prepare
+from sfumato.data.images import (
+    Colour,
+    Transform,
+    content_hash,
+    decode,
+    interpolation_for,
+    prepare,
+    prepare_with_alpha,
+)
 from sfumato.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -91,6 +100,101 @@ def test_a_palette_with_transparency_keeps_its_colours():
     assert np.array_equal(np.asarray(decode(data, "x")), np.asarray(image.convert("RGB")))
 
 
+def with_transparency(kind: str) -> tuple[bytes, np.ndarray]:
+    """A file and its alpha channel as Pillow makes it of the colours."""
+    image = noise()
+    levels = np.random.default_rng(1).integers(0, 256, (24, 40), dtype=np.uint8)
+    if kind in ("RGBA", "LA"):
+        image = image.convert("RGB" if kind == "RGBA" else "L")
+        image.putalpha(Image.fromarray(levels))
+        data = saved(image, "PNG")
+    elif kind == "palette":
+        image = image.quantize(16)
+        data = saved(image, "PNG", transparency=bytes(range(0, 160, 10)))
+    elif kind == "colour key":
+        data = saved(image, "PNG", transparency=image.getpixel((3, 4)))
+    elif kind == "webp":
+        image.putalpha(Image.fromarray(levels))
+        data = saved(image, "WEBP", lossless=True, exact=True)
+    else:
+        data = saved(image.quantize(8), "GIF", transparency=2)
+    return data, np.asarray(Image.open(BytesIO(data)).convert("RGBA"))[..., 3]
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "palette", "colour key", "webp", "gif"])
+def test_alpha_is_what_pillow_makes_of_it_and_changes_no_colour(kind):
+    data, wanted = with_transparency(kind)
+    assert wanted.min() < 255
+    pixels, alpha = prepare_with_alpha(data, plain((40, 24)), size=(40, 24), path="x")
+    assert np.array_equal(alpha, wanted)
+    assert np.array_equal(pixels, np.asarray(decode(data, "x")))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "1"])
+def test_an_image_without_alpha_counts_fully(mode):
+    data = saved(noise().convert(mode), "TIFF")
+    assert (prepare_with_alpha(data, plain((40, 24)), size=(40, 24), path="x")[1] == 255).all()
+
+
+def test_the_transparent_level_of_sixteen_bit_grey():
+    grey = np.arange(24 * 40).reshape(24, 40).astype(np.uint16) * 60
+    image = Image.fromarray(grey)
+    data = saved(image, "PNG", transparency=1200)
+    _, alpha = prepare_with_alpha(data, plain((40, 24)), size=(40, 24), path="x")
+    assert np.array_equal(alpha, np.where(grey == 1200, 0, 255))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_alpha_is_turned_with_its_picture(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = noise()
+    image.putalpha(image.getchannel("R"))
+    data = saved(image, "PNG", exif=exif)
+    size = header_of(data, "x")[:2]
+    pixels, alpha = prepare_with_alpha(data, plain(size), size=size, path="x")
+    assert np.array_equal(alpha, pixels[..., 0])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame(kind):
+    frames = [noise(seed=seed) for seed in range(3)]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
+    assert getattr(Image.open(BytesIO(data)), "n_frames", 1) == 3
+    wanted = np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+    assert np.array_equal(np.asarray(decode(data, "x")), wanted)
+    assert kind == "GIF" or np.array_equal(wanted, np.asarray(frames[0]))
+
+
+def test_a_cmyk_jpeg_as_photo_programs_write_it():
+    """Adobe's are inverted, and say so; the colours are those of the RGB they were made of."""
+    image = noise().resize((400, 240), Image.Resampling.BICUBIC)
+    data = saved(image.convert("CMYK"), "JPEG", quality=95)
+    assert np.abs(np.asarray(decode(data, "x")).astype(int) - np.asarray(image)).mean() < 4
+
+
+def test_sixteen_bits_of_colour():
+    """A PNG of 16 bits a channel, written by hand: the high bytes are the picture."""
+    levels = np.random.default_rng(0).integers(0, 65536, (24, 40, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 24, 16, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert np.abs(np.asarray(decode(data, "x")).astype(int) - levels / 257).max() <= 1
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif():
+    image = noise().resize((200, 120), Image.Resampling.BICUBIC)
+    data = saved(image, "AVIF", quality=95)
+    assert header_of(data, "x")[:2] == (200, 120)
+    assert np.abs(np.asarray(decode(data, "x")).astype(int) - np.asarray(image)).mean() < 6
+
+
 def test_shrinking_to_half_takes_the_mean_of_four():
     image = noise(64, 32)
     transform = Transform(resized=(32, 16), bucket=(32, 16), interpolation="area")
@@ -114,6 +218,8 @@ def test_interpolation_is_chosen_by_direction_unless_given():
     assert interpolation_for((100, 100), (100, 100), None) == "area"
     assert interpolation_for((100, 40), (100, 50), None) == "lanczos"
     assert interpolation_for((100, 100), (50, 50), "nearest") == "nearest"
+    assert interpolation_for((100, 100), (50, 50), "area") == "area"
+    assert interpolation_for((100, 100), (50, 200), "area") == "bilinear"  # nothing to average where a side grows
 
 
 def test_transforms_that_give_the_same_pixels_have_one_name():
@@ -123,6 +229,20 @@ def test_transforms_that_give_the_same_pixels_have_one_name():
     assert name("linear") == name("bilinear")
     assert len({name(each) for each in ("linear", "cubic", "area", "nearest", "lanczos")}) == 5
     assert plain((8, 8)).name != plain((8, 8), flip=True).name
+
+
+def test_every_difference_has_a_name():
+    one = Transform(resized=(20, 10), bucket=(8, 8), interpolation="area")
+    others = [
+        replace(one, **change)
+        for change in (
+            {"resized": (20, 9)}, {"bucket": (8, 9)}, {"interpolation": "cubic"}, {"offset": (5, 1)}, {"flip": True},
+            {"colour": Colour(hue=0.01)}, {"colour": Colour(gamma=1.01)}, {"colour": Colour(gamma=1.02)},
+        )
+    ]  # fmt: skip
+    assert len({each.name for each in (one, *others)}) == 9
+    assert replace(one, offset=(6, 1)).name == one.name  # the centre, however it was said
+    assert all(each.geometry.name == one.name for each in others[-3:])
 
 
 def test_an_image_that_changed_its_size_is_told():
