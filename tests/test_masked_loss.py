@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+from families.toys import ToyShelf
 from sfumato.config import load_config
-from sfumato.demo.toy import write_toy
 from sfumato.run import open_run
 from sfumato.train import training_loss
 from training import arguments, losses, pictures, run, same, weights
@@ -22,9 +23,9 @@ FAMILIES = ("sd", "sdxl", "flux")
 Toy = Mapping[str, Path]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return write_toy(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(params=FAMILIES)
+def toy(request: pytest.FixtureRequest, toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths(request.param)
 
 
 @pytest.fixture
@@ -175,3 +176,15 @@ def test_augmented_runs_are_the_same_for_any_number_of_workers(toy: Toy, images:
     several = run(toy, images, tmp_path / "several", max_data_loader_n_workers=2, train_batch_size=1, **options)
     assert same(weights(one), weights(several))
     assert losses(one) == losses(several)
+
+
+@pytest.mark.parametrize("toy", ["sd"], indirect=True)
+def test_black_masks_leave_a_fully_trained_model_as_it_was(toy: Toy, images: Path, tmp_path: Path) -> None:
+    common = {"method": "full", "network_dim": None, "learning_rate": "1e-2", "max_train_steps": 2, "masked_loss": True}
+    common |= {"optimizer_type": "SGD"}  # AdamW would still decay the weights
+    for name, right in (("black", 0), ("half", 255)):
+        folder = masks(images, tmp_path / f"masks-{name}", 0, right)
+        run(toy, images, tmp_path / name, conditioning_data_dir=folder, **common)
+    before = load_file(toy["pretrained_model_name_or_path"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "black").items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "half").items())
