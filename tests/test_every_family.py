@@ -44,6 +44,7 @@ CASES = {
     "sd2_v_zero": {"v_parameterization": True},
     "sdxl": {},
     "flux": {"apply_t5_attn_mask": True},
+    "lumina": {},
 }
 VARIANTS = {  # case -> family and variant of its toy
     "sd2": ("sd", "2"),
@@ -196,7 +197,24 @@ def flux_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
     return unpack(found, x.shape)
 
 
-PIPELINES: dict[str, Callable[..., Tensor]] = {"sd": sd_pipeline, "sdxl": sd_pipeline, "flux": flux_pipeline}
+def lumina_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
+    from diffusers import Lumina2Pipeline
+
+    pipe = Lumina2Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    hidden, mask = pipe._get_gemma_prompt_embeds(picture.prompt)  # the pipeline always adds a system prompt
+    no_hidden, no_mask = pipe._get_gemma_prompt_embeds(picture.negative_prompt)
+    return pipe(
+        prompt_embeds=hidden, prompt_attention_mask=mask, negative_prompt_embeds=no_hidden,
+        negative_prompt_attention_mask=no_mask, guidance_scale=picture.scale, height=picture.height,
+        width=picture.width, num_inference_steps=picture.steps, latents=x, output_type="latent",
+        cfg_normalization=False,
+    ).images  # fmt: skip
+
+
+PIPELINES: dict[str, Callable[..., Tensor]] = {
+    "sd": sd_pipeline, "sdxl": sd_pipeline, "flux": flux_pipeline, "lumina": lumina_pipeline,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -298,12 +316,32 @@ def flux_loss(
     return (prediction - (noise - x0)) ** 2
 
 
+def lumina_loss(
+    pipe: Any, denoise: Any, encode: Any, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]
+) -> Tensor:
+    """For the model time runs from noise to picture, and so does its prediction.
+
+    Padded to the longest as ours is: inside Gemma 2 softmax is float32, and other lengths round otherwise.
+    """
+    sigma = (t.double() / 1000).reshape(-1, 1, 1, 1)
+    tokens = pipe.tokenizer(captions, padding="longest", return_tensors="pt")
+    states = encode["text_encoder"](
+        tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
+    ).hidden_states  # fmt: skip
+    prediction = denoise(
+        hidden_states=(1 - sigma) * x0 + sigma * noise, timestep=1 - t / 1000, encoder_hidden_states=states[-2],
+        encoder_attention_mask=tokens.attention_mask,
+    ).sample  # fmt: skip
+    return (prediction - (x0 - noise)) ** 2
+
+
 LOSSES: dict[str, tuple[str, Callable[..., Tensor], dict[str, str]]] = {
     "sd": ("unet", sd_loss, {"denoiser": "unet", "clip": "text_encoder"}),
     "sdxl": ("unet", sdxl_loss, {"denoiser": "unet", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}),
     "flux": (
         "transformer", flux_loss, {"denoiser": "transformer", "clip_l": "text_encoder", "t5": "text_encoder_2"},
     ),
+    "lumina": ("transformer", lumina_loss, {"denoiser": "transformer", "gemma2": "text_encoder"}),
 }  # fmt: skip
 
 

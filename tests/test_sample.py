@@ -119,6 +119,7 @@ def test_an_unknown_name_is_told(model: Family) -> None:
         ("sd", "sd/sdxl (train_util.sample_image_inference)"),
         ("sdxl", "sd/sdxl (train_util.sample_image_inference)"),
         ("flux", "flux/chroma"),
+        ("lumina", "lumina"),
     ],
 )
 def test_defaults_are_the_fields(family: str, named: str, toy_shelf: ToyShelf) -> None:
@@ -128,6 +129,8 @@ def test_defaults_are_the_fields(family: str, named: str, toy_shelf: ToyShelf) -
     assert (picture.width, picture.height) == (usual["width"], usual["height"])
     assert (picture.steps, picture.scale, picture.seed) == (usual["sample_steps"], usual["scale"], 3)
     assert picture.guidance == usual.get("guidance_scale")
+    assert picture.cfg_trunc_ratio == usual.get("cfg_trunc_ratio", 1.0)
+    assert picture.renorm_cfg == usual.get("renorm_cfg", 0.0)
     assert picture.weighted
 
 
@@ -150,6 +153,8 @@ def loaded(family: str, toy_shelf: ToyShelf) -> Family:
         ("flux", "a --n b --g 3.5", ["the negative prompt has no effect, since classifier-free guidance is off; --l"]),
         ("flux", "a --n b --l 2 --ss euler", ["--ss has no effect, this model is always walked by Euler steps"]),
         ("flux", "a --ctr 0.5 --rcfg 1", ["--ctr has no effect", "--rcfg has no effect"]),
+        ("lumina", "a --n b --ctr 0.5 --rcfg 1", []),
+        ("lumina", "a --g 3 --l 1 --ctr 0.5", ["--ctr has no effect", "--g has no effect, this model has no embedded"]),
     ],
 )
 def test_what_has_no_effect_is_told(family: str, line: str, told: list[str], toy_shelf: ToyShelf) -> None:
@@ -200,6 +205,8 @@ def test_emphasis_in_a_preview(toy_shelf: ToyShelf) -> None:
     model = loaded("sd", toy_shelf)
 
     class Nothing(Plain):
+        live_text: frozenset[str] = frozenset()
+
         def caption(self, text: str) -> str:
             return text
 

@@ -15,8 +15,11 @@ from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from training import losses, pictures, run, same, weights
 
-FAMILIES = ("sd", "sdxl", "flux")
-UNREACHED = {"sdxl": "lora_te1_text_model_encoder_layers_1_"}  # the text is read off the layer before it
+FAMILIES = ("sd", "sdxl", "flux", "lumina")
+UNREACHED = {  # the text is read off the layer before it
+    "sdxl": "lora_te1_text_model_encoder_layers_1_",
+    "lumina": "lora_te_layers_2_",
+}
 Toy = Mapping[str, Path]
 
 

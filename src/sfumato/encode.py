@@ -33,11 +33,18 @@ def posterior_noise(latents: LatentSpec, shape: Sequence[int], seeds: Sequence[i
     return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def encode_text(model: Family, part: str, captions: Sequence[str], *, weighted: bool) -> list[Tensors]:
-    """One encoder's features, one dict per caption; `weighted`: (words) and [words] count more and less."""
+def encode_text(
+    model: Family, part: str, captions: Sequence[str], *, weighted: bool, negative: bool = False
+) -> list[Tensors]:
+    """One encoder's features, one dict per caption; `weighted`: (words) and [words] count more and less.
+
+    The family's preamble stands before each, its marks read as they are; not before a `negative` prompt or no words
+    at all, so that a dropped caption is what classifier-free guidance leads away from.
+    """
+    before = ["" if negative or not caption else model.preamble for caption in captions]
     if not (weighted and "weighted_captions" in model.options):
-        return model.encode_text(part, captions)
-    pieces = [parse(caption) for caption in captions]
+        return model.encode_text(part, [start + text for start, text in zip(before, captions, strict=True)])
+    pieces = [((start, 1.0), *parse(text)) for start, text in zip(before, captions, strict=True)]
     found = model.encode_text(part, [plain(each) for each in pieces])
     return [
         model.weigh(part, features, each) if emphasised(each) else features
@@ -46,9 +53,11 @@ def encode_text(model: Family, part: str, captions: Sequence[str], *, weighted: 
 
 
 @torch.no_grad()
-def encode_captions(model: Family, part: str, captions: Sequence[str], *, weighted: bool = False) -> list[Tensors]:
+def encode_captions(
+    model: Family, part: str, captions: Sequence[str], *, weighted: bool = False, negative: bool = False
+) -> list[Tensors]:
     """The features of an encoder that does not train, one dict per caption."""
-    return encode_text(model, part, captions, weighted=weighted)
+    return encode_text(model, part, captions, weighted=weighted, negative=negative)
 
 
 @dataclass
@@ -58,25 +67,31 @@ class FrozenText:
     model: Family
     weighted: bool = False  # whether captions are read with emphasis
     limit: int = 10_000  # captions kept; shuffled ones would fill the memory otherwise
-    _kept: dict[tuple[str, str], Tensors] = field(default_factory=dict)
+    _kept: dict[tuple[str, str, bool, bool], Tensors] = field(default_factory=dict)
 
-    def encode(self, part: str, captions: Sequence[str]) -> Tensors:
-        """Stacked and padded features of one encoder for a batch of captions."""
-        found = [self._one(part, caption) for caption in captions]
+    def encode(
+        self, part: str, captions: Sequence[str], *, weighted: bool | None = None, negative: bool = False
+    ) -> Tensors:
+        """Stacked and padded features of one encoder; `weighted` where it is not as for captions."""
+        weighted = self.weighted if weighted is None else weighted
+        found = [self._one(part, caption, weighted, negative) for caption in captions]
         return {name: pad_stack([features[name] for features in found]) for name in found[0]}
 
-    def _one(self, part: str, caption: str) -> Tensors:
-        key = (part, caption)
+    def _one(self, part: str, caption: str, weighted: bool, negative: bool) -> Tensors:
+        key = (part, caption, weighted, negative)
         if key not in self._kept:
             if len(self._kept) >= self.limit:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = encode_captions(self.model, part, [caption], weighted=self.weighted)[0]
+            found = encode_captions(self.model, part, [caption], weighted=weighted, negative=negative)
+            self._kept[key] = found[0]
         return self._kept[key]
 
 
-def live_text(model: Family, part: str, captions: Sequence[str], *, weighted: bool = False) -> Tensors:
+def live_text(
+    model: Family, part: str, captions: Sequence[str], *, weighted: bool = False, negative: bool = False
+) -> Tensors:
     """Features of an encoder that trains, with gradients."""
-    found = encode_text(model, part, captions, weighted=weighted)
+    found = encode_text(model, part, captions, weighted=weighted, negative=negative)
     return {name: pad_stack([features[name] for features in found]) for name in found[0]}
 
 

@@ -75,7 +75,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "hunyuan_image_train_network",
     "lumina_minimal_inference",
     "lumina_train",
-    "lumina_train_network",
     "networks/check_lora_weights",
     "networks/convert_anima_lora_to_comfy",
     "networks/convert_flux_lora",

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from sfumato import plan
 from sfumato.config import Config
+from sfumato.config.prompts import read_prompts
 from sfumato.data.batch import Batch
 from sfumato.data.describe import metadata as data_metadata
 from sfumato.data.loader import Loader
@@ -161,6 +162,9 @@ def open_run(config: Config) -> Run | None:
         rates.load_state_dict(state["rates"])
         if state["scaler"]:  # empty where the saved run was not in fp16
             scaler.load_state_dict(state["scaler"])
+    frozen_text = FrozenText(model, weighted=config.captions.weighted_captions)
+    if config.cache.cache_text_encoder_outputs:
+        read_prompts_beforehand(config, method, frozen_text)
     loader = make_loader(config, outlook.data, outlook.total, model, method, processes)
     return Run(
         config=config,
@@ -177,7 +181,7 @@ def open_run(config: Config) -> Run | None:
         health=Health(limit=config.loop.max_bad_steps),
         proof=Proof(optimizer),
         loader=loader,
-        frozen_text=FrozenText(model, weighted=config.captions.weighted_captions),
+        frozen_text=frozen_text,
         journal=open_journal(config, outlook, processes, start, state.get("journal", {})),
         saves=saves,
         metadata=training_metadata(config, facts_of(config, outlook, optimizer)),
@@ -187,6 +191,17 @@ def open_run(config: Config) -> Run | None:
         total=outlook.total,
         steps_per_epoch=steps_per_epoch(config, outlook),
     )
+
+
+def read_prompts_beforehand(config: Config, method: Method, frozen_text: FrozenText) -> None:
+    """Encode the prompts of the previews while the encoders whose output is cached are still on the device."""
+    path = config.samples.sample_prompts
+    for prompt in read_prompts(path) if path else ():
+        for text, negative in ((prompt.prompt, False), (prompt.negative_prompt, True)):
+            for part in set(frozen_text.model.text_parts) - method.live_text:
+                frozen_text.encode(
+                    part, [method.caption(text)], weighted=config.samples.prompt_weighting, negative=negative
+                )
 
 
 def facts_of(config: Config, outlook: plan.Outlook, optimizer: Optimizer) -> Facts:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from sfumato.config.prompts import Prompt
 from sfumato.data.batch import Extras, Sizes, Tensors
 from sfumato.diffusion.objective import Objective
-from sfumato.encode import live_text
+from sfumato.encode import FrozenText, live_text
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.methods.base import Method
@@ -174,26 +174,50 @@ def _chance(scheduler: Any, generator: Generator) -> dict[str, Generator]:
 
 @torch.no_grad()
 def conditioning(
-    model: Family, captions: list[str], sizes: Sizes, guidance: float | None, *, weighted: bool = False
+    model: Family,
+    captions: list[str],
+    sizes: Sizes,
+    guidance: float | None,
+    *,
+    weighted: bool = False,
+    negative: bool = False,
+    frozen: FrozenText | None = None,
+    live: frozenset[str] = frozenset(),
 ) -> Tensors:
-    """What the denoiser gets of the captions; `weighted`: (words) and [words] count more and less."""
-    features = {part: live_text(model, part, captions, weighted=weighted) for part in model.text_parts}
+    """What the denoiser gets of the captions; `weighted`: (words) and [words] count more and less.
+
+    With `frozen`, the features of all encoders but the `live` ones come from what it remembers.
+    """
+    features: dict[str, Tensors] = {}
+    for part in model.text_parts:
+        if frozen is None or part in live:
+            found = live_text(model, part, captions, weighted=weighted, negative=negative)
+        else:
+            found = frozen.encode(part, captions, weighted=weighted, negative=negative)
+        features[part] = {name: tensor.to(model.device) for name, tensor in found.items()}
     return model.condition(features, sizes, guidance)
 
 
 @torch.no_grad()
-def generate(model: Family, method: Method, picture: Picture) -> Tensor:
-    """One image (3, H, W) in [-1, 1], float32 on the CPU; a function of the picture and the weights alone."""
+def generate(model: Family, method: Method, picture: Picture, frozen: FrozenText | None = None) -> Tensor:
+    """One image (3, H, W) in [-1, 1], float32 on the CPU; a function of the picture and the weights alone.
+
+    frozen: remembers what encoders that do not train say to a prompt, and may know it from before they were put away.
+    """
     generator = Generator().manual_seed(picture.seed)
     spec = model.latents
     shape = (1, spec.channels, picture.height // spec.downscale, picture.width // spec.downscale)
     extras, sizes = Extras(), Sizes.plain(1, picture.height, picture.width)
     method.begin(model, extras)
 
-    def read(text: str) -> Tensors:
-        return conditioning(model, [method.caption(text)], sizes, picture.guidance, weighted=picture.weighted)
+    def read(text: str, *, negative: bool) -> Tensors:
+        return conditioning(
+            model, [method.caption(text)], sizes, picture.guidance,
+            weighted=picture.weighted, negative=negative, frozen=frozen, live=method.live_text,
+        )  # fmt: skip
 
-    positive, negative = read(picture.prompt), read(picture.negative_prompt) if picture.guided else None
+    positive = read(picture.prompt, negative=False)
+    negative = read(picture.negative_prompt, negative=True) if picture.guided else None
     x = torch.randn(shape, generator=generator).to(model.device)
     scheduler = make_scheduler(picture.sampler, model.objective)
     clean = denoise(

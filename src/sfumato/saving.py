@@ -135,7 +135,7 @@ def save_previews(run: Run, step: int, label: str) -> None:
 def save_picture(run: Run, picture: Picture, path: Path) -> None:
     """One PNG that carries its recipe."""
     with run.autocast():
-        image = generate(run.model, run.method, picture)
+        image = generate(run.model, run.method, picture, run.frozen_text)
     pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     text = PngInfo()
     for name, value in vars(picture).items():

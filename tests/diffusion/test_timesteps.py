@@ -70,7 +70,7 @@ def test_more_logit_mean_is_more_noise() -> None:
     assert mean(-1.0) + 100 < mean(0.0) < mean(1.0) - 50
 
 
-@pytest.mark.parametrize("sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift"])
+@pytest.mark.parametrize("sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"])
 def test_bounds_are_kept(sampling: str) -> None:
     """--min_timestep and --max_timestep hold for flows too; the field's scripts forget them."""
     noise = NoiseOptions(timestep_sampling=sampling, min_timestep=200, max_timestep=300)

@@ -20,7 +20,7 @@ from sfumato.sample import conditioning
 from training import losses, pictures, run, same, weights
 
 register_all()
-FAMILIES = ("sd", "sdxl", "flux")
+FAMILIES = ("sd", "sdxl", "flux", "lumina")
 
 
 def load(options: ModelOptions) -> Family:
@@ -57,17 +57,18 @@ def test_marks_are_words_where_emphasis_is_off(model: Family) -> None:
         assert all(torch.equal(off[name], literal[name]) for name in off)
 
 
-# Each word is one token of the toys. CLIP's come after the begin token; T5's "a" and "red" are not words of its toy.
+# Each word is one token of the toys, after the begin token where there is one; T5's "a" and "red" are not words of its
+# toy.
 MARKED, PLAIN = "photo (cat:1.5) of [[cup]]", "photo cat of cup"
 WEIGHTS = [1.0, 1.5, 1.0, 1 / 1.21]
 
 
 @pytest.mark.parametrize(
     ("family", "part", "first"),
-    [("sd", "clip", 1), ("sdxl", "clip_l", 1), ("sdxl", "clip_g", 1), ("flux", "t5", 0)],
+    [("sd", "clip", 1), ("sdxl", "clip_l", 1), ("sdxl", "clip_g", 1), ("flux", "t5", 0), ("lumina", "gemma2", 1)],
 )
 def test_closed_form(family: str, part: str, first: int, toy_shelf: ToyShelf) -> None:
-    """CLIP: m + w (h - m) with m the mean of all positions and channels; T5: w h. Pooled vectors stay."""
+    """CLIP: m + w (h - m) with m the mean of all positions and channels; T5, Gemma 2: w h. Pooled vectors stay."""
     model = load(toy_shelf.options(family))
     ours, base = pair(model, part, MARKED, PLAIN)
     w = torch.ones(len(base["hidden"]), 1, dtype=torch.float64)
@@ -132,7 +133,7 @@ def test_a_family_without_emphasis_reads_marks_as_words(toy_shelf: ToyShelf, mon
     assert torch.equal(found["hidden"], model.encode_text("clip", [MARKED])[0]["hidden"])
 
 
-@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize("family", ["sd", "flux", "lumina"])
 def test_training_on_weighted_captions(family: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
     """It changes what is learned, and the cache knows captions read with emphasis from others."""
     toy, images = toy_shelf.paths(family), pictures(tmp_path / "images", 2)

@@ -79,9 +79,10 @@ SCRIPTS = {
         ),
         Script(
             name="lumina_train_network",
-            family="lumina2",
+            family="lumina",
             method="adapter",
             summary="Trains an adapter for Lumina-Image 2.0.",
+            available=True,
             defaults={"timestep_sampling": "shift", "model_prediction_type": "raw", "discrete_flow_shift": 6.0},
         ),
         Script(

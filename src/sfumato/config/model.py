@@ -42,7 +42,7 @@ class ModelOptions(Options):
     clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model")
     clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model", planned="the families that use it")
     t5xxl: ModelPath | None = option(None, "T5-XXL text encoder", path="model")
-    gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="model", planned="the families that use it")
+    gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="model")
     ae: ModelPath | None = option(None, "autoencoder file", path="model")
     controlnet_model_name_or_path: ModelPath | None = option(
         None, "ControlNet to start from", path="model", planned="ControlNet training"
@@ -51,7 +51,7 @@ class ModelOptions(Options):
         None, "longest caption for T5-XXL; without it the model's own limit", ge=1
     )
     gemma2_max_token_length: int | None = option(
-        None, "longest caption for Gemma 2; without it the model's own limit", planned="the families that use it", ge=1
+        None, "longest caption for Gemma 2, its begin token included; without it 256", ge=1
     )
     t5xxl_device: str | None = option(None, "device of T5-XXL", planned="the families that use it")
     t5xxl_dtype: str | None = option(None, "precision of T5-XXL", planned="the families that use it")
@@ -60,7 +60,7 @@ class ModelOptions(Options):
         False, "hide the padding of CLIP-L's and CLIP-G's tokens from attention", planned="the families that use it"
     )
     guidance_scale: float = option(3.5, "embedded guidance during training", ge=0)
-    system_prompt: str = option("", "text put before every caption", planned="the families that use it")
+    system_prompt: str = option("", "text put before every caption and prompt, but not before a negative one")
     pos_emb_random_crop_rate: float = option(
         0.0, "chance of a random crop of the position table", planned="the families that use it", ge=0, le=1
     )

@@ -21,9 +21,7 @@ class NoiseOptions(Options):
     ip_noise_gamma_random_strength: bool = option(False, "draw its strength between 0 and the value given")
     zero_terminal_snr: bool = option(False, "rescale the noise schedule so that its end is pure noise")
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"] | None = option(
-        None,
-        "how timesteps are drawn; without it the family's way",
-        planned_values={"nextdit_shift": "the families that use it"},
+        None, "how timesteps are drawn; without it the family's way"
     )
     sigmoid_scale: float = option(1.0, "width of the sigmoid density", gt=0)
     discrete_flow_shift: float | None = option(None, "shift towards noise; without it the family's value", gt=0)

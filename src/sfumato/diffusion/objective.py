@@ -171,6 +171,8 @@ class RectifiedFlow:
 
     space: Literal["raw", "additive", "sigma_scaled"] = "raw"
     grid: Callable[[Any, int, int], None]  # the family's time grid: diffusers scheduler, steps, tokens
+    usual_sampling: str = "sigma"  # the family's density of timesteps where the options name none
+    usual_shift: float = 3.0  # and its shift
     predicts: Literal["velocity"] = "velocity"
 
     def level(self, t: Tensor) -> Level:

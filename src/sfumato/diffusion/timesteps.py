@@ -13,10 +13,10 @@ import torch
 from torch import Generator, Tensor
 
 from sfumato.config import NoiseOptions
-from sfumato.diffusion.objective import LatentSpec, Objective
+from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow
 from sfumato.registry import Registry
 
-Density = Callable[[Generator, NoiseOptions, int], Tensor]  # generator, options, tokens -> sigma in (0, 1)
+Density = Callable[[Generator, NoiseOptions, int], Tensor]  # generator, options with a shift, tokens -> sigma in (0, 1)
 FLOW: Registry[Density] = Registry("timestep sampling")
 
 
@@ -24,9 +24,11 @@ def make_density(noise: NoiseOptions, objective: Objective) -> Callable[[Generat
     """The draw of one sample's t, with the options bound."""
     minimum = noise.min_timestep or 0
     maximum = 1000 if noise.max_timestep is None else noise.max_timestep
-    if objective.predicts != "velocity":
+    if not isinstance(objective, RectifiedFlow):
         return lambda generator, shape, latents: uniform_index(generator, minimum, maximum)
-    density = FLOW.get(noise.timestep_sampling or "sigma")
+    density = FLOW.get(noise.timestep_sampling or objective.usual_sampling)
+    if noise.discrete_flow_shift is None:
+        noise = noise.model_copy(update={"discrete_flow_shift": objective.usual_shift})
 
     def draw(generator: Generator, shape: Sequence[int], latents: LatentSpec) -> Tensor:
         sigma = density(generator, noise, latents.tokens(shape))
@@ -46,7 +48,7 @@ def uniform_index(generator: Generator, minimum: int, maximum: int) -> Tensor:
 def sigma(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
     """A density over a table of 1000 levels, shifted: more u is more noise, for every family alike."""
     u = scheme_density(torch.rand((), generator=generator), torch.randn((), generator=generator), noise)
-    return shifted(table_level(u), noise.discrete_flow_shift or 3.0)
+    return shifted(table_level(u), shift_of(noise))
 
 
 @FLOW.register("uniform")
@@ -61,13 +63,25 @@ def sigmoid(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
 
 @FLOW.register("shift")
 def shift(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
-    return shifted(sigmoid(generator, noise, tokens), noise.discrete_flow_shift or 3.0)
+    return shifted(sigmoid(generator, noise, tokens), shift_of(noise))
 
 
 @FLOW.register("flux_shift")
 def flux_shift(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
     """The more tokens an image has, the more noise it needs (Esser et al. 2024, sec. 5.3.2)."""
     return shifted(sigmoid(generator, noise, tokens), math.exp(resolution_mu(tokens)))
+
+
+@FLOW.register("nextdit_shift")
+def nextdit_shift(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
+    """Uniform, moved as by flux_shift; --sigmoid_scale has no say."""
+    return shifted(uniform(generator, noise, tokens), math.exp(resolution_mu(tokens)))
+
+
+def shift_of(noise: NoiseOptions) -> float:
+    """--discrete_flow_shift, which `make_density` has filled in where the user did not."""
+    assert noise.discrete_flow_shift is not None
+    return noise.discrete_flow_shift
 
 
 def table_level(u: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def toy_tokenizer(folder: Path, words: Iterable[str]) -> int:
     merges: list[Pair] = []
     for word in words:
         assert set(word) <= set(ascii_lowercase), f"{word!r} is not a lower case word"
-        while len(pieces := _apply((*word[:-1], word[-1] + WORD_END), merges)) > 1:
+        while len(pieces := apply_merges((*word[:-1], word[-1] + WORD_END), merges)) > 1:
             merges.append((pieces[0], pieces[1]))
     ids = _ids_of(merges)
     files.write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
@@ -201,7 +201,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in others]
 
 
-def _apply(pieces: Sequence[str], merges: Sequence[Pair]) -> list[str]:
+def apply_merges(pieces: Sequence[str], merges: Sequence[Pair]) -> list[str]:
     """The pieces of one word after all merges, earliest first."""
     result = list(pieces)
     for first, second in merges:

@@ -164,6 +164,7 @@ class Family(ABC):
     bucket_step: ClassVar[int]  # bucket_reso_steps must be a multiple
     sampling: ClassVar[Sampling]
     options: ClassVar[frozenset[str]] = frozenset()  # of those that only some families read, the ones that this does
+    preamble: str = ""  # what stands before every caption and prompt, but neither before negative nor empty ones
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module) -> None:
         self.blueprint = blueprint

@@ -75,9 +75,9 @@ class Ranks:
             for target, rank in zip(spec.extra_targets.get(option, ()), ranks, strict=False):  # lengths are checked
                 if matches(target, group.paths[0]):
                     return rank, alpha
-        for option, rank in self.args.kinds.items():
-            if matches(spec.kinds.get(option, ""), name):
-                return rank, alpha
+        for option, layers in spec.kinds.items():  # where they overlap, in the part's order
+            if option in self.args.kinds and matches(layers, name):
+                return self.args.kinds[option], alpha
         stage = stage_of(spec, group) if spec.stages else None
         return self._pointwise(stage) if is_pointwise(group.layers[0]) else self._convolution(stage)
 
