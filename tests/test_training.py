@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
+from sfumato.sample import generate
 from training import losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "lumina")
@@ -130,6 +133,29 @@ def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None
     assert losses(plain) == losses(shown)
     made = sorted(path.name[: len("lora_000002_00")] for path in (shown / "sample").iterdir())
     assert made == [f"lora_{step:06d}_{i:02d}" for step in (0, 2, 4) for i in (0, 1)]
+
+
+def test_previews_of_cached_text(toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pictures; the encoders are put away by then, so prompts were read before."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a (cat:1.2) --w 64 --h 64 --s 2 --d 5 --n a dog --l 3")
+    options = {"sample_prompts": prompts, "sample_every_n_steps": 2, "network_train_unet_only": True}
+    plain = run(toy, images, tmp_path / "plain", **options)
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("an encoder was asked")
+
+    def watched(model: Any, *rest: Any) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "encode_text", forbidden)
+            return generate(model, *rest)
+
+    monkeypatch.setattr("sfumato.saving.generate", watched)
+    cached = run(toy, images, tmp_path / "cached", **options, cache_text_encoder_outputs=True)
+    first, second = (sorted((folder / "sample").iterdir()) for folder in (plain, cached))
+    assert len(first) == len(second) == 2
+    for one, other in zip(first, second, strict=True):
+        assert Image.open(one).tobytes() == Image.open(other).tobytes()
 
 
 def test_a_failed_preview_is_a_warning(sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

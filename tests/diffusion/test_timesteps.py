@@ -16,7 +16,8 @@ from sfumato.diffusion.objective import LatentSpec, Level, RectifiedFlow, Varian
 from sfumato.diffusion.weightings import cosmap, make_weighting, sigma_sqrt
 
 MATH = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_text())
-ROWS = MATH["flux_timestep_sampling"]["rows"]
+LUMINA = [{"overrides": {"discrete_flow_shift": 6.0}, **row} for row in MATH["lumina_timestep_sampling"]]
+ROWS = MATH["flux_timestep_sampling"]["rows"] + LUMINA
 LATENTS = LatentSpec(channels=16, downscale=8, patch=2, scale=1.0, shift=0.0, size_multiple=16)
 NAMES = ("discrete_flow_shift", "sigmoid_scale", "weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 
@@ -30,7 +31,7 @@ def options(row: dict[str, Any]) -> NoiseOptions:
 def test_continuous_densities_from_the_same_draws(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The golden draws a whole batch at once; ours is fed the very same numbers one by one."""
     noise = options(row)
-    draw = torch.rand if row["timestep_sampling"] == "uniform" else torch.randn
+    draw = torch.rand if row["timestep_sampling"] in ("uniform", "nextdit_shift") else torch.randn
     numbers = draw(row["batch"], generator=torch.Generator().manual_seed(row["seed"]))
     found = []
     for number in numbers:
@@ -82,7 +83,7 @@ def test_bounds_are_kept(sampling: str) -> None:
     assert max(drawn) - min(drawn) > 50
 
 
-@pytest.mark.parametrize("case", MATH["time_shift"]["flux"], ids=str)
+@pytest.mark.parametrize("case", MATH["time_shift"]["flux"] + MATH["time_shift"]["lumina"], ids=str)
 def test_resolution_dependent_shift(case: dict[str, Any]) -> None:
     mu = timesteps.resolution_mu(case["seq_len"])
     assert mu == pytest.approx(case["mu"])

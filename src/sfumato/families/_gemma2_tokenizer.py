@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
@@ -24,6 +25,7 @@ ON_HUB = (
 FILES = ("tokenizer.json", "tokenizer.model")
 PAD, END, BEGIN, UNKNOWN, MASK = "<pad>", "<eos>", "<bos>", "<unk>", "<mask>"
 SPACE = "▁"
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 Tokens = Sequence[tuple[int, int]]  # id, and where in the text the token ends
 
@@ -102,13 +104,26 @@ def _from_sentencepiece(model: bytes, where: str) -> GemmaTokenizer:
         raise UserError(f"the tokenizer in {where} is no sentencepiece model") from error
 
     def tokens(text: str) -> Tokens:
-        return [(piece.id, piece.end) for piece in processor.encode_as_immutable_proto(text).pieces]
+        ids = processor.encode(text)
+        return list(zip(ids, ends_of([processor.id_to_piece(each) for each in ids]), strict=True))
 
     def id_of(token: str) -> int | None:
         found = processor.piece_to_id(token)
         return None if found == processor.unk_id() else found
 
     return _checked(where, tokens, processor.get_piece_size(), id_of)
+
+
+def ends_of(pieces: Iterable[str]) -> Iterator[int]:
+    """Where in the text each piece ends; letters outside the vocabulary are the bytes of their UTF-8, as <0xC3>."""
+    place = 0
+    for piece in pieces:
+        byte = BYTE.fullmatch(piece)
+        if byte is None:
+            place += len(piece)
+        elif int(byte[1], 16) & 0xC0 != 0x80:  # else it goes on with the letter that an earlier one began
+            place += 1
+        yield place
 
 
 def _checked(
