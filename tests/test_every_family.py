@@ -45,13 +45,17 @@ CASES = {
     "sdxl": {},
     "flux": {"apply_t5_attn_mask": True},
     "lumina": {},
+    "sd3": {},
+    "sd35": {"apply_t5_attn_mask": True, "apply_lg_attn_mask": True},
 }
 VARIANTS = {  # case -> family and variant of its toy
     "sd2": ("sd", "2"),
     "sd2_v": ("sd", "2-v"),
     "sd2_v_zero": ("sd", "2-v"),
+    "sd35": ("sd3", "3.5-medium"),
 }
 NOISE = {"sd2_v_zero": NoiseOptions(zero_terminal_snr=True)}
+UNMASKED = {"apply_t5_attn_mask": False, "apply_lg_attn_mask": False}  # diffusers' pipelines have no masks
 
 
 @dataclass(frozen=True)
@@ -212,14 +216,29 @@ def lumina_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor
     ).images  # fmt: skip
 
 
+def sd3_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
+    from diffusers import StableDiffusion3Pipeline
+
+    pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt=picture.prompt, negative_prompt=picture.negative_prompt, height=picture.height, width=picture.width,
+        num_inference_steps=picture.steps, guidance_scale=picture.scale, latents=x, output_type="latent",
+    ).images  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[..., Tensor]] = {
-    "sd": sd_pipeline, "sdxl": sd_pipeline, "flux": flux_pipeline, "lumina": lumina_pipeline,
-}  # fmt: skip
+    "sd": sd_pipeline,
+    "sdxl": sd_pipeline,
+    "flux": flux_pipeline,
+    "sd3": sd3_pipeline,
+    "lumina": lumina_pipeline,
+}
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_denoising_equals_the_diffusers_pipeline(toys: Toys, scale: float) -> None:
-    plain = toys.diffusers.model_copy(update={"apply_t5_attn_mask": False})  # diffusers' pipeline has no mask
+    plain = toys.diffusers.model_copy(update=UNMASKED)
     model = load(plain, noise=toys.noise)
     picture = fill_in(
         Prompt(prompt="a cat", negative_prompt="a red dog", width=64, height=96, sample_steps=4, scale=scale),
@@ -335,6 +354,24 @@ def lumina_loss(
     return (prediction - (x0 - noise)) ** 2
 
 
+def sd3_loss(pipe: Any, denoise: Any, encode: Any, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+    sigma = (t.double() / 1000).reshape(-1, 1, 1, 1)
+    towers = []
+    for encoder, tokenizer in (("text_encoder", pipe.tokenizer), ("text_encoder_2", pipe.tokenizer_2)):
+        ids = tokenizer(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        towers.append(encode[encoder](ids, output_hidden_states=True))
+    tokens = pipe.tokenizer_3(captions, padding="max_length", max_length=256, return_tensors="pt").input_ids
+    t5 = encode["text_encoder_3"](tokens).last_hidden_state
+    clip = torch.cat([tower.hidden_states[-2] for tower in towers], dim=-1)
+    clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+    prediction = denoise(
+        hidden_states=(1 - sigma) * x0 + sigma * noise, timestep=t.double(),
+        encoder_hidden_states=torch.cat([clip, t5], dim=1),
+        pooled_projections=torch.cat([tower.text_embeds for tower in towers], dim=-1),
+    ).sample  # fmt: skip
+    return (prediction - (noise - x0)) ** 2
+
+
 LOSSES: dict[str, tuple[str, Callable[..., Tensor], dict[str, str]]] = {
     "sd": ("unet", sd_loss, {"denoiser": "unet", "clip": "text_encoder"}),
     "sdxl": ("unet", sdxl_loss, {"denoiser": "unet", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}),
@@ -342,6 +379,12 @@ LOSSES: dict[str, tuple[str, Callable[..., Tensor], dict[str, str]]] = {
         "transformer", flux_loss, {"denoiser": "transformer", "clip_l": "text_encoder", "t5": "text_encoder_2"},
     ),
     "lumina": ("transformer", lumina_loss, {"denoiser": "transformer", "gemma2": "text_encoder"}),
+    "sd3": (
+        "transformer", sd3_loss,
+        {
+            "denoiser": "transformer", "clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3",
+        },
+    ),
 }  # fmt: skip
 
 
@@ -351,7 +394,7 @@ def plain_noise(toys: Toys) -> NoiseOptions:
 
 def unmasked(toys: Toys) -> Family:
     """In float64; diffusers' pipelines know no mask over the text."""
-    plain = toys.diffusers.model_copy(update={"apply_t5_attn_mask": False})
+    plain = toys.diffusers.model_copy(update=UNMASKED)
     return load(plain, torch.float64, plain_noise(toys))
 
 

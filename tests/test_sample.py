@@ -120,6 +120,7 @@ def test_an_unknown_name_is_told(model: Family) -> None:
         ("sdxl", "sd/sdxl (train_util.sample_image_inference)"),
         ("flux", "flux/chroma"),
         ("lumina", "lumina"),
+        ("sd3", "sd3"),
     ],
 )
 def test_defaults_are_the_fields(family: str, named: str, toy_shelf: ToyShelf) -> None:

@@ -18,7 +18,7 @@ from sfumato.formats.state import load_state
 from sfumato.sample import generate
 from training import losses, pictures, run, same, weights
 
-FAMILIES = ("sd", "sdxl", "flux", "lumina")
+FAMILIES = ("sd", "sdxl", "flux", "sd3", "lumina")
 UNREACHED = {  # the text is read off the layer before it
     "sdxl": "lora_te1_text_model_encoder_layers_1_",
     "lumina": "lora_te_layers_2_",

@@ -52,7 +52,22 @@ def make_loader(config: Config, data: DataPlan, total: int, model: Family, metho
     masks = MaskNames(downscale=model.latents.downscale, hashes=names.hashes)
     latents = cached_latents(config, data, names, masks, model, at, workers) if config.cache.cache_latents else None
     text = cached_text(config, data, model, method, at) if config.cache.cache_text_encoder_outputs else {}
-    return Loader(order, names=names, masks=masks, max_train_steps=total, latents=latents, text=text, workers=workers)
+    return Loader(
+        order,
+        names=names,
+        masks=masks,
+        max_train_steps=total,
+        latents=latents,
+        text=text,
+        text_dropout=text_dropout(config, model),
+        workers=workers,
+    )
+
+
+def text_dropout(config: Config, model: Family) -> dict[str, float]:
+    """Text encoder -> chance to be left out, of those that this model has and whose rate it reads."""
+    rates = config.captions.text_dropout
+    return {part: rates[part] for part in model.text_parts if part in rates and f"{part}_dropout_rate" in model.options}
 
 
 def open_store(config: Config) -> DiskStore:

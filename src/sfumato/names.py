@@ -90,7 +90,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "networks/svd_merge_lora",
     "sd3_minimal_inference",
     "sd3_train",
-    "sd3_train_network",
     "sdxl_gen_img",
     "sdxl_minimal_inference",
     "sdxl_train_control_net",

@@ -75,7 +75,7 @@ def look(config: Config, *, processes: int) -> Outlook:
         blueprint = family.read(source, config.model, config.noise)
         method = make_method(config)
         method.plan(blueprint)
-        notes = tuple(model_notes(config, family, blueprint))
+        notes = (*model_notes(config, family, blueprint), *dropout_notes(config, family, blueprint))
         for note in notes if config.log.strict else ():
             problems.add(note)
     data = find_data(config, bucket_step=family.bucket_step if family else 1, processes=processes, problems=problems)
@@ -162,6 +162,13 @@ def model_notes(config: Config, family: type[Family], blueprint: Blueprint) -> I
     read_by_some = frozenset[str]().union(*(FAMILIES.get(name).options for name in FAMILIES.names))
     idle = sorted(name for name in read_by_some - family.options if config.changed(name))
     yield from (f"--{name} has no effect on a model of the family {family.name}" for name in idle)
+
+
+def dropout_notes(config: Config, family: type[Family], blueprint: Blueprint) -> Iterator[str]:
+    """Chances to leave out a text encoder that this one checkpoint does not have."""
+    for option, part in ((f"{part}_dropout_rate", part) for part in config.captions.text_dropout):
+        if option in family.options and part not in blueprint.text_parts:
+            yield f"--{option} has no effect: there is no text encoder {part}"
 
 
 def model_lines(outlook: Outlook) -> Iterator[str]:

@@ -149,6 +149,7 @@ def open_run(config: Config) -> Run | None:
     model = outlook.family.load(
         blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=processes.device
     )
+    model.expect(dataset.settings.resolution for dataset in outlook.data.datasets)
     groups = method.prepare(model)
     if config.memory.gradient_checkpointing:
         for part in model.parts.values():

@@ -126,6 +126,8 @@ def conditioning_of(run: Run, batch: Batch) -> Tensors:
         elif part not in features:
             features[part] = run.frozen_text.encode(part, captions)
     moved = {part: {k: v.to(run.device) for k, v in tensors.items()} for part, tensors in features.items()}
+    for part, dropped in batch.text_dropped.items():
+        moved[part] = run.model.dropped_text(part, moved[part], dropped.to(run.device))
     return run.model.condition(moved, batch.sizes, run.recipe.guidance)
 
 

@@ -20,7 +20,7 @@ from sfumato.sample import conditioning
 from training import losses, pictures, run, same, weights
 
 register_all()
-FAMILIES = ("sd", "sdxl", "flux", "lumina")
+FAMILIES = ("sd", "sdxl", "flux", "sd3", "lumina")
 
 
 def load(options: ModelOptions) -> Family:
@@ -65,7 +65,15 @@ WEIGHTS = [1.0, 1.5, 1.0, 1 / 1.21]
 
 @pytest.mark.parametrize(
     ("family", "part", "first"),
-    [("sd", "clip", 1), ("sdxl", "clip_l", 1), ("sdxl", "clip_g", 1), ("flux", "t5", 0), ("lumina", "gemma2", 1)],
+    [
+        ("sd", "clip", 1),
+        ("sdxl", "clip_l", 1),
+        ("sdxl", "clip_g", 1),
+        ("flux", "t5", 0),
+        ("sd3", "clip_l", 1),
+        ("sd3", "t5", 0),
+        ("lumina", "gemma2", 1),
+    ],
 )
 def test_closed_form(family: str, part: str, first: int, toy_shelf: ToyShelf) -> None:
     """CLIP: m + w (h - m) with m the mean of all positions and channels; T5, Gemma 2: w h. Pooled vectors stay."""

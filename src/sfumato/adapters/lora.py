@@ -60,7 +60,7 @@ class LoRA(Adapter):
         return self.alpha / self.rank
 
     def _up(self, i: int) -> Tensor:
-        return self.lora_up if len(self.group.layers) == 1 else self.group.take(self.lora_up, i)
+        return self.lora_up if self.group.is_plain else self.group.take(self.lora_up, i)
 
     def delta(self, i: int) -> Tensor:
         product = self._up(i).flatten(1) @ self.lora_down.flatten(1)

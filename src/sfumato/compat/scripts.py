@@ -74,7 +74,8 @@ SCRIPTS = {
             name="sd3_train_network",
             family="sd3",
             method="adapter",
-            summary="Trains an adapter for Stable Diffusion 3.",
+            summary="Trains an adapter for Stable Diffusion 3 and 3.5.",
+            available=True,
             defaults={"t5xxl_max_token_length": 256},
         ),
         Script(

@@ -25,12 +25,12 @@ class CaptionOptions(Options):
     caption_dropout_every_n_epochs: int = option(0, "empty captions in every Nth epoch; 0 for none", ge=0)
     caption_tag_dropout_rate: float = option(0.0, "chance to leave out each tag", ge=0, le=1)
     weighted_captions: bool = option(False, "(words) and [words] in captions count more and less")
-    clip_l_dropout_rate: float = option(
-        0.0, "chance to leave out CLIP-L's text", planned="the families that use it", ge=0, le=1
-    )
-    clip_g_dropout_rate: float = option(
-        0.0, "chance to leave out CLIP-G's text", planned="the families that use it", ge=0, le=1
-    )
-    t5_dropout_rate: float = option(
-        0.0, "chance to leave out T5's text", planned="the families that use it", ge=0, le=1
-    )
+    clip_l_dropout_rate: float = option(0.0, "chance to leave out CLIP-L's text", ge=0, le=1)
+    clip_g_dropout_rate: float = option(0.0, "chance to leave out CLIP-G's text", ge=0, le=1)
+    t5_dropout_rate: float = option(0.0, "chance to leave out T5's text", ge=0, le=1)
+
+    @property
+    def text_dropout(self) -> dict[str, float]:
+        """Text encoder -> chance above 0 to be left out; its option is the encoder's name and _dropout_rate."""
+        rates = {"clip_l": self.clip_l_dropout_rate, "clip_g": self.clip_g_dropout_rate, "t5": self.t5_dropout_rate}
+        return {name: rate for name, rate in rates.items() if rate}

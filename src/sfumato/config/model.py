@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from sfumato.config.base import Options, Shown, option
-from sfumato.config.values import FilePath, ModelPath, ModelPaths, as_token_length
+from sfumato.config.values import FilePath, ModelPath, ModelPaths, as_precision, as_token_length
 
+Precision = Annotated[str, AfterValidator(as_precision)]
 TokenLength = Annotated[Literal[150, 225] | None, BeforeValidator(as_token_length), Shown("75|150|225")]
 
 
@@ -40,7 +41,7 @@ class ModelOptions(Options):
         planned_values={"chroma": "the families that use it"},
     )
     clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model")
-    clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model", planned="the families that use it")
+    clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model")
     t5xxl: ModelPath | None = option(None, "T5-XXL text encoder", path="model")
     gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="model")
     ae: ModelPath | None = option(None, "autoencoder file", path="model")
@@ -53,17 +54,11 @@ class ModelOptions(Options):
     gemma2_max_token_length: int | None = option(
         None, "longest caption for Gemma 2, its begin token included; without it 256", ge=1
     )
-    t5xxl_device: str | None = option(None, "device of T5-XXL", planned="the families that use it")
-    t5xxl_dtype: str | None = option(None, "precision of T5-XXL", planned="the families that use it")
+    t5xxl_device: str | None = option(None, "device of T5-XXL, as cpu; without it the others'")
+    t5xxl_dtype: Precision | None = option(None, "precision of T5-XXL, as bf16; without it the others'")
     apply_t5_attn_mask: bool = option(False, "hide the padding of T5-XXL's tokens from attention")
-    apply_lg_attn_mask: bool = option(
-        False, "hide the padding of CLIP-L's and CLIP-G's tokens from attention", planned="the families that use it"
-    )
+    apply_lg_attn_mask: bool = option(False, "put zeros in place of CLIP-L's and CLIP-G's padding")
     guidance_scale: float = option(3.5, "embedded guidance during training", ge=0)
     system_prompt: str = option("", "text put before every caption and prompt, but not before a negative one")
-    pos_emb_random_crop_rate: float = option(
-        0.0, "chance of a random crop of the position table", planned="the families that use it", ge=0, le=1
-    )
-    enable_scaled_pos_embed: bool = option(
-        False, "scale the position table to each resolution", planned="the families that use it"
-    )
+    pos_emb_random_crop_rate: float = option(0.0, "chance of a random crop of the position table", ge=0, le=1)
+    enable_scaled_pos_embed: bool = option(False, "scale the position table to each resolution")

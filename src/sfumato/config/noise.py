@@ -25,7 +25,7 @@ class NoiseOptions(Options):
     )
     sigmoid_scale: float = option(1.0, "width of the sigmoid density", gt=0)
     discrete_flow_shift: float | None = option(None, "shift towards noise; without it the family's value", gt=0)
-    training_shift: float = option(1.0, "shift towards noise in training", planned="the families that use it", gt=0)
+    training_shift: float = option(1.0, "shift towards noise in training", gt=0)
     model_prediction_type: Literal["raw", "additive", "sigma_scaled"] | None = option(
         None, "space in which the prediction is compared; without it the family's"
     )

@@ -9,6 +9,8 @@ from pydantic import SecretStr
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath
 
+ONE_FILE = "an adapter is one file; only full training saves text encoders"
+
 
 class SaveOptions(Options):
     """Saving"""
@@ -43,8 +45,8 @@ class SaveOptions(Options):
     resume: FilePath | None = option(None, "folder of a saved state to go on from", path="folder")
     no_metadata: bool = option(False, "write only the metadata that is needed to use the file")
     training_comment: str | None = option(None, "a comment for the metadata")
-    save_clip: bool = option(False, "save the CLIP encoders, too", planned="the families that use it")
-    save_t5xxl: bool = option(False, "save T5-XXL, too", planned="the families that use it")
+    save_clip: bool = option(False, "save the CLIP encoders, too", no_effect=ONE_FILE)
+    save_t5xxl: bool = option(False, "save T5-XXL, too", no_effect=ONE_FILE)
 
 
 class MetadataOptions(Options):

@@ -32,6 +32,15 @@ def as_size(value: Any) -> tuple[int, int]:
     return numbers[0], numbers[-1]  # pyright: ignore[reportReturnType]
 
 
+def as_precision(name: str) -> str:
+    """torch's name of a precision, from any that the field uses: bf16 -> bfloat16."""
+    known = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+    found = known.get(name.lower(), name.lower())
+    if found not in known.values():
+        raise ValueError("is not a precision; write fp32, fp16 or bf16")
+    return found
+
+
 def as_steps(value: Any) -> int | float:
     """ "10%" or 0.1 -> 0.1, a share of all steps; 100 -> 100 steps. The type tells them apart."""
     text = str(value).strip()

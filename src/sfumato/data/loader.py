@@ -31,6 +31,7 @@ class Loader:
     latents: where cached latents lie; without it batches carry pixels. names: by which entries are named, needed for
     the seeds of the posterior's noise in both cases. masks: the same for masks, which lie beside cached latents.
     text: features of the encoders whose output is cached.
+    text_dropout: text encoder -> chance of a sample to do without it.
     workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
     """
 
@@ -43,6 +44,7 @@ class Loader:
         max_train_steps: int,
         latents: TensorCache | None = None,
         text: Mapping[str, TextFeatures] | None = None,
+        text_dropout: Mapping[str, float] | None = None,
         workers: int = 2,
     ) -> None:
         self.order = order
@@ -52,6 +54,7 @@ class Loader:
         self.max_train_steps = max_train_steps
         self.latents = latents
         self.text = dict(text or {})
+        self.text_dropout = dict(text_dropout or {})
         self.workers = workers
 
     def steps(self, first_step: int = 0) -> Iterator[Step]:
@@ -90,7 +93,10 @@ class Loader:
             pixels=to_tensor(pixels) if pixels else None,
             captions=captions,
             text={name: features.stacked(captions) for name, features in self.text.items()},
-            text_dropped={},
+            text_dropped={
+                name: torch.tensor([self._drops(name, rate, sample.id) for sample in batch.samples])
+                for name, rate in self.text_dropout.items()
+            },
             sizes=Sizes(
                 original=torch.tensor([sample.original for sample in samples]),
                 crop=torch.tensor([sample.crop for sample in samples]),
@@ -101,6 +107,9 @@ class Loader:
             entry_seeds=torch.tensor([sample.shown.entry_seed for sample in samples]),
             mask=filled([sample.shown.mask for sample in samples]),
         )
+
+    def _drops(self, name: str, rate: float, sample_id: int) -> bool:
+        return python_random(self.order.seed, f"{name} dropout", sample_id).random() < rate
 
     def _weight(self, sample: Sample) -> float:
         if not sample.real:

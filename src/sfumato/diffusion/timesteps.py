@@ -18,6 +18,7 @@ from sfumato.registry import Registry
 
 Density = Callable[[Generator, NoiseOptions, int], Tensor]  # generator, options with a shift, tokens -> sigma in (0, 1)
 FLOW: Registry[Density] = Registry("timestep sampling")
+WHOLE = frozenset({"whole_steps"})  # densities whose t is a whole number
 
 
 def make_density(noise: NoiseOptions, objective: Objective) -> Callable[[Generator, Sequence[int], LatentSpec], Tensor]:
@@ -26,13 +27,15 @@ def make_density(noise: NoiseOptions, objective: Objective) -> Callable[[Generat
     maximum = 1000 if noise.max_timestep is None else noise.max_timestep
     if not isinstance(objective, RectifiedFlow):
         return lambda generator, shape, latents: uniform_index(generator, minimum, maximum)
-    density = FLOW.get(noise.timestep_sampling or objective.usual_sampling)
+    name = noise.timestep_sampling or objective.usual_sampling
+    density = FLOW.get(name)
     if noise.discrete_flow_shift is None:
         noise = noise.model_copy(update={"discrete_flow_shift": objective.usual_shift})
 
     def draw(generator: Generator, shape: Sequence[int], latents: LatentSpec) -> Tensor:
         sigma = density(generator, noise, latents.tokens(shape))
-        return minimum + sigma * (maximum - minimum)
+        t = minimum + sigma * (maximum - minimum)
+        return torch.floor(t) if name in WHOLE else t
 
     return draw
 
@@ -49,6 +52,13 @@ def sigma(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
     """A density over a table of 1000 levels, shifted: more u is more noise, for every family alike."""
     u = scheme_density(torch.rand((), generator=generator), torch.randn((), generator=generator), noise)
     return shifted(table_level(u), shift_of(noise))
+
+
+@FLOW.register("whole_steps")
+def whole_steps(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
+    """--weighting_scheme's density, moved by --training_shift; t is rounded down."""
+    u = scheme_density(torch.rand((), generator=generator), torch.randn((), generator=generator), noise)
+    return shifted(u, noise.training_shift)
 
 
 @FLOW.register("uniform")

@@ -7,7 +7,7 @@ features, how features become the denoiser's arguments, how pixels become latent
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -160,7 +160,7 @@ class Family(ABC):
     """A loaded model. Subclasses set the class variables and answer the abstract questions."""
 
     name: ClassVar[str]
-    text_parts: ClassVar[tuple[str, ...]]  # names of the text encoders, in the order of --text_encoder_lr
+    text_parts: tuple[str, ...]  # names of the text encoders, in the order of --text_encoder_lr; of one model: it has
     bucket_step: ClassVar[int]  # bucket_reso_steps must be a multiple
     sampling: ClassVar[Sampling]
     options: ClassVar[frozenset[str]] = frozenset()  # of those that only some families read, the ones that this does
@@ -170,6 +170,7 @@ class Family(ABC):
         self.blueprint = blueprint
         self.objective = blueprint.objective
         self.latents = blueprint.latents
+        self.text_parts = blueprint.text_parts
         self.parts = dict(parts)
         self.vae = vae
 
@@ -205,6 +206,18 @@ class Family(ABC):
         each word leaves them as they are. Only called where `options` has weighted_captions.
         """
         return features
+
+    def dropped_text(self, part: str, features: Tensors, dropped: Tensor) -> Tensors:
+        """Features (B, ...) of an encoder that the samples marked in (B,) bool do without: zeros, False in masks.
+
+        Only called where `options` has the encoder's dropout rate.
+        """
+        rows = {name: dropped.reshape(-1, *[1] * (tensor.ndim - 1)) for name, tensor in features.items()}
+        return {name: tensor.masked_fill(rows[name], 0) for name, tensor in features.items()}
+
+    def expect(self, resolutions: Iterable[tuple[int, int]]) -> None:
+        """Told before training which (width, height) the datasets have; most families need not know."""
+        return
 
     @abstractmethod
     def text_fingerprint(self, part: str) -> str:

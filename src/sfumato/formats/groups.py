@@ -30,6 +30,11 @@ class LayerGroup:
         """Rows of the stacked weight."""
         return sum(stop - start for ranges in self.rows for start, stop in ranges)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether one layer stands behind the name, with its rows in the file's order."""
+        return len(self.rows) == 1 and len(self.rows[0]) == 1
+
     def take(self, stacked: Tensor, i: int) -> Tensor:
         """The rows of `stacked` that belong to the i-th layer."""
         pieces = [stacked[start:stop] for start, stop in self.rows[i]]
