@@ -66,6 +66,35 @@ CLIP_G = CLIP_H | {
     "num_attention_heads": 20,
 }
 
+SD3: dict[str, dict[str, Any]] = {  # published transformers, by the field's names
+    "medium": {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+        "dual_attention_layers": [],
+        "qk_norm": None,
+    },
+}
+SD3["5-medium"] = SD3["medium"] | {
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": list(range(13)),
+    "qk_norm": "rms_norm",
+}
+SD3["5-large"] = SD3["medium"] | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with init_empty_weights():

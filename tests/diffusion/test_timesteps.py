@@ -61,6 +61,23 @@ def test_sigma_table(row: dict[str, Any]) -> None:
     assert found.tolist() == pytest.approx(row["timesteps"], rel=1e-5)
 
 
+@pytest.mark.parametrize("row", MATH["sd3_timesteps"], ids=str)
+def test_whole_steps(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of the golden, from the same draws; logit-normal ones come from torch.normal there."""
+    given = {name: row[name] for name in ("weighting_scheme", "training_shift", "min_timestep", "max_timestep")}
+    density = timesteps.make_density(NoiseOptions(**given), RectifiedFlow(grid=lambda *_: None, usual_sampling="whole_steps"))
+    generator, count = torch.Generator().manual_seed(row["seed"]), row["batch"]
+    normal = row["weighting_scheme"] == "logit_normal"
+    numbers = torch.normal(0.0, 1.0, (count,), generator=generator) if normal else torch.rand(count, generator=generator)
+    found = []
+    for number in numbers:
+        monkeypatch.setattr(torch, "randn" if normal else "rand", lambda *_, number=number, **__: number)
+        found.append(density(torch.Generator(), (16, 64, 64), LATENTS))
+    assert [float(t) for t in found] == row["timesteps"]
+    level = RectifiedFlow(grid=lambda *_: None).level(torch.stack(found))
+    assert level.sigma.tolist() == pytest.approx(row["sigmas"], rel=1e-6)
+
+
 def test_more_logit_mean_is_more_noise() -> None:
     def mean(logit_mean: float) -> float:
         noise = NoiseOptions(timestep_sampling="sigma", weighting_scheme="logit_normal", logit_mean=logit_mean)
@@ -71,11 +88,11 @@ def test_more_logit_mean_is_more_noise() -> None:
     assert mean(-1.0) + 100 < mean(0.0) < mean(1.0) - 50
 
 
-@pytest.mark.parametrize("sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift"])
+@pytest.mark.parametrize("sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift", "whole_steps"])
 def test_bounds_are_kept(sampling: str) -> None:
-    """--min_timestep and --max_timestep hold for flows too; the field's scripts forget them."""
-    noise = NoiseOptions(timestep_sampling=sampling, min_timestep=200, max_timestep=300)
-    density = timesteps.make_density(noise, RectifiedFlow(grid=lambda *_: None))
+    """--min_timestep and --max_timestep hold for flows too; most of the field's scripts forget them."""
+    noise = NoiseOptions(min_timestep=200, max_timestep=300)
+    density = timesteps.make_density(noise, RectifiedFlow(grid=lambda *_: None, usual_sampling=sampling))
     generator = torch.Generator().manual_seed(0)
     drawn = [float(density(generator, (16, 64, 64), LATENTS)) for _ in range(200)]
     assert min(drawn) >= 200

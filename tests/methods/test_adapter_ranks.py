@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from torch import nn
 
-from keys import CLIP_G, CLIP_H, CLIP_L, UNETS, on_meta
+from keys import CLIP_G, CLIP_H, CLIP_L, SD3, UNETS, on_meta
 from lora_keys import Shapes, golden
 from sfumato.adapters.lora import LoRA
 from sfumato.config import NetworkOptions
 from sfumato.errors import UserError
-from sfumato.families import _clip, _flux_keys, _open_clip, _unet, flux, sd, sdxl
+from sfumato.families import _clip, _flux_keys, _open_clip, _sd3_keys, _unet, flux, sd, sdxl
 from sfumato.families.base import Part, PartSpec
 from sfumato.formats.groups import LayerGroup
 from sfumato.methods.adapter_args import read_args
@@ -54,6 +54,12 @@ def xl() -> list[Part]:
 def flux_dev() -> list[Part]:
     config = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
     return [part(_flux_keys.spec(""), lambda: _flux_keys.build(config))]
+
+
+@cache
+def sd35_medium() -> list[Part]:
+    config = SD3["5-medium"]
+    return [part(_sd3_keys.spec("", config["num_layers"]), lambda: _sd3_keys.build(config))]
 
 
 def decided(parts: list[Part], arguments: dict[str, Any], **options: Any) -> list[tuple[LayerGroup, int, float]]:
@@ -100,6 +106,14 @@ def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
         ),
         ("lora_flux_train_blocks_double", flux_dev, {"train_blocks": "double"}),
         ("lora_flux_train_blocks_single", flux_dev, {"train_blocks": "single"}),
+        (
+            "lora_sd35_medium_dims",
+            sd35_medium,
+            {
+                "context_attn_dim": 2, "context_mlp_dim": 6, "context_mod_dim": 8, "x_attn_dim": 10, "x_mlp_dim": 12,
+                "x_mod_dim": 14, "emb_dims": [1, 2, 3, 4, 5, 6], "train_block_indices": "0-3",
+            },
+        ),
     ],
 )  # fmt: skip
 def test_files_are_those_of_the_field(variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]) -> None:

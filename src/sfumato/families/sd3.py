@@ -168,10 +168,11 @@ def patches_of(width: int, height: int) -> int:
 
 
 def t5_device(name: str) -> torch.device:
+    """Raises UserError for a name that is no device, and for a device that is not there."""
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--t5xxl_device {name} is no device", fix="cpu, cuda or cuda:1") from error
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise UserError(f"--t5xxl_device {name}: there is no such device here", fix="cpu, or cuda:0") from error
 
 
 def _read_transformer(source: Source) -> Network:
