@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.config.values import as_arguments, as_range, as_size, as_steps, literal, spelled, step_count
+from sfumato.config.values import as_arguments, as_precision, as_range, as_size, as_steps, literal, spelled, step_count
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,14 @@ def test_step_count_of_a_share_rounds_down():
     assert step_count(0.1, 1005) == 100
     assert step_count(1.0, 7) == 7
     assert step_count(3, 2) == 3
+
+
+def test_precision():
+    found = {as_precision(name) for name in ("bf16", "bfloat16", "BF16")}
+    assert found == {"bfloat16"}
+    assert [as_precision(name) for name in ("fp32", "float", "half")] == ["float32", "float32", "float16"]
+    with pytest.raises(ValueError, match="not a precision"):
+        as_precision("int8")
 
 
 def test_range():

@@ -262,6 +262,32 @@ def test_regularisation_images_carry_their_weight(plan, find):
     assert counts == {0.25: regular, 1.0: weighted.samples_per_epoch - regular}
 
 
+def test_text_encoders_are_dropped_by_chance_and_sample(plan):
+    """Each encoder at its rate, independently, and the same for a sample however the steps are cut."""
+    text = f"[[datasets]]\nresolution = 64\n{SUBSET}b'\nnum_repeats = 300\n"
+    found: dict[int, dict[tuple[int, str], bool]] = {}
+    for accumulation in (1, 3):
+        loader = loader_of(plan(text), cached=True, accumulation=accumulation)
+        loader.text_dropout = {"first": 0.25, "second": 0.5}
+        drops = found.setdefault(accumulation, {})
+        for step in islice(loader.steps(), loader.order.steps_per_epoch):
+            for batch in step.batches:
+                for name, dropped in batch.text_dropped.items():
+                    assert dropped.dtype == torch.bool
+                    drops |= {(i, name): bool(each) for i, each in zip(batch.ids.tolist(), dropped, strict=True)}
+    shared = found[1].keys() & found[3].keys()
+    assert len(shared) > 1000
+    assert all(found[1][each] == found[3][each] for each in shared)
+    ids = {sample for sample, _ in found[1]}
+    first, second, both = (
+        sum(all(found[1][sample, name] for name in names) for sample in ids) / len(ids)
+        for names in (("first",), ("second",), ("first", "second"))
+    )
+    assert abs(first - 0.25) < 0.05
+    assert abs(second - 0.5) < 0.06
+    assert abs(both - 0.125) < 0.04
+
+
 def test_captions_change_with_the_epoch_not_with_history(plan):
     text = (
         f"[[datasets]]\nresolution = 64\n{SUBSET}a'\ncaption_dropout_every_n_epochs = 2\ncaption_extension = '.txt'\n"

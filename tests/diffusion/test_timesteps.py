@@ -65,10 +65,13 @@ def test_sigma_table(row: dict[str, Any]) -> None:
 def test_whole_steps(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number of the golden, from the same draws; logit-normal ones come from torch.normal there."""
     given = {name: row[name] for name in ("weighting_scheme", "training_shift", "min_timestep", "max_timestep")}
-    density = timesteps.make_density(NoiseOptions(**given), RectifiedFlow(grid=lambda *_: None, usual_sampling="whole_steps"))
+    objective = RectifiedFlow(grid=lambda *_: None, usual_sampling="whole_steps")
+    density = timesteps.make_density(NoiseOptions(**given), objective)
     generator, count = torch.Generator().manual_seed(row["seed"]), row["batch"]
     normal = row["weighting_scheme"] == "logit_normal"
-    numbers = torch.normal(0.0, 1.0, (count,), generator=generator) if normal else torch.rand(count, generator=generator)
+    numbers = (
+        torch.normal(0.0, 1.0, (count,), generator=generator) if normal else torch.rand(count, generator=generator)
+    )
     found = []
     for number in numbers:
         monkeypatch.setattr(torch, "randn" if normal else "rand", lambda *_, number=number, **__: number)

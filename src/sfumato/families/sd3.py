@@ -75,7 +75,7 @@ class StableDiffusion3(Family):
         kind = _sd3_keys.kind_of(denoiser.config)
         return Blueprint(
             source=source,
-            title=f"Stable Diffusion {TITLES[kind]}",
+            title=f"Stable Diffusion {TITLES[kind]}" + ("" if "t5" in networks else ", without T5-XXL"),
             base_model_version=kind,
             architecture=f"stable-diffusion-3-{kind}",
             text_parts=tuple(part for part in cls.text_parts if part in networks),
@@ -218,10 +218,9 @@ def _metadata(model: ModelOptions, noise: NoiseOptions) -> dict[str, Any]:
 
 def _notes(networks: Mapping[str, Network], model: ModelOptions, noise: NoiseOptions) -> Iterator[str]:
     if "t5" not in networks:
-        yield "there is no T5-XXL: zeros stand for what it would read; --t5xxl FILE gives one"
         for name in ("t5xxl_max_token_length", "t5xxl_device", "t5xxl_dtype", "apply_t5_attn_mask"):
-            if vars(model)[name]:
-                yield f"--{name} has no effect without T5-XXL"
+            if vars(model)[name] not in (None, False, T5_LENGTH):
+                yield f"--{name} has no effect without T5-XXL; --t5xxl FILE gives one"
     if noise.timestep_sampling is None:
         start = "has no effect without --timestep_sampling"
         if noise.discrete_flow_shift is not None:
