@@ -39,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outlook(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> Outlook:
     """What a run would do."""
-    argv = arguments(toy, images, output, network_module="networks.lora_sd3", **options)
+    argv = arguments(toy, images, output, **{"network_module": "networks.lora_sd3", **options})
     return look(with_seed(load_config(argv)), processes=1)
 
 
@@ -81,6 +81,14 @@ def test_what_trains_is_encoded_and_the_rest_is_cached(toy: Mapping[str, Path], 
         outlook(toy, images, tmp_path / "x", **asked, cache_text_encoder_outputs=True)
     alone = run(toy, images, tmp_path / "alone", network_train_text_encoder_only=True, max_train_steps=1)
     assert {name.split("_")[1] for name in weights(alone)} == {"te1", "te2"}
+
+
+def test_the_table_of_places_is_no_weight(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    """Neither planned nor trained; the rest is."""
+    planned = outlook(toy, images, tmp_path, method="full", network_dim=None, network_module=None)
+    (row,) = planned.method.plan(planned.blueprint)
+    denoiser = load(**checkpoint(toy)).denoiser
+    assert row.parameters == sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 def test_what_the_file_says_of_its_training(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def spec(prefix: str, blocks: int) -> PartSpec:
         kinds=KINDS,
         counted={"train_block_indices": "joint_blocks.{n}.{*}"},
         blocks=(BLOCK[:-1],),
+        tables=("pos_embed.pos_embed",),
     )
 
 

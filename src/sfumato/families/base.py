@@ -49,6 +49,7 @@ class PartSpec:
     sections: Mapping[str, range] = field(default_factory=dict)  # down_lr_weight -> the stages it counts
     blocks: tuple[str, ...] = ()  # patterns on the paths of the repeated blocks
     opt_in: str = ""  # the network argument that alone lets this part train (train_t5xxl)
+    tables: tuple[str, ...] = ()  # the module's own names of tensors in the file that are no weights and never train
 
     def groups(self, layers: Mapping[str, Layer], *, every: bool = False) -> list[LayerGroup]:
         """The usually adapted layers among `layers`, or `every` adaptable one, grouped by names in adapter files."""

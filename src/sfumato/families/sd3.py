@@ -84,6 +84,7 @@ class StableDiffusion3(Family):
                 space=noise.model_prediction_type or "sigma_scaled", grid=time_grid, usual_sampling="whole_steps"
             ),
             latents=_vae.latent_spec(networks["vae"].config, patch=2, size_multiple=16),
+            checkpoint=("denoiser", "vae"),
             metadata=_metadata(model, noise),
             notes=(*_notes(networks, model, noise), *_place_notes(kind, model)),
         )

@@ -33,6 +33,7 @@ class FullRates:
 
     def choose(self, spec: PartSpec, weights: Iterable[tuple[str, T]]) -> list[Chosen[T]]:
         """A part's weights that train, by rate; those of blocks at rate 0 are left out."""
+        weights = [(name, weight) for name, weight in weights if name not in spec.tables]
         if self.blocks is None or spec.name != "denoiser":
             return [Chosen(label=spec.name, part=spec.name, rate=self.parts[spec.name], weights=dict(weights))]
         found: dict[int, dict[str, T]] = {stage: {} for stage, rate in enumerate(self.blocks) if rate}
