@@ -65,6 +65,15 @@ CLIP_G = CLIP_H | {
     "num_hidden_layers": 32,
     "num_attention_heads": 20,
 }
+T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 
 SD3: dict[str, dict[str, Any]] = {  # published transformers, by the field's names
     "medium": {

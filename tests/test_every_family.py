@@ -44,10 +44,12 @@ CASES = {
     "sd2_v_zero": {"v_parameterization": True},
     "sdxl": {},
     "flux": {"apply_t5_attn_mask": True},
+    "chroma": {"apply_t5_attn_mask": True},
     "lumina": {},
     "sd3": {},
     "sd35": {"apply_t5_attn_mask": True, "apply_lg_attn_mask": True},
 }
+ALWAYS_MASKED = {"chroma"}
 VARIANTS = {  # case -> family and variant of its toy
     "sd2": ("sd", "2"),
     "sd2_v": ("sd", "2-v"),
@@ -182,7 +184,7 @@ def sd_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
 def flux_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
     from diffusers import FluxPipeline
 
-    from sfumato.families.flux import pack, unpack
+    from sfumato.families._flux_parts import pack, unpack
 
     pipe = FluxPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -227,19 +229,43 @@ def sd3_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
     ).images  # fmt: skip
 
 
+def chroma_pipeline(folder: Path, model: Any, picture: Any, x: Tensor) -> Tensor:
+    """The texts cut to what counts: the pipeline adds its mask to the scores, which hides next to nothing."""
+    from diffusers import ChromaPipeline
+
+    from sfumato.families._flux_parts import pack, unpack
+
+    pipe = ChromaPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    texts = [model.encode_text("t5", [text])[0] for text in (picture.prompt, picture.negative_prompt)]
+    (hidden, no_hidden), (mask, no_mask) = ([text[name][None] for text in texts] for name in ("hidden", "mask"))
+    found = pipe(
+        prompt_embeds=hidden, prompt_attention_mask=mask, negative_prompt_embeds=no_hidden,
+        negative_prompt_attention_mask=no_mask, guidance_scale=picture.scale, height=picture.height,
+        width=picture.width, num_inference_steps=picture.steps, latents=pack(x), output_type="latent",
+    ).images  # fmt: skip
+    return unpack(found, x.shape)
+
+
 PIPELINES: dict[str, Callable[..., Tensor]] = {
     "sd": sd_pipeline,
     "sdxl": sd_pipeline,
     "flux": flux_pipeline,
+    "chroma": chroma_pipeline,
     "sd3": sd3_pipeline,
     "lumina": lumina_pipeline,
 }
 
 
+def plain_text(toys: Toys) -> ModelOptions:
+    """As diffusers' pipelines see text: without a mask where a family can do without."""
+    masked = toys.folder.name.rstrip("0123456789") in ALWAYS_MASKED
+    return toys.diffusers.model_copy(update={**UNMASKED, "apply_t5_attn_mask": masked})
+
+
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_denoising_equals_the_diffusers_pipeline(toys: Toys, scale: float) -> None:
-    plain = toys.diffusers.model_copy(update=UNMASKED)
-    model = load(plain, noise=toys.noise)
+    model = load(plain_text(toys), noise=toys.noise)
     picture = fill_in(
         Prompt(prompt="a cat", negative_prompt="a red dog", width=64, height=96, sample_steps=4, scale=scale),
         model, sampler="ddim", seed=3,
@@ -372,12 +398,31 @@ def sd3_loss(pipe: Any, denoise: Any, encode: Any, x0: Tensor, noise: Tensor, t:
     return (prediction - (noise - x0)) ** 2
 
 
+def chroma_loss(
+    pipe: Any, denoise: Any, encode: Any, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]
+) -> Tensor:
+    sigma = (t.double() / 1000).reshape(-1, 1, 1, 1)
+    batch, channels, height, width = x0.shape
+    tokens = pipe.tokenizer(captions, padding="max_length", max_length=512, return_tensors="pt")
+    hidden = encode["text_encoder"](tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+    seen = torch.arange(512) <= tokens.attention_mask.sum(1, keepdim=True)
+    raw = denoise(
+        hidden_states=pipe._pack_latents((1 - sigma) * x0 + sigma * noise, batch, channels, height, width),
+        timestep=t.double() / 1000, encoder_hidden_states=hidden, txt_ids=torch.zeros(512, 3, dtype=torch.float64),
+        img_ids=pipe._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float64),
+        attention_mask=torch.cat([seen, seen.new_ones(batch, height * width // 4)], dim=1),
+    ).sample  # fmt: skip
+    prediction = pipe._unpack_latents(raw, height * 8, width * 8, pipe.vae_scale_factor)
+    return (prediction - (noise - x0)) ** 2
+
+
 LOSSES: dict[str, tuple[str, Callable[..., Tensor], dict[str, str]]] = {
     "sd": ("unet", sd_loss, {"denoiser": "unet", "clip": "text_encoder"}),
     "sdxl": ("unet", sdxl_loss, {"denoiser": "unet", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}),
     "flux": (
         "transformer", flux_loss, {"denoiser": "transformer", "clip_l": "text_encoder", "t5": "text_encoder_2"},
     ),
+    "chroma": ("transformer", chroma_loss, {"denoiser": "transformer", "t5": "text_encoder"}),
     "lumina": ("transformer", lumina_loss, {"denoiser": "transformer", "gemma2": "text_encoder"}),
     "sd3": (
         "transformer", sd3_loss,
@@ -393,9 +438,8 @@ def plain_noise(toys: Toys) -> NoiseOptions:
 
 
 def unmasked(toys: Toys) -> Family:
-    """In float64; diffusers' pipelines know no mask over the text."""
-    plain = toys.diffusers.model_copy(update=UNMASKED)
-    return load(plain, torch.float64, plain_noise(toys))
+    """In float64."""
+    return load(plain_text(toys), torch.float64, plain_noise(toys))
 
 
 class Theirs:

@@ -14,7 +14,7 @@ from sfumato.plan import look, model_lines, public_options, with_seed
 from training import arguments, pictures, run, weights
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "flux", "sd3", "lumina"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "flux", "chroma", "sd3", "lumina"])
 def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return write_toy(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -121,6 +121,7 @@ def test_an_unknown_name_is_told(model: Family) -> None:
         ("flux", "flux/chroma"),
         ("lumina", "lumina"),
         ("sd3", "sd3"),
+        ("chroma", "flux/chroma"),
     ],
 )
 def test_defaults_are_the_fields(family: str, named: str, toy_shelf: ToyShelf) -> None:
@@ -129,7 +130,7 @@ def test_defaults_are_the_fields(family: str, named: str, toy_shelf: ToyShelf) -
     picture = fill_in(Prompt(prompt="a cat"), loaded(family, toy_shelf), sampler="ddim", seed=3)
     assert (picture.width, picture.height) == (usual["width"], usual["height"])
     assert (picture.steps, picture.scale, picture.seed) == (usual["sample_steps"], usual["scale"], 3)
-    assert picture.guidance == usual.get("guidance_scale")
+    assert picture.guidance == (None if family == "chroma" else usual.get("guidance_scale"))
     assert picture.cfg_trunc_ratio == usual.get("cfg_trunc_ratio", 1.0)
     assert picture.renorm_cfg == usual.get("renorm_cfg", 0.0)
     assert picture.weighted
@@ -151,6 +152,12 @@ def loaded(family: str, toy_shelf: ToyShelf) -> Family:
         ("sd", "a --g 3", ["--g has no effect, this model has no embedded guidance; classifier-free guidance is --l"]),
         ("sd", "a --w 70 --h 20", ["the width 70 is made 64", "the height 20 is made 64"]),
         ("sd", "a --cn x.png --fs 3", ["--cn has no effect, there is no control network", "--fs has no effect"]),
+        ("chroma", "a --n b --l 4 --g 0", []),
+        (
+            "chroma",
+            "a --g 3.5",
+            ["--g has no effect, this model has no embedded guidance; classifier-free guidance is"],
+        ),
         ("flux", "a --n b --g 3.5", ["the negative prompt has no effect, since classifier-free guidance is off; --l"]),
         ("flux", "a --n b --l 2 --ss euler", ["--ss has no effect, this model is always walked by Euler steps"]),
         ("flux", "a --ctr 0.5 --rcfg 1", ["--ctr has no effect", "--rcfg has no effect"]),

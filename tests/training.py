@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from sfumato.config import load_config
 from sfumato.train import train
 
+NEEDED = {"toy_chroma": {"apply_t5_attn_mask": True}}  # checkpoint -> options without which it is refused
+
 
 def pictures(folder: Path, count: int = 5, *, name: str = "2_cat") -> Path:
     """A training folder in the field's layout: noise pictures of two shapes, each with a caption."""
@@ -30,6 +32,7 @@ def pictures(folder: Path, count: int = 5, *, name: str = "2_cat") -> Path:
 def arguments(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> list[str]:
     """A command line; True is a flag, False and None leave an option out."""
     values: dict[str, Any] = {name: path for name, path in toy.items() if not name.startswith("tokenizer")}
+    values |= NEEDED.get(Path(values["pretrained_model_name_or_path"]).stem, {})
     values |= {"train_data_dir": images, "output_dir": output, "output_name": "lora", "seed": 7, "resolution": 64}
     values |= {"enable_bucket": True, "min_bucket_reso": 64, "max_bucket_reso": 128, "network_dim": 2}
     values |= {

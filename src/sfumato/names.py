@@ -25,7 +25,6 @@ PLANNED_NETWORK_MODULES = {  # --network_module -> the room that will bring it
 }
 
 PLANNED_NETWORK_ARGS = {  # name in --network_args -> the room that will bring it
-    "split_qkv": "the other adapters",
     "ggpo_sigma": "the other adapters",
     "ggpo_beta": "the other adapters",
 }

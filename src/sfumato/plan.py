@@ -30,7 +30,9 @@ def plan(config: Config) -> None:
     show(data_lines(config, data))
     if problems.found:
         problems.raise_all()
-    show(model_lines(look(config, processes=1)))
+    outlook = look(config, processes=1)
+    show(model_lines(outlook))
+    draw_timesteps(config, outlook)
 
 
 def with_seed(config: Config) -> Config:
@@ -71,7 +73,7 @@ def look(config: Config, *, processes: int) -> Outlook:
     family, blueprint, method, notes = None, None, None, ()
     with problems.catch():
         source = open_source(config.model)
-        family = find_family(config.run.family, source)
+        family = find_family(config.model.model_type or config.run.family, source)
         blueprint = family.read(source, config.model, config.noise)
         method = make_method(config)
         method.plan(blueprint)
@@ -152,6 +154,26 @@ def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
         yield "run"
         yield f"  {'steps':<32} {total}, over {epochs} epochs"
     yield from (f"note: {note}" for note in (*config.notes, *data.notes))
+
+
+def draw_timesteps(config: Config, outlook: Outlook) -> None:
+    """The picture that --plot_timesteps asks for."""
+    path = config.run.plot_timesteps
+    if path is None:
+        return
+    from sfumato.diffusion.randomness import Randomness
+    from sfumato.diffusion.recipe import make_recipe
+    from sfumato.track.timesteps import course, timestep_plot
+
+    assert config.loop.seed is not None
+    blueprint, buckets = outlook.blueprint, outlook.data.buckets
+    recipe = make_recipe(config.noise, config.loss, blueprint.objective, config.model.guidance_scale)
+    generator = Randomness(config.loop.seed).generator("timestep plot")
+    found = course(recipe, blueprint.objective, blueprint.latents, buckets, generator)
+    width, height = next(iter(buckets))
+    sizes = f"pictures of {len(buckets)} sizes" if len(buckets) > 1 else f"pictures of {width}x{height}"
+    with files.atomic(path) as temporary:
+        timestep_plot(found, subtitle=f"{blueprint.title}, {sizes}").save(temporary, "PNG", optimize=True)
 
 
 def model_notes(config: Config, family: type[Family], blueprint: Blueprint) -> Iterator[str]:

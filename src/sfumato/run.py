@@ -137,6 +137,8 @@ def open_run(config: Config) -> Run | None:
     outlook = plan.look(config, processes=processes.num_processes)
     saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
     report(config, outlook, saves)
+    if processes.is_main_process:
+        plan.draw_timesteps(config, outlook)
     if processes.device.type == "cpu":
         keep_freed_memory()
     state = resumed_state(config, outlook.total)

@@ -88,7 +88,7 @@ def without_effect(prompt: Prompt, picture: Picture, model: Family) -> Iterator[
         given |= {"--rcfg": prompt.renorm_cfg}
         for name in (name for name, value in given.items() if value):
             yield f"{start}{name} has no effect, since classifier-free guidance is off; --l above 1 turns it on"
-    if prompt.guidance_scale is not None and model.sampling.guidance is None:
+    if prompt.guidance_scale and model.sampling.guidance is None:
         yield f"{start}--g has no effect, this model has no embedded guidance; classifier-free guidance is --l"
     if prompt.sample_sampler and "sample_sampler" not in model.options:
         yield f"{start}--ss has no effect, this model is always walked by Euler steps"

@@ -24,7 +24,7 @@ FIELD = {
     method: json.loads((ROOT / "tests" / "goldens" / f"{file}_script_options.json").read_text())
     for method, file in {"adapter": "network", "full": "full"}.items()
 }
-SAME = {"save_model_as"}  # None means what the field's scripts say
+SAME = {"save_model_as", "guidance_scale"}  # None means what the field's scripts say, or the family knows better
 
 
 def theirs(script: str) -> set[str]:

@@ -13,6 +13,7 @@ PLAIN_ADAFACTOR = (
 )
 # name -> options that break it, options that are nearly the same and do not
 CASES = {
+    "variant": ("--family sd --model_type chroma", "--family chroma --model_type chroma"),
     "lora-plus-found-rate": (
         "--network_args loraplus_lr_ratio=16 --optimizer_type Prodigy --learning_rate 1",
         "--network_args loraplus_lr_ratio=16 --optimizer_type AdamW",

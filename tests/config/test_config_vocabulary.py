@@ -15,12 +15,14 @@ NETWORK, FULL = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text(
 FIELD = FULL | NETWORK  # where both have an option, they agree but for what stands below
 OURS = {
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
-    "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps",
+    "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps",
 }  # fmt: skip
 
-# Where a default differs on purpose: None where the scripts disagree (each script sets its own), a name that the
-# scripts fill in later.
-OTHER_DEFAULTS = {"output_name": "last", "text_encoder_lr": None, "save_model_as": None}
+# Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows
+# better, a name that the scripts fill in later.
+OTHER_DEFAULTS = {
+    "output_name": "last", "text_encoder_lr": None, "save_model_as": None, "model_type": None, "guidance_scale": None,
+}  # fmt: skip
 BY_SCRIPT = {"t5xxl_max_token_length", "timestep_sampling", "model_prediction_type", "discrete_flow_shift"}
 MORE_CHOICES = {"resize_interpolation": {"box"}, "save_model_as": {"diffusers", "diffusers_safetensors"}}
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 from sfumato.demo import plot, sheet
-from sfumato.demo._drawing import ACCENT, PAPER, width_of, wrapped
+from sfumato.track.drawing import ACCENT, PAPER, ticks, width_of, wrapped
 
 
 def near(picture: Image.Image, place: tuple[int, int], colour: str) -> bool:
@@ -34,7 +34,7 @@ def test_smoothing_is_an_average_under_a_gaussian() -> None:
 
 @given(st.floats(1e-6, 1e6), st.integers(4, 12))
 def test_ticks_are_few_and_round(top: float, most: int) -> None:
-    found = plot.ticks(top, most=most)
+    found = ticks(top, most=most)
     assert 2 <= len(found) <= most
     assert found[0] == 0
     assert found[-1] <= top * (1 + 1e-6)

@@ -91,7 +91,9 @@ def test_more_logit_mean_is_more_noise() -> None:
     assert mean(-1.0) + 100 < mean(0.0) < mean(1.0) - 50
 
 
-@pytest.mark.parametrize("sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift", "whole_steps"])
+@pytest.mark.parametrize(
+    "sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift", "nextdit_shift", "whole_steps"]
+)
 def test_bounds_are_kept(sampling: str) -> None:
     """--min_timestep and --max_timestep hold for flows too; most of the field's scripts forget them."""
     noise = NoiseOptions(min_timestep=200, max_timestep=300)

@@ -20,7 +20,7 @@ from sfumato.sample import conditioning
 from training import losses, pictures, run, same, weights
 
 register_all()
-FAMILIES = ("sd", "sdxl", "flux", "sd3", "lumina")
+FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")
 
 
 def load(options: ModelOptions) -> Family:
@@ -70,6 +70,7 @@ WEIGHTS = [1.0, 1.5, 1.0, 1 / 1.21]
         ("sdxl", "clip_l", 1),
         ("sdxl", "clip_g", 1),
         ("flux", "t5", 0),
+        ("chroma", "t5", 0),
         ("sd3", "clip_l", 1),
         ("sd3", "t5", 0),
         ("lumina", "gemma2", 1),

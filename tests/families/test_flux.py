@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
+from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes
 from sfumato.demo.toy import write_toy
@@ -123,7 +124,8 @@ def test_the_t5_tokenizer_is_found_in_the_hub_cache(
 
 
 @pytest.mark.slow
-def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [LoRA, SplitLoRA])
+def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path, kind: type[LoRA | SplitLoRA]) -> None:
     """diffusers reads FLUX LoRA files only at the width of the real model: one block of each kind."""
     from diffusers import FluxPipeline
     from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
@@ -135,7 +137,10 @@ def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path) -> Non
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
     engine = AdapterEngine()
-    engine.attach(Part(spec=_flux_keys.spec(""), module=module).groups(), lambda group: LoRA(group, rank=4, alpha=2.0))
+    engine.attach(
+        Part(spec=_flux_keys.spec(""), module=module).groups(),
+        lambda group: (kind if len(group.layers) > 1 else LoRA)(group, rank=4, alpha=2.0),
+    )
     for parameter in engine.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     grid = torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij")

@@ -6,7 +6,7 @@ import pytest
 from diffusers.loaders import single_file_utils
 
 from keys import UNETS, on_meta, round_trip, same, tagged
-from sfumato.families import _flux_keys, _unet, _vae
+from sfumato.families import _chroma_keys, _flux_keys, _unet, _vae
 
 SD1_UNET = UNETS["sd15"]
 FLUX_DEV = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
@@ -75,3 +75,40 @@ def test_flux_configuration_from_shapes(guided: bool) -> None:
     fused = "single_blocks.0.linear1"
     assert _flux_keys.rows(fused + ".weight", shapes[fused + ".weight"]) == [3072, 3072, 3072, 12288]
     assert _flux_keys.rows(fused + ".bias", shapes[fused + ".bias"]) == [3072, 3072, 3072, 12288]
+
+
+def test_chroma() -> None:
+    """Every key of the full model, rows at their real numbers, columns cut to one."""
+    transformer = on_meta(lambda: _chroma_keys.build({}))
+    state = tagged(transformer, columns=1)
+    original = round_trip(_chroma_keys.KEYS, state)
+    assert len(original) == 643
+    theirs = single_file_utils.convert_chroma_transformer_checkpoint_to_diffusers(dict(original))
+    same(state, theirs)
+
+
+def test_chroma_has_all_of_schnells_keys_but_its_modulation() -> None:
+    """19 and 38 blocks without modulation, and five layers of the network that gives it instead."""
+    transformers = (on_meta(lambda: _flux_keys.build(FLUX_DEV | {"guidance_embeds": False})), _flux_keys.KEYS)
+    flux, chroma = (
+        {key: tuple(tensor.shape) for key, tensor in keys.to_original(module.state_dict()).items()}
+        for module, keys in (transformers, (on_meta(lambda: _chroma_keys.build({})), _chroma_keys.KEYS))
+    )
+    gone = {key for key in flux if any(word in key for word in ("_mod.", "modulation", "time_in", "vector_in"))}
+    assert {key: flux[key] for key in flux.keys() - gone} == {key: chroma[key] for key in flux.keys() & chroma.keys()}
+    own = {key: chroma[key] for key in chroma.keys() - flux.keys()}
+    hidden = {"in_layer": (5120, 5120), "out_layer": (5120, 5120)}
+    expected = {f"layers.{n}.{name}.weight": shape for n in range(5) for name, shape in hidden.items()}
+    expected |= {f"layers.{n}.{name}.bias": (5120,) for n in range(5) for name in hidden}
+    expected |= {f"norms.{n}.scale": (5120,) for n in range(5)}
+    expected |= {"in_proj.weight": (5120, 64), "in_proj.bias": (5120,)}
+    expected |= {"out_proj.weight": (3072, 5120), "out_proj.bias": (3072,)}
+    assert own == {f"distilled_guidance_layer.{key}": shape for key, shape in expected.items()}
+
+
+def test_chroma_configuration_from_shapes() -> None:
+    config = {"num_layers": 2, "num_single_layers": 3, "approximator_layers": 4}
+    transformer = on_meta(lambda: _chroma_keys.build(config))
+    shapes = {name: tuple(t.shape) for name, t in _chroma_keys.KEYS.to_original(transformer.state_dict()).items()}
+    found = _chroma_keys.config_from_shapes(shapes)
+    assert {name: dict(transformer.config)[name] for name in found} | {"axes_dims_rope": [16, 56, 56]} == found

@@ -7,21 +7,11 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from keys import CLIP_G, CLIP_H, CLIP_L, UNETS, on_meta
+from keys import CLIP_G, CLIP_H, CLIP_L, T5_XXL, UNETS, on_meta
 from lora_keys import Shapes, golden
 from sfumato.adapters.lora import LoRA
-from sfumato.families import _clip, _flux_keys, _open_clip, _t5, _unet, flux, sd, sdxl
+from sfumato.families import _chroma_keys, _clip, _flux_keys, _flux_parts, _open_clip, _t5, _unet, flux, sd, sdxl
 from sfumato.families.base import Part, PartSpec
-
-T5_XXL = {
-    "vocab_size": 32128,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_heads": 64,
-    "feed_forward_proj": "gated-gelu",
-}
 
 
 def shapes(spec: PartSpec, build: Callable[[], nn.Module]) -> Shapes:
@@ -65,7 +55,7 @@ def test_sdxl() -> None:
 def test_flux_dev() -> None:
     unet = transformer(guided=True)
     clip_l = shapes(flux.clip_spec(), lambda: _clip.build(CLIP_L))
-    t5 = shapes(flux.t5_spec(), lambda: _t5.build(T5_XXL))
+    t5 = shapes(_flux_parts.t5_spec(), lambda: _t5.build(T5_XXL))
     assert unet == golden("lora_flux_unet_only")
     assert unet | clip_l == golden("lora_flux")
     assert unet | clip_l | t5 == golden("lora_flux_t5")
@@ -73,3 +63,10 @@ def test_flux_dev() -> None:
 
 def test_flux_schnell() -> None:
     assert transformer(guided=False) == golden("lora_flux_schnell")
+
+
+def test_chroma() -> None:
+    unet = shapes(_chroma_keys.spec(""), lambda: _chroma_keys.build({}))
+    t5 = shapes(_flux_parts.t5_spec(), lambda: _t5.build(T5_XXL))
+    assert unet == golden("lora_chroma")
+    assert unet | t5 == golden("lora_chroma_t5")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.config import ModelOptions
-from sfumato.demo.toy import Layout, write_toy
+from sfumato.demo.toy import TOYS, Layout, write_toy
 
 Key = tuple[str, Layout, str]
 
@@ -28,7 +28,8 @@ class ToyShelf:
         return self._written[key]
 
     def options(self, family: str, layout: Layout = "original", variant: str = "", **more: Any) -> ModelOptions:
-        """The options of the base model that name the toy."""
+        """The options of the base model that name the toy, and those without which it is refused."""
         found = self.paths(family, layout, variant)
-        named = {name: path for name, path in found.items() if not name.startswith("tokenizer")}
-        return ModelOptions(**{name: str(path) for name, path in named.items()}, **more)
+        named = {name: str(path) for name, path in found.items() if not name.startswith("tokenizer")}
+        needed = {name: value or True for name, value in TOYS.get(family).variant_options.get(variant, {}).items()}
+        return ModelOptions(**{**named, **needed, **more})

@@ -200,3 +200,15 @@ def test_a_broken_index(tmp_path, text, told):
     index.write_text(text)
     with pytest.raises(UserError, match=told):
         sharded_headers(index)
+
+
+def test_a_piece_stands_for_the_whole(tmp_path):
+    """Pieces are told by their names, with no index beside them; one that is missing is named."""
+    for i, name in enumerate("abc"):
+        save_file({name: torch.full((2,), i)}, tmp_path / f"model-{i + 1:05d}-of-00003.safetensors")
+    for path in (tmp_path / "model-00002-of-00003.safetensors", tmp_path):
+        headers = sharded_headers(path)
+        assert {name for header in headers.values() for name in header.tensors} == {"a", "b", "c"}
+    (tmp_path / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00003-of-00003.safetensors does not exist"):
+        sharded_headers(tmp_path / "model-00001-of-00003.safetensors")

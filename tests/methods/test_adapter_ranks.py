@@ -12,9 +12,21 @@ from torch import nn
 from keys import CLIP_G, CLIP_H, CLIP_L, SD3, UNETS, on_meta
 from lora_keys import Shapes, golden
 from sfumato.adapters.lora import LoRA
+from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.config import NetworkOptions
 from sfumato.errors import UserError
-from sfumato.families import _clip, _flux_keys, _open_clip, _sd3_keys, _unet, flux, sd, sdxl
+from sfumato.families import (
+    _chroma_keys,
+    _clip,
+    _flux_keys,
+    _flux_parts,
+    _open_clip,
+    _sd3_keys,
+    _unet,
+    flux,
+    sd,
+    sdxl,
+)
 from sfumato.families.base import Part, PartSpec
 from sfumato.formats.groups import LayerGroup
 from sfumato.methods.adapter_args import read_args
@@ -62,6 +74,11 @@ def sd35_medium() -> list[Part]:
     return [part(_sd3_keys.spec("", config["num_layers"]), lambda: _sd3_keys.build(config))]
 
 
+@cache
+def chroma() -> list[Part]:
+    return [part(_chroma_keys.spec(""), lambda: _chroma_keys.build({}))]
+
+
 def decided(parts: list[Part], arguments: dict[str, Any], **options: Any) -> list[tuple[LayerGroup, int, float]]:
     specs = {each.spec.name: each.spec for each in parts}
     ranks = Ranks(
@@ -73,7 +90,11 @@ def decided(parts: list[Part], arguments: dict[str, Any], **options: Any) -> lis
 
 
 def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
-    adapters = [LoRA(group, rank=rank, alpha=alpha) for group, rank, alpha in decided(parts, arguments)]
+    split = arguments.get("split_qkv", False)
+    adapters = [
+        (SplitLoRA if split and len(group.layers) > 1 else LoRA)(group, rank=rank, alpha=alpha)
+        for group, rank, alpha in decided(parts, arguments)
+    ]
     return {
         f"{adapter.group.name}.{suffix}": tuple(tensor.shape)
         for adapter in adapters
@@ -114,6 +135,8 @@ def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
                 "x_mod_dim": 14, "emb_dims": [1, 2, 3, 4, 5, 6], "train_block_indices": "0-3",
             },
         ),
+        ("lora_flux_split_qkv", flux_dev, {"split_qkv": True}),
+        ("lora_sd35_medium_split_qkv", sd35_medium, {"split_qkv": True}),
     ],
 )  # fmt: skip
 def test_files_are_those_of_the_field(variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]) -> None:
@@ -186,7 +209,11 @@ def test_expressions_go_before_everything_else_and_the_last_one_wins() -> None:
         (flux_dev, {"train_blocks": "triple"}, "one of all, double, single"),
         (flux_dev, {"train_double_block_indices": "3-19"}, "counted from 0 to 18"),
         (flux_dev, {"train_double_block_indices": "3-"}, "numbers and ranges"),
-        (flux_dev, {"split_qkv": True}, "not available yet"),
+        (sd15, {"split_qkv": True}, "no effect: this model has nothing of the kind"),
+        (flux_dev, {"split_qkv": 1}, "True or False"),
+        (flux_dev, {"split_qkv": True, "img_attn_dim": 0, "txt_attn_dim": 0, "single_dim": 0}, "no fused layer trains"),
+        (chroma, {"img_mod_dim": 4}, "do not take 'img_mod_dim'"),
+        (chroma, {"in_dims": (4, 0, 4, 0, 4)}, "number 3 is for a layer that this model does not have"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(parts: Any, arguments: dict[str, Any], message: str) -> None:
@@ -196,7 +223,7 @@ def test_what_does_not_fit_is_refused(parts: Any, arguments: dict[str, Any], mes
 
 def test_every_fault_is_told_at_once() -> None:
     with pytest.raises(UserError, match="2 problems"):
-        read_args({"a": 1, "rank_dropout": "b"}, [flux.t5_spec()])
+        read_args({"a": 1, "rank_dropout": "b"}, [_flux_parts.t5_spec()])
 
 
 def test_convolution_ranks_need_convolutions_that_train() -> None:
@@ -227,3 +254,9 @@ def test_a_kind_without_layers_is_refused() -> None:
     parts = [part(_flux_keys.spec(""), lambda: _flux_keys.build(config))]
     with pytest.raises(UserError, match="no layer of the kind"):
         decided(parts, {"single_dim": 4})
+
+
+def test_layers_beside_the_blocks_where_a_model_has_fewer() -> None:
+    ranks = found(chroma(), {"in_dims": (2, 0, 0, 0, 8)})
+    assert (ranks["lora_unet_img_in"], ranks["lora_unet_txt_in"]) == ((2, 1), (8, 1))
+    assert len(ranks) == 230

@@ -17,13 +17,13 @@ from sfumato.registry import did_you_mean
 # Options of ours that every script has beyond its own.
 OURS = frozenset(
     {"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict", "debug"}
-    | {"soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps"}
+    | {"soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps"}
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """One script of the field. `family` None: the checkpoint says which of several it is."""
+    """One script of the field. `family` None: the checkpoint says which of several it is; --model_type goes before."""
 
     name: str
     family: str | None
@@ -66,9 +66,9 @@ SCRIPTS = {
             name="flux_train_network",
             family="flux",
             method="adapter",
-            summary="Trains an adapter for FLUX.1.",
+            summary="Trains an adapter for FLUX.1, or with --model_type chroma for Chroma.",
             available=True,
-            defaults=FLUX_DEFAULTS,
+            defaults={**FLUX_DEFAULTS, "model_type": "flux"},
         ),
         Script(
             name="sd3_train_network",

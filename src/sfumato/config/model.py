@@ -35,10 +35,8 @@ class ModelOptions(Options):
     disable_mmap_load_safetensors: bool = option(
         False, "read safetensors files without mapping them into memory", planned="the memory options"
     )
-    model_type: Literal["flux", "chroma"] = option(
-        "flux",
-        "which variant of the architecture the checkpoint is",
-        planned_values={"chroma": "the families that use it"},
+    model_type: Literal["flux", "chroma"] | None = option(
+        None, "which variant of the architecture the checkpoint is; without it the script's own"
     )
     clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model")
     clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model")
@@ -58,7 +56,7 @@ class ModelOptions(Options):
     t5xxl_dtype: Precision | None = option(None, "precision of T5-XXL, as bf16; without it the others'")
     apply_t5_attn_mask: bool = option(False, "hide the padding of T5-XXL's tokens from attention")
     apply_lg_attn_mask: bool = option(False, "put zeros in place of CLIP-L's and CLIP-G's padding")
-    guidance_scale: float = option(3.5, "embedded guidance during training", ge=0)
+    guidance_scale: float | None = option(None, "embedded guidance during training; without it the family's own", ge=0)
     system_prompt: str = option("", "text put before every caption and prompt, but not before a negative one")
     pos_emb_random_crop_rate: float = option(0.0, "chance of a random crop of the position table", ge=0, le=1)
     enable_scaled_pos_embed: bool = option(False, "scale the position table to each resolution")

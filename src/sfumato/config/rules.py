@@ -67,6 +67,18 @@ REQUIRED = (
 
 CONFLICTS = (
     Rule(
+        name="variant",
+        kind="conflict",
+        options=("family", "model_type"),
+        broken=lambda c: (
+            c.source("family") != "launcher"
+            and None not in (c.run.family, c.model.model_type)
+            and c.run.family != c.model.model_type
+        ),
+        what="--family and --model_type name two different kinds of models",
+        fix="leave --model_type out",
+    ),
+    Rule(
         name="parts",
         kind="conflict",
         options=("network_train_unet_only", "network_train_text_encoder_only"),

@@ -18,4 +18,7 @@ class RunOptions(Options):
     config_file: FilePath | None = option(
         None, "TOML file with options as keys; section headings are free, .toml is added if missing", path="file"
     )
+    plot_timesteps: FilePath | None = option(
+        None, "draw how often each timestep is trained and how much its loss counts, as a PNG of this name"
+    )
     output_config: bool = option(False, "write the options given into --config_file, which must not exist, and stop")

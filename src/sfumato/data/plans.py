@@ -121,6 +121,14 @@ class DataPlan:
         return sum(sum(dataset.buckets.values()) for dataset in self.datasets)
 
     @property
+    def buckets(self) -> dict[Size, int]:
+        """Samples per epoch by bucket size, of all datasets together, ascending."""
+        counts: Counter[Size] = Counter()
+        for dataset in self.datasets:
+            counts.update(dataset.buckets)
+        return {size: counts[size] for size in sorted(counts)}
+
+    @property
     def batches_per_epoch(self) -> int:
         """Global micro-batches of an epoch, over all processes."""
         return sum(dataset.batches(self.processes) for dataset in self.datasets)

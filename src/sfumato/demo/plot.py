@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sfumato.demo._drawing import ACCENT, GREY, HAIRLINE, INK, PALE, PAPER, font
+from sfumato.track.drawing import ACCENT, FINE, GREY, HAIRLINE, INK, PALE, PAPER, curve, text, ticks
 
-FINE = 3  # everything is drawn so many times larger, then reduced
 WIDTH, HEIGHT = 960, 520
 LEFT, TOP, RIGHT, BOTTOM = 86, 104, 96, 64  # margins around the curve
 TITLE, SUBTITLE, LABEL = 24, 15, 15  # sizes of type
@@ -30,6 +29,10 @@ class Axes:
     def y(self, loss: float) -> float:
         return FINE * (HEIGHT - BOTTOM - loss / self.top * (HEIGHT - TOP - BOTTOM))
 
+    def places(self, losses: Sequence[float]) -> list[tuple[float, float]]:
+        """Of the losses of steps 1, 2, ..."""
+        return [(self.x(step), self.y(loss)) for step, loss in enumerate(losses, 1)]
+
 
 def loss_plot(losses: Sequence[float], *, title: str, subtitle: str = "") -> Image.Image:
     """Losses of steps 1, 2, ... as a faint line under their smoothed curve."""
@@ -39,10 +42,8 @@ def loss_plot(losses: Sequence[float], *, title: str, subtitle: str = "") -> Ima
     picture = Image.new("RGB", (WIDTH * FINE, HEIGHT * FINE), PAPER)
     draw = ImageDraw.Draw(picture)
     draw_scales(draw, axes)
-    steps = range(1, len(losses) + 1)
-    raw = [min(loss, axes.top) for loss in losses]
-    polyline(draw, axes, steps, raw, PALE, width=1.2)
-    polyline(draw, axes, steps, smooth, ACCENT, width=3)
+    curve(draw, axes.places([min(loss, axes.top) for loss in losses]), PALE, width=1.2)
+    curve(draw, axes.places(smooth), ACCENT, width=3)
     mark_end(draw, axes, smooth)
     text(draw, LEFT, 40, title, TITLE, INK, anchor="ls")
     text(draw, LEFT, 66, subtitle, SUBTITLE, GREY, anchor="ls")
@@ -65,13 +66,6 @@ def ceiling(losses: Sequence[float], smooth: Sequence[float]) -> float:
     return highest * 1.08 or 1.0
 
 
-def ticks(top: float, *, most: int) -> list[float]:
-    """Round numbers from 0 up to `top`, at most `most` of them: steps of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(top / most))
-    step = next(power * factor for factor in (1, 2, 5, 10, 20) if top / (power * factor) <= most - 1)
-    return [step * i for i in range(math.floor(top / step * (1 + 1e-9)) + 1)]
-
-
 def draw_scales(draw: ImageDraw.ImageDraw, axes: Axes) -> None:
     for loss in ticks(axes.top, most=7):
         y = axes.y(loss)
@@ -86,19 +80,8 @@ def draw_scales(draw: ImageDraw.ImageDraw, axes: Axes) -> None:
     text(draw, LEFT - 12, TOP - 14, "loss", LABEL, INK, anchor="rs")
 
 
-def polyline(
-    draw: ImageDraw.ImageDraw, axes: Axes, steps: Sequence[int], losses: Sequence[float], colour: str, *, width: float
-) -> None:
-    points = [(axes.x(step), axes.y(loss)) for step, loss in zip(steps, losses, strict=True)]
-    draw.line(points if len(points) > 1 else points * 2, fill=colour, width=round(width * FINE), joint="curve")
-
-
 def mark_end(draw: ImageDraw.ImageDraw, axes: Axes, smooth: Sequence[float]) -> None:
     """A dot and the value where the smoothed curve ends."""
     x, y, radius = axes.x(len(smooth)), axes.y(smooth[-1]), 5 * FINE
     draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ACCENT, outline=PAPER, width=FINE)
     text(draw, x / FINE + 14, y / FINE, f"{smooth[-1]:.3f}", 17, ACCENT, anchor="lm")
-
-
-def text(draw: ImageDraw.ImageDraw, x: float, y: float, line: str, size: int, colour: str, *, anchor: str) -> None:
-    draw.text((x * FINE, y * FINE), line, font=font(size * FINE), fill=colour, anchor=anchor)

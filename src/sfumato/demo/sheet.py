@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from PIL import Image, ImageDraw
 
-from sfumato.demo._drawing import GREY, HAIRLINE, INK, PAPER, font, wrapped
+from sfumato.track.drawing import GREY, HAIRLINE, INK, PAPER, font, wrapped
 
 MARGIN, GAP = 36, 14  # around the sheet, between pictures
 CAPTION = 250  # width of the captions' column

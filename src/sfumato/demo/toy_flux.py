@@ -17,6 +17,7 @@ from sfumato.formats.checkpoint import write_safetensors
 HEAD, HEADS = 32, 2
 WIDTH = HEAD * HEADS  # also of the text encoders
 LATENT = 16  # channels; a token is a patch of 2x2
+MODULATION = ("pooled_projection_dim", "guidance_embeds")  # of the transformer's configuration
 VAE_CONFIG = toy_sd.VAE_CONFIG | {
     "latent_channels": LATENT,
     "scaling_factor": 0.3611,
@@ -81,14 +82,21 @@ def t5_config(vocabulary: int) -> dict[str, Any]:
 
 def single_files(networks: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """Option -> entries of its file, in the layouts that the field passes around."""
-    t5 = networks["text_encoder_2"].state_dict()
-    vae = _vae.key_map(len(VAE_CONFIG["block_out_channels"])).to_original(networks["vae"].state_dict())
     return {
         "pretrained_model_name_or_path": _flux_keys.KEYS.to_original(networks["transformer"].state_dict()),
         "clip_l": _clip.key_map().to_original(networks["text_encoder"].state_dict()),
-        "t5xxl": {name: tensor for name, tensor in t5.items() if name not in _t5.TIED},
-        "ae": vae,
+        "t5xxl": t5_file(networks["text_encoder_2"]),
+        "ae": vae_file(networks["vae"]),
     }
+
+
+def t5_file(encoder: Any) -> dict[str, Tensor]:
+    """A text encoder's entries, the embedding once."""
+    return {name: tensor for name, tensor in encoder.state_dict().items() if name not in _t5.TIED}
+
+
+def vae_file(vae: Any) -> dict[str, Tensor]:
+    return _vae.key_map(len(VAE_CONFIG["block_out_channels"])).to_original(vae.state_dict())
 
 
 def write_folder(folder: Path, networks: Mapping[str, Any], *, guided: bool) -> None:

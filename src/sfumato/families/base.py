@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.config.schema import vocabulary
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
 from sfumato.diffusion.objective import LatentSpec, Objective
@@ -271,5 +272,6 @@ def find_family(name: str | None, source: Source) -> type[Family]:
     wanted = FAMILIES.get(name)
     if not wanted.detect(source):
         kind = f"a checkpoint of the family {recognised.name!r}" if recognised else "of no known kind"
-        raise UserError(f"{source.path} is {kind}, not of {name!r}")
+        variant = recognised.name if recognised and recognised.name in vocabulary()["model_type"].choices else ""
+        raise UserError(f"{source.path} is {kind}, not of {name!r}", fix=variant and f"--model_type {variant}")
     return wanted

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sfumato import files
 from sfumato.errors import UserError
-from sfumato.formats.header import AGAIN, BITS, INDEX, Header, TensorInfo, joined, read_header, sharded_headers
+from sfumato.formats.header import AGAIN, BITS, INDEX, SHARD, Header, TensorInfo, joined, read_header, sharded_headers
 from sfumato.registry import did_you_mean
 
 DTYPES = {
@@ -81,7 +81,7 @@ class TensorFile:
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
-        sharded = path.is_dir() or path.name.endswith(INDEX)
+        sharded = path.is_dir() or path.name.endswith(INDEX) or bool(SHARD.fullmatch(path.name))
         headers = sharded_headers(path) if sharded else {path: read_header(path)}
         self.header = joined(path, list(headers.values()))
         self._place = {name: file for file, header in headers.items() for name in header.tensors}

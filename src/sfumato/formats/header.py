@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ LOOKS_LIKE = {  # first bytes -> what the file is instead
 AGAIN = "download or copy it again"
 RENAME = "rename it to end in .ckpt"
 INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def read_header(path: Path | str) -> Header:
@@ -60,7 +62,7 @@ def read_header(path: Path | str) -> Header:
 
 
 def sharded_headers(path: Path | str) -> dict[Path, Header]:
-    """File -> header of a model saved in pieces: a `*.safetensors.index.json`, or a folder that holds one.
+    """File -> header of a model saved in pieces: a `*.safetensors.index.json`, a folder that holds one, or a piece.
 
     A folder with a single safetensors file counts as one piece. Raises UserError where pieces are missing or disagree
     with the index.
@@ -68,7 +70,7 @@ def sharded_headers(path: Path | str) -> dict[Path, Header]:
     path = Path(path)
     chosen = _main_file(path) if path.is_dir() else path
     if not chosen.name.endswith(".json"):
-        return {chosen: read_header(chosen)}
+        return {piece: read_header(piece) for piece in pieces_of(chosen)}
     files = _index(chosen)
     headers = {chosen.parent / name: read_header(chosen.parent / name) for name in sorted(set(files.values()))}
     for file, header in headers.items():
@@ -77,6 +79,15 @@ def sharded_headers(path: Path | str) -> dict[Path, Header]:
         if odd:
             raise UserError(f"{chosen} and {file.name} disagree about {len(odd)} tensors, as {odd[0]!r}", fix=AGAIN)
     return headers
+
+
+def pieces_of(path: Path) -> list[Path]:
+    """The files of a model of which `path` is one, by its name (x-00002-of-00003.safetensors); itself alone, else."""
+    match = SHARD.fullmatch(path.name)
+    if not match:
+        return [path]
+    stem, _, count = match.groups()
+    return [path.with_name(f"{stem}-{i:05d}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
 
 
 def joined(path: Path, headers: Sequence[Header]) -> Header:
@@ -178,7 +189,7 @@ def _truncated(path: Path, expected: int, size: int) -> UserError:
 def _main_file(folder: Path) -> Path:
     """The index of a folder, else its only safetensors file; variants (model.fp16.safetensors) come second."""
     indexes = sorted(folder.glob(f"*{INDEX}"))
-    files = indexes or sorted(folder.glob("*.safetensors"))
+    files = indexes or [file for file in sorted(folder.glob("*.safetensors")) if pieces_of(file)[0] == file]
     plain = [file for file in files if "." not in file.name.removesuffix(INDEX).removesuffix(".safetensors")] or files
     if len(plain) == 1:
         return plain[0]

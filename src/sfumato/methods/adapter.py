@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.adapters.base import Adapter, AdapterEngine, merge, trains
 from sfumato.adapters.lora import Dropout, LoRA
+from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.diffusion.randomness import Randomness
@@ -150,15 +151,16 @@ class AdapterMethod:
         """None where the group gets no adapter. One at rate 0 exists only if the file has it, and stays as it is."""
         entries, rate = self.weights.get(group.name), rule.rates.of(group).value
         ranks = None if self.network.dim_from_weights else rule.ranks.of(group)
+        kind = SplitLoRA if rule.args.split_qkv and len(group.layers) > 1 else LoRA
         if entries is not None:
-            adapter = LoRA.from_tensors(group, entries)
+            adapter = kind.from_tensors(group, entries)
             if not self.network.dim_from_weights:
                 self._check_rank(group, adapter.rank, ranks[0] if ranks else 0)
         elif ranks is None or rate == 0:
             return None
         else:
             generator = self.randomness.generator("init " + group.name)
-            adapter = LoRA(group, rank=ranks[0], alpha=ranks[1], generator=generator)
+            adapter = kind(group, rank=ranks[0], alpha=ranks[1], generator=generator)
         if self.network.scale_weight_norms is not None and not adapter.limited:
             raise UserError(f"--scale_weight_norms does not work with {type(adapter).__name__}", fix="leave it out")
         adapter.dropout = Dropout(
@@ -197,7 +199,7 @@ class AdapterMethod:
 
     def _tell(self, rule: AdapterRule) -> None:
         for adapter in self.engine:
-            assert isinstance(adapter, LoRA)
+            assert isinstance(adapter, LoRA | SplitLoRA)
             rate = rule.rates.of(adapter.group)
             log.info(
                 "%s: rank %d, alpha %g, rate %g (%s)",

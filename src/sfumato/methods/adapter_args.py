@@ -38,6 +38,7 @@ class AdapterArgs:
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
     verbose: bool = False
+    split_qkv: bool = False  # each layer behind a name has matrices of its own
     kinds: Mapping[str, int] = field(default_factory=dict)  # the rest by the names that the model's parts give them
     extra_targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     choices: Mapping[str, str] = field(default_factory=dict)
@@ -83,6 +84,8 @@ def readers(specs: Sequence[PartSpec]) -> dict[str, tuple[str, Reader]]:
         plain |= CONVOLUTIONS
     if any(spec.stages and spec.sections for spec in specs):
         plain |= STAGES
+    if any(len(rule.ours) > 1 for spec in specs for rule in spec.adapter_map.rules):
+        plain |= FUSED
     found: dict[str, tuple[str, Reader]] = {name: ("", reader) for name, reader in plain.items()}
     for spec in specs:
         found |= dict.fromkeys(spec.kinds, ("kinds", read_rank))
@@ -97,7 +100,7 @@ def readers(specs: Sequence[PartSpec]) -> dict[str, tuple[str, Reader]]:
 def unknown(name: str, known: Iterable[str]) -> UserError:
     if name in PLANNED_NETWORK_ARGS:
         return UserError(f"--network_args {name} is not available yet (comes with {PLANNED_NETWORK_ARGS[name]})")
-    if name in {**EVERYWHERE, **CONVOLUTIONS, **STAGES}:
+    if name in {**EVERYWHERE, **CONVOLUTIONS, **STAGES, **FUSED}:
         return UserError(f"--network_args {name} has no effect: this model has nothing of the kind", fix="leave it out")
     return UserError(f"--network_args: this model's adapters do not take {name!r}", fix=did_you_mean(name, known))
 
@@ -210,6 +213,7 @@ EVERYWHERE: dict[str, Reader] = {
     "verbose": read_flag,
 }
 CONVOLUTIONS: dict[str, Reader] = {"conv_dim": read_rank, "conv_alpha": read_number}
+FUSED: dict[str, Reader] = {"split_qkv": read_flag}
 STAGES: dict[str, Reader] = {
     "block_dims": read_ranks,
     "block_alphas": read_numbers,

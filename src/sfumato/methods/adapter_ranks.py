@@ -36,6 +36,8 @@ class Ranks:
         groups = [group for group in groups if self.considered(group)]
         if self.args.convolutions and all(is_pointwise(group.layers[0]) for group in groups):
             raise UserError("--network_args conv_dim has no effect: no convolution trains", fix="leave it out")
+        if self.args.split_qkv and not any(len(group.layers) > 1 and self.of(group) for group in groups):
+            raise UserError("--network_args split_qkv has no effect: no fused layer trains", fix="leave it out")
         for expression, _ in (*self.args.network_reg_dims, *self.args.network_reg_lrs):
             if not any(expression.search(group.name) for group in groups):
                 raise UserError(f"--network_args: the expression {expression.pattern!r} matches no adapter name")
@@ -53,6 +55,14 @@ class Ranks:
                     f"--network_args {option}: there is no block {max(wanted)}",
                     fix=f"they are counted from 0 to {highest}",
                 )
+        for option, ranks in self.args.extra_targets.items():
+            for place, rank in enumerate(ranks):
+                targets = [spec.extra_targets[option][place] for spec in parts if option in spec.extra_targets]
+                if rank and not any(matches(target, group.paths[0]) for target in targets for group in groups):
+                    raise UserError(
+                        f"--network_args {option}: number {place + 1} is for a layer that this model does not have",
+                        fix="write 0 in its place",
+                    )
         for option in self.args.kinds:
             if not any(matches(self.specs[g.part].kinds.get(option, ""), self.name(g)) for g in groups):
                 raise UserError(f"--network_args {option} has no effect: this model has no layer of the kind")

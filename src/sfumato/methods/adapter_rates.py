@@ -63,7 +63,7 @@ class AdapterRates:
                 continue
             rate, boost = self.of(adapter.group), self._boost(adapter.group.part)
             for name, parameter in adapter.named_parameters():
-                fast = boost != 1 and name in adapter.boosted
+                fast = boost != 1 and name.rpartition(".")[2] in adapter.boosted
                 label = rate.label + PLUS if fast else rate.label
                 rates[label] = rate.value * boost if fast else rate.value
                 found.setdefault(label, []).append(parameter)
@@ -83,7 +83,11 @@ def adapter_rates(
     text_parts: Sequence[str],
 ) -> AdapterRates:
     """Read the rates of all options; UserError where nothing trains or an argument is for what does not train."""
-    parts = part_rates(network, optim, text_parts, left_out(specs, args, text_parts))
+    asleep = left_out(specs, args, text_parts)
+    parts = part_rates(network, optim, text_parts, asleep)
+    if not parts and part_rates(network, optim, text_parts, set()):
+        names = " ".join(f"{specs[part].opt_in}=True" for part in text_parts if part in asleep)
+        raise UserError("no part of the model trains: what is left trains on request", fix=f"--network_args {names}")
     if not parts:
         raise UserError("no part of the model trains: every learning rate is 0", fix="--learning_rate 1e-4")
     for part in text_parts:

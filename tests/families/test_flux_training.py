@@ -1,0 +1,184 @@
+"""Training FLUX.1 and Chroma by the field's tables: which parts learn at which rate, and what may be cached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from families.toys import ToyShelf
+from sfumato.adapters.split_lora import SplitLoRA
+from sfumato.config import load_config
+from sfumato.errors import UserError
+from sfumato.run import Run, open_run
+from sfumato.train import train_step
+from training import arguments, losses, pictures, run, same, weights
+
+T5 = {"network_args": ["train_t5xxl=True"]}
+DENOISER, TEXT = {"network_train_unet_only": True}, {"network_train_text_encoder_only": True}
+UNET, CLIP, TE3 = "lora_unet", "lora_te1", "lora_te3"
+ROWS = [  # model, options -> what trains, and what is cached where caching is asked for (None: refused)
+    ("flux", DENOISER, {UNET}, {"clip_l", "t5"}),
+    ("flux", {}, {UNET, CLIP}, {"t5"}),
+    ("flux", T5, {UNET, CLIP, TE3}, None),
+    ("flux", TEXT, {CLIP}, {"t5"}),
+    ("flux", TEXT | T5, {CLIP, TE3}, None),
+    ("chroma", {}, {UNET}, {"t5"}),
+    ("chroma", T5, {UNET, TE3}, None),
+    ("chroma", TEXT | T5, {TE3}, None),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("images"), 2)
+
+
+def opened(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> Run:
+    found = open_run(load_config(arguments(toy, images, output, **options)))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("family", "options", "trained", "cached"), ROWS)
+def test_a_row_of_the_table(
+    family: str, options: dict[str, Any], trained: set[str], cached: set[str] | None, toy_shelf: ToyShelf,
+    images: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Every part of the row moves in the first step and no other is there; the rest of the text is cached."""
+    toy = toy_shelf.paths(family)
+    if cached is None:
+        with pytest.raises(UserError, match="nothing to keep: every text encoder trains"):
+            opened(toy, images, tmp_path, cache_text_encoder_outputs=True, **options)
+    found = opened(toy, images, tmp_path, cache_text_encoder_outputs=cached is not None, **options)
+    step = next(iter(found.loader.steps(0)))
+    assert set(step.batches[0].text) == (cached or set())
+    train_step(found, step)
+    file = found.method.state_to_save()
+    assert {"_".join(name.split("_")[:2]) for name in file} == trained
+    still = [name for name, tensor in file.items() if name.endswith("lora_up.weight") and not tensor.any()]
+    assert not still
+
+
+def test_t5_trains_only_on_request(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trains on request — --network_args train_t5xxl=True"):
+        opened(toy_shelf.paths("chroma"), images, tmp_path, **TEXT)
+
+
+@pytest.mark.parametrize(
+    ("given", "rates"), [(None, (1e-3, 1e-3)), (["2e-5"], (2e-5, 2e-5)), (["2e-5", "3e-6"], (2e-5, 3e-6))]
+)
+def test_rates_of_text_encoders(
+    given: list[str] | None, rates: tuple[float, float], toy_shelf: ToyShelf, images: Path, tmp_path: Path
+) -> None:
+    """First CLIP-L's, then T5's; one for both; none: --learning_rate."""
+    found = opened(toy_shelf.paths("flux"), images, tmp_path, text_encoder_lr=given, unet_lr="4e-4", **T5)
+    groups = {group["name"]: group["lr"] for group in found.optimizer.param_groups}
+    assert groups == {"denoiser": 4e-4, "clip_l": rates[0], "t5": rates[1]}
+
+
+def test_one_encoder_cached_is_both_live(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """CLIP-L learns, T5's features come from the cache."""
+    toy = toy_shelf.paths("flux")
+    for masked in (False, True):
+        options = {"apply_t5_attn_mask": masked, "max_train_steps": 3, "train_batch_size": 2}
+        live = run(toy, images, tmp_path / f"live{masked}", **options)
+        kept = run(toy, images, tmp_path / f"kept{masked}", cache_text_encoder_outputs=True, **options)
+        assert same(weights(live), weights(kept))
+
+
+# ---------------------------------------------------------------- each of q, k, v on its own
+
+
+@pytest.mark.parametrize(("family", "args"), [("flux", ["train_blocks=single"]), ("chroma", ["single_dim=0"])])
+def test_split_qkv_in_a_run(family: str, args: list[str], toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """The file holds one LoRA of the fused layer; training goes on from it, with split_qkv and without."""
+    toy = toy_shelf.paths(family)
+    options = {"network_train_unet_only": True, "network_alpha": 3, "max_train_steps": 2}
+    first = run(toy, images, tmp_path / "1", network_args=["split_qkv=True", *args], **options)
+    file = weights(first)
+    fused = {"flux": ("single_blocks_0_linear1", 4), "chroma": ("double_blocks_0_img_attn_qkv", 3)}[family]
+    name, layers = f"lora_unet_{fused[0]}", fused[1]
+    assert len(file[f"{name}.lora_down.weight"]) == 2 * layers
+    assert float(file[f"{name}.alpha"]) == 3 * layers
+    alone = next(key for key in file if key.endswith("alpha") and "linear1" not in key and "qkv" not in key)
+    assert float(file[alone]) == 3
+    assert ("lora_unet_double_blocks_0_img_attn_qkv.alpha" in file) == (family == "chroma")
+
+    more = {**options, "network_weights": first / "lora.safetensors", "learning_rate": "1e-12"}
+    again = run(toy, images, tmp_path / "2", network_args=["split_qkv=True", *args], **more)
+    plain = run(toy, images, tmp_path / "3", dim_from_weights=True, **more)
+    for other in (weights(again), weights(plain)):
+        assert set(other) == set(file)
+        assert all(torch.allclose(other[key], file[key], atol=1e-7) for key in file)
+
+
+def test_split_qkv_resumes_exactly(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    toy = toy_shelf.paths("flux")
+    options = {"network_args": ["split_qkv=True", "rank_dropout=0.2", "loraplus_lr_ratio=4"], "max_train_steps": 4}
+    straight = run(toy, images, tmp_path / "straight", **options)
+    run(toy, images, tmp_path / "parts", **{**options, "max_train_steps": 2}, save_state=True)
+    run(toy, images, tmp_path / "parts", **options, resume=tmp_path / "parts")
+    assert same(weights(straight), weights(tmp_path / "parts"))
+    rates = losses(straight)[0]
+    assert rates["lr/denoiser+"] == pytest.approx(4 * rates["lr/denoiser"])
+
+
+def test_split_qkv_learns_what_one_lora_cannot(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """At rank 1 the change of q and that of k may have different inputs."""
+    found = opened(toy_shelf.paths("flux"), images, tmp_path, network_args=["split_qkv=True"], network_dim=1)
+    train_step(found, next(iter(found.loader.steps(0))))
+    train_step(found, next(iter(found.loader.steps(1))))
+    adapters: Any = found.method.modules["adapters"]
+    adapter = adapters["lora_unet_double_blocks_0_img_attn_qkv"]
+    assert isinstance(adapter, SplitLoRA)
+    rank = torch.linalg.matrix_rank(torch.cat([adapter.delta(i).detach() for i in range(3)]), rtol=1e-4)
+    assert int(rank) == 3
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def test_verbose_tells_the_rank_of_every_layer(
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = ["img_attn_dim=4", "img_mlp_dim=8", "txt_attn_dim=2", "txt_mlp_dim=2", "img_mod_dim=2", "txt_mod_dim=0"]
+    options = {"console_log_level": "INFO", "console_log_simple": True, "network_train_unet_only": True}
+    args += ["single_dim=3", "single_mod_dim=5", "in_dims=[1,0,6,0,7]", "verbose=True"]
+    opened(toy_shelf.paths("flux"), images, tmp_path, network_args=args, **options)
+    told = " ".join(capfd.readouterr().err.split())
+    expected = {
+        "double_blocks_0_img_attn_qkv": 4, "double_blocks_1_img_mlp_2": 8, "double_blocks_0_txt_attn_proj": 2,
+        "double_blocks_0_img_mod_lin": 2, "single_blocks_1_linear2": 3, "single_blocks_0_modulation_lin": 5,
+        "img_in": 1, "vector_in_in_layer": 6, "txt_in": 7,
+    }  # fmt: skip
+    for name, rank in expected.items():
+        assert f"lora_unet_{name}: rank {rank}, alpha 1, rate 0.001 (denoiser)" in told, name
+    for name in ("txt_mod_lin", "time_in", "guidance_in"):
+        assert name not in told
+
+
+@pytest.mark.parametrize(("family", "guidance"), [("flux", 3.5), ("chroma", 0.0)])
+def test_the_file_says_how_it_was_trained(
+    family: str, guidance: float, toy_shelf: ToyShelf, images: Path, tmp_path: Path
+) -> None:
+    """The keys that the field's files of these models have beyond those of all."""
+    golden = json.loads((Path(__file__).parents[1] / "goldens" / "metadata_keys.json").read_text())
+    options = {"network_train_unet_only": True, "max_train_steps": 1, "timestep_sampling": "sigmoid"}
+    output = run(toy_shelf.paths(family), images, tmp_path, model_type=family, **options)
+    with safe_open(output / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    wanted = golden["extra_keys_by_family"]["flux/chroma"]
+    found = {name: metadata.get(name) for name in wanted}
+    assert found == {
+        "ss_model_type": family, "ss_apply_t5_attn_mask": str(family == "chroma"), "ss_weighting_scheme": "uniform",
+        "ss_logit_mean": "0.0", "ss_logit_std": "1.0", "ss_mode_scale": "1.29", "ss_guidance_scale": str(guidance),
+        "ss_timestep_sampling": "sigmoid", "ss_sigmoid_scale": "1.0", "ss_model_prediction_type": "sigma_scaled",
+        "ss_discrete_flow_shift": "3.0",
+    }  # fmt: skip
+    assert metadata["ss_base_model_version"] == golden["base_model_version_by_family"][family]
