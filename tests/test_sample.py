@@ -20,7 +20,16 @@ from sfumato.errors import UserError
 from sfumato.families import register_all
 from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
-from sfumato.sample import SAMPLERS, conditioning, denoise, fill_in, generate, make_scheduler, without_effect
+from sfumato.sample import (
+    SAMPLERS,
+    conditioning,
+    denoise,
+    fill_in,
+    generate,
+    generate_together,
+    make_scheduler,
+    without_effect,
+)
 
 STEPS, SCALE = 6, 3.0
 PUBLISHED = {  # scheduler_config.json of Stable Diffusion 1.5, which any scheduler takes its own keys from
@@ -209,17 +218,35 @@ def test_a_guided_prediction_is_shortened(model: Family) -> None:
     torch.testing.assert_close(walk(model, renorm_cfg=1.5)[0], plain * 0.75)
 
 
+@pytest.mark.parametrize(("family", "sampler"), [("sd", "euler_a"), ("flux", "ddim"), ("lumina", "ddim")])
+def test_pictures_together_are_those_made_alone(family: str, sampler: str, toy_shelf: ToyShelf) -> None:
+    """Each with its own words and seed, and its own noise where the sampler adds some."""
+    model, method = loaded(family, toy_shelf), Nothing()
+    anything: Any = method
+    prompts = [
+        Prompt(prompt=text, negative_prompt=less, width=64, height=64, sample_steps=2, scale=3.0)
+        for text, less in (("a cat", ""), ("a red cup on a table", "a dog"), ("", "a photo of a cat"))
+    ]
+    pictures = [fill_in(prompt, model, sampler=sampler, seed=seed) for seed, prompt in enumerate(prompts)]
+    found = generate_together(model, anything, pictures)
+    for picture, together in zip(pictures, found, strict=True):
+        torch.testing.assert_close(together, generate(model, anything, picture), rtol=0, atol=1e-4)
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+class Nothing(Plain):
+    """A method that changes nothing."""
+
+    live_text: frozenset[str] = frozenset()
+
+    def caption(self, text: str) -> str:
+        return text
+
+    def begin(self, model: Family, extras: Extras) -> None: ...
+
+
 def test_emphasis_in_a_preview(toy_shelf: ToyShelf) -> None:
     model = loaded("sd", toy_shelf)
-
-    class Nothing(Plain):
-        live_text: frozenset[str] = frozenset()
-
-        def caption(self, text: str) -> str:
-            return text
-
-        def begin(self, model: Family, extras: Extras) -> None: ...
-
     method: Any = Nothing()
 
     def picture(text: str, **options: bool) -> torch.Tensor:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
-from sfumato.sample import generate
+from sfumato.sample import generate_together
 from training import losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")
@@ -145,12 +145,12 @@ def test_previews_of_cached_text(toy: Toy, images: Path, tmp_path: Path, monkeyp
     def forbidden(*_: object) -> None:
         raise AssertionError("an encoder was asked")
 
-    def watched(model: Any, *rest: Any) -> torch.Tensor:
+    def watched(model: Any, *rest: Any) -> list[torch.Tensor]:
         with monkeypatch.context() as patch:
             patch.setattr(type(model), "encode_text", forbidden)
-            return generate(model, *rest)
+            return generate_together(model, *rest)
 
-    monkeypatch.setattr("sfumato.saving.generate", watched)
+    monkeypatch.setattr("sfumato.saving.generate_together", watched)
     cached = run(toy, images, tmp_path / "cached", **options, cache_text_encoder_outputs=True)
     first, second = (sorted((folder / "sample").iterdir()) for folder in (plain, cached))
     assert len(first) == len(second) == 2
@@ -158,11 +158,32 @@ def test_previews_of_cached_text(toy: Toy, images: Path, tmp_path: Path, monkeyp
         assert Image.open(one).tobytes() == Image.open(other).tobytes()
 
 
+def test_previews_are_made_together_where_they_can_be(
+    sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts and seeds may differ; size, steps and guidance may not."""
+    prompts = tmp_path / "prompts.txt"
+    lines = ["a cat --w 64 --h 64 --s 2", "a red dog --w 64 --h 64 --s 2 --d 9", "a cup --w 64 --h 64 --s 3"]
+    prompts.write_text("\n".join([*lines, "a table --w 64 --h 64 --s 2 --n a cat", "a photo --w 64 --h 128 --s 2"]))
+    made: list[list[str]] = []
+
+    def watched(model: Any, method: Any, group: Any, frozen: Any) -> list[torch.Tensor]:
+        made.append([picture.prompt for picture in group])
+        return generate_together(model, method, group, frozen)
+
+    monkeypatch.setattr("sfumato.saving.generate_together", watched)
+    options = {"sample_prompts": prompts, "sample_at_first": True, "max_train_steps": 1}
+    output = run(sd, images, tmp_path / "out", **options, sample_batch_size=2)
+    assert made == [["a cat", "a red dog"], ["a table"], ["a cup"], ["a photo"]]
+    found = sorted((output / "sample").iterdir())
+    assert [Image.open(path).text["prompt"] for path in found] == ["a cat", "a red dog", "a cup", "a table", "a photo"]
+
+
 def test_a_failed_preview_is_a_warning(sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> torch.Tensor:
         raise UserError("no such picture")
 
-    monkeypatch.setattr("sfumato.saving.generate", fails)
+    monkeypatch.setattr("sfumato.saving.generate_together", fails)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --s 1 --w 64 --h 64")
     run(sd, images, tmp_path / "out", sample_prompts=prompts, sample_every_n_steps=2)

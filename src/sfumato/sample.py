@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,11 @@ class Picture:
     def guided(self) -> bool:
         """Whether classifier-free guidance runs; at scale 1 the negative prompt has no say."""
         return self.scale != 1.0
+
+    @property
+    def way(self) -> Picture:
+        """All of the recipe but words and chance: pictures that agree in it can be made together."""
+        return replace(self, prompt="", negative_prompt="", seed=0)
 
 
 def fill_in(prompt: Prompt, model: Family, *, sampler: str, seed: int, weighted: bool = True) -> Picture:
@@ -137,14 +142,14 @@ def denoise(
     steps: int,
     scale: float,
     extras: Extras,
-    generator: Generator,
+    generator: Generator | list[Generator],
     cfg_trunc_ratio: float = 1.0,
     renorm_cfg: float = 0.0,
 ) -> Tensor:
     """Standard normal x (B, C, h, w) -> clean latents. `negative` None: no classifier-free guidance.
 
     cfg_trunc_ratio: the guidance ends where this share of the way is done. renorm_cfg: the longest that a guided
-    prediction may be, in lengths of the one for the prompt; 0 for any length.
+    prediction may be, in lengths of the one for the prompt; 0 for any length. generator: one for all, or one for each.
     """
     model.objective.set_timesteps(scheduler, steps, model.latents, x.shape)
     x = model.objective.first_noise(scheduler, x)
@@ -166,7 +171,7 @@ def shortened(guided: Tensor, plain: Tensor, limit: float) -> Tensor:
     return guided * (limit * lengths[1] / lengths[0]).clamp(max=1)
 
 
-def _chance(scheduler: Any, generator: Generator) -> dict[str, Generator]:
+def _chance(scheduler: Any, generator: Generator | list[Generator]) -> dict[str, Generator | list[Generator]]:
     """Only some schedulers draw noise on the way."""
     takes = "generator" in inspect.signature(scheduler.step).parameters
     return {"generator": generator} if takes else {}
@@ -198,31 +203,40 @@ def conditioning(
     return model.condition(features, sizes, guidance)
 
 
-@torch.no_grad()
 def generate(model: Family, method: Method, picture: Picture, frozen: FrozenText | None = None) -> Tensor:
     """One image (3, H, W) in [-1, 1], float32 on the CPU; a function of the picture and the weights alone.
 
     frozen: remembers what encoders that do not train say to a prompt, and may know it from before they were put away.
     """
-    generator = Generator().manual_seed(picture.seed)
+    return generate_together(model, method, [picture], frozen)[0]
+
+
+@torch.no_grad()
+def generate_together(
+    model: Family, method: Method, pictures: Sequence[Picture], frozen: FrozenText | None = None
+) -> list[Tensor]:
+    """The images of pictures with one `way`, each as `generate` makes it alone, up to rounding."""
+    usual, count = pictures[0], len(pictures)
+    assert all(picture.way == usual.way for picture in pictures)
+    generators = [Generator().manual_seed(picture.seed) for picture in pictures]
     spec = model.latents
-    shape = (1, spec.channels, picture.height // spec.downscale, picture.width // spec.downscale)
-    extras, sizes = Extras(), Sizes.plain(1, picture.height, picture.width)
+    shape = (spec.channels, usual.height // spec.downscale, usual.width // spec.downscale)
+    extras, sizes = Extras(), Sizes.plain(count, usual.height, usual.width)
     method.begin(model, extras)
 
-    def read(text: str, *, negative: bool) -> Tensors:
+    def read(texts: list[str], *, negative: bool) -> Tensors:
         return conditioning(
-            model, [method.caption(text)], sizes, picture.guidance,
-            weighted=picture.weighted, negative=negative, frozen=frozen, live=method.live_text,
+            model, [method.caption(text) for text in texts], sizes, usual.guidance,
+            weighted=usual.weighted, negative=negative, frozen=frozen, live=method.live_text,
         )  # fmt: skip
 
-    positive = read(picture.prompt, negative=False)
-    negative = read(picture.negative_prompt, negative=True) if picture.guided else None
-    x = torch.randn(shape, generator=generator).to(model.device)
-    scheduler = make_scheduler(picture.sampler, model.objective)
+    positive = read([picture.prompt for picture in pictures], negative=False)
+    negative = read([picture.negative_prompt for picture in pictures], negative=True) if usual.guided else None
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
+    scheduler = make_scheduler(usual.sampler, model.objective)
     clean = denoise(
         model, method, scheduler, x, positive, negative,
-        steps=picture.steps, scale=picture.scale, extras=extras, generator=generator,
-        cfg_trunc_ratio=picture.cfg_trunc_ratio, renorm_cfg=picture.renorm_cfg,
+        steps=usual.steps, scale=usual.scale, extras=extras, generator=generators,
+        cfg_trunc_ratio=usual.cfg_trunc_ratio, renorm_cfg=usual.renorm_cfg,
     )  # fmt: skip
-    return model.decode(clean)[0].float().cpu().clamp(-1, 1)
+    return [model.decode(each[None])[0].float().cpu().clamp(-1, 1) for each in clean]

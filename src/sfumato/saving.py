@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato import files, plan
-from sfumato.config.prompts import read_prompts
+from sfumato.config.prompts import Prompt, read_prompts
 from sfumato.errors import UserError
 from sfumato.formats.metadata import at_save, minimum
 from sfumato.formats.state import save_state
 from sfumato.optim.averaging import averaged
 from sfumato.optim.optimizers import class_name
 from sfumato.run import Run
-from sfumato.sample import Picture, fill_in, generate, without_effect
+from sfumato.sample import Picture, fill_in, generate_together, without_effect
 from sfumato.seeds import seed_of
 
 log = logging.getLogger(__name__)
@@ -115,30 +115,44 @@ def save_previews(run: Run, step: int, label: str) -> None:
     run.method.modules.eval()
     try:
         with averaged(run.optimizer):
-            for number, prompt in enumerate(read_prompts(path)):
-                assert run.config.loop.seed is not None
-                seed = seed_of(run.config.loop.seed, "preview", step, number) & 0xFFFFFFFF
-                samples = run.config.samples
-                picture = fill_in(
-                    prompt, run.model, sampler=samples.sample_sampler, seed=seed, weighted=samples.prompt_weighting
-                )
-                run.warn_once((*prompt.notes, *without_effect(prompt, picture, run.model)))
-                given = "" if prompt.seed is None else f"_{prompt.seed}"
-                name = f"{run.saves.name}_{label}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
-                save_picture(run, picture, run.output / "sample" / name)
+            found = [planned(run, prompt, number, step, label) for number, prompt in enumerate(read_prompts(path))]
+            for group in alike(found, run.config.samples.sample_batch_size or 1):
+                save_pictures(run, group)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         log.warning("no previews after step %d: %s", step, error)
     finally:
         run.method.modules.train()
 
 
-def save_picture(run: Run, picture: Picture, path: Path) -> None:
-    """One PNG that carries its recipe."""
+def planned(run: Run, prompt: Prompt, number: int, step: int, label: str) -> tuple[Picture, Path]:
+    """A preview and where it goes; what it asks for in vain is told once."""
+    assert run.config.loop.seed is not None
+    samples = run.config.samples
+    seed = seed_of(run.config.loop.seed, "preview", step, number) & 0xFFFFFFFF
+    picture = fill_in(prompt, run.model, sampler=samples.sample_sampler, seed=seed, weighted=samples.prompt_weighting)
+    run.warn_once((*prompt.notes, *without_effect(prompt, picture, run.model)))
+    given = "" if prompt.seed is None else f"_{prompt.seed}"
+    name = f"{run.saves.name}_{label}_{number:02d}_{time.strftime('%Y%m%d%H%M%S')}{given}.png"
+    return picture, run.output / "sample" / name
+
+
+def alike(found: Sequence[tuple[Picture, Path]], size: int) -> Iterator[list[tuple[Picture, Path]]]:
+    """At most `size` at a time of those that can be made together; the first comes first."""
+    ways: dict[Picture, list[tuple[Picture, Path]]] = {}
+    for picture, path in found:
+        ways.setdefault(picture.way, []).append((picture, path))
+    for group in ways.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def save_pictures(run: Run, group: Sequence[tuple[Picture, Path]]) -> None:
+    """PNGs that carry their recipes."""
     with run.autocast():
-        image = generate(run.model, run.method, picture, run.frozen_text)
-    pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    text = PngInfo()
-    for name, value in vars(picture).items():
-        text.add_text(name, json.dumps(value) if not isinstance(value, str) else value)
-    with files.atomic(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)
+        images = generate_together(run.model, run.method, [picture for picture, _ in group], run.frozen_text)
+    for image, (picture, path) in zip(images, group, strict=True):
+        pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        text = PngInfo()
+        for name, value in vars(picture).items():
+            text.add_text(name, json.dumps(value) if not isinstance(value, str) else value)
+        with files.atomic(path) as temporary:
+            Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)

@@ -35,5 +35,5 @@ class SampleOptions(Options):
     ] = option("ddim", "sampler where a prompt names none")
     prompt_weighting: bool = option(True, "(words) and [words] in prompts count more and less")
     sample_batch_size: int | None = option(
-        None, "prompts of equal size that are sampled together", planned="the families that use it", ge=1
+        None, "how many samples of equal size, steps and guidance are made together; without it 1", ge=1
     )
