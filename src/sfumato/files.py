@@ -29,6 +29,34 @@ def atomic(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder: the block fills a temporary one. An older folder of the name goes when the new one stands.
+
+    A kill in the middle leaves the old or the new version, complete, in its place or beside it (`folder_copies`).
+    """
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if folder.exists():
+            folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old"))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(folder.parent)
+    for leftover in folder_copies(folder):  # of this save and of earlier ones that were killed
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def folder_copies(folder: Path) -> list[Path]:
+    """The new and the old version that a kill in the middle of `atomic_folder` leaves beside the place."""
+    beside = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
+    return [each for each in beside if each.name.startswith(f".{folder.name}.") and each.suffix in (".tmp", ".old")]
+
+
 def sync(path: Path) -> None:
     """Make a file's or folder's contents durable; folders cannot be opened for it on Windows."""
     if path.is_dir() and os.name == "nt":
@@ -55,6 +83,20 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_room(folder: Path, needed: int, *, mine: str, what: str) -> None:
+    """Raise UserError where the disk lacks `needed` bytes. What begins with `mine` in the folder would be replaced."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    there = sum(each.stat().st_size for path in folder.glob(f"{mine}*") for each in (path, *path.rglob("*")))
+    free = shutil.disk_usage(place).free
+    if needed > free + there:
+        raise UserError(
+            f"{what} will take {needed / 1e9:.1f} GB on the disk of {folder}, where {free / 1e9:.1f} GB are free",
+            fix="save less often, keep fewer (--save_last_n_steps, --save_last_n_epochs), or --save_precision fp16",
+        )
 
 
 def check_writable(folder: Path, *, option: str) -> None:

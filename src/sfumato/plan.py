@@ -92,11 +92,34 @@ def look(config: Config, *, processes: int) -> Outlook:
     with problems.catch():
         if config.save.output_dir is not None:
             files.check_writable(config.save.output_dir, option="--output_dir")
+    with problems.catch():
+        if blueprint is not None and method is not None and total and not problems.found:
+            check_disk(config, data, total, method, blueprint)
     problems.raise_all()
     assert family is not None
     assert blueprint is not None
     assert method is not None
     return Outlook(family=family, blueprint=blueprint, method=method, data=data, total=total, notes=notes)
+
+
+def check_disk(config: Config, data: DataPlan, total: int, method: Method, blueprint: Blueprint) -> None:
+    """Everything that the run will have on the disk at once must fit there; a state counts with what it surely has."""
+    from sfumato.formats.checkpoint import PRECISIONS
+    from sfumato.formats.outputs import make_plan, most_kept
+
+    save = config.save
+    assert save.output_dir is not None
+    epochs = -(-total // data.steps_per_epoch(config.loop.gradient_accumulation_steps))
+    saves = make_plan(save, epochs)
+    outputs = 1 + most_kept(saves, steps=total, epochs=epochs, state=False)
+    states = most_kept(saves, steps=total, epochs=epochs, state=True) if save.save_state else 0
+    states += save.save_state or save.save_state_on_train_end
+    one = method.output_bytes(blueprint, PRECISIONS[save.save_precision])
+    moments = 2 if config.optim.optimizer == "AdamW" else 0  # other optimizers may keep less than the weights
+    state = sum(row.parameters for row in method.plan(blueprint)) * 4 * (1 + moments)
+    what = f"{outputs} saves of {one / 1e9:.2f} GB"
+    what += f" and {states} states of {state / 1e9:.2f} GB" if states else ""
+    files.check_room(save.output_dir, outputs * one + states * state, mine=save.output_name, what=what)
 
 
 def check_prompts(config: Config) -> None:

@@ -160,8 +160,8 @@ def open_run(config: Config) -> Run | None:
     rates = make_rates(config.optim, optimizer, outlook.total)
     scaler = GradScaler(processes.device.type, enabled=config.memory.mixed_precision == "fp16")
     if state:
-        method.load_state(state["weights"])
-        restore(optimizer, state["optimizer"], state["optimizer_class"])
+        method.load_state(state.pop("weights"))  # each part of the state goes as soon as it is read
+        restore(optimizer, state.pop("optimizer"), state["optimizer_class"])
         rates.load_state_dict(state["rates"])
         if state["scaler"]:  # empty where the saved run was not in fp16
             scaler.load_state_dict(state["scaler"])

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from sfumato import files, plan
 from sfumato.config.prompts import Prompt, read_prompts
 from sfumato.errors import UserError
+from sfumato.formats.checkpoint import PRECISIONS
 from sfumato.formats.metadata import at_save, minimum
 from sfumato.formats.state import save_state
 from sfumato.optim.averaging import averaged
@@ -25,7 +26,6 @@ from sfumato.sample import Picture, fill_in, generate_together, without_effect
 from sfumato.seeds import seed_of
 
 log = logging.getLogger(__name__)
-PRECISIONS = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def saves_due(run: Run, step: int) -> None:

@@ -13,7 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from families.toys import ToyShelf
+from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.errors import UserError
+from sfumato.families._source import open_source
+from sfumato.families.base import find_family
 from sfumato.formats.state import load_state
 from training import losses, pictures, run, same, weights
 
@@ -217,3 +220,43 @@ def test_previews_do_not_disturb(sd: Toy, images: Path, tmp_path: Path) -> None:
     shown = full(sd, images, tmp_path / "shown", train_text_encoder=True, **options)
     assert same(weights(plain), weights(shown))
     assert len(list((shown / "sample").iterdir())) == 3
+
+
+# ---------------------------------------------------------------- folders of diffusers'
+
+
+def loaded(path: Path, toy: Toy) -> dict[str, dict[str, torch.Tensor]]:
+    """Every network's weights, under our names."""
+    words = tuple(str(folder) for name, folder in toy.items() if name.startswith("tokenizer"))
+    options = ModelOptions(pretrained_model_name_or_path=str(path), tokenizer=words)
+    source = open_source(options)
+    family = find_family(None, source)
+    blueprint = family.read(source, options, NoiseOptions())
+    model = family.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
+    modules = {"vae": model.vae, **{name: part.module for name, part in model.parts.items()}}
+    return {name: dict(module.state_dict()) for name, module in modules.items()}
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_both_formats_hold_the_same_model(
+    toy_shelf: ToyShelf, family: str, layout: Any, images: Path, tmp_path: Path
+) -> None:
+    """diffusers reads the folder, and its modules have the weights that the single file has."""
+    from diffusers import DiffusionPipeline
+
+    toy = toy_shelf.paths(family, layout)
+    options = {"train_text_encoder": True, "max_train_steps": 1}
+    one = full(toy, images, tmp_path / "one", save_model_as="safetensors", **options)
+    two = full(toy, images, tmp_path / "two", save_model_as="diffusers", **options)
+    assert losses(one) == losses(two)
+    pipe: Any = DiffusionPipeline.from_pretrained(two / "lora")
+    assert type(pipe).__name__ == {"sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[family]
+    single = loaded(one / "lora.safetensors", toy)
+    folder = loaded(two / "lora", toy)
+    theirs = {"denoiser": pipe.unet, "vae": pipe.vae, "clip": pipe.text_encoder, "clip_l": pipe.text_encoder}
+    theirs["clip_g"] = pipe.components.get("text_encoder_2")
+    for name, state in single.items():
+        assert same(state, folder[name])
+        others = {key.removeprefix("text_model."): weight for key, weight in theirs[name].state_dict().items()}
+        assert same({key.removeprefix("text_model."): weight for key, weight in state.items()}, others)

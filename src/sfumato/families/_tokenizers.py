@@ -52,6 +52,14 @@ def clip_tokenizer(folder: Path | None = None, *, pad_with_zero: bool = False) -
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """A CLIP tokenizer as transformers reads it, older versions included, which know only the last two files."""
+    tokenizer.save_pretrained(folder)
+    vocabulary = _from_whole_file(folder / "tokenizer.json")
+    files.write_text(folder / "vocab.json", json.dumps(vocabulary.ids, ensure_ascii=False))
+    files.write_text(folder / "merges.txt", _merges_text(vocabulary.merges))
+
+
 def t5_tokenizer(folder: Path | None, *, max_length: int = 512, option: str = "--tokenizer") -> T5Tokenizer:
     """T5's tokenizer from a folder with tokenizer.json or spiece.model; the end token is added, no begin token.
 
@@ -91,7 +99,7 @@ def toy_tokenizer(folder: Path, words: Iterable[str]) -> int:
             merges.append((pieces[0], pieces[1]))
     ids = _ids_of(merges)
     files.write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
-    files.write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
+    files.write_text(folder / "merges.txt", _merges_text(merges))
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "bos_token": BEGIN,
@@ -171,6 +179,10 @@ def _from_whole_file(path: Path) -> Vocabulary:
         merges=[_pair(merge) if isinstance(merge, str) else (merge[0], merge[1]) for merge in model["merges"]],
         added={token["content"]: token["id"] for token in content.get("added_tokens", [])},
     )
+
+
+def _merges_text(merges: Sequence[Pair]) -> str:
+    return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families._source import Source, Weights, read_json
-from sfumato.families.base import Network, PartSpec
+from sfumato.families.base import Component, Network, PartSpec, Pipeline
 from sfumato.formats.keymap import KeyMap, Rule, identity
 
 PREFIX = "model.diffusion_model."  # inside whole checkpoints
@@ -126,6 +126,18 @@ def network(
 def heads_of_64(config: Mapping[str, Any]) -> dict[str, Any]:
     """How many heads each level has; diffusers calls that attention_head_dim."""
     return {"attention_head_dim": [max(1, channels // HEAD) for channels in config["block_out_channels"]]}
+
+
+def pipeline(name: str, text: Mapping[str, Component], *, tokenizers: tuple[str, ...], **more: Any) -> Pipeline:
+    """The folder layout that diffusers has for models of this line; `text`: the text encoders' folders."""
+    return Pipeline(
+        name=name,
+        networks={"denoiser": Component(folder="unet"), "vae": Component(folder="vae"), **text},
+        scheduler="DDIMScheduler",
+        scheduler_options={"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+        tokenizers=tokenizers,
+        **more,
+    )
 
 
 def check_channels(source: Source, denoiser: Network, vae: Network) -> None:

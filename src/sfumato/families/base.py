@@ -22,7 +22,7 @@ from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.errors import UserError
 from sfumato.families._source import Source, Weights, on_meta
 from sfumato.formats.groups import Layer, LayerGroup, file_name, layer_groups, layers_of, skeleton
-from sfumato.formats.keymap import KeyMap, matches
+from sfumato.formats.keymap import KeyMap, identity, matches
 from sfumato.registry import Registry
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # a network from its configuration
@@ -122,6 +122,27 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Component:
+    """A network as a folder inside a folder of diffusers'."""
+
+    folder: str
+    key_map: KeyMap = field(default_factory=identity)  # weights there <-> module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What a folder in diffusers' layout needs to know of a model beyond its networks."""
+
+    name: str  # diffusers' class
+    networks: Mapping[str, Component]  # by our names
+    scheduler: str  # diffusers' class, told what the objective says and these options
+    scheduler_options: Mapping[str, Any]
+    tokenizers: tuple[str, ...]  # folders, in the order of the text encoders
+    absent: tuple[str, ...] = ()  # what the class takes and this model does not have
+    options: Mapping[str, Any] = field(default_factory=dict)  # further entries of model_index.json
+
+
+@dataclass(frozen=True, kw_only=True)
 class Blueprint:
     """What a checkpoint's headers tell, before any weight is read."""
 
@@ -134,6 +155,7 @@ class Blueprint:
     objective: Objective
     latents: LatentSpec
     checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
+    pipeline: Pipeline | None = None  # None: whole models of the family are always saved as one file
     implementation: str = "diffusers"  # modelspec.implementation
     metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
     notes: tuple[str, ...] = ()  # what the user should know before the first step; errors with --strict
@@ -198,6 +220,10 @@ class Family(ABC):
     @abstractmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
         """Build the networks and fill them straight in the wanted dtype; no second copy of the weights."""
+
+    def tokenizers_in_order(self) -> Sequence[Any]:
+        """One for each text encoder; only asked for where the blueprint has a pipeline."""
+        return ()
 
     @abstractmethod
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:

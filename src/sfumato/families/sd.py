@@ -14,13 +14,20 @@ from sfumato.data.emphasis import Pieces
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Sampling
 from sfumato.formats.keymap import KeyMap, identity
 
 UNET = _unet.PREFIX
 CLIP = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L
 OPEN_CLIP = "cond_stage_model.model."  # 2.x: OpenCLIP's ViT-H
 OPEN_CLIP_LAYERS = 24  # of which the model was trained without the last
+PIPELINE = _unet.pipeline(
+    "StableDiffusionPipeline",
+    {"clip": Component(folder="text_encoder", key_map=_clip.key_map())},
+    tokenizers=("tokenizer",),
+    absent=("safety_checker", "feature_extractor", "image_encoder"),
+    options={"requires_safety_checker": False},
+)
 STAGES = _unet.Stages(  # 25: twelve blocks down, the middle as one, twelve up
     patterns=(
         *(f"input_blocks.{i}.{{*}}" for i in range(12)),
@@ -92,6 +99,7 @@ class StableDiffusion(Family):
             architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip", "vae"),
+            pipeline=PIPELINE,
             networks={"denoiser": denoiser, "clip": _read_clip(source), "vae": vae},
             objective=objective,
             latents=_vae.latent_spec(vae.config, patch=1, size_multiple=64),
@@ -106,6 +114,9 @@ class StableDiffusion(Family):
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    def tokenizers_in_order(self) -> Sequence[Any]:
+        return (self.tokenizer,)
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module

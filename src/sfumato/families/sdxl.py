@@ -14,12 +14,22 @@ from sfumato.data.emphasis import Pieces
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Sampling
 from sfumato.formats.keymap import KeyMap, identity
 
 CLIP_L = "conditioner.embedders.0.transformer."
 CLIP_G = "conditioner.embedders.1.model."
 CLIP_G_KEYS = _open_clip.key_map(projected=True)
+PIPELINE = _unet.pipeline(
+    "StableDiffusionXLPipeline",
+    {
+        "clip_l": Component(folder="text_encoder", key_map=_clip.key_map()),
+        "clip_g": Component(folder="text_encoder_2"),
+    },
+    tokenizers=("tokenizer", "tokenizer_2"),
+    absent=("feature_extractor", "image_encoder"),
+    options={"force_zeros_for_empty_prompt": True},
+)
 STAGES = _unet.Stages(  # 23: embeddings, nine blocks down, three in the middle, nine up, the output
     patterns=(
         "time_embed.{*}|label_emb.{*}",
@@ -111,6 +121,7 @@ class StableDiffusionXL(Family):
             architecture="stable-diffusion-xl-v1-base",
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip_l", "clip_g", "vae"),
+            pipeline=PIPELINE,
             networks={"denoiser": denoiser, "clip_l": _read_clip_l(source), "clip_g": clip_g, "vae": vae},
             objective=objective,
             latents=_vae.latent_spec(vae.config, patch=1, size_multiple=32),
@@ -128,6 +139,9 @@ class StableDiffusionXL(Family):
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    def tokenizers_in_order(self) -> Sequence[Any]:
+        return (self.tokenizers["clip_l"], self.tokenizers["clip_g"])
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module

@@ -37,6 +37,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+PRECISIONS = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # --save_precision
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANK = {name: rank for rank, name in enumerate(BITS)}
 PIECE = 1 << 15  # elements converted at a time: as many as torch converts without sharing out the work, since its
@@ -91,6 +92,10 @@ class TensorFile:
 
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
+
+    def paths(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted(set(self._place.values()))
 
     def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """An owned tensor in its final place. `dtype` changes floating-point tensors only, as everywhere here."""
@@ -178,6 +183,10 @@ class PickledFile:
 
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
+
+    def paths(self) -> list[Path]:
+        """As TensorFile.paths."""
+        return [self.header.path]
 
     def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """As TensorFile.read."""

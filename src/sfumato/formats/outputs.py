@@ -44,6 +44,21 @@ class Plan:
             yield from (f"{self.name}-{old:06d}" for old in range(self.every_epochs, newest + 1, self.every_epochs))
 
 
+def most_kept(plan: Plan, *, steps: int, epochs: int, state: bool) -> int:
+    """How many saves lie on the disk at once, at most, before the final one: an older goes only once the new stands."""
+    by_step, by_epoch = plan.last_steps, plan.last_epochs
+    if state:
+        by_step, by_epoch = plan.last_steps_state, plan.last_epochs_state
+    found = 0
+    if plan.every_steps:
+        made = (steps - 1) // plan.every_steps
+        found += made if by_step is None else min(made, 1 + -(-(by_step + 1) // plan.every_steps))
+    if plan.every_epochs:
+        made = (epochs - 1) // plan.every_epochs
+        found += made if by_epoch is None else min(made, 1 + by_epoch)
+    return found
+
+
 def make_plan(save: SaveOptions, epochs: int) -> Plan:
     every = save.save_every_n_epochs
     if every is None and save.save_n_epoch_ratio:

@@ -10,9 +10,7 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,24 +36,18 @@ def save_state(folder: Path, state: Mapping[str, Any], info: Mapping[str, Any]) 
     """
     tensors: dict[str, Tensor] = {}
     tree = _flatten(state, "", tensors)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with room_for(folder):
-            temporary.mkdir(parents=True)
-            write_safetensors(temporary / TENSORS, tensors)
-            content = {
-                "version": VERSION,
-                "program": f"sfumato {__version__}",
-                "torch": torch.__version__,
-                "saved_at": time.time(),
-                "sha256": _digest(temporary / TENSORS),
-                "info": info,
-                "tree": tree,
-            }
-            files.write_text(temporary / TREE, json.dumps({**content, "seal": _seal(content)}))
-            _replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with room_for(folder), files.atomic_folder(folder) as temporary:
+        write_safetensors(temporary / TENSORS, tensors)
+        content = {
+            "version": VERSION,
+            "program": f"sfumato {__version__}",
+            "torch": torch.__version__,
+            "saved_at": time.time(),
+            "sha256": _digest(temporary / TENSORS),
+            "info": info,
+            "tree": tree,
+        }
+        files.write_text(temporary / TREE, json.dumps({**content, "seal": _seal(content)}))
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -73,10 +65,11 @@ def newest_complete(path: Path) -> Path:
 
     Where `path` is a state that was being replaced when its run was killed, what lies ready beside it counts.
     """
-    if not path.exists() and not any(_copies(path)):
+    if not path.exists() and not any(files.folder_copies(path)):
         raise UserError(f"{path} does not exist, so there is no state to resume from")
     is_state = not path.is_dir() or (path / TREE).is_file() or _is_foreign(path)
-    for state in sorted([*([path] if is_state else _states_in(path)), *_copies(path)], key=_saved_at, reverse=True):
+    candidates = [*([path] if is_state else _states_in(path)), *files.folder_copies(path)]
+    for state in sorted(candidates, key=_saved_at, reverse=True):
         fault = fault_of(state)
         if fault is None:
             return state
@@ -129,24 +122,8 @@ def _states_in(folder: Path) -> Iterator[Path]:
             yield each
 
 
-def _copies(folder: Path) -> list[Path]:
-    """The new and the old version that a kill in the middle of replacing leaves beside the place."""
-    beside = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
-    return [each for each in beside if each.name.startswith(f".{folder.name}.") and each.suffix in (".tmp", ".old")]
-
-
 def _is_foreign(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FOREIGN)
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Put the finished folder in place; an older one steps aside first and goes when the new one stands."""
-    if folder.exists():
-        folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old"))
-    temporary.rename(folder)
-    files.sync(folder.parent)
-    for leftover in _copies(folder):  # of this save and of earlier ones that were killed
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

@@ -123,6 +123,9 @@ class AdapterMethod:
     def metadata(self) -> Mapping[str, Any]:
         return adapter_metadata(self.config, default_rank=DEFAULT_RANK)
 
+    def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
+        return sum(row.parameters for row in self.plan(blueprint)) * (dtype or torch.float32).itemsize
+
     def ending(self, blueprint: Blueprint) -> str:
         return ".safetensors"
 

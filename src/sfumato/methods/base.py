@@ -78,6 +78,10 @@ class Method(Protocol):
         """The ss_ keys that only this method's files have, plain values."""
         ...
 
+    def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
+        """About how many bytes `write` will write."""
+        ...
+
     def ending(self, blueprint: Blueprint) -> str:
         """What follows a save's name: ".safetensors", or nothing where it is a folder."""
         ...

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.errors import UserError
-from sfumato.families._saving import save_single_file
+from sfumato.families._folder import is_model_folder, save_folder
+from sfumato.families._saving import Origin, averages, everything, save_single_file, size
 from sfumato.families.base import Blueprint, Family
 from sfumato.methods.base import METHODS, Planned
 from sfumato.methods.full_rates import Chosen, full_rates
@@ -68,6 +69,10 @@ class FullMethod:
             self.chosen += rates.choose(part.spec, part.module.named_parameters())
         for parameter in self._parameters().values():
             parameter.requires_grad_(True)
+        self.origin = Origin.of(model.blueprint)
+        outdated = averages(model.blueprint.source)
+        if outdated and "denoiser" in rates.parts:
+            log.info("%d tensors of a running average of the weights before training are not saved", len(outdated))
         self.live_text = frozenset(rates.parts) & frozenset(model.text_parts)
         return [
             ParameterGroup(name=each.label, parameters=list(each.weights.values()), learning_rate=each.rate)
@@ -114,18 +119,40 @@ class FullMethod:
             parameter.copy_(state[name])
 
     def metadata(self) -> Mapping[str, Any]:
-        names = ("train_text_encoder", "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "unet_lr")
+        names = ("train_text_encoder", "stop_text_encoder_training", "unet_lr", "text_encoder_lr", "block_lr")
+        names += ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
         return {f"ss_{name}": self.config.value(name) for name in names if self.config.changed(name)}
 
+    def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
+        return size(blueprint, self.own_weights(blueprint), dtype)
+
     def ending(self, blueprint: Blueprint) -> str:
-        return ".safetensors"
+        return "" if self._as_folder(blueprint) else ".safetensors"
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        save_single_file(model, path, metadata, dtype, changed=self._changed())
+        save = save_folder if self._as_folder(model.blueprint) else save_single_file
+        lost = self.origin.changed()
+        if lost:
+            log.warning("%s is not what it was when training began; the save is made from memory alone", lost[0])
+            save(model, path, metadata, dtype, changed=everything(model), from_memory=True)
+        else:
+            save(model, path, metadata, dtype, changed=self._changed())
 
     def report(self) -> list[str]:
         idle = [name for name, parameter in self._parameters().items() if parameter.grad is None]
         return [f"{len(idle)} weights got no gradient: {', '.join(idle[:5])}"] if idle else []
+
+    def _as_folder(self, blueprint: Blueprint) -> bool:
+        """Whether whole models are saved as folders; those that came as one are, unless the user says otherwise."""
+        wanted = self.config.save.save_model_as
+        if wanted is None:
+            return blueprint.source.is_folder and blueprint.pipeline is not None
+        if wanted in ("diffusers", "diffusers_safetensors") and blueprint.pipeline is None:
+            raise UserError(
+                f"--save_model_as {wanted}: models of this kind are saved as one file",
+                fix="--save_model_as safetensors",
+            )
+        return wanted in ("diffusers", "diffusers_safetensors")
 
     def _changed(self) -> dict[str, set[str]]:
         """Names of the weights of each part that are no longer what the file says."""
@@ -147,12 +174,20 @@ class FullMethod:
 
 
 def check_output(config: Config, blueprint: Blueprint, ending: str) -> None:
-    """The file that the model comes from is read again at each save, so no save may take its place."""
-    source, folder = blueprint.source.path.resolve(), config.save.output_dir
-    if folder is None or source.parent != folder.resolve():
+    """Nothing that a save would take the place of may be the source, which is read at each save, or foreign."""
+    source, folder, name = blueprint.source.path.resolve(), config.save.output_dir, config.save.output_name
+    if folder is None:
         return
-    if re.fullmatch(rf"{re.escape(config.save.output_name)}(-\d+|-step\d+)?{re.escape(ending)}", source.name):
+    pattern = re.compile(rf"{re.escape(name)}(-\d+|-step\d+)?{re.escape(ending)}")
+    if source.parent == folder.resolve() and pattern.fullmatch(source.name):
         raise UserError(
             f"the saved model would take the place of {source.name}, the one that training starts from",
+            fix="give another --output_name or --output_dir",
+        )
+    there = sorted(folder.iterdir()) if ending == "" and folder.is_dir() else []
+    foreign = [each for each in there if pattern.fullmatch(each.name) and not is_model_folder(each)]
+    if foreign:
+        raise UserError(
+            f"the saved model would take the place of {foreign[0]}, which holds something else",
             fix="give another --output_name or --output_dir",
         )
