@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
@@ -148,3 +148,14 @@ def test_a_new_family_trains_saves_samples_and_resumes(tmp_path: Path) -> None:
     assert names == {"lora_unet_mix_qk", "lora_unet_out", "lora_te_table"}
     assert weights(straight)["lora_unet_mix_qk.lora_up.weight"].shape == (16, 2)
     assert len(list((straight / "sample").iterdir())) == 1
+
+
+def test_a_new_family_trains_whole(tmp_path: Path) -> None:
+    """Its denoiser, text encoder included, back into the one file; the rest keeps its bytes."""
+    toy, images = checkpoint(tmp_path), pictures(tmp_path / "images")
+    options = {"method": "full", "network_dim": None, "train_text_encoder": True, "max_train_steps": 2}
+    found = weights(run(toy, images, tmp_path / "out", **options, timestep_sampling="uniform", bucket_reso_steps=32))
+    before = load_file(toy["pretrained_model_name_or_path"])
+    assert found.keys() == before.keys()
+    moved = {name for name in found if not torch.equal(found[name], before[name])}
+    assert moved == {name for name in before if not name.startswith("vae.")}

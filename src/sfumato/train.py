@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from sfumato.run import Run, open_run
 from sfumato.saving import save_final, save_previews, save_state_folder, saves_due
 
 log = logging.getLogger(__name__)
+MESSAGE = 1 << 26  # gradients that processes add up at a time
 
 
 def train(config: Config) -> None:
@@ -132,21 +134,35 @@ def conditioning_of(run: Run, batch: Batch) -> Tensors:
 
 
 def sum_over_processes(run: Run, loss: Tensor) -> None:
-    """Add up gradients in one flat message; each process divided by the real samples of all, so a sum is right.
+    """Add up gradients in few flat messages; each process divided by the real samples of all, so a sum is right.
 
     A parameter that got a gradient in no process keeps none, so that the optimizer passes over it as it does alone.
     """
     if run.processes.num_processes == 1:
         return
-    parameters = run.parameters
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    here = [p.grad is not None for p in parameters]
-    sizes = [gradient.numel() for gradient in gradients]
-    facts = torch.cat([loss.flatten(), loss.new_tensor(here)]).to(gradients[0].dtype)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), facts])
-    distributed.all_reduce(flat)
-    *pieces, total, found = flat.split([*sizes, 1, len(here)])
-    anywhere = here if all(here) else found.tolist()
-    for parameter, piece, counts in zip(parameters, pieces, anywhere, strict=True):
-        parameter.grad = piece.view_as(parameter) if counts else None
-    loss.copy_(total[0])
+    here = [p.grad is not None for p in run.parameters]
+    facts = torch.cat([loss.flatten(), loss.new_tensor(here)]).to(run.parameters[0].dtype)
+    summed = facts
+    for bucket in buckets(run.parameters):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([facts, *(gradient.flatten() for gradient in gradients)])
+        distributed.all_reduce(flat)
+        summed, *pieces = flat.split([len(facts), *(gradient.numel() for gradient in gradients)])
+        for parameter, piece in zip(bucket, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+    loss.copy_(summed[0])
+    for parameter, counts in zip(run.parameters, here if all(here) else summed[1:].tolist(), strict=True):
+        parameter.grad = parameter.grad if counts else None
+
+
+def buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """The parameters in turn, as many as make one message: what it takes in memory for a while."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and size + parameter.numel() > MESSAGE:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.numel()
+    yield bucket

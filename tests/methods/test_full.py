@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,8 @@ from sfumato.errors import UserError
 from sfumato.families._source import open_source
 from sfumato.families.base import find_family
 from sfumato.formats.state import load_state
-from training import losses, pictures, run, same, weights
+from sfumato.methods.full import FullMethod
+from training import arguments, losses, pictures, run, same, weights
 
 Toy = Mapping[str, Path]
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
@@ -62,6 +66,19 @@ def before(toy: Toy) -> dict[str, torch.Tensor]:
 def changed(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> set[str]:
     assert set(first) == set(second)
     return {name for name in first if not torch.equal(first[name], second[name])}
+
+
+def loaded(path: Path, toy: Toy) -> dict[str, dict[str, torch.Tensor]]:
+    """Every network's weights, under our names."""
+    words = tuple(str(folder) for name, folder in toy.items() if name.startswith("tokenizer"))
+    others = {name: str(file) for name, file in toy.items() if name in ("clip_l", "t5xxl", "ae")}
+    options = ModelOptions(pretrained_model_name_or_path=str(path), tokenizer=words, **others)
+    source = open_source(options)
+    family = find_family(None, source)
+    blueprint = family.read(source, options, NoiseOptions())
+    model = family.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
+    modules = {"vae": model.vae, **{name: part.module for name, part in model.parts.items()}}
+    return {name: dict(module.state_dict()) for name, module in modules.items()}
 
 
 def test_the_denoiser_learns_and_nothing_else(toy: Toy, family: str, images: Path, tmp_path: Path) -> None:
@@ -222,19 +239,24 @@ def test_previews_do_not_disturb(sd: Toy, images: Path, tmp_path: Path) -> None:
     assert len(list((shown / "sample").iterdir())) == 3
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])  # diffusers' converter for the third knows one width alone
+def test_diffusers_reads_the_file_as_we_do(
+    toy: Toy, family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
+) -> None:
+    """Its own conversion of single files gives the weights that ours gives, all of them moved."""
+    import diffusers
+
+    library: Any = diffusers
+    config = toy_shelf.paths(family, "diffusers")["pretrained_model_name_or_path"] / "unet"
+    output = full(toy, images, tmp_path, max_train_steps=1)
+    theirs = library.UNet2DConditionModel.from_single_file(str(output / "lora.safetensors"), config=str(config))
+    start = library.UNet2DConditionModel.from_pretrained(config).state_dict()
+    ours = loaded(output / "lora.safetensors", toy)["denoiser"]
+    assert same(ours, theirs.state_dict())
+    assert changed(start, ours) == set(start)
+
+
 # ---------------------------------------------------------------- folders of diffusers'
-
-
-def loaded(path: Path, toy: Toy) -> dict[str, dict[str, torch.Tensor]]:
-    """Every network's weights, under our names."""
-    words = tuple(str(folder) for name, folder in toy.items() if name.startswith("tokenizer"))
-    options = ModelOptions(pretrained_model_name_or_path=str(path), tokenizer=words)
-    source = open_source(options)
-    family = find_family(None, source)
-    blueprint = family.read(source, options, NoiseOptions())
-    model = family.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
-    modules = {"vae": model.vae, **{name: part.module for name, part in model.parts.items()}}
-    return {name: dict(module.state_dict()) for name, module in modules.items()}
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -260,3 +282,147 @@ def test_both_formats_hold_the_same_model(
         assert same(state, folder[name])
         others = {key.removeprefix("text_model."): weight for key, weight in theirs[name].state_dict().items()}
         assert same({key.removeprefix("text_model."): weight for key, weight in state.items()}, others)
+
+
+def test_a_folder_keeps_what_did_not_train(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """Bytes of weights, tokenizers, configurations; a save is a folder where the model came from one."""
+    toy = toy_shelf.paths("sd", "diffusers")
+    source = toy["pretrained_model_name_or_path"]
+    output = full(toy, images, tmp_path, max_train_steps=2, save_every_n_steps=1)
+    assert (output / "lora-step00000001" / "model_index.json").is_file()
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(output / "lora") for path in (output / "lora").rglob("*") if path.is_file())
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    assert not same(load_file(source / weights), load_file(output / "lora" / weights))
+    for path in set(files) - {weights}:
+        first, second = (source / path).read_bytes(), (output / "lora" / path).read_bytes()
+        assert (
+            path.suffix == ".json"
+            or first == second
+            or same(load_file(source / path), load_file(output / "lora" / path))
+        )
+    with safe_open(output / "lora" / weights, "pt") as file:
+        assert file.metadata()["modelspec.architecture"] == "stable-diffusion-v1"
+
+
+def test_a_folder_of_something_else_is_never_replaced(sd: Toy, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds something else"):
+        full(sd, images, tmp_path, save_model_as="diffusers")
+    assert (tmp_path / "lora" / "letter.txt").read_text() == "dear"
+
+
+def test_models_that_are_one_file_are_refused_a_folder(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="saved as one file"):
+        full(toy_shelf.paths("flux"), images, tmp_path, save_model_as="diffusers")
+
+
+def test_only_the_last_saves_stay(sd: Toy, images: Path, tmp_path: Path) -> None:
+    options = {"save_every_n_steps": 1, "save_last_n_steps": 1, "save_model_as": "diffusers", "max_train_steps": 5}
+    full(sd, images, tmp_path, **options)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["lora", "lora-step00000003", "lora-step00000004", "lora.run.jsonl"]
+
+
+# ---------------------------------------------------------------- blocks, stopping, losing the source
+
+
+def test_blocks_have_rates_of_their_own(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """23 of them: embeddings, input 0 to 8, middle 0 to 2, output 0 to 8, the end."""
+    toy = toy_shelf.paths("sdxl")
+    places = ["time_embed|label_emb", *(f"input_blocks.{i}" for i in range(9))]
+    places += [*(f"middle_block.{i}" for i in range(3)), *(f"output_blocks.{i}" for i in range(9)), "out"]
+    rates = [1e-5 * (i % 3) for i in range(23)]
+    output = full(toy, images, tmp_path, block_lr=",".join(map(str, rates)), max_train_steps=1)
+    moved = {name.removeprefix(UNET) for name in changed(before(toy), weights(output))}
+    for place, rate in zip(places, rates, strict=True):
+        inside = {name for name in before(toy) if name.startswith(UNET)}
+        inside = {name.removeprefix(UNET) for name in inside}
+        inside = {name for name in inside if name.startswith(tuple(f"{each}." for each in place.split("|")))}
+        assert inside <= moved if rate else not inside & moved, place
+    (row,) = losses(output)
+    shown = {int(name[-2:]): rate for name, rate in row.items() if name.startswith("lr/denoiser.block")}
+    assert shown == {i: rate for i, rate in enumerate(rates) if rate and i in shown}
+    assert len(shown) > 8
+
+
+def test_text_encoders_stop_at_a_step(sd: Toy, images: Path, tmp_path: Path) -> None:
+    """As if they had never trained from there on; a resumed run knows it."""
+    options = {"train_text_encoder": True, "stop_text_encoder_training": 3, "save_every_n_steps": 1}
+    output = full(sd, images, tmp_path / "a", max_train_steps=6, save_state=True, **options)
+    saves = [weights(output, f"lora-step{step:08d}") for step in (2, 3, 4, 5)]
+    text = [{name: save[name] for name in save if name.startswith(TEXT["sd"])} for save in saves]
+    unet = [{name: save[name] for name in save if name.startswith(UNET)} for save in saves]
+    assert not same(text[0], text[1])
+    assert same(text[1], text[2])
+    assert same(text[1], text[3])
+    assert not same(unet[1], unet[2])
+    for step in (2, 4):
+        resume = output / f"lora-step{step:08d}-state"
+        again = full(sd, images, tmp_path / str(step), max_train_steps=6, resume=resume, **options)
+        assert same(weights(output), weights(again))
+
+
+@pytest.mark.parametrize(("family", "save_model_as"), [("sd", "safetensors"), ("sdxl", "diffusers")])
+def test_a_lost_source_does_not_cost_the_run(
+    toy: Toy, family: str, save_model_as: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint goes while training runs; what is saved is whole."""
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(toy["pretrained_model_name_or_path"], copy)
+    words = [str(folder) for name, folder in toy.items() if name.startswith("tokenizer")]
+    options = {"max_train_steps": 1, "save_model_as": save_model_as, "tokenizer": words}
+    safe = full({"pretrained_model_name_or_path": copy}, images, tmp_path / "safe", **options)
+    step = FullMethod.before_step
+
+    def lose(method: FullMethod, number: int) -> None:
+        copy.unlink()
+        step(method, number)
+
+    monkeypatch.setattr(FullMethod, "before_step", lose)
+    lost = full({"pretrained_model_name_or_path": copy}, images, tmp_path / "lost", **options)
+    name = "lora" if save_model_as == "diffusers" else "lora.safetensors"
+    first, second = loaded(safe / name, toy), loaded(lost / name, toy)
+    assert first.keys() == second.keys()
+    assert all(same(first[network], second[network]) for network in first)
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(
+    sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of the toy's size for each save that stays, and three times what trains for each state."""
+    size = sum(tensor.nbytes for tensor in before(sd).values())
+    unet = sum(tensor.nbytes for name, tensor in before(sd).items() if name.startswith(UNET))
+    needed = 5 * size + 2 * 3 * unet  # all of 1 to 4 and the last one; a state stays for a step, the newest beside it
+    options = {"max_train_steps": 5, "save_every_n_steps": 1, "save_state": True, "save_last_n_steps_state": 1}
+
+    def free(count: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=count))
+
+    free(needed - 1000)
+    with pytest.raises(UserError, match=r"5 saves of .* will take"):
+        full(sd, images, tmp_path, **options)
+    free(2 * needed)
+    full(sd, images, tmp_path, **options)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(sd: Toy, images: Path, tmp_path: Path) -> None:
+    """The same global batch, in several messages; the optimizer's steps are in proportion to gradients."""
+    options = {"max_train_steps": 4, "optimizer_type": "SGDNesterov", "method": "full", "network_dim": None}
+    options |= {"train_text_encoder": True, "learning_rate": "1e-2"}
+    alone = run(sd, images, tmp_path / "alone", train_batch_size=2, **options)
+    command = arguments(sd, images, tmp_path / "both", train_batch_size=1, **options)
+    small = "import sys, sfumato.train as train; train.MESSAGE = 50_000; from sfumato.cli.main import entry; entry()"
+    script = tmp_path / "small.py"
+    script.write_text(small)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    subprocess.run([*launcher, str(script), "train", *command], check=True, timeout=300)
+    ours, theirs = weights(tmp_path / "both"), weights(alone)
+    assert set(ours) == set(theirs)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-6)
+    assert max(float((ours[name] - old).abs().max()) for name, old in before(sd).items()) > 1e-4
+    pairs = zip(losses(alone), losses(tmp_path / "both"), strict=True)
+    assert all(abs(one["loss/current"] - two["loss/current"]) < 1e-4 for one, two in pairs)
