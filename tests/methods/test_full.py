@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp("images"))
 
 
-@pytest.fixture(params=["sd", "sdxl", "flux"])
+@pytest.fixture(params=["sd", "sdxl", "flux", "chroma"])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -85,7 +85,7 @@ def test_the_denoiser_learns_and_nothing_else(toy: Toy, family: str, images: Pat
     """Every one of its tensors, in the file's own layout; all others keep their bytes."""
     old = before(toy)
     new = weights(full(toy, images, tmp_path, max_train_steps=2))
-    assert changed(old, new) == {name for name in old if family == "flux" or name.startswith(UNET)}
+    assert changed(old, new) == {name for name in old if family in ("flux", "chroma") or name.startswith(UNET)}
     assert all(tensor.dtype == old[name].dtype and tensor.isfinite().all() for name, tensor in new.items())
 
 
@@ -191,7 +191,12 @@ def test_the_file_says_what_it_is(toy: Toy, family: str, images: Path, tmp_path:
     output = full(toy, images, tmp_path, max_train_steps=1, metadata_author="me")
     with safe_open(output / "lora.safetensors", "pt") as file:
         found = file.metadata()
-    named = {"sd": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base", "flux": "flux-1-dev"}
+    named = {
+        "sd": "stable-diffusion-v1",
+        "sdxl": "stable-diffusion-xl-v1-base",
+        "flux": "flux-1-dev",
+        "chroma": "chroma",
+    }
     assert found["modelspec.architecture"] == named[family]
     assert (found["modelspec.author"], found["ss_steps"]) == ("me", "1")
     assert not any(name.startswith(("ss_network", "sshs_")) for name in found)

@@ -44,7 +44,12 @@ class Script:
         return OURS.union(table["every script"], table[self.method], table[self.name])
 
 
-FLUX_DEFAULTS = {"timestep_sampling": "sigma", "model_prediction_type": "sigma_scaled", "discrete_flow_shift": 3.0}
+FLUX_DEFAULTS = {
+    "model_type": "flux",
+    "timestep_sampling": "sigma",
+    "model_prediction_type": "sigma_scaled",
+    "discrete_flow_shift": 3.0,
+}
 SCRIPTS = {
     script.name: script
     for script in (
@@ -68,7 +73,7 @@ SCRIPTS = {
             method="adapter",
             summary="Trains an adapter for FLUX.1, or with --model_type chroma for Chroma.",
             available=True,
-            defaults={**FLUX_DEFAULTS, "model_type": "flux"},
+            defaults=FLUX_DEFAULTS,
         ),
         Script(
             name="sd3_train_network",
