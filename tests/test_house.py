@@ -64,7 +64,9 @@ TORCH_FREE = (
 )  # fmt: skip
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
-IMPORT_NAMES = {"pillow": "PIL", "protobuf": "google", "huggingface-hub": "huggingface_hub"}  # where they differ
+IMPORT_NAMES = {  # where they differ
+    "pillow": "PIL", "protobuf": "google", "huggingface-hub": "huggingface_hub", "pillow-jxl-plugin": "pillow_jxl",
+}  # fmt: skip
 
 
 def place(path: Path) -> str:

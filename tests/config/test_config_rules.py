@@ -124,6 +124,8 @@ CASES = {
     "log-folder": ("--log_with tensorboard", "--log_with tensorboard --logging_dir logs"),
     "bucket-range": ("--min_bucket_reso 2048", "--min_bucket_reso 1024"),
     "data-twice": ("--dataset_config FILE", "--no_strict"),
+    "class-and-files": ("--dataset_class data.Mine", "--no_strict"),
+    "metadata-and-folders": ("--in_json FILE --reg_data_dir .", "--in_json FILE"),
     "dim-twice": (
         "--dim_from_weights --network_weights FILE --network_dim 4",
         "--dim_from_weights --network_weights FILE",

@@ -24,6 +24,7 @@ from sfumato.data.cache import (
     seed_of_entry,
     to_tensor,
 )
+from sfumato.data.pictures import Picture
 from sfumato.data.store import DiskStore, MemoryStore
 from sfumato.errors import UserError
 
@@ -287,8 +288,8 @@ def test_hashes_are_remembered_while_the_file_is_the_same(plan, tmp_path, monkey
     store = DiskStore(tmp_path / "hashes")
     first = [ContentHashes(store).of(picture) for picture in pictures]
     reads = []
-    original = cache_module.read
-    monkeypatch.setattr(cache_module, "read", lambda path: reads.append(path) or original(path))
+    original = Picture.read
+    monkeypatch.setattr(Picture, "read", lambda picture: reads.append(picture) or original(picture))
     assert [ContentHashes(store).of(picture) for picture in pictures] == first
     assert not reads
     change_a_pixel(tmp_path)

@@ -24,6 +24,7 @@ from sfumato.data.images import (
     prepare,
     prepare_with_alpha,
 )
+from sfumato.data.index import Index
 from sfumato.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -274,11 +275,11 @@ BAD = {
 def test_bad_headers_name_the_file(tmp_path, name):
     data, words = BAD[name]
     (tmp_path / name).write_bytes(data)
-    found = read_images(str(tmp_path), [name, "gone.png"], {})
-    assert not found.by_name
-    assert str(tmp_path / name) in found.faults[name].what
-    assert words in found.faults[name].what
-    assert "gone.png cannot be read" in found.faults["gone.png"].what
+    found = read_images(str(tmp_path), [name, "gone.png"], Index(tmp_path / "cache", ("images", str(tmp_path))))
+    assert not len(found.usable)
+    assert str(tmp_path / name) in found.faults[0].what
+    assert words in found.faults[0].what
+    assert "gone.png cannot be read" in found.faults[1].what
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])

@@ -14,9 +14,9 @@ from sfumato.data.augment import ImageRules
 from sfumato.data.buckets import Buckets
 from sfumato.data.captions import CaptionRules
 from sfumato.data.order import Order
-from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
+from sfumato.data.pictures import Picture, Pictures
+from sfumato.data.plans import DataPlan, DatasetPlan, Items, SubsetPlan
 from sfumato.data.settings import DatasetSettings, SubsetSettings
-from sfumato.data.sources import Picture
 
 SHAPES = ((128, 128), (256, 64), (64, 256))  # each a bucket of its own
 
@@ -42,7 +42,7 @@ def plan_of(datasets, *, batch_size: int = 2, processes: int = 1) -> DataPlan:
                 rules=CaptionRules(),
             )
             pictures = [Picture(f"{d}/{s}/{i}.png", 0, 0, *SHAPES[i % 3], f"{d} {s} {i}") for i in range(count)]
-            items = tuple(Item(each, buckets.choose((each.width, each.height))) for each in pictures)
+            items = Items.chosen(Pictures.of(pictures), buckets.choose)
             plans.append(SubsetPlan(settings=settings, items=items, repeats=(repeats,) * count))
         of_dataset = DatasetSettings(
             where="",

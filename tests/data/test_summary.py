@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from data.conftest import write
 from sfumato.config import load_config
-from sfumato.data import sources
+from sfumato.data import folders
 from sfumato.data.describe import metadata
-from sfumato.data.sources import held_out
 from sfumato.data.summary import captions_to_cache, find_data, table
 from sfumato.errors import Problems, UserError
 
@@ -152,9 +152,7 @@ def near_misses(pictures, root: Path) -> None:
     ("folder", "words"),
     [
         ("loose", ["has 2 pictures (img0.png, img1.png) beside the folder 1_cat", "N_text"]),
-        ("unnamed", ["no folder in", "is named N_text, but there is cats (3 images)", "rename it, as 10_cats"]),
-        ("deep", ["no images in", "found 12 images one level down (12 in more)"]),
-        ("nothing", ["no pictures in", "folders named N_text with the pictures in them"]),
+        ("nothing", ["no pictures in", "it is empty", "folders named N_text with the pictures in them"]),
         ("other", ["no images in", "it holds 2 .gif, 1 .heic, and images end in .png .jpg"]),
     ],
 )
@@ -163,6 +161,31 @@ def test_where_no_images_are_what_nearly_matched_is_told(find, pictures, tmp_pat
     find.attempt("--train_data_dir", tmp_path / folder, *RESOLUTION)
     (said,) = find.said
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("files", "expected", "note"),
+    [
+        (["cats/a.png", "cats/tabby/b.png", "dogs/c.png"], {"cats/a.png": 1, "cats/tabby/b.png": 1, "dogs/c.png": 1},
+         "no folder in"),
+        (["x/y/3_cat/a.png", "x/2_dog/b.png", "x/z/c.png"], {"a.png": 3, "b.png": 2}, "took those further below"),
+        (["5_cat/near/a.png", "5_cat/far/b.png"], {"near/a.png": 5, "far/b.png": 5}, "2 images in the folders below"),
+        (["5_cat/a.png", "5_cat/far/b.png"], {"a.png": 5}, "far/b.png) are left out"),
+        (["5_cat/a.png", "old/far/b.png"], {"a.png": 5}, "old (1 images) left out"),
+    ],
+)  # fmt: skip
+def test_any_nesting_is_taken_numbered_folders_first(find, tmp_path, files, expected, note):
+    for file in files:
+        write(tmp_path / "t" / file, caption="a")
+    (tmp_path / "t" / "loop").symlink_to(tmp_path / "t")
+    plan = find("--train_data_dir", tmp_path / "t", *RESOLUTION)
+    found = {
+        os.path.relpath(item.picture.path, subset.settings.image_dir): repeats
+        for subset in plan.datasets[0].subsets
+        for item, repeats in zip(subset.items, subset.repeats, strict=True)
+    }
+    assert found == expected
+    assert any(note in line for line in plan.notes), plan.notes
 
 
 def test_a_mistyped_folder_is_recognised(find, pictures, tmp_path):
@@ -317,14 +340,13 @@ def test_what_is_remembered_is_used_only_while_it_is_true(find, pictures, tmp_pa
     arguments = ("--train_data_dir", tmp_path / "t", *RESOLUTION)
     cold = find(*arguments)
     read: list[str] = []
-    original = sources.read_images
+    original = folders.header_at
 
-    def counted(folder, names, known):
-        found = original(folder, names, known)
-        read.extend(name for name in names if found.by_name.get(name) is not known.get(name))
-        return found
+    def counted(descriptor, path, size):
+        read.append(Path(path).name)
+        return original(descriptor, path, size)
 
-    monkeypatch.setattr(sources, "read_images", counted)
+    monkeypatch.setattr(folders, "header_at", counted)
     assert find(*arguments).datasets[0].subsets[0].items == cold.datasets[0].subsets[0].items
     assert read == []
     shutil.copy(second, first)  # another size in bytes
@@ -335,15 +357,17 @@ def test_what_is_remembered_is_used_only_while_it_is_true(find, pictures, tmp_pa
     assert captions(warm)["img0.png"] == "edited"
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"sfumato": 1}\n', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"PK\3\4", b"\xff\xfe", None])
 def test_a_damaged_index_costs_only_time(find, pictures, tmp_path, damage):
     pictures(tmp_path / "t" / "1_a", 2)
     arguments = ("--train_data_dir", tmp_path / "t", *RESOLUTION)
     cold = find(*arguments)
-    (index,) = (tmp_path / "cache" / "folders").iterdir()
-    index.write_bytes(damage)
+    indexes = list((tmp_path / "cache" / "folders").iterdir())
+    assert len(indexes) == 2  # sizes and captions
+    for index in indexes:
+        index.write_bytes(damage if damage is not None else index.read_bytes()[:-400])
     assert find(*arguments).datasets == cold.datasets
-    assert len(index.read_bytes()) > 100  # made anew
+    assert all(len(index.read_bytes()) > 1000 for index in indexes)  # made anew
 
 
 def test_pictures_are_left_as_they_are(find, pictures, tmp_path):
@@ -352,20 +376,6 @@ def test_pictures_are_left_as_they_are(find, pictures, tmp_path):
     before = tree(tmp_path / "t")
     find("--train_data_dir", tmp_path / "t", *RESOLUTION)
     assert tree(tmp_path / "t") == before
-
-
-def test_the_split_holds_out_the_recorded_images():
-    """The same images as the field's own trainer, but none of them in training (it overlaps by one in 18 rows)."""
-    overlaps = 0
-    for row in json.loads((GOLDENS / "validation_split.json").read_text())["rows"]:
-        kept, held = held_out(row["n"], row["split"], 42)
-        assert len(held) == row["val"]
-        if row["val_items"] is not None:  # recorded for small sets only
-            assert [str(i) for i in held] == row["val_items"]
-        assert len(kept) == row["train"] - row["overlap"]
-        assert sorted(kept + held) == list(range(row["n"]))
-        overlaps += row["overlap"]
-    assert overlaps == 18
 
 
 def test_captions_to_cache(find, pictures, tmp_path):

@@ -27,13 +27,13 @@ class DatasetOptions(Options):
     )
     on_bad_image: Literal["error", "skip"] = option("error", "an image that cannot be read: stop, or leave it out")
     in_json: FilePath | None = option(
-        None, "metadata file with the captions of --train_data_dir", path="file", planned="metadata datasets"
+        None, "metadata file (.json, .jsonl) that names the images in --train_data_dir and their captions", path="file"
     )
     dataset_class: str | None = option(
-        None, "a dataset class of your own, as package.module.Class", planned="the data sources"
+        None, 'a class of your own whose instances yield {"image": path, "caption": text}, as package.module.Class'
     )
     cache_info: bool = option(
-        False, "keep sizes and captions in a file, so that large folders are listed once", planned="the data sources"
+        False, "take images and captions from metadata_cache.json in the image folder, where there is one"
     )
     conditioning_data_dir: FilePath | None = option(
         None, "folder of mask or control images, one of the same name for each image", path="folder"
@@ -51,6 +51,7 @@ class BucketOptions(Options):
     max_bucket_reso: int = option(1024, "longest side of a bucket", ge=1)
     bucket_reso_steps: int = option(64, "bucket sides are multiples of this", ge=1)
     bucket_no_upscale: bool = option(False, "never enlarge an image; buckets follow the images' sizes")
+    skip_image_resolution: Size | None = option(None, "leave out images of at most this many pixels")
     resize_interpolation: (
         Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"] | None
     ) = option(None, "how images are resized; without it area to shrink, lanczos to enlarge")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from sfumato.config.schema import THEMES, vocabulary
-from sfumato.config.values import FilePath, Size
+from sfumato.config.values import FilePath
 from sfumato.errors import Problems, UserError
 from sfumato.registry import did_you_mean
 
@@ -27,6 +27,7 @@ DATASET_KEYS = {
             "max_bucket_reso",
             "bucket_reso_steps",
             "bucket_no_upscale",
+            "skip_image_resolution",
         )
     },
     "batch_size": "train_batch_size",
@@ -67,7 +68,10 @@ ONLY_SUBSET_KEYS = {
     "metadata_file": "in_json",
 }
 OPTION_OF = {**DATASET_KEYS, **SUBSET_KEYS, **ONLY_SUBSET_KEYS}
-OWN_ROOMS = {"custom_attributes": "preservation"}  # keys without an option, and the room that will bring them
+PRESERVE = "diff_output_preservation"  # of custom_attributes: the target is the untrained model's own prediction
+
+Place = tuple[str | int, ...]  # of a key: ("datasets", 0, "subsets", 1, "key")
+TABLES = ("general", "datasets", "subsets")
 
 KINDS = {
     "int": "a whole number",
@@ -81,31 +85,58 @@ KINDS = {
 }
 
 
-def read_dataset_config(path: Path) -> DatasetFile:
+def read_dataset_config(path: Path, problems: Problems) -> DatasetFile | None:
     """Read and check a .toml or .json dataset file; every fault in it is told, each with the path of its key.
 
-    Raises UserError (several at once as SeveralErrors). Whether folders exist is not looked at here.
+    None where it cannot be read at all. Whether folders exist is not looked at here.
     """
-    problems = Problems()
-    whole = checked(path, parsed(path), problems)
-    problems.raise_all()
-    assert whole is not None, "a file that does not fit the schema has a fault"
-    datasets = [DatasetEntry(table=table, subsets=tuple(table.value("subsets"))) for table in whole.value("datasets")]
-    file = DatasetFile(path=path, general=whole.value("general"), datasets=tuple(datasets))
-    for where, what, fix in contradictions(file):
-        problems.add(f"{path}: {where}{what}", fix=fix)
-    problems.raise_all()
-    return file
+    with problems.catch():
+        content = parsed(path)
+        whole, faulty = checked(path, content, problems)
+        if whole is None:
+            return None
+        tables = whole.value("datasets")
+        datasets = [entry_of(table, i, faulty) for i, table in enumerate(tables)]
+        file = DatasetFile(path=path, general=whole.value("general"), datasets=tuple(datasets))
+        for where, what, fix in contradictions(file):
+            problems.add(f"{path}: {where}{what}", fix=fix)
+        return file
+    return None
 
 
-def checked(path: Path, content: dict[str, Any], problems: Problems) -> Table | None:
-    try:
-        return Whole.model_validate(content)
-    except ValidationError as error:
-        for fault in error.errors(include_url=False):
-            what, fix = described(fault)
-            problems.add(f"{path}: {what}", fix=fix)
-        return None
+def checked(path: Path, content: dict[str, Any], problems: Problems) -> tuple[Table | None, set[Place]]:
+    """The tables without the keys that are wrong, and where those are; None where a whole table is wrong."""
+    faulty: set[Place] = set()
+    while True:
+        try:
+            return Whole.model_validate(content), faulty
+        except ValidationError as error:
+            for fault in error.errors(include_url=False):
+                what, fix = described(fault)
+                problems.add(f"{path}: {what}", fix=fix)
+                faulty.add(fault["loc"])
+        if any(place[-1] in TABLES or isinstance(place[-1], int) for place in faulty):
+            return None, faulty
+        for place in faulty:
+            content = without(content, place)
+
+
+def entry_of(table: Table, number: int, faulty: set[Place]) -> DatasetEntry:
+    """One dataset; what a wrong key may have touched is marked, so that no fault is told that comes from another."""
+    mine = [place for place in faulty if place[:2] == ("datasets", number)]
+    sound = not any(place[0] == "general" for place in faulty) and all(len(place) > 3 for place in mine)
+    inside = frozenset(int(place[3]) for place in mine if len(place) > 3)
+    return DatasetEntry(table=table, subsets=tuple(table.value("subsets")), sound=sound, faulty=inside)
+
+
+def without(content: Any, place: Place) -> Any:
+    """Nested tables and lists without the key at this place."""
+    key, *rest = place
+    if not rest:
+        return {name: value for name, value in content.items() if name != key}
+    if isinstance(content, list):
+        return [without(value, tuple(rest)) if i == key else value for i, value in enumerate(content)]
+    return content | {key: without(content[key], tuple(rest))} if key in content else content
 
 
 def parsed(path: Path) -> dict[str, Any]:
@@ -176,13 +207,13 @@ def described(fault: Any) -> tuple[str, str]:
     return f"{where} is {shown}, not {wanted}" if wanted else f"{where} = {shown}: {fault['msg']}", ""
 
 
-def dotted(place: tuple[str | int, ...]) -> str:
-    """("datasets", 0, "subsets", 1, "key") -> datasets[0].subsets[1].key"""
+def dotted(place: Place) -> str:
+    """("datasets", 0, "key") -> datasets[0].key"""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return text.removeprefix(".")
 
 
-def whereabouts(place: tuple[str | int, ...]) -> str:
+def whereabouts(place: Place) -> str:
     """The hint for an unknown key: where it belongs, what it is called here, or the nearest spelling."""
     key = str(place[-1])
     names = {"[general]": General, "[[datasets]]": Dataset, "[[datasets.subsets]]": Subset}
@@ -206,8 +237,17 @@ def contradictions(file: DatasetFile) -> Iterator[tuple[str, str, str]]:
         for j, subset in enumerate(dataset.subsets):
             where = f"datasets[{i}].subsets[{j}]"
             yield from unavailable(subset, where)
-            if subset.value("image_dir") is None and subset.value("metadata_file") is None:
+            if subset.value("image_dir") is None and subset.value("metadata_file") is None and j not in dataset.faulty:
                 yield f"{where}.image_dir", " is required", 'write image_dir = "folder/of/images"'
+            if subset.value("metadata_file") is not None:
+                for key in ("caption_extension", "cache_info"):
+                    if subset.value(key):
+                        yield f"{where}.{key}", " has no meaning beside metadata_file", "leave one of them out"
+            if subset.value("is_reg") and subset.value("conditioning_data_dir") is not None:
+                yield f"{where}.conditioning_data_dir", " has no meaning for regularisation images", "leave it out"
+            preserve = (subset.value("custom_attributes") or {}).get(PRESERVE, False)
+            if not isinstance(preserve, bool):
+                yield f"{where}.custom_attributes.{PRESERVE}", " is neither true nor false", "write true or false"
         with_metadata = [subset.value("metadata_file") is not None for subset in dataset.subsets]
         if len(set(with_metadata)) > 1:
             yield (
@@ -226,9 +266,9 @@ def unavailable(table: Table, where: str) -> Iterator[tuple[str, str, str]]:
 
 def room_of(key: str, value: Any) -> str:
     """The room that will bring a key with this value, empty where it is available; the options know their own."""
-    if not value:
-        return ""
-    return vocabulary()[OPTION_OF[key]].room(value) if key in OPTION_OF else OWN_ROOMS.get(key, "")
+    if key == "custom_attributes":
+        return "preservation" if value and value.get(PRESERVE) else ""
+    return vocabulary()[OPTION_OF[key]].room(value) if value and key in OPTION_OF else ""
 
 
 def keyed(keys: Mapping[str, str]) -> dict[str, Any]:
@@ -266,6 +306,8 @@ class DatasetEntry:
 
     table: Table
     subsets: tuple[Table, ...]
+    sound: bool = True  # whether all its own keys, and those of [general], are right
+    faulty: frozenset[int] = frozenset()  # subsets with wrong keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +328,6 @@ IN_DATASETS: dict[str, Any] = {
     **EVERYWHERE,
     **keyed(DATASET_KEYS),
     "network_multiplier": or_none(float),
-    "skip_image_resolution": or_none(Size),
 }
 IN_SUBSETS: dict[str, Any] = {
     **EVERYWHERE,

@@ -56,11 +56,15 @@ REQUIRED = (
     Rule(
         name="resolution",
         kind="required",
-        options=("resolution", "train_data_dir", "dataset_config"),
+        options=("resolution", "train_data_dir", "in_json", "dataset_class", "dataset_config"),
         broken=lambda c: (
-            c.dataset.train_data_dir is not None and c.dataset.dataset_config is None and c.buckets.resolution is None
+            (
+                c.changed("dataset_class")
+                or (c.changed("train_data_dir", "in_json") and c.dataset.dataset_config is None)
+            )
+            and c.buckets.resolution is None
         ),
-        what="--train_data_dir needs a training size",
+        what="the images need a training size",
         fix="give --resolution, as 512 or 512,768",
     ),
 )
@@ -146,6 +150,28 @@ NO_EFFECT = (
         ),
         what="--train_data_dir, --reg_data_dir and --in_json have no effect: --dataset_config names the images",
         fix="leave them out",
+    ),
+    Rule(
+        name="class-and-files",
+        kind="no effect",
+        options=("dataset_class", "dataset_config", "train_data_dir", "reg_data_dir", "in_json"),
+        broken=lambda c: (
+            c.dataset.dataset_class is not None
+            and c.changed("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
+        ),
+        what="--dataset_config, --train_data_dir, --reg_data_dir and --in_json have no effect: "
+        "--dataset_class yields the images",
+        fix="leave them out",
+    ),
+    Rule(
+        name="metadata-and-folders",
+        kind="no effect",
+        options=("in_json", "reg_data_dir", "dataset_config", "dataset_class"),
+        broken=lambda c: (
+            c.changed("in_json") and c.changed("reg_data_dir") and not c.changed("dataset_config", "dataset_class")
+        ),
+        what="--reg_data_dir has no effect beside --in_json",
+        fix="describe both in the file of --dataset_config",
     ),
     Rule(
         name="dim-twice",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from sfumato.data.batch import Tensors
 from sfumato.data.buckets import Size
-from sfumato.data.images import Pixels, Plane, Transform, content_hash, prepare, prepare_with_alpha, read
+from sfumato.data.images import Pixels, Plane, Transform, content_hash, prepare, prepare_with_alpha
+from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan
-from sfumato.data.sources import Picture
 from sfumato.data.store import KEY, DiskStore, MemoryStore
 from sfumato.errors import UserError
 
@@ -238,9 +237,8 @@ class ContentHashes:
             name = key_of("content", *map(str, facts))
             remembered = self.store.get(name)
             if remembered is None:
-                remembered = content_hash(read(picture.path))
-                now = os.stat(picture.path)  # noqa: PTH116 -- one call for each of millions
-                if (now.st_size, now.st_mtime_ns) == facts[1:]:
+                remembered = content_hash(picture.read())
+                if picture.is_unchanged():
                     self.store.put(name, remembered)
             self._known[facts] = remembered
         return self._known[facts]
@@ -280,7 +278,7 @@ class Place(NamedTuple):
     def pixels(self, data: bytes | None = None) -> Pixels:
         """uint8 (H, W, 3); UserError names the file where it is damaged."""
         path, size = self.picture.path, (self.picture.width, self.picture.height)
-        return prepare(read(path) if data is None else data, self.transform, size=size, path=path)
+        return prepare(self.picture.read() if data is None else data, self.transform, size=size, path=path)
 
     def pixels_with_alpha(self, data: bytes) -> tuple[Pixels, Plane]:
         """The same with the alpha channel, uint8 (H, W)."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sfumato.data.augment import face_of
 from sfumato.data.plans import DataPlan, SubsetPlan
-from sfumato.data.settings import Report
+from sfumato.data.report import Report
 
 WITHOUT_ALPHA = (".jpg", ".jpeg", ".bmp")
 

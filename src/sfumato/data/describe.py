@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sfumato.data.plans import DataPlan, DatasetPlan, SubsetPlan
+from sfumato.data.settings import SubsetSettings
 
 SUBSET_RULES = (
     "shuffle_caption",
@@ -44,7 +45,7 @@ def of_dataset(dataset: DatasetPlan) -> dict[str, Any]:
     """One entry of ss_datasets."""
     buckets = dataset.settings.buckets
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(subset.settings.metadata_file for subset in dataset.subsets),
         "batch_size_per_device": dataset.settings.batch_size,
         "num_train_images": dataset.num_train_images,
         "num_reg_images": dataset.num_reg_images,
@@ -52,7 +53,7 @@ def of_dataset(dataset: DatasetPlan) -> dict[str, Any]:
         "enable_bucket": buckets.enabled,
         "min_bucket_reso": buckets.shortest if limited(dataset) else None,
         "max_bucket_reso": buckets.longest if limited(dataset) else None,
-        "tag_frequency": {subset.settings.image_dir.name: tags(subset) for subset in dataset.subsets},
+        "tag_frequency": {subset.settings.place.name: tags(subset) for subset in dataset.subsets},
         "bucket_info": bucket_info(dataset),
         "resize_interpolation": common(subset.settings.images.resize_interpolation for subset in dataset.subsets),
         "subsets": [of_subset(subset) for subset in dataset.subsets],
@@ -69,10 +70,15 @@ def of_subset(subset: SubsetPlan) -> dict[str, Any]:
         "random_crop": settings.images.random_crop,
         **{name: vars(settings.rules)[name] for name in SUBSET_RULES},
         "resize_interpolation": settings.images.resize_interpolation,
-        "image_dir": settings.image_dir.name,
-        "class_tokens": settings.class_tokens,
-        "is_reg": settings.is_reg,
+        **({"image_dir": settings.image_dir.name} if settings.image_dir else {}),
+        **of_kind(settings),
     }
+
+
+def of_kind(settings: SubsetSettings) -> dict[str, Any]:
+    if settings.metadata_file is not None:
+        return {"metadata_file": settings.metadata_file.name}
+    return {"class_tokens": settings.class_tokens, "is_reg": settings.is_reg}
 
 
 def of_folders(plan: DataPlan, dataset: DatasetPlan) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def folders(plan: DataPlan, *, is_reg: bool, apart: bool) -> dict[str, dict[str,
     found: dict[str, dict[str, int]] = {}
     for subset in subsets(plan):
         if subset.settings.is_reg == is_reg:
-            name = subset.settings.image_dir.name
+            name = subset.settings.place.name
             same = sum(each == name or each.startswith(f"{name} (") for each in found)
             name = f"{name} ({same + 1})" if apart and same else name
             found[name] = {"n_repeats": subset.settings.num_repeats, "img_count": len(subset.items)}
@@ -131,7 +137,7 @@ def tag_frequencies(plan: DataPlan) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     seen = set()
     for subset in subsets(plan):
-        place = subset.settings.image_dir.resolve()
+        place = subset.settings.place.resolve()
         if place not in seen:
             merged = Counter(found.get(place.name, {}))
             merged.update(tags(subset))
@@ -143,8 +149,8 @@ def tag_frequencies(plan: DataPlan) -> dict[str, dict[str, int]]:
 def tags(subset: SubsetPlan) -> dict[str, int]:
     """Lower-cased tags, separated by commas whatever the caption_separator: as other programs read them."""
     counts: Counter[str] = Counter()
-    for item in subset.items:
-        counts.update(tag.strip().lower() for tag in item.picture.caption.split(",") if tag.strip())
+    for caption in subset.items.pictures.captions:
+        counts.update(tag.strip().lower() for tag in caption.split(",") if tag.strip())
     return dict(counts)
 
 

@@ -1,6 +1,6 @@
 """An image's size and orientation from the first bytes of its file; fast for the usual formats, Pillow for the rest.
 
-The decoder uses the same orientation, so sizes and pixels agree.
+The decoder uses the same orientation, so sizes and pixels agree. What needs a plug-in of Pillow is told from here, too.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
+from importlib import import_module
 from io import BytesIO
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, features
 
+from sfumato.data.headers_jxl import CONTAINER, START, of_jxl
 from sfumato.errors import UserError
 
 BINARY = os.O_BINARY if sys.platform == "win32" else 0  # for os.open
@@ -36,6 +38,8 @@ DECODER_ERRORS = (
     Image.DecompressionBombError,
 )
 
+AVIF = "pip install --upgrade pillow"
+JXL = 'pip install "sfumato[jxl]", or pip install pillow-jxl-plugin'
 Read = Callable[[int, int], bytes]  # offset, count -> at most count bytes
 
 
@@ -47,14 +51,24 @@ class Header(NamedTuple):
     orientation: int
 
 
-def header_at(descriptor: int, path: str) -> Header:
-    """The header of an open file; UserError, which names the path, where it is no image that can be trained on."""
+def header_at(descriptor: int, path: str, size: int, start: int = 0) -> Header:
+    """The header of an image of `size` bytes that begins at `start` of an open file.
+
+    UserError, which names the path, where it is no image that can be trained on, or is cut short.
+    """
 
     def read(offset: int, count: int) -> bytes:
-        os.lseek(descriptor, offset, os.SEEK_SET)  # os.pread is missing on Windows
+        count = min(count, size - offset)
+        if count <= 0:
+            return b""
+        os.lseek(descriptor, start + offset, os.SEEK_SET)  # os.pread is missing on Windows
         return os.read(descriptor, count)
 
-    return parse(path, os.read(descriptor, HEAD), read)
+    head = read(0, HEAD)
+    header = parse(path, head, read)
+    if not ends_well(head, size, read):
+        check_pixels(path, read)
+    return header
 
 
 def header_of(data: bytes, path: str) -> Header:
@@ -71,6 +85,11 @@ def parse(path: str, head: bytes, read: Read) -> Header:
             found = of_png(head, read)
         elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
             found = of_webp(head, read)
+        elif head.startswith(b"BM"):
+            found = of_bmp(head)
+        elif head.startswith((START, CONTAINER)):
+            needs_jxl(path)
+            found = Header(*of_jxl(head, read))
     except (struct.error, IndexError):  # cut short, or not as expected
         found = None
     width, height, orientation = found or of_pillow(path, read)
@@ -144,6 +163,13 @@ def exif_of_webp(read: Read) -> int:
     return 1
 
 
+def of_bmp(head: bytes) -> Header | None:
+    """Height below 0 where the rows go from the top; None for the oldest kind of header."""
+    (kind,) = struct.unpack_from("<I", head, 14)
+    width, height = struct.unpack_from("<ii", head, 18)
+    return Header(width, abs(height), 1) if kind >= 40 and width > 0 and height else None
+
+
 def of_exif(tiff: bytes) -> int:
     """The orientation in the first directory of a TIFF structure; 1 where there is none."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
@@ -172,7 +198,37 @@ def of_pillow(path: str, read: Read) -> Header:
             orientation = 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
             return Header(image.width, image.height, orientation if orientation in range(1, 9) else 1)
     except DECODER_ERRORS as error:
+        if data[4:12] in (b"ftypavif", b"ftypavis") and not features.check("avif"):
+            raise UserError(f"{path} is an AVIF image, which this Pillow cannot read", fix=AVIF) from error
         raise UserError(f"{path} is no image, or is damaged", fix="replace or remove it") from error
+
+
+def needs_jxl(path: str) -> None:
+    """Teach Pillow the format, here and for the decoder; UserError where the plug-in is missing."""
+    try:
+        import_module("pillow_jxl")
+    except ImportError as error:
+        raise UserError(f"{path} is a JPEG XL image, which needs a plug-in", fix=JXL) from error
+
+
+def ends_well(head: bytes, size: int, read: Read) -> bool:
+    """Whether the file ends as its format does, as nearly every whole file does and none that is cut short."""
+    if head.startswith(b"\xff\xd8\xff"):
+        return read(size - 2, 2) == b"\xff\xd9"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return read(size - 8, 4) == b"IEND"
+    if head[:4] == b"RIFF":
+        return int.from_bytes(head[4:8], "little") + 8 <= size
+    return True
+
+
+def check_pixels(path: str, read: Read) -> None:
+    """Decode everything: slow, and only for files that look cut short; some merely carry more at their end."""
+    try:
+        with Image.open(BytesIO(whole(read))) as image:
+            image.load()
+    except DECODER_ERRORS as error:
+        raise UserError(f"{path} is damaged or cut short ({error})", fix="replace or remove it") from error
 
 
 def whole(read: Read) -> bytes:

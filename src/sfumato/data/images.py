@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from io import BytesIO
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -39,14 +38,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 VERSION = 1  # of what `prepare` does; raised when its pixels change, so that caches are made anew
-
-
-def read(path: str) -> bytes:
-    """The bytes of a file; UserError, which names it, where they cannot be read."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def content_hash(data: bytes) -> bytes:

@@ -1,7 +1,7 @@
-"""What is remembered of a folder between runs: sizes of its images and texts of its caption files.
+"""What is remembered of a folder or an archive between runs: sizes of images and texts of caption files, in columns.
 
-A line counts only while the file has the size and modification time that were remembered, so nothing can be stale.
-The file lies in the cache folder, never among the pictures; losing it costs time only.
+An entry counts only while its file has the size and modification time that were remembered, so nothing can be stale.
+The files lie in the cache folder, never among the pictures; losing one costs time only.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import json
 import os
 import sys
 import uuid
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-# Plain tuples, since there are millions: bytes and modification time in ns of the file, then what was read of it.
-KnownImage = tuple[int, int, int, int]  # width and height as shown
-KnownCaption = tuple[int, int, str]  # the whole text
+import numpy as np
+from numpy.typing import NDArray
 
-VERSION = 1  # of the file's form, and of how sizes and captions are read
-LINES = 10_000  # files in one line of the index: bounds the memory of reading it
+from sfumato.data.pictures import Texts
+
+VERSION = 2  # of the file's form, and of how sizes and captions are read
+DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+Columns = dict[str, NDArray[Any]]
 
 
 def default_cache_dir() -> Path:
@@ -30,55 +35,47 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato"
 
 
-def index_path(cache_dir: Path, folder: str) -> Path:
-    name = hashlib.blake2b(os.fsencode(folder), digest_size=16).hexdigest()
-    return cache_dir / "folders" / f"{name}.jsonl"
+class Index(NamedTuple):
+    """Where one table of columns is remembered."""
+
+    cache_dir: Path
+    about: tuple[str, ...]  # kind of table, folder or archive, and what else tells tables apart
+
+    @property
+    def path(self) -> Path:
+        name = hashlib.blake2b("\0".join(self.about).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return self.cache_dir / "folders" / f"{name}.npz"
+
+    def load(self) -> Columns | None:
+        """None where nothing is remembered, or where the file is damaged or of another version."""
+        try:
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+                columns = {name: file[name] for name in file.files}
+                return columns if columns.pop("head").tobytes() == self._head() else None
+        except DAMAGED:
+            return None
+
+    def save(self, columns: Mapping[str, NDArray[Any]]) -> bool:
+        """Write the table whole; False where the cache folder cannot be written."""
+        temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, allow_pickle=False, **{"head": np.frombuffer(self._head(), np.uint8), **columns})
+            os.replace(temporary, self.path)  # not synced to disk: what is torn is not read, and costs only time
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            return False
+        return True
+
+    def _head(self) -> bytes:
+        return json.dumps(["sfumato folder index", VERSION, *self.about]).encode()
 
 
-def load_index(cache_dir: Path, folder: str) -> FolderIndex:
-    """What is remembered of the folder; nothing where the file is missing, torn or of another version."""
-    images: dict[str, KnownImage] = {}
-    captions: dict[str, KnownCaption] = {}
-    try:
-        with index_path(cache_dir, folder).open(encoding="utf-8") as lines:
-            if json.loads(next(lines, "null")) != head(folder):
-                return FolderIndex({}, {})
-            for line in lines:
-                kind, names, columns = json.loads(line)
-                known = images if kind == "images" else captions
-                known.update(zip(names, zip(*columns, strict=True), strict=True))
-    except (OSError, ValueError, TypeError):
-        return FolderIndex({}, {})
-    return FolderIndex(images, captions)
+def packed(name: str, texts: Texts) -> Columns:
+    """Two columns that hold texts."""
+    return {f"{name} block": np.frombuffer(texts.block, np.uint8), f"{name} ends": texts.ends}
 
 
-def save_index(cache_dir: Path, folder: str, index: FolderIndex) -> bool:
-    """Write the index whole; False where the cache folder cannot be written."""
-    lines = [json.dumps(head(folder), ensure_ascii=True)]
-    for kind, known in (("images", index.images), ("captions", index.captions)):
-        names = list(known)
-        for start in range(0, len(names), LINES):
-            some = names[start : start + LINES]
-            columns = list(zip(*(known[name] for name in some), strict=True))
-            lines.append(json.dumps([kind, some, columns], ensure_ascii=True))
-    path = index_path(cache_dir, folder)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(temporary, path)  # not synced to disk: a torn index is not read, and costs only time
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def head(folder: str) -> dict[str, object]:
-    return {"sfumato": "folder index", "version": VERSION, "folder": folder}
-
-
-class FolderIndex(NamedTuple):
-    """By file name."""
-
-    images: Mapping[str, KnownImage]
-    captions: Mapping[str, KnownCaption]
+def unpacked(name: str, columns: Columns) -> Texts:
+    return Texts(columns[f"{name} block"], columns[f"{name} ends"])

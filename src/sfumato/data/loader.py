@@ -16,7 +16,7 @@ from sfumato.data.batch import Batch, Extras, Sizes, Tensors, pad_stack
 from sfumato.data.buckets import Size
 from sfumato.data.cache import LATENTS, LatentNames, Place, TensorCache, TextNames, seed_of_entry, to_tensor
 from sfumato.data.captions import process
-from sfumato.data.images import Pixels, read
+from sfumato.data.images import Pixels
 from sfumato.data.masks import MASK, MaskNames, MaskPlace, mask_of, reduced
 from sfumato.data.order import Order, PlannedBatch, PlannedStep, Sample
 from sfumato.errors import UserError
@@ -151,7 +151,7 @@ class Loader:
         return Shown(latents=latents, mask=mask, entry_seed=seed_of_entry(key))
 
     def _decoded(self, place: Place, masked: MaskPlace | None) -> Shown:
-        data = read(place.picture.path)
+        data = place.picture.read()
         if masked is not None and masked.channel == "alpha":  # one decoding for both
             pixels, plane = place.pixels_with_alpha(data)
         else:

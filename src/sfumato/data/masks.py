@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sfumato.data.augment import ImageRules
 from sfumato.data.cache import ContentHashes, Counts, Progress, TensorCache, key_of, share_work
-from sfumato.data.images import Plane, Transform, content_hash, prepare_red, prepare_with_alpha, read
+from sfumato.data.images import Plane, Transform, content_hash, prepare_red, prepare_with_alpha
+from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan, Item
-from sfumato.data.sources import Picture
 
 MASK = "mask"
 AT_ONCE = 64  # masks made between two looks at the store
@@ -96,5 +96,5 @@ class MaskPlace(NamedTuple):
         """uint8 (H, W), 255 where everything counts; UserError names the file where it is damaged."""
         path, size = self.picture.path, (self.picture.width, self.picture.height)
         if self.channel == "red":
-            return prepare_red(read(path), self.transform, size=size, path=path)
-        return prepare_with_alpha(read(path), self.transform, size=size, path=path)[1]
+            return prepare_red(self.picture.read(), self.transform, size=size, path=path)
+        return prepare_with_alpha(self.picture.read(), self.transform, size=size, path=path)[1]

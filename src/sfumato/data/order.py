@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
+
+import numpy as np
 
 from sfumato.data.buckets import Size
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
@@ -26,7 +30,7 @@ class Order:
         self.seed = seed
         self.accumulation = accumulation
         self.rank = rank
-        self._entries = [entries(dataset) for dataset in plan.datasets]
+        self._entries = [Entries(dataset) for dataset in plan.datasets]
         self._buckets = [by_bucket(dataset) for dataset in plan.datasets]
         self.samples_per_epoch = plan.samples_per_epoch
         self.steps_per_epoch = plan.steps_per_epoch(accumulation)
@@ -38,7 +42,8 @@ class Order:
         while True:
             batches = self._epoch(epoch)
             for step in range(skip, self.steps_per_epoch):
-                group = batches[step * self.accumulation : (step + 1) * self.accumulation]
+                first = step * self.accumulation
+                group = [batches.batch(i) for i in range(first, min(first + self.accumulation, len(batches)))]
                 yield PlannedStep(
                     index=epoch * self.steps_per_epoch + step,
                     epoch=epoch,
@@ -47,22 +52,20 @@ class Order:
                 )
             epoch, skip = epoch + 1, 0
 
-    def _epoch(self, epoch: int) -> list[GlobalBatch]:
-        """The epoch's batches over all processes, each with the place of its first sample."""
+    def _epoch(self, epoch: int) -> EpochOrder:
+        """Shuffled within each bucket, cut into batches over all processes, and the batches shuffled."""
         rng = python_random(self.seed, "order", epoch)
-        found: list[tuple[int, Size, array[int]]] = []
+        parts: list[Part] = []
+        every = array("Q")  # for each batch its part, and where it begins there
         for d, (dataset, buckets) in enumerate(zip(self.plan.datasets, self._buckets, strict=True)):
             together = dataset.settings.batch_size * self.plan.processes
             for size, picks in buckets.items():
                 shuffled = picks[:]
                 rng.shuffle(shuffled)
-                found += [(d, size, shuffled[i : i + together]) for i in range(0, len(shuffled), together)]
-        rng.shuffle(found)
-        batches, place = [], 0
-        for d, size, picks in found:
-            batches.append(GlobalBatch(d, size, picks, place))
-            place += len(picks)
-        return batches
+                every.extend(len(parts) << 32 | start for start in range(0, len(shuffled), together))
+                parts.append(Part(d, size, shuffled, together))
+        rng.shuffle(every)
+        return EpochOrder(parts, every)
 
     def _mine(self, epoch: int, batch: GlobalBatch) -> PlannedBatch:
         """This process's slice, as long as every other's."""
@@ -76,18 +79,60 @@ class Order:
         return PlannedBatch(self.plan.datasets[batch.dataset], batch.bucket, tuple(samples))
 
 
-def entries(dataset: DatasetPlan) -> list[tuple[SubsetPlan, Item]]:
-    return [(subset, item) for subset in dataset.subsets for item in subset.items]
+class Entries:
+    """The items of a dataset, one after the other over its subsets."""
+
+    def __init__(self, dataset: DatasetPlan) -> None:
+        self._subsets = dataset.subsets
+        self._starts = list(accumulate((len(subset.items) for subset in dataset.subsets), initial=0))
+
+    def __getitem__(self, place: int) -> tuple[SubsetPlan, Item]:
+        subset = bisect_right(self._starts, place) - 1
+        return self._subsets[subset], self._subsets[subset].items.row(place - self._starts[subset])
 
 
 def by_bucket(dataset: DatasetPlan) -> dict[Size, array[int]]:
-    """Places in `entries` by bucket, ascending, each as often as its item appears in an epoch."""
+    """Places in the dataset's entries by bucket, ascending, each as often as its item appears in an epoch."""
     found: dict[Size, array[int]] = {size: array("I") for size in dataset.buckets}
-    repeats = (count for subset in dataset.subsets for count in subset.repeats)
-    for place, ((_, item), count) in enumerate(zip(entries(dataset), repeats, strict=True)):
-        if count:
-            found[item.choice.bucket].extend((place,) * count)
+    start = 0
+    for subset in dataset.subsets:
+        repeats = np.array(subset.repeats, np.int64)
+        for size, places in subset.items.buckets().items():
+            if size in found:  # not where all its items are surplus
+                found[size].frombytes(np.repeat(places + start, repeats[places]).astype(np.uint32).tobytes())
+        start += len(subset.items)
     return found
+
+
+class Part(NamedTuple):
+    """One bucket's samples in one epoch."""
+
+    dataset: int
+    bucket: Size
+    picks: array[int]
+    together: int  # samples of a batch
+
+
+class EpochOrder:
+    """The batches of an epoch over all processes; each is cut out when it is asked for."""
+
+    def __init__(self, parts: Sequence[Part], batches: array[int]) -> None:
+        self._parts = parts
+        packed = np.array(batches, np.uint64)
+        self._part = (packed >> 32).astype(np.int64)
+        self._start = (packed & 0xFFFFFFFF).astype(np.int64)
+        ends = np.array([len(part.picks) for part in parts], np.int64)
+        together = np.array([part.together for part in parts], np.int64)
+        sizes = np.minimum(ends[self._part] - self._start, together[self._part])
+        self._places = np.cumsum(sizes) - sizes
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def batch(self, number: int) -> GlobalBatch:
+        part, start = self._parts[self._part[number]], int(self._start[number])
+        picks = part.picks[start : start + part.together]
+        return GlobalBatch(part.dataset, part.bucket, picks, int(self._places[number]))
 
 
 class GlobalBatch(NamedTuple):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+import numpy as np
 
 from sfumato.data.augment import Draw, ImageRules, centred, drawn
 from sfumato.data.buckets import Choice, Size
 from sfumato.data.images import Transform
+from sfumato.data.pictures import Column, Picture, Pictures, Rows
 from sfumato.data.settings import DatasetSettings, SubsetSettings
-from sfumato.data.sources import Picture
 
 
 class Item(NamedTuple):
-    """One picture and where it goes; a tuple, since there may be millions."""
+    """One picture and where it goes."""
 
     picture: Picture
     choice: Choice
@@ -37,12 +38,46 @@ class Item(NamedTuple):
         return drawn(rules, self.size, self.choice, self.picture.path, draw)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Items(Rows[Item]):
+    """Pictures and where they go, in columns: each item is made when it is asked for."""
+
+    pictures: Pictures
+    choices: tuple[Choice, ...]  # that are different
+    which: Column  # of the choices, for each picture
+
+    @classmethod
+    def chosen(cls, pictures: Pictures, choose: Callable[[Size], Choice]) -> Self:
+        sizes, which = pictures.sizes()
+        return cls(pictures=pictures, choices=tuple(choose(size) for size in sizes), which=which)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def row(self, place: int) -> Item:
+        partners = self.pictures.conditioning
+        partner = partners.row(place) if partners is not None else None
+        return Item(self.pictures.row(place), self.choices[self.which[place]], partner)
+
+    def take(self, rows: Column) -> Items:
+        """Those at these places, in this order."""
+        return Items(pictures=self.pictures.take(rows), choices=self.choices, which=self.which[rows])
+
+    def buckets(self) -> dict[Size, Column]:
+        """Places by bucket, ascending."""
+        sizes = sorted({choice.bucket for choice in self.choices})
+        number = {size: i for i, size in enumerate(sizes)}
+        of_choice = np.array([number[choice.bucket] for choice in self.choices], np.int64)
+        of_item = of_choice[self.which] if len(self) else self.which
+        return {size: places for i, size in enumerate(sizes) if len(places := np.flatnonzero(of_item == i))}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SubsetPlan:
-    """The pictures of one folder."""
+    """The pictures of one subset."""
 
     settings: SubsetSettings
-    items: tuple[Item, ...]
+    items: Items
     repeats: tuple[int, ...]  # how often each item appears per epoch; 0 for surplus regularisation images
 
     @property
@@ -60,10 +95,11 @@ class DatasetPlan:
     @cached_property
     def buckets(self) -> dict[Size, int]:
         """Samples per epoch by bucket size, ascending."""
-        counts: Counter[Size] = Counter()
+        counts: dict[Size, int] = {}
         for subset in self.subsets:
-            for item, repeats in zip(subset.items, subset.repeats, strict=True):
-                counts[item.choice.bucket] += repeats
+            repeats = np.array(subset.repeats, np.int64)
+            for size, places in subset.items.buckets().items():
+                counts[size] = counts.get(size, 0) + int(repeats[places].sum())
         return {size: counts[size] for size in sorted(counts) if counts[size]}
 
     def batches(self, processes: int) -> int:
@@ -83,12 +119,13 @@ class DatasetPlan:
     @property
     def mean_aspect_error(self) -> float:
         """Mean difference between the buckets' and the images' width/height, over images."""
-        errors = [
-            abs(item.choice.bucket[0] / item.choice.bucket[1] - item.size[0] / item.size[1])
-            for subset in self.subsets
-            for item in subset.items
-        ]
-        return sum(errors) / len(errors) if errors else 0.0
+        total, count = 0.0, 0
+        for subset in self.subsets:
+            items = subset.items
+            wanted = np.array([choice.bucket[0] / choice.bucket[1] for choice in items.choices])
+            total += float(np.abs(wanted[items.which] - items.pictures.widths / items.pictures.heights).sum())
+            count += len(items)
+        return total / count if count else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from sfumato.config import Config
 from sfumato.config.dataset_toml import (
     DATASET_KEYS,
     OPTION_OF,
+    PRESERVE,
     SUBSET_KEYS,
     DatasetFile,
     Table,
@@ -22,42 +22,75 @@ from sfumato.config.schema import vocabulary
 from sfumato.data.augment import ImageRules
 from sfumato.data.buckets import Buckets, Size
 from sfumato.data.captions import CaptionRules
-from sfumato.data.folders import list_folder
-from sfumato.errors import Problems, UserError
+from sfumato.data.report import Report
+from sfumato.data.roots import FolderSubset, folder_subsets
+from sfumato.errors import UserError
 
-FOLDER_NAME = re.compile(r"(\d+)(?:_(.*))?")
+Tables = tuple[Table, ...]
+REMEMBERED = "metadata_cache.json"  # what other programs write with cache_info
 
 
-def dataset_settings(config: Config, *, bucket_step: int, report: Report) -> list[DatasetSettings]:
-    """The datasets of --dataset_config, or the one that --train_data_dir and --reg_data_dir make.
+def dataset_settings(
+    config: Config, *, bucket_step: int, report: Report
+) -> list[tuple[DatasetSettings | None, list[SubsetSettings]]]:
+    """The datasets of --dataset_config, or the one that the options make, each with its subsets.
 
-    Faults go to the report's problems; a dataset with a fault is left out of the result.
+    Faults go to the report's problems; None for a dataset with a fault, whose subsets can still be looked at.
     """
-    found: list[DatasetSettings] = []
+    found: list[tuple[DatasetSettings | None, list[SubsetSettings]]] = []
     for where, tables, subsets in layouts(config, report):
+        settings = None
         with report.problems.catch():
-            found.append(one_dataset(where, tables, subsets, config, bucket_step, report))
+            settings = one_dataset(where, tables, subsets, config, bucket_step, report)
+        found.append((settings, subsets))
     return found
 
 
-def layouts(config: Config, report: Report) -> Iterator[tuple[str, tuple[Table, ...], list[SubsetSettings]]]:
+def layouts(config: Config, report: Report) -> Iterator[tuple[str, Tables, list[SubsetSettings]]]:
     """(name for messages, the tables that hold for the whole dataset, its subsets)."""
     path = config.dataset.dataset_config
-    if path is None:
-        subsets = list(of_folders(config, report))
+    if config.dataset.dataset_class is not None or path is None:
+        subsets = list(of_options(config, report))
         if subsets:
             yield "", (), subsets
         return
-    file = read_dataset_config(path)
+    file = read_dataset_config(path, report.problems)
+    if file is None:
+        return
     for line in overridden(file, config):
         report.no_effect(line)
     for i, entry in enumerate(file.datasets):
         where = f"{path}: datasets[{i}]"
         tables = (entry.table, file.general)
         subsets = [
-            one_subset(f"{where}.subsets[{j}]", (subset, *tables), config) for j, subset in enumerate(entry.subsets)
+            one_subset(f"{where}.subsets[{j}]", (subset, *tables), config)
+            for j, subset in enumerate(entry.subsets)
+            if j not in entry.faulty and (subset.value("image_dir") or subset.value("metadata_file"))
         ]
-        yield where, tables, list(without_repetitions(subsets, report))
+        if subsets and entry.sound:
+            yield where, tables, list(without_repetitions(subsets, report))
+
+
+def of_options(config: Config, report: Report) -> Iterator[SubsetSettings]:
+    """The subsets that the options make without a dataset file."""
+    options = config.dataset
+    if options.dataset_class is not None:
+        yield replace(
+            one_subset(f"--dataset_class {options.dataset_class}", (), config),
+            dataset_class=options.dataset_class,
+            plugin_facts={
+                "resolution": config.buckets.resolution,
+                "max_token_length": config.model.max_token_length,
+                "debug_dataset": options.debug_dataset,
+                "seed": config.loop.seed,
+            },
+        )
+    elif options.in_json is not None:
+        subset = one_subset(f"--in_json {options.in_json}", (), config)
+        yield replace(subset, metadata_file=options.in_json, image_dir=options.train_data_dir)
+    else:
+        for folder in folder_subsets(config, report):
+            yield one_subset(str(folder.image_dir), (), config, folder=folder)
 
 
 def overridden(file: DatasetFile, config: Config) -> Iterator[str]:
@@ -71,16 +104,16 @@ def overridden(file: DatasetFile, config: Config) -> Iterator[str]:
 
 
 def without_repetitions(subsets: Sequence[SubsetSettings], report: Report) -> Iterator[SubsetSettings]:
-    seen: set[Path] = set()
+    seen: set[tuple[Path, Path | None]] = set()
     for subset in subsets:
-        folder = subset.image_dir.resolve()
-        if folder in seen:
-            report.no_effect(f"{subset.where} names {subset.image_dir} a second time in its dataset and is left out")
+        which = (subset.metadata_file or subset.place).resolve(), subset.conditioning_data_dir
+        if which in seen:
+            report.no_effect(f"{subset.where} names {which[0].name} a second time in its dataset and is left out")
         elif subset.num_repeats == 0:
             report.note(f"{subset.where} has num_repeats 0 and is left out")
         else:
             yield subset
-        seen.add(folder)
+        seen.add(which)
 
 
 def chosen(key: str, tables: Sequence[Table], config: Config) -> Any:
@@ -181,7 +214,11 @@ def tell_idle(name: str, value: Mapping[str, Any], keys: Sequence[str], because:
 
 
 def idle_rules(subset: SubsetSettings) -> Iterator[str]:
-    """Caption options that need another one."""
+    """Options that need another one, or that nothing reads."""
+    if subset.cache_info and not (subset.image_dir and (subset.image_dir / REMEMBERED).is_file()):
+        yield "cache_info has no effect: what is found is always remembered, in the cache folder, and checked"
+    for name in sorted(set(subset.custom_attributes) - {PRESERVE}):
+        yield f"custom_attributes.{name} has no effect: nothing reads it"
     if subset.rules.keep_tokens and not subset.rules.changes_tags:
         yield "keep_tokens has no effect without shuffle_caption, token_warmup_step or caption_tag_dropout_rate"
     if subset.rules.token_warmup_min != 1 and not subset.rules.token_warmup_step:
@@ -197,31 +234,32 @@ def one_subset(
         return chosen(key, tables, config)
 
     extension = value("caption_extension")
-    rules = {field.name: value(field.name) for field in fields(CaptionRules)}
+    rules = {each.name: value(each.name) for each in fields(CaptionRules)}
+    is_reg = folder.is_reg if folder else bool(value("is_reg"))
+    image_dir = folder.image_dir if folder else value("image_dir")
+    given = next((table.value("metadata_file") for table in tables), None)  # --in_json is for runs without a file
     return SubsetSettings(
         where=where,
-        image_dir=folder.image_dir if folder else value("image_dir"),
-        is_reg=folder.is_reg if folder else bool(value("is_reg")),
+        image_dir=image_dir,
+        metadata_file=given,
+        conditioning_data_dir=None if is_reg else conditioning_of(value("conditioning_data_dir"), folder),
+        is_reg=is_reg,
         class_tokens=folder.class_tokens if folder else value("class_tokens"),
         num_repeats=folder.num_repeats if folder and folder.num_repeats is not None else value("num_repeats"),
         caption_extension=extension if extension.startswith(".") else f".{extension}",
-        conditioning_data_dir=conditioning_data_dir(value("conditioning_data_dir"), bool(value("is_reg")), folder),
+        cache_info=value("cache_info"),
         images=image_rules(value, config),
         validation_split=value("validation_split"),
         validation_seed=value("validation_seed"),
+        custom_attributes=value("custom_attributes") or {},
         rules=CaptionRules(**rules),
     )
 
 
-def conditioning_data_dir(root: Path | None, is_reg: bool, folder: FolderSubset | None) -> Path | None:
-    """Where masks or control images lie: for a folder N_text in a folder of the same name, if there is one.
-
-    Regularisation images have none.
-    """
-    if root is None or is_reg or (folder and folder.is_reg):
-        return None
-    nested = root / folder.image_dir.name if folder else root
-    return nested if nested.is_dir() else root
+def conditioning_of(root: Path | None, folder: FolderSubset | None) -> Path | None:
+    """Where masks or control images lie: for a folder N_text in a folder of the same name, if there is one."""
+    nested = root / folder.image_dir.name if root and folder else None
+    return nested if nested and nested.is_dir() else root
 
 
 def image_rules(value: Callable[[str], Any], config: Config) -> ImageRules:
@@ -237,109 +275,12 @@ def image_rules(value: Callable[[str], Any], config: Config) -> ImageRules:
 IMAGE_VALUES = ("flip_aug", "color_aug", "random_crop", "face_crop_aug_range", "alpha_mask", "resize_interpolation")
 
 
-def of_folders(config: Config, report: Report) -> Iterator[SubsetSettings]:
-    for root, is_reg in ((config.dataset.train_data_dir, False), (config.dataset.reg_data_dir, True)):
-        if root is None:
-            continue
-        option = "--reg_data_dir" if is_reg else "--train_data_dir"
-        with report.problems.catch():
-            found = folder_subsets(root, option, is_reg, report)
-            if config.changed("dataset_repeats") and all(folder.num_repeats is not None for folder in found):
-                report.no_effect("--dataset_repeats has no effect: the folders' names say how often to repeat")
-            yield from (one_subset(str(folder.image_dir), (), config, folder=folder) for folder in found)
-
-
-def folder_subsets(root: Path, option: str, is_reg: bool, report: Report) -> list[FolderSubset]:
-    """The sub-folders named N_text, or the folder itself where the pictures lie directly in it.
-
-    UserError, which says what was found instead, where there are neither; also where there are both.
-    """
-    listing = listed(root, option)
-    named = {name: match for name in listing.folders if (match := FOLDER_NAME.fullmatch(name))}
-    if named and listing.images:
-        some = ", ".join(listing.images[:3])
-        raise UserError(
-            f"{option}: {root} has {len(listing.images)} pictures ({some}) beside the folder {next(iter(named))}",
-            fix="move them into a folder named N_text, where N is how often to repeat them",
-        )
-    if not named and listing.images:
-        match = FOLDER_NAME.fullmatch(root.resolve().name)
-        report.note(f"{option}: the pictures lie in {root} itself, not in folders named N_text; it is taken as one")
-        return [of_name(root, match, is_reg)]
-    left_out = {name: len(listed(root / name, option).images) for name in listing.folders if name not in named}
-    with_images = [f"{name} ({count} images)" for name, count in left_out.items() if count]
-    if not named:
-        raise nothing_in(root, option, with_images)
-    if with_images:
-        report.note(f"{option}: {', '.join(with_images)} left out: the name does not begin with a number of repeats")
-    subsets = [of_name(root / name, match, is_reg) for name, match in named.items()]
-    for subset in subsets:
-        if subset.num_repeats == 0:
-            report.note(f"{option}: {subset.image_dir.name} has 0 repeats and is left out")
-    return [subset for subset in subsets if subset.num_repeats != 0]
-
-
-def listed(folder: Path, option: str) -> Any:
-    try:
-        return list_folder(str(folder))
-    except OSError as error:
-        raise UserError(f"{option}: {folder} cannot be read ({error.strerror})", fix=f"check {option}") from error
-
-
-def of_name(folder: Path, match: re.Match[str] | None, is_reg: bool) -> FolderSubset:
-    repeats, text = (int(match[1]), match[2]) if match else (None, None)
-    return FolderSubset(image_dir=folder, num_repeats=repeats, class_tokens=text or None, is_reg=is_reg)
-
-
-def nothing_in(root: Path, option: str, with_images: list[str]) -> UserError:
-    """The error for a folder without N_text folders and pictures, with what nearly matched."""
-    if with_images:
-        example = with_images[0].split(" (")[0]
-        return UserError(
-            f"{option}: no folder in {root} is named N_text, but there is {', '.join(with_images[:5])}",
-            fix=f"rename it, as 10_{example} to see each picture 10 times an epoch",
-        )
-    return UserError(
-        f"{option}: no pictures in {root}",
-        fix="it must hold folders named N_text with the pictures in them, as 10_cat",
-    )
-
-
-@dataclass
-class Report:
-    """Where a stage tells what it noticed: faults to mend, and lines for the report before the first step."""
-
-    problems: Problems
-    strict: bool
-    notes: list[str]
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
-
-    def no_effect(self, line: str) -> None:
-        """Something given has no effect; with --strict that is a fault."""
-        if self.strict:
-            self.problems.add(line, fix="leave it out")
-        else:
-            self.notes.append(line)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FolderSubset:
-    """What a folder named N_text says."""
-
-    image_dir: Path
-    num_repeats: int | None
-    class_tokens: str | None
-    is_reg: bool
-
-
 @dataclass(frozen=True, kw_only=True)
 class SubsetSettings:
-    """One folder of pictures and how they are used."""
+    """One source of pictures and how they are used."""
 
     where: str  # for messages
-    image_dir: Path
+    image_dir: Path | None
     is_reg: bool
     class_tokens: str | None
     num_repeats: int
@@ -349,6 +290,16 @@ class SubsetSettings:
     validation_split: float
     validation_seed: int | None
     rules: CaptionRules
+    metadata_file: Path | None = None
+    dataset_class: str | None = None
+    plugin_facts: Mapping[str, Any] = field(default_factory=dict)  # what such a class may ask for by name
+    cache_info: bool = False
+    custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> Path:
+        """Where the pictures come from, for reports and metadata."""
+        return self.metadata_file or self.image_dir or Path(self.dataset_class or "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
+
 from sfumato.config import Config
 from sfumato.data.captions import process
 from sfumato.data.checks import check_pictures, masked
 from sfumato.data.index import default_cache_dir
-from sfumato.data.pairs import conditioning_of, refuse_unpaired
-from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
-from sfumato.data.settings import DatasetSettings, Report, SubsetSettings, dataset_settings
-from sfumato.data.sources import Picture, Policy, held_out, pictures_of
+from sfumato.data.pairs import refuse_spare, with_conditioning
+from sfumato.data.pictures import Column, Pictures
+from sfumato.data.plans import DataPlan, DatasetPlan, Items, SubsetPlan
+from sfumato.data.policy import Policy
+from sfumato.data.report import Report
+from sfumato.data.settings import DatasetSettings, SubsetSettings, dataset_settings
+from sfumato.data.sources import pictures_of
+from sfumato.data.split import halves, refuse_overlap
 from sfumato.errors import Problems, UserError
 
 
@@ -41,13 +47,20 @@ def find_data(
     seed = config.loop.seed or 0  # a split stays the same from run to run where no seed is given
     datasets: list[DatasetPlan] = []
     validation: list[DatasetPlan] = []
+    every: list[tuple[SubsetSettings, Pictures]] = []
     with problems.catch(), without_garbage_collection():
-        for settings in dataset_settings(config, bucket_step=bucket_step, report=report):
+        for settings, subsets in dataset_settings(config, bucket_step=bucket_step, report=report):
             with problems.catch():
-                refuse_cache_among_pictures(settings, cache_dir)
-                for_training, for_validation = one_dataset(settings, policy, seed, report)
-                datasets.append(for_training)
-                validation.extend(for_validation)
+                refuse_cache_among_pictures(subsets, cache_dir)
+                whole = [(subset, some_pictures(subset, policy, report)) for subset in subsets]
+                every += whole
+                found = [(subset, with_conditioning(each, subset, policy, report)) for subset, each in whole]
+                if settings is not None:
+                    for_training, for_validation = one_dataset(settings, found, seed, report)
+                    datasets.append(for_training)
+                    validation.extend(for_validation)
+        refuse_overlap(datasets, validation, problems)
+        refuse_spare(every, report)
     plan = DataPlan(
         datasets=tuple(datasets),
         validation=tuple(validation),
@@ -59,7 +72,6 @@ def find_data(
     if not problems.found and config.changed("prior_loss_weight") and plan.num_reg_images == 0:
         report.no_effect("--prior_loss_weight has no effect: there are no regularisation images")
     check_pictures(plan, masked_loss=config.images.masked_loss, control=control, report=report)
-    refuse_unpaired((dataset.settings for dataset in plan.datasets), report)
     return replace(plan, notes=tuple(report.notes))
 
 
@@ -75,37 +87,41 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def refuse_cache_among_pictures(settings: DatasetSettings, cache_dir: Path) -> None:
-    for subset in settings.subsets:
-        if cache_dir.resolve().is_relative_to(subset.image_dir.resolve()):
-            raise UserError(
-                f"--cache_dir {cache_dir} lies in the picture folder {subset.image_dir}, where nothing is ever written",
-                fix="give another --cache_dir, or leave it out",
-            )
+def refuse_cache_among_pictures(subsets: Sequence[SubsetSettings], cache_dir: Path) -> None:
+    for subset in subsets:
+        for folder in (subset.image_dir, subset.conditioning_data_dir):
+            if folder is not None and cache_dir.resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"--cache_dir {cache_dir} lies in the picture folder {folder}, where nothing is ever written",
+                    fix="give another --cache_dir, or leave it out",
+                )
+
+
+def some_pictures(subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
+    """The subset's pictures; that there are none is a fault."""
+    told = len(report.problems.found)
+    pictures = pictures_of(subset, policy, report)
+    if not len(pictures) and len(report.problems.found) == told:
+        report.problems.add(f"{subset.where}: every image is left out, see the notes", fix="mend or remove it")
+    return pictures
 
 
 def one_dataset(
-    settings: DatasetSettings, policy: Policy, seed: int, report: Report
+    settings: DatasetSettings, found: Sequence[tuple[SubsetSettings, Pictures]], seed: int, report: Report
 ) -> tuple[DatasetPlan, list[DatasetPlan]]:
     """The training part, and the validation part if anything is held out."""
     training: list[SubsetPlan] = []
     validation: list[SubsetPlan] = []
-    for subset in settings.subsets:
-        told = len(report.problems.found)
-        pictures = pictures_of(subset, policy, report)
-        if not pictures and len(report.problems.found) == told:
-            report.problems.add(f"{subset.where}: every image is left out, see the notes", fix="mend or remove it")
-        pictures = large_enough(pictures, settings, subset, report)
-        choose = settings.buckets.choose
-        pairs = zip(pictures, conditioning_of(subset, pictures, policy.cache_dir, report), strict=True)
-        items = tuple(Item(picture, choose((picture.width, picture.height)), other) for picture, other in pairs)
-        if subset.validation_split > 0 and not subset.is_reg:
-            own_seed = seed if subset.validation_seed is None else subset.validation_seed
-            kept, held = held_out(len(items), subset.validation_split, own_seed)
-            validation.append(
-                SubsetPlan(settings=subset, items=tuple(items[i] for i in held), repeats=(1,) * len(held))
-            )
-            items = tuple(items[i] for i in kept)
+    for subset, pictures in found:
+        items = Items.chosen(pictures, settings.buckets.choose)
+        kept, held = halves(len(items), subset, seed)
+        kept, held = (large_enough(places, pictures, settings) for places in (kept, held))
+        if len(kept) + len(held) < len(items):
+            report.note(skipped(len(items) - len(kept) - len(held), settings, subset))
+        if len(held):
+            validation.append(SubsetPlan(settings=subset, items=items.take(held), repeats=(1,) * len(held)))
+        if len(kept) < len(items):
+            items = items.take(kept)
         training.append(SubsetPlan(settings=subset, items=items, repeats=(subset.num_repeats,) * len(items)))
     plan = DatasetPlan(settings=settings, subsets=tuple(balanced(training, settings, report)))
     if not plan.num_train_images and not report.problems.found:
@@ -114,17 +130,18 @@ def one_dataset(
     return plan, [DatasetPlan(settings=settings, subsets=tuple(validation))] if validation else []
 
 
-def large_enough(
-    pictures: list[Picture], settings: DatasetSettings, subset: SubsetSettings, report: Report
-) -> list[Picture]:
+def large_enough(places: Column, pictures: Pictures, settings: DatasetSettings) -> Column:
     """Without the pictures of at most `skip_image_resolution` pixels."""
     least = settings.skip_image_resolution
     if least is None:
-        return pictures
-    kept = [picture for picture in pictures if picture.width * picture.height > least[0] * least[1]]
-    if len(kept) < len(pictures):
-        report.note(f"{subset.where}: {len(pictures) - len(kept)} images of at most {least[0]}x{least[1]} are skipped")
-    return kept
+        return places
+    return places[pictures.widths[places] * pictures.heights[places] > least[0] * least[1]]
+
+
+def skipped(count: int, settings: DatasetSettings, subset: SubsetSettings) -> str:
+    assert settings.skip_image_resolution is not None
+    width, height = settings.skip_image_resolution
+    return f"{subset.where}: {count} images of at most {width}x{height} are skipped"
 
 
 def balanced(subsets: Sequence[SubsetPlan], settings: DatasetSettings, report: Report) -> Iterator[SubsetPlan]:
@@ -137,25 +154,28 @@ def balanced(subsets: Sequence[SubsetPlan], settings: DatasetSettings, report: R
     where = settings.where or "regularisation"
     if available and not wanted and not report.problems.found:
         report.problems.add(f"{where}: there are only regularisation images", fix="add images to train on")
-    total = 0
-    turns: dict[tuple[int, int], int] = {}
-    places = [(s, i) for s, subset in enumerate(subsets) if subset.settings.is_reg for i in range(len(subset.items))]
-    first = True
-    while total < wanted and places:
-        for place in places:
-            more = subsets[place[0]].settings.num_repeats if first else 1
-            turns[place] = turns.get(place, 0) + more
-            total += more
-            if total >= wanted:
-                break
-        first = False
-    if len(turns) < len(places):
-        report.note(f"{where}: {len(places) - len(turns)} of {len(places)} regularisation images are more than needed")
-    for s, subset in enumerate(subsets):
-        if subset.settings.is_reg:
-            yield replace(subset, repeats=tuple(turns.get((s, i), 0) for i in range(len(subset.items))))
-        else:
-            yield subset
+    repeats = shares(
+        [(subset.settings.num_repeats, len(subset.items)) for subset in subsets if subset.settings.is_reg], wanted
+    )
+    surplus = sum(each.count(0) for each in repeats)
+    if surplus:
+        report.note(f"{where}: {surplus} of {available} regularisation images are more than needed")
+    waiting = iter(repeats)
+    for subset in subsets:
+        yield replace(subset, repeats=next(waiting)) if subset.settings.is_reg else subset
+
+
+def shares(groups: Sequence[tuple[int, int]], wanted: int) -> list[tuple[int, ...]]:
+    """How often each regularisation image appears, by group of (own repeats, images)."""
+    own = np.repeat([repeats for repeats, _ in groups], [images for _, images in groups]).astype(np.int64)
+    before = np.cumsum(own) - own
+    found = np.where(before < wanted, own, 0)  # the first pass, up to the image that reaches the number
+    more = wanted - int(found.sum())
+    if more > 0 and len(own):
+        found += more // len(own)
+        found[: more % len(own)] += 1
+    parts = np.split(found, np.cumsum([images for _, images in groups])[:-1]) if groups else []
+    return [tuple(part.tolist()) for part in parts]
 
 
 def captions_to_cache(plan: DataPlan, problems: Problems) -> list[str]:
@@ -176,8 +196,8 @@ def captions_to_cache(plan: DataPlan, problems: Problems) -> list[str]:
         if rules.drops:
             found[""] = None
         plain = replace(rules, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
-        for item in subset.items:
-            found[process(item.picture.caption, plain, Random(0), epoch=1, step=0, max_train_steps=1)] = None
+        for caption in subset.items.pictures.captions:
+            found[process(caption, plain, Random(0), epoch=1, step=0, max_train_steps=1)] = None
     return list(found)
 
 
@@ -206,14 +226,16 @@ def subset_row(subset: SubsetPlan) -> tuple[str, str]:
     settings = subset.settings
     kind = "regularisation images" if settings.is_reg else "images"
     weighed = ", with masks" if masked(subset) else ""
-    return str(settings.image_dir), f"{len(subset.items)} {kind}{weighed}, {subset.samples} samples per epoch"
+    return str(settings.place), f"{len(subset.items)} {kind}{weighed}, {subset.samples} samples per epoch"
 
 
 def bucket_enlarged(dataset: DatasetPlan) -> Counter[tuple[int, int]]:
     """How many images of each bucket are made larger than they are."""
     found: Counter[tuple[int, int]] = Counter()
     for subset in dataset.subsets:
-        for item in subset.items:
-            (width, height), (old_width, old_height) = item.choice.resized, item.size
-            found[item.choice.bucket] += width > old_width or height > old_height
+        items, pictures = subset.items, subset.items.pictures
+        resized = np.array([choice.resized for choice in items.choices], np.int64).reshape(-1, 2)[items.which]
+        enlarged = (resized[:, 0] > pictures.widths) | (resized[:, 1] > pictures.heights)
+        for size, places in items.buckets().items():
+            found[size] += int(enlarged[places].sum())
     return found

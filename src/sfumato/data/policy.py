@@ -1,0 +1,52 @@
+"""What to do about faults in the data, and how they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sfumato.data.folders import Images
+from sfumato.data.pictures import Column
+from sfumato.data.report import Report
+from sfumato.errors import UserError
+
+NAMED = 5  # how many files a message names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What to do about faults, and where sizes and captions are remembered."""
+
+    on_missing_caption: Literal["error", "empty", "skip"]
+    on_bad_image: Literal["error", "skip"]
+    cache_dir: Path
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few, for a message."""
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def usable(images: Images, where: str, policy: Policy, report: Report) -> Column:
+    """Places of the good images; the others are a problem each, or one note where they are to be left out."""
+    told_of_bad(list(images.faults.values()), where, policy, report)
+    told_of_memory(images.saved, policy, report)
+    return images.usable
+
+
+def told_of_memory(saved: bool, policy: Policy, report: Report) -> None:
+    line = f"sizes and captions cannot be remembered: {policy.cache_dir} cannot be written"
+    if not saved and line not in report.notes:
+        report.note(line)
+
+
+def told_of_bad(faults: Sequence[UserError], where: str, policy: Policy, report: Report) -> None:
+    if faults and policy.on_bad_image == "skip":
+        first = "; ".join(error.what for error in faults[:NAMED])
+        report.note(f"{where}: {len(faults)} bad images are left out: {first}")
+        return
+    report.problems.found.extend(faults[:NAMED])
+    if len(faults) > NAMED:
+        report.problems.add(f"{where}: images: {len(faults) - NAMED} more are bad like those named")
