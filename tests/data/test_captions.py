@@ -161,3 +161,66 @@ def test_without_rules_one_line_stays_as_it_is(text):
 def test_caption_files(content, one, several):
     assert of_file(content, several_lines=False) == one
     assert of_file(content, several_lines=True) == several
+
+
+LINES = st.text(st.characters(exclude_characters="\n\r{}|,", exclude_categories=["Cs"]), max_size=8)
+NAMES = st.text("abcdef", min_size=1, max_size=4)
+
+
+@given(LINES, NAMES, NAMES)
+def test_prefix_and_suffix_stand_around_the_caption_with_one_space(text, prefix, suffix):
+    rules = CaptionRules(caption_prefix=prefix, caption_suffix=suffix)
+    assert process(text, rules, Random(0), **LATE) == f"{prefix} {text} {suffix}"
+
+
+@given(st.lists(st.text("abc ", min_size=1, max_size=5), min_size=1, max_size=6), st.integers())
+def test_one_line_of_several_is_chosen(lines, seed):
+    got = process("\n".join(lines), CaptionRules(enable_wildcard=True), Random(seed), **LATE)
+    assert got in lines
+
+
+@given(st.lists(st.lists(NAMES, min_size=1, max_size=4), min_size=1, max_size=4), st.integers())
+def test_each_choice_is_one_of_its_alternatives(groups, seed):
+    text = " ".join("{" + "|".join(group) + "}" for group in groups)
+    got = process(text, CaptionRules(enable_wildcard=True), Random(seed), **LATE).split(" ")
+    assert all(word in group for word, group in zip(got, groups, strict=True))
+
+
+@given(NAMES, st.lists(NAMES, min_size=2, max_size=5), st.integers())
+def test_tags_that_are_glued_together_stay_together(first, glued, seed):
+    rules = CaptionRules(shuffle_caption=True, secondary_separator=";;;")
+    got = process(f"{first}, {';;;'.join(glued)}, z", rules, Random(seed), **LATE)
+    assert ",".join(glued) in got.replace(", ", "\n").split("\n")
+
+
+@given(TAGS, TAGS, TAGS, st.integers())
+def test_the_separator_fixes_both_ends(first, middle, last, seed):
+    rules = CaptionRules(shuffle_caption=True, caption_tag_dropout_rate=0.5, keep_tokens_separator=SEPARATOR)
+    text = SEPARATOR.join(", ".join(tags) for tags in (first, middle, last))
+    got = process(text, rules, Random(seed), **LATE).split(", ")
+    assert got[: len(first)] == first
+    assert got[len(got) - len(last) :] == last
+    assert not Counter(got[len(first) : len(got) - len(last)]) - Counter(middle)
+
+
+@given(st.floats(0.01, 0.99), st.integers())
+def test_a_caption_is_left_out_whole_or_not_at_all(rate, seed):
+    rules = CaptionRules(caption_dropout_rate=rate, caption_prefix="p", secondary_separator=";")
+    assert process("a;b", rules, Random(seed), **LATE) in ("", "p a,b")
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.7, 1.0])
+def test_captions_are_left_out_at_the_rate(rate):
+    rules = CaptionRules(caption_dropout_rate=rate)
+    share = sum(process("a", rules, Random(i), **LATE) == "" for i in range(4000)) / 4000
+    assert abs(share - rate) < 0.03
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_tags_are_left_out_at_the_rate_each_by_itself(rate):
+    rules = CaptionRules(caption_tag_dropout_rate=rate, keep_tokens=1)
+    counts = Counter()
+    for i in range(3000):
+        counts.update(process("a, b, c, d", rules, Random(i), **LATE).split(", "))
+    assert counts["a"] == 3000
+    assert all(abs(counts[tag] / 3000 - (1 - rate)) < 0.03 for tag in "bcd")

@@ -210,3 +210,111 @@ def test_dataset_keys_fall_back_to_the_command_line(find, pictures, tmp_path):
     first, second = find.toml(text, "--resolution", 64, "--train_batch_size", 3).datasets
     assert (first.settings.batch_size, first.settings.resolution) == (3, (64, 64))
     assert (second.settings.batch_size, second.settings.resolution) == (5, (128, 64))
+
+
+# key -> (dataset, subset) settings it ends up in, and five values: built in, command line, [general], dataset, subset
+LEVELS = {
+    "caption_separator": (",", ";", "|", "/", "+"),
+    "caption_prefix": (None, "a", "b", "c", "d"),
+    "caption_suffix": (None, "a", "b", "c", "d"),
+    "shuffle_caption": (False, True, False, True, False),
+    "keep_tokens": (0, 1, 2, 3, 4),
+    "keep_tokens_separator": ("", "|||", "||", "|", "+++"),
+    "secondary_separator": (None, ";;", "::", "++", "--"),
+    "enable_wildcard": (False, True, False, True, False),
+    "token_warmup_min": (1, 2, 3, 4, 5),
+    "token_warmup_step": (0.0, 1.0, 0.5, 2.0, 0.25),
+    "caption_dropout_rate": (0.0, 0.1, 0.2, 0.3, 0.4),
+    "caption_dropout_every_n_epochs": (0, 1, 2, 3, 4),
+    "caption_tag_dropout_rate": (0.0, 0.1, 0.2, 0.3, 0.4),
+    "caption_extension": (".caption", ".a", ".b", ".c", ".d"),
+    "num_repeats": (1, 2, 3, 4, 5),
+    "class_tokens": (None, None, "b", "c", "d"),
+    "flip_aug": (False, True, False, True, False),
+    "color_aug": (False, True, False, True, False),
+    "resize_interpolation": (None, "area", "box", "linear", "cubic"),
+    "custom_attributes": ({}, {}, {"a": 1}, {"b": 2}, {"c": 3}),
+}
+
+
+def spelled(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {each}" for key, each in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+@pytest.mark.parametrize("key", LEVELS)
+def test_every_subset_key_counts_at_every_level(find, pictures, tmp_path, key):
+    """Built-in default, command line, [general], dataset, subset: each goes before those to its left."""
+    pictures(tmp_path / "a", 1)
+    option = {"num_repeats": "dataset_repeats"}.get(key, key)
+    values = LEVELS[key]
+    for levels in range(5):
+        argv: list[object] = []
+        if levels >= 1 and option in vocabulary():
+            flag = isinstance(values[1], bool)
+            argv = [f"--{option}"] if flag else [f"--{option}", values[1]]
+        lines = [f"{key} = {spelled(value)}\n" if levels >= i else "" for i, value in enumerate(values[2:], 2)]
+        text = f"[general]\n{lines[0]}[[datasets]]\nresolution = 64\n{lines[1]}{SUBSET}{lines[2]}"
+        plan = find.toml(text, *argv, "--on_missing_caption", "empty")
+        found = plan.datasets[0].subsets[0].settings
+        got = {**vars(found), **vars(found.images), **vars(found.rules)}[key]
+        assert got == values[levels], levels
+
+
+@pytest.mark.parametrize("key", DATASET_KEYS)
+def test_dataset_keys_are_refused_in_subsets(write, key):
+    """They decide about batches, which subsets share."""
+    (told,) = faults(write(f"{LEAST}{key} = 512\n"))
+    assert told.endswith(f"unknown key datasets[0].subsets[0].{key} — it belongs in [general] or [[datasets]]")
+
+
+@pytest.mark.parametrize("key", [*ONLY_SUBSET_KEYS, "image_dir", "is_reg"])
+def test_keys_of_one_source_are_refused_above_it(write, key):
+    (told,) = faults(write(f"[general]\n{key} = 1\n{LEAST}"))
+    assert told.endswith(f"unknown key general.{key} — it belongs in [[datasets.subsets]]")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            "metadata_file = 'm.json'\ncaption_extension = '.txt'",
+            "caption_extension has no meaning beside metadata_file",
+        ),
+        (
+            "is_reg = true\nconditioning_data_dir = 'm'",
+            "conditioning_data_dir has no meaning for regularisation images",
+        ),
+        ("custom_attributes = { diff_output_preservation = 'yes' }", "diff_output_preservation is neither true nor"),
+    ],
+)
+def test_contradictions_inside_a_subset(write, lines, words):
+    assert any(words in line for line in faults(write(f"{LEAST}{lines}\nkeep_token = 1\n")))
+
+
+def test_attributes_that_nothing_reads_are_told(find, pictures, tmp_path):
+    pictures(tmp_path / "a", 1)
+    plan = find.toml(f"[[datasets]]\nresolution = 64\n{SUBSET}custom_attributes = {{ mood = 'calm' }}\n")
+    assert any("custom_attributes.mood has no effect: nothing reads it" in note for note in plan.notes)
+    assert plan.datasets[0].subsets[0].settings.custom_attributes == {"mood": "calm"}
+
+
+def test_wrong_keys_do_not_hide_what_else_is_wrong(write):
+    path = write("""
+[[datasets]]
+batch_sise = 2
+[[datasets]]
+resolution = 512
+  [[datasets.subsets]]
+  keep_token = 1
+  [[datasets.subsets]]
+  metadata_file = "m.json"
+""")
+    told = [line.removeprefix(f"{path}: ") for line in faults(path)]
+    assert told == [
+        "unknown key datasets[0].batch_sise — did you mean 'batch_size'?",
+        "unknown key datasets[1].subsets[0].keep_token — did you mean 'keep_tokens'?",
+        "datasets[0] has no subsets — add a [[datasets.subsets]] table with image_dir below it",
+        "datasets[1] mixes subsets with and without metadata_file — put them into datasets of their own",
+    ]

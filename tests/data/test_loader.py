@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 import threading
 from collections import Counter
 from dataclasses import fields
@@ -137,6 +138,20 @@ def test_augmented_pictures_are_the_same_for_any_number_of_workers_and_from_any_
 def test_starting_later_gives_the_tail(plan, first):
     loader = loader_of(plan(), workers=2)
     assert taken(loader, 20 - first, first) == taken(loader, 20)[first:]
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_pictures_in_archives_are_loaded_as_those_in_folders(find, pictures, tmp_path, workers):
+    paths = pictures(tmp_path / "a", 4, size=(80, 64))
+    for i, half in enumerate((paths[:2], paths[2:])):
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as archive:
+            for path in half:
+                archive.add(path, path.name)
+                archive.add(path.with_suffix(".txt"), path.with_suffix(".txt").name)
+    text = f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{SUBSET}a'\nnum_repeats = 3\n"
+    folders = loader_of(find.toml(text), workers=0)
+    archives = loader_of(find.toml(text.replace("/a'", "/{0..1}.tar'")), workers=workers)
+    assert taken(archives, 8) == taken(folders, 8)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

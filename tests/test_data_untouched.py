@@ -1,0 +1,110 @@
+"""No command writes into a folder of pictures, whatever kind of source it is, and every source trains."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.conftest import write
+from data.test_sources import metadata, shard
+from sfumato.cli.main import COMMANDS, main
+from sfumato.compat.launch import main as launch
+from sfumato.demo.toy import write_toy
+
+WITHOUT_DATA = {"toy", "demo"}  # they make pictures of their own
+PLUGIN = """
+class Cats:
+    def __iter__(self):
+        yield from ({"image": f"data/1_a/{i}.png", "caption": f"cat {i}"} for i in range(4))
+"""
+TOML = """
+[general]
+resolution = 64
+caption_extension = ".txt"
+[[datasets]]
+[[datasets.subsets]]
+image_dir = "data/1_a"
+conditioning_data_dir = "masks"
+flip_aug = true
+[[datasets]]
+[[datasets.subsets]]
+image_dir = "shards/{0..1}.tar"
+num_repeats = 2
+[[datasets]]
+[[datasets.subsets]]
+metadata_file = "data/meta.jsonl"
+image_dir = "data/1_a"
+"""
+SOURCES = {
+    "folders": ["--train_data_dir", "data", "--reg_data_dir", "reg", "--caption_extension", ".txt"],
+    "file": ["--dataset_config", "set.toml", "--masked_loss"],
+    "metadata": ["--in_json", "data/meta.jsonl", "--train_data_dir", "data/1_a"],
+    "class": ["--dataset_class", "trained_cats.Cats"],
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_toy("sd", tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for i in range(4):
+        write(tmp_path / "data" / "1_a" / f"{i}.png", (64, 64), i, caption=f"cat {i}")
+        write(tmp_path / "masks" / f"{i}.png", (64, 64), i + 9)
+    write(tmp_path / "reg" / "1_b" / "0.png", (64, 64), 5, caption="thing")
+    metadata(tmp_path / "data" / "meta.jsonl", {f"{i}": {"caption": f"cat {i}", "tags": "x"} for i in range(4)})
+    for s in range(2):
+        picture = (tmp_path / "data" / "1_a" / f"{s}.png").read_bytes()
+        shard(tmp_path / "shards" / f"{s}.tar", {"a/x.png": picture, "a/x.txt": "in an archive"})
+    (tmp_path / "trained_cats.py").write_text(PLUGIN)
+    (tmp_path / "set.toml").write_text(TOML)
+    return tmp_path
+
+
+def tree(root: Path) -> dict[str, tuple[str, int, int]]:
+    """Content, time and mode of everything in the folders of the data."""
+    found = {}
+    roots = [root / name for name in ("data", "masks", "reg", "shards")]
+    for path in sorted(each for folder in roots for each in (folder, *folder.rglob("*"))):
+        facts = path.stat()
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        found[str(path)] = (content, facts.st_mtime_ns, facts.st_mode)
+    return found
+
+
+def arguments(toy: dict[str, Path], source: str) -> list[str]:
+    """Everything that writes is on: caches, states, logs, previews' folders."""
+    needed = ["--pretrained_model_name_or_path", str(toy["pretrained_model_name_or_path"]), "--output_dir", "out"]
+    needed += ["--max_train_steps", "2", "--network_dim", "2", "--cache_latents_to_disk", "--cache_dir", "cache"]
+    needed += [
+        "--save_state",
+        "--logging_dir",
+        "log",
+        "--network_train_unet_only",
+        "--cache_text_encoder_outputs_to_disk",
+    ]
+    return [*needed, *SOURCES[source], *([] if source == "file" else ["--resolution", "64"])]
+
+
+ENTRIES: dict[str, Callable[[list[str]], int]] = {
+    **{name: lambda argv, name=name: main([name, *argv]) for name in sorted(set(COMMANDS) - WITHOUT_DATA)},
+    "the field's script": lambda argv: launch(["train_network", *argv]),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_pictures_are_left_as_they_are(toy, data, entry, source):
+    before = tree(data)
+    code = ENTRIES[entry](arguments(toy, source))
+    assert tree(data) == before
+    assert code in (0, 2)
+    assert code == 0 or entry not in ("train", "plan")
+    assert (data / "out").exists() == (entry != "plan" and code == 0)
