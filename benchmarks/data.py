@@ -1,9 +1,13 @@
 """Finding the data, caching latents without an encoder, reading them back: time, CPU time, memory.
 
-    python benchmarks/data.py [IMAGES] [--photos 200] [--latents 5000] [--repeat 3] [--folder DIR] [--json FILE]
+    python benchmarks/data.py [IMAGES] [--photos 200] [--latents 5000] [--repeat 3] [--only WORD] [--folder DIR]
+        [--json FILE]
 
 IMAGES small pictures with captions are listed cold (nothing remembered) and warm (every size and time checked again);
-`stat` lists and stats the same files and does nothing else: nothing that checks them can be faster. Photos are JPEGs
+`stat` lists and stats the same files and does nothing else: nothing that checks them can be faster. The same pictures
+named by a metadata file (`json`), and in tar archives of 10,000 (`tar`); `order` is the order of one epoch at batch
+size 1 and its first 1000 steps. A million images: `1000000 --only index` writes two million files (8 GB, some minutes)
+and keeps them where --folder says, for the next time. Photos are JPEGs
 of 600 to 1500 pixels a side, brought to 512-pixel buckets with an encoder that does nothing. Latents are those of
 512-pixel pictures in float32. `load` is the same photos as training takes them, plain and with random crops, colours
 and masks. Every row runs in a fresh process with the files in the system's cache, the rows interleaved; median and
@@ -20,17 +24,23 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+if TYPE_CHECKING:
+    from sfumato.config import Config
+    from sfumato.data.plans import DataPlan
 
 Figures = dict[str, float]
 
@@ -41,25 +51,49 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=200, help="photos to cache")
     parser.add_argument("--latents", type=int, default=5000, help="cache entries to read")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the files are written; a temporary folder without it")
+    parser.add_argument("--only", default="", help="the rows with this word in their name")
+    parser.add_argument("--folder", type=Path, help="where the files are kept; a temporary folder without it")
     parser.add_argument("--json", type=Path, help="write the table as JSON, too")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.row:
         print(json.dumps(ROWS[given.row](given.folder)))
         return
-    with tempfile.TemporaryDirectory(prefix="sfumato-bench-", dir=given.folder) as folder:
-        make_small_pictures(Path(folder) / "small" / "1_a", given.images)
-        make_photos(Path(folder) / "photos" / "1_a", given.photos)
-        make_latents(Path(folder) / "latents", given.latents)
-        runs: dict[str, list[Figures]] = {row: [] for row in ROWS}
+    rows = [row for row in ROWS if given.only in row]
+    with kept_or_temporary(given.folder) as folder:
+        make_missing(folder, rows, given)
+        runs: dict[str, list[Figures]] = {row: [] for row in rows}
         for _ in range(given.repeat):
             for row, found in runs.items():
-                found.append(in_fresh_process(row, Path(folder)))
+                found.append(in_fresh_process(row, folder))
     table = [summary(row, found) for row, found in runs.items()]
     show(table)
     if given.json:
         given.json.write_text(json.dumps(table, indent=1))
+
+
+@contextmanager
+def kept_or_temporary(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as temporary:
+        yield Path(temporary)
+
+
+def make_missing(folder: Path, rows: list[str], given: argparse.Namespace) -> None:
+    """The files that these rows need, unless they are there."""
+    makers: dict[str, Callable[[], None]] = {
+        "small": lambda: make_small_pictures(folder / "small" / "1_a", given.images),
+        "meta.jsonl": lambda: make_metadata(folder),
+        "tar": lambda: make_archives(folder),
+        "photos": lambda: make_photos(folder / "photos" / "1_a", given.photos),
+        "latents": lambda: make_latents(folder / "latents", given.latents),
+    }
+    for name, make in makers.items():
+        if not (folder / name).exists() and any(name in NEEDS[row.split()[0]] for row in rows):
+            make()
 
 
 def in_fresh_process(row: str, folder: Path) -> Figures:
@@ -112,24 +146,59 @@ def stat(folder: Path) -> Figures:
     return rated(figures, files // 2)
 
 
-def index(folder: Path, *, warm: bool) -> Figures:
+def index(folder: Path, source: str = "small", *, warm: bool) -> Figures:
     """Sizes, captions, buckets and steps of the small pictures."""
+    config = config_of(folder, source)
+    if not warm:
+        shutil.rmtree(folder / "index", ignore_errors=True)
+    figures = Figures()
+    with measured(figures):
+        plan = found(config)
+    return rated(figures, plan.num_train_images)
+
+
+def ordering(folder: Path) -> Figures:
+    """From the plan to the first 1000 steps."""
+    from itertools import islice
+
+    from sfumato.data.order import Order
+
+    plan, figures = found(config_of(folder, "small")), Figures()
+    with measured(figures):
+        steps = sum(1 for _ in islice(Order(plan, seed=0).steps(), 1000))
+    return rated(figures, steps)
+
+
+def config_of(folder: Path, source: str) -> Config:
     from sfumato.config import load_config
+
+    (folder / "model.safetensors").touch()
+    shards = f"{(folder / 'tar').as_posix()}/{{0000..{last_tar(folder)}}}.tar"
+    tar = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{shards}'"
+    (folder / "tar.toml").write_text(tar)
+    words = {
+        "small": ["--train_data_dir", folder / "small"],
+        "json": ["--train_data_dir", folder / "small" / "1_a", "--in_json", folder / "meta.jsonl"],
+        "tar": ["--dataset_config", folder / "tar.toml"],
+    }[source]
+    argv = [*words, "--resolution", "512", "--enable_bucket", "--output_dir", folder / "out"]
+    argv += ["--pretrained_model_name_or_path", folder / "model.safetensors"]
+    argv += ["--cache_dir", folder / "index", "--caption_extension", ".txt"]
+    return load_config([str(word) for word in argv])
+
+
+def last_tar(folder: Path) -> str:
+    return max((path.stem for path in (folder / "tar").glob("*.tar")), default="0000")
+
+
+def found(config: Config) -> DataPlan:
     from sfumato.data.summary import find_data
     from sfumato.errors import Problems
 
-    (folder / "model.safetensors").touch()
-    cache = folder / "index"
-    argv = ["--train_data_dir", str(folder / "small"), "--resolution", "512", "--enable_bucket"]
-    argv += ["--pretrained_model_name_or_path", str(folder / "model.safetensors"), "--output_dir", str(folder / "out")]
-    config = load_config([*argv, "--cache_dir", str(cache), "--caption_extension", ".txt"])
-    if not warm:
-        shutil.rmtree(cache, ignore_errors=True)
-    problems, figures = Problems(), Figures()
-    with measured(figures):
-        plan = find_data(config, bucket_step=64, problems=problems)
+    problems = Problems()
+    plan = find_data(config, bucket_step=64, problems=problems)
     problems.raise_all()
-    return rated(figures, plan.num_train_images)
+    return plan
 
 
 def caching(folder: Path, *, batch_size: int) -> Figures:
@@ -215,12 +284,40 @@ ROWS: dict[str, Callable[[Path], Figures]] = {
     "stat": stat,
     "index cold": lambda folder: index(folder, warm=False),
     "index warm": lambda folder: index(folder, warm=True),
+    "json cold": lambda folder: index(folder, "json", warm=False),
+    "json warm": lambda folder: index(folder, "json", warm=True),
+    "tar cold": lambda folder: index(folder, "tar", warm=False),
+    "tar warm": lambda folder: index(folder, "tar", warm=True),
+    "order": ordering,
     "caching b1": lambda folder: caching(folder, batch_size=1),
     "caching b8": lambda folder: caching(folder, batch_size=8),
     "load": loading,
     "load changed": lambda folder: loading(folder, "--random_crop", "--color_aug", "--flip_aug", "--alpha_mask"),
     "read latents": reading,
 }
+
+
+NEEDS = {  # first word of a row -> files
+    "stat": ("small",), "index": ("small",), "order": ("small",), "json": ("small", "meta.jsonl"),
+    "tar": ("small", "tar"), "caching": ("photos",), "load": ("photos",), "read": ("latents",),
+}  # fmt: skip
+
+
+def make_metadata(folder: Path) -> None:
+    with (folder / "meta.jsonl").open("w") as file:
+        for path in (folder / "small" / "1_a").iterdir():
+            if path.suffix != ".txt":
+                caption = path.with_suffix(".txt").read_text()
+                file.write(json.dumps({"image_path": path.name, "caption": caption}) + "\n")
+
+
+def make_archives(folder: Path) -> None:
+    (folder / "tar").mkdir()
+    names = sorted(path.name for path in (folder / "small" / "1_a").iterdir())
+    for number, start in enumerate(range(0, len(names), 20_000)):
+        with tarfile.open(folder / "tar" / f"{number:04}.tar", "w") as archive:
+            for name in names[start : start + 20_000]:
+                archive.add(folder / "small" / "1_a" / name, name)
 
 
 def make_small_pictures(folder: Path, count: int) -> None:
