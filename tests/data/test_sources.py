@@ -73,6 +73,21 @@ def test_a_metadata_file_names_images_and_captions(find, pictures, tmp_path, end
     assert plan.num_train_images == 15
 
 
+def test_paths_may_lead_out_of_the_folder(find, pictures, tmp_path):
+    pictures(tmp_path / "a", 1)
+    pictures(tmp_path / "b", 1)
+    entries = {"../b/img0.png": {"caption": "out"}, "./img0.png": {"caption": "in"}}
+    plan = find("--in_json", metadata(tmp_path / "m.json", entries), "--train_data_dir", tmp_path / "a", *RESOLUTION)
+    assert [Path(item.picture.path).parent.name for item in items(plan)] == ["b", "a"]
+
+
+def test_a_cache_beside_archives_is_refused(find, tmp_path):
+    shards(tmp_path / "set")
+    with pytest.raises(UserError, match="nothing is ever written"):
+        toml(find, SHARDS, "--cache_dir", tmp_path / "set")
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["000.tar", "001.tar", "002.tar"]
+
+
 def test_without_a_folder_paths_are_whole_or_from_here(find, pictures, tmp_path, monkeypatch):
     pictures(tmp_path / "a", 2)
     file = metadata(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def entries_of(file: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
 
 
 def entries_of_lines(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(StringIO(text, newline="\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
@@ -184,14 +185,17 @@ def located(keys: Sequence[str], image_dir: Path | None) -> tuple[str, list[str 
         return folder, found
     listings: dict[str, Names] = {}
 
-    def outside(key: str) -> str | None:
-        parent, name = os.path.split(os.path.abspath(key))  # noqa: PTH100
+    def outside(path: str) -> str | None:
+        parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
         if parent not in listings:
             listings[parent] = Names(parent)
         found = listings[parent].find(name)
         return found and os.path.join(parent, found)  # noqa: PTH118
 
-    whole = [path_of(folder, name) if name else outside(key) for key, name in zip(keys, found, strict=True)]
+    whole = [
+        path_of(folder, name) if name else outside(key) or outside(os.path.join(folder, key))  # noqa: PTH118
+        for key, name in zip(keys, found, strict=True)
+    ]
     within = folder + os.sep
     if folder and all(path is None or path.startswith(within) for path in whole):
         return folder, [path and path[len(within) :] for path in whole]

@@ -22,6 +22,7 @@ from sfumato.data.plans import DataPlan, DatasetPlan, Items, SubsetPlan
 from sfumato.data.policy import Policy
 from sfumato.data.report import Report
 from sfumato.data.settings import DatasetSettings, SubsetSettings, dataset_settings
+from sfumato.data.shards import are_shards
 from sfumato.data.sources import pictures_of
 from sfumato.data.split import halves, refuse_overlap
 from sfumato.errors import Problems, UserError
@@ -89,7 +90,8 @@ def without_garbage_collection() -> Iterator[None]:
 
 def refuse_cache_among_pictures(subsets: Sequence[SubsetSettings], cache_dir: Path) -> None:
     for subset in subsets:
-        for folder in (subset.image_dir, subset.conditioning_data_dir):
+        pictures = subset.image_dir.parent if subset.image_dir and are_shards(subset.image_dir) else subset.image_dir
+        for folder in (pictures, subset.conditioning_data_dir):
             if folder is not None and cache_dir.resolve().is_relative_to(folder.resolve()):
                 raise UserError(
                     f"--cache_dir {cache_dir} lies in the picture folder {folder}, where nothing is ever written",
