@@ -89,10 +89,13 @@ def without_garbage_collection() -> Iterator[None]:
 
 
 def refuse_cache_among_pictures(subsets: Sequence[SubsetSettings], cache_dir: Path) -> None:
+    place = cache_dir.resolve()
     for subset in subsets:
-        pictures = subset.image_dir.parent if subset.image_dir and are_shards(subset.image_dir) else subset.image_dir
-        for folder in (pictures, subset.conditioning_data_dir):
-            if folder is not None and cache_dir.resolve().is_relative_to(folder.resolve()):
+        for folder in (subset.image_dir, subset.conditioning_data_dir):
+            if folder is None:
+                continue
+            inside = place == folder.parent.resolve() if are_shards(folder) else place.is_relative_to(folder.resolve())
+            if inside:
                 raise UserError(
                     f"--cache_dir {cache_dir} lies in the picture folder {folder}, where nothing is ever written",
                     fix="give another --cache_dir, or leave it out",
