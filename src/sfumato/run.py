@@ -44,6 +44,8 @@ from sfumato.optim.rates import Rates, make_rates
 from sfumato.track.console import set_up
 from sfumato.track.journal import Journal
 from sfumato.track.progress import Progress
+from sfumato.track.report import Report
+from sfumato.track.report_facts import Remembered, describe_run, remember_warnings
 from sfumato.track.trackers import make_trackers
 
 log = logging.getLogger(__name__)
@@ -134,6 +136,7 @@ def open_run(config: Config) -> Run | None:
     processes = open_processes()
     assert processes.device is not None
     set_up(config.log, main_process=processes.is_main_process)
+    warnings = remember_warnings()
     outlook = plan.look(config, processes=processes.num_processes)
     saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
     report(config, outlook, saves)
@@ -185,7 +188,7 @@ def open_run(config: Config) -> Run | None:
         proof=Proof(optimizer),
         loader=loader,
         frozen_text=frozen_text,
-        journal=open_journal(config, outlook, processes, start, state.get("journal", {})),
+        journal=open_journal(config, outlook, processes, start, state.get("journal", {}), warnings),
         saves=saves,
         metadata=training_metadata(config, facts_of(config, outlook, optimizer)),
         named_files=ThreadPoolExecutor(1).submit(named_files, config.model),
@@ -261,13 +264,41 @@ def resumed_state(config: Config, total: int) -> dict[str, Any]:
 
 
 def open_journal(
-    config: Config, outlook: plan.Outlook, processes: PartialState, start: int, state: dict[str, Any]
+    config: Config,
+    outlook: plan.Outlook,
+    processes: PartialState,
+    start: int,
+    state: dict[str, Any],
+    warnings: Remembered,
 ) -> Journal:
     main = processes.is_main_process
     progress = Progress(outlook.total, start, plain=config.log.console_log_simple, visible=main)
     assert config.save.output_dir is not None
     facts = plan.public_options(config)
     trackers = make_trackers(config.log, config.save.output_dir, config.save.output_name, start, facts) if main else ()
-    journal = Journal(trackers, progress, window=steps_per_epoch(config, outlook))
+    report = open_report(config, outlook, processes, start, warnings) if main and config.log.report else None
+    journal = Journal(trackers, progress, window=steps_per_epoch(config, outlook), report=report)
     journal.load_state_dict(state)
     return journal
+
+
+def open_report(
+    config: Config, outlook: plan.Outlook, processes: PartialState, start: int, warnings: Remembered
+) -> Report:
+    device = processes.device
+    assert device is not None
+    assert config.save.output_dir is not None
+    count = f"{processes.num_processes} × " if processes.num_processes > 1 else ""
+    rows = outlook.method.plan(outlook.blueprint)
+    description = describe_run(
+        config,
+        outlook.data,
+        options=plan.public_options(config),
+        model=outlook.blueprint.title,
+        checkpoint=outlook.blueprint.source.name,
+        trains=[(row.part, row.modules, row.parameters, row.learning_rate) for row in rows],
+        total=outlook.total,
+        device=count + (torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()),
+        notes=outlook.notes,
+    )
+    return Report(config.save.output_dir, description, start=start, warnings=warnings)

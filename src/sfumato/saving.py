@@ -64,6 +64,7 @@ def save_both(run: Run, name: str, step: int, *, state: bool) -> None:
         save_output(run, output_path(run, name), step)
     if state:
         save_state_folder(run, f"{name}-state", step)
+    run.journal.publish()
 
 
 def output_path(run: Run, name: str) -> Path:
@@ -122,6 +123,7 @@ def save_previews(run: Run, step: int, label: str) -> None:
         log.warning("no previews after step %d: %s", step, error)
     finally:
         run.method.modules.train()
+    run.journal.publish()
 
 
 def planned(run: Run, prompt: Prompt, number: int, step: int, label: str) -> tuple[Picture, Path]:

@@ -19,6 +19,7 @@ from sfumato.interrupt import Interrupt, interruptible
 from sfumato.optim.rates import shown_rates
 from sfumato.run import Run, open_run
 from sfumato.saving import save_final, save_previews, save_state_folder, saves_due
+from sfumato.track.journal import Samples
 
 log = logging.getLogger(__name__)
 MESSAGE = 1 << 26  # gradients that processes add up at a time
@@ -41,7 +42,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
         taken = train_step(run, step)
         done = step.index + 1
         curves = {"grad_norm": taken.norm, **run.method.after_step()}
-        run.journal.note(done, taken.loss, shown_rates(run.optimizer), curves)
+        run.journal.note(done, taken.loss, shown_rates(run.optimizer), curves, taken.samples)
         if done == run.start + 1:
             run.warn(run.method.report())
         if run.health.lost:
@@ -61,6 +62,7 @@ class Taken(NamedTuple):
 
     loss: Tensor  # summed over all processes
     norm: Tensor  # of all gradients, before they are clipped
+    samples: Samples  # of this process
 
 
 def train_step(run: Run, step: Step) -> Taken:
@@ -68,10 +70,11 @@ def train_step(run: Run, step: Step) -> Taken:
     run.method.before_step(step.index)
     run.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=run.device)
+    samples: list[tuple[Tensor, Tensor]] = []
     for micro, batch in enumerate(step.batches):
         run.randomness.seed_modules(step.index, micro, run.processes.process_index)
         with run.autocast():
-            loss = training_loss(run, batch, step.real_samples)
+            loss = training_loss(run, batch, step.real_samples, samples)
         run.scaler.scale(loss).backward()
         total += loss.detach()
     sum_over_processes(run, total)
@@ -87,13 +90,16 @@ def train_step(run: Run, step: Step) -> Taken:
     else:
         run.health.tell(step.index + 1, explain(run, step, training_loss))
     run.scaler.update()
-    return Taken(total, norm)
+    return Taken(total, norm, samples)
 
 
-def training_loss(run: Run, batch: Batch, real_samples: int) -> Tensor:
+def training_loss(
+    run: Run, batch: Batch, real_samples: int, samples: list[tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
     """A micro-batch's share of the step's loss: the sum over its samples / the real samples of the whole step.
 
     Latents (B, C, h, w); t in 0 .. 1000; everything random is a function of the samples' ids.
+    samples: takes in t and the loss of each sample before weighting, nan for fillers; nothing waits for them.
     """
     model, method, recipe, rng = run.model, run.method, run.recipe, run.randomness
     x0 = run.latents(batch)
@@ -114,8 +120,11 @@ def training_loss(run: Run, batch: Batch, real_samples: int) -> Tensor:
     loss = recipe.loss(estimate, target, level)
     if batch.mask is not None:
         loss = loss * batch.mask.to(loss)  # multiplied, not divided by the mask's sum
+    loss = loss.flatten(1).mean(1)
+    if samples is not None:
+        samples.append((t, loss.detach().where(batch.weight.to(loss) > 0, torch.nan)))
     weight = recipe.weighting(level, model.objective).to(loss) * batch.weight.to(loss)
-    return (loss.flatten(1).mean(1) * weight).sum() / real_samples
+    return (loss * weight).sum() / real_samples
 
 
 def conditioning_of(run: Run, batch: Batch) -> Tensors:

@@ -16,7 +16,7 @@ FIELD = FULL | NETWORK  # where both have an option, they agree but for what sta
 OURS = {
     "skip_image_resolution",
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
-    "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps",
+    "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows

@@ -1,4 +1,4 @@
-"""The command `sfumato`: train, plan, toy, demo. Each imports only what it needs."""
+"""The command `sfumato`: train, plan, report, toy, demo. Each imports only what it needs."""
 
 from __future__ import annotations
 
@@ -87,6 +87,13 @@ def plan(argv: Sequence[str]) -> int:
     return guarded(lambda: run(config), debug=config.log.debug)
 
 
+def run_report(argv: Sequence[str]) -> int:
+    """Make the page of a run again, from the files in its folder."""
+    from sfumato.cli.report import main as run
+
+    return run(argv)
+
+
 def toy(argv: Sequence[str]) -> int:
     """Make a toy model and pictures to try things on."""
     from sfumato.demo.toy import main as run
@@ -101,7 +108,9 @@ def demo(argv: Sequence[str]) -> int:
     return run(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "plan": plan, "toy": toy, "demo": demo}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train, "plan": plan, "report": run_report, "toy": toy, "demo": demo,
+}  # fmt: skip
 
 
 def configured(

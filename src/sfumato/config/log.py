@@ -15,6 +15,7 @@ class LogOptions(Options):
 
     strict: bool = option(False, "an option that has no effect in this run is an error")
     debug: bool = option(False, "show where an error came from")
+    report: bool = option(True, "write a page about the run, OUTPUT_NAME.report.html, beside what it saves")
     logging_dir: FilePath | None = option(None, "folder of the training logs; each run gets a folder in it")
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
         None,

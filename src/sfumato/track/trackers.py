@@ -16,12 +16,13 @@ from sfumato.errors import UserError
 from sfumato.formats.metadata import without_paths
 
 log = logging.getLogger(__name__)
+Value = float | Sequence[float]  # a list is for the journal file alone
 
 
 class Tracker(Protocol):
     """Where a step's numbers go, by the names of the field's series: loss/average, lr/unet, ..."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    def log(self, step: int, values: Mapping[str, Value]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -38,8 +39,8 @@ class JsonLines:
         files.write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("ab", buffering=0)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         self._write(json.dumps({"step": step, **row}))
 
     def close(self) -> None:
@@ -73,9 +74,10 @@ class TensorBoard:
         except OSError as error:
             raise UserError(f"--logging_dir: cannot write into {folder} ({error.strerror})") from error
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+            if isinstance(value, int | float):
+                self.writer.add_scalar(name, value, step)
 
     def text(self, name: str, content: str) -> None:
         self.writer.add_text(name, content)
