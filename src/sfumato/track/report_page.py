@@ -104,7 +104,7 @@ def facts(description: Mapping[str, Any], curves: Curves, done: int, state: str)
     if pace:
         yield (
             "speed",
-            f"{shown(pace)} s <small>per step</small>" if pace >= 1 else f"{shown(1 / pace)} <small>steps/s</small>",
+            f"{pace:.3g} s <small>per step</small>" if pace >= 1 else f"{1 / pace:.3g} <small>steps/s</small>",
         )
     yield "time trained", duration(sum(max(0.0, each["updated"] - each["started"]) for each in sessions))
     if state == "running" and pace:
@@ -151,7 +151,7 @@ def charts(description: Mapping[str, Any], curves: Curves) -> Iterator[str]:
     ]
     note = "The average runs over an epoch. Single steps beyond the scale are cut off."
     yield drawn(Chart(key="loss", title="Loss", lines=lines, note=note, marks=curves.lost(), wide=True))
-    small = [*rates(curves), *norms(description, curves), *levels(curves), *others(curves)]
+    small = [*levels(curves), *rates(curves), *norms(description, curves), *others(curves)]
     if small:
         yield f'<div class="pair">{"".join(small)}</div>'
 

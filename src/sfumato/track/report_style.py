@@ -48,7 +48,7 @@ section, figure {
   background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px; margin: 0;
 }
 .pair { display: grid; gap: 20px; grid-template-columns: repeat(2, 1fr); }
-.pair > :only-child, .pair > .last:nth-child(odd) { grid-column: 1 / -1; }
+.pair > :last-child:nth-child(odd) { grid-column: 1 / -1; }
 figcaption { display: flex; flex-wrap: wrap; gap: 2px 18px; align-items: baseline; margin-bottom: 22px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; margin: 0; padding: 0; list-style: none; font-size: 13px;
   color: var(--soft); }
@@ -90,8 +90,9 @@ caption { text-align: left; color: var(--soft); font-size: 13px; padding: 8px 0 
   font-weight: 400; vertical-align: top; }
 .words thead th { color: var(--soft); font-size: 12.5px; }
 .words tbody th { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 13px; }
-.words td:last-child { color: var(--soft); }
+.words td:last-child { color: var(--soft); white-space: nowrap; }
 .words.plain tbody th { font: inherit; } .words.plain td { white-space: nowrap; color: inherit; }
+.words.plain thead th { white-space: nowrap; }
 tr:last-child > * { border-bottom: 0 !important; }
 .warnings { background: var(--warnback); }
 .warnings ul { margin: 8px 0 0; padding-left: 20px; } .warnings li { padding: 2px 0; }
@@ -113,6 +114,11 @@ footer { color: var(--soft); font-size: 13px; }
   .wide .plot, .plot { height: 200px; }
   .plot { margin-left: 44px; margin-right: 6px; }
   dl.facts { grid-template-columns: repeat(2, 1fr); }
+  .words:not(.plain) :is(tbody, tr, th), .words:not(.plain) caption { display: block; }
+  .words:not(.plain) thead { display: none; }
+  .words:not(.plain) tr { padding: 6px 0; border-bottom: 1px solid var(--hair); }
+  .words:not(.plain) :is(th, td) { padding: 0 12px 0 0; border: 0; }
+  .words:not(.plain) td { display: inline; }
   .samples .prompt p { max-width: calc(100vw - 54px); }
   .samples img { width: 116px; }
 }
