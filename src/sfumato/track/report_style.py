@@ -153,6 +153,7 @@ for (const plot of document.querySelectorAll(".plot[data-x]")) {
   });
   plot.addEventListener("pointerleave", hide);
 }
+for (const strip of document.querySelectorAll(".samples .scroll")) strip.scrollLeft = strip.scrollWidth;
 if (document.body.dataset.state === "running")
   setInterval(() => {
     if (!document.hidden && !document.querySelector("details[open], .tip")) location.reload();
