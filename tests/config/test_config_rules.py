@@ -59,6 +59,11 @@ CASES = {
     "dim-from-weights": ("--dim_from_weights", "--dim_from_weights --network_weights FILE"),
     "cached-color": ("--color_aug --cache_latents", "--color_aug"),
     "cached-crop": ("--random_crop --cache_latents_to_disk", "--random_crop"),
+    "text-cache-off": (
+        "--text_cache_variants 4 --text_encoder_batch_size 2",
+        "--text_cache_variants 4 --cache_text_encoder_outputs",
+    ),
+    "cache-check-off": ("--skip_cache_check --cache_latents", "--skip_cache_check --cache_latents_to_disk"),
     "two-optimizers": ("--use_8bit_adam --use_lion_optimizer", "--use_8bit_adam"),
     "optimizer-twice": ("--use_lion_optimizer --optimizer_type Lion", "--optimizer_type Lion"),
     "constant-warmup": ("--lr_warmup_steps 5", "--lr_warmup_steps 5 --lr_scheduler constant_with_warmup"),

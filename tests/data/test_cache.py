@@ -15,6 +15,7 @@ from sfumato.data import cache as cache_module
 from sfumato.data.cache import (
     LATENTS,
     ContentHashes,
+    Filling,
     LatentNames,
     TensorCache,
     TextNames,
@@ -57,8 +58,9 @@ class Disk:
         store = DiskStore(self.folder)
         names = LatentNames(fingerprint=fingerprint, dtype=dtype, hashes=ContentHashes(store))
         places = latent_places(plan)
+        encoder, workers = options.pop("encode", encode), options.pop("workers", 2)
         counts = fill_latents(
-            TensorCache(store), names, places, options.pop("encode", encode), batch_size=batch_size, **options
+            TensorCache(store), names, places, encoder, batch_size=batch_size, workers=workers, how=Filling(**options)
         )
         found = {place: TensorCache(store).get(names.key(place)) for place in places}
         store.close()
@@ -279,7 +281,7 @@ def test_what_a_dead_process_owes_is_made_by_the_others(plan, disk, monkeypatch)
 def test_memory_is_not_shared_so_every_process_makes_all(plan):
     store = MemoryStore()
     names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
-    counts = fill_latents(TensorCache(store), names, latent_places(plan()), encode, rank=1, processes=2)
+    counts = fill_latents(TensorCache(store), names, latent_places(plan()), encode, how=Filling(rank=1, processes=2))
     assert counts == (0, 6)
 
 

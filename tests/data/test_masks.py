@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data.cache import ContentHashes, LatentNames, TensorCache, fill_latents, latent_places
+from sfumato.data.cache import ContentHashes, Filling, LatentNames, TensorCache, fill_latents, latent_places
 from sfumato.data.loader import Loader
 from sfumato.data.masks import MASK, MaskNames, fill_masks, mask_places, reduced
 from sfumato.data.order import Order
@@ -316,6 +316,8 @@ def test_fill_masks_shares_its_work(find, data):
     store = MemoryStore()
     names = MaskNames(downscale=8, hashes=ContentHashes(store))
     told = []
-    counts = fill_masks(TensorCache(store), names, mask_places(plan), progress=lambda *each: told.append(each))
+    counts = fill_masks(
+        TensorCache(store), names, mask_places(plan), how=Filling(progress=lambda *each: told.append(each))
+    )
     assert (counts.found, counts.encoded, told[-1]) == (0, 8, (8, 8))
     assert all(TensorCache(store).get(names.key(place))[MASK].shape[0] == 1 for place in mask_places(plan))

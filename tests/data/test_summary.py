@@ -14,7 +14,7 @@ from data.conftest import write
 from sfumato.config import load_config
 from sfumato.data import folders
 from sfumato.data.describe import metadata
-from sfumato.data.summary import captions_to_cache, find_data, table
+from sfumato.data.summary import find_data, table
 from sfumato.errors import Problems, UserError
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -376,17 +376,6 @@ def test_pictures_are_left_as_they_are(find, pictures, tmp_path):
     before = tree(tmp_path / "t")
     find("--train_data_dir", tmp_path / "t", *RESOLUTION)
     assert tree(tmp_path / "t") == before
-
-
-def test_captions_to_cache(find, pictures, tmp_path):
-    pictures(tmp_path / "a", 2)
-    text = f"[[datasets]]\nresolution = 64\n{SUBSET}a'\ncaption_prefix = 'photo'\ncaption_dropout_rate = 0.1\n"
-    problems = Problems()
-    assert captions_to_cache(find.toml(text), problems) == ["", "photo tag0, cat, a", "photo tag1, cat, a"]
-    assert not problems.found
-    captions_to_cache(find.toml(text + "shuffle_caption = true\nenable_wildcard = true\n"), problems)
-    named = [error.what.split(": ")[-1].split()[0] for error in problems.found]
-    assert named == ["shuffle_caption", "enable_wildcard"]
 
 
 def test_metadata_has_the_recorded_keys(find, pictures, tmp_path):

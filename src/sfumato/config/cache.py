@@ -19,14 +19,16 @@ class CacheOptions(Options):
     vae_batch_size: int = option(1, "images that the VAE encodes at a time", ge=1)
     text_encoder_batch_size: int | None = option(
         None,
-        "captions that a text encoder encodes at a time",
-        no_effect="each caption is encoded on its own, so that its features never depend on its neighbours",
+        "captions encoded at a time for the cache; without it each on its own, as exact as without a cache",
+        ge=1,
+    )
+    text_cache_variants: int = option(
+        1,
+        "captions kept of each where shuffle_caption, tag dropout or wildcards change them; 1 refuses these",
         ge=1,
     )
     skip_cache_check: bool = option(
-        False,
-        "trust what is cached",
-        no_effect="an entry is named by the content it was made from, so there is nothing to check",
+        False, "trust that cached entries are whole; without it each is read once before training"
     )
 
 

@@ -232,6 +232,27 @@ NO_EFFECT = (
         fix="give --save_state",
     ),
     Rule(
+        name="text-cache-off",
+        kind="no effect",
+        options=("cache_text_encoder_outputs", "text_cache_variants", "text_encoder_batch_size"),
+        broken=lambda c: (
+            not c.cache.cache_text_encoder_outputs and c.changed("text_cache_variants", "text_encoder_batch_size")
+        ),
+        what="--text_cache_variants and --text_encoder_batch_size have no effect: no text is cached",
+        fix="give --cache_text_encoder_outputs",
+    ),
+    Rule(
+        name="cache-check-off",
+        kind="no effect",
+        options=("skip_cache_check", "cache_latents_to_disk", "cache_text_encoder_outputs_to_disk"),
+        broken=lambda c: (
+            c.cache.skip_cache_check
+            and not (c.cache.cache_latents_to_disk or c.cache.cache_text_encoder_outputs_to_disk)
+        ),
+        what="--skip_cache_check has no effect: nothing is cached on disk",
+        fix="leave it out",
+    ),
+    Rule(
         name="samples-without-prompts",
         kind="no effect",
         options=("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),

@@ -21,6 +21,7 @@ from sfumato.data.images import Pixels, Plane, Transform, content_hash, prepare,
 from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan
 from sfumato.data.store import KEY, DiskStore, MemoryStore
+from sfumato.data.uses import Use, remember
 from sfumato.errors import UserError
 
 Store = MemoryStore | DiskStore
@@ -69,19 +70,20 @@ def fill_latents(
     *,
     batch_size: int = 1,
     workers: int = 2,
-    rank: int = 0,
-    processes: int = 1,
-    progress: Progress | None = None,
+    how: Filling | None = None,
 ) -> Counts:
     """Encode what is missing, in batches of one size; images are read and resized while the encoder works.
 
     Several processes share the work and each returns once everything is there. UserError names the image that cannot
     be read or whose latents are not finite.
     """
+    how = how or Filling()
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-cache") as pool:
         parts = [places[i : i + 200] for i in range(0, len(places), 200)]
         keys = [key for part in pool.map(lambda part: [names.key(place) for place in part], parts) for key in part]
         wanted = dict(zip(keys, places, strict=True))
+        if how.use:
+            remember(how.use, [*wanted, *{names.hashes.key(place.picture) for place in places}])
 
         def make(missing: Sequence[bytes]) -> Iterator[int]:
             for batch, pixels in decoded(same_size(missing, wanted, batch_size), pool, workers):
@@ -92,7 +94,7 @@ def fill_latents(
                     cache.put(key, {LATENTS: one})
                 yield len(batch)
 
-        return share_work(cache, list(wanted), make, rank=rank, processes=processes, progress=progress)
+        return share_work(cache, list(wanted), make, how)
 
 
 def fill_text(
@@ -101,44 +103,48 @@ def fill_text(
     captions: Sequence[str],
     encode: EncodeText,
     *,
-    rank: int = 0,
-    processes: int = 1,
-    progress: Progress | None = None,
+    batch_size: int = 1,
+    how: Filling | None = None,
 ) -> Counts:
-    """Encode each missing caption on its own, so that nothing depends on its neighbours; work is shared as above."""
+    """Encode the missing captions, by default each on its own, so that nothing depends on its neighbours.
+
+    Work is shared as above.
+    """
+    how = how or Filling()
     wanted = {names.key(caption): caption for caption in captions}
+    if how.use:
+        remember(how.use, list(wanted))
 
     def make(missing: Sequence[bytes]) -> Iterator[int]:
-        for key in missing:
-            (features,) = encode([wanted[key]])
-            cache.put(key, {name: stored(tensor, names.dtype) for name, tensor in features.items()})
-            yield 1
+        for start in range(0, len(missing), batch_size):
+            keys = missing[start : start + batch_size]
+            for key, features in zip(keys, encode([wanted[key] for key in keys]), strict=True):
+                cache.put(key, {name: stored(tensor, names.dtype) for name, tensor in features.items()})
+            yield len(keys)
 
-    return share_work(cache, list(wanted), make, rank=rank, processes=processes, progress=progress)
+    return share_work(cache, list(wanted), make, how)
 
 
 def share_work(
-    cache: TensorCache,
-    keys: Sequence[bytes],
-    make: Callable[[Sequence[bytes]], Iterator[int]],
-    *,
-    rank: int,
-    processes: int,
-    progress: Progress | None,
+    cache: TensorCache, keys: Sequence[bytes], make: Callable[[Sequence[bytes]], Iterator[int]], how: Filling
 ) -> Counts:
     """Make the missing entries, each process those that its rank falls to, and wait until the others have made theirs.
 
     Waiting looks at the store itself, so no collective call can time out; what a dead process owes is made here.
+    Processes that share a store all read every entry where it is checked, so that each knows what is to be made anew.
     """
+    keys = [key for key in keys if falls_to(key[:4], how.machine, how.machines)]
+    if how.check:
+        cache.store.check(keys)
     missing = cache.missing(keys)
-    alone = processes == 1 or not cache.store.shared
-    mine = missing if alone else [key for key in missing if int.from_bytes(key[-4:], "little") % processes == rank]
-    encoded = told(make(mine), len(mine), progress)
+    alone = how.processes == 1 or not cache.store.shared
+    mine = missing if alone else [key for key in missing if falls_to(key[-4:], how.rank, how.processes)]
+    encoded = counted(make(mine), len(mine), how.progress)
     left = [] if alone else absent(cache, missing)
     patience = time.monotonic() + PATIENCE
     while left:
         if time.monotonic() > patience:
-            encoded += told(make(left), len(left), progress)
+            encoded += counted(make(left), len(left), how.progress)
             break
         time.sleep(0.1)
         before, left = len(left), absent(cache, left)
@@ -148,13 +154,17 @@ def share_work(
     return Counts(found=len(keys) - len(missing), encoded=encoded)
 
 
+def falls_to(bits: bytes, part: int, parts: int) -> bool:
+    return int.from_bytes(bits, "little") % parts == part
+
+
 def absent(cache: TensorCache, keys: Sequence[bytes]) -> list[bytes]:
     """What is missing after a look at what other processes have put."""
     cache.store.refresh()
     return cache.missing(keys)
 
 
-def told(work: Iterator[int], total: int, progress: Progress | None) -> int:
+def counted(work: Iterator[int], total: int, progress: Progress | None) -> int:
     """Run the work and report it; the number of entries made."""
     done = 0
     for more in work:
@@ -180,11 +190,11 @@ def same_size(
 def decoded(
     batches: Iterator[list[tuple[bytes, Place]]], pool: ThreadPoolExecutor, workers: int
 ) -> Iterator[tuple[list[tuple[bytes, Place]], list[Pixels]]]:
-    """Each batch with its pixels; the next ones are decoded meanwhile, in the order given."""
+    """Each batch with its pixels; at least the next one is decoded meanwhile, in the order given."""
     waiting: deque[tuple[list[tuple[bytes, Place]], list[Future[Pixels]]]] = deque()
     while True:
         pending = sum(len(futures) for _, futures in waiting)
-        while not waiting or pending < 2 * max(workers, 1):
+        while len(waiting) < 2 or pending < 2 * max(workers, 1):
             batch = next(batches, None)
             if batch is None:
                 break
@@ -230,11 +240,15 @@ class ContentHashes:
         self.store = store
         self._known: dict[tuple[str, int, int], bytes] = {}
 
+    def key(self, picture: Picture) -> bytes:
+        """The name under which the hash is remembered."""
+        return key_of("content", picture.path, str(picture.bytes), str(picture.mtime_ns))
+
     def of(self, picture: Picture) -> bytes:
         """UserError where the file cannot be read."""
         facts = (picture.path, picture.bytes, picture.mtime_ns)
         if facts not in self._known:
-            name = key_of("content", *map(str, facts))
+            name = self.key(picture)
             remembered = self.store.get(name)
             if remembered is None:
                 remembered = content_hash(picture.read())
@@ -284,6 +298,19 @@ class Place(NamedTuple):
         """The same with the alpha channel, uint8 (H, W)."""
         path, size = self.picture.path, (self.picture.width, self.picture.height)
         return prepare_with_alpha(data, self.transform, size=size, path=path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filling:
+    """How the work of filling is shared, checked and told. Machines share no store and do not wait for each other."""
+
+    rank: int = 0
+    processes: int = 1  # of one machine, or of several with a common store
+    machine: int = 0
+    machines: int = 1
+    check: bool = False  # whether what is there is read once, and made anew where it is damaged
+    use: Use | None = None  # what the entries are for, remembered so that pruning keeps them
+    progress: Progress | None = None
 
 
 class Counts(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +19,7 @@ from sfumato.data.captions import process
 from sfumato.data.images import Pixels
 from sfumato.data.masks import MASK, MaskNames, MaskPlace, mask_of, reduced
 from sfumato.data.order import Order, PlannedBatch, PlannedStep, Sample
+from sfumato.data.variants import chosen
 from sfumato.errors import UserError
 from sfumato.seeds import python_random
 
@@ -30,7 +31,8 @@ class Loader:
 
     latents: where cached latents lie; without it batches carry pixels. names: by which entries are named, needed for
     the seeds of the posterior's noise in both cases. masks: the same for masks, which lie beside cached latents.
-    text: features of the encoders whose output is cached.
+    text: features of the encoders whose output is cached; variants: how many captions of each were cached where options
+    change them, 0 to make a new one at every step.
     text_dropout: text encoder -> chance of a sample to do without it.
     workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
     """
@@ -44,6 +46,7 @@ class Loader:
         max_train_steps: int,
         latents: TensorCache | None = None,
         text: Mapping[str, TextFeatures] | None = None,
+        variants: int = 0,
         text_dropout: Mapping[str, float] | None = None,
         workers: int = 2,
     ) -> None:
@@ -54,6 +57,7 @@ class Loader:
         self.max_train_steps = max_train_steps
         self.latents = latents
         self.text = dict(text or {})
+        self.variants = variants
         self.text_dropout = dict(text_dropout or {})
         self.workers = workers
 
@@ -121,24 +125,30 @@ class Loader:
         settings, item, seed = sample.subset.settings, sample.item, self.order.seed
         rules = settings.images
         transform = item.drawn(rules, lambda purpose: python_random(seed, purpose, sample.id))
-        caption = process(
-            item.picture.caption,
-            settings.rules,
-            python_random(seed, "caption", sample.id),
-            epoch=step.epoch + 1,
-            step=step.index,
-            max_train_steps=self.max_train_steps,
-        )
         place, masked = Place(item.picture, transform), mask_of(item, rules, transform)
         shown = self._cached(place, masked) if self.latents else self._decoded(place, masked)
         original, crop = size_conditioning(item.size, transform, whole_size=rules.whole_size)
         control = None if rules.masked_loss or item.conditioning is None else item.conditioning
         return Prepared(
-            caption=caption,
+            caption=self._caption(step, sample),
             shown=shown,
             control=None if control is None else Place(control, transform.geometry).pixels(),
             original=original,
             crop=crop,
+        )
+
+    def _caption(self, step: PlannedStep, sample: Sample) -> str:
+        """A function of the seed and the sample's id, and of the step where the caption warms up."""
+        text, rules, seed = sample.item.picture.caption, sample.subset.settings.rules, self.order.seed
+        if self.variants:
+            return chosen(text, rules, variants=self.variants, seed=seed, sample=sample.id, epoch=step.epoch + 1)
+        return process(
+            text,
+            rules,
+            python_random(seed, "caption", sample.id),
+            epoch=step.epoch + 1,
+            step=step.index,
+            max_train_steps=self.max_train_steps,
         )
 
     def _cached(self, place: Place, masked: MaskPlace | None) -> Shown:
@@ -196,10 +206,11 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class TextFeatures:
-    """The cached output of one text encoder."""
+    """The cached output of one text encoder. `rewrite`: what the training method makes of a caption beforehand."""
 
     cache: TensorCache
     names: TextNames
+    rewrite: Callable[[str], str] = str
 
     def stacked(self, captions: Sequence[str]) -> Tensors:
         """Each feature of the captions, padded to the longest; UserError where one is missing."""
@@ -207,7 +218,7 @@ class TextFeatures:
         return {name: pad_stack([features[name] for features in each]) for name in each[0]}
 
     def _of(self, caption: str) -> Tensors:
-        features = self.cache.get(self.names.key(caption))
+        features = self.cache.get(self.names.key(self.rewrite(caption)))
         if features is None:
             fix = "start again; they are made anew"
             raise UserError(f"the cached text features of {caption[:60]!r} cannot be read", fix=fix)

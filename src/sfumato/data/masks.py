@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sfumato.data.augment import ImageRules
-from sfumato.data.cache import ContentHashes, Counts, Progress, TensorCache, key_of, share_work
+from sfumato.data.cache import ContentHashes, Counts, Filling, TensorCache, key_of, share_work
 from sfumato.data.images import Plane, Transform, content_hash, prepare_red, prepare_with_alpha
 from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan, Item
+from sfumato.data.uses import remember
 
 MASK = "mask"
 AT_ONCE = 64  # masks made between two looks at the store
@@ -53,13 +54,14 @@ def fill_masks(
     places: Sequence[MaskPlace],
     *,
     workers: int = 2,
-    rank: int = 0,
-    processes: int = 1,
-    progress: Progress | None = None,
+    how: Filling | None = None,
 ) -> Counts:
     """Make what is missing, shared among processes like latents. UserError names a file that cannot be read."""
+    how = how or Filling()
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-masks") as pool:
         wanted = dict(zip(pool.map(names.key, places), places, strict=True))
+        if how.use:
+            remember(how.use, [*wanted, *{names.hashes.key(place.picture) for place in places}])
 
         def make(missing: Sequence[bytes]) -> Iterator[int]:
             for start in range(0, len(missing), AT_ONCE):
@@ -69,7 +71,7 @@ def fill_masks(
                     cache.put(key, {MASK: reduced(plane, names.downscale)})
                 yield len(keys)
 
-        return share_work(cache, list(wanted), make, rank=rank, processes=processes, progress=progress)
+        return share_work(cache, list(wanted), make, how)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,12 @@ import logging
 import os
 import sqlite3
 import struct
+import sys
 import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -31,6 +33,8 @@ CHECK = struct.Struct("<I")  # CRC-32 of the header
 BEFORE = HEADER.size + CHECK.size  # bytes before the content
 SHARD = 4 << 30  # bytes after which a writer begins a new shard
 COMMIT = 1000  # records after which a writer tells the index
+STRETCH = 1 << 20  # bytes looked through at a time for the next whole header
+READERS = 4  # threads that check records
 
 SCHEMA = """
 create table if not exists shards (id integer primary key, name text unique, scanned integer, torn integer);
@@ -60,6 +64,9 @@ class MemoryStore:
     def missing(self, keys: Iterable[bytes]) -> list[bytes]:
         return [key for key in keys if key not in self._content]
 
+    def check(self, keys: Iterable[bytes]) -> None:
+        """Nothing: memory is not damaged."""
+
     def refresh(self) -> None:
         """Nothing: no other process adds to it."""
 
@@ -86,6 +93,8 @@ class DiskStore:
         except OSError as error:
             fix = "give a writable --cache_dir"
             raise UserError(f"cannot make the cache folder {self.shards} ({error.strerror})", fix=fix) from error
+        self._use = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | BINARY, 0o666)
+        hold(self._use, alone=False)
         self._index = open_index(folder / "index.sqlite")
         self.refresh()
 
@@ -118,6 +127,14 @@ class DiskStore:
         with self._lock:
             return [key for key in keys if not self._places(key)]
 
+    def check(self, keys: Iterable[bytes]) -> None:
+        """Read the records of these keys, in their order on disk; those that are damaged are misses from now on."""
+        with self._lock:
+            found = sorted((place, key) for key in keys for place in self._places(key)[:1])
+        with ThreadPoolExecutor(READERS, thread_name_prefix="sfumato-check") as pool:
+            for _ in pool.map(lambda pair: self.get(pair[1]), found):
+                pass
+
     def refresh(self) -> None:
         """Take in what other processes have appended, and what a killed one left behind."""
         with self._lock:
@@ -141,6 +158,18 @@ class DiskStore:
                 os.close(descriptor)
             self._files.clear()
             self._index.close()
+            os.close(self._use)
+
+    def alone(self) -> bool:
+        """Whether no other program has the store open, and none can open it until this one closes it."""
+        return hold(self._use, alone=True)
+
+    def forget_shard(self, name: str) -> None:
+        """Let go of a shard that is about to be deleted."""
+        with self._lock:
+            self.flush()
+            if name in self._files:
+                os.close(self._files.pop(name))
 
     def _places(self, key: bytes) -> list[Place]:
         with self._lock:
@@ -264,6 +293,10 @@ class Writer:
         self.end += len(record)
         return place
 
+    def sync(self) -> None:
+        """Make what was written durable."""
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
         os.close(self._descriptor)
 
@@ -293,14 +326,35 @@ def parsed(data: bytes) -> Header | None:
 
 
 def records(descriptor: int, start: int, size: int, lock: threading.RLock) -> Iterator[tuple[Header, int]]:
-    """The whole records from `start` on; stops at the first that is torn. Contents are not read."""
+    """The whole records from `start` on, without their contents; a damaged header costs one record, not the rest.
+
+    Stops at a record that is torn: what follows it is not there yet, or never will be.
+    """
     offset = start
     while offset + BEFORE <= size:
         header = parsed(read_at(descriptor, offset, BEFORE, lock))
-        if header is None or offset + BEFORE + header.length > size:
+        if header is None:
+            following = next_header(descriptor, offset + 1, size, lock)
+            if following is None:
+                return
+            offset = following
+            continue
+        if offset + BEFORE + header.length > size:
             return
         yield header, offset
         offset += BEFORE + header.length
+
+
+def next_header(descriptor: int, start: int, size: int, lock: threading.RLock) -> int | None:
+    """Where the next whole header begins."""
+    for offset in range(start, size - BEFORE + 1, STRETCH):
+        data = read_at(descriptor, offset, min(STRETCH + BEFORE, size - offset), lock)
+        place = data.find(MAGIC)
+        while 0 <= place < STRETCH:
+            if parsed(data[place : place + BEFORE]) is not None:
+                return offset + place
+            place = data.find(MAGIC, place + 1)
+    return None
 
 
 def read_at(descriptor: int, offset: int, count: int, lock: threading.RLock) -> bytes:
@@ -310,6 +364,24 @@ def read_at(descriptor: int, offset: int, count: int, lock: threading.RLock) -> 
     with lock:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, count)
+
+
+def hold(descriptor: int, *, alone: bool) -> bool:
+    """Hold a file together with others, or alone; False where others hold it. The system lets go when a process ends.
+
+    Where a file system knows no locks, or the system is Windows, nothing is held and the answer is True.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True
 
 
 def open_index(path: Path | None) -> sqlite3.Connection:

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
 
 from sfumato.config import Config
-from sfumato.data.captions import process
 from sfumato.data.checks import check_pictures, masked
 from sfumato.data.index import default_cache_dir
 from sfumato.data.pairs import refuse_spare, with_conditioning
@@ -25,6 +23,7 @@ from sfumato.data.settings import DatasetSettings, SubsetSettings, dataset_setti
 from sfumato.data.shards import are_shards
 from sfumato.data.sources import pictures_of
 from sfumato.data.split import halves, refuse_overlap
+from sfumato.data.variants import refuse_varying, told
 from sfumato.errors import Problems, UserError
 
 
@@ -73,6 +72,10 @@ def find_data(
     if not problems.found and config.changed("prior_loss_weight") and plan.num_reg_images == 0:
         report.no_effect("--prior_loss_weight has no effect: there are no regularisation images")
     check_pictures(plan, masked_loss=config.images.masked_loss, control=control, report=report)
+    if config.cache.cache_text_encoder_outputs:
+        refuse_varying(plan, problems, variants=config.cache.text_cache_variants)
+        for line in told(plan, variants=config.cache.text_cache_variants):
+            report.note(line)
     return replace(plan, notes=tuple(report.notes))
 
 
@@ -181,29 +184,6 @@ def shares(groups: Sequence[tuple[int, int]], wanted: int) -> list[tuple[int, ..
         found[: more % len(own)] += 1
     parts = np.split(found, np.cumsum([images for _, images in groups])[:-1]) if groups else []
     return [tuple(part.tolist()) for part in parts]
-
-
-def captions_to_cache(plan: DataPlan, problems: Problems) -> list[str]:
-    """Every caption that training will encode, so that a text encoder's output can be cached; in order, once each.
-
-    Options that make ever new captions are a fault, each named with its subset.
-    """
-    found: dict[str, None] = {}
-    for subset in {id(subset): subset for _, subset, _ in plan.used()}.values():
-        rules = subset.settings.rules
-        for name in rules.varying:
-            problems.add(
-                f"{subset.settings.where}: {name} makes ever new captions, but a cache of text keeps one of each",
-                fix=f"leave out {name} or the cache",
-            )
-        if rules.varying:
-            continue
-        if rules.drops:
-            found[""] = None
-        plain = replace(rules, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
-        for caption in subset.items.pictures.captions:
-            found[process(caption, plain, Random(0), epoch=1, step=0, max_train_steps=1)] = None
-    return list(found)
 
 
 def table(plan: DataPlan, *, accumulation: int = 1) -> list[tuple[str, str, str]]:

@@ -84,6 +84,8 @@ def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
         **facts.family,
         **facts.method,
     }
+    if config.cache.cache_text_encoder_outputs and config.cache.text_cache_variants > 1:
+        values["ss_text_cache_variants"] = config.cache.text_cache_variants
     return {name: json.dumps(value) if name in TABLES else str(value) for name, value in values.items()}
 
 
