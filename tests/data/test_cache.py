@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,19 @@ def test_batches_are_full_where_buckets_allow(find, pictures, tmp_path, disk):
     assert counting.batches == [8, 2, 8, 1]
 
 
+def test_eight_are_asked_for_and_nearly_eight_reached(find, pictures, tmp_path, disk):
+    """Forty pictures of five shapes and their mirror images: as few batches as there can be."""
+    for i, size in enumerate([(64, 64), (96, 64), (64, 96), (128, 64), (64, 128)]):
+        pictures(tmp_path / "t" / f"1_{i}", 8, size=size, seed=i)
+    argv = ("--enable_bucket", "--min_bucket_reso", 64, "--max_bucket_reso", 256, "--resolution", 128)
+    plan = find("--train_data_dir", tmp_path / "t", *argv, "--bucket_reso_steps", 32, "--flip_aug", bucket_step=32)
+    counting = Counting()
+    disk(plan, batch_size=8, encode=counting)
+    sizes = Counter(place.transform.bucket for place in latent_places(plan))
+    assert len(counting.batches) == sum(-(-count // 8) for count in sizes.values())
+    assert sum(counting.batches) / len(counting.batches) >= 7
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_workers_change_nothing(plan, tmp_path, workers):
     one = Disk(tmp_path / "one")(plan(), batch_size=2, workers=workers)[1]
@@ -236,6 +251,24 @@ def test_text_is_encoded_once_for_each_caption(tmp_path):
         assert entry is not None
         assert all(torch.equal(entry[name], tensor) for name, tensor in features(caption).items())
         assert entry["mask"].dtype == torch.bool
+
+
+def test_captions_may_be_encoded_together(tmp_path):
+    class Together(Encoder):
+        def __call__(self, captions):
+            self.batches = [*self.batches, len(captions)]
+            return [features(caption) for caption in captions]
+
+        batches: list[int] = []  # noqa: RUF012
+
+    cache, encoder = TensorCache(DiskStore(tmp_path)), Together()
+    names = TextNames(fingerprint="clip")
+    captions = [f"a cat {i}" for i in range(7)]
+    assert fill_text(cache, names, captions, encoder, batch_size=3) == (0, 7)
+    assert encoder.batches == [3, 3, 1]
+    assert all(
+        torch.equal(cache.get(names.key(caption))["hidden"], features(caption)["hidden"]) for caption in captions
+    )
 
 
 def test_one_letter_or_another_encoder_makes_new_text(tmp_path):
@@ -307,13 +340,71 @@ def test_an_entry_that_breaks_is_made_anew(plan, disk, tmp_path, caplog):
     data = bytearray(shard.read_bytes())
     data[-100] ^= 255  # in the last record's content
     shard.write_bytes(data)
-    counts, found = disk(plan(), dtype=torch.float32)
+    counts, found = disk(plan())
     assert counts == (6, 0)  # only reading finds it
     assert sum(tensors is None for tensors in found.values()) == 1
     assert "is damaged and not used" in caplog.text
     counts, found = disk(plan())
     assert counts == (5, 1)
     assert all(tensors is not None for tensors in found.values())
+
+
+def test_a_check_reads_everything_once_and_heals_what_is_damaged(plan, disk, tmp_path, caplog):
+    disk(plan())
+    (shard,) = (tmp_path / "latents" / "shards").iterdir()
+    data = bytearray(shard.read_bytes())
+    places = [i for i in range(len(data)) if data.startswith(b"sfR1", i)]
+    for place in places[1::4]:  # a bit of every fourth record's content
+        data[place + 60] ^= 16
+    shard.write_bytes(data)
+    before = disk(plan())[0]
+    assert before.encoded == 0
+    damaged = [place for place in places[1::4] if b'"latents"' in data[place : place + 200]]
+    for path in (tmp_path / "latents").glob("index*"):
+        path.unlink()
+    counts, found = disk(plan(), check=True)
+    assert counts == (6 - len(damaged), len(damaged))
+    assert 0 < len(damaged) < 6
+    assert all(tensors is not None for tensors in found.values())
+    assert disk(plan(), check=True)[0] == (6, 0)
+
+
+def test_machines_share_the_work_without_waiting(plan, tmp_path):
+    """Each machine makes its own part in a cache of its own; the shards together are the whole."""
+    whole = Disk(tmp_path / "whole")(plan("--flip_aug"))[1]
+    counts = [Disk(tmp_path / f"m{i}")(plan("--flip_aug"), machine=i, machines=3)[0] for i in range(3)]
+    assert sum(each.encoded for each in counts) == 12
+    assert all(0 < each.encoded < 12 for each in counts)
+    shards = tmp_path / "together" / "shards"
+    shards.mkdir(parents=True)
+    for i in range(3):
+        for shard in (tmp_path / f"m{i}" / "shards").iterdir():
+            (shards / shard.name).write_bytes(shard.read_bytes())
+    counts, found = Disk(tmp_path / "together")(plan("--flip_aug"))
+    assert counts == (12, 0)
+    assert all(torch.equal(found[place][LATENTS], whole[place][LATENTS]) for place in whole)
+
+
+def test_images_are_decoded_while_the_encoder_works(plan, disk, monkeypatch):
+    """The encoder of one batch waits until an image of the next has been read, which would hang if it came after."""
+    decoded, waits = [], []
+    original = cache_module.prepare
+
+    def prepare(data, transform, *, size, path):
+        decoded.append(path)
+        return original(data, transform, size=size, path=path)
+
+    def encode_slowly(pixels, seeds):
+        made = 2 * (len(waits) + 1)
+        until = time.monotonic() + 10
+        while len(decoded) < min(made + 1, 6) and time.monotonic() < until:
+            time.sleep(0.005)
+        waits.append(time.monotonic() < until)
+        return encode(pixels, seeds)
+
+    monkeypatch.setattr(cache_module, "prepare", prepare)
+    disk(plan(), batch_size=2, workers=1, encode=encode_slowly)
+    assert waits == [True, True, True]
 
 
 def test_seeds_are_whole_numbers_that_a_generator_takes():
