@@ -94,8 +94,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "sdxl_train_control_net",
     "sdxl_train_control_net_lllite",
     "sdxl_train_textual_inversion",
-    "tools/cache_latents",
-    "tools/cache_text_encoder_outputs",
     "tools/canny",
     "tools/convert_diffusers20_original_sd",
     "tools/convert_diffusers_to_flux",

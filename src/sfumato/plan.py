@@ -165,12 +165,17 @@ def shown(value: object) -> str:
     return str(value)
 
 
-def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
-    """The dataset table, buckets, batches, steps, and what was noticed on the way."""
+def dataset_lines(config: Config, data: DataPlan) -> Iterator[str]:
+    """The dataset table: subsets, buckets, batches."""
     rows = table(data, accumulation=config.loop.gradient_accumulation_steps)
     for group, members in groupby(rows, key=lambda row: row[0]):
         yield group
         yield from (f"  {name:<32} {value}" for _, name, value in members)
+
+
+def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
+    """The dataset table, steps, and what was noticed on the way."""
+    yield from dataset_lines(config, data)
     if data.batches_per_epoch:
         total = total_steps(config, data)
         epochs = -(-total // data.steps_per_epoch(config.loop.gradient_accumulation_steps))

@@ -74,7 +74,7 @@ def counted(folder: Path, *, read: bool = True) -> dict[str, int]:
 def pruned(folder: Path, **options) -> int:
     keys = needed(still_current(known_uses(folder), **options))
     store = DiskStore(folder)
-    freed = prune(store, lambda record: record.key in keys)
+    freed = prune(store, list(survey(store, read=True)), lambda record: record.key in keys)
     store.close()
     return freed
 
@@ -188,10 +188,10 @@ def test_a_cache_in_use_is_left_alone(filled):
     before = shard_of(folder).read_bytes()
     store = DiskStore(folder)
     with pytest.raises(UserError, match="is in use by another program"):
-        prune(store, lambda record: False)
+        prune(store, list(survey(store, read=True)), lambda record: False)
     assert shard_of(folder).read_bytes() == before
     other.close()
-    prune(store, lambda record: False)
+    prune(store, list(survey(store, read=True)), lambda record: False)
     assert not list((folder / "shards").iterdir())
 
 
@@ -209,7 +209,7 @@ def test_a_full_disk_while_pruning_loses_nothing(filled, monkeypatch):
     monkeypatch.setattr(store_module.os, "write", write)
     store = DiskStore(folder)
     with pytest.raises(UserError, match="No space left on device"):
-        prune(store, lambda record: record.kind == LATENTS)
+        prune(store, list(survey(store, read=True)), lambda record: record.kind == LATENTS)
     monkeypatch.undo()
     store.close()
     assert shard_of(folder).read_bytes() == before
@@ -233,7 +233,7 @@ def test_a_kill_while_pruning_loses_nothing(filled, monkeypatch):
 
     monkeypatch.setattr(upkeep.Writer, "append", append)
     store = DiskStore(folder)
-    prune(store, lambda record: record.kind == LATENTS)
+    prune(store, list(survey(store, read=True)), lambda record: record.kind == LATENTS)
     store.close()
     assert states == [4] * 4
     assert counted(folder) == {LATENTS: 4}

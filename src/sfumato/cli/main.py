@@ -94,6 +94,13 @@ def run_report(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def dataset(argv: Sequence[str]) -> int:
+    """Look into a dataset, fill its caches, look after them."""
+    from sfumato.cli.dataset import main as run
+
+    return run(argv)
+
+
 def toy(argv: Sequence[str]) -> int:
     """Make a toy model and pictures to try things on."""
     from sfumato.demo.toy import main as run
@@ -109,8 +116,13 @@ def demo(argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "train": train, "plan": plan, "report": run_report, "toy": toy, "demo": demo,
-}  # fmt: skip
+    "train": train,
+    "plan": plan,
+    "dataset": dataset,
+    "report": run_report,
+    "toy": toy,
+    "demo": demo,
+}
 
 
 def configured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,12 +24,17 @@ PERIODS = ("sample_every_n_steps", "sample_every_n_epochs")  # zero and below me
 
 
 def load_config(
-    argv: Sequence[str], *, defaults: Mapping[str, Any] = NOTHING, absent: Mapping[str, str] = NOTHING
+    argv: Sequence[str],
+    *,
+    defaults: Mapping[str, Any] = NOTHING,
+    absent: Mapping[str, str] = NOTHING,
+    without: Collection[str] = (),
 ) -> Config:
     """Read and check everything that a run was asked for; imports no torch and reads no model or image.
 
     Precedence: command line, then --config_file, then `defaults` (a launcher's), then the built-in defaults.
     absent: options that the calling script does not have, each with the reason told to the user.
+    without: names of rules that do not hold for the calling command.
     Raises one UserError, or SeveralErrors for all faults together: unknown, mistyped, wrong or missing values,
     missing files, options that are not available yet, and options that contradict each other.
     """
@@ -58,7 +63,7 @@ def load_config(
     config = build(values, sources, notes)
     missing_yet_allowed = {"config_file"}  # told when it was read; with --output_config it must not exist
     check_paths(config, suspects | missing_yet_allowed, lambda name: places.get(name, f"--{name}"), problems)
-    config = check_rules(config, suspects, problems)
+    config = check_rules(config, suspects, problems, without)
     problems.raise_all()
     return config
 
@@ -122,7 +127,7 @@ def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problem
     return refused
 
 
-def check_rules(config: Config, suspects: set[str], problems: Problems) -> Config:
+def check_rules(config: Config, suspects: set[str], problems: Problems, without: Collection[str]) -> Config:
     """Apply the rules between options; gives the config with the notes that they add."""
     notes = list(config.notes)
 
@@ -136,6 +141,8 @@ def check_rules(config: Config, suspects: set[str], problems: Problems) -> Confi
         if option.facts.no_effect and config.changed(option.name):
             tell(f"--{option.name} has no effect: {option.facts.no_effect}")
     for rule in broken_rules(config, suspects):
+        if rule.name in without:
+            continue
         if rule.kind == "no effect":
             tell(rule.what, rule.fix)
         elif rule.kind == "note":

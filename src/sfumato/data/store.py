@@ -94,7 +94,9 @@ class DiskStore:
             fix = "give a writable --cache_dir"
             raise UserError(f"cannot make the cache folder {self.shards} ({error.strerror})", fix=fix) from error
         self._use = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | BINARY, 0o666)
-        hold(self._use, alone=False)
+        if not hold(self._use, alone=False, wait=False):
+            log.warning("waiting for another program, which is pruning the cache %s", folder)
+            hold(self._use, alone=False, wait=True)
         self._index = open_index(folder / "index.sqlite")
         self.refresh()
 
@@ -162,7 +164,7 @@ class DiskStore:
 
     def alone(self) -> bool:
         """Whether no other program has the store open, and none can open it until this one closes it."""
-        return hold(self._use, alone=True)
+        return hold(self._use, alone=True, wait=False)
 
     def forget_shard(self, name: str) -> None:
         """Let go of a shard that is about to be deleted."""
@@ -366,8 +368,8 @@ def read_at(descriptor: int, offset: int, count: int, lock: threading.RLock) -> 
         return os.read(descriptor, count)
 
 
-def hold(descriptor: int, *, alone: bool) -> bool:
-    """Hold a file together with others, or alone; False where others hold it. The system lets go when a process ends.
+def hold(descriptor: int, *, alone: bool, wait: bool) -> bool:
+    """Hold a file together with others, or alone; False where it cannot be had. Let go of when the process ends.
 
     Where a file system knows no locks, or the system is Windows, nothing is held and the answer is True.
     """
@@ -376,7 +378,7 @@ def hold(descriptor: int, *, alone: bool) -> bool:
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError:  # no locks here

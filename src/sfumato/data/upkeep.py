@@ -7,7 +7,7 @@ import os
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -79,29 +79,32 @@ def whole(content: bytes, crc: int, kind: str) -> bool:
     return True
 
 
-def prune(store: DiskStore, keep: Callable[[Record], bool]) -> int:
-    """Rewrite the shards without the records that are not to be kept; gives the bytes set free.
+def prune(store: DiskStore, found: Iterable[Record], keep: Callable[[Record], bool]) -> int:
+    """Rewrite the shards without the records, of those that `survey` read, not to be kept; gives the bytes set free.
 
     Only where no other program has the store open: UserError. What is kept is on disk in its new place before the old
     shard goes, so a kill at any moment loses nothing.
     """
-    if not store.alone():
-        raise UserError(f"the cache {store.folder} is in use by another program", fix="prune when that has ended")
+    refuse_in_use(store)
     by_shard: dict[str, list[Record]] = {name: [] for name in shard_names(store)}
-    kept: dict[str, list[Record]] = {name: [] for name in by_shard}
-    for record in survey(store, read=True):
+    for record in found:
         by_shard[record.place.shard].append(record)
-        if record.kind in KEPT and keep(record):
-            kept[record.place.shard].append(record)
     freed = 0
-    for name, found in by_shard.items():
-        if len(kept[name]) < len(found) or not found:
+    for name, lying in by_shard.items():
+        kept = [record for record in lying if record.kind in KEPT and keep(record)]
+        if len(kept) < len(lying) or not lying:
             size = (store.shards / name).stat().st_size
-            freed += size - (moved(store, name, kept[name]) if kept[name] else 0)
+            freed += size - (moved(store, name, kept) if kept else 0)
             store.forget_shard(name)
             (store.shards / name).unlink()
     store.refresh()
     return freed
+
+
+def refuse_in_use(store: DiskStore) -> None:
+    """From here on no other program can open the store until this one closes it; UserError where one has it open."""
+    if not store.alone():
+        raise UserError(f"the cache {store.folder} is in use by another program", fix="prune when that has ended")
 
 
 def moved(store: DiskStore, name: str, kept: list[Record]) -> int:
@@ -125,7 +128,7 @@ def needed(uses: Collection[KnownUse]) -> frozenset[bytes]:
     return frozenset().union(*(use.keys for use in uses))
 
 
-def tally(found: Iterator[Record]) -> dict[str, Amount]:
+def tally(found: Iterable[Record]) -> dict[str, Amount]:
     """Records and bytes by kind."""
     counts, sizes = Counter[str](), Counter[str]()
     for record in found:

@@ -1,0 +1,4 @@
+"""Fills the cache of text encoder outputs without training; runs from a checkout without installing, too."""
+
+import os, sys; sys.path.insert(0, os.path.abspath(__file__ + "/../../../src"))  # fmt: skip
+from sfumato.compat.launch import launch; launch(__name__, "tools/cache_text_encoder_outputs")  # fmt: skip
