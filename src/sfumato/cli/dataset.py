@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
@@ -29,6 +30,19 @@ Fills the caches of latents and of text without training, and looks after them. 
 give those of the training, --mixed_precision above all, since an entry is made for the weights as they are loaded.
 Both caches are filled unless --cache_latents or --cache_text_encoder_outputs names one. Several processes share the
 work. Machines with caches of their own make a part each: copy all their files of `shards` into one folder.
+
+"""
+
+INSPECT_WORDS = {
+    "--html": "FILE  write a page with pictures as the model sees them; it needs no other file",
+    "--pictures": "N  how many of each folder the page shows [default: 48]",
+    "--headers_only": "do not decode every picture, which finds damage but takes a while for many",
+}
+INSPECT_HELP = """usage: sfumato dataset inspect FOLDER|FILE.toml [--option value ...]
+
+Says of each folder how many images, captions and tags there are, which files are damaged or have no caption, which
+captions are cut, and how pictures fall into buckets. Changes nothing. Takes the options of `sfumato train` about data,
+--resolution above all; --tokenizer or a model's folder counts that model's tokens, CLIP's are counted without.
 
 """
 
@@ -65,6 +79,45 @@ def cache(argv: Sequence[str], *, kinds: Sequence[str] = (), defaults: Mapping[s
         None: fill,
     }
     return guarded(run[task], debug=config.log.debug)
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Say what is in a dataset and what training would refuse, as text and as a page."""
+    if any(word in HELP for word in argv):
+        print(INSPECT_HELP + "\n".join(f"  {word:<16}{text}" for word, text in INSPECT_WORDS.items()))
+        return 0
+    words, rest = own_words(argv, INSPECT_WORDS, ("--html", "--pictures"))
+    count = words.get("--pictures", "48")
+    if not re.fullmatch(r"\d+", count):
+        raise UserError(f"--pictures: {count!r} is not a number", fix="as --pictures 100")
+    config = inspect_config(rest)
+    from sfumato.cli.main import guarded
+    from sfumato.tools.dataset_inspect import inspect_dataset
+
+    def run() -> None:
+        inspect_dataset(
+            config,
+            html=Path(words["--html"]) if "--html" in words else None,
+            pictures=int(count),
+            decoding="--headers_only" not in words,
+        )
+
+    return guarded(run, debug=config.log.debug)
+
+
+def inspect_config(argv: Sequence[str]) -> Config:
+    """The options; a folder may stand in the place of --train_data_dir, and a size is assumed where none is given."""
+    from sfumato.config import load_config
+
+    words = ["--train_data_dir", *argv] if argv and not argv[0].startswith("-") else list(argv)
+    if len(words) == len(argv) + 1 and words[1].endswith((".toml", ".json")):
+        words[0] = "--dataset_config"
+    without = ("model", "output", "resolution")
+    config = load_config(words, without=without)
+    if config.dataset.dataset_config is None and config.buckets.resolution is None:
+        print("no --resolution given: buckets are those of 1024")
+        return load_config(words, defaults={"resolution": (1024, 1024), "enable_bucket": True}, without=without)
+    return config
 
 
 def chosen_task(words: Mapping[str, str]) -> str | None:
@@ -132,4 +185,4 @@ def own_words(
     return words, rest
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"cache": cache}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"inspect": inspect, "cache": cache}

@@ -72,6 +72,10 @@ def train(
     config = configured(argv, program=program, summary=summary, defaults=defaults, absent=absent)
     if config is None:
         return 0
+    if config.dataset.debug_dataset:
+        from sfumato.tools.dataset_inspect import show_dataset
+
+        return guarded(lambda: show_dataset(config), debug=config.log.debug)
     from sfumato.train import train as run
 
     return guarded(lambda: run(config), debug=config.log.debug)

@@ -38,7 +38,7 @@ class DatasetOptions(Options):
     conditioning_data_dir: FilePath | None = option(
         None, "folder of mask or control images, one of the same name for each image", path="folder"
     )
-    debug_dataset: bool = option(False, "show what training would see, and stop", planned="the data tools")
+    debug_dataset: bool = option(False, "show what training would see, and stop; writes a page into --output_dir")
 
 
 class BucketOptions(Options):

@@ -1,0 +1,197 @@
+"""A dataset looked at more closely than at every start: each file decoded, each caption counted. Writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sfumato.data.buckets import Size
+from sfumato.data.describe import tags
+from sfumato.data.emphasis import parse, plain
+from sfumato.data.folders import IMAGE_ENDINGS
+from sfumato.data.headers import header_of
+from sfumato.data.images import decode, read
+from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
+from sfumato.data.variants import variant
+from sfumato.errors import UserError
+
+ENDINGS = (".txt", ".caption", ".json")  # of caption files, besides the configured one
+COMMON_TAGS = 40
+
+CountTokens = Callable[[Sequence[str]], list[int]]  # captions -> tokens of each, begin and end not counted
+Progress = Callable[[int, int], None]
+
+
+def inspect(
+    plan: DataPlan,
+    tokenizers: Mapping[str, tuple[CountTokens, int]],
+    *,
+    weighted: bool = False,
+    decoding: bool = True,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> list[DatasetFindings]:
+    """What there is in every dataset of a plan that was made with faults left out.
+
+    tokenizers: name -> how tokens are counted, and how many the model takes. weighted: brackets in captions are no
+    words. decoding: read every picture to its last byte, not only its header.
+    """
+    used = [item.picture.path for _, _, item in plan.used()]
+    broken = undecodable(used, workers, progress) if decoding else {}
+    known = set(used)
+    return [
+        DatasetFindings(
+            name=f"dataset {i}" if len(plan.datasets) > 1 else "dataset",
+            plan=dataset,
+            subsets=[of_subset(subset, tokenizers, broken, known, weighted=weighted) for subset in dataset.subsets],
+            enlarged=enlarged(dataset),
+        )
+        for i, dataset in enumerate(plan.datasets, 1)
+    ]
+
+
+def of_subset(
+    subset: SubsetPlan,
+    tokenizers: Mapping[str, tuple[CountTokens, int]],
+    broken: Mapping[str, str],
+    known: set[str],
+    *,
+    weighted: bool,
+) -> SubsetFindings:
+    items = list(subset.items)
+    paths = [item.picture.path for item in items]
+    damaged = {path: broken[path] for path in paths if path in broken}
+    captions = [longest_form(item, subset, weighted=weighted) for item in items]
+    frequencies = Counter(tags(subset))
+    return SubsetFindings(
+        plan=subset,
+        no_images=dict(left_out(subset, known)),
+        damaged=damaged,
+        endings=caption_endings(paths, subset.settings.caption_extension),
+        empty=[item.picture.path for item in items if not item.picture.caption],
+        class_tokens=sum(1 for item in items if item.picture.caption == subset.settings.class_tokens),
+        tags=frequencies.most_common(COMMON_TAGS),
+        distinct_tags=len(frequencies),
+        tokens={name: counted(captions, count, limit) for name, (count, limit) in tokenizers.items() if captions},
+    )
+
+
+def left_out(subset: SubsetPlan, known: set[str]) -> Iterator[tuple[str, str]]:
+    """Image files of the subset's folder that are no images that can be trained on, each with the reason."""
+    folder = subset.settings.image_dir
+    if folder is None or not folder.is_dir():
+        return
+    root = os.path.abspath(folder)  # noqa: PTH100 -- as pictures are named
+    for name in sorted(os.listdir(root)):  # noqa: PTH208 -- names, not paths, for many thousands
+        path = os.path.join(root, name)  # noqa: PTH118
+        if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".") and path not in known:
+            try:
+                header_of(read(path), path)
+            except UserError as error:
+                yield path, reason(error, path)
+
+
+def undecodable(paths: Sequence[str], workers: int, progress: Progress | None) -> dict[str, str]:
+    """The pictures that cannot be decoded, each with the reason."""
+    distinct = list(dict.fromkeys(paths))
+
+    def look(path: str) -> str | None:
+        try:
+            decode(read(path), path)
+        except UserError as error:
+            return reason(error, path)
+        return None
+
+    found = {}
+    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-inspect") as pool:
+        for done, (path, why) in enumerate(zip(distinct, pool.map(look, distinct), strict=True), 1):
+            if why is not None:
+                found[path] = why
+            if progress is not None:
+                progress(done, len(distinct))
+    return found
+
+
+def reason(error: UserError, path: str) -> str:
+    return error.what.removeprefix(path).strip()
+
+
+def caption_endings(paths: Sequence[str], configured: str) -> dict[str, int]:
+    """How many pictures have a file of their own name with each ending beside them."""
+    wanted = list(dict.fromkeys((configured, *ENDINGS)))
+    beside: dict[str, set[str]] = {}
+    counts = dict.fromkeys(wanted, 0)
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in beside:
+            beside[folder] = {each.name for each in Path(folder).iterdir()} if Path(folder).is_dir() else set()
+        for ending in wanted:
+            counts[ending] += name[: name.rfind(".")] + ending in beside[folder]
+    return {ending: count for ending, count in counts.items() if count}
+
+
+def longest_form(item: Item, subset: SubsetPlan, *, weighted: bool) -> str:
+    """The caption with all its tags, prefix and suffix."""
+    never = {"shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0}
+    text = variant(item.picture.caption, replace(subset.settings.rules, **never), 0)
+    return plain(parse(text)) if weighted else text
+
+
+def counted(captions: Sequence[str], count: CountTokens, limit: int) -> Tokens:
+    lengths = count(captions)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    over = sum(length > limit for length in lengths)
+    return Tokens(limit=limit, over=over, longest=lengths[longest], caption=captions[longest])
+
+
+def enlarged(dataset: DatasetPlan) -> Counter[Size]:
+    """Images of each bucket that are made larger than they are."""
+    found: Counter[Size] = Counter()
+    for subset in dataset.subsets:
+        for item in subset.items:
+            (width, height), (old_width, old_height) = item.choice.resized, item.size
+            found[item.choice.bucket] += width > old_width or height > old_height
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """How captions fit one tokenizer."""
+
+    limit: int
+    over: int  # captions that are cut
+    longest: int
+    caption: str  # the longest one
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetFindings:
+    """One folder."""
+
+    plan: SubsetPlan
+    no_images: Mapping[str, str]  # files that look like images and cannot be trained on -> why
+    damaged: Mapping[str, str]  # pictures that have a header and cannot be decoded -> why
+    endings: Mapping[str, int]  # ending of caption files -> pictures that have one
+    empty: Sequence[str]  # pictures whose caption is empty
+    class_tokens: int  # pictures whose caption is the class tokens
+    tags: Sequence[tuple[str, int]]  # the most frequent
+    distinct_tags: int
+    tokens: Mapping[str, Tokens]
+
+    @property
+    def name(self) -> str:
+        return str(self.plan.settings.image_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFindings:
+    """Folders that share batches."""
+
+    name: str
+    plan: DatasetPlan
+    subsets: Sequence[SubsetFindings]
+    enlarged: Mapping[Size, int]

@@ -1,0 +1,204 @@
+"""A dataset as one page that needs no other file: faults, numbers, buckets, tags, and pictures after the crop."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from sfumato.data.inspect import DatasetFindings, SubsetFindings
+from sfumato.data.plans import DataPlan
+
+SIDE = 320  # longest side of a picture on the page, in pixels
+QUALITY = 78
+LISTED = 100  # files that a list names
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2126; --soft: #5d6670; --line: #dfe3e8; --paper: #fff; --card: #f6f7f9;
+  --mark: #3d6fb4; --bad: #b3261e; --bad-card: #fdeeed; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --soft: #9aa4af; --line: #333a42; --paper: #15181c;
+  --card: #1e2227; --mark: #7fabe6; --bad: #ff8a80; --bad-card: #3a2020; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 1rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; overflow-wrap: anywhere; }
+h4 { font-size: .95rem; margin: 1.5rem 0 .5rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; margin: 0; }
+.tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; display: flex;
+  flex-direction: column-reverse; justify-content: flex-end; }
+.tiles dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .tiles dt { color: var(--soft); }
+.faults { background: var(--bad-card); border-left: .25rem solid var(--bad); border-radius: .25rem;
+  padding: .75rem 1rem; margin: 1.25rem 0; overflow-wrap: anywhere; } .faults strong { color: var(--bad); }
+.faults ul { margin: .4rem 0 0; padding-left: 1.2rem; }
+.notes { color: var(--soft); padding-left: 1.2rem; overflow-wrap: anywhere; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: anywhere; }
+th { font-weight: 500; color: var(--soft); } tbody th { width: 13rem; }
+td.n, th.n { text-align: right; white-space: nowrap; } .bad { color: var(--bad); }
+td.bar { width: 40%; padding-right: 0; } td.bar span { display: block; height: .7rem; margin-top: .35rem;
+  border-radius: .2rem; background: var(--mark); min-width: 2px; }
+.tags { display: flex; flex-wrap: wrap; gap: .35rem; padding: 0; margin: 0; list-style: none; }
+.tags li { background: var(--card); border-radius: 1rem; padding: .1rem .65rem; overflow-wrap: anywhere; }
+.tags b { color: var(--soft); font-weight: 500; margin-left: .35rem; }
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1rem .9rem;
+  align-items: end; }
+figure { margin: 0; min-width: 0; align-self: start; } figure img { width: 100%; height: auto; max-height: 18rem;
+  object-fit: contain; object-position: left; border-radius: .3rem; display: block; }
+figcaption { font-size: .8rem; line-height: 1.35; margin-top: .3rem; overflow-wrap: anywhere; }
+figcaption span { color: var(--soft); display: block; } figcaption p { margin: .15rem 0 0; display: -webkit-box;
+  -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
+details { margin: 0; } details ul { margin: .2rem 0; padding-left: 1.4rem; } summary { cursor: pointer; }
+@media (max-width: 40rem) { body { padding: 1.25rem .9rem 3rem; } tbody th { width: 8rem; }
+  .sheet { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); } td.bar { width: 25%; } }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One picture of a sheet."""
+
+    picture: Image.Image
+    title: str
+    facts: str
+    caption: str
+
+
+def page(
+    plan: DataPlan,
+    found: Sequence[DatasetFindings],
+    sheets: Sequence[Sequence[Sequence[Shown]]],
+    *,
+    faults: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    samples: Sequence[Shown] = (),
+) -> str:
+    """The whole page. sheets: the pictures of each dataset's subsets. samples: what the first steps are trained on."""
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>Dataset</title><style>{STYLE}</style></head><body><h1>Dataset</h1>",
+        *overview(plan, found),
+        *fault_list(faults),
+    ]
+    if notes:
+        parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
+    for dataset, subsets in zip(found, sheets, strict=True):
+        parts += of_dataset(dataset, alone=len(found) == 1)
+        for subset, pictures in zip(dataset.subsets, subsets, strict=True):
+            parts += of_subset(subset, pictures)
+    if samples:
+        parts.append("<h2>What the first steps are trained on</h2>")
+        parts += sheet(samples)
+    return "\n".join([*parts, "</body></html>\n"])
+
+
+def overview(plan: DataPlan, found: Sequence[DatasetFindings]) -> Iterator[str]:
+    subsets = [subset for dataset in found for subset in dataset.subsets]
+    tiles = {
+        "images": sum(len(subset.plan.items) for subset in subsets),
+        "samples per epoch": plan.samples_per_epoch,
+        "batches per epoch": plan.batches_per_epoch,
+        "held out": plan.num_validation_images,
+        "unreadable": sum(len(subset.no_images) + len(subset.damaged) for subset in subsets),
+        "empty captions": sum(len(subset.empty) for subset in subsets),
+    }
+    shown = "".join(
+        f"<div><dt>{name}</dt><dd{bad(name, count)}>{count:,}</dd></div>"
+        for name, count in tiles.items()
+        if count or name != "held out"
+    )
+    yield f'<dl class="tiles">{shown}</dl>'
+
+
+def bad(name: str, count: int) -> str:
+    return ' class="bad"' if count and name in ("unreadable", "empty captions") else ""
+
+
+def fault_list(faults: Sequence[str]) -> Iterator[str]:
+    if faults:
+        items = "".join(f"<li>{escape(fault)}</li>" for fault in faults)
+        yield f'<section class="faults"><strong>Training would stop here</strong><ul>{items}</ul></section>'
+
+
+def of_dataset(dataset: DatasetFindings, *, alone: bool) -> Iterator[str]:
+    settings = dataset.plan.settings
+    width, height = settings.resolution
+    name = "Buckets" if alone else escape(dataset.name.capitalize())
+    yield f"<h2>{name}</h2><p>{width}×{height}, batch size {settings.batch_size}</p>"
+    buckets = dataset.plan.buckets
+    most = max(buckets.values(), default=1)
+    rows = "".join(
+        f'<tr><td>{w}×{h}</td><td class="n">{count:,}</td><td class="n">{dataset.enlarged.get((w, h), 0):,}</td>'
+        f'<td class="bar"><span style="width:{100 * count / most:.1f}%"></span></td></tr>'
+        for (w, h), count in buckets.items()
+    )
+    head = '<tr><th>bucket</th><th class="n">samples</th><th class="n">enlarged</th><th></th></tr>'
+    yield f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def of_subset(subset: SubsetFindings, pictures: Sequence[Shown]) -> Iterator[str]:
+    settings = subset.plan.settings
+    kind = ", regularisation" if settings.is_reg else ""
+    yield f"<h3>{escape(subset.name)}{kind}</h3><table><tbody>"
+    count = len(subset.plan.items)
+    yield row("images", f"{count:,}, {settings.num_repeats} times each: {subset.plan.samples:,} samples per epoch")
+    yield from files("not images", {Path(path).name: why for path, why in subset.no_images.items()})
+    yield from files("damaged", {Path(path).name: why for path, why in subset.damaged.items()})
+    endings = ", ".join(f"{number:,} {escape(ending)}" for ending, number in subset.endings.items())
+    yield row("caption files", endings or "none")
+    if subset.class_tokens:
+        yield row("from class_tokens", f"{subset.class_tokens:,}: {escape(settings.class_tokens or '')}")
+    yield from files("empty captions", dict.fromkeys((Path(path).name for path in subset.empty), ""))
+    for name, tokens in subset.tokens.items():
+        cut = f'<span class="bad">{tokens.over:,} of {count:,} captions are cut</span>' if tokens.over else ""
+        longest = f"<details><summary>the longest has {tokens.longest} of {tokens.limit}</summary>"
+        yield row(f"tokens ({escape(name)})", f"{cut}{longest}{escape(tokens.caption)}</details>")
+    yield "</tbody></table>"
+    if subset.tags:
+        chips = "".join(f"<li>{escape(tag)}<b>{number:,}</b></li>" for tag, number in subset.tags)
+        more = subset.distinct_tags - len(subset.tags)
+        chips += f"<li>and {more:,} more</li>" if more else ""
+        yield f'<h4>Tags</h4><ul class="tags">{chips}</ul>'
+    if pictures:
+        yield f"<h4>As the model sees them ({len(pictures)} of {count})</h4>"
+        yield from sheet(pictures)
+
+
+def row(name: str, value: str) -> str:
+    return f"<tr><th>{name}</th><td>{value}</td></tr>"
+
+
+def files(name: str, found: dict[str, str]) -> Iterator[str]:
+    """A row with a list that opens; nothing where there is nothing."""
+    if found:
+        items = "".join(f"<li>{escape(f'{file} {why}'.strip())}</li>" for file, why in list(found.items())[:LISTED])
+        more = f"<li>and {len(found) - LISTED:,} more</li>" if len(found) > LISTED else ""
+        opened = " open" if len(found) <= 5 else ""
+        summary = f'<summary class="bad">{len(found):,}</summary>'
+        yield row(name, f"<details{opened}>{summary}<ul>{items}{more}</ul></details>")
+
+
+def sheet(pictures: Sequence[Shown]) -> Iterator[str]:
+    yield '<div class="sheet">'
+    for shown in pictures:
+        small = shown.picture.copy()
+        small.thumbnail((SIDE, SIDE))
+        about = f"<strong>{escape(shown.title)}</strong><span>{escape(shown.facts)}</span>"
+        text = f'<p title="{escape(shown.caption)}">{escape(shown.caption) or "<em>empty caption</em>"}</p>'
+        image = f'<img src="{embedded(small)}" width="{small.width}" height="{small.height}" alt="" loading="lazy">'
+        yield f"<figure>{image}<figcaption>{about}{text}</figcaption></figure>"
+    yield "</div>"
+
+
+def embedded(picture: Image.Image) -> str:
+    """The picture itself as an address."""
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,275 @@
+"""`sfumato dataset inspect` and --debug_dataset: what they find, what the page holds, and that nothing is changed."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sfumato.cli.main import main
+
+LONG = ", ".join(f"tag{i}" for i in range(60))
+TOKENS = 10 * 2 + 50 * 3 + 59  # CLIP reads a word, each digit and each comma as a token
+
+
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six good pictures in two shapes; one named like an image, one cut short, one without a caption, one too long."""
+    folder = tmp_path / "pictures" / "3_<b>cat"
+    folder.mkdir(parents=True)
+    for i in range(6):
+        picture((96, 32) if i % 2 else (64, 64), i).save(folder / f"img{i}.png")
+        (folder / f"img{i}.txt").write_text(f"a cat, tag{i % 2}, <i>striped</i> & small")
+    (folder / "img3.txt").write_text(LONG)
+    (folder / "img5.txt").unlink()
+    (folder / "img4.caption").write_text("unused")
+    (folder / "text.png").write_text("not an image")
+    picture((64, 64), 9).save(folder / "cut.jpg", quality=95)
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:3000])
+    (folder / "cut.txt").write_text("a cat")
+    return folder.parent
+
+
+def tree(folder: Path) -> dict[str, tuple[str, int]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in files}
+
+
+def words(folder: Path, tmp_path: Path, *more: object) -> list[str]:
+    given = ("--resolution", 64, "--enable_bucket", "--min_bucket_reso", 32, "--bucket_reso_steps", 32)
+    cache = ("--cache_dir", tmp_path / "cache", "--caption_extension", ".txt", "--console_log_level", "ERROR")
+    return [str(each) for each in ("dataset", "inspect", folder, *given, *cache, *more)]
+
+
+def value(printed: str, name: str) -> str:
+    found = re.search(rf"^  {re.escape(name)} +(.*)$", printed, re.MULTILINE)
+    assert found, printed
+    return found[1]
+
+
+def test_everything_is_found_and_told(folder, tmp_path, capsys):
+    assert main(words(folder, tmp_path)) == 2
+    printed, faults = capsys.readouterr()
+    assert value(printed, "images") == "7, each 3 times, 21 samples per epoch"
+    assert value(printed, "not images").startswith("1: text.png (is no image")
+    assert value(printed, "damaged").startswith("1: cut.jpg (is damaged")
+    assert value(printed, "caption files beside them") == "6 .txt, 1 .caption"
+    assert value(printed, "tokens (CLIP)") == f"1 of 7 captions are cut; the longest caption has {TOKENS} of 75"
+    assert value(printed, "tags").startswith("63 different: a cat 5, tag0 4, <i>striped</i> & small 4, tag1 2")
+    assert value(printed, "captions from class_tokens") == "1: <b>cat"
+    assert len(re.findall(r"^  bucket ", printed, re.MULTILINE)) == 2
+    assert "text.png" in faults
+    assert "cut.jpg is damaged" in faults
+    assert faults.splitlines()[-1].startswith("error: 2 problems")
+
+
+def test_a_sound_dataset_ends_well(folder, tmp_path, capsys):
+    for name in ("text.png", "cut.jpg", "cut.txt", "img4.caption"):
+        (folder / "3_<b>cat" / name).unlink()
+    assert main(words(folder, tmp_path)) == 0
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_empty_captions_are_named_as_training_names_them(folder, tmp_path, capsys):
+    (folder / "3_<b>cat").rename(folder / "3")
+    assert main(words(folder, tmp_path)) == 2
+    printed, faults = capsys.readouterr()
+    assert value(printed, "empty captions") == "1: img5.png"
+    assert "1 of 7 images have no caption" in faults
+
+
+def test_headers_only_decodes_nothing(folder, tmp_path, capsys):
+    assert main(words(folder, tmp_path, "--headers_only")) == 2
+    assert "cut.jpg" not in "".join(capsys.readouterr())
+
+
+def test_longer_captions_fit_where_the_limit_is_raised(folder, tmp_path, capsys):
+    main(words(folder, tmp_path, "--max_token_length", 225, "--caption_prefix", "photo"))
+    told = value(capsys.readouterr().out, "tokens (CLIP)")
+    assert told == f"1 of 7 captions are cut; the longest caption has {TOKENS + 1} of 225"
+
+
+def test_tokens_are_those_of_the_model_given(folder, tmp_path, capsys, toy_shelf):
+    """A model's own folders: CLIP with a toy's words, and T5, which takes fewer tokens here."""
+    from transformers import AutoTokenizer
+
+    tokenizers = toy_shelf.paths("flux")
+    folders = [path for name, path in sorted(tokenizers.items()) if name.startswith("tokenizer")]
+    main(words(folder, tmp_path, "--tokenizer", *folders, "--t5xxl_max_token_length", 100))
+    printed = capsys.readouterr().out
+    found = [value(printed, f"tokens ({path.name})") for path in folders]
+    for path, text in zip(folders, found, strict=True):
+        expected = len(AutoTokenizer.from_pretrained(path)(LONG, add_special_tokens=False).input_ids)
+        assert f"the longest caption has {expected} of " in text
+    assert any(text.endswith("of 99") for text in found)
+    assert any(text.endswith("of 75") for text in found)
+
+
+def grey(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, np.float64).mean(2).ravel()
+
+
+class Page(HTMLParser):
+    """Pictures, texts and addresses of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.images: list[Image.Image] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        for name in ("src", "href"):
+            if name in given:
+                self.addresses.append(given[name])
+        if tag == "img":
+            image = Image.open(BytesIO(base64.b64decode(given["src"].partition(",")[2])))
+            assert (str(image.width), str(image.height)) == (given["width"], given["height"])
+            self.images.append(image)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data + "\n"
+
+
+def test_the_page_is_whole_and_shows_what_the_model_sees(folder, tmp_path):
+    before = tree(folder)
+    main(words(folder, tmp_path, "--html", tmp_path / "new" / "page.html"))
+    html = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+    found = Page(html)
+    assert found.open == []
+    assert all(address.startswith("data:image/jpeg;base64,") for address in found.addresses)
+    assert "http" not in html
+    assert "url(" not in html
+    assert len(found.images) == 6
+    assert {image.size for image in found.images} == {(64, 64), (96, 32)}
+    right, other = (grey(Image.open(folder / "3_<b>cat" / f"img{i}.png")) for i in (0, 2))
+    assert np.corrcoef(right, grey(found.images[0]))[0, 1] > 0.8
+    assert abs(np.corrcoef(other, grey(found.images[0]))[0, 1]) < 0.2
+    for text in ("<i>striped</i> & small", "3_<b>cat", "text.png", "cut.jpg", "Training would stop here"):
+        assert text in found.text
+    assert tree(folder) == before
+
+
+def test_the_page_shows_as_many_pictures_as_asked_for(folder, tmp_path):
+    main(words(folder, tmp_path, "--html", tmp_path / "page.html", "--pictures", 2))
+    found = Page((tmp_path / "page.html").read_text())
+    assert len(found.images) == 2
+    assert "img0.png" in found.text
+    assert "img3.png" in found.text
+
+
+def test_a_dataset_file_and_its_subsets(folder, tmp_path, capsys):
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{}'\nis_reg = {}\nnum_repeats = 2\n"
+    other = tmp_path / "other"
+    other.mkdir()
+    picture((70, 70), 3).save(other / "a.png")
+    (other / "a.txt").write_text("a dog")
+    file = tmp_path / "d.toml"
+    subset = "[[datasets.subsets]]" + text.split("[[datasets.subsets]]")[1]
+    file.write_text(text.format(folder / "3_<b>cat", "false") + subset.format(other, "true"))
+    argv = [str(each) for each in ("dataset", "inspect", file, "--cache_dir", tmp_path / "cache")]
+    assert main([*argv, "--caption_extension", ".txt", "--html", str(tmp_path / "page.html")]) == 2
+    printed = capsys.readouterr().out
+    assert value(printed, "images") == "7, each 2 times, 14 samples per epoch"
+    assert value(printed, "regularisation images").startswith("1, each 2 times")
+    assert "other, regularisation" in Page((tmp_path / "page.html").read_text()).text
+
+
+def test_a_size_is_assumed_for_a_first_look(folder, tmp_path, capsys):
+    main(["dataset", "inspect", str(folder), "--cache_dir", str(tmp_path / "cache"), "--headers_only"])
+    printed = capsys.readouterr().out
+    assert "no --resolution given" in printed
+    assert "1024x1024" in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--html"], "--html needs a value"),
+        (["--pictures", "many"], "'many' is not a number"),
+        (["/nowhere"], "/nowhere does not exist"),
+        ([], "no images to train on"),
+        (["--headers_onyl"], "did you mean --headers_only?"),
+    ],
+)
+def test_faults(argv, told, capsys):
+    assert main(["dataset", "inspect", *argv]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.fixture
+def sound(folder) -> Path:
+    for name in ("text.png", "cut.jpg", "cut.txt"):
+        (folder / "3_<b>cat" / name).unlink()
+    return folder
+
+
+def test_debug_dataset_shows_the_first_samples_and_trains_nothing(sound, tmp_path, capsys, toy_shelf):
+    """The captions and pictures are those that the loader gives to training."""
+    from sfumato.config import load_config
+
+    model = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
+    argv = ["--pretrained_model_name_or_path", model, "--train_data_dir", sound, "--output_dir", tmp_path / "out"]
+    argv += ["--resolution", 64, "--caption_extension", ".txt", "--shuffle_caption", "--flip_aug", "--seed", 4]
+    argv += ["--train_batch_size", 2, "--cache_dir", tmp_path / "cache", "--console_log_level", "ERROR"]
+    before = tree(sound)
+    assert main(["train", *map(str, argv), "--debug_dataset"]) == 0
+    printed = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["last.dataset.html"]
+    assert tree(sound) == before
+    shown = re.findall(r"^(\S+), step (\d+): weight 1, .*: '(.*)'$", printed, re.MULTILINE)
+    assert [int(step) for _, step, _ in shown] == [i // 2 + 1 for i in range(16)]
+    config = load_config([str(each) for each in argv])
+    assert [(name, caption) for name, _, caption in shown] == loaded(config)
+    assert len(Page((tmp_path / "out" / "last.dataset.html").read_text()).images) == 6 + 16
+
+
+def loaded(config) -> list[tuple[str, str]]:
+    """File and caption of the first samples, by the field's rules: order and captions as functions of the seed."""
+    from itertools import islice
+
+    from sfumato.data.captions import process
+    from sfumato.data.order import Order
+    from sfumato.data.summary import find_data
+    from sfumato.errors import Problems
+    from sfumato.seeds import python_random
+
+    plan = find_data(config, bucket_step=8, problems=Problems())
+    found = []
+    for step in islice(Order(plan, seed=4).steps(), 8):
+        for sample in step.batches[0].samples:
+            rules, generator = sample.subset.settings.rules, python_random(4, "caption", sample.id)
+            text = process(
+                sample.item.picture.caption, rules, generator, epoch=step.epoch + 1, step=step.index, max_train_steps=1
+            )
+            found.append((Path(sample.item.picture.path).name, text))
+    return found
+
+
+def test_debug_dataset_names_the_faults(folder, tmp_path, capsys, toy_shelf):
+    model = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
+    argv = ["--pretrained_model_name_or_path", model, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
+    argv += ["--resolution", 64, "--debug_dataset", "--caption_extension", ".txt", "--cache_dir", tmp_path / "cache"]
+    assert main(["train", *map(str, argv)]) == 2
+    assert "cut.jpg is damaged" in capsys.readouterr().err
+    assert (tmp_path / "out" / "last.dataset.html").is_file()
