@@ -170,6 +170,36 @@ def test_the_page_is_whole_and_shows_what_the_model_sees(folder, tmp_path):
     assert tree(folder) == before
 
 
+def test_masks_are_paired_and_seen(folder, tmp_path, capsys):
+    """What a mask hides is darkened on the page: here the left half of each picture."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in sorted((folder / "3_<b>cat").glob("img*.png")):
+        size = Image.open(path).size
+        mask = np.full((size[1], size[0]), 255, np.uint8)
+        mask[:, : size[0] // 2] = 0
+        Image.fromarray(mask).save(masks / path.name)
+    for name in ("text.png", "cut.jpg", "cut.txt"):
+        (folder / "3_<b>cat" / name).unlink()
+    file = tmp_path / "d.toml"
+    file.write_text(f"""[[datasets]]
+        resolution = 64
+        [[datasets.subsets]]
+        image_dir = '{folder / "3_<b>cat"}'
+        class_tokens = 'cat'
+        conditioning_data_dir = '{masks}'""")
+    argv = ["dataset", "inspect", str(file), "--cache_dir", str(tmp_path / "cache"), "--masked_loss"]
+    argv += ["--caption_extension", ".txt", "--html", str(tmp_path / "page.html")]
+    argv += ["--enable_bucket", "--min_bucket_reso", "32", "--bucket_reso_steps", "32"]
+    assert main(argv) == 0
+    assert value(capsys.readouterr().out, "masks") == f"6 of 6 images have a mask in {masks}"
+    found = Page((tmp_path / "page.html").read_text())
+    for image in found.images:
+        pixels = np.asarray(image, np.float64)
+        left, right = np.split(pixels[:, :, :], 2, axis=1)
+        assert abs(left.mean() / right.mean() - 0.25) < 0.05
+
+
 def test_the_page_shows_as_many_pictures_as_asked_for(folder, tmp_path):
     main(words(folder, tmp_path, "--html", tmp_path / "page.html", "--pictures", 2))
     found = Page((tmp_path / "page.html").read_text())

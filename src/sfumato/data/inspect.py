@@ -74,6 +74,7 @@ def of_subset(
         endings=caption_endings(paths, subset.settings.caption_extension),
         empty=[item.picture.path for item in items if not item.picture.caption],
         class_tokens=sum(1 for item in items if item.picture.caption == subset.settings.class_tokens),
+        masks=masks_of(items, subset),
         tags=frequencies.most_common(COMMON_TAGS),
         distinct_tags=len(frequencies),
         tokens={name: counted(captions, count, limit) for name, (count, limit) in tokenizers.items() if captions},
@@ -141,6 +142,15 @@ def longest_form(item: Item, subset: SubsetPlan, *, weighted: bool) -> str:
     return plain(parse(text)) if weighted else text
 
 
+def masks_of(items: Sequence[Item], subset: SubsetPlan) -> str:
+    rules = subset.settings.images
+    paired = sum(item.conditioning is not None for item in items)
+    if paired:
+        what = "mask" if rules.masked_loss else "control image"
+        return f"{paired} of {len(items)} images have a {what} in {subset.settings.conditioning_data_dir}"
+    return "the alpha channel of each image that has one" if rules.alpha_mask else ""
+
+
 def counted(captions: Sequence[str], count: CountTokens, limit: int) -> Tokens:
     lengths = count(captions)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -178,6 +188,7 @@ class SubsetFindings:
     endings: Mapping[str, int]  # ending of caption files -> pictures that have one
     empty: Sequence[str]  # pictures whose caption is empty
     class_tokens: int  # pictures whose caption is the class tokens
+    masks: str  # where they come from; "" where there are none
     tags: Sequence[tuple[str, int]]  # the most frequent
     distinct_tags: int
     tokens: Mapping[str, Tokens]

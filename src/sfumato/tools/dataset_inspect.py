@@ -148,6 +148,8 @@ def facts(subset: SubsetFindings) -> Iterator[tuple[str, str]]:
         yield "captions from class_tokens", f"{subset.class_tokens}: {subset.plan.settings.class_tokens}"
     if subset.empty:
         yield "empty captions", f"{len(subset.empty)}: {some([Path(path).name for path in subset.empty])}"
+    if subset.masks:
+        yield "masks", subset.masks
     for name, tokens in subset.tokens.items():
         cut = f"{tokens.over} of {count} captions are cut; " if tokens.over else ""
         yield f"tokens ({name})", f"{cut}the longest caption has {tokens.longest} of {tokens.limit}"

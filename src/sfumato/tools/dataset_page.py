@@ -156,6 +156,8 @@ def of_subset(subset: SubsetFindings, pictures: Sequence[Shown]) -> Iterator[str
     if subset.class_tokens:
         yield row("from class_tokens", f"{subset.class_tokens:,}: {escape(settings.class_tokens or '')}")
     yield from files("empty captions", dict.fromkeys((Path(path).name for path in subset.empty), ""))
+    if subset.masks:
+        yield row("masks", escape(subset.masks))
     for name, tokens in subset.tokens.items():
         cut = f'<span class="bad">{tokens.over:,} of {count:,} captions are cut</span>' if tokens.over else ""
         longest = f"<details><summary>the longest has {tokens.longest} of {tokens.limit}</summary>"
