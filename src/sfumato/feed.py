@@ -226,3 +226,9 @@ class Caches:
     latents: TensorCache | None = None
     text: dict[str, TextFeatures] = field(default_factory=dict)
     counts: dict[str, Counts] = field(default_factory=dict)  # "latents", "masks", "text of clip_l"
+
+    def close(self) -> None:
+        """Let go of the stores; nothing can be read any more."""
+        caches = [self.latents, *(features.cache for features in self.text.values())]
+        for store in {id(cache.store): cache.store for cache in caches if cache is not None}.values():
+            store.close()

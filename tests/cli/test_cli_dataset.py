@@ -28,7 +28,11 @@ def calls(monkeypatch):
     made = []
 
     def named(name):
-        return lambda config, **given: made.append((name, config, given))
+        def run(config, **given):
+            made.append((name, config, given))
+            return SimpleNamespace(close=lambda: None) if name == "fill_caches" else None
+
+        return run
 
     tool = SimpleNamespace(**{name: named(name) for name in ("fill_caches", "show_stats", "verify", "prune_cache")})
     monkeypatch.setitem(sys.modules, "sfumato.tools.dataset_cache", tool)

@@ -70,7 +70,7 @@ def cache(argv: Sequence[str], *, kinds: Sequence[str] = (), defaults: Mapping[s
     from sfumato.tools import dataset_cache
 
     def fill() -> None:
-        dataset_cache.fill_caches(config, machine=machine_of(words.get("--shard")))
+        dataset_cache.fill_caches(config, machine=machine_of(words.get("--shard"))).close()
 
     run: dict[str | None, Callable[[], None]] = {
         "--stats": lambda: dataset_cache.show_stats(config),

@@ -15,14 +15,15 @@ from safetensors import SafetensorError, deserialize
 
 from sfumato.data.cache import LATENTS
 from sfumato.data.headers import BINARY
+from sfumato.data.masks import MASK
 from sfumato.data.store import BEFORE, DiskStore, Place, Writer, read_at, records
 from sfumato.data.uses import KnownUse
 from sfumato.errors import UserError
 
-HASHES, TEXT, DAMAGED, AGAIN, TORN = "content hashes", "text features", "damaged", "repeated", "torn"
+HASHES, MASKS, TEXT, DAMAGED, AGAIN, TORN = "content hashes", "masks", "text features", "damaged", "repeated", "torn"
 HASH = 20  # bytes of a content hash
 HEAD = 4096  # bytes of a record that tell its kind: 8 of length, then names and shapes as JSON
-KEPT = (LATENTS, TEXT, HASHES)  # kinds of records that are of use
+KEPT = (LATENTS, MASKS, TEXT, HASHES)  # kinds of records that are of use
 
 
 def survey(store: DiskStore, *, read: bool, progress: Callable[[int], None] | None = None) -> Iterator[Record]:
@@ -64,7 +65,9 @@ def kind_of(content: bytes, length: int) -> str:
         names = json.loads(content[8:end])
     except ValueError:
         return DAMAGED
-    return LATENTS if LATENTS in names else TEXT
+    if LATENTS in names:
+        return LATENTS
+    return MASKS if names.keys() - {"__metadata__"} == {MASK} else TEXT
 
 
 def whole(content: bytes, crc: int, kind: str) -> bool:
