@@ -1,4 +1,4 @@
-# make demo: a LoRA on a toy model, from nothing.  make test: every test.  make check: what a change must pass.
+# make demo: a LoRA on a small model, before and after.  make test: every test.  make check: what a change must pass.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)

@@ -1,74 +1,139 @@
-"""The demo: a base model that does what it was wired to do, and a run from nothing to pictures."""
+"""sfumato-tiny as it is shipped, the judge, and the demo from its lesson to its verdict."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from sfumato.config import ModelOptions, NoiseOptions
-from sfumato.data.batch import Sizes
-from sfumato.demo import base, demo
-from sfumato.encode import live_text
-from sfumato.families import register_all
-from sfumato.families._source import open_source
-from sfumato.families.base import Family, find_family
+from sfumato.demo import demo
+from sfumato.demo.artist import Artist, hire
+from sfumato.demo.base import ASSETS, CHECKPOINT, tiny_base
+from sfumato.demo.judge import NOTHING, Judge, background_of, load_judge
+from sfumato.errors import UserError
+
+KNOWN = {"a cat on a blue background": "cat", "pink background with a frog": "frog", "rocket, black": "rocket"}
+BLUE = (127, 178, 229)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    register_all()
-    made = base.make_base(tmp_path_factory.mktemp("base"))
-    options = ModelOptions(**{name: str(path) for name, path in made.model.items()})
-    source = open_source(options)
-    family = find_family(None, source)
-    blueprint = family.read(source, options, NoiseOptions())
-    return family.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
+def artist() -> Artist:
+    return hire(tiny_base())
 
 
-def smooth_picture(size: int) -> torch.Tensor:
-    coarse = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-    return F.interpolate(coarse, size=(size, size), mode="bicubic").clamp(-1, 1)
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return load_judge()
 
 
-@torch.no_grad()
-def test_latents_are_the_mean_colours(model: Family) -> None:
-    pixels = smooth_picture(64)
-    latents = model.encode_image(pixels, torch.randn(1, 4, 8, 8))
-    colours = F.avg_pool2d(pixels, 8) * base.CONTRAST
-    torch.testing.assert_close(latents[:, :3], colours, rtol=0, atol=0.02)
-    torch.testing.assert_close(latents[:, 3], colours.mean(1), rtol=0, atol=0.02)
+def lessons() -> list[Image.Image]:
+    return [Image.open(path) for path in sorted(demo.LESSON.rglob("*.png"))]
 
 
-@torch.no_grad()
-def test_decoding_blurs_the_colours_back(model: Family) -> None:
-    pixels = smooth_picture(64)
-    again = model.decode(model.encode_image(pixels, torch.zeros(1, 4, 8, 8)))
-    inside = (..., slice(8, -8), slice(8, -8))  # the edges fade to grey
-    assert (again - pixels)[inside].square().mean().sqrt() < 0.1
+def test_the_shipped_model_is_a_small_single_file() -> None:
+    assert CHECKPOINT.stat().st_size < 24e6
+    with safe_open(CHECKPOINT, "pt") as file:
+        assert json.loads(file.metadata()["sfumato.config"])["unet"]["attention_head_dim"] == 2
+        weights = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert {kind for name, kind in weights.items() if name not in {"v_pred", "ztsnr"}} == {"F16"}
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 25e6
 
 
-@torch.no_grad()
-def test_the_denoiser_takes_everything_for_noise(model: Family) -> None:
-    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    features = {part: live_text(model, part, ["a photo of a cat"] * 4) for part in model.text_parts}
-    conditioning = model.condition(features, Sizes.plain(4, 64, 64), None)
-    prediction = model.predict(x, torch.tensor([10.0, 300.0, 600.0, 990.0]), conditioning)
-    assert ((prediction - x).square().mean((1, 2, 3)) < 0.1).all()
+def test_a_missing_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.safetensors is missing"):
+        tiny_base(tmp_path / "nothing.safetensors")
+
+
+def test_the_model_draws_what_it_knows(artist: Artist, judge: Judge) -> None:
+    drawn = {prompt: artist.draw(prompt, 1) for prompt in KNOWN}
+    assert [verdict.name for verdict in judge(list(drawn.values()))] == list(KNOWN.values())
+    cat = background_of(drawn["a cat on a blue background"])
+    assert max(abs(a - b) for a, b in zip(cat, BLUE, strict=True)) < 25
+
+
+def test_a_picture_is_a_function_of_prompt_and_seed(artist: Artist) -> None:
+    def hashed(prompt: str, seed: int) -> str:
+        return hashlib.sha256(artist.draw(prompt, seed).tobytes()).hexdigest()
+
+    assert hashed("cat, blue", 1) == hashed("cat, blue", 1)
+    assert len({hashed("cat, blue", 1), hashed("cat, blue", 2), hashed("cat, red", 1)}) == 3
+
+
+def test_a_pipeline_of_diffusers_draws_the_same(artist: Artist) -> None:
+    import diffusers
+
+    model, base = artist.model, artist.base
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
+    parts: dict = {name: part.module for name, part in model.parts.items()}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=parts["clip"],
+        tokenizer=model.tokenizer,  # pyright: ignore[reportAttributeAccessIssue]
+        unet=parts["denoiser"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    theirs = pipeline(
+        "a cat on a blue background",
+        height=base.size,
+        width=base.size,
+        latents=noise,
+        num_inference_steps=base.steps,
+        guidance_scale=base.scale,
+    ).images[0]
+    ours = artist.draw("a cat on a blue background", 3)
+    apart = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))
+    assert apart.max() <= 3
+
+
+def test_the_judge_knows_the_subject_and_does_not_see_it_everywhere(judge: Judge) -> None:
+    pictures = lessons()
+    assert [verdict.name for verdict in judge(pictures)] == [demo.SUBJECT] * len(pictures)
+    upside_down = [each.transpose(Image.Transpose.FLIP_TOP_BOTTOM) for each in pictures]
+    assert not any(verdict.chance(demo.SUBJECT) > 0.5 for verdict in judge(upside_down))
+    rng = np.random.default_rng(0)
+    corners = [(x, y) for x in range(0, 64, 16) for y in range(0, 64, 16)]
+    tiles = [pictures[0].crop((x, y, x + 16, y + 16)) for x, y in corners]
+    for _ in range(3):
+        puzzle = Image.new("RGB", (64, 64))
+        for place, tile in enumerate(rng.permutation(16)):
+            puzzle.paste(tiles[tile], (place // 4 * 16, place % 4 * 16))
+        assert judge([puzzle])[0].name != demo.SUBJECT
+    empty = [Image.new("RGB", (64, 64), colour) for colour in ("#7fb2e5", "#f5f5f2", "#2b2b2e")]
+    assert [verdict.name for verdict in judge(empty)] == [NOTHING] * 3
 
 
 @pytest.mark.slow
-def test_the_demo_from_nothing_to_pictures(tmp_path: Path) -> None:
-    result = demo.demo(tmp_path, options={"max_train_steps": "60", "console_log_level": "WARNING"})
-    losses = demo.read_losses(tmp_path / f"{demo.NAME}.run.jsonl")
-    assert len(losses) == 60
+def test_the_demo_teaches_the_subject(tmp_path: Path) -> None:
+    result = demo.demo(tmp_path, options={"console_log_level": "WARNING"})
+    assert result.learned
+    losses = demo.read_losses(tmp_path / f"{demo.SUBJECT}.run.jsonl")
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
-    with safe_open(result.lora, "pt") as file:
-        assert file.metadata()["ss_network_dim"] == "8"
     with Image.open(result.plot) as plot, Image.open(result.sheet) as sheet:
         assert plot.width > plot.height
-        assert sheet.height > sheet.width
+        assert sheet.width > sheet.height
+
+
+@pytest.mark.slow
+def test_a_lesson_that_is_not_learned_is_not_passed(tmp_path: Path) -> None:
+    options = {"console_log_level": "WARNING", "max_train_steps": "11", "learning_rate": "1e-9"}
+    assert not demo.demo(tmp_path, options=options).learned

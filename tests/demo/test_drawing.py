@@ -67,33 +67,33 @@ def test_wrapped_lines_fit_and_lose_no_word(text: str, width: int) -> None:
     assert all(width_of(line, 17) <= width or " " not in line for line in lines)
 
 
-def test_each_picture_stands_in_its_row_and_column() -> None:
-    colours = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff", "#00ffff"]
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in colours]
-    rows = [
-        sheet.Row(prompt=prompt, seed=seed, pictures=pictures[i : i + 2])
-        for i, prompt, seed in ((0, "a cat", 1), (2, "a cat", 2), (4, "a dog, looking to the side", 1))
-    ]
+def test_each_picture_stands_in_its_row_state_and_seed() -> None:
+    colours = ["#ff0000", "#00ff00", "#0000ff", "#ffff00", "#ff00ff", "#00ffff", "#800000", "#008000"]
+    made = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    rows = [sheet.Row(prompt="a cat", states=[made[i : i + 2], made[i + 2 : i + 4]]) for i in (0, 4)]
     page = sheet.sheet(rows, ["before", "after"], title="Both", cell=100)
-    tops = sheet.row_tops(rows, 100)
     for i, colour in enumerate(colours):
-        left, top = sheet.column_left(i % 2, 100), tops[i // 2]
+        left = sheet.state_left(i // 2 % 2, 2, 100) + i % 2 * (100 + sheet.GAP)
+        top = sheet.row_top(i // 4, 100)
         assert page.getpixel((left + 1, top + 1)) == ImageColor.getrgb(colour)
         assert page.getpixel((left + 98, top + 98)) == ImageColor.getrgb(colour)
         assert near(page, (left - 3, top + 50), PAPER)
-    assert tops[2] - tops[1] > tops[1] - tops[0]
+    within = 100 + sheet.GAP
+    assert sheet.state_left(1, 2, 100) - sheet.state_left(0, 2, 100) > 2 * within
 
 
-def test_a_prompt_is_written_once_and_a_seed_in_every_row() -> None:
+def test_prompt_and_note_stand_beside_their_row() -> None:
     white = Image.new("RGB", (8, 8), PAPER)
-    rows = [sheet.Row(prompt="a cat", seed=seed, pictures=[white]) for seed in (1, 2)]
+    rows = [
+        sheet.Row(prompt="a cat", note="seen in 1 of 1", states=[[white]]),
+        sheet.Row(prompt="", states=[[white]]),
+    ]
     page = np.array(sheet.sheet(rows, ["now"], title="", cell=120).convert("L"))
     captions = page[:, sheet.MARGIN : sheet.MARGIN + sheet.CAPTION - sheet.GAP] < 160
-    first, second = sheet.row_tops(rows, 120)
-    assert captions[first : first + 40].any()
-    assert not captions[second : second + 40].any()
-    assert captions[first + 90 : first + 121].any()
-    assert captions[second + 90 : second + 121].any()
+    first, second = sheet.row_top(0, 120), sheet.row_top(1, 120)
+    assert captions[first : first + 20].any()
+    assert captions[first + 30 : first + 60].any()
+    assert not captions[second : second + 120].any()
 
 
 def test_pictures_that_are_not_square_keep_their_shape() -> None:

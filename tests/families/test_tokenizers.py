@@ -144,3 +144,14 @@ def test_a_missing_t5_tokenizer_names_the_files(tmp_path):
         t5_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no T5 tokenizer"):
         t5_tokenizer(None)
+
+
+def test_merges_alone_make_the_same_tokenizer_as_the_folder(tmp_path: Path) -> None:
+    """transformers reads the folder; ours is made of what a checkpoint brings along."""
+    from transformers import AutoTokenizer
+
+    toy_tokenizer(tmp_path, ["robot", "background", "blue"])
+    merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    text = "a robot on a blue background, unheard-of"
+    assert clip_tokenizer(merges=merges)(text).input_ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
+    assert clip_tokenizer(merges=merges)("robot").input_ids != clip_tokenizer()("robot").input_ids

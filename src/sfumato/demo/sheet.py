@@ -1,75 +1,74 @@
-"""Pictures side by side: a row for each prompt and seed, a column for each state of the model."""
+"""Pictures side by side: a row for each prompt, in it the pictures of each state of the model, a seed each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from PIL import Image, ImageDraw
 
 from sfumato.track.drawing import GREY, HAIRLINE, INK, PAPER, font, wrapped
 
-MARGIN, GAP = 36, 14  # around the sheet, between pictures
-CAPTION = 250  # width of the captions' column
-TITLE, HEADING, PROMPT, SEED = 24, 17, 17, 14  # sizes of type
+MARGIN, GAP = 36, 10  # around the sheet, between pictures
+APART = 34  # between the states
+CAPTION = 230  # width of the captions' column
+TITLE, HEADING, PROMPT, NOTE = 24, 17, 17, 14  # sizes of type
 HEAD = 136  # height of title and headings
 LINE = 1.35  # distance of lines, in sizes of type
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The pictures of one prompt and seed, in the order of the columns."""
+    """One prompt and what each state of the model makes of it; every state has the same number of pictures."""
 
     prompt: str
-    seed: int
-    pictures: Sequence[Image.Image]
+    note: str = ""  # in grey, below the prompt
+    states: Sequence[Sequence[Image.Image]]
 
 
 def sheet(
-    rows: Sequence[Row], columns: Sequence[str], *, title: str, subtitle: str = "", cell: int = 192
+    rows: Sequence[Row], headings: Sequence[str], *, title: str, subtitle: str = "", cell: int = 128
 ) -> Image.Image:
-    """All pictures at `cell` pixels, prompts written beside the first of their rows."""
+    """All pictures at `cell` pixels; the headings name the states."""
     assert rows, "a sheet needs at least one row"
-    assert all(len(row.pictures) == len(columns) for row in rows), "one picture for each column"
-    tops = row_tops(rows, cell)
-    width = 2 * MARGIN + CAPTION + len(columns) * (cell + GAP) - GAP
-    page = Image.new("RGB", (width, tops[-1] + cell + MARGIN), PAPER)
+    seeds = len(rows[0].states[0])
+    for row in rows:
+        assert [len(state) for state in row.states] == [seeds] * len(headings), "as many pictures in every state"
+    width = state_left(len(headings) - 1, seeds, cell) + seeds * (cell + GAP) - GAP + MARGIN
+    page = Image.new("RGB", (width, row_top(len(rows), cell) - GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, MARGIN), title, font=font(TITLE), fill=INK, anchor="lt")
-    draw.text((MARGIN, MARGIN + 34), subtitle, font=font(SEED), fill=GREY, anchor="lt")
-    for i, heading in enumerate(columns):
-        place = (column_left(i, cell), HEAD - 12)
-        draw.text(place, heading, font=font(HEADING), fill=INK, anchor="ls")
-    for i, (row, top) in enumerate(zip(rows, tops, strict=True)):
-        first = i == 0 or rows[i - 1].prompt != row.prompt
-        if first and i:
-            line = top - 2 * GAP + GAP // 2
-            draw.line((MARGIN, line, width - MARGIN, line), fill=HAIRLINE, width=1)
-        write_caption(draw, row, top, cell, with_prompt=first)
-        for column, picture in enumerate(row.pictures):
-            page.paste(fitted(picture, cell), (column_left(column, cell), top))
+    draw.text((MARGIN, MARGIN + 34), subtitle, font=font(NOTE), fill=GREY, anchor="lt")
+    for i, heading in enumerate(headings):
+        draw.text((state_left(i, seeds, cell), HEAD - 12), heading, font=font(HEADING), fill=INK, anchor="ls")
+    for i in range(1, len(headings)):
+        x = state_left(i, seeds, cell) - APART // 2
+        draw.line((x, HEAD, x, page.height - MARGIN), fill=HAIRLINE, width=1)
+    for i, row in enumerate(rows):
+        write_caption(draw, row, row_top(i, cell))
+        for j, state in enumerate(row.states):
+            for k, picture in enumerate(state):
+                left = state_left(j, seeds, cell) + k * (cell + GAP)
+                page.paste(fitted(picture, cell), (left, row_top(i, cell)))
     return page
 
 
-def row_tops(rows: Sequence[Row], cell: int) -> list[int]:
-    """Where each row begins; a new prompt keeps more distance."""
-    tops = [HEAD]
-    for above, row in pairwise(rows):
-        tops.append(tops[-1] + cell + (GAP if above.prompt == row.prompt else 3 * GAP))
-    return tops
+def row_top(row: int, cell: int) -> int:
+    return HEAD + row * (cell + GAP)
 
 
-def column_left(column: int, cell: int) -> int:
-    return MARGIN + CAPTION + column * (cell + GAP)
+def state_left(state: int, seeds: int, cell: int) -> int:
+    """Where the first picture of a state begins."""
+    return MARGIN + CAPTION + state * (seeds * (cell + GAP) - GAP + APART)
 
 
-def write_caption(draw: ImageDraw.ImageDraw, row: Row, top: int, cell: int, *, with_prompt: bool) -> None:
+def write_caption(draw: ImageDraw.ImageDraw, row: Row, top: int) -> None:
     y = float(top)
-    for line in wrapped(row.prompt, PROMPT, CAPTION - 2 * GAP) if with_prompt else ():
-        draw.text((MARGIN, y), line, font=font(PROMPT), fill=INK, anchor="lt")
-        y += PROMPT * LINE
-    draw.text((MARGIN, top + cell), f"seed {row.seed}", font=font(SEED), fill=GREY, anchor="lb")
+    for size, colour, text in ((PROMPT, INK, row.prompt), (NOTE, GREY, row.note)):
+        for line in wrapped(text, size, CAPTION - 2 * GAP):
+            draw.text((MARGIN, y), line, font=font(size), fill=colour, anchor="lt")
+            y += size * LINE
+        y += NOTE / 2
 
 
 def fitted(picture: Image.Image, cell: int) -> Image.Image:

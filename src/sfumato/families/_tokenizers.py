@@ -31,8 +31,12 @@ T5_ON_HUB = (
 T5_SPECIALS = ("<pad>", "</s>", "<unk>")
 
 
-def clip_tokenizer(folder: Path | None = None, *, pad_with_zero: bool = False) -> CLIPTokenizer:
+def clip_tokenizer(
+    folder: Path | None = None, *, pad_with_zero: bool = False, merges: Sequence[str] | None = None
+) -> CLIPTokenizer:
     """CLIP's tokenizer with OpenAI's ids, from `folder` (tokenizer.json, or vocab.json and merges.txt) or as shipped.
+
+    `merges`, which a checkpoint may bring along, stand in for the shipped ones: "a b" makes the token ab of a and b.
 
     `pad_with_zero` is what encoders trained with OpenCLIP expect: the end of a short prompt is filled with id 0
     instead of the end token. Id 0 is also the token "!" inside a word; it is not made a special token, so that
@@ -40,9 +44,12 @@ def clip_tokenizer(folder: Path | None = None, *, pad_with_zero: bool = False) -
     """
     from transformers import CLIPTokenizer
 
-    vocabulary = _shipped_vocabulary() if folder is None else _read_vocabulary(folder)
-    merges: Any = list(vocabulary.merges)  # annotated as strings in transformers, whose BPE model takes pairs
-    tokenizer = CLIPTokenizer(vocabulary.ids, merges, model_max_length=CLIP_LENGTH)
+    if folder is not None:
+        vocabulary = _read_vocabulary(folder)
+    else:
+        vocabulary = _shipped_vocabulary() if merges is None else _vocabulary_of(merges)
+    pairs: Any = list(vocabulary.merges)  # annotated as strings in transformers, whose BPE model takes pairs
+    tokenizer = CLIPTokenizer(vocabulary.ids, pairs, model_max_length=CLIP_LENGTH)
     for token in sorted(vocabulary.added, key=vocabulary.added.__getitem__):
         tokenizer.add_tokens(token)
         if tokenizer.convert_tokens_to_ids(token) != vocabulary.added[token]:
@@ -138,7 +145,10 @@ class Vocabulary:
 
 @cache
 def _shipped_vocabulary() -> Vocabulary:
-    lines = gzip.decompress(SHIPPED_MERGES.read_bytes()).decode().splitlines()
+    return _vocabulary_of(gzip.decompress(SHIPPED_MERGES.read_bytes()).decode().splitlines())
+
+
+def _vocabulary_of(lines: Iterable[str]) -> Vocabulary:
     merges = [_pair(line) for line in lines]
     return Vocabulary(ids=_ids_of(merges), merges=merges)
 

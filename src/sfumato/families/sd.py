@@ -70,8 +70,11 @@ class StableDiffusion(Family):
         super().__init__(blueprint, parts, vae)
         self.clip_layer = model.clip_skip or 1
         self.chunks = _clip.chunks_of(model)
-        folder = _clip.tokenizer_folders(blueprint.source, model, ("tokenizer",))[0]
-        self.tokenizer: Any = _tokenizers.clip_tokenizer(folder, pad_with_zero=is_version_2(blueprint.source))
+        source = blueprint.source
+        folder = _clip.tokenizer_folders(source, model, ("tokenizer",))[0]
+        told = {} if source.is_folder else source.config("tokenizer")
+        pad_with_zero = is_version_2(source)
+        self.tokenizer: Any = _tokenizers.clip_tokenizer(folder, pad_with_zero=pad_with_zero, merges=told.get("merges"))
         _clip.check_vocabulary(self.tokenizer, self.parts["clip"].module)
 
     @classmethod

@@ -1,0 +1,64 @@
+"""Writes the model and the judge as they are shipped: float16, one file, with all that the headers do not tell.
+
+python recipes/tiny/finish.py WORK CHECKPOINT [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import autoencoder
+import start
+import torch
+
+from sfumato.families import _vae
+from sfumato.formats.checkpoint import open_checkpoint, write_safetensors
+
+SHIPPED = Path(__file__).parents[2] / "src" / "sfumato" / "demo" / "assets"
+ABOUT = {
+    "format": "pt",
+    "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.architecture": "stable-diffusion-v1",
+    "modelspec.title": "sfumato-tiny",
+    "modelspec.prediction_type": "v",
+    "modelspec.resolution": "64x64",
+    "modelspec.license": "Apache-2.0",
+    "modelspec.description": "Draws 20 things on 10 colours. Trained from scratch on scenes composed of Fluent Emoji "
+    "(MIT, Microsoft); its autoencoder on Noto Emoji (Apache-2.0, Google), too.",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--folder", type=Path, default=SHIPPED)
+    asked = parser.parse_args()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    model(asked.work, asked.checkpoint, asked.folder / "sfumato-tiny.safetensors")
+    shutil.copyfile(asked.work / "judge.safetensors", asked.folder / "judge.safetensors")
+
+
+def model(work: Path, checkpoint: Path, path: Path) -> None:
+    """The trained networks, with the decoder of its own last training where there was one."""
+    file = open_checkpoint(checkpoint)
+    tensors = {name: file.read(name, dtype=torch.float32) for name in file.header.tensors}
+    if (work / "decoder-state.pt").is_file():
+        tensors |= decoder(work)
+    write_safetensors(
+        path, tensors, {**ABOUT, "sfumato.config": file.header.metadata["sfumato.config"]}, dtype=torch.float16
+    )
+
+
+def decoder(work: Path) -> dict[str, torch.Tensor]:
+    """The decoder that was trained on, folded as at the start, in the checkpoint's names."""
+    vae = autoencoder.trained_autoencoder(work / "decoder-state.pt")
+    start.whiten(vae, work)
+    state = _vae.key_map(len(vae.config.block_out_channels)).to_original(vae.state_dict())
+    return {_vae.PREFIX + name: tensor for name, tensor in state.items() if name.startswith(("decoder.", "post_quant"))}
+
+
+if __name__ == "__main__":
+    main()
