@@ -120,10 +120,10 @@ def training_loss(
     loss = recipe.loss(estimate, target, level)
     if batch.mask is not None:
         loss = loss * batch.mask.to(loss)  # multiplied, not divided by the mask's sum
-    loss = loss.flatten(1).mean(1)
+    loss, weight = loss.flatten(1).mean(1), batch.weight.to(loss)
     if samples is not None:
-        samples.append((t, loss.detach().where(batch.weight.to(loss) > 0, torch.nan)))
-    weight = recipe.weighting(level, model.objective).to(loss) * batch.weight.to(loss)
+        samples.append((t, loss.detach().where(weight > 0, torch.nan)))
+    weight = recipe.weighting(level, model.objective).to(loss) * weight
     return (loss * weight).sum() / real_samples
 
 

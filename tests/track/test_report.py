@@ -19,10 +19,12 @@ from sfumato.errors import UserError
 from sfumato.track.report import Report, remake
 from sfumato.track.report_curves import Curves, by_level, thinned
 from sfumato.track.report_draw import shown, ticks
-from sfumato.track.report_facts import EMPTY, Remembered, remember_warnings
-from sfumato.track.report_samples import BUDGET
+from sfumato.track.report_facts import EMPTY, Remembered, forget, remember_warnings
+from sfumato.track.report_page import page
+from sfumato.track.report_samples import BUDGET, Grid
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
+NO_PICTURES = Grid(steps=(), numbers=(), cells={})
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
 
@@ -270,6 +272,19 @@ def test_warnings_are_kept_without_paths(tmp_path):
     assert "3 times" in content
     assert "ended by an error" in content
     assert not re.search("canary|nothing to see|too late", content)
+
+
+def test_a_run_that_was_killed_is_told_from_one_that_goes_on(tmp_path):
+    report = opened(tmp_path)
+    write_lines(tmp_path, range(1, 4))
+    report.advance(3, 2.0)
+    for seconds, state in ((1700, "running"), (1900, "silent")):
+        content = page(report.description, report.curves, NO_PICTURES, now=report.session["updated"] + seconds)
+        assert f'data-state="{state}"' in content
+    report.session["seconds_per_step"] = 60.0
+    content = page(report.description, report.curves, NO_PICTURES, now=report.session["updated"] + 1900)
+    assert 'data-state="running"' in content
+    forget(report.warnings)
 
 
 # ---------------------------------------------------------------- sfumato report

@@ -102,7 +102,8 @@ def earlier(folder: Path, name: str) -> dict[str, Any]:
 def write_page(folder: Path, description: Mapping[str, Any], curves: Curves, thumbnails: Thumbnails) -> Path:
     curves.read()
     sessions, name = description["sessions"], description["name"]
-    since = time.strftime("%Y%m%d%H%M%S", time.localtime(sessions[0]["started"])) if sessions else ""
+    whole = sessions and sessions[0]["start"] == 0  # else the beginning of the run was not told of
+    since = time.strftime("%Y%m%d%H%M%S", time.localtime(sessions[0]["started"])) if whole else ""
     grid = thumbnails.grid(
         folder / "sample",
         name,

@@ -74,7 +74,7 @@ def of_dataset(dataset: DatasetPlan) -> dict[str, Any]:
         "batch_size": dataset.settings.batch_size,
         "subsets": [
             {
-                "folder": subset.settings.image_dir.name,
+                "folder": subset.settings.place.name,
                 "images": len(subset.items),
                 "repeats": subset.settings.num_repeats,
                 "samples": subset.samples,

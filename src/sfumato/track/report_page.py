@@ -28,7 +28,8 @@ OWN = ("loss/current", "loss/average", "loss/epoch_average", "grad_norm")
 def page(description: Mapping[str, Any], curves: Curves, grid: Grid, *, now: float | None = None) -> str:
     """The whole file. now: Unix time, to tell a run that goes on from one that ended without a word."""
     state = state_of(description["sessions"], time.time() if now is None else now)
-    name = escape(description["name"])
+    name, sessions = escape(description["name"]), description["sessions"]
+    until, silent = (patience(sessions[-1]), state_text("silent", sessions)) if sessions else (0.0, "")
     body = [
         header(description, curves, state),
         *warnings(description),
@@ -44,7 +45,9 @@ def page(description: Mapping[str, Any], curves: Curves, grid: Grid, *, now: flo
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>{name}: {STATES[state]}</title>\n<style>{CSS}</style>\n</head>\n"
-        f'<body data-state="{state}">\n<main>\n' + "\n".join(body) + f"\n</main>\n<script>{SCRIPT}</script>\n"
+        f'<body data-state="{state}" data-until="{until:.0f}" data-silent="{escape(silent)}">\n<main>\n'
+        + "\n".join(body)
+        + f"\n</main>\n<script>{SCRIPT}</script>\n"
         "</body>\n</html>\n"
     )
 
@@ -56,7 +59,12 @@ def state_of(sessions: Sequence[Mapping[str, Any]], now: float) -> str:
     last = sessions[-1]
     if last["state"] != "running":
         return last["state"] if last["state"] in STATES else "silent"
-    return "silent" if now - last["updated"] > max(1800, 100 * last["seconds_per_step"]) else "running"
+    return "silent" if now > patience(last) else "running"
+
+
+def patience(session: Mapping[str, Any]) -> float:
+    """Until when a run that goes on must have written again, Unix time."""
+    return session["updated"] + max(1800, 100 * session["seconds_per_step"])
 
 
 # ---------------------------------------------------------------- the head of the page

@@ -81,7 +81,7 @@ details { margin-top: 8px; font-size: 13.5px; }
 summary { cursor: pointer; color: var(--soft); width: fit-content; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); font-size: 13px; padding: 8px 0 4px; caption-side: top; }
+caption { text-align: left; white-space: nowrap; color: var(--soft); font-size: 13px; padding: 8px 0 4px; }
 .numbers th, .numbers td { text-align: right; padding: 3px 22px 3px 0; border-bottom: 1px solid var(--hair);
   font-weight: 400; white-space: nowrap; }
 .numbers thead th { color: var(--soft); font-size: 12.5px; }
@@ -154,8 +154,12 @@ for (const plot of document.querySelectorAll(".plot[data-x]")) {
   plot.addEventListener("pointerleave", hide);
 }
 for (const strip of document.querySelectorAll(".samples .scroll")) strip.scrollLeft = strip.scrollWidth;
-if (document.body.dataset.state === "running")
-  setInterval(() => {
+const {state, until, silent} = document.body.dataset, pill = document.querySelector(".state");
+if (state === "running")
+  if (Date.now() / 1000 > Number(until)) {
+    pill.className = "state silent";
+    pill.textContent = silent;
+  } else setInterval(() => {
     if (!document.hidden && !document.querySelector("details[open], .tip")) location.reload();
   }, 30000);
 """
