@@ -12,6 +12,7 @@ from sfumato import files
 from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
 from sfumato.config.schema import vocabulary
+from sfumato.config.secrets import scrubbed, secrets_of
 from sfumato.data.plans import DataPlan
 from sfumato.data.summary import find_data, table
 from sfumato.errors import Problems, UserError
@@ -67,6 +68,7 @@ def look(config: Config, *, processes: int) -> Outlook:
     from sfumato.methods import make_method
     from sfumato.optim.optimizers import choose
     from sfumato.optim.rates import check_schedule
+    from sfumato.track.trackers import check_trackers
 
     register_all()
     problems = Problems()
@@ -89,6 +91,8 @@ def look(config: Config, *, processes: int) -> Outlook:
             check_schedule(config.optim, total)
     with problems.catch():
         check_prompts(config)
+    with problems.catch():
+        check_trackers(config.log)
     with problems.catch():
         if config.save.output_dir is not None:
             files.check_writable(config.save.output_dir, option="--output_dir")
@@ -139,19 +143,20 @@ def total_steps(config: Config, data: DataPlan) -> int:
 
 def options(config: Config) -> Iterator[str]:
     """Every option that is not at its default, and where it came from."""
+    secrets = secrets_of(config)
     yield "options"
     for name in config.sources:
         if config.changed(name):
-            yield f"  {name:<32} {shown(config.value(name)):<36} {config.source(name)}"
+            yield f"  {name:<32} {scrubbed(shown(config.value(name)), secrets):<36} {config.source(name)}"
 
 
 def public_options(config: Config) -> dict[str, str]:
     """Every option that is not at its default, as text, without secrets and with names instead of paths."""
     from sfumato.formats.metadata import without_paths
 
-    known = vocabulary()
+    known, secrets = vocabulary(), secrets_of(config)
     return {
-        name: without_paths(shown(config.value(name)))
+        name: scrubbed(without_paths(shown(config.value(name))), secrets)
         for name in known
         if config.changed(name) and not known[name].secret
     }

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from sfumato import plan
 from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
+from sfumato.config.secrets import secrets_of
 from sfumato.data.batch import Batch
 from sfumato.data.describe import metadata as data_metadata
 from sfumato.data.loader import Loader
@@ -42,6 +43,7 @@ from sfumato.methods.base import Method
 from sfumato.optim.optimizers import describe, make_optimizer, restore
 from sfumato.optim.rates import Rates, make_rates
 from sfumato.track.console import set_up
+from sfumato.track.hub import Hub, fetch_state
 from sfumato.track.journal import Journal
 from sfumato.track.progress import Progress
 from sfumato.track.report import Report
@@ -72,6 +74,7 @@ class Run:
     loader: Loader
     frozen_text: FrozenText
     journal: Journal
+    hub: Hub
     saves: SavePlan
     output: Path
     metadata: dict[str, str]  # ss_ keys that are known before training
@@ -80,6 +83,7 @@ class Run:
     total: int
     steps_per_epoch: int
     told: set[str] = field(default_factory=set)  # warnings that are not repeated
+    lost: list[str] = field(default_factory=list)  # why saves failed, one line each
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +139,7 @@ def open_run(config: Config) -> Run | None:
     assert config.save.output_dir is not None
     processes = open_processes()
     assert processes.device is not None
-    set_up(config.log, main_process=processes.is_main_process)
+    set_up(config.log, main_process=processes.is_main_process, secrets=secrets_of(config))
     warnings = remember_warnings()
     outlook = plan.look(config, processes=processes.num_processes)
     saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
@@ -189,6 +193,7 @@ def open_run(config: Config) -> Run | None:
         loader=loader,
         frozen_text=frozen_text,
         journal=open_journal(config, outlook, processes, start, state.get("journal", {}), warnings),
+        hub=Hub(config.hub, secrets_of(config)),
         saves=saves,
         metadata=training_metadata(config, facts_of(config, outlook, optimizer)),
         named_files=ThreadPoolExecutor(1).submit(named_files, config.model),
@@ -253,7 +258,8 @@ def resumed_state(config: Config, total: int) -> dict[str, Any]:
     """What --resume brings back, {} for a fresh run; each option that differs from the saved run is named."""
     if config.save.resume is None:
         return {}
-    folder = newest_complete(config.save.resume)
+    path, hub = config.save.resume, config.hub
+    folder = newest_complete(fetch_state(hub, path, secrets_of(config)) if hub.resume_from_huggingface else path)
     state, info = load_state(folder)
     log.info("resuming from %s, step %d of %d", folder, state["step"], total)
     before, now = info["options"], plan.public_options(config)

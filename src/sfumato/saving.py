@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +40,49 @@ def saves_due(run: Run, step: int) -> None:
         not samples.sample_every_n_epochs and samples.sample_every_n_steps and step % samples.sample_every_n_steps == 0
     ):
         save_previews(run, step, f"{step:06d}")
-    if name := run.saves.at_step(step):
-        save_both(run, name, step, state=save.save_state)
+    if (name := run.saves.at_step(step)) and save_both(run, name, step, state=save.save_state):
         remove(run, run.saves.expired_at_step(step, state=False), run.saves.expired_at_step(step, state=True))
-    if ends_epoch and (name := run.saves.at_epoch(epoch, run.epochs)):
-        save_both(run, name, step, state=save.save_state)
+    name = run.saves.at_epoch(epoch, run.epochs) if ends_epoch else None
+    if name and save_both(run, name, step, state=save.save_state):
         remove(run, run.saves.expired_at_epoch(epoch, state=False), run.saves.expired_at_epoch(epoch, state=True))
 
 
 def save_final(run: Run) -> None:
-    """After the last step."""
+    """After the last step. Raises UserError where this or an earlier save failed."""
     save, samples = run.config.save, run.config.samples
     if samples.sample_every_n_epochs or samples.sample_every_n_steps:
         save_previews(run, run.total, f"{run.total:06d}")
-    save_both(run, run.saves.name, run.total, state=save.save_state or save.save_state_on_train_end)
-    log.info("saved %s", output_path(run, run.saves.name))
+    path, state = output_path(run, run.saves.name), save.save_state or save.save_state_on_train_end
+    if save_both(run, run.saves.name, run.total, state=state, last=True):
+        log.info("saved %s", path)
+    if run.lost:
+        raise UserError(f"training is complete, but {len(run.lost)} saves failed; the last: {run.lost[-1]}")
 
 
-def save_both(run: Run, name: str, step: int, *, state: bool) -> None:
+def save_both(run: Run, name: str, step: int, *, state: bool, last: bool = False) -> bool:
+    """The output, its state if asked for, and their copies; whether all stand here. What fails is told, not raised."""
     run.journal.flush()
     if not run.is_main:
-        return
-    with averaged(run.optimizer):
-        save_output(run, output_path(run, name), step)
+        return True
+    path, folder, lost = output_path(run, name), f"{name}-state", len(run.lost)
+    with kept_going(run, path, step), averaged(run.optimizer):
+        save_output(run, path, step)
+        run.hub.upload(path, last=last)
     if state:
-        save_state_folder(run, f"{name}-state", step)
+        with kept_going(run, run.output / folder, step):
+            run.hub.upload_state(save_state_folder(run, folder, step), last=last)
     run.journal.publish()
+    return len(run.lost) == lost
+
+
+@contextmanager
+def kept_going(run: Run, path: Path, step: int) -> Iterator[None]:
+    """A save that fails leaves what was there before, a warning now, and an error at the end."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        run.lost.append(f"{path.name} after step {step}: {error}")
+        log.warning("%s was not saved after step %d, training goes on: %s", path.name, step, error)
 
 
 def output_path(run: Run, name: str) -> Path:
@@ -102,10 +120,9 @@ def remove(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:
     """Older saves go once the new one stands."""
     if not run.is_main:
         return
-    for name in outputs:
-        files.remove(output_path(run, name))
-    for name in states:
-        files.remove(run.output / f"{name}-state")
+    for path in (*(output_path(run, name) for name in outputs), *(run.output / f"{name}-state" for name in states)):
+        run.hub.finish(path)
+        files.remove(path)
 
 
 def save_previews(run: Run, step: int, label: str) -> None:

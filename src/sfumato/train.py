@@ -30,7 +30,7 @@ def train(config: Config) -> None:
     run = open_run(config)
     if run is None:
         return
-    with interruptible() as interrupt, run.journal:
+    with interruptible() as interrupt, run.hub, run.journal:
         if config.samples.sample_at_first and run.start == 0:
             save_previews(run, 0, "000000")
         loop(run, interrupt)
@@ -52,6 +52,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
         saves_due(run, done)
         if interrupt.asked:
             folder = save_state_folder(run, f"{run.saves.name}-step{done:08d}-state", done)
+            run.hub.upload_state(folder, last=True)
             log.info("stopped after step %d of %d; go on with: --resume %s", done, run.total, folder)
             return
     save_final(run)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import resource
 
 import pytest
 
@@ -61,3 +62,23 @@ def test_other_processes_only_speak_of_errors(capsys):
     logging.getLogger("sfumato").warning("hidden")
     logging.getLogger("sfumato").error("shown")
     assert [line.split()[-1] for line in capsys.readouterr().err.splitlines()] == ["shown"]
+
+
+def test_secrets_are_taken_out_of_every_message(capsys):
+    set_up(LogOptions(), secrets={"canary-3f9a", "canary-3f9a-longer"})
+    logging.getLogger("sfumato.x").warning("%s and canary-3f9a-longer, %d%%", "canary-3f9a", 5)
+    told = capsys.readouterr().err
+    assert told.endswith("(secret) and (secret), 5%\n")
+
+
+def test_a_full_disk_is_said_once_on_the_screen(tmp_path, capsys):
+    set_up(LogOptions(console_log_file=tmp_path / "run.log"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        for _ in range(3):
+            logging.getLogger("sfumato").warning("no room for this")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr().err.splitlines()
+    assert told == [f"--console_log_file: {tmp_path / 'run.log'} cannot be written any more"]

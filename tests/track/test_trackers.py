@@ -6,6 +6,7 @@ import math
 import re
 import resource
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,15 @@ from sfumato.config import LogOptions
 from sfumato.errors import UserError
 from sfumato.track.journal import Journal
 from sfumato.track.progress import Progress
-from sfumato.track.trackers import JsonLines, TensorBoard, log_folder, make_trackers
+from sfumato.track.trackers import (
+    DISCREET,
+    JsonLines,
+    TensorBoard,
+    Wandb,
+    check_trackers,
+    log_folder,
+    make_trackers,
+)
 
 
 def rows(path):
@@ -215,3 +224,127 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(warnings):
     assert [row[0] for row in kept.rows[:-1]] == [1, 2, 3]
     assert len(warnings()) == 1
     assert "Broken cannot be written any more" in warnings()[0]
+
+
+# ---------------------------------------------------------------- wandb and the trackers' own arguments
+
+
+class FakeRun:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def log(self, values, step):
+        self.calls.append(("log", step, values))
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the module, which records what it is told."""
+    module = types.ModuleType("wandb")
+    module.calls = []
+    module.Error = type("Error", (Exception,), {})
+    module.Settings = lambda **settings: settings
+    module.init = lambda **given: module.calls.append(("init", given)) or FakeRun(module.calls)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_curves_and_options_and_nothing_else(tmp_path, wandb):
+    options = LogOptions.model_validate(
+        {"log_with": "wandb", "wandb_run_name": "one", "wandb_api_key": "canary-key", "log_config": True}
+    )
+    trackers = make_trackers(options, tmp_path / "out", "x", 0, {"vae": "/home/me/v.pt", "seed": "7"})
+    assert [type(tracker) for tracker in trackers] == [JsonLines, Wandb]
+    trackers[1].log(3, {"loss/current": 0.5})
+    for tracker in trackers:
+        tracker.close()
+    (_, given), *rest = wandb.calls
+    assert given.pop("settings") == {**DISCREET, "api_key": "canary-key"}
+    assert given == {
+        "project": "network_train", "name": "one", "dir": str(tmp_path / "out"), "config": {"vae": "v.pt", "seed": "7"}
+    }  # fmt: skip
+    assert rest == [("log", 3, {"loss/current": 0.5}), ("finish",)]
+
+
+def test_the_tracker_file_goes_before_defaults_and_options_before_the_file(tmp_path, wandb):
+    file = tmp_path / "trackers.toml"
+    file.write_text(
+        '[wandb]\nname = "file"\nentity = "us"\nproject = "p"\nsettings.console = "wrap"\n'
+        '[tensorboard]\nfilename_suffix = ".ours"\n'
+    )
+    options = LogOptions(log_with="all", logging_dir=tmp_path / "logs", log_tracker_config=file, wandb_run_name="line")
+    for tracker in make_trackers(options, tmp_path, "x", 0, {}):
+        tracker.close()
+    given = wandb.calls[0][1]
+    assert (given["name"], given["entity"], given["project"]) == ("line", "us", "p")
+    assert given["settings"] == {**DISCREET, "console": "wrap"}
+    assert given["config"] == {}
+    assert Path(given["dir"]).parent == tmp_path / "logs"
+    (event,) = (tmp_path / "logs").rglob("events*")
+    assert event.name.endswith(".ours")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[wandb", "trackers.toml: Expected"),
+        ("x = 1", "x is neither"),
+        ("[comet]", "comet is neither"),
+        ("[tensorboard]\nbanana = 1", "[tensorboard]"),
+        (b"\xff\xfe", "trackers.toml: "),
+    ],
+)
+def test_a_faulty_tracker_file_is_told(tmp_path, content, expected):
+    file = tmp_path / "trackers.toml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    options = LogOptions(logging_dir=tmp_path / "logs", log_tracker_config=file)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        make_trackers(options, tmp_path, "x", 0, {})
+
+
+def test_wandb_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_trackers(LogOptions())
+    with pytest.raises(UserError, match="wandb is not installed — pip install wandb"):
+        check_trackers(LogOptions(log_with="wandb"))
+
+
+def test_wandb_that_fails_costs_its_curves_only(tmp_path, wandb, warnings):
+    def refuse(*words, **more):
+        raise wandb.Error("no route to host")
+
+    trackers = list(make_trackers(LogOptions(log_with="wandb"), tmp_path, "x", 0, {}))
+    trackers[1].run.log = trackers[1].run.finish = refuse
+    with Journal(trackers, quiet(), window=2) as journal:
+        for step in (1, 2, 3):
+            journal.note(step, torch.tensor(1.0), {})
+    assert [row["step"] for row in rows(tmp_path / "x.run.jsonl")] == [1, 2, 3]
+    assert len(warnings()) == 1
+    assert "no route to host" in warnings()[0]
+    wandb.init = refuse
+    (only,) = make_trackers(LogOptions(log_with="wandb"), tmp_path, "y", 0, {})
+    only.close()
+    assert "wandb could not be started" in warnings()[1]
+
+
+@pytest.mark.slow
+def test_the_real_wandb_offline_tells_neither_command_line_nor_paths(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(sys, "argv", ["/canary-home/train.py", "--wandb_api_key", "canary-key"])
+    options = LogOptions.model_validate(
+        {"log_with": "wandb", "wandb_api_key": "canary-key" * 4, "log_config": True, "wandb_run_name": "tell-this"}
+    )
+    place = tmp_path / "runs"
+    trackers = make_trackers(options, place, "x", 0, {"vae": "/canary-home/v.pt", "learning_rate": "0.125"})
+    assert [type(tracker) for tracker in trackers] == [JsonLines, Wandb]
+    trackers[1].log(1, {"loss/current": 0.5})
+    for tracker in trackers:
+        tracker.close()
+    content = b"".join(path.read_bytes() for path in place.rglob("*") if path.is_file())
+    assert b"loss/current" in content
+    assert b"tell-this" in content
+    assert b"canary" not in content

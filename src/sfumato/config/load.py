@@ -62,6 +62,8 @@ def load_config(
 
     config = build(values, sources, notes)
     missing_yet_allowed = {"config_file"}  # told when it was read; with --output_config it must not exist
+    if config.hub.resume_from_huggingface:
+        missing_yet_allowed.add("resume")  # a name on the hub
     check_paths(config, suspects | missing_yet_allowed, lambda name: places.get(name, f"--{name}"), problems)
     config = check_rules(config, suspects, problems, without)
     problems.raise_all()
@@ -97,7 +99,7 @@ def build(values: Mapping[str, Any], sources: Mapping[str, str], notes: Sequence
 def exposed(line: Layer) -> list[str]:
     """A secret on the command line is readable by others on the machine and is logged by some trackers."""
     return [
-        f"--{name} is on the command line, where others can read it; a configuration file hides it"
+        f"--{name} is on the command line, where others can read it; a configuration file or a login hides it"
         for name in line.values
         if vocabulary()[name].secret
     ]

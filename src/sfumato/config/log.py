@@ -20,16 +20,15 @@ class LogOptions(Options):
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
         None,
         "where curves are written; tensorboard if only --logging_dir is given",
-        planned_values={"wandb": "wandb", "all": "wandb"},
     )
     log_prefix: str | None = option(None, "put before the date in the name of the run's log folder")
     log_tracker_name: str | None = option(None, "name of the tracker's project")
     log_config: bool = option(False, "write the options into the log, without secrets and paths")
     log_tracker_config: FilePath | None = option(
-        None, "TOML file with arguments for the tracker", path="file", planned="wandb"
+        None, "TOML file with arguments for the trackers, in the sections [wandb] and [tensorboard]", path="file"
     )
-    wandb_run_name: str | None = option(None, "name of the run in wandb", no_effect="it is a name for wandb only")
-    wandb_api_key: SecretStr | None = option(None, "key for wandb; better given by `wandb login`", planned="wandb")
+    wandb_run_name: str | None = option(None, "name of the run in wandb")
+    wandb_api_key: SecretStr | None = option(None, "key for wandb; better given by WANDB_API_KEY or `wandb login`")
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
         None, "least important messages shown; without it INFO"
     )

@@ -8,6 +8,7 @@ from sfumato.config.full_rules import FULL_RULES
 from sfumato.config.loss_rules import LOSS_RULES
 from sfumato.config.network_rules import NETWORK_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
+from sfumato.config.output_rules import OUTPUT_RULES
 from sfumato.config.rule import Rule
 from sfumato.config.schema import Config
 
@@ -121,14 +122,6 @@ CONFLICTS = (
         broken=lambda c: c.images.random_crop and c.cache.cache_latents and c.dataset.dataset_config is None,
         what="--random_crop changes the picture at every step, and --cache_latents encodes it once",
         fix="leave one of them out",
-    ),
-    Rule(
-        name="log-folder",
-        kind="conflict",
-        options=("log_with", "logging_dir"),
-        broken=lambda c: c.log.log_with in ("tensorboard", "all") and c.log.logging_dir is None,
-        what="--log_with has no folder to write curves into",
-        fix="give --logging_dir",
     ),
     Rule(
         name="bucket-range",
@@ -278,4 +271,4 @@ NO_EFFECT = (
     ),
 )
 
-RULES = REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES + NETWORK_RULES + FULL_RULES
+RULES = REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES + NETWORK_RULES + FULL_RULES + OUTPUT_RULES

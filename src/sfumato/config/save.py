@@ -31,7 +31,9 @@ class SaveOptions(Options):
     mem_eff_save: bool = option(False, "save with less memory", no_effect="every file is written tensor by tensor")
     save_every_n_epochs: int | None = option(None, "save after every Nth epoch", ge=1)
     save_every_n_steps: int | None = option(None, "save after every Nth step", ge=1)
-    save_n_epoch_ratio: int | None = option(None, "save about N times, evenly over the epochs", ge=1)
+    save_n_epoch_ratio: int | None = option(
+        None, "save about N times, evenly over the epochs; goes before --save_every_n_epochs", ge=1
+    )
     save_last_n_epochs: int | None = option(None, "keep only the saves of the last N epochs", ge=1)
     save_last_n_steps: int | None = option(None, "keep only the saves of the last N steps", ge=1)
     save_state: bool = option(False, "save the state of training with each save, for --resume")
@@ -68,13 +70,15 @@ class MetadataOptions(Options):
 class HubOptions(Options):
     """Copies on the hub"""
 
-    huggingface_repo_id: str | None = option(None, "repository to upload to, as name/repository", planned="the hub")
-    huggingface_repo_type: str | None = option(None, "kind of repository, as model", planned="the hub")
-    huggingface_path_in_repo: str | None = option(None, "folder inside the repository", planned="the hub")
-    huggingface_token: SecretStr | None = option(None, "access token", planned="the hub")
-    huggingface_repo_visibility: str | None = option(None, "public, or private for everything else", planned="the hub")
-    save_state_to_huggingface: bool = option(False, "upload saved states, too", planned="the hub")
-    resume_from_huggingface: bool = option(
-        False, "--resume names a state on the hub: user/repository/path[:revision[:type]]", planned="the hub"
+    huggingface_repo_id: str | None = option(None, "repository to upload to, as name/repository; made if it is missing")
+    huggingface_repo_type: str | None = option(None, "model, dataset or space; without it model")
+    huggingface_path_in_repo: str | None = option(None, "folder inside the repository")
+    huggingface_token: SecretStr | None = option(None, "access token; better given by HF_TOKEN or `hf auth login`")
+    huggingface_repo_visibility: str | None = option(
+        None, "public, or private for everything else, if it has to be made"
     )
-    async_upload: bool = option(False, "upload while training goes on", planned="the hub")
+    save_state_to_huggingface: bool = option(False, "upload saved states, too")
+    resume_from_huggingface: bool = option(
+        False, "--resume names a state on the hub: user/repository/path[:revision[:type]]"
+    )
+    async_upload: bool = option(False, "upload while training goes on")

@@ -61,7 +61,7 @@ def most_kept(plan: Plan, *, steps: int, epochs: int, state: bool) -> int:
 
 def make_plan(save: SaveOptions, epochs: int) -> Plan:
     every = save.save_every_n_epochs
-    if every is None and save.save_n_epoch_ratio:
+    if save.save_n_epoch_ratio:  # goes first, as it does in the field
         every = max(1, epochs // save.save_n_epoch_ratio)
     last_epochs, last_steps = save.save_last_n_epochs, save.save_last_n_steps
     return Plan(
@@ -78,9 +78,13 @@ def make_plan(save: SaveOptions, epochs: int) -> Plan:
 def retention(plan: Plan, *, states: bool) -> list[str]:
     """What is kept and for how long, one line each, said before training starts."""
     lines = []
-    rows = (("step", plan.every_steps, plan.last_steps), ("epoch", plan.every_epochs, plan.last_epochs))
-    for what, every, last in rows:
+    rows = (
+        ("step", plan.every_steps, plan.last_steps, plan.last_steps_state),
+        ("epoch", plan.every_epochs, plan.last_epochs, plan.last_epochs_state),
+    )
+    for what, every, last, last_state in rows:
         if every:
             kept = f"the last {last} {what}s are kept" if last is not None else "all are kept"
-            lines.append(f"saving every {every} {what}s; {kept}" + (", states too" if states else ""))
+            kept += f"; states: {'all' if last_state is None else f'the last {last_state}'}" if states else ""
+            lines.append(f"saving every {every} {what}s; {kept}")
     return lines

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.config import LogOptions
+from sfumato.config.secrets import scrubbed
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,12 +19,36 @@ if TYPE_CHECKING:
 PLAIN = "%(asctime)s %(levelname)-7s %(message)s"
 
 
-def set_up(options: LogOptions, *, main_process: bool = True) -> None:
+class LogFile(logging.FileHandler):
+    """Messages in a file. Where it can no longer be written, that is said once on the screen, and training goes on."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
+        if not self.told:
+            sys.stderr.write(f"--console_log_file: {self.baseFilename} cannot be written any more\n")
+            self.told = True
+
+
+class Discreet(logging.Filter):
+    """Takes secrets out of messages, whoever put them in."""
+
+    def __init__(self, secrets: Collection[str]) -> None:
+        super().__init__()
+        self.secrets = secrets
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = scrubbed(record.getMessage(), self.secrets), None
+        return True
+
+
+def set_up(options: LogOptions, *, main_process: bool = True, secrets: Collection[str] = ()) -> None:
     """Send what the program logs to stderr, or to --console_log_file; other processes only speak of errors.
 
-    Raises UserError when the file cannot be written.
+    secrets: what is taken out of every message. Raises UserError when the file cannot be written.
     """
     handler = _to_file(options.console_log_file) if options.console_log_file else _to_terminal(options)
+    handler.addFilter(Discreet(secrets))
     logger = logging.getLogger("sfumato")
     for old in logger.handlers:
         old.close()
@@ -43,7 +69,7 @@ def terminal() -> Console:
 def _to_file(path: Path) -> logging.Handler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = LogFile(path, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--console_log_file: cannot write {path} ({error.strerror})") from error
     handler.setFormatter(logging.Formatter(PLAIN))

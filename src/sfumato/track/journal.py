@@ -93,7 +93,7 @@ class Journal:
         try:
             tracker.log(step, values)
         except OSError as error:
-            log.warning("%s cannot be written any more: %s", type(tracker).__name__, error)
+            log.warning("%s cannot be written any more, training goes on without it: %s", type(tracker).__name__, error)
             self.trackers.remove(tracker)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""Which saves a run makes and which of them stay, against lists worked out by hand from the field's rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sfumato.config import SaveOptions
+from sfumato.formats.outputs import make_plan, most_kept, retention
+
+# options; steps, epochs -> saves in the order in which they are made, and those that are left before the final one
+CASES: list[tuple[dict[str, Any], int, int, list[str], list[str]]] = [
+    ({}, 10, 5, [], []),
+    ({"save_every_n_steps": 4}, 10, 5, ["step4", "step8"], ["step4", "step8"]),
+    ({"save_every_n_steps": 5}, 10, 5, ["step5"], ["step5"]),  # the last step is the final save's
+    ({"save_every_n_epochs": 2}, 10, 5, ["2", "4"], ["2", "4"]),
+    ({"save_every_n_epochs": 1}, 10, 5, ["1", "2", "3", "4"], ["1", "2", "3", "4"]),
+    ({"save_every_n_epochs": 1, "save_last_n_epochs": 2}, 10, 5, ["1", "2", "3", "4"], ["3", "4"]),
+    ({"save_every_n_epochs": 2, "save_last_n_epochs": 1}, 20, 10, ["2", "4", "6", "8"], ["8"]),
+    ({"save_n_epoch_ratio": 2}, 10, 5, ["2", "4"], ["2", "4"]),  # floor(5 / 2)
+    ({"save_n_epoch_ratio": 9}, 6, 3, ["1", "2"], ["1", "2"]),  # at least every one
+    ({"save_n_epoch_ratio": 2, "save_every_n_epochs": 1}, 8, 4, ["2"], ["2"]),  # the ratio goes first
+    # A span of steps, not a number of files: after step 8 the one of 8 - 3 - 1 = 4 goes; after 6 that of 2.
+    ({"save_every_n_steps": 2, "save_last_n_steps": 3}, 10, 5, ["step2", "step4", "step6", "step8"],
+     ["step6", "step8"]),
+    ({"save_every_n_steps": 2, "save_last_n_steps": 4}, 10, 5, ["step2", "step4", "step6", "step8"],
+     ["step4", "step6", "step8"]),
+]  # fmt: skip
+
+
+def named(short: str) -> str:
+    return f"x-step{int(short[4:]):08d}" if short.startswith("step") else f"x-{int(short):06d}"
+
+
+@pytest.mark.parametrize(("options", "steps", "epochs", "made", "kept"), CASES)
+@pytest.mark.parametrize("state", [False, True])
+def test_saves_made_and_kept(
+    options: dict[str, Any], steps: int, epochs: int, made: list[str], kept: list[str], state: bool
+) -> None:
+    plan = make_plan(SaveOptions(output_name="x", **options), epochs)
+    found: list[str] = []
+    there: list[str] = []
+    most = 0
+    for step in range(1, steps):
+        names = [(plan.at_step(step), plan.expired_at_step(step, state=state))]
+        if step % (steps // epochs) == 0:
+            epoch = step // (steps // epochs)
+            names.append((plan.at_epoch(epoch, epochs), plan.expired_at_epoch(epoch, state=state)))
+        for name, expired in names:
+            if name:
+                found.append(name)
+                there.append(name)
+                most = max(most, len(there))
+                gone = set(expired)
+                there = [each for each in there if each not in gone]
+    assert found == [named(each) for each in made]
+    assert there == [named(each) for each in kept]
+    assert most <= most_kept(plan, steps=steps, epochs=epochs, state=state)
+
+
+def test_states_have_spans_of_their_own() -> None:
+    options = SaveOptions(save_every_n_epochs=1, save_last_n_epochs=3, save_last_n_epochs_state=1, output_name="x")
+    plan = make_plan(options, 9)
+    assert list(plan.expired_at_epoch(5, state=False)) == ["x-000001", "x-000002"]
+    assert list(plan.expired_at_epoch(5, state=True)) == ["x-000001", "x-000002", "x-000003", "x-000004"]
+    assert retention(plan, states=True) == ["saving every 1 epochs; the last 3 epochs are kept; states: the last 1"]
+
+
+def test_what_is_kept_is_said() -> None:
+    plan = make_plan(SaveOptions(save_every_n_steps=10, save_last_n_steps=30, save_n_epoch_ratio=2), 4)
+    assert retention(plan, states=False) == [
+        "saving every 10 steps; the last 30 steps are kept",
+        "saving every 2 epochs; all are kept",
+    ]
+    assert retention(plan, states=True) == [
+        "saving every 10 steps; the last 30 steps are kept; states: the last 30",
+        "saving every 2 epochs; all are kept; states: all",
+    ]

@@ -1,0 +1,90 @@
+"""A disk that fills up while a run saves: training goes on, what stood stays whole, and the end says so."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import sfumato.train
+from families.toys import ToyShelf
+from sfumato.errors import UserError
+from sfumato.formats.state import load_state, newest_complete
+from training import arguments, losses, pictures, run, same, weights
+
+ROOM = 8192  # bytes that any one file may have: less than an adapter's and a state's
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def half_written(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix in (".tmp", ".old")]
+
+
+def test_a_failed_save_keeps_the_older_and_training_goes_on(
+    toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No room for what is saved after step 2; there is again at the end."""
+    normal = sfumato.train.saves_due
+
+    def saves_due(run, step: int) -> None:
+        if step == 2:
+            with small_files():
+                normal(run, step)
+        else:
+            normal(run, step)
+
+    toy, images = toy_shelf.paths("sd"), pictures(tmp_path / "images")
+    options = {"max_train_steps": 3, "save_every_n_steps": 1, "save_last_n_steps": 1, "save_state": True}
+    straight = run(toy, images, tmp_path / "straight", **options)
+    monkeypatch.setattr("sfumato.train.saves_due", saves_due)
+    with pytest.raises(UserError, match="training is complete, but 2 saves failed; the last: lora-step00000002-state"):
+        run(toy, images, tmp_path / "full", **options)
+    full = tmp_path / "full"
+    assert [row["step"] for row in losses(full)] == [1, 2, 3]
+    assert same(weights(full), weights(straight))
+    # Of the first step all is left, since nothing came after it that could take its place.
+    saved = {path.name for path in full.glob("lora-step*")}
+    assert saved == {"lora-step00000001.safetensors", "lora-step00000001-state"}
+    assert load_state(full / "lora-step00000001-state")[0]["step"] == 1
+    assert not half_written(full)
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_ends_in_one_line_and_an_exit_code(toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    toy, images, output = toy_shelf.paths("sd"), pictures(tmp_path / "images"), tmp_path / "out"
+    options = {"max_train_steps": 2, "save_every_n_steps": 1, "save_state": True}
+    run(toy, images, output, **options)
+    names = ("lora.safetensors", "lora-step00000001.safetensors", "lora-state/state.safetensors")
+    before = {name: (output / name).read_bytes() for name in names}
+    ended = subprocess.run(
+        [sys.executable, "-m", "sfumato", "train", *arguments(toy, images, output, **options, seed=8)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM)),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 2, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: training is complete, but 4 saves failed; the last: lora-state after step 2:")
+    assert "file too large" in last
+    assert "Traceback" not in ended.stderr
+    assert {name: (output / name).read_bytes() for name in names} == before
+    assert load_state(newest_complete(output))[0]["step"] == 2
+    assert [row["step"] for row in losses(output)] == [1, 2]
+    assert not half_written(output)
