@@ -53,10 +53,10 @@ def filled(find, pictures, tmp_path):
         )  # fmt: skip
         store = DiskStore(folder)
         names = LatentNames(fingerprint=encoder, dtype=torch.float32, hashes=ContentHashes(store))
-        use = Use(cache=folder, kind="latents", folders=(str(tmp_path / subset),), encoder=encoder)
+        use = Use(cache=folder, kind="latents", places=(str(tmp_path / subset),), encoder=encoder)
         fill_latents(TensorCache(store), names, latent_places(plan), encode, how=Filling(use=use))
         captions = [item.picture.caption for _, _, item in plan.used()]
-        text = Use(cache=folder, kind="text of clip", folders=(str(tmp_path / subset),), encoder="clip")
+        text = Use(cache=folder, kind="text of clip", places=(str(tmp_path / subset),), encoder="clip")
         fill_text(TensorCache(store), NAMES, captions, features, how=Filling(use=text))
         store.close()
         return folder
@@ -240,7 +240,7 @@ def test_a_kill_while_pruning_loses_nothing(filled, monkeypatch):
 
 
 def test_a_torn_use_is_passed_over(tmp_path):
-    use = Use(cache=tmp_path, kind="latents", folders=("x",), encoder="vae")
+    use = Use(cache=tmp_path, kind="latents", places=("x",), encoder="vae")
     remember(use, [key_of("a"), key_of("b")])
     (known,) = known_uses(tmp_path)
     assert known.use == use

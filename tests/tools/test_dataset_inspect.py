@@ -26,7 +26,7 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Six good pictures in two shapes; one named like an image, one cut short, one without a caption, one too long."""
+    """Six good pictures in two shapes; one named like an image, one torn inside, one without a caption, one too long."""
     folder = tmp_path / "pictures" / "3_<b>cat"
     folder.mkdir(parents=True)
     for i in range(6):
@@ -36,9 +36,11 @@ def folder(tmp_path) -> Path:
     (folder / "img5.txt").unlink()
     (folder / "img4.caption").write_text("unused")
     (folder / "text.png").write_text("not an image")
-    picture((64, 64), 9).save(folder / "cut.jpg", quality=95)
-    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:3000])
-    (folder / "cut.txt").write_text("a cat")
+    picture((64, 64), 9).save(folder / "torn.png")
+    data = bytearray((folder / "torn.png").read_bytes())
+    data[3000:3100] = bytes(100)
+    (folder / "torn.png").write_bytes(data)
+    (folder / "torn.txt").write_text("a cat")
     return folder.parent
 
 
@@ -64,19 +66,19 @@ def test_everything_is_found_and_told(folder, tmp_path, capsys):
     printed, faults = capsys.readouterr()
     assert value(printed, "images") == "7, each 3 times, 21 samples per epoch"
     assert value(printed, "not images").startswith("1: text.png (is no image")
-    assert value(printed, "damaged").startswith("1: cut.jpg (is damaged")
+    assert value(printed, "damaged").startswith("1: torn.png (is damaged")
     assert value(printed, "caption files beside them") == "6 .txt, 1 .caption"
     assert value(printed, "tokens (CLIP)") == f"1 of 7 captions are cut; the longest caption has {TOKENS} of 75"
     assert value(printed, "tags").startswith("63 different: a cat 5, tag0 4, <i>striped</i> & small 4, tag1 2")
     assert value(printed, "captions from class_tokens") == "1: <b>cat"
     assert len(re.findall(r"^  bucket ", printed, re.MULTILINE)) == 2
     assert "text.png" in faults
-    assert "cut.jpg is damaged" in faults
+    assert "torn.png is damaged" in faults
     assert faults.splitlines()[-1].startswith("error: 2 problems")
 
 
 def test_a_sound_dataset_ends_well(folder, tmp_path, capsys):
-    for name in ("text.png", "cut.jpg", "cut.txt", "img4.caption"):
+    for name in ("text.png", "torn.png", "torn.txt", "img4.caption"):
         (folder / "3_<b>cat" / name).unlink()
     assert main(words(folder, tmp_path)) == 0
     assert "damaged" not in capsys.readouterr().out
@@ -92,7 +94,7 @@ def test_empty_captions_are_named_as_training_names_them(folder, tmp_path, capsy
 
 def test_headers_only_decodes_nothing(folder, tmp_path, capsys):
     assert main(words(folder, tmp_path, "--headers_only")) == 2
-    assert "cut.jpg" not in "".join(capsys.readouterr())
+    assert "torn.png" not in "".join(capsys.readouterr())
 
 
 def test_longer_captions_fit_where_the_limit_is_raised(folder, tmp_path, capsys):
@@ -165,7 +167,7 @@ def test_the_page_is_whole_and_shows_what_the_model_sees(folder, tmp_path):
     right, other = (grey(Image.open(folder / "3_<b>cat" / f"img{i}.png")) for i in (0, 2))
     assert np.corrcoef(right, grey(found.images[0]))[0, 1] > 0.8
     assert abs(np.corrcoef(other, grey(found.images[0]))[0, 1]) < 0.2
-    for text in ("<i>striped</i> & small", "3_<b>cat", "text.png", "cut.jpg", "Training would stop here"):
+    for text in ("<i>striped</i> & small", "3_<b>cat", "text.png", "torn.png", "Training would stop here"):
         assert text in found.text
     assert tree(folder) == before
 
@@ -179,7 +181,7 @@ def test_masks_are_paired_and_seen(folder, tmp_path, capsys):
         mask = np.full((size[1], size[0]), 255, np.uint8)
         mask[:, : size[0] // 2] = 0
         Image.fromarray(mask).save(masks / path.name)
-    for name in ("text.png", "cut.jpg", "cut.txt"):
+    for name in ("text.png", "torn.png", "torn.txt"):
         (folder / "3_<b>cat" / name).unlink()
     file = tmp_path / "d.toml"
     file.write_text(f"""[[datasets]]
@@ -249,7 +251,7 @@ def test_faults(argv, told, capsys):
 
 @pytest.fixture
 def sound(folder) -> Path:
-    for name in ("text.png", "cut.jpg", "cut.txt"):
+    for name in ("text.png", "torn.png", "torn.txt"):
         (folder / "3_<b>cat" / name).unlink()
     return folder
 
@@ -301,5 +303,5 @@ def test_debug_dataset_names_the_faults(folder, tmp_path, capsys, toy_shelf):
     argv = ["--pretrained_model_name_or_path", model, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
     argv += ["--resolution", 64, "--debug_dataset", "--caption_extension", ".txt", "--cache_dir", tmp_path / "cache"]
     assert main(["train", *map(str, argv)]) == 2
-    assert "cut.jpg is damaged" in capsys.readouterr().err
+    assert "torn.png is damaged" in capsys.readouterr().err
     assert (tmp_path / "out" / "last.dataset.html").is_file()

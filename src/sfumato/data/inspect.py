@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +12,10 @@ from pathlib import Path
 from sfumato.data.buckets import Size
 from sfumato.data.describe import tags
 from sfumato.data.emphasis import parse, plain
-from sfumato.data.folders import IMAGE_ENDINGS
+from sfumato.data.folders import list_folder
 from sfumato.data.headers import header_of
-from sfumato.data.images import decode, read
+from sfumato.data.images import decode
+from sfumato.data.pictures import Picture, path_of
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
 from sfumato.data.variants import variant
 from sfumato.errors import UserError
@@ -40,14 +41,15 @@ def inspect(
     tokenizers: name -> how tokens are counted, and how many the model takes. weighted: brackets in captions are no
     words. decoding: read every picture to its last byte, not only its header.
     """
-    used = [item.picture.path for _, _, item in plan.used()]
-    broken = undecodable(used, workers, progress) if decoding else {}
-    known = set(used)
+    used = {item.picture.path: item.picture for _, _, item in plan.used()}
+    broken = undecodable(list(used.values()), workers, progress) if decoding else {}
     return [
         DatasetFindings(
             name=f"dataset {i}" if len(plan.datasets) > 1 else "dataset",
             plan=dataset,
-            subsets=[of_subset(subset, tokenizers, broken, known, weighted=weighted) for subset in dataset.subsets],
+            subsets=[
+                of_subset(subset, tokenizers, broken, used.keys(), weighted=weighted) for subset in dataset.subsets
+            ],
             enlarged=enlarged(dataset),
         )
         for i, dataset in enumerate(plan.datasets, 1)
@@ -58,7 +60,7 @@ def of_subset(
     subset: SubsetPlan,
     tokenizers: Mapping[str, tuple[CountTokens, int]],
     broken: Mapping[str, str],
-    known: set[str],
+    known: Collection[str],
     *,
     weighted: bool,
 ) -> SubsetFindings:
@@ -81,39 +83,38 @@ def of_subset(
     )
 
 
-def left_out(subset: SubsetPlan, known: set[str]) -> Iterator[tuple[str, str]]:
+def left_out(subset: SubsetPlan, known: Collection[str]) -> Iterator[tuple[str, str]]:
     """Image files of the subset's folder that are no images that can be trained on, each with the reason."""
     folder = subset.settings.image_dir
     if folder is None or not folder.is_dir():
         return
     root = os.path.abspath(folder)  # noqa: PTH100 -- as pictures are named
-    for name in sorted(os.listdir(root)):  # noqa: PTH208 -- names, not paths, for many thousands
-        path = os.path.join(root, name)  # noqa: PTH118
-        if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".") and path not in known:
+    for name in list_folder(root).images:
+        path = path_of(root, name)
+        if path not in known:
             try:
-                header_of(read(path), path)
+                header_of(Path(path).read_bytes(), path)
             except UserError as error:
                 yield path, reason(error, path)
 
 
-def undecodable(paths: Sequence[str], workers: int, progress: Progress | None) -> dict[str, str]:
-    """The pictures that cannot be decoded, each with the reason."""
-    distinct = list(dict.fromkeys(paths))
+def undecodable(pictures: Sequence[Picture], workers: int, progress: Progress | None) -> dict[str, str]:
+    """The pictures that cannot be decoded, each with the reason, by path."""
 
-    def look(path: str) -> str | None:
+    def look(picture: Picture) -> str | None:
         try:
-            decode(read(path), path)
+            decode(picture.read(), picture.path)
         except UserError as error:
-            return reason(error, path)
+            return reason(error, picture.path)
         return None
 
     found = {}
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-inspect") as pool:
-        for done, (path, why) in enumerate(zip(distinct, pool.map(look, distinct), strict=True), 1):
+        for done, (picture, why) in enumerate(zip(pictures, pool.map(look, pictures), strict=True), 1):
             if why is not None:
-                found[path] = why
+                found[picture.path] = why
             if progress is not None:
-                progress(done, len(distinct))
+                progress(done, len(pictures))
     return found
 
 
@@ -195,7 +196,7 @@ class SubsetFindings:
 
     @property
     def name(self) -> str:
-        return str(self.plan.settings.image_dir)
+        return str(self.plan.settings.place)
 
 
 @dataclass(frozen=True, kw_only=True)

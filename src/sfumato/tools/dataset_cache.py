@@ -14,9 +14,9 @@ from torch import nn
 from sfumato.config import Config
 from sfumato.config.schema import vocabulary
 from sfumato.data.cache import ContentHashes
-from sfumato.data.images import content_hash, read
+from sfumato.data.images import content_hash
+from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan
-from sfumato.data.sources import Picture
 from sfumato.data.store import DiskStore
 from sfumato.data.summary import find_data
 from sfumato.data.upkeep import KEPT, Amount, Record, needed, prune, refuse_in_use, survey, tally
@@ -183,7 +183,7 @@ def checked(store: DiskStore, config: Config) -> list[Record]:
 
 def pictures(config: Config) -> list[Picture]:
     """Those of the datasets given, if any."""
-    if not config.changed("train_data_dir", "dataset_config"):
+    if not config.changed("train_data_dir", "dataset_config", "in_json", "dataset_class"):
         return []
     problems = Problems()
     data: DataPlan = find_data(config, bucket_step=1, problems=problems)
@@ -197,7 +197,7 @@ def wrong_hashes(store: DiskStore, found: Sequence[Picture]) -> dict[bytes, Pict
     wrong = {}
     for picture in found:
         remembered = store.get(hashes.key(picture))
-        if remembered is not None and remembered != content_hash(read(picture.path)):
+        if remembered is not None and remembered != content_hash(picture.read()):
             wrong[hashes.key(picture)] = picture
     return wrong
 
@@ -213,7 +213,7 @@ def opened(config: Config) -> DiskStore:
 def told(known: KnownUse) -> str:
     day = time.strftime("%Y-%m-%d", time.localtime(known.renewed))
     sizes = f" at {', '.join(known.use.sizes)}" if known.use.sizes else ""
-    return f"{known.use.kind} of {', '.join(known.use.folders)}{sizes}, filled {day}"
+    return f"{known.use.kind} of {', '.join(known.use.places)}{sizes}, filled {day}"
 
 
 def amounts(found: dict[str, Amount]) -> list[str]:
