@@ -64,11 +64,11 @@ def train(
     argv: Sequence[str],
     *,
     program: str = "sfumato train",
-    summary: str = "Trains an adapter on your pictures.",
+    summary: str = "Trains an adapter, or the whole model, on your pictures.",
     defaults: Mapping[str, Any] = NOTHING,
     absent: Mapping[str, str] = NOTHING,
 ) -> int:
-    """Train an adapter on your pictures."""
+    """Train an adapter, or the whole model, on your pictures."""
     config = configured(argv, program=program, summary=summary, defaults=defaults, absent=absent)
     if config is None:
         return 0

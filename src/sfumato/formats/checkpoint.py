@@ -295,8 +295,7 @@ def write_stream(
         with FileIO(temporary, "w") as file:
             _write_all(file, memoryview(head))
             for name in infos:
-                for piece in _pieces(name, make(name), specs[name]):
-                    _write_all(file, piece)
+                _write_tensor(file, name, make(name), specs[name])
         written = read_header(temporary)
         assert written.tensors == infos, f"{path}: the file does not hold what was to be written"
         assert written.metadata == dict(metadata or {}), f"{path}: the metadata changed on the way"
@@ -356,6 +355,12 @@ def _pieces(name: str, tensor: Tensor, spec: Spec) -> Iterator[memoryview]:
         return
     for piece in flat.split(PIECE):
         yield _bytes(piece.to(dtype))
+
+
+def _write_tensor(file: FileIO, name: str, tensor: Tensor, spec: Spec) -> None:
+    """A function of its own, so that nothing of the tensor is left when the next one is made."""
+    for piece in _pieces(name, tensor, spec):
+        _write_all(file, piece)
 
 
 def _write_all(file: FileIO, memory: memoryview) -> None:
