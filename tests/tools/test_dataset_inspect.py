@@ -26,7 +26,7 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Six good pictures in two shapes; one named like an image, one torn inside, one without a caption, one too long."""
+    """Six good pictures in two shapes; one named like an image, one torn, one without a caption, one too long."""
     folder = tmp_path / "pictures" / "3_<b>cat"
     folder.mkdir(parents=True)
     for i in range(6):
