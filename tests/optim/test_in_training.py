@@ -99,7 +99,7 @@ def open_at(toy: Toy, images: Path, output: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGDNesterov"])
 def test_an_overflow_costs_one_step_and_half_the_scale(sd: Toy, images: Path, tmp_path: Path, kind: str) -> None:
-    """The weights and the optimizer's state stay; the next step goes on with gradients of the right size."""
+    """The weights and the optimizer's state stay; the next steps go on with gradients of the right size."""
     options = {"mixed_precision": "fp16", "optimizer_type": kind, "network_train_unet_only": True}
     opened = open_at(sd, images, tmp_path, **options)
     steps = opened.loader.steps(0)
@@ -112,7 +112,8 @@ def test_an_overflow_costs_one_step_and_half_the_scale(sd: Toy, images: Path, tm
     handle.remove()
     assert all(torch.equal(old, new) for old, new in zip(before, opened.parameters, strict=True))
     assert opened.scaler.get_scale() == scale / 2
-    train_step(opened, next(steps))
+    for _ in range(3):  # one of which may overflow by itself
+        train_step(opened, next(steps))
     moved = [not torch.equal(old, new) for old, new in zip(before, opened.parameters, strict=True)]
     assert any(moved)
     assert all(parameter.isfinite().all() for parameter in opened.parameters)
