@@ -45,6 +45,7 @@ def model(work: Path, checkpoint: Path, path: Path) -> None:
     """The trained networks, with the decoder of its own last training where there was one."""
     file = open_checkpoint(checkpoint)
     tensors = {name: file.read(name, dtype=torch.float32) for name in file.header.tensors}
+    file.close()
     if (work / "decoder-state.pt").is_file():
         tensors |= decoder(work)
     write_safetensors(

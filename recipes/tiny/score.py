@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from concepts import COLOURS, CONCEPTS, caption, unseen_colour
 from PIL import Image
-from sfumato.demo._drawing import GREY, INK, PAPER, font
 
 from sfumato.demo.artist import Artist, hire
 from sfumato.demo.base import tiny_base
 from sfumato.demo.judge import background_of, load_judge
 from sfumato.memory.host import keep_freed_memory
+from sfumato.track.drawing import GREY, INK, PAPER, font
 
 TEMPLATE = "{a} {concept} on a {colour} background"
 CELL, GAP, TYPE = 128, 10, 12

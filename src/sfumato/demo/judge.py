@@ -57,6 +57,7 @@ def load_judge(path: Path = SHIPPED) -> Judge:
     classes = tuple(json.loads(file.header.metadata["classes"]))
     network = new_network(len(classes))
     network.load_state_dict({name: file.read(name, dtype=torch.float32) for name in file.header.tensors})
+    file.close()
     return Judge(network.eval().requires_grad_(False), classes)
 
 
