@@ -16,7 +16,7 @@ from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from sfumato.sample import generate_together
-from training import losses, pictures, run, same, weights
+from training import REPORT, losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")
 UNREACHED = {  # the text is read off the layer before it
@@ -236,7 +236,8 @@ def test_keeping_only_the_last_saves(sd: Toy, images: Path, tmp_path: Path) -> N
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
         "lora-state", "lora-step00000004.safetensors", "lora-step00000006-state", "lora-step00000006.safetensors",
-        "lora-step00000008-state", "lora-step00000008.safetensors", "lora.run.jsonl", "lora.safetensors",
+        "lora-step00000008-state", "lora-step00000008.safetensors", *REPORT,
+        "lora.run.jsonl", "lora.safetensors",
     ]  # fmt: skip
 
 

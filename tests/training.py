@@ -17,6 +17,8 @@ from sfumato.train import train
 
 NEEDED = {"toy_chroma": {"apply_t5_attn_mask": True}}  # checkpoint -> options without which it is refused
 
+REPORT = ("lora.report.html", "lora.report.json")
+
 
 def pictures(folder: Path, count: int = 5, *, name: str = "2_cat") -> Path:
     """A training folder in the field's layout: noise pictures of two shapes, each with a caption."""

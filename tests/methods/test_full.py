@@ -23,7 +23,7 @@ from sfumato.families.base import find_family
 from sfumato.formats.state import load_state
 from sfumato.methods.full import FullMethod
 from sfumato.plan import look, with_seed
-from training import arguments, losses, pictures, run, same, weights
+from training import REPORT, arguments, losses, pictures, run, same, weights
 
 Toy = Mapping[str, Path]
 TABLES = {"sd3": ("pos_embed",)}  # of the denoiser, computed and never trained
@@ -342,7 +342,7 @@ def test_only_the_last_saves_stay(sd: Toy, images: Path, tmp_path: Path) -> None
     options = {"save_every_n_steps": 1, "save_last_n_steps": 1, "save_model_as": "diffusers", "max_train_steps": 5}
     full(sd, images, tmp_path, **options)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["lora", "lora-step00000003", "lora-step00000004", "lora.run.jsonl"]
+    assert names == ["lora", "lora-step00000003", "lora-step00000004", *REPORT, "lora.run.jsonl"]
 
 
 # ---------------------------------------------------------------- blocks, stopping, losing the source

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from sfumato.config import load_config
 from sfumato.data.plans import DataPlan
@@ -75,7 +76,7 @@ def test_no_path_of_this_machine(told: Path, images: Path) -> None:
 
 def test_no_secret(sd: Toy, images: Path, tmp_path: Path) -> None:
     config = load_config(arguments(sd, images, tmp_path))
-    secret = config.log.model_copy(update={"wandb_api_key": "canary"})
+    secret = config.log.model_copy(update={"wandb_api_key": SecretStr("canary")})
     config = config.model_copy(update={"log": secret})
     data = DataPlan(
         datasets=(), validation=(), processes=1, prior_loss_weight=1.0, from_file=False, notes=("in /home/canary/x",)
