@@ -19,6 +19,12 @@ from sfumato.formats.state import load_state, newest_complete
 from training import arguments, losses, pictures, run, same, weights
 
 ROOM = 8192  # bytes that any one file may have: less than an adapter's and a state's
+LIMITED = f"""
+import resource, sys
+from sfumato.cli.main import entry
+resource.setrlimit(resource.RLIMIT_FSIZE, ({ROOM}, {ROOM}))
+entry()
+"""
 
 
 @contextmanager
@@ -72,8 +78,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_an_exit_code(toy_shelf: Toy
     names = ("lora.safetensors", "lora-step00000001.safetensors", "lora-state/state.safetensors")
     before = {name: (output / name).read_bytes() for name in names}
     ended = subprocess.run(
-        [sys.executable, "-m", "sfumato", "train", *arguments(toy, images, output, **options, seed=8)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM)),
+        [sys.executable, "-c", LIMITED, "train", *arguments(toy, images, output, **options, seed=8)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

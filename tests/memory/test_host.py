@@ -31,4 +31,5 @@ def test_freed_blocks_are_not_fetched_anew() -> None:
     for mode in ("usual", "kept"):
         done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True)
         faults[mode] = int(done.stdout)
-    assert faults["kept"] < 100 < 1000 < faults["usual"]
+    # A block that was cut for something small in between may be fetched anew once in four.
+    assert faults["kept"] <= faults["usual"] / 2
