@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from sfumato.config import load_config
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
+from sfumato.run import open_run
 from sfumato.sample import generate_together
-from training import REPORT, losses, pictures, run, same, weights
+from training import REPORT, arguments, losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")
 UNREACHED = {  # the text is read off the layer before it
@@ -121,6 +123,20 @@ def test_cached_is_uncached(toy: Toy, images: Path, tmp_path: Path) -> None:
     for other in (latents, disk, again):
         assert same(weights(plain), weights(other))
         assert losses(plain) == losses(other)
+
+
+@pytest.mark.parametrize("previews", [False, True])
+def test_networks_whose_output_is_cached_keep_weights_only_for_previews(
+    sd: Toy, images: Path, tmp_path: Path, previews: bool
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    wanted = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 100} if previews else {}
+    cached = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
+    opened = open_run(load_config(arguments(sd, images, tmp_path, **cached, **wanted)))
+    assert opened is not None
+    for module in (opened.model.vae, *(opened.model.parts[name].module for name in opened.model.text_parts)):
+        assert {each.device.type for each in module.parameters()} == {"cpu" if previews else "meta"}
+    assert opened.model.device.type == "cpu"
 
 
 def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None:

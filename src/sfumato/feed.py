@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import nn
 
 from sfumato.config import Config
 from sfumato.data.cache import (
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def make_loader(config: Config, data: DataPlan, total: int, model: Family, method: Method, at: PartialState) -> Loader:
-    """Fill the caches that are asked for and open the loader; encoders that are cached leave the device."""
+    """Fill the caches that are asked for and open the loader; networks whose output is cached are put away."""
     assert config.loop.seed is not None
     accumulation = config.loop.gradient_accumulation_steps
     order = Order(data, seed=config.loop.seed, accumulation=accumulation, rank=at.process_index)
@@ -70,7 +71,7 @@ def fill(
     rewrite: Callable[[str], str] = str,
     machine: tuple[int, int] = (0, 1),
 ) -> Caches:
-    """Make what is missing of the caches that are asked for; encoders that are cached leave the device.
+    """Make what is missing of the caches that are asked for; networks whose output is cached are put away.
 
     live_text: encoders that train and are left out. rewrite: what the method makes of a caption before it is encoded.
     machine: which of how many machines without a common store this is.
@@ -87,7 +88,7 @@ def fill(
         caches.counts["latents"] = task.latents(caches.latents, names)
         if mask_places(data):
             caches.counts["masks"] = task.masks(caches.latents, masks)
-        model.vae.to("cpu")
+        put_away(model.vae, config)
     if cache.cache_text_encoder_outputs:
         store = disk if disk and cache.cache_text_encoder_outputs_to_disk else MemoryStore()
         captions = [rewrite(caption) for caption in captions_to_cache(data, variants=cache.text_cache_variants)]
@@ -95,8 +96,13 @@ def fill(
             names = text_names(config, model, part)
             caches.text[part] = TextFeatures(cache=TensorCache(store), names=names, rewrite=rewrite)
             caches.counts[f"text of {part}"] = task.text(caches.text[part], part, captions)
-            model.parts[part].module.to("cpu")
+            put_away(model.parts[part].module, config)
     return caches
+
+
+def put_away(module: nn.Module, config: Config) -> None:
+    """A network whose output is cached leaves the device; its weights go altogether where no preview will ask."""
+    module.to("cpu" if config.samples.sample_prompts else "meta")
 
 
 @dataclass(frozen=True, kw_only=True)
