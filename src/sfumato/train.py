@@ -102,7 +102,7 @@ def training_loss(
     Latents (B, C, h, w); t in 0 .. 1000; everything random is a function of the samples' ids.
     samples: takes in t and the loss of each sample before weighting, nan for fillers; nothing waits for them.
     """
-    model, method, recipe, rng = run.model, run.method, run.recipe, run.randomness
+    model, recipe, rng = run.model, run.recipe, run.randomness
     x0 = run.latents(batch)
     t = recipe.timesteps(rng, batch.ids, x0.shape[1:], model.latents)
     noise = rng.per_sample("noise", batch.ids, lambda draw, i: recipe.noise(draw, x0[i]))
@@ -110,7 +110,19 @@ def training_loss(
     if recipe.perturb:  # only the input is perturbed, the target keeps the clean noise
         perturb = recipe.perturb
         seen = rng.per_sample("perturb", batch.ids, lambda draw, i: perturb(draw, noise[i])).to(x0)
-    noise, seen = noise.to(x0), seen.to(x0)
+    loss, weight = sample_losses(run, batch, x0, t, noise.to(x0), seen.to(x0)), batch.weight.to(x0)
+    if samples is not None:
+        samples.append((t, loss.detach().where(weight > 0, torch.nan)))
+    weight = recipe.weighting(model.objective.level(t), model.objective).to(loss) * weight
+    return (loss * weight).sum() / real_samples
+
+
+def sample_losses(run: Run, batch: Batch, x0: Tensor, t: Tensor, noise: Tensor, seen: Tensor) -> Tensor:
+    """(B,) the loss of each sample before weighting, of training and of validation alike.
+
+    Latents x0 (B, C, h, w); t (B,) in 0 .. 1000; noise as the target has it and as the input does.
+    """
+    model, method, recipe = run.model, run.method, run.recipe
     level = model.objective.level(t)
     noisy = model.objective.add_noise(x0, seen, level)
     method.begin(model, batch.extras)  # lasts until the next begin
@@ -121,11 +133,7 @@ def training_loss(
     loss = recipe.loss(estimate, target, level)
     if batch.mask is not None:
         loss = loss * batch.mask.to(loss)  # multiplied, not divided by the mask's sum
-    loss, weight = loss.flatten(1).mean(1), batch.weight.to(loss)
-    if samples is not None:
-        samples.append((t, loss.detach().where(weight > 0, torch.nan)))
-    weight = recipe.weighting(level, model.objective).to(loss) * weight
-    return (loss * weight).sum() / real_samples
+    return loss.flatten(1).mean(1)
 
 
 def conditioning_of(run: Run, batch: Batch) -> Tensors:
