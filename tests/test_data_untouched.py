@@ -111,3 +111,21 @@ def test_pictures_are_left_as_they_are(toy, data, entry, source):
     assert code in (0, 2)
     assert code == 0 or entry not in ("train", "plan")
     assert (data / "out").exists() == (entry not in ("plan", "dataset") and code == 0)
+
+
+LOOKS = (
+    ("cache",),
+    ("cache", "--verify"),
+    ("cache", "--stats"),
+    ("cache", "--prune", "--yes"),
+    ("inspect", "--html", "page.html"),
+)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_caching_and_inspecting_leave_pictures_as_they_are(toy, data, source):
+    before = tree(data)
+    for words in LOOKS:
+        assert main(["dataset", *words, *arguments(toy, source)]) == 0, words
+    assert tree(data) == before
+    assert {path.name for path in data.iterdir()} & {"cache", "page.html", "out"} == {"cache", "page.html"}
