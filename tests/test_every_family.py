@@ -109,6 +109,20 @@ def predict(model: Family, captions: list[str], t: float = 600.0) -> Tensor:
         return model.predict(x, torch.full((len(captions),), t), conditioning)
 
 
+def test_a_caption_has_room_for_as_many_tokens_as_are_read(toys: Toys) -> None:
+    """What lies beyond changes nothing of any encoder's features, and the last token that has room does."""
+    model = load(toys.original, noise=toys.noise)
+    for part in model.text_parts:
+        room = model.room(part, ["cat", "a red cat"])
+        assert room is not None
+        assert room.lengths[0] < room.lengths[1]
+        words = room.limit // room.lengths[0]
+        assert words * room.lengths[0] == room.limit
+        shorter, full, longer = (live_text(model, part, [" ".join(["cat"] * (words + i))]) for i in (-1, 0, 1))
+        assert all(torch.equal(full[name], longer[name]) for name in full)
+        assert any(not torch.equal(full[name], shorter[name]) for name in full)
+
+
 def test_both_layouts_give_the_same_model(toys: Toys) -> None:
     torch.testing.assert_close(
         predict(load(toys.original), ["a cat"]), predict(load(toys.diffusers), ["a cat"]), rtol=0, atol=1e-6

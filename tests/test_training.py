@@ -268,3 +268,13 @@ def test_metadata_keys_are_those_of_the_field(sd: Toy, images: Path, tmp_path: P
     assert found["ss_base_model_version"] == "sd_v1"
     assert conditions
     assert not any(str(tmp_path) in value or str(images) in value for value in found.values())
+
+
+def test_captions_that_are_cut_are_told_before_the_first_step(sd: Toy, tmp_path: Path, capfd) -> None:
+    images = pictures(tmp_path / "images", 3)
+    (images / "2_cat" / "1.txt").write_text("a cat, " * 60)
+    run(sd, images, tmp_path / "out", max_train_steps=1)
+    told = capfd.readouterr().err
+    assert "1 of 3 captions are longer than the 75 tokens that are read, and are cut; the longest has 180" in told
+    run(sd, images, tmp_path / "out", max_train_steps=1, max_token_length=225)
+    assert "tokens that are read" not in capfd.readouterr().err

@@ -52,6 +52,19 @@ def encode_text(
     ]
 
 
+def cut_captions(model: Family, captions: Sequence[str], *, weighted: bool) -> str:
+    """A line about captions of which every text encoder leaves out the end; empty where there are none."""
+    words = [plain(parse(each)) for each in captions] if weighted else list(captions)
+    rooms = [room for part in model.text_parts if (room := model.room(part, words)) is not None]
+    roomiest = max(rooms, key=lambda room: room.limit, default=None)
+    if roomiest is None or not words:
+        return ""
+    over = sum(length > roomiest.limit for length in roomiest.lengths)
+    longest = max(range(len(words)), key=roomiest.lengths.__getitem__)
+    cut = f"{over} of {len(words)} captions are longer than the {roomiest.limit} tokens that are read, and are cut"
+    return f"{cut}; the longest has {roomiest.lengths[longest]}: {captions[longest][:60]!r}" if over else ""
+
+
 @torch.no_grad()
 def encode_captions(
     model: Family, part: str, captions: Sequence[str], *, weighted: bool = False, negative: bool = False

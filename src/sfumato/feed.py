@@ -33,13 +33,14 @@ from sfumato.data.order import Order
 from sfumato.data.plans import DataPlan, SubsetPlan
 from sfumato.data.store import DiskStore, MemoryStore
 from sfumato.data.uses import Use
-from sfumato.data.variants import captions_to_cache
-from sfumato.encode import encode_captions, encode_images, fingerprint
+from sfumato.data.variants import captions_to_cache, longest_form
+from sfumato.encode import cut_captions, encode_captions, encode_images, fingerprint
 from sfumato.families.base import Family
 from sfumato.methods.base import Method
 from sfumato.track.jobs import Job
 
 log = logging.getLogger(__name__)
+COUNTED = 20_000  # captions whose tokens are counted before training
 
 
 def make_loader(config: Config, data: DataPlan, total: int, model: Family, method: Method, at: PartialState) -> Loader:
@@ -47,6 +48,7 @@ def make_loader(config: Config, data: DataPlan, total: int, model: Family, metho
     assert config.loop.seed is not None
     accumulation = config.loop.gradient_accumulation_steps
     order = Order(data, seed=config.loop.seed, accumulation=accumulation, rank=at.process_index)
+    tell_of_cut_captions(config, data, model, method)
     caches = fill(config, data, model, at, live_text=method.live_text, rewrite=method.caption)
     return Loader(
         order,
@@ -168,6 +170,15 @@ class Task:
         if self.at.num_processes > 1 and not store.shared and counts.encoded:
             log.info("%s: each process made all of them; a cache on disk would have shared the work", kind)
         return counts
+
+
+def tell_of_cut_captions(config: Config, data: DataPlan, model: Family, method: Method) -> None:
+    """Some thousands of captions, evenly chosen: counting all of millions would take minutes."""
+    captions = list(dict.fromkeys(longest_form(item, subset) for _, subset, item in data.used()))
+    some = captions[:: -(-len(captions) // COUNTED)]
+    line = cut_captions(model, [method.caption(each) for each in some], weighted=config.captions.weighted_captions)
+    if line:
+        log.warning("%s", line)
 
 
 def text_dropout(config: Config, model: Family) -> dict[str, float]:

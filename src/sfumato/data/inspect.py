@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.data.buckets import Size
@@ -17,7 +17,7 @@ from sfumato.data.headers import header_of
 from sfumato.data.images import decode
 from sfumato.data.pictures import Picture, path_of
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
-from sfumato.data.variants import variant
+from sfumato.data.variants import longest_form
 from sfumato.errors import UserError
 
 ENDINGS = (".txt", ".caption", ".json")  # of caption files, besides the configured one
@@ -67,7 +67,8 @@ def of_subset(
     items = list(subset.items)
     paths = [item.picture.path for item in items]
     damaged = {path: broken[path] for path in paths if path in broken}
-    captions = [longest_form(item, subset, weighted=weighted) for item in items]
+    captions = [longest_form(item, subset) for item in items]
+    captions = [plain(parse(caption)) for caption in captions] if weighted else captions
     frequencies = Counter(tags(subset))
     return SubsetFindings(
         plan=subset,
@@ -134,13 +135,6 @@ def caption_endings(paths: Sequence[str], configured: str) -> dict[str, int]:
         for ending in wanted:
             counts[ending] += name[: name.rfind(".")] + ending in beside[folder]
     return {ending: count for ending, count in counts.items() if count}
-
-
-def longest_form(item: Item, subset: SubsetPlan, *, weighted: bool) -> str:
-    """The caption with all its tags, prefix and suffix."""
-    never = {"shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0}
-    text = variant(item.picture.caption, replace(subset.settings.rules, **never), 0)
-    return plain(parse(text)) if weighted else text
 
 
 def masks_of(items: Sequence[Item], subset: SubsetPlan) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from random import Random
 
 from sfumato.data.captions import CaptionRules, dropped, process
-from sfumato.data.plans import DataPlan
+from sfumato.data.plans import DataPlan, Item, SubsetPlan
 from sfumato.errors import Problems
 from sfumato.seeds import python_random
 
@@ -24,6 +24,12 @@ def variant(text: str, rules: CaptionRules, number: int) -> str:
     never = replace(rules, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass") + b"\0%d" % number, digest_size=16).digest()
     return process(text, never, Random(int.from_bytes(digest, "little")), epoch=1, step=0, max_train_steps=1)
+
+
+def longest_form(item: Item, subset: SubsetPlan) -> str:
+    """The caption with all its tags, prefix and suffix."""
+    never = {"shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0}
+    return variant(item.picture.caption, replace(subset.settings.rules, **never), 0)
 
 
 def chosen(text: str, rules: CaptionRules, *, variants: int, seed: int, sample: int, epoch: int) -> str:

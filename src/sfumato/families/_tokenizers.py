@@ -67,6 +67,11 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     files.write_text(folder / "merges.txt", _merges_text(vocabulary.merges))
 
 
+def lengths(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """Tokens of each caption, without those that begin and end it."""
+    return [len(ids) for ids in tokenizer(list(captions), add_special_tokens=False, verbose=False).input_ids]
+
+
 def t5_tokenizer(folder: Path | None, *, max_length: int = 512, option: str = "--tokenizer") -> T5Tokenizer:
     """T5's tokenizer from a folder with tokenizer.json or spiece.model; the end token is added, no begin token.
 

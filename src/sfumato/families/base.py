@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,13 @@ class Network:
         self.weights.fill(module, dtype=self.dtype or dtype, device=device)
         self.weights.file.close()  # opens again by itself when something more is read
         return module.to(device)  # buffers
+
+
+class Room(NamedTuple):
+    """How captions fit; what begins and ends a caption does not count."""
+
+    lengths: Sequence[int]  # tokens of each caption
+    limit: int  # tokens that are read, the others are cut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +257,10 @@ class Family(ABC):
     @abstractmethod
     def text_fingerprint(self, part: str) -> str:
         """What, besides weights and caption, an encoder's features depend on (token length, masks, layer)."""
+
+    def room(self, part: str, captions: Sequence[str]) -> Room | None:
+        """How the captions fit the tokens that an encoder reads; None where the family does not tell."""
+        return None
 
     @abstractmethod
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:

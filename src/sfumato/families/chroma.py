@@ -12,10 +12,10 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
 from sfumato.errors import Problems
-from sfumato.families import _chroma_keys, _flux_parts, _t5, _vae
+from sfumato.families import _chroma_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import component, image_ids, pack, unpack, whole_mask
 from sfumato.families._source import Source
-from sfumato.families.base import FAMILIES, Blueprint, Family, Part, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Family, Part, Room, Sampling
 
 T5_LENGTH = 512
 
@@ -76,6 +76,9 @@ class Chroma(Family):
     def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
         weights = _t5.token_weights(self.tokenizer, pieces, len(features["hidden"]))
         return {**features, "hidden": features["hidden"] * weights.to(features["hidden"])[:, None]}
+
+    def room(self, part: str, captions: Sequence[str]) -> Room:
+        return Room(_tokenizers.lengths(self.tokenizer, captions), self.t5_length - 1)
 
     def text_fingerprint(self, part: str) -> str:
         return f"{self.t5_length} tokens, masked but for one of padding"

@@ -15,7 +15,7 @@ from sfumato.data.emphasis import Pieces
 from sfumato.families import _clip, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import component, image_ids, pack, unpack, whole_mask
 from sfumato.families._source import Source, Weights
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Room, Sampling
 
 T5_LENGTH = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
 DEFAULT_GUIDANCE = 3.5
@@ -106,6 +106,11 @@ class Flux(Family):
             return features
         weights = _t5.token_weights(self.t5_tokenizer, pieces, len(features["hidden"]))
         return {**features, "hidden": features["hidden"] * weights.to(features["hidden"])[:, None]}
+
+    def room(self, part: str, captions: Sequence[str]) -> Room:
+        if part == "t5":
+            return Room(_tokenizers.lengths(self.t5_tokenizer, captions), self.t5_length - 1)
+        return Room(_tokenizers.lengths(self.clip_tokenizer, captions), _clip.CHUNK)
 
     def text_fingerprint(self, part: str) -> str:
         return f"{self.t5_length} tokens, masked {self.masked}" if part == "t5" else f"{_clip.LENGTH} tokens, pooled"

@@ -22,7 +22,7 @@ from sfumato.errors import UserError
 from sfumato.families import _gemma2, _gemma2_tokenizer, _lumina_keys, _vae
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import KeyMap, Rule
 
 PREFIX = "model.diffusion_model."
@@ -133,6 +133,10 @@ class Lumina(Family):
     def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
         weights = _gemma2.token_weights(self.tokenizer, pieces, self.length)
         return {**features, "hidden": features["hidden"] * weights.to(features["hidden"])[:, None]}
+
+    def room(self, part: str, captions: Sequence[str]) -> Room:
+        before = len(self.tokenizer.tokens(self.preamble))
+        return Room([len(self.tokenizer.tokens(caption)) for caption in captions], self.length - 1 - before)
 
     def text_fingerprint(self, part: str) -> str:
         return f"{self.length} tokens after {self.preamble!r}"

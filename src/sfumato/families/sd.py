@@ -14,7 +14,7 @@ from sfumato.data.emphasis import Pieces
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import KeyMap, identity
 
 UNET = _unet.PREFIX
@@ -130,6 +130,9 @@ class StableDiffusion(Family):
     def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
         weights = _clip.token_weights(self.tokenizer, pieces, chunks=self.chunks)
         return {**features, "hidden": _clip.weighted(features["hidden"], weights)}
+
+    def room(self, part: str, captions: Sequence[str]) -> Room:
+        return Room(_tokenizers.lengths(self.tokenizer, captions), _clip.CHUNK * self.chunks)
 
     def text_fingerprint(self, part: str) -> str:
         return _clip.fingerprint(self.tokenizer, layer=self.clip_layer, chunks=self.chunks)

@@ -15,7 +15,7 @@ from sfumato.diffusion.objective import RectifiedFlow
 from sfumato.errors import Problems, UserError
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, Room, Sampling
 from sfumato.formats.keymap import identity
 
 PREFIX = "model.diffusion_model."
@@ -120,6 +120,10 @@ class StableDiffusion3(Family):
             return {**features, "hidden": hidden * weights.to(hidden)[:, None]}
         weights = _clip.token_weights(self.tokenizers[part], pieces, chunks=1)
         return {**features, "hidden": _clip.weighted(hidden, weights[: len(hidden)])}
+
+    def room(self, part: str, captions: Sequence[str]) -> Room:
+        limit = self.t5_length - 1 if part == "t5" else _clip.CHUNK
+        return Room(_tokenizers.lengths(self.tokenizers[part], captions), limit)
 
     def text_fingerprint(self, part: str) -> str:
         masked = f"masked {self.masked[part]}"

@@ -14,7 +14,7 @@ from sfumato.data.emphasis import Pieces
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import KeyMap, identity
 
 CLIP_L = "conditioner.embedders.0.transformer."
@@ -157,6 +157,9 @@ class StableDiffusionXL(Family):
     def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
         weights = _clip.token_weights(self.tokenizers[part], pieces, chunks=self.chunks)
         return {**features, "hidden": _clip.weighted(features["hidden"], weights)}
+
+    def room(self, part: str, captions: Sequence[str]) -> Room:
+        return Room(_tokenizers.lengths(self.tokenizers[part], captions), _clip.CHUNK * self.chunks)
 
     def text_fingerprint(self, part: str) -> str:
         return _clip.fingerprint(self.tokenizers[part], layer=LAYER, chunks=self.chunks)
