@@ -8,7 +8,9 @@ IMAGES small pictures with captions are listed cold (nothing remembered) and war
 named by a metadata file (`json`), and in tar archives of 10,000 (`tar`); `order` is the order of one epoch at batch
 size 1 and its first 1000 steps. A million images: `1000000 --only index` writes two million files (8 GB, some minutes)
 and keeps them where --folder says, for the next time. Photos are JPEGs
-of 600 to 1500 pixels a side, brought to 512-pixel buckets with an encoder that does nothing. Latents are those of
+of 600 to 1500 pixels a side, brought to 512-pixel buckets with an encoder that does nothing, at batches
+of 1 and 8 (`mean_batch`: how many are really together), and with one that takes 20 ms an image (`slow`): that row is
+near the slower of decoding and encoding, not near their sum. Latents are those of
 512-pixel pictures in float32. `load` is the same photos as training takes them, plain and with random crops, colours
 and masks. Every row runs in a fresh process with the files in the system's cache, the rows interleaved; median and
 spread of the repeats. Memory is the peak beyond what the process had before the work.
@@ -111,7 +113,7 @@ def summary(row: str, runs: list[Figures]) -> dict[str, object]:
 
 
 def show(table: list[dict[str, object]]) -> None:
-    names = ("seconds", "fastest", "slowest", "cpu", "items", "per_second", "cpu_ms_each", "megabytes")
+    names = ("seconds", "fastest", "slowest", "cpu", "items", "per_second", "cpu_ms_each", "megabytes", "mean_batch")
     print(f"{'row':<14}" + "".join(f"{name:>13}" for name in names))
     for line in table:
         print(f"{line['row']!s:<14}" + "".join(f"{line.get(name, float('nan')):>13,.2f}" for name in names))
@@ -201,7 +203,7 @@ def found(config: Config) -> DataPlan:
     return plan
 
 
-def caching(folder: Path, *, batch_size: int) -> Figures:
+def caching(folder: Path, *, batch_size: int, encoding: float = 0.0) -> Figures:
     """All of latent caching but the encoder: read, hash, decode, resize, stack, write."""
     import torch
 
@@ -224,6 +226,7 @@ def caching(folder: Path, *, batch_size: int) -> Figures:
 
         def encode(pixels: torch.Tensor, seeds: object) -> torch.Tensor:
             batches.append(len(pixels))
+            time.sleep(encoding * len(pixels))
             return torch.zeros(len(pixels), 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
 
         places = latent_places(plan)
@@ -280,6 +283,8 @@ def reading(folder: Path) -> Figures:
     return rated(figures, count)
 
 
+ENCODING = 0.02  # seconds that the slow encoder takes for an image, without the processor
+
 ROWS: dict[str, Callable[[Path], Figures]] = {
     "stat": stat,
     "index cold": lambda folder: index(folder, warm=False),
@@ -291,6 +296,7 @@ ROWS: dict[str, Callable[[Path], Figures]] = {
     "order": ordering,
     "caching b1": lambda folder: caching(folder, batch_size=1),
     "caching b8": lambda folder: caching(folder, batch_size=8),
+    "caching b8 slow": lambda folder: caching(folder, batch_size=8, encoding=ENCODING),
     "load": loading,
     "load changed": lambda folder: loading(folder, "--random_crop", "--color_aug", "--flip_aug", "--alpha_mask"),
     "read latents": reading,
