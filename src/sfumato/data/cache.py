@@ -85,14 +85,23 @@ def fill_latents(
         if how.use:
             remember(how.use, [*wanted, *{names.hashes.key(place.picture) for place in places}])
 
+        def write(batch: Sequence[tuple[bytes, Place]], latents: Tensor) -> None:
+            for (key, place), one in zip(batch, stored(latents, names.dtype), strict=True):
+                if not torch.isfinite(one).all():
+                    raise UserError(f"the latents of {place.picture.path} are not finite", fix="--no_half_vae")
+                cache.put(key, {LATENTS: one})
+
         def make(missing: Sequence[bytes]) -> Iterator[int]:
-            for batch, pixels in decoded(same_size(missing, wanted, batch_size), pool, workers):
-                latents = encode(to_tensor(pixels), [seed_of_entry(key) for key, _ in batch])
-                for (key, place), one in zip(batch, stored(latents, names.dtype), strict=True):
-                    if not torch.isfinite(one).all():
-                        raise UserError(f"the latents of {place.picture.path} are not finite", fix="--no_half_vae")
-                    cache.put(key, {LATENTS: one})
-                yield len(batch)
+            with ThreadPoolExecutor(1, thread_name_prefix="sfumato-write") as writer:
+                before: Future[None] | None = None
+                for batch, pixels in decoded(same_size(missing, wanted, batch_size), pool, workers):
+                    latents = encode(pixels, [seed_of_entry(key) for key, _ in batch])
+                    if before is not None:
+                        before.result()  # raises what went wrong; at most one batch waits to be written
+                    before = writer.submit(write, batch, latents)
+                    yield len(batch)
+                if before is not None:
+                    before.result()
 
         return share_work(cache, list(wanted), make, how)
 
@@ -189,21 +198,26 @@ def same_size(
 
 def decoded(
     batches: Iterator[list[tuple[bytes, Place]]], pool: ThreadPoolExecutor, workers: int
-) -> Iterator[tuple[list[tuple[bytes, Place]], list[Pixels]]]:
-    """Each batch with its pixels; at least the next one is decoded meanwhile, in the order given."""
-    waiting: deque[tuple[list[tuple[bytes, Place]], list[Future[Pixels]]]] = deque()
+) -> Iterator[tuple[list[tuple[bytes, Place]], Tensor]]:
+    """Each batch with its pixels; at least the next two are decoded meanwhile, in the order given."""
+    waiting: deque[tuple[list[tuple[bytes, Place]], Future[Tensor]]] = deque()
     while True:
-        pending = sum(len(futures) for _, futures in waiting)
-        while len(waiting) < 2 or pending < 2 * max(workers, 1):
+        pending = sum(len(batch) for batch, _ in waiting)
+        while len(waiting) < 3 or pending < 2 * max(workers, 1):
             batch = next(batches, None)
             if batch is None:
                 break
-            waiting.append((batch, [pool.submit(place.pixels) for _, place in batch]))
+            parts = [pool.submit(place.pixels) for _, place in batch]
+            waiting.append((batch, pool.submit(joined, parts)))  # begun after its parts were, so they never wait for it
             pending += len(batch)
         if not waiting:
             return
-        batch, futures = waiting.popleft()
-        yield batch, [future.result() for future in futures]
+        batch, pixels = waiting.popleft()
+        yield batch, pixels.result()
+
+
+def joined(parts: Sequence[Future[Pixels]]) -> Tensor:
+    return to_tensor([part.result() for part in parts])
 
 
 def stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
