@@ -60,6 +60,7 @@ LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LAUNCHER = 450, 80, 3
 TORCH_FREE = (
     "errors.py", "seeds.py", "registry.py", "files.py", "names.py", "config/*.py",
     "data/sources.py", "data/captions.py", "data/buckets.py", "data/summary.py", "data/images.py", "data/emphasis.py",
+    "data/variants.py", "data/uses.py", "data/inspect.py", "cli/dataset.py",
     "cli/main.py", "plan.py",
 )  # fmt: skip
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
