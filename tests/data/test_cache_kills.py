@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from sfumato.data.cache import (
     Filling,
     LatentNames,
     TensorCache,
+    falls_to,
     fill_latents,
     latent_places,
     seed_of_entry,
@@ -30,7 +32,7 @@ from sfumato.data.cache import (
 from sfumato.data.plans import DataPlan
 from sfumato.data.store import DiskStore, MemoryStore
 from sfumato.data.summary import find_data
-from sfumato.data.upkeep import DAMAGED, HASHES, survey
+from sfumato.data.upkeep import DAMAGED, HASHES, TORN, survey
 from sfumato.errors import Problems, UserError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork")
@@ -55,10 +57,10 @@ for line in sys.stdin:
             os._exit(code)
     print(child, flush=True)
 """
+MINUTE = 60.0  # seconds to wait for a process that goes on; it never takes as long
 
 
 def encode(pixels, seeds):
-    time.sleep(0.02)
     noise = [torch.randn(8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.nn.functional.avg_pool2d(pixels, 8) + torch.stack(noise)[:, None]
 
@@ -82,19 +84,48 @@ def fill(folder: Path, plan: DataPlan, rank: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def work(root: str, folder: str, rank: str, limit: str = "") -> int:
-    """What a process of its own does; the exit code. limit: bytes beyond which it may write into no file."""
-    if limit:
-        import resource
-
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+def work(root: str, folder: str, rank: str, *how: str) -> int:
+    """What a process of its own does; the exit code. how: nothing, or which kind of trouble it will meet."""
+    troubles = {"full": full_disk, "slow": in_pieces}
+    if how:
+        troubles[how[0]](*how[1:])
     try:
         fill(Path(folder), plan_of(root), int(rank))
     except UserError as error:
         Path(root, "told").write_text(str(error))
         return 3
     return 0
+
+
+def full_disk(limit: str) -> None:
+    """The system itself cuts a write in the middle: no file of this process may grow beyond so many bytes."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+
+
+def in_pieces(news: str, last: str) -> None:
+    """From now on every record is written in two pieces, cut anywhere, as a system may do; each is told in a file.
+
+    After the last one the process only waits for its end. The index is told of few records at a time, so that it is
+    being written often.
+    """
+    store_module.COMMIT = 3
+    write, cuts, done = os.write, random.Random(news), 0
+    told = os.open(news, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def piece(descriptor: int, data: memoryview) -> int:
+        nonlocal done
+        if done == int(last):
+            threading.Event().wait()
+        begins = bytes(data[:4]) == store_module.MAGIC
+        written = write(descriptor, data[: cuts.randrange(1, len(data))] if begins else data)
+        done += 1
+        write(told, b".")
+        return written
+
+    store_module.os.write = piece  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Server:
@@ -115,9 +146,13 @@ class Server:
         print(*words, file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
-    def both(self, root: Path, folder: Path) -> list[int]:
-        """Two processes that fill the folder together."""
-        return [self.ask(root, folder, rank) for rank in (0, 1)]
+    def wait(self, child: int) -> int:
+        """How a process ended, as the system tells it."""
+        return self.ask("wait", child)
+
+    def fill(self, root: Path, folder: Path, rank: int, *how: object) -> int:
+        """Start one of two processes that fill the folder; its id."""
+        return self.ask(root, folder, rank, *how)
 
 
 @pytest.fixture
@@ -144,41 +179,77 @@ def entries(store: DiskStore, plan: DataPlan) -> dict[str, torch.Tensor | None]:
     return {name: entry[LATENTS] if entry else None for name, entry in found.items()}
 
 
+def owed(store: DiskStore, plan: DataPlan, rank: int) -> int:
+    """How many latents that fall to one of two processes are not there."""
+    names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
+    return sum(
+        falls_to(key[-4:], rank, 2) for key in store.missing([names.key(place) for place in latent_places(plan)])
+    )
+
+
+def torn_or_missing(folder: Path, plan: DataPlan, right: dict[str, torch.Tensor]) -> int:
+    """Torn records, after a look whether every entry is right or not there."""
+    store = DiskStore(folder)
+    found = entries(store, plan)
+    assert all(entry is None or torch.equal(entry, right[name]) for name, entry in found.items())
+    kinds = [record.kind for record in survey(store, read=True)]
+    store.close()
+    assert DAMAGED not in kinds
+    assert any(entry is None for entry in found.values())
+    return kinds.count(TORN)
+
+
+def after(news: Path, pieces: int) -> None:
+    """Wait until so many pieces of records were written."""
+    patience = time.monotonic() + MINUTE
+    while pieces and (not news.exists() or news.stat().st_size < pieces):
+        assert time.monotonic() < patience, f"{news.name} stands still"
+        time.sleep(0.0005)
+
+
 @pytest.mark.slow
 def test_kills_while_two_processes_fill(pictures, tmp_path, server):
-    """Thirty times both are killed at a random moment; what is there is right, and a last pass makes the rest."""
-    pictures(tmp_path / "t" / "1_a", 40)
+    """Thirty times both are killed at a random moment; what is there is right, and a last pass makes the rest.
+
+    A moment is a piece of a record, and a little later; no process can come to its end before, however fast it is.
+    """
+    pictures(tmp_path / "t" / "1_a", 30)
     plan = plan_of(tmp_path)
     right = expected(plan)
-    moments, killed, partly = random.Random(0), 0, 0
+    moments, torn = random.Random(0), 0
     for moment in range(30):
-        folder = tmp_path / f"cache{moment // 2}"
-        children = server.both(tmp_path, folder)
-        time.sleep(moments.uniform(0.02, 0.35))
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-        killed += sum(os.WIFSIGNALED(server.ask("wait", child)) for child in children)
+        folder = tmp_path / f"cache{moment // 3}"
         store = DiskStore(folder)
-        found = entries(store, plan)
-        assert all(entry is None or torch.equal(entry, right[name]) for name, entry in found.items())
-        assert not [record for record in survey(store, read=True) if record.kind == DAMAGED]
-        partly += 0 < sum(entry is None for entry in found.values()) < len(found)
+        most = [2 * owed(store, plan, rank) - 1 for rank in (0, 1)]  # with this many its last record is torn
         store.close()
-    assert killed >= 40
-    assert partly >= 5
+        pieces = [moments.randint(0, each) for each in most]
+        news = [tmp_path / f"news{moment}-{rank}" for rank in (0, 1)]
+        children = [
+            server.fill(
+                tmp_path, folder, rank, "slow", news[rank], min(pieces[rank] + moments.randint(0, 5), most[rank])
+            )
+            for rank in (0, 1)
+        ]
+        for rank in moments.sample((0, 1), 2):
+            after(news[rank], pieces[rank])
+            time.sleep(moments.uniform(0, 0.003))
+            os.kill(children[rank], signal.SIGKILL)
+        assert [os.WTERMSIG(server.wait(child)) for child in children] == [signal.SIGKILL] * 2
+        torn += torn_or_missing(folder, plan, right)
+    assert torn >= 10  # kills in the middle of a record, of sixty
     for folder in sorted(tmp_path.glob("cache*")):
-        assert [server.ask("wait", child) for child in server.both(tmp_path, folder)] == [0, 0]
+        children = [server.fill(tmp_path, folder, rank) for rank in (0, 1)]
+        assert [server.wait(child) for child in children] == [0, 0]
         found = fill(folder, plan, rank=0)
         assert all(torch.equal(found[name], right[name]) for name in right)
 
 
 def test_a_disk_that_is_full_is_one_clear_line_and_leaves_whole_entries(pictures, tmp_path, server):
-    """The system itself cuts a write in the middle: no file of the process may grow beyond 12 kB."""
     pictures(tmp_path / "t" / "1_a", 40)
     plan = plan_of(tmp_path)
     DiskStore(tmp_path / "cache").close()
-    child = server.ask(tmp_path, tmp_path / "cache", 0, 12_000)
-    assert os.WEXITSTATUS(server.ask("wait", child)) == 3
+    child = server.fill(tmp_path, tmp_path / "cache", 0, "full", 12_000)
+    assert os.WEXITSTATUS(server.wait(child)) == 3
     told = (tmp_path / "told").read_text()
     assert "cannot write into the cache (File too large) — free disk space" in told
     assert "\n" not in told
