@@ -85,6 +85,9 @@ def look(config: Config, *, processes: int) -> Outlook:
     data = find_data(config, bucket_step=family.bucket_step if family else 1, processes=processes, problems=problems)
     total = total_steps(config, data)
     with problems.catch():
+        if method is not None and data.preserves:
+            method.without()
+    with problems.catch():
         choose(config.optim)
     with problems.catch():
         if total:

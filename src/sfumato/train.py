@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sfumato.config import Config
 from sfumato.data.batch import Batch, Tensors
 from sfumato.data.loader import Step
+from sfumato.diffusion.objective import per_sample
 from sfumato.encode import live_text
 from sfumato.explain import explain
 from sfumato.interrupt import Interrupt, interruptible
@@ -126,14 +127,34 @@ def sample_losses(run: Run, batch: Batch, x0: Tensor, t: Tensor, noise: Tensor, 
     level = model.objective.level(t)
     noisy = model.objective.add_noise(x0, seen, level)
     method.begin(model, batch.extras)  # lasts until the next begin
+    untrained = untrained_estimate(run, batch, noisy, t)
     prediction = method.predict(model, noisy, t, conditioning_of(run, batch), batch.extras).to(x0.dtype)
 
     estimate = model.objective.estimate(prediction, noisy, level)
     target = model.objective.target(x0, noise, level)
+    if untrained is not None and batch.preserve is not None:
+        target = torch.where(per_sample(batch.preserve, x0) > 0, untrained, target)
     loss = recipe.loss(estimate, target, level)
     if batch.mask is not None:
         loss = loss * batch.mask.to(loss)  # multiplied, not divided by the mask's sum
     return loss.flatten(1).mean(1)
+
+
+def untrained_estimate(run: Run, batch: Batch, noisy: Tensor, t: Tensor) -> Tensor | None:
+    """What the model before training makes of the same noisy latents, text and t, for the samples that need it.
+
+    (B, C, h, w), zeros for the other samples; None where there are no such. It comes before the main forward, since
+    whatever a hook reads there has to stay as it is until backward is over.
+    """
+    places = torch.arange(0) if batch.preserve is None else batch.preserve.nonzero().flatten()
+    if not len(places):
+        return None
+    some, seen, times = batch.take(places), noisy[places], t[places]
+    with torch.no_grad(), run.method.without():  # text encoders that train are read as they were, too
+        prediction = run.method.predict(run.model, seen, times, conditioning_of(run, some), some.extras).to(noisy.dtype)
+    estimate = torch.zeros_like(noisy)
+    estimate[places] = run.model.objective.estimate(prediction, seen, run.model.objective.level(times))
+    return estimate
 
 
 def conditioning_of(run: Run, batch: Batch) -> Tensors:

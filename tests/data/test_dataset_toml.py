@@ -136,7 +136,6 @@ resolution = 512
     ("line", "room"),
     [
         ("validation_split = 0.1", "validation"),
-        ("custom_attributes = { diff_output_preservation = true }", "preservation"),
     ],
 )
 def test_what_is_still_to_come_is_refused_unless_it_is_off(write, line, room):

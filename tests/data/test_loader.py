@@ -74,12 +74,12 @@ def features(captions):
 
 @pytest.fixture
 def plan(find, pictures, tmp_path):
-    def make(text: str = RICH, **options):
+    def make(text: str = RICH, *argv, **options):
         if not (tmp_path / "a").exists():
             pictures(tmp_path / "a", 5, size=(80, 64))
             pictures(tmp_path / "b", 3, size=(50, 120), seed=1)
             pictures(tmp_path / "reg", 2, size=(64, 64), seed=2)
-        return find.toml(text, **options)
+        return find.toml(text, *argv, **options)
 
     return make
 
@@ -334,6 +334,59 @@ def test_adapter_strengths_come_from_the_dataset(plan):
             found |= {(caption.split(", ")[-1], strength) for caption, strength in
                       zip(batch.captions, batch.extras.multiplier.tolist(), strict=True)}  # fmt: skip
     assert found == {("a", 0.5), ("b", 1.0)}
+
+
+HELD = f"""
+[[datasets]]
+resolution = 64
+batch_size = 2
+{SUBSET}a'
+{SUBSET}b'
+custom_attributes = {{ diff_output_preservation = true }}
+{SUBSET}reg'
+is_reg = true
+{{reg}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("reg", "option", "held"),
+    [
+        ("", (), {"b"}),
+        ("", ("--preserve_reg_images",), {"b", "reg"}),
+        ("custom_attributes = { mood = 'calm' }", ("--preserve_reg_images",), {"b", "reg"}),
+        ("custom_attributes = { diff_output_preservation = false }", ("--preserve_reg_images",), {"b"}),
+    ],
+)
+def test_samples_are_held_to_the_untrained_model_by_subset(plan, reg, option, held):
+    found = {False: set(), True: set()}
+    alone = 0
+    loader = loader_of(plan(HELD.replace("{reg}", reg), "--caption_extension", ".txt", *option))
+    for step in islice(loader.steps(), 2 * loader.order.steps_per_epoch):
+        for batch in step.batches:
+            marks = [False] * len(batch.captions) if batch.preserve is None else batch.preserve.tolist()
+            alone += batch.preserve is None
+            assert batch.preserve is None or any(marks)
+            for caption, mark in zip(batch.captions, marks, strict=True):
+                found[mark].add(caption.split(", ")[-1])
+    assert found == {True: held, False: {"a", "b", "reg"} - held}
+    assert alone
+
+
+def test_some_samples_of_a_batch(plan):
+    """Each as it would be alone: every field follows the places."""
+    text = HELD.replace("{reg}", "") + "[[datasets]]\nresolution = 64\nnetwork_multiplier = 0.5\n" + f"{SUBSET}a'\n"
+    loader = loader_of(plan(text, "--caption_extension", ".txt"), cached=True)
+    batches = (batch for step in loader.steps() for batch in step.batches)
+    batch = next(each for each in batches if each.preserve is not None and len(each.captions) == 2)
+    places = torch.tensor([1])
+    some = batch.take(places)
+    assert some.captions == [batch.captions[1]]
+    for name in ("ids", "latents", "weight", "entry_seeds", "preserve"):
+        assert torch.equal(vars(some)[name], vars(batch)[name][places]), name
+    assert torch.equal(some.extras.multiplier, batch.extras.multiplier[places])
+    assert torch.equal(some.sizes.original, batch.sizes.original[places])
+    assert (some.mask, some.pixels, some.text, some.extras.control) == (None, None, {}, None)
 
 
 def test_cached_text_is_padded_and_stacked(plan, tmp_path):

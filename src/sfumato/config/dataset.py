@@ -22,6 +22,9 @@ class DatasetOptions(Options):
     reg_data_dir: FilePath | None = option(None, "the same for regularisation images", path="folder")
     dataset_repeats: int = option(1, "how often each image appears per epoch where the dataset does not say", ge=1)
     prior_loss_weight: float = option(1.0, "weight of regularisation images in the loss", ge=0)
+    preserve_reg_images: bool = option(
+        False, "the target of regularisation images is what the model said of them before training"
+    )
     on_missing_caption: Literal["error", "empty", "skip"] = option(
         "error", "an image without any caption: stop, train it with an empty one, or leave it out"
     )

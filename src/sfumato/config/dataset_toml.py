@@ -266,8 +266,6 @@ def unavailable(table: Table, where: str) -> Iterator[tuple[str, str, str]]:
 
 def room_of(key: str, value: Any) -> str:
     """The room that will bring a key with this value, empty where it is available; the options know their own."""
-    if key == "custom_attributes":
-        return "preservation" if value and value.get(PRESERVE) else ""
     return vocabulary()[OPTION_OF[key]].room(value) if value and key in OPTION_OF else ""
 
 

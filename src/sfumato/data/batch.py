@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,22 @@ class Batch:
     weight: Tensor  # (B,) prior_loss_weight or 1; 0 for a filler
     entry_seeds: Tensor  # (B,) int64: seed of the autoencoder posterior's noise, from the cache key
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]
-    preserve: Tensor | None = None  # (B,) bool: the target is the untrained model's own prediction
+    preserve: Tensor | None = None  # (B,) bool: the target is the untrained model's own prediction; None: of none
+
+    def take(self, places: Tensor) -> Self:
+        """Only the samples at these places, (N,) int64."""
+        return replace(self, **{name: taken(value, places) for name, value in vars(self).items()})
+
+
+def taken(value: Any, places: Tensor) -> Any:
+    """What a field of a batch holds for the samples at these places."""
+    if isinstance(value, Tensor):
+        return value[places]
+    if isinstance(value, Mapping):
+        return {name: taken(each, places) for name, each in value.items()}
+    if isinstance(value, Sizes | Extras):
+        return replace(value, **taken(vars(value), places))
+    return None if value is None else [value[place] for place in places.tolist()]
 
 
 def pad_stack(items: Sequence[Tensor]) -> Tensor:

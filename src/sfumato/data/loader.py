@@ -90,6 +90,7 @@ class Loader:
         captions = [sample.caption for sample in samples]
         latents = all_or_none([sample.shown.latents for sample in samples])
         pixels = all_or_none([sample.shown.pixels for sample in samples])
+        preserved = [sample.real and sample.subset.settings.preserved for sample in batch.samples]
         controls = all_or_none([sample.control for sample in samples])
         return Batch(
             ids=torch.tensor([sample.id for sample in batch.samples]),
@@ -110,6 +111,7 @@ class Loader:
             weight=torch.tensor([self._weight(sample) for sample in batch.samples]),
             entry_seeds=torch.tensor([sample.shown.entry_seed for sample in samples]),
             mask=filled([sample.shown.mask for sample in samples]),
+            preserve=torch.tensor(preserved) if any(preserved) else None,
         )
 
     def _drops(self, name: str, rate: float, sample_id: int) -> bool:

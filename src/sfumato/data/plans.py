@@ -180,6 +180,11 @@ class DataPlan:
         """Whether any dataset sets an adapter strength of its own."""
         return any(dataset.settings.network_multiplier != 1.0 for dataset in self.datasets)
 
+    @property
+    def preserves(self) -> bool:
+        """Whether any sample's target is what the model said before training."""
+        return any(s.settings.preserved and s.samples for dataset in self.datasets for s in dataset.subsets)
+
     def used(self) -> Iterator[tuple[DatasetPlan, SubsetPlan, Item]]:
         """Every item that appears at all, of training and validation."""
         for dataset in (*self.datasets, *self.validation):

@@ -237,6 +237,7 @@ def one_subset(
     rules = {each.name: value(each.name) for each in fields(CaptionRules)}
     is_reg = folder.is_reg if folder else bool(value("is_reg"))
     image_dir = folder.image_dir if folder else value("image_dir")
+    attributes = value("custom_attributes") or {}
     given = next((table.value("metadata_file") for table in tables), None)  # --in_json is for runs without a file
     return SubsetSettings(
         where=where,
@@ -251,7 +252,8 @@ def one_subset(
         images=image_rules(value, config),
         validation_split=value("validation_split"),
         validation_seed=value("validation_seed"),
-        custom_attributes=value("custom_attributes") or {},
+        custom_attributes=attributes,
+        preserved=attributes.get(PRESERVE, is_reg and config.dataset.preserve_reg_images),
         rules=CaptionRules(**rules),
     )
 
@@ -295,6 +297,7 @@ class SubsetSettings:
     plugin_facts: Mapping[str, Any] = field(default_factory=dict)  # what such a class may ask for by name
     cache_info: bool = False
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    preserved: bool = False  # the target is what the model said before training
 
     @property
     def place(self) -> Path:

@@ -71,6 +71,8 @@ def find_data(
     )
     if not problems.found and config.changed("prior_loss_weight") and plan.num_reg_images == 0:
         report.no_effect("--prior_loss_weight has no effect: there are no regularisation images")
+    if not problems.found and config.dataset.preserve_reg_images and plan.num_reg_images == 0:
+        report.no_effect("--preserve_reg_images has no effect: there are no regularisation images")
     check_pictures(plan, masked_loss=config.images.masked_loss, control=control, report=report)
     if config.cache.cache_text_encoder_outputs:
         refuse_varying(plan, problems, variants=config.cache.text_cache_variants)
@@ -211,7 +213,8 @@ def subset_row(subset: SubsetPlan) -> tuple[str, str]:
     settings = subset.settings
     kind = "regularisation images" if settings.is_reg else "images"
     weighed = ", with masks" if masked(subset) else ""
-    return str(settings.place), f"{len(subset.items)} {kind}{weighed}, {subset.samples} samples per epoch"
+    preserved = ", held to the untrained model" if settings.preserved else ""
+    return str(settings.place), f"{len(subset.items)} {kind}{weighed}{preserved}, {subset.samples} samples per epoch"
 
 
 def bucket_enlarged(dataset: DatasetPlan) -> Counter[tuple[int, int]]:

@@ -59,7 +59,7 @@ class Method(Protocol):
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor: ...
 
     def without(self) -> AbstractContextManager[None]:
-        """The model as it was before training."""
+        """The model as it was before training; UserError at once where that is gone."""
         ...
 
     def after_step(self) -> Mapping[str, Tensor]:

@@ -99,9 +99,10 @@ class FullMethod:
 
     def without(self) -> AbstractContextManager[None]:
         raise UserError(
-            "full training changes the model itself, so its earlier predictions are gone; keeping them would take a "
-            "second copy of every weight",
-            fix="train an adapter, which can be switched off",
+            "samples are to be held to what the model said before training (diff_output_preservation, "
+            "--preserve_reg_images), but full training changes the model itself; it would take a second copy of "
+            "every weight",
+            fix="train an adapter, which can be switched off, or leave this out",
         )
 
     def after_step(self) -> Mapping[str, Tensor]:

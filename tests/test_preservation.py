@@ -1,0 +1,200 @@
+"""Samples held to the model as it was: their targets against a second, untouched model, and what training leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from families.toys import ToyShelf
+from sfumato.config import Config, load_config
+from sfumato.data.batch import Batch
+from sfumato.encode import live_text
+from sfumato.errors import UserError
+from sfumato.families.base import Family
+from sfumato.plan import look, with_seed
+from sfumato.run import Run, open_run
+from sfumato.train import training_loss
+from training import arguments, losses, pictures, run, same, weights
+
+FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")
+Toy = Mapping[str, Path]
+DATA = """
+[general]
+resolution = 64
+batch_size = 2
+caption_extension = '.txt'
+[[datasets]]
+[[datasets.subsets]]
+image_dir = '{images}/1_cat'
+[[datasets.subsets]]
+image_dir = '{images}/1_dog'
+custom_attributes = {{ diff_output_preservation = true }}
+"""
+
+
+@pytest.fixture(params=FAMILIES)
+def toy(request: pytest.FixtureRequest, toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths(request.param)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """One picture that is trained and one that is held, of the same size: they make one batch."""
+    for name in ("1_cat", "1_dog"):
+        pictures(tmp_path / "images", 1, name=name)
+    (tmp_path / "images" / "1_dog" / "0.txt").write_text("a photo of a dog")
+    file = tmp_path / "data.toml"
+    file.write_text(DATA.format(images=(tmp_path / "images").as_posix()))
+    return file
+
+
+def configured(toy: Toy, data: Path, output: Path, **options: Any) -> Config:
+    given = {"dataset_config": data, "enable_bucket": None, "min_bucket_reso": None, "max_bucket_reso": None}
+    options = {"resolution": None, **given, **options}
+    return load_config(arguments(toy, data, output, **{"train_data_dir": None, **options}))
+
+
+def opened(toy: Toy, data: Path, output: Path, **options: Any) -> Run:
+    """A run whose adapters change what they are attached to."""
+    training = open_run(configured(toy, data, output, **options))
+    assert training is not None
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in training.method.modules.named_parameters():
+        if "lora_up" in name:
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+    return training
+
+
+def first_batch(training: Run) -> Batch:
+    return next(iter(training.loader.steps())).batches[0]
+
+
+def second_model(training: Run) -> Family:
+    """The checkpoint once more; no adapter has ever touched it."""
+    blueprint, family = training.outlook.blueprint, training.outlook.family
+    dtype = next(training.model.denoiser.parameters()).dtype
+    model = family.load(blueprint, training.config.model, dtype=dtype, device=torch.device("cpu"))
+    model.expect(dataset.settings.resolution for dataset in training.outlook.data.datasets)
+    model.freeze()
+    return model
+
+
+def loss_and_gradients(training: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    training.optimizer.zero_grad(set_to_none=True)
+    training.randomness.seed_modules(0, 0, 0)
+    with training.autocast():
+        loss = training_loss(training, batch, len(batch.captions))
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in training.method.modules.named_parameters() if p.grad is not None}
+    return loss.detach(), found
+
+
+def test_the_target_is_what_an_untouched_model_predicts(toy: Toy, data: Path, tmp_path: Path) -> None:
+    """With text encoders that train, whose untrained features count, too; the other sample keeps its own target."""
+    training = opened(toy, data, tmp_path / "out")
+    seen: list[tuple[Tensor, Tensor]] = []
+    met: list[tuple[Tensor, Tensor]] = []
+    plain_loss, plain_predict = training.recipe.loss, training.model.predict
+
+    def recorded_loss(estimate: Tensor, target: Tensor, level: Any) -> Tensor:
+        seen.append((estimate, target))
+        return plain_loss(estimate, target, level)
+
+    def recorded_predict(noisy: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        met.append((noisy, t))
+        return plain_predict(noisy, t, conditioning)
+
+    training.recipe = replace(training.recipe, loss=recorded_loss)
+    training.model.predict = recorded_predict
+    batch = first_batch(training)
+    held = batch.captions.index("a photo of a dog")
+    assert batch.preserve is not None
+    assert batch.preserve.tolist() == [held == 0, held == 1]
+    training_loss(training, batch, 2)
+    ((estimate, target),) = seen
+    before, (noisy, t) = met
+    assert torch.equal(before[0], noisy[[held]])  # the sample that is held, and nothing else
+    assert torch.equal(before[1], t[[held]])
+
+    untouched = second_model(training)
+    features = {part: live_text(untouched, part, batch.captions) for part in untouched.text_parts}
+    with torch.no_grad():
+        prediction = untouched.predict(noisy, t, untouched.condition(features, batch.sizes, training.recipe.guidance))
+    wanted = untouched.objective.estimate(prediction, noisy, untouched.objective.level(t))
+    torch.testing.assert_close(target[held], wanted[held], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(estimate[held], wanted[held], atol=1e-2)  # the adapters do change what is predicted
+    training_loss(training, replace(batch, preserve=None), 2)
+    assert torch.equal(target[1 - held], seen[1][1][1 - held])
+
+
+@pytest.mark.parametrize("toy", ["sd", "flux"], indirect=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True, "network_dropout": 0.3},
+        {"mixed_precision": "bf16", "network_args": ["rank_dropout=0.2", "module_dropout=0.2"]},
+        {"network_train_unet_only": True, "cache_latents": True, "cache_text_encoder_outputs": True},
+    ],
+    ids=["plain", "checkpointing", "bf16", "cached"],
+)
+def test_gradients_are_those_of_a_given_target(toy: Toy, data: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """The look at the untrained model leaves no trace: strengths, dropout and recomputation are as without it."""
+    training = opened(toy, data, tmp_path / "out", cache_dir=tmp_path / "cache", **options)
+    batch = replace(first_batch(training), extras=replace(first_batch(training).extras, multiplier=torch.ones(2)))
+    targets: list[Tensor] = []
+    plain = training.recipe.loss
+
+    def recorded(estimate: Tensor, target: Tensor, level: Any) -> Tensor:
+        targets.append(target)
+        return plain(estimate, target, level)
+
+    def given(estimate: Tensor, target: Tensor, level: Any) -> Tensor:
+        return plain(estimate, targets[0], level)
+
+    training.recipe = replace(training.recipe, loss=recorded)
+    loss, gradients = loss_and_gradients(training, batch)
+    training.recipe = replace(training.recipe, loss=given)
+    wanted_loss, wanted = loss_and_gradients(training, replace(batch, preserve=None))
+    assert torch.equal(loss, wanted_loss)
+    assert same(gradients, wanted)
+    assert any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("toy", ["sd"], indirect=True)
+def test_a_batch_without_such_samples_costs_nothing(toy: Toy, data: Path, tmp_path: Path) -> None:
+    training = opened(toy, data, tmp_path / "out")
+    calls: list[int] = []
+    training.model.denoiser.register_forward_pre_hook(lambda module, args: calls.append(1))
+    batch = first_batch(training)
+    training_loss(training, batch, 2)
+    assert len(calls) == 2
+    training_loss(training, replace(batch, preserve=None), 2)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("toy", ["sdxl", "flux"], indirect=True)
+def test_regularisation_images_that_are_held_teach_a_new_adapter_nothing(toy: Toy, tmp_path: Path) -> None:
+    """A new adapter changes nothing, so it meets its target; only the other pictures move it."""
+    images = pictures(tmp_path / "images", 1, name="1_cat")
+    options: dict[str, Any] = {"reg_data_dir": pictures(tmp_path / "reg", 1, name="1_dog"), "max_train_steps": 1}
+    options |= {"train_batch_size": 2, "enable_bucket": None, "min_bucket_reso": None, "max_bucket_reso": None}
+    plain = run(toy, images, tmp_path / "plain", **options, prior_loss_weight=1)
+    held = run(toy, images, tmp_path / "held", **options, prior_loss_weight=1, preserve_reg_images=True)
+    alone = run(toy, images, tmp_path / "alone", **options, prior_loss_weight=0)
+    assert losses(held)[0]["loss/current"] == pytest.approx(losses(alone)[0]["loss/current"], rel=1e-5)
+    assert losses(held)[0]["loss/current"] < 0.9 * losses(plain)[0]["loss/current"]
+    assert not same(weights(plain), weights(held))
+
+
+@pytest.mark.parametrize("toy", ["sd"], indirect=True)
+def test_full_training_has_no_untrained_model_to_ask(toy: Toy, data: Path, tmp_path: Path) -> None:
+    config = configured(toy, data, tmp_path / "out", method="full", network_dim=None)
+    with pytest.raises(UserError, match="second copy of every weight — train an adapter"):
+        look(with_seed(config), processes=1)
