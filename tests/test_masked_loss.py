@@ -19,7 +19,7 @@ from sfumato.run import open_run
 from sfumato.train import training_loss
 from training import arguments, losses, pictures, run, same, weights
 
-FAMILIES = ("sd", "sdxl", "flux")
+FAMILIES = ("sd", "sdxl", "flux", "chroma")
 Toy = Mapping[str, Path]
 
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from families.toys import ToyShelf
@@ -16,7 +18,6 @@ from sfumato.config import Config, load_config
 from sfumato.data.batch import Batch
 from sfumato.encode import live_text
 from sfumato.errors import UserError
-from sfumato.families.base import Family
 from sfumato.plan import look, with_seed
 from sfumato.run import Run, open_run
 from sfumato.train import training_loss
@@ -54,13 +55,14 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
-def configured(toy: Toy, data: Path, output: Path, **options: Any) -> Config:
-    given = {"dataset_config": data, "enable_bucket": None, "min_bucket_reso": None, "max_bucket_reso": None}
-    options = {"resolution": None, **given, **options}
-    return load_config(arguments(toy, data, output, **{"train_data_dir": None, **options}))
+def configured(toy: Toy, data: Path | None, output: Path, **options: Any) -> Config:
+    """data: a dataset file; without it the options name the pictures."""
+    given: dict[str, Any] = {"enable_bucket": None, "min_bucket_reso": None, "max_bucket_reso": None}
+    given |= {"dataset_config": data, "train_data_dir": None, "resolution": None}
+    return load_config(arguments(toy, output, output, **given | options))
 
 
-def opened(toy: Toy, data: Path, output: Path, **options: Any) -> Run:
+def opened(toy: Toy, data: Path | None, output: Path, **options: Any) -> Run:
     """A run whose adapters change what they are attached to."""
     training = open_run(configured(toy, data, output, **options))
     assert training is not None
@@ -75,16 +77,6 @@ def first_batch(training: Run) -> Batch:
     return next(iter(training.loader.steps())).batches[0]
 
 
-def second_model(training: Run) -> Family:
-    """The checkpoint once more; no adapter has ever touched it."""
-    blueprint, family = training.outlook.blueprint, training.outlook.family
-    dtype = next(training.model.denoiser.parameters()).dtype
-    model = family.load(blueprint, training.config.model, dtype=dtype, device=torch.device("cpu"))
-    model.expect(dataset.settings.resolution for dataset in training.outlook.data.datasets)
-    model.freeze()
-    return model
-
-
 def loss_and_gradients(training: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     training.optimizer.zero_grad(set_to_none=True)
     training.randomness.seed_modules(0, 0, 0)
@@ -95,42 +87,57 @@ def loss_and_gradients(training: Run, batch: Batch) -> tuple[Tensor, dict[str, T
     return loss.detach(), found
 
 
+class Recorder:
+    """Stands in a run for its loss and its model's predictions, and keeps what goes through them."""
+
+    def __init__(self, training: Run) -> None:
+        self.compared: list[tuple[Tensor, Tensor]] = []
+        self.met: list[tuple[Tensor, Tensor]] = []
+        self.loss, self.predict = training.recipe.loss, training.model.predict
+        training.recipe = replace(training.recipe, loss=self.recorded_loss)
+        training.model.predict = self.recorded_predict
+
+    def recorded_loss(self, estimate: Tensor, target: Tensor, level: Any) -> Tensor:
+        estimate.retain_grad()
+        self.compared.append((estimate, target))
+        return self.loss(estimate, target, level)
+
+    def recorded_predict(self, noisy: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+        self.met.append((noisy, t))
+        return self.predict(noisy, t, conditioning)
+
+
+@torch.no_grad()
+def untouched_estimate(training: Run, batch: Batch, noisy: Tensor, t: Tensor) -> Tensor:
+    """What the checkpoint says by itself; no adapter has ever touched this second copy."""
+    blueprint, family = training.outlook.blueprint, training.outlook.family
+    model = family.load(blueprint, training.config.model, dtype=torch.float32, device=torch.device("cpu"))
+    model.expect(dataset.settings.resolution for dataset in training.outlook.data.datasets)
+    model.freeze()
+    features = {part: live_text(model, part, batch.captions) for part in model.text_parts}
+    prediction = model.predict(noisy, t, model.condition(features, batch.sizes, training.recipe.guidance))
+    return model.objective.estimate(prediction, noisy, model.objective.level(t))
+
+
 def test_the_target_is_what_an_untouched_model_predicts(toy: Toy, data: Path, tmp_path: Path) -> None:
     """With text encoders that train, whose untrained features count, too; the other sample keeps its own target."""
     training = opened(toy, data, tmp_path / "out")
-    seen: list[tuple[Tensor, Tensor]] = []
-    met: list[tuple[Tensor, Tensor]] = []
-    plain_loss, plain_predict = training.recipe.loss, training.model.predict
-
-    def recorded_loss(estimate: Tensor, target: Tensor, level: Any) -> Tensor:
-        seen.append((estimate, target))
-        return plain_loss(estimate, target, level)
-
-    def recorded_predict(noisy: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        met.append((noisy, t))
-        return plain_predict(noisy, t, conditioning)
-
-    training.recipe = replace(training.recipe, loss=recorded_loss)
-    training.model.predict = recorded_predict
+    recorder = Recorder(training)
     batch = first_batch(training)
     held = batch.captions.index("a photo of a dog")
     assert batch.preserve is not None
     assert batch.preserve.tolist() == [held == 0, held == 1]
     training_loss(training, batch, 2)
-    ((estimate, target),) = seen
-    before, (noisy, t) = met
+    ((estimate, target),) = recorder.compared
+    before, (noisy, t) = recorder.met
     assert torch.equal(before[0], noisy[[held]])  # the sample that is held, and nothing else
     assert torch.equal(before[1], t[[held]])
 
-    untouched = second_model(training)
-    features = {part: live_text(untouched, part, batch.captions) for part in untouched.text_parts}
-    with torch.no_grad():
-        prediction = untouched.predict(noisy, t, untouched.condition(features, batch.sizes, training.recipe.guidance))
-    wanted = untouched.objective.estimate(prediction, noisy, untouched.objective.level(t))
+    wanted = untouched_estimate(training, batch, noisy, t)
     torch.testing.assert_close(target[held], wanted[held], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(estimate[held], wanted[held], atol=1e-2)  # the adapters do change what is predicted
     training_loss(training, replace(batch, preserve=None), 2)
-    assert torch.equal(target[1 - held], seen[1][1][1 - held])
+    assert torch.equal(target[1 - held], recorder.compared[1][1][1 - held])
 
 
 @pytest.mark.parametrize("toy", ["sd", "flux"], indirect=True)
@@ -195,6 +202,69 @@ def test_regularisation_images_that_are_held_teach_a_new_adapter_nothing(toy: To
 
 @pytest.mark.parametrize("toy", ["sd"], indirect=True)
 def test_full_training_has_no_untrained_model_to_ask(toy: Toy, data: Path, tmp_path: Path) -> None:
-    config = configured(toy, data, tmp_path / "out", method="full", network_dim=None)
-    with pytest.raises(UserError, match="second copy of every weight — train an adapter"):
+    images = half_transparent(tmp_path / "images", "1_cat", 0)
+    masked = {"train_data_dir": images, "resolution": 64, "alpha_mask": True, "masked_prior_preservation_weight": 1}
+    for options in ({"dataset_config": data}, masked):
+        config = configured(toy, None, tmp_path / "out", method="full", network_dim=None, **options)
+        with pytest.raises(UserError, match="second copy of every weight — train an adapter"):
+            look(with_seed(config), processes=1)
+
+
+def half_transparent(images: Path, name: str, alpha: int) -> Path:
+    """The left half of each picture counts fully, the right one as much as its alpha says."""
+    for path in (images / name).glob("*.png"):
+        picture = np.asarray(Image.open(path))
+        plane = np.full(picture.shape[:2], alpha, np.uint8)
+        plane[:, : picture.shape[1] // 2] = 255
+        Image.fromarray(np.dstack([picture, plane])).save(path)
+    return images
+
+
+def test_outside_of_masks_the_model_is_held(toy: Toy, tmp_path: Path) -> None:
+    """mean of mask (estimate - target)^2 + weight (1 - mask) (estimate - untrained)^2, and its gradient."""
+    images = half_transparent(pictures(tmp_path / "images", 1), "2_cat", 51)
+    options: dict[str, Any] = {"train_data_dir": images, "resolution": 64, "alpha_mask": True, "train_batch_size": 2}
+    training = opened(toy, None, tmp_path / "out", masked_prior_preservation_weight=0.5, **options)
+    recorder = Recorder(training)
+    batch = first_batch(training)
+    loss = training_loss(training, batch, 2)
+    loss.backward()
+    (estimate, target), (again, untrained) = recorder.compared
+    assert again is estimate
+    wanted = untouched_estimate(training, batch, *recorder.met[1])
+    torch.testing.assert_close(untrained, wanted, rtol=1e-4, atol=1e-5)
+    mask = torch.ones_like(estimate)
+    mask[..., mask.shape[-1] // 2 :] = 0.2
+    away, drift = (estimate - target).detach(), (estimate - untrained).detach()
+    summed = (mask * away.double() ** 2 + 0.5 * (1 - mask) * drift.double() ** 2).mean()
+    assert float(loss.detach()) == pytest.approx(float(summed), rel=1e-5)
+    gradient = 2 * (mask * away + 0.5 * (1 - mask) * drift) / mask.numel()
+    torch.testing.assert_close(estimate.grad, gradient)
+
+    recorder.met.clear()
+    training_loss(training, replace(batch, mask=torch.ones_like(mask)), 2)  # nothing lies outside
+    assert len(recorder.met) == 1
+
+
+@pytest.mark.parametrize("toy", ["sd", "flux"], indirect=True)
+def test_outside_of_masks_a_change_is_taken_back(toy: Toy, tmp_path: Path) -> None:
+    """Pictures that are masked away altogether: the adapters shrink towards nothing."""
+    images = half_transparent(pictures(tmp_path / "images", 1), "2_cat", 0)
+    options: dict[str, Any] = {"train_data_dir": images, "resolution": 64, "alpha_mask": True}
+    training = opened(toy, None, tmp_path / "out", masked_prior_preservation_weight=1, **options)
+    batch = first_batch(training)
+    assert batch.mask is not None
+    batch = replace(batch, mask=torch.zeros_like(batch.mask))
+    drift = []
+    for _ in range(8):
+        loss, _ = loss_and_gradients(training, batch)
+        drift.append(float(loss))
+        training.optimizer.step()
+    assert drift[-1] < 0.9 * drift[0]
+
+
+@pytest.mark.parametrize("toy", ["sd"], indirect=True)
+def test_without_masks_there_is_no_outside(toy: Toy, data: Path, tmp_path: Path) -> None:
+    config = configured(toy, data, tmp_path / "out", masked_prior_preservation_weight=1)
+    with pytest.raises(UserError, match="no picture has a mask — give --alpha_mask"):
         look(with_seed(config), processes=1)

@@ -85,7 +85,7 @@ def look(config: Config, *, processes: int) -> Outlook:
     data = find_data(config, bucket_step=family.bucket_step if family else 1, processes=processes, problems=problems)
     total = total_steps(config, data)
     with problems.catch():
-        if method is not None and data.preserves:
+        if method is not None and (data.preserves or config.loss.masked_prior_preservation_weight):
             method.without()
     with problems.catch():
         choose(config.optim)

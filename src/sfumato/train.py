@@ -14,6 +14,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Batch, Tensors
 from sfumato.data.loader import Step
 from sfumato.diffusion.objective import per_sample
+from sfumato.diffusion.recipe import Recipe
 from sfumato.encode import live_text
 from sfumato.explain import explain
 from sfumato.interrupt import Interrupt, interruptible
@@ -136,7 +137,10 @@ def sample_losses(run: Run, batch: Batch, x0: Tensor, t: Tensor, noise: Tensor, 
         target = torch.where(per_sample(batch.preserve, x0) > 0, untrained, target)
     loss = recipe.loss(estimate, target, level)
     if batch.mask is not None:
-        loss = loss * batch.mask.to(loss)  # multiplied, not divided by the mask's sum
+        mask = batch.mask.to(loss)
+        loss = loss * mask  # multiplied, not divided by the mask's sum
+        if recipe.outside_mask and untrained is not None:
+            loss = loss + recipe.outside_mask * (1 - mask) * recipe.loss(estimate, untrained, level)
     return loss.flatten(1).mean(1)
 
 
@@ -146,7 +150,7 @@ def untrained_estimate(run: Run, batch: Batch, noisy: Tensor, t: Tensor) -> Tens
     (B, C, h, w), zeros for the other samples; None where there are no such. It comes before the main forward, since
     whatever a hook reads there has to stay as it is until backward is over.
     """
-    places = torch.arange(0) if batch.preserve is None else batch.preserve.nonzero().flatten()
+    places = held(batch, run.recipe).nonzero().flatten()
     if not len(places):
         return None
     some, seen, times = batch.take(places), noisy[places], t[places]
@@ -155,6 +159,14 @@ def untrained_estimate(run: Run, batch: Batch, noisy: Tensor, t: Tensor) -> Tens
     estimate = torch.zeros_like(noisy)
     estimate[places] = run.model.objective.estimate(prediction, seen, run.model.objective.level(times))
     return estimate
+
+
+def held(batch: Batch, recipe: Recipe) -> Tensor:
+    """(B,) bool: whether a sample's loss asks for what the model before training says."""
+    found = torch.zeros_like(batch.weight, dtype=torch.bool) if batch.preserve is None else batch.preserve
+    if recipe.outside_mask and batch.mask is not None:
+        found = found | (batch.mask < 1).flatten(1).any(1)
+    return found & (batch.weight > 0)
 
 
 def conditioning_of(run: Run, batch: Batch) -> Tensors:

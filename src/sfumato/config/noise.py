@@ -44,6 +44,9 @@ class LossOptions(Options):
         "l2",
         "how prediction and target are compared",
     )
+    masked_prior_preservation_weight: float = option(
+        0.0, "weight of a loss to what the model said before training, where masks leave pictures out", ge=0
+    )
     huber_schedule: Literal["constant", "exponential", "snr"] = option(
         "snr", "how the huber threshold follows the timestep"
     )

@@ -11,10 +11,11 @@ from sfumato.data.report import Report
 WITHOUT_ALPHA = (".jpg", ".jpeg", ".bmp")
 
 
-def check_pictures(plan: DataPlan, *, masked_loss: bool, control: bool, report: Report) -> None:
+def check_pictures(plan: DataPlan, *, masked_loss: bool, outside_mask: bool, control: bool, report: Report) -> None:
     """Every subset's image options, against the cache, the buckets and the pictures themselves.
 
-    masked_loss: conditioning images are masks; control: the method takes them as control images.
+    masked_loss: conditioning images are masks; outside_mask: what lies outside of masks counts, too; control: the
+    method takes conditioning images as control images.
     """
     subsets = [subset for dataset in plan.datasets for subset in dataset.subsets]
     for subset in subsets:
@@ -32,6 +33,11 @@ def check_pictures(plan: DataPlan, *, masked_loss: bool, control: bool, report: 
             )
     if masked_loss:
         check_masks(subsets, report)
+    if outside_mask and not any(masked(subset) for subset in subsets):
+        report.problems.add(
+            "--masked_prior_preservation_weight is for what masks leave out, and no picture has a mask",
+            fix="give --alpha_mask, or --masked_loss with --conditioning_data_dir",
+        )
 
 
 def idle_rules(subset: SubsetPlan) -> Iterator[str]:

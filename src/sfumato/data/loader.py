@@ -90,7 +90,7 @@ class Loader:
         captions = [sample.caption for sample in samples]
         latents = all_or_none([sample.shown.latents for sample in samples])
         pixels = all_or_none([sample.shown.pixels for sample in samples])
-        preserved = [sample.real and sample.subset.settings.preserved for sample in batch.samples]
+        preserved = [sample.subset.settings.preserved for sample in batch.samples]
         controls = all_or_none([sample.control for sample in samples])
         return Batch(
             ids=torch.tensor([sample.id for sample in batch.samples]),

@@ -183,7 +183,8 @@ class DataPlan:
     @property
     def preserves(self) -> bool:
         """Whether any sample's target is what the model said before training."""
-        return any(s.settings.preserved and s.samples for dataset in self.datasets for s in dataset.subsets)
+        datasets = (*self.datasets, *self.validation)
+        return any(subset.settings.preserved and subset.samples for dataset in datasets for subset in dataset.subsets)
 
     def used(self) -> Iterator[tuple[DatasetPlan, SubsetPlan, Item]]:
         """Every item that appears at all, of training and validation."""

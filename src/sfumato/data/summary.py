@@ -73,7 +73,13 @@ def find_data(
         report.no_effect("--prior_loss_weight has no effect: there are no regularisation images")
     if not problems.found and config.dataset.preserve_reg_images and plan.num_reg_images == 0:
         report.no_effect("--preserve_reg_images has no effect: there are no regularisation images")
-    check_pictures(plan, masked_loss=config.images.masked_loss, control=control, report=report)
+    check_pictures(
+        plan,
+        masked_loss=config.images.masked_loss,
+        outside_mask=config.loss.masked_prior_preservation_weight > 0,
+        control=control,
+        report=report,
+    )
     if config.cache.cache_text_encoder_outputs:
         refuse_varying(plan, problems, variants=config.cache.text_cache_variants)
         for line in told(plan, variants=config.cache.text_cache_variants):

@@ -27,6 +27,7 @@ class Recipe:
     perturb: Noise | None = None  # noise -> what only the noised image sees
     loss: Loss  # estimate, target -> elementwise
     weighting: Weighting  # (B,)
+    outside_mask: float = 0.0  # weight of the loss to what the model said before training, where masks leave off
     guidance: float | None = None  # embedded guidance during training
 
     def timesteps(self, rng: Randomness, ids: Tensor, shape: Sequence[int], latents: LatentSpec) -> Tensor:
@@ -41,5 +42,6 @@ def make_recipe(noise: NoiseOptions, loss: LossOptions, objective: Objective, gu
         perturb=make_perturb(noise),
         loss=make_loss(loss),
         weighting=make_weighting(noise, loss),
+        outside_mask=loss.masked_prior_preservation_weight,
         guidance=guidance,
     )

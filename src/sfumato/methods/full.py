@@ -99,10 +99,10 @@ class FullMethod:
 
     def without(self) -> AbstractContextManager[None]:
         raise UserError(
-            "samples are to be held to what the model said before training (diff_output_preservation, "
-            "--preserve_reg_images), but full training changes the model itself; it would take a second copy of "
-            "every weight",
-            fix="train an adapter, which can be switched off, or leave this out",
+            "diff_output_preservation, --preserve_reg_images and --masked_prior_preservation_weight hold samples to "
+            "what the model said before training, but full training changes the model itself; it would take a second "
+            "copy of every weight",
+            fix="train an adapter, which can be switched off, or leave them out",
         )
 
     def after_step(self) -> Mapping[str, Tensor]:
