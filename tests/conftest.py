@@ -29,6 +29,14 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def memory_is_given_back():
+    """Unlike one run, thousands of tests in one process should not keep the most that any of them took."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfumato.run.keep_freed_memory", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy_shelf(tmp_path_factory: pytest.TempPathFactory) -> ToyShelf:
     """Toy models of every family, each written when it is first asked for."""
