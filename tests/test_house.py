@@ -41,6 +41,7 @@ LAYERS = (
     ("run",),
     ("explain",),
     ("saving",),
+    ("validate",),
     ("train",),
     ("tools", "demo"),
     ("cli",),

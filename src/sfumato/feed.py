@@ -31,6 +31,7 @@ from sfumato.data.loader import Loader, TextFeatures
 from sfumato.data.masks import MaskNames, fill_masks, mask_places
 from sfumato.data.order import Order
 from sfumato.data.plans import DataPlan, SubsetPlan
+from sfumato.data.split import validation_order
 from sfumato.data.store import DiskStore, MemoryStore
 from sfumato.data.uses import Use
 from sfumato.data.variants import captions_to_cache, longest_form
@@ -60,6 +61,22 @@ def make_loader(config: Config, data: DataPlan, total: int, model: Family, metho
         variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
         text_dropout=text_dropout(config, model),
         workers=workers_of(config),
+    )
+
+
+def make_held_out(config: Config, data: DataPlan, loader: Loader, at: PartialState) -> Loader | None:
+    """The held-out images out of the same caches, without any dropout of text; None where there are none."""
+    if not data.validation:
+        return None
+    return Loader(
+        validation_order(config, data, rank=at.process_index),
+        names=loader.names,
+        masks=loader.masks,
+        max_train_steps=loader.max_train_steps,
+        latents=loader.latents,
+        text=loader.text,
+        variants=loader.variants,
+        workers=loader.workers,
     )
 
 

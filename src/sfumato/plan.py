@@ -14,6 +14,7 @@ from sfumato.config.prompts import read_prompts
 from sfumato.config.schema import vocabulary
 from sfumato.config.secrets import scrubbed, secrets_of
 from sfumato.data.plans import DataPlan
+from sfumato.data.split import validation_order
 from sfumato.data.summary import find_data, table
 from sfumato.errors import Problems, UserError
 
@@ -119,6 +120,7 @@ def check_disk(config: Config, data: DataPlan, total: int, method: Method, bluep
     epochs = -(-total // data.steps_per_epoch(config.loop.gradient_accumulation_steps))
     saves = make_plan(save, epochs)
     outputs = 1 + most_kept(saves, steps=total, epochs=epochs, state=False)
+    outputs += 2 if config.validation.save_best else 0  # the best yet stands until a better one does
     states = most_kept(saves, steps=total, epochs=epochs, state=True) if save.save_state else 0
     states += save.save_state or save.save_state_on_train_end
     one = method.output_bytes(blueprint, PRECISIONS[save.save_precision])
@@ -175,7 +177,7 @@ def shown(value: object) -> str:
 
 def dataset_lines(config: Config, data: DataPlan) -> Iterator[str]:
     """The dataset table: subsets, buckets, batches."""
-    rows = table(data, accumulation=config.loop.gradient_accumulation_steps)
+    rows = table(data, accumulation=config.loop.gradient_accumulation_steps, held_out=validation_order(config, data))
     for group, members in groupby(rows, key=lambda row: row[0]):
         yield group
         yield from (f"  {name:<32} {value}" for _, name, value in members)

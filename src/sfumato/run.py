@@ -31,7 +31,7 @@ from sfumato.diffusion.recipe import Recipe, make_recipe
 from sfumato.encode import FrozenText, encode_images
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.feed import make_loader
+from sfumato.feed import make_held_out, make_loader
 from sfumato.formats.metadata import Facts, modelspec, named_files, training_metadata
 from sfumato.formats.outputs import Plan as SavePlan
 from sfumato.formats.outputs import make_plan, retention
@@ -42,6 +42,7 @@ from sfumato.memory.host import keep_freed_memory
 from sfumato.methods.base import Method
 from sfumato.optim.optimizers import describe, make_optimizer, restore
 from sfumato.optim.rates import Rates, make_rates
+from sfumato.track.best import Best
 from sfumato.track.console import set_up
 from sfumato.track.hub import Hub, fetch_state
 from sfumato.track.journal import Journal
@@ -72,6 +73,8 @@ class Run:
     health: Health
     proof: Proof
     loader: Loader
+    held_out: Loader | None  # the images of validation
+    best: Best
     frozen_text: FrozenText
     journal: Journal
     hub: Hub
@@ -191,6 +194,8 @@ def open_run(config: Config) -> Run | None:
         health=Health(limit=config.loop.max_bad_steps),
         proof=Proof(optimizer),
         loader=loader,
+        held_out=make_held_out(config, outlook.data, loader, processes),
+        best=Best(**state.get("best", {})),
         frozen_text=frozen_text,
         journal=open_journal(config, outlook, processes, start, state.get("journal", {}), warnings),
         hub=Hub(config.hub, secrets_of(config)),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from sfumato.sample import Picture, fill_in, generate_together, without_effect
 from sfumato.seeds import seed_of
 
 log = logging.getLogger(__name__)
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def saves_due(run: Run, step: int) -> None:
@@ -85,14 +87,27 @@ def kept_going(run: Run, path: Path, step: int) -> Iterator[None]:
         log.warning("%s was not saved after step %d, training goes on: %s", path.name, step, error)
 
 
+@contextmanager
+def at_rest(run: Run) -> Iterator[None]:
+    """For a while the weights are what would be saved, and nothing is in training mode; then all is as it was."""
+    training = [module for module in run.method.modules.modules() if module.training]
+    run.method.modules.eval()
+    try:
+        with averaged(run.optimizer):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def output_path(run: Run, name: str) -> Path:
     return run.output / (name + run.method.ending(run.model.blueprint))
 
 
-def save_output(run: Run, path: Path, step: int) -> None:
-    """The method's file or folder, with its metadata."""
+def save_output(run: Run, path: Path, step: int, more: Mapping[str, str] = NOTHING) -> None:
+    """The method's file or folder, with its metadata and `more`."""
     epoch = -(-step // run.steps_per_epoch)
-    metadata = at_save({**run.metadata, **run.named_files.result()}, step=step, epoch=epoch)
+    metadata = at_save({**run.metadata, **run.named_files.result(), **more}, step=step, epoch=epoch)
     if run.config.save.no_metadata:
         metadata = minimum(metadata)
     run.method.write(run.model, path, metadata | run.modelspec(), PRECISIONS[run.config.save.save_precision])
@@ -111,6 +126,7 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
             "rates": run.rates.state_dict(),
             "scaler": run.scaler.state_dict(),
             "journal": run.journal.state_dict(),
+            "best": vars(run.best),
         }
         save_state(folder, state, {"options": plan.public_options(run.config)})
     return folder
@@ -130,16 +146,13 @@ def save_previews(run: Run, step: int, label: str) -> None:
     path = run.config.samples.sample_prompts
     if path is None or not run.is_main:
         return
-    run.method.modules.eval()
     try:
-        with averaged(run.optimizer):
+        with at_rest(run):
             found = [planned(run, prompt, number, step, label) for number, prompt in enumerate(read_prompts(path))]
             for group in alike(found, run.config.samples.sample_batch_size or 1):
                 save_pictures(run, group)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         log.warning("no previews after step %d: %s", step, error)
-    finally:
-        run.method.modules.train()
     run.journal.publish()
 
 

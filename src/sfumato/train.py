@@ -22,6 +22,7 @@ from sfumato.optim.rates import shown_rates
 from sfumato.run import Run, open_run
 from sfumato.saving import save_final, save_previews, save_state_folder, saves_due
 from sfumato.track.journal import Samples
+from sfumato.validate import validation_due
 
 log = logging.getLogger(__name__)
 MESSAGE = 1 << 26  # gradients that processes add up at a time
@@ -35,11 +36,13 @@ def train(config: Config) -> None:
     with interruptible() as interrupt, run.hub, run.journal:
         if config.samples.sample_at_first and run.start == 0:
             save_previews(run, 0, "000000")
+        if run.start == 0:
+            validation_due(run, 0, sample_losses)
         loop(run, interrupt)
 
 
 def loop(run: Run, interrupt: Interrupt) -> None:
-    """Step after step; once in a while: log, make previews, save."""
+    """Step after step; once in a while: log, validate, make previews, save."""
     for step in run.loader.steps(run.start):
         taken = train_step(run, step)
         done = step.index + 1
@@ -49,6 +52,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
             run.warn(run.method.report())
         if run.health.lost:
             raise run.health.error(save_state_folder(run, f"{run.saves.name}-step{done:08d}-state", done))
+        validation_due(run, done, sample_losses)
         if done == run.total:
             break
         saves_due(run, done)

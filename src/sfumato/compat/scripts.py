@@ -19,6 +19,8 @@ OURS = frozenset(
     {"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict", "debug"}
     | {"soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report"}
     | {"text_cache_variants", "skip_image_resolution"}
+    | {"validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"}
+    | {"max_validation_steps", "save_best"}
 )
 
 

@@ -18,7 +18,7 @@ from sfumato.data.cache import LATENTS, LatentNames, Place, TensorCache, TextNam
 from sfumato.data.captions import process
 from sfumato.data.images import Pixels
 from sfumato.data.masks import MASK, MaskNames, MaskPlace, mask_of, reduced
-from sfumato.data.order import Order, PlannedBatch, PlannedStep, Sample
+from sfumato.data.order import HeldOut, Order, PlannedBatch, PlannedStep, Sample
 from sfumato.data.variants import chosen
 from sfumato.errors import UserError
 from sfumato.seeds import python_random
@@ -39,7 +39,7 @@ class Loader:
 
     def __init__(
         self,
-        order: Order,
+        order: Order | HeldOut,
         *,
         names: LatentNames,
         masks: MaskNames,
@@ -62,7 +62,7 @@ class Loader:
         self.workers = workers
 
     def steps(self, first_step: int = 0) -> Iterator[Step]:
-        """The steps from `first_step` (counted from 0) on, without end; UserError names an image that is damaged.
+        """The steps of the order from `first_step` (counted from 0) on; UserError names an image that is damaged.
 
         Closing the iterator, or an error, ends the threads.
         """
@@ -76,8 +76,12 @@ class Loader:
             waiting: deque[tuple[PlannedStep, list[Future[Batch]]]] = deque()
             while True:
                 while sum(len(futures) for _, futures in waiting) < 2 * self.workers:
-                    step = next(planned)
+                    step = next(planned, None)
+                    if step is None:
+                        break
                     waiting.append((step, [pool.submit(self._batch, step, batch) for batch in step.batches]))
+                if not waiting:
+                    return
                 step, futures = waiting.popleft()
                 yield step_of(step, [future.result() for future in futures])
         finally:

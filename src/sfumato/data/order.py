@@ -79,6 +79,55 @@ class Order:
         return PlannedBatch(self.plan.datasets[batch.dataset], batch.bucket, tuple(samples))
 
 
+class HeldOut:
+    """Every held-out image once, in the same batches at each validation, whatever trains meanwhile.
+
+    A sample's id is its place among all held-out images, so that its noise is the same for any batch size. Whole
+    batches are shared among the processes; those that get fewer do the last one again, with weight 0.
+    most: batches of one validation, at most.
+    """
+
+    def __init__(self, plan: DataPlan, *, seed: int, most: int | None = None, rank: int = 0) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.rank = rank
+        batches: list[list[Held]] = []
+        first = 0
+        for number, dataset in enumerate(plan.validation):
+            for bucket, places in by_bucket(dataset).items():
+                python_random(seed, "held out", number, *bucket).shuffle(places)
+                size = dataset.settings.batch_size
+                some = (places[start : start + size] for start in range(0, len(places), size))
+                batches += [[Held(first + place, number, bucket, place) for place in each] for each in some]
+            first += sum(len(subset.items) for subset in dataset.subsets)
+        python_random(seed, "held out").shuffle(batches)
+        self.batches = batches[:most]
+        self.samples = sum(len(batch) for batch in self.batches)
+        self.ids = first  # below which all ids are
+        self._entries = [Entries(dataset) for dataset in plan.validation]
+
+    def steps(self, first_step: int = 0) -> Iterator[PlannedStep]:
+        """This process's share, one batch to a step."""
+        processes = self.plan.processes
+        for turn in range(first_step, math.ceil(len(self.batches) / processes)):
+            place = turn * processes + self.rank
+            batch, real = self.batches[min(place, len(self.batches) - 1)], place < len(self.batches)
+            yield PlannedStep(index=turn, epoch=0, batches=(self._planned(batch, real),), real_samples=len(batch))
+
+    def _planned(self, batch: Sequence[Held], real: bool) -> PlannedBatch:
+        samples = tuple(Sample(each.id, *self._entries[each.dataset][each.place], real) for each in batch)
+        return PlannedBatch(self.plan.validation[batch[0].dataset], batch[0].bucket, samples)
+
+
+class Held(NamedTuple):
+    """One held-out image."""
+
+    id: int
+    dataset: int
+    bucket: Size
+    place: int  # in its dataset's entries
+
+
 class Entries:
     """The items of a dataset, one after the other over its subsets."""
 

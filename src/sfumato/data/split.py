@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 
+from sfumato.config import Config
+from sfumato.data.order import HeldOut
 from sfumato.data.pictures import Column
-from sfumato.data.plans import DatasetPlan
+from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.data.policy import some
+from sfumato.data.report import Report
 from sfumato.data.settings import SubsetSettings
 from sfumato.errors import Problems
+
+
+def validation_seed(config: Config) -> int:
+    """--validation_seed, or --seed; 0 where neither is given, never a drawn one: a resumed run holds out the same."""
+    if config.validation.validation_seed is not None:
+        return config.validation.validation_seed
+    drawn = config.source("seed") == "default"
+    return 0 if drawn or config.loop.seed is None else config.loop.seed
+
+
+def validation_order(config: Config, plan: DataPlan, *, rank: int = 0) -> HeldOut:
+    """The order in which one validation goes through them."""
+    return HeldOut(plan, seed=validation_seed(config), most=config.validation.max_validation_steps, rank=rank)
+
+
+def still(subset: SubsetSettings) -> SubsetSettings:
+    """How held-out images are shown: no augmentation, every caption whole and in order."""
+    rules = replace(
+        subset.rules,
+        shuffle_caption=False,
+        token_warmup_step=0,
+        caption_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=0,
+        caption_tag_dropout_rate=0.0,
+    )
+    images = replace(subset.images, flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None)
+    return replace(subset, rules=rules, images=images)
 
 
 def halves(count: int, subset: SubsetSettings, seed: int) -> tuple[Column, Column]:
@@ -50,3 +81,26 @@ def refuse_overlap(training: Sequence[DatasetPlan], validation: Sequence[Dataset
                     f"{some(both)}",
                     fix="give all subsets with these images the same validation_split and validation_seed",
                 )
+
+
+def check_held_out(plan: DataPlan, config: Config, report: Report) -> None:
+    """A split that holds out nothing at all is a fault; without one, options of validation have no effect."""
+    empty = list(of_none(plan))
+    if plan.validation:
+        for line in empty:
+            report.note(line)
+    elif empty:
+        report.problems.add(empty[0], fix="raise validation_split, or add images")
+    elif idle := [f"--{name}" for name in type(config.validation).model_fields if config.changed(name)]:
+        report.no_effect(f"{', '.join(idle)}: no effect, for no image is held out; --validation_split says how many")
+
+
+def of_none(plan: DataPlan) -> Iterator[str]:
+    """Subsets that were to be split and are too small for it."""
+    held = {subset.settings.where for dataset in plan.validation for subset in dataset.subsets}
+    for dataset in plan.datasets:
+        for subset in dataset.subsets:
+            settings = subset.settings
+            if settings.validation_split > 0 and not settings.is_reg and settings.where not in held:
+                share, count = settings.validation_split, len(subset.items)
+                yield f"{settings.where}: validation_split {share:g} of {count} images holds out none"

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from sfumato.config import Config
+from sfumato.config.validation import LEVELS
 from sfumato.data.checks import check_pictures, masked
 from sfumato.data.index import default_cache_dir
+from sfumato.data.order import HeldOut
 from sfumato.data.pairs import refuse_spare, with_conditioning
 from sfumato.data.pictures import Column, Pictures
 from sfumato.data.plans import DataPlan, DatasetPlan, Items, SubsetPlan
@@ -22,7 +24,7 @@ from sfumato.data.report import Report
 from sfumato.data.settings import DatasetSettings, SubsetSettings, dataset_settings
 from sfumato.data.shards import are_shards
 from sfumato.data.sources import pictures_of
-from sfumato.data.split import halves, refuse_overlap
+from sfumato.data.split import check_held_out, halves, refuse_overlap, still, validation_seed
 from sfumato.data.variants import refuse_varying, told
 from sfumato.errors import Problems, UserError
 
@@ -44,7 +46,7 @@ def find_data(
         on_bad_image=config.dataset.on_bad_image,
         cache_dir=cache_dir,
     )
-    seed = config.loop.seed or 0  # a split stays the same from run to run where no seed is given
+    seed = validation_seed(config)
     datasets: list[DatasetPlan] = []
     validation: list[DatasetPlan] = []
     every: list[tuple[SubsetSettings, Pictures]] = []
@@ -73,6 +75,8 @@ def find_data(
         report.no_effect("--prior_loss_weight has no effect: there are no regularisation images")
     if not problems.found and config.dataset.preserve_reg_images and plan.num_reg_images == 0:
         report.no_effect("--preserve_reg_images has no effect: there are no regularisation images")
+    if not problems.found:
+        check_held_out(plan, config, report)
     check_pictures(
         plan,
         masked_loss=config.images.masked_loss,
@@ -135,7 +139,7 @@ def one_dataset(
         if len(kept) + len(held) < len(items):
             report.note(skipped(len(items) - len(kept) - len(held), settings, subset))
         if len(held):
-            validation.append(SubsetPlan(settings=subset, items=items.take(held), repeats=(1,) * len(held)))
+            validation.append(SubsetPlan(settings=still(subset), items=items.take(held), repeats=(1,) * len(held)))
         if len(kept) < len(items):
             items = items.take(kept)
         training.append(SubsetPlan(settings=subset, items=items, repeats=(subset.num_repeats,) * len(items)))
@@ -194,7 +198,7 @@ def shares(groups: Sequence[tuple[int, int]], wanted: int) -> list[tuple[int, ..
     return [tuple(part.tolist()) for part in parts]
 
 
-def table(plan: DataPlan, *, accumulation: int = 1) -> list[tuple[str, str, str]]:
+def table(plan: DataPlan, *, accumulation: int = 1, held_out: HeldOut | None = None) -> list[tuple[str, str, str]]:
     """(group, name, value) for the report before the first step: subsets, buckets, batches and steps."""
     rows: list[tuple[str, str, str]] = []
     for i, dataset in enumerate(plan.datasets, 1):
@@ -211,7 +215,11 @@ def table(plan: DataPlan, *, accumulation: int = 1) -> list[tuple[str, str, str]
     rows.append(("epoch", "batches", f"{plan.batches_per_epoch}{over}"))
     rows.append(("epoch", "steps", str(plan.steps_per_epoch(accumulation))))
     if plan.validation:
-        rows.append(("validation", "images", str(plan.num_validation_images)))
+        seen = plan.num_validation_images if held_out is None else held_out.samples
+        less = f", {seen} of them are looked at" if seen < plan.num_validation_images else ""
+        rows.append(("validation", "images", f"{plan.num_validation_images}{less}"))
+    if held_out is not None and plan.validation:
+        rows.append(("validation", "batches", f"{len(held_out.batches)}, each at {LEVELS} noise levels"))
     return rows
 
 

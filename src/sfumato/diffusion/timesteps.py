@@ -40,6 +40,18 @@ def make_density(noise: NoiseOptions, objective: Objective) -> Callable[[Generat
     return draw
 
 
+def quantiles(noise: NoiseOptions, count: int) -> list[int]:
+    """`count` times that cut --min_timestep to --max_timestep into equal parts, rounded down; fewer where they meet.
+
+    Without limits four of them are 200, 400, 600, 800, where the field validates.
+    """
+    minimum = noise.min_timestep or 0
+    maximum = 1000 if noise.max_timestep is None else noise.max_timestep
+    if minimum >= maximum:
+        return [maximum - 1]
+    return list(dict.fromkeys(minimum + (maximum - minimum) * i // (count + 1) for i in range(1, count + 1)))
+
+
 def uniform_index(generator: Generator, minimum: int, maximum: int) -> Tensor:
     """A whole index, uniform in [minimum, maximum); an empty range gives the last one."""
     if minimum >= maximum:

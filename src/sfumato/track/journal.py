@@ -31,7 +31,7 @@ class Journal:
         self.trackers, self.progress, self.report = list(trackers), progress, report
         self.window = window  # steps of an epoch: what loss/average runs over
         self.losses: deque[float] = deque(maxlen=window)
-        self.waiting: tuple[int, Tensor, Mapping[str, float], Mapping[str, Tensor], Samples] | None = None
+        self.waiting: tuple[int, Tensor, Mapping[str, float], Mapping[str, Tensor | float], Samples] | None = None
 
     def __enter__(self) -> Self:
         self.progress.__enter__()
@@ -59,6 +59,16 @@ class Journal:
         """After a step, counted from 1; `rates` by parameter group, `more` by the names of their curves."""
         self.flush()
         self.waiting = (step, loss, rates, more, samples)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """What was measured after this step; it goes with the step's own numbers, or alone before the first."""
+        if self.waiting is not None and self.waiting[0] == step:
+            _, loss, rates, more, samples = self.waiting
+            self.waiting = (step, loss, rates, {**more, **values}, samples)
+            return
+        self.flush()
+        for tracker in list(self.trackers):
+            self._tell(tracker, step, values)
 
     def publish(self) -> None:
         """After something was saved or drawn: bring the report up to date."""

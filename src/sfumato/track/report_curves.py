@@ -48,8 +48,7 @@ class Curves:
 
     def lost(self) -> list[int]:
         """The steps whose loss was not finite."""
-        losses = self.series.get("loss/current", ())
-        return [step for step, loss in zip(self.steps, losses, strict=False) if math.isnan(loss)]
+        return list(self.lost_steps)
 
     @property
     def last(self) -> int:
@@ -58,6 +57,7 @@ class Curves:
     def _forget(self) -> None:
         self.offset = 0
         self.steps: array[int] = array("q")
+        self.lost_steps: array[int] = array("q")
         self.series: dict[str, array[float]] = {}
         self.level_steps: array[int] = array("q")  # one entry for each sample
         self.level_t, self.level_losses = array("d"), array("d")
@@ -73,6 +73,8 @@ class Curves:
                 self.level_steps.append(step)
                 self.level_t.append(t)
                 self.level_losses.append(loss)
+        if not is_number(row.get("loss/current", 0.0)):
+            self.lost_steps.append(step)
         for name, value in row.items():
             series = self.series.setdefault(name, array("d"))
             series.extend([math.nan] * (len(self.steps) - len(series)))
