@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,10 @@ from sfumato.config import (
 from sfumato.config.loop import LoopOptions
 from sfumato.config.noise import NoiseOptions
 from sfumato.config.prompts import Prompt
+from sfumato.config.validation import ValidationOptions
 from sfumato.data.batch import Batch, Extras, Sizes
+from sfumato.data.order import HeldOut
+from sfumato.data.plans import DataPlan
 from sfumato.demo.toy import write_toy
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
@@ -34,7 +38,8 @@ from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
 from sfumato.methods import make_method
 from sfumato.sample import conditioning, denoise, fill_in, make_scheduler
-from sfumato.train import training_loss
+from sfumato.train import sample_losses, training_loss
+from sfumato.validate import measure
 
 register_all()
 CASES = {
@@ -559,6 +564,35 @@ def test_full_training_has_the_gradients_of_diffusers_own_modules(toys: Toys) ->
                 assert weight.grad is None, (part, name)
             else:
                 torch.testing.assert_close(weight.grad, others[name].grad, rtol=0, atol=1e-9)
+
+
+def test_validation_has_the_loss_of_diffusers_own_modules(toys: Toys) -> None:
+    """At two times, with noise by the images' places; what only fills up a batch does not count."""
+    model = unmasked(toys)
+    method: Any = Plain()
+    run = bare_run(model, method, plain_noise(toys))
+    batch = replace(fixed_batch(model, ["a cat", "a red dog on a table"]), weight=torch.tensor([1.0, 0.0]))
+    order = HeldOut(
+        DataPlan(datasets=(), validation=(), processes=1, prior_loss_weight=1.0, from_file=True, notes=()), seed=0
+    )
+    order.ids, order.samples = 12, 1
+    run.held_out = SimpleNamespace(order=order, steps=lambda: [SimpleNamespace(batches=(batch,))])
+    run.config = Config(validation=ValidationOptions(validation_seed=5))
+    run.processes, run.autocast = SimpleNamespace(num_processes=1), nullcontext
+    found = measure(run, [200, 800], sample_losses)
+
+    theirs = Theirs(toys, model)
+    calls = {name: theirs.modules[ours] for ours, name in theirs.names.items()}
+    x0 = batch.latents
+    assert x0 is not None
+    for column, t in enumerate((200, 800)):
+        generator = Randomness(5).generator(f"validation noise {column}", 10)
+        noise = torch.randn(x0.shape[1:], generator=generator).double()[None]
+        with torch.no_grad():
+            loss = theirs.loss_of(
+                theirs.pipe, calls[theirs.name], calls, x0[:1], noise, torch.tensor([float(t)]), ["a cat"]
+            )
+        assert found[column] == pytest.approx(loss.mean().item(), rel=1e-6)
 
 
 def plain_names(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -194,6 +194,21 @@ def test_series_have_the_fields_names_and_average_over_an_epoch():
     ]
 
 
+def test_what_is_measured_after_a_step_goes_with_its_numbers():
+    kept = Kept()
+    with Journal([kept], quiet(), window=4) as journal:
+        journal.add(0, {"loss/validation/t200": 3.0})
+        journal.note(1, torch.tensor(1.0), {})
+        journal.add(1, {"loss/validation/t200": 2.0})
+        journal.note(2, torch.tensor(3.0), {})
+    assert kept.rows == [
+        (0, {"loss/validation/t200": 3.0}),
+        (1, {"loss/current": 1.0, "loss/average": 1.0, "loss/validation/t200": 2.0}),
+        (2, {"loss/current": 3.0, "loss/average": 2.0}),
+        "closed",
+    ]
+
+
 def test_the_average_goes_on_after_a_resume():
     losses = [0.1, 0.7, 0.2, 0.9, 0.4, 0.3]
     straight, before, after = Kept(), Kept(), Kept()

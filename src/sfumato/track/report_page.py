@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -22,6 +23,8 @@ STATES = {
     "silent": "no word since",
 }  # fmt: skip
 MOST_OTHERS = 6  # charts of further series
+HELD_OUT = "loss/validation/"
+VALIDATION, LEVEL = f"{HELD_OUT}step_average", re.compile(rf"{HELD_OUT}t(\d+)")
 OWN = ("loss/current", "loss/average", "loss/epoch_average", "grad_norm")
 
 
@@ -106,6 +109,13 @@ def facts(description: Mapping[str, Any], curves: Curves, done: int, state: str)
     _, average = curves.xy("loss/average")
     if len(average):
         yield "average loss", shown(float(average[-1]))
+    steps, losses = curves.xy(VALIDATION)
+    if len(steps):
+        best = int(losses.argmin())
+        yield (
+            "validation loss",
+            f"{shown(float(losses[-1]))} <small>lowest {shown(float(losses[best]))}, step {steps[best]:,.0f}</small>",
+        )
     if not sessions:
         return
     pace = sessions[-1]["seconds_per_step"]
@@ -158,8 +168,12 @@ def charts(description: Mapping[str, Any], curves: Curves) -> Iterator[str]:
         Line(name="average", x=average[0], y=average[1]),
     ]
     note = "The average runs over an epoch. Single steps beyond the scale are cut off."
+    steps, values = curves.xy(VALIDATION)
+    if len(steps):
+        lines.append(Line(name="validation", x=steps, y=values, colour=1))
+        note += " Validation is before any weighting, at the same times with the same noise whenever it is done."
     yield drawn(Chart(key="loss", title="Loss", lines=lines, note=note, marks=curves.lost(), wide=True))
-    small = [*levels(curves), *rates(curves), *norms(description, curves), *others(curves)]
+    small = [*levels(curves), *validation(curves), *rates(curves), *norms(description, curves), *others(curves)]
     if small:
         yield f'<div class="pair">{"".join(small)}</div>'
 
@@ -202,11 +216,23 @@ def levels(curves: Curves) -> Iterator[str]:
         yield level_bars(found)
 
 
+def validation(curves: Curves) -> Iterator[str]:
+    """The loss of the held-out images at each of their times."""
+    times = sorted(int(found[1]) for found in map(LEVEL.fullmatch, curves.series) if found)
+    named = {t: curves.xy(f"{HELD_OUT}t{t}") for t in times}
+    lines = [Line(name=f"t = {t}", x=x, y=y, colour=i) for i, (t, (x, y)) in enumerate(named.items()) if len(x)]
+    if lines:
+        note = "Mean loss of the held-out images at each of their times, 0 clean to 1000 noise."
+        yield drawn(
+            Chart(key="validation", title="Validation loss by noise level", lines=lines, note=note, robust=False)
+        )
+
+
 def others(curves: Curves) -> Iterator[str]:
     """Whatever else the run wrote down, a chart for each group of names."""
     groups: dict[str, list[str]] = {}
     for name in curves.series:
-        if name not in OWN and not name.startswith("lr/") and len(curves.xy(name)[0]):
+        if name not in OWN and not name.startswith(("lr/", HELD_OUT)) and len(curves.xy(name)[0]):
             groups.setdefault(name.rpartition("/")[0] or name, []).append(name)
     for i, (group, names) in enumerate(list(groups.items())[:MOST_OTHERS]):
         lines = [
