@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from sfumato.compat.launch import launch, main
-from sfumato.compat.scripts import OURS, SCRIPTS, absent_options, find_script, option_table
+from sfumato.compat.scripts import OURS, SCRIPTS, SHARED, absent_options, find_script, option_table
 from sfumato.compat.table import table
 from sfumato.config import load_config
 from sfumato.config.schema import vocabulary
@@ -34,7 +34,7 @@ def theirs(script: str) -> set[str]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_has_the_options_that_it_has_in_the_field(name):
-    assert SCRIPTS[name].options == (theirs(name) - set(OPTION_ALIASES)) | OURS
+    assert SCRIPTS[name].options == (theirs(name) - set(OPTION_ALIASES)) | OURS | SHARED
     assert set(absent_options(SCRIPTS[name])) == set(vocabulary()) - SCRIPTS[name].options
 
 

@@ -18,9 +18,11 @@ from sfumato.registry import did_you_mean
 OURS = frozenset(
     {"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict", "debug"}
     | {"soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report"}
-    | {"text_cache_variants", "skip_image_resolution"}
-    | {"validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"}
-    | {"max_validation_steps", "save_best"}
+    | {"text_cache_variants", "skip_image_resolution", "save_best"}
+)
+# Options that the field gives only some scripts, and that every script has here.
+SHARED = frozenset(
+    {"validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"}
 )
 
 
@@ -44,7 +46,7 @@ class Script:
     def options(self) -> frozenset[str]:
         """The names of the options that it has."""
         table = option_table()
-        return OURS.union(table["every script"], table[self.method], table[self.name])
+        return OURS.union(SHARED, table["every script"], table[self.method], table[self.name])
 
 
 FLUX_DEFAULTS = {
