@@ -482,7 +482,7 @@ class Theirs:
 
         x0, draw = batch.latents, run.randomness
         assert x0 is not None
-        t = draw.per_sample("timestep", batch.ids, lambda g, _: run.recipe.timestep(g, (1, 12, 8), run.model.latents))
+        t = run.recipe.timesteps(draw, batch.ids, (1, 12, 8), run.model.latents)
         noise = draw.per_sample("noise", batch.ids, lambda g, _: torch.randn(x0.shape[1:], generator=g)).double()
         calls = {theirs: call(ours) for ours, theirs in self.names.items()}
         elementwise = self.loss_of(self.pipe, calls[self.name], calls, x0, noise, t, list(batch.captions))

@@ -199,15 +199,12 @@ def draw_timesteps(config: Config, outlook: Outlook) -> None:
     path = config.run.plot_timesteps
     if path is None:
         return
-    from sfumato.diffusion.randomness import Randomness
     from sfumato.diffusion.recipe import make_recipe
     from sfumato.track.timesteps import course, timestep_plot
 
-    assert config.loop.seed is not None
     blueprint, buckets = outlook.blueprint, outlook.data.buckets
     recipe = make_recipe(config.noise, config.loss, blueprint.objective, config.model.guidance_scale)
-    generator = Randomness(config.loop.seed).generator("timestep plot")
-    found = course(recipe, blueprint.objective, blueprint.latents, buckets, generator)
+    found = course(recipe, blueprint.objective, blueprint.latents, buckets)
     width, height = next(iter(buckets))
     sizes = f"pictures of {len(buckets)} sizes" if len(buckets) > 1 else f"pictures of {width}x{height}"
     with files.atomic(path) as temporary:

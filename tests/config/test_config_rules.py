@@ -38,6 +38,10 @@ CASES = {
         "--scale_v_pred_loss_like_noise_pred --v_parameterization",
     ),
     "noise-weight": ("--v_pred_like_loss 0.5 --v_parameterization", "--v_pred_like_loss 0.5"),
+    "strata-of-one": (
+        "--timestep_stratified --min_timestep 500 --max_timestep 500",
+        "--timestep_stratified --min_timestep 498 --max_timestep 500",
+    ),
     "alone-noise_offset_random_strength": (
         "--noise_offset_random_strength",
         "--noise_offset_random_strength --noise_offset 0.1",

@@ -27,22 +27,21 @@ FLOW = RectifiedFlow(space="raw", grid=lambda scheduler, steps, tokens: None)
 
 def found(objective: Objective, buckets: dict[tuple[int, int], int], *, gamma: float | None = None, **noise: Any):
     recipe = make_recipe(NoiseOptions(**noise), LossOptions(min_snr_gamma=gamma), objective, None)
-    return course(recipe, objective, LATENTS, buckets, torch.Generator().manual_seed(0))
+    return course(recipe, objective, LATENTS, buckets)
 
 
 def logit_normal(shift: float) -> np.ndarray:
-    """Density of a shifted sigmoid of a standard normal."""
-    sigma = MIDDLES / LAST
+    """Density of a shifted sigmoid of a standard normal, its mean over each bin."""
+    sigma = (np.arange(100 * BINS) + 0.5) / (100 * BINS)
     before = sigma / (shift - (shift - 1) * sigma)
     slope = shift / (1 + (shift - 1) * before) ** 2
     normal = np.exp(-0.5 * np.log(before / (1 - before)) ** 2) / math.sqrt(2 * math.pi)
-    return normal / (before * (1 - before)) / slope
+    return (normal / (before * (1 - before)) / slope).reshape(BINS, 100).mean(1)
 
 
-def close(often: Any, expected: np.ndarray, samples: int = 20_000) -> None:
-    """Within five deviations of counts."""
-    spread = np.sqrt(np.maximum(expected, 0.05) * BINS / samples)
-    assert (np.abs(np.asarray(often) - expected) < 5 * spread + 0.02).all()
+def close(often: Any, expected: np.ndarray) -> None:
+    """But for a number or two of 20000 that lie on the other side of an edge."""
+    assert np.abs(np.asarray(often) - expected).max() < 2.1 * BINS / 20_000
 
 
 def test_even_draws_are_even() -> None:

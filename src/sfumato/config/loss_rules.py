@@ -45,6 +45,16 @@ LOSS_RULES = (
         what=f"--{ON_NOISE} is for a model that predicts noise",
         fix="leave it out",
     ),
+    Rule(
+        name="strata-of-one",
+        kind="no effect",
+        options=("timestep_stratified", "min_timestep", "max_timestep"),
+        broken=lambda c: (
+            c.noise.timestep_stratified and (c.noise.min_timestep or 0) + 1 >= (c.noise.max_timestep or 1000)
+        ),
+        what="--timestep_stratified has no effect: --min_timestep and --max_timestep leave no choice of timesteps",
+        fix="leave it out",
+    ),
     *(
         Rule(
             name=f"alone-{child}",

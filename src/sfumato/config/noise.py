@@ -23,6 +23,9 @@ class NoiseOptions(Options):
     timestep_sampling: Literal["sigma", "uniform", "sigmoid", "shift", "nextdit_shift", "flux_shift"] | None = option(
         None, "how timesteps are drawn; without it the family's way"
     )
+    timestep_stratified: bool = option(
+        False, "spread timesteps evenly over the samples, instead of drawing each by itself; same density, less noise"
+    )
     sigmoid_scale: float = option(1.0, "width of the sigmoid density", gt=0)
     discrete_flow_shift: float | None = option(None, "shift towards noise; without it the family's value", gt=0)
     training_shift: float = option(1.0, "shift towards noise in training", gt=0)

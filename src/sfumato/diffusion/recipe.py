@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Generator, Tensor
+from torch import Tensor
 
 from sfumato.config import LossOptions, NoiseOptions
 from sfumato.diffusion.losses import Loss, make_loss
 from sfumato.diffusion.noise import Noise, make_noise, make_perturb
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.diffusion.randomness import Randomness
-from sfumato.diffusion.timesteps import make_density
+from sfumato.diffusion.timesteps import Timestep, make_density
 from sfumato.diffusion.weightings import Weighting, make_weighting
-
-Timestep = Callable[[Generator, Sequence[int], LatentSpec], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The first three are called per SAMPLE with that sample's own generator, on the CPU."""
+    """`noise` and `perturb` are called per SAMPLE with that sample's own generator, on the CPU."""
 
-    timestep: Timestep  # latent shape (C, h, w) -> 0-d t
+    timestep: Timestep  # uniform numbers (B,) and the latents' shape (C, h, w) -> t (B,)
+    stratified: bool = False  # whether those numbers are spread evenly over the samples
     noise: Noise  # latent (C, h, w) -> noise
     perturb: Noise | None = None  # noise -> what only the noised image sees
     loss: Loss  # estimate, target -> elementwise
@@ -32,12 +31,14 @@ class Recipe:
 
     def timesteps(self, rng: Randomness, ids: Tensor, shape: Sequence[int], latents: LatentSpec) -> Tensor:
         """(B,) t in 0 .. 1000 for latents (C, h, w); a function of the samples' ids alone."""
-        return rng.per_sample("timestep", ids, lambda draw, _: self.timestep(draw, shape, latents))
+        u = rng.spread("timestep", ids) if self.stratified else rng.uniform("timestep", ids)
+        return self.timestep(u, shape, latents)
 
 
 def make_recipe(noise: NoiseOptions, loss: LossOptions, objective: Objective, guidance: float | None) -> Recipe:
     return Recipe(
         timestep=make_density(noise, objective),
+        stratified=noise.timestep_stratified,
         noise=make_noise(noise),
         perturb=make_perturb(noise),
         loss=make_loss(loss),

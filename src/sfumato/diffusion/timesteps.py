@@ -1,7 +1,8 @@
-"""Timestep densities: flat functions of one sample's generator, each giving t in 0 .. 1000.
+"""Timestep densities: flat functions that take uniform numbers to t in 0 .. 1000, all in float64.
 
-For flows a base density on (0, 1) is drawn, moved towards noise by a shift, and squeezed between
---min_timestep and --max_timestep.
+A uniform number is the place of a sample in the density, and so says with how much noise it trains: drawn for each
+sample by itself, or spread evenly over the samples. For flows a base density on (0, 1) is moved towards noise by a
+shift, and squeezed between --min_timestep and --max_timestep.
 """
 
 from __future__ import annotations
@@ -10,34 +11,34 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from sfumato.config import NoiseOptions
 from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow
 from sfumato.registry import Registry
 
-Density = Callable[[Generator, NoiseOptions, int], Tensor]  # generator, options with a shift, tokens -> sigma in (0, 1)
+Timestep = Callable[[Tensor, Sequence[int], LatentSpec], Tensor]  # u (B,) in [0, 1), latent shape (C, h, w) -> t (B,)
+Density = Callable[[Tensor, NoiseOptions, int], Tensor]  # u, options with a shift, tokens -> sigma in [0, 1]
 FLOW: Registry[Density] = Registry("timestep sampling")
 WHOLE = frozenset({"whole_steps"})  # densities whose t is a whole number
 
 
-def make_density(noise: NoiseOptions, objective: Objective) -> Callable[[Generator, Sequence[int], LatentSpec], Tensor]:
-    """The draw of one sample's t, with the options bound."""
+def make_density(noise: NoiseOptions, objective: Objective) -> Timestep:
+    """Uniform numbers -> t, float32, with the options bound."""
     minimum = noise.min_timestep or 0
     maximum = 1000 if noise.max_timestep is None else noise.max_timestep
     if not isinstance(objective, RectifiedFlow):
-        return lambda generator, shape, latents: uniform_index(generator, minimum, maximum)
+        return lambda u, shape, latents: uniform_index(u, minimum, maximum).float()
     name = noise.timestep_sampling or objective.usual_sampling
     density = FLOW.get(name)
     if noise.discrete_flow_shift is None:
         noise = noise.model_copy(update={"discrete_flow_shift": objective.usual_shift})
 
-    def draw(generator: Generator, shape: Sequence[int], latents: LatentSpec) -> Tensor:
-        sigma = density(generator, noise, latents.tokens(shape))
-        t = minimum + sigma * (maximum - minimum)
-        return torch.floor(t) if name in WHOLE else t
+    def timestep(u: Tensor, shape: Sequence[int], latents: LatentSpec) -> Tensor:
+        t = minimum + density(u, noise, latents.tokens(shape)) * (maximum - minimum)
+        return (torch.floor(t) if name in WHOLE else t).float()
 
-    return draw
+    return timestep
 
 
 def quantiles(noise: NoiseOptions, count: int) -> list[int]:
@@ -52,52 +53,53 @@ def quantiles(noise: NoiseOptions, count: int) -> list[int]:
     return list(dict.fromkeys(minimum + (maximum - minimum) * i // (count + 1) for i in range(1, count + 1)))
 
 
-def uniform_index(generator: Generator, minimum: int, maximum: int) -> Tensor:
+def uniform_index(u: Tensor, minimum: int, maximum: int) -> Tensor:
     """A whole index, uniform in [minimum, maximum); an empty range gives the last one."""
-    if minimum >= maximum:
-        return torch.tensor(float(maximum - 1))
-    return torch.randint(minimum, maximum, (), generator=generator).float()
+    return torch.floor(minimum + u * (maximum - minimum)).clamp(max=maximum - 1)
 
 
 @FLOW.register("sigma")
-def sigma(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
+def sigma(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
     """A density over a table of 1000 levels, shifted: more u is more noise, for every family alike."""
-    u = scheme_density(torch.rand((), generator=generator), torch.randn((), generator=generator), noise)
-    return shifted(table_level(u), shift_of(noise))
+    return shifted(table_level(scheme_density(u, noise)), shift_of(noise))
 
 
 @FLOW.register("whole_steps")
-def whole_steps(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
+def whole_steps(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
     """--weighting_scheme's density, moved by --training_shift; t is rounded down."""
-    u = scheme_density(torch.rand((), generator=generator), torch.randn((), generator=generator), noise)
-    return shifted(u, noise.training_shift)
+    return shifted(scheme_density(u, noise), noise.training_shift)
 
 
 @FLOW.register("uniform")
-def uniform(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
-    return torch.rand((), generator=generator)
+def uniform(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
+    return u
 
 
 @FLOW.register("sigmoid")
-def sigmoid(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
-    return torch.sigmoid(noise.sigmoid_scale * torch.randn((), generator=generator))
+def sigmoid(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
+    return torch.sigmoid(noise.sigmoid_scale * normal(u))
 
 
 @FLOW.register("shift")
-def shift(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
-    return shifted(sigmoid(generator, noise, tokens), shift_of(noise))
+def shift(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
+    return shifted(sigmoid(u, noise, tokens), shift_of(noise))
 
 
 @FLOW.register("flux_shift")
-def flux_shift(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
+def flux_shift(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
     """The more tokens an image has, the more noise it needs (Esser et al. 2024, sec. 5.3.2)."""
-    return shifted(sigmoid(generator, noise, tokens), math.exp(resolution_mu(tokens)))
+    return shifted(sigmoid(u, noise, tokens), math.exp(resolution_mu(tokens)))
 
 
 @FLOW.register("nextdit_shift")
-def nextdit_shift(generator: Generator, noise: NoiseOptions, tokens: int) -> Tensor:
+def nextdit_shift(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
     """Uniform, moved as by flux_shift; --sigmoid_scale has no say."""
-    return shifted(uniform(generator, noise, tokens), math.exp(resolution_mu(tokens)))
+    return shifted(u, math.exp(resolution_mu(tokens)))
+
+
+def normal(u: Tensor) -> Tensor:
+    """The standard normal number of which a share u of all is smaller; at 0 that is -inf, whose sigmoid is 0."""
+    return torch.special.ndtri(u)
 
 
 def shift_of(noise: NoiseOptions) -> float:
@@ -107,14 +109,14 @@ def shift_of(noise: NoiseOptions) -> float:
 
 
 def table_level(u: Tensor) -> Tensor:
-    """u in [0, 1) -> the level 1/1000, 2/1000 .. 1 whose place it falls on."""
-    return (torch.floor(u * 1000) + 1) / 1000
+    """u in [0, 1] -> the level 1/1000, 2/1000 .. 1 whose place it falls on."""
+    return (torch.floor(u * 1000) + 1).clamp(1, 1000) / 1000
 
 
-def scheme_density(u: Tensor, z: Tensor, noise: NoiseOptions) -> Tensor:
-    """--weighting_scheme as a density (Esser et al. 2024, sec. 3.1) from a uniform u and a normal z."""
+def scheme_density(u: Tensor, noise: NoiseOptions) -> Tensor:
+    """--weighting_scheme as a density (Esser et al. 2024, sec. 3.1)."""
     if noise.weighting_scheme == "logit_normal":
-        return torch.sigmoid(noise.logit_mean + noise.logit_std * z)
+        return torch.sigmoid(noise.logit_mean + noise.logit_std * normal(u))
     if noise.weighting_scheme == "mode":
         return 1 - u - noise.mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
     return u

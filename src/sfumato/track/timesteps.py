@@ -1,4 +1,4 @@
-"""How often each timestep is trained and how much its loss counts, by drawing as training does, and as a picture."""
+"""How often each timestep is trained and how much its loss counts, from what training calls, and as a picture."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Generator, Tensor
+from torch import Tensor
 
 from sfumato.data.buckets import Size
 from sfumato.diffusion.objective import LatentSpec, Objective
@@ -30,17 +30,14 @@ class Course:
     counts: Sequence[float]  # factor on a squared error of what the network gives out
 
 
-def course(
-    recipe: Recipe, objective: Objective, latents: LatentSpec, buckets: Mapping[Size, int], generator: Generator
-) -> Course:
+def course(recipe: Recipe, objective: Objective, latents: LatentSpec, buckets: Mapping[Size, int]) -> Course:
     """From the very functions that training calls; `buckets`: samples per size (width, height) of pictures."""
     total = sum(buckets.values())
-    drawn: list[Tensor] = []
+    u = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES
+    often = torch.zeros(BINS)
     for (width, height), samples in buckets.items():
-        shape = (latents.channels, height // latents.downscale, width // latents.downscale)
-        for _ in range(max(1, round(SAMPLES * samples / total))):
-            drawn.append(recipe.timestep(generator, shape, latents))
-    often = torch.histc(torch.stack(drawn).float(), BINS, 0, LAST) * (BINS / len(drawn))
+        t = recipe.timestep(u, (latents.channels, height // latents.downscale, width // latents.downscale), latents)
+        often += torch.histc(t, BINS, 0, LAST) * (BINS / SAMPLES * samples / total)
     middles = (torch.arange(BINS) + 0.5) * (LAST / BINS)
     return Course(often=often.tolist(), counts=weights(recipe, objective, middles).tolist())
 
