@@ -35,6 +35,7 @@ LAYERS = (
     ("memory", "methods", "track"),
     ("encode",),
     ("sample",),
+    ("remake",),
     ("plan",),
     ("feed",),
     ("interrupt", "health"),

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -17,9 +17,9 @@ from sfumato.diffusion.objective import Objective
 from sfumato.encode import FrozenText, live_text
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.methods.base import Method
 from sfumato.registry import did_you_mean
 
+T = TypeVar("T")
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # the field's names -> diffusers' scheduler and its options
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
@@ -34,6 +34,18 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # the field's names -> diff
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"steps_offset": 1}),
     "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
 }
+
+
+class Draws(Protocol):
+    """What making a picture asks of a training method, or of whatever else stands beside the model."""
+
+    live_text: frozenset[str]  # encoders whose output changes, so that it is never remembered
+
+    def caption(self, text: str) -> str: ...
+
+    def begin(self, model: Family, extras: Extras) -> None: ...
+
+    def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +145,7 @@ def make_scheduler(name: str, objective: Objective) -> Any:
 @torch.no_grad()
 def denoise(
     model: Family,
-    method: Method,
+    method: Draws,
     scheduler: Any,
     x: Tensor,
     positive: Tensors,
@@ -203,7 +215,16 @@ def conditioning(
     return model.condition(features, sizes, guidance)
 
 
-def generate(model: Family, method: Method, picture: Picture, frozen: FrozenText | None = None) -> Tensor:
+def together(found: Sequence[tuple[Picture, T]], size: int) -> Iterator[list[tuple[Picture, T]]]:
+    """At most `size` at a time of those that can be made together; the first comes first."""
+    ways: dict[Picture, list[tuple[Picture, T]]] = {}
+    for picture, more in found:
+        ways.setdefault(picture.way, []).append((picture, more))
+    for group in ways.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
+
+
+def generate(model: Family, method: Draws, picture: Picture, frozen: FrozenText | None = None) -> Tensor:
     """One image (3, H, W) in [-1, 1], float32 on the CPU; a function of the picture and the weights alone.
 
     frozen: remembers what encoders that do not train say to a prompt, and may know it from before they were put away.
@@ -213,7 +234,7 @@ def generate(model: Family, method: Method, picture: Picture, frozen: FrozenText
 
 @torch.no_grad()
 def generate_together(
-    model: Family, method: Method, pictures: Sequence[Picture], frozen: FrozenText | None = None
+    model: Family, method: Draws, pictures: Sequence[Picture], frozen: FrozenText | None = None
 ) -> list[Tensor]:
     """The images of pictures with one `way`, each as `generate` makes it alone, up to rounding."""
     usual, count = pictures[0], len(pictures)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,24 +10,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 from sfumato import files, plan
 from sfumato.config.prompts import Prompt, read_prompts
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import PRECISIONS
-from sfumato.formats.metadata import at_save, minimum
+from sfumato.formats.metadata import at_save, minimum, without_paths
 from sfumato.formats.state import save_state
 from sfumato.optim.averaging import averaged
 from sfumato.optim.optimizers import class_name
+from sfumato.remake import command, recipe, save_picture
 from sfumato.run import Run
-from sfumato.sample import Picture, fill_in, generate_together, without_effect
+from sfumato.sample import Picture, fill_in, generate_together, together, without_effect
 from sfumato.seeds import seed_of
 
 log = logging.getLogger(__name__)
 NOTHING: Mapping[str, str] = MappingProxyType({})
+# What may be raised where prompts meet samplers and networks of others; none of it is worth a run.
+PREVIEW_FAULTS = (UserError, OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 
 
 def saves_due(run: Run, step: int) -> None:
@@ -149,10 +147,10 @@ def save_previews(run: Run, step: int, label: str) -> None:
     try:
         with at_rest(run):
             found = [planned(run, prompt, number, step, label) for number, prompt in enumerate(read_prompts(path))]
-            for group in alike(found, run.config.samples.sample_batch_size or 1):
-                save_pictures(run, group)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        log.warning("no previews after step %d: %s", step, error)
+            for group in together(found, run.config.samples.sample_batch_size or 1):
+                save_pictures(run, group, step)
+    except PREVIEW_FAULTS as error:
+        log.warning("no previews after step %d: %s", step, error, exc_info=run.config.log.debug)
     run.journal.publish()
 
 
@@ -168,23 +166,49 @@ def planned(run: Run, prompt: Prompt, number: int, step: int, label: str) -> tup
     return picture, run.output / "sample" / name
 
 
-def alike(found: Sequence[tuple[Picture, Path]], size: int) -> Iterator[list[tuple[Picture, Path]]]:
-    """At most `size` at a time of those that can be made together; the first comes first."""
-    ways: dict[Picture, list[tuple[Picture, Path]]] = {}
-    for picture, path in found:
-        ways.setdefault(picture.way, []).append((picture, path))
-    for group in ways.values():
-        yield from (group[start : start + size] for start in range(0, len(group), size))
-
-
-def save_pictures(run: Run, group: Sequence[tuple[Picture, Path]]) -> None:
-    """PNGs that carry their recipes."""
+def save_pictures(run: Run, group: Sequence[tuple[Picture, Path]], step: int) -> None:
+    """PNGs that carry their recipes, and how to make them again."""
     with run.autocast():
         images = generate_together(run.model, run.method, [picture for picture, _ in group], run.frozen_text)
     for image, (picture, path) in zip(images, group, strict=True):
-        pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        text = PngInfo()
-        for name, value in vars(picture).items():
-            text.add_text(name, json.dumps(value) if not isinstance(value, str) else value)
-        with files.atomic(path) as temporary:
-            Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)
+        save_picture(path, image, recipe(picture) | origin(run, picture, step))
+
+
+def origin(run: Run, picture: Picture, step: int) -> dict[str, str]:
+    """When a preview was made and of what: the model, the file of this moment, and the command that uses both.
+
+    Files by their names, or as the user gave them where that is relative; never an absolute path.
+    """
+    file, note = weights_after(run, step)
+    more: dict[str, object] = {run.method.reader: file} if file else {}
+    if run.config.memory.mixed_precision != "no":
+        more |= {"float32_parts": sorted(run.method.own_weights(run.model.blueprint)) or None}
+    if run.config.model.enable_scaled_pos_embed:
+        more["resolution"] = run.config.buckets.resolution
+    text = {
+        "step": str(step),
+        "epoch": str(-(-step // run.steps_per_epoch)),
+        "model": run.outlook.blueprint.source.name,
+        "trained": without_paths(file),
+        "command": command(run.config, picture, run.model.sampling, more),
+        "note": note,
+    }
+    return {name: value for name, value in text.items() if value}
+
+
+def weights_after(run: Run, step: int) -> tuple[str, str]:
+    """The file with the weights that a picture after this step is made of, and what sets the two apart."""
+    if step == 0:
+        given = run.config.network.network_weights
+        return str(given) if given else "", ""
+    ends_epoch = step % run.steps_per_epoch == 0
+    at_epoch = run.saves.at_epoch(step // run.steps_per_epoch, run.epochs) if ends_epoch else None
+    name = run.saves.name if step == run.total else run.saves.at_step(step) or at_epoch
+    precision = run.config.save.save_precision
+    note = f"the file is in {precision}, this picture was made before the weights were rounded" if precision else ""
+    if name is None:
+        name, note = (
+            f"{run.saves.name}-step{step:08d}",
+            "nothing was saved after this step; a save would have that name",
+        )
+    return str(output_path(run, name)), note

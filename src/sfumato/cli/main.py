@@ -1,4 +1,4 @@
-"""The command `sfumato`: train, plan, report, toy, demo. Each imports only what it needs."""
+"""The command `sfumato`: train, generate, plan, dataset, report, toy, demo. Each imports only what it needs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def overview() -> str:
-    lines = [f"  {name:<8}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: sfumato COMMAND [--option value ...]",
@@ -91,6 +91,13 @@ def plan(argv: Sequence[str]) -> int:
     return guarded(lambda: run(config), debug=config.log.debug)
 
 
+def generate(argv: Sequence[str]) -> int:
+    """Make pictures of prompts, with a model alone or with adapters."""
+    from sfumato.cli.generate import main as run
+
+    return run(argv)
+
+
 def run_report(argv: Sequence[str]) -> int:
     """Make the page of a run again, from the files in its folder."""
     from sfumato.cli.report import main as run
@@ -121,6 +128,7 @@ def demo(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "generate": generate,
     "plan": plan,
     "dataset": dataset,
     "report": run_report,

@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ class Prompt:
     renorm_cfg: float | None = None  # longest a guided prediction may be, in lengths of the one for the prompt
     flow_shift: float | None = None
     notes: tuple[str, ...] = ()  # what was left out of the file's words, and why
+
+    def completed(self, usual: Mapping[str, Any]) -> Prompt:
+        """With the values of `usual` where this prompt is silent."""
+        silent = {name: value for name, value in usual.items() if vars(self)[name] in (None, "")}
+        return replace(self, **silent)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.diffusion.randomness import Randomness
 from sfumato.errors import UserError
-from sfumato.families.base import Blueprint, Family
+from sfumato.families.base import Blueprint, Family, PartSpec
 from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
 from sfumato.formats.groups import LayerGroup
 from sfumato.formats.lora import check_names, read_adapter_file, renamed
@@ -41,6 +41,7 @@ class AdapterMethod:
     """The engine holds the adapters; this class decides where they go and at which rate they learn."""
 
     kind = "/lora"
+    reader = "network_weights"
 
     def __init__(self, config: Config) -> None:
         self.config, self.network = config, config.network
@@ -184,7 +185,7 @@ class AdapterMethod:
         path = self.network.network_weights
         if path is None:
             return
-        self.weights = matched(path, self.weights, rule, groups)
+        self.weights = matched(path, self.weights, rule.specs, groups)
         for part in rule.specs.keys() - rule.rates.parts.keys():
             idle = [group.name for group in groups[part] if group.name in self.weights]
             if idle:
@@ -197,7 +198,7 @@ class AdapterMethod:
         """What --base_weights merge into the model before training, with the strength of each file."""
         known = {group.name: group for part in rule.specs for group in groups[part]}
         for path, strength, entries in self.base:
-            for name, tensors in matched(path, entries, rule, groups).items():
+            for name, tensors in matched(path, entries, rule.specs, groups).items():
                 yield LoRA.from_tensors(known[name], tensors), strength
 
     def _tell(self, rule: AdapterRule) -> None:
@@ -210,9 +211,12 @@ class AdapterMethod:
             )  # fmt: skip
 
 
-def matched(path: Path, entries: Entries, rule: AdapterRule, groups: Groups) -> Entries:
-    """A file's entries under our names; one that belongs to no layer of the model is a UserError."""
-    for part, spec in rule.specs.items():
+def matched(path: Path, entries: Entries, specs: Mapping[str, PartSpec], groups: Groups) -> Entries:
+    """A file's entries under our names; one that belongs to no layer of the model is a UserError.
+
+    specs: of every part that can be adapted. groups: part -> every adaptable layer.
+    """
+    for part, spec in specs.items():
         entries = renamed(path, entries, spec.aliases(groups[part]))
     check_names(path, entries, [group.name for each in groups.values() for group in each])
     return entries

@@ -31,6 +31,7 @@ class Method(Protocol):
     """What is trained."""
 
     kind: str  # what modelspec.architecture says after the model's name: "/lora", "" for a whole model
+    reader: str  # the option of `sfumato generate` that takes what `write` has written
     modules: nn.ModuleDict  # all that trains; out of training mode while previews are made
     live_text: frozenset[str]  # encoders that train and so may not be cached
 

@@ -34,6 +34,7 @@ class FullMethod:
     """`chosen` holds what trains; every other weight of the model stays as it was loaded."""
 
     kind = ""
+    reader = "pretrained_model_name_or_path"
 
     def __init__(self, config: Config) -> None:
         self.config = config
