@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,16 +17,68 @@ from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 
+log = logging.getLogger(__name__)
+HALF = (torch.float16, torch.bfloat16)
+
 
 @torch.no_grad()
 def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int], *, vae_batch_size: int) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32; each posterior is drawn with its entry's own seed."""
+    """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32; each posterior is drawn with its entry's own seed.
+
+    Latents that are not finite even in float32 stay so: who knows the picture's name tells of them.
+    """
     noise = posterior_noise(model.latents, pixels.shape, seeds)
-    chunks = zip(pixels.split(vae_batch_size), noise.split(vae_batch_size), strict=True)
-    latents = torch.cat([model.encode_image(some, draw) for some, draw in chunks])
+
+    def encoded(rows: Tensor) -> Tensor:
+        found = model.encode_image(pixels[rows], noise[rows])
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    chunks = torch.arange(len(pixels)).split(vae_batch_size)
+    return torch.cat([finite(model, encoded, rows) for rows in chunks])
+
+
+@torch.no_grad()
+def decode_latents(model: Family, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> (B, 3, H, W) in about [-1, 1], float32; UserError where that is not finite."""
+    found = finite(model, lambda rows: model.decode(latents[rows]).float(), torch.arange(len(latents)))
     if not torch.isfinite(latents).all():
-        raise UserError("the autoencoder gave values that are not finite", fix="--no_half_vae")
-    return latents.to(torch.promote_types(latents.dtype, torch.float32))
+        raise UserError("the denoiser makes latents that are not finite")
+    if not torch.isfinite(found).all():
+        raise UserError("the autoencoder makes a picture that is not finite, in float32 neither")
+    return found
+
+
+def finite(model: Family, make: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """make(rows) by the autoencoder as it is; again in float32 for those rows where half precision overflowed.
+
+    Each row decides for itself, so that what becomes of it depends on no other, and on nothing that was before.
+    """
+    with torch.autocast(model.device.type, enabled=False):  # as it is loaded, whoever asks
+        found = make(rows)
+        good = torch.isfinite(found).flatten(1).all(1)
+        dtype = next(model.vae.parameters()).dtype
+        if dtype in HALF and not good.all():
+            if not model.overflow_told:
+                model.overflow_told = True
+                log.warning(
+                    "the autoencoder overflows in %s: such pictures are done again in float32, as all are with "
+                    "--no_half_vae",
+                    str(dtype).removeprefix("torch."),
+                )
+            with in_float32(model.vae):
+                found[~good] = make(rows[~good.to(rows.device)])
+    return found
+
+
+@contextmanager
+def in_float32(vae: nn.Module) -> Iterator[None]:
+    """The same weights in float32 for a while; back in half precision they are what they were, bit for bit."""
+    dtype = next(vae.parameters()).dtype
+    nn.Module.to(vae, torch.float32)  # a module of diffusers would warn of what it might lose
+    try:
+        yield
+    finally:
+        nn.Module.to(vae, dtype)
 
 
 def posterior_noise(latents: LatentSpec, shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -70,7 +124,8 @@ def encode_captions(
     model: Family, part: str, captions: Sequence[str], *, weighted: bool = False, negative: bool = False
 ) -> list[Tensors]:
     """The features of an encoder that does not train, one dict per caption."""
-    return encode_text(model, part, captions, weighted=weighted, negative=negative)
+    with torch.autocast(model.device.type, enabled=False):  # as it is loaded, whoever asks
+        return encode_text(model, part, captions, weighted=weighted, negative=negative)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
 from sfumato.config.secrets import secrets_of
 from sfumato.data.batch import Batch
+from sfumato.data.cache import not_finite
 from sfumato.data.describe import metadata as data_metadata
 from sfumato.data.loader import Loader
 from sfumato.diffusion.randomness import Randomness
@@ -112,7 +113,11 @@ class Run:
             return batch.latents.to(self.device, non_blocking=True)
         assert batch.pixels is not None
         chunk = self.config.cache.vae_batch_size
-        return encode_images(self.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=chunk)
+        found = encode_images(self.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=chunk)
+        if not torch.isfinite(found).all():
+            bad = batch.ids[~torch.isfinite(found).flatten(1).all(1).cpu()]
+            raise not_finite(self.loader.order.pictures(bad.tolist()))
+        return found
 
     def modelspec(self) -> dict[str, str]:
         kind = {"epsilon": "epsilon", "v": "v", "velocity": ""}[self.model.objective.predicts]

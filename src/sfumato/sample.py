@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from sfumato.config.prompts import Prompt
 from sfumato.data.batch import Extras, Sizes, Tensors
 from sfumato.diffusion.objective import Objective
-from sfumato.encode import FrozenText, live_text
+from sfumato.encode import FrozenText, decode_latents, live_text
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.registry import did_you_mean
@@ -260,4 +260,4 @@ def generate_together(
         steps=usual.steps, scale=usual.scale, extras=extras, generator=generators,
         cfg_trunc_ratio=usual.cfg_trunc_ratio, renorm_cfg=usual.renorm_cfg,
     )  # fmt: skip
-    return [model.decode(each[None])[0].float().cpu().clamp(-1, 1) for each in clean]
+    return [decode_latents(model, each[None])[0].cpu().clamp(-1, 1) for each in clean]

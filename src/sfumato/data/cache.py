@@ -88,7 +88,7 @@ def fill_latents(
         def write(batch: Sequence[tuple[bytes, Place]], latents: Tensor) -> None:
             for (key, place), one in zip(batch, stored(latents, names.dtype), strict=True):
                 if not torch.isfinite(one).all():
-                    raise UserError(f"the latents of {place.picture.path} are not finite", fix="--no_half_vae")
+                    raise not_finite([place.picture])
                 cache.put(key, {LATENTS: one})
 
         def make(missing: Sequence[bytes]) -> Iterator[int]:
@@ -104,6 +104,15 @@ def fill_latents(
                     before.result()
 
         return share_work(cache, list(wanted), make, how)
+
+
+def not_finite(pictures: Sequence[Picture]) -> UserError:
+    """What to say of pictures of which the autoencoder makes nothing that is finite, in float32 neither."""
+    names = ", ".join(picture.path for picture in pictures[:4]) or "a picture"
+    return UserError(
+        f"the latents of {names} are not finite, in float32 neither",
+        fix="the autoencoder is damaged or another model's; --vae names one to use in its place",
+    )
 
 
 def fill_text(

@@ -12,12 +12,13 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import numpy as np
 
 from sfumato.data.buckets import Size
+from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
 from sfumato.seeds import python_random
 
@@ -51,6 +52,15 @@ class Order:
                     real_samples=sum(len(batch.picks) for batch in group),
                 )
             epoch, skip = epoch + 1, 0
+
+    def pictures(self, ids: Sequence[int]) -> list[Picture]:
+        """The pictures behind samples of one epoch and of this process; goes through the epoch to find them."""
+        epoch = ids[0] // self.samples_per_epoch
+        first = epoch * self.steps_per_epoch
+        steps = islice(self.steps(first), self.steps_per_epoch)
+        samples = (sample for step in steps for batch in step.batches for sample in batch.samples)
+        found = {sample.id: sample.item.picture for sample in samples if sample.id in set(ids)}
+        return [found[each] for each in ids if each in found]
 
     def _epoch(self, epoch: int) -> EpochOrder:
         """Shuffled within each bucket, cut into batches over all processes, and the batches shuffled."""

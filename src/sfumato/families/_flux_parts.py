@@ -24,7 +24,7 @@ from sfumato.formats.keymap import KeyMap, identity
 PREFIX = "model.diffusion_model."  # in files of some programs
 FIXED = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # of the autoencoder, whose file does not say so
 OPTIONS = frozenset(  # of those that only some families read
-    {"t5xxl", "ae", "model_type", "t5xxl_max_token_length", "apply_t5_attn_mask", "guidance_scale"}
+    {"t5xxl", "ae", "no_half_vae", "model_type", "t5xxl_max_token_length", "apply_t5_attn_mask", "guidance_scale"}
     | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
     | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}
     | {"weighted_captions", "prompt_weighting"}

@@ -204,6 +204,7 @@ class Family(ABC):
         self.text_parts = blueprint.text_parts
         self.parts = dict(parts)
         self.vae = vae
+        self.overflow_told = False  # whether it was said that the autoencoder overflows in half precision
 
     @property
     def denoiser(self) -> nn.Module:

@@ -62,7 +62,8 @@ class Chroma(Family):
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
         parts = blueprint.load({"denoiser": _chroma_keys.build, "t5": _t5.build}, dtype=dtype, device=device)
-        vae = blueprint.networks["vae"].load(_vae.build, dtype=_vae.precision(dtype), device=device)
+        vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
+        vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:

@@ -86,7 +86,8 @@ class Flux(Family):
             "t5": _t5.build,
         }
         parts = blueprint.load(builders, dtype=dtype, device=device)
-        vae = blueprint.networks["vae"].load(_vae.build, dtype=_vae.precision(dtype), device=device)
+        vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
+        vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:

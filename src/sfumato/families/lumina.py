@@ -52,7 +52,7 @@ class Lumina(Family):
     text_parts = ("gemma2",)
     bucket_step = 16
     options = frozenset(
-        {"gemma2", "ae", "gemma2_max_token_length", "system_prompt"}
+        {"gemma2", "ae", "no_half_vae", "gemma2_max_token_length", "system_prompt"}
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
         | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}
         | {"weighted_captions", "prompt_weighting"}
@@ -120,7 +120,8 @@ class Lumina(Family):
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
         parts = blueprint.load({"denoiser": _lumina_keys.build, "gemma2": _gemma2.build}, dtype=dtype, device=device)
-        vae = blueprint.networks["vae"].load(_vae.build, dtype=_vae.precision(dtype), device=device)
+        vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
+        vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
