@@ -95,6 +95,19 @@ def test_a_picture_is_decoded_in_float32_where_half_overflows(
     torch.testing.assert_close(found[0], reference[0], rtol=0, atol=1e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device that things can be put away from")
+def test_an_autoencoder_that_was_put_away_decodes_on_the_device(
+    toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(toy_shelf, torch.float32, monkeypatch, overflows=False)
+    here = decode_latents(model, torch.zeros(1, 4, 8, 8))
+    model.parts["denoiser"].module.to("cuda")
+    there = decode_latents(model, torch.zeros(1, 4, 8, 8, device="cuda"))
+    assert there.device.type == "cuda"
+    assert next(model.vae.parameters()).device.type == "cpu"
+    torch.testing.assert_close(here, there.cpu(), rtol=0, atol=1e-2)
+
+
 def test_what_is_not_finite_in_float32_either(toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(toy_shelf, torch.float16, monkeypatch, overflows=False)
     latents = torch.zeros(1, 4, 8, 8)

@@ -39,8 +39,13 @@ def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int], *, vae_ba
 
 @torch.no_grad()
 def decode_latents(model: Family, latents: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> (B, 3, H, W) in about [-1, 1], float32; UserError where that is not finite."""
-    found = finite(model, lambda rows: model.decode(latents[rows]).float(), torch.arange(len(latents)))
+    """Scaled latents (B, C, h, w) -> (B, 3, H, W) in about [-1, 1], float32; UserError where that is not finite.
+
+    One at a time, which takes the least memory, on the device of the latents though the autoencoder was put away.
+    """
+    with at_hand(model.vae, latents.device):
+        rows = torch.arange(len(latents)).split(1)
+        found = torch.cat([finite(model, lambda row: model.decode(latents[row]).float(), row) for row in rows])
     if not torch.isfinite(latents).all():
         raise UserError("the denoiser makes latents that are not finite")
     if not torch.isfinite(found).all():
@@ -68,6 +73,17 @@ def finite(model: Family, make: Callable[[Tensor], Tensor], rows: Tensor) -> Ten
             with in_float32(model.vae):
                 found[~good] = make(rows[~good.to(rows.device)])
     return found
+
+
+@contextmanager
+def at_hand(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module on a device for a while, wherever it is kept."""
+    home = next(module.parameters()).device
+    nn.Module.to(module, device)
+    try:
+        yield
+    finally:
+        nn.Module.to(module, home)
 
 
 @contextmanager

@@ -260,4 +260,4 @@ def generate_together(
         steps=usual.steps, scale=usual.scale, extras=extras, generator=generators,
         cfg_trunc_ratio=usual.cfg_trunc_ratio, renorm_cfg=usual.renorm_cfg,
     )  # fmt: skip
-    return [decode_latents(model, each[None])[0].cpu().clamp(-1, 1) for each in clean]
+    return list(decode_latents(model, clean).cpu().clamp(-1, 1))
