@@ -59,14 +59,14 @@ def test_all_faults_at_once(write, tmp_path):
             [
                 write("nettwork_dim = 4\nseed = 'x'"), "--sed", "3", "--learning_rate", "fast",
                 "--fp8_base", "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights", "--max_train_steps", "0",
-                "--save_model_as", "ckpt", "--lr_scheduler", "sine",
+                "--save_model_as", "ckp", "--lr_scheduler", "sine",
             ]
         )  # fmt: skip
     told = [str(error) for error in raised.value.errors]
     wanted = [
         "--sed is not", "run.toml:1: nettwork_dim", "run.toml:2: seed: 'x'", "--learning_rate: 'fast'",
         "--lr_scheduler: 'sine'", "--max_train_steps: '0' is below 1", "--fp8_base is not available yet",
-        "--save_model_as ckpt is not available yet", "no.safetensors does not exist",
+        "--save_model_as: 'ckp' is not one of", "no.safetensors does not exist",
         "--dim_from_weights has no file", "no model", "no images", "no folder",
     ]  # fmt: skip
     for part in wanted:

@@ -145,6 +145,7 @@ CASES = {
     "wandb-off": ("--wandb_run_name x", "--wandb_run_name x --log_with wandb"),
     "no-tracker": ("--log_config", "--log_config --log_with wandb"),
     "ratio-and-epochs": ("--save_every_n_epochs 2 --save_n_epoch_ratio 2", "--save_n_epoch_ratio 2"),
+    "pickled-adapter": ("--save_model_as pt", "--save_model_as ckpt --method full"),
     "hub-without-repository": ("--async_upload", "--async_upload --huggingface_repo_id me/it"),
     "hub-without-states": (
         "--save_state_to_huggingface --huggingface_repo_id me/it",

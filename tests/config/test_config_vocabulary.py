@@ -18,7 +18,7 @@ OURS = {
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report",
     "text_cache_variants", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
-    "timestep_stratified",
+    "timestep_stratified", "save_at_steps", "save_at_epochs",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows

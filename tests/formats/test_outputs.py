@@ -18,6 +18,12 @@ CASES: list[tuple[dict[str, Any], int, int, list[str], list[str]]] = [
     ({"save_every_n_epochs": 1}, 10, 5, ["1", "2", "3", "4"], ["1", "2", "3", "4"]),
     ({"save_every_n_epochs": 1, "save_last_n_epochs": 2}, 10, 5, ["1", "2", "3", "4"], ["3", "4"]),
     ({"save_every_n_epochs": 2, "save_last_n_epochs": 1}, 20, 10, ["2", "4", "6", "8"], ["8"]),
+    ({"save_at_steps": (7, 2, 7)}, 10, 5, ["step2", "step7"], ["step2", "step7"]),
+    ({"save_at_steps": (10, 99), "save_at_epochs": (5, 9)}, 10, 5, [], []),  # the last is the final save's
+    ({"save_at_epochs": (3,), "save_every_n_epochs": 1, "save_last_n_epochs": 1}, 10, 5, ["1", "2", "3", "4"],
+     ["3", "4"]),
+    ({"save_at_steps": (3, 4), "save_every_n_steps": 2, "save_last_n_steps": 1}, 10, 5,
+     ["step2", "step3", "step4", "step6", "step8"], ["step3", "step4", "step8"]),
     ({"save_n_epoch_ratio": 2}, 10, 5, ["2", "4"], ["2", "4"]),  # floor(5 / 2)
     ({"save_n_epoch_ratio": 9}, 6, 3, ["1", "2"], ["1", "2"]),  # at least every one
     ({"save_n_epoch_ratio": 2, "save_every_n_epochs": 1}, 8, 4, ["2"], ["2"]),  # the ratio goes first
@@ -68,6 +74,11 @@ def test_states_have_spans_of_their_own() -> None:
 
 
 def test_what_is_kept_is_said() -> None:
+    listed = make_plan(SaveOptions(save_at_steps=(30, 7), save_at_epochs=(2,)), 4)
+    assert retention(listed, states=False) == [
+        "saving after step 7, 30; these are kept",
+        "saving after epoch 2; these are kept",
+    ]
     plan = make_plan(SaveOptions(save_every_n_steps=10, save_last_n_steps=30, save_n_epoch_ratio=2), 4)
     assert retention(plan, states=False) == [
         "saving every 10 steps; the last 30 steps are kept",

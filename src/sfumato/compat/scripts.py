@@ -18,7 +18,7 @@ from sfumato.registry import did_you_mean
 OURS = frozenset(
     {"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict", "debug"}
     | {"soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report"}
-    | {"text_cache_variants", "skip_image_resolution", "save_best"}
+    | {"text_cache_variants", "skip_image_resolution", "save_best", "save_at_steps", "save_at_epochs"}
 )
 # Options that the field gives only some scripts, and that every script has here.
 SHARED = frozenset(

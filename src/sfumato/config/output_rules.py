@@ -50,6 +50,14 @@ OUTPUT_RULES = (
         fix="give one of them",
     ),
     Rule(
+        name="pickled-adapter",
+        kind="note",
+        options=("save_model_as", "method"),
+        broken=lambda c: c.run.method == "adapter" and c.save.save_model_as in ("ckpt", "pt"),
+        what="a ckpt or pt file of an adapter has no room for metadata: it holds no word of how it was made",
+        fix="--save_model_as safetensors",
+    ),
+    Rule(
         name="hub-without-repository",
         kind="no effect",
         options=("huggingface_repo_id", "huggingface_token", "resume_from_huggingface", *TO_REPOSITORY),

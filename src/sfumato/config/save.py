@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import SecretStr
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath
+from sfumato.config.values import Counts, FilePath
 
 ONE_FILE = "an adapter is one file; only full training saves text encoders"
 
@@ -21,9 +21,7 @@ class SaveOptions(Options):
         None, "precision of the file; without it as trained"
     )
     save_model_as: Literal["ckpt", "pt", "safetensors", "diffusers", "diffusers_safetensors"] | None = option(
-        None,
-        "file format; without it safetensors, or a folder where a whole model came from one",
-        planned_values={"ckpt": "the other file formats", "pt": "the other file formats"},
+        None, "file format; without it safetensors, or a folder where a whole model came from one"
     )
     use_safetensors: bool = option(
         False, "save as safetensors where --save_model_as does not say", no_effect="weights are always saved so"
@@ -31,6 +29,8 @@ class SaveOptions(Options):
     mem_eff_save: bool = option(False, "save with less memory", no_effect="every file is written tensor by tensor")
     save_every_n_epochs: int | None = option(None, "save after every Nth epoch", ge=1)
     save_every_n_steps: int | None = option(None, "save after every Nth step", ge=1)
+    save_at_steps: Counts = option((), "save after these steps, too; such saves stay")
+    save_at_epochs: Counts = option((), "save after these epochs, too; such saves stay")
     save_n_epoch_ratio: int | None = option(
         None, "save about N times, evenly over the epochs; goes before --save_every_n_epochs", ge=1
     )

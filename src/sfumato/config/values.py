@@ -152,6 +152,7 @@ ModelPath = Annotated[str, BeforeValidator(as_path), Shown("PATH")]
 ModelPaths = Annotated[tuple[ModelPath, ...], BeforeValidator(as_tuple), Shown("PATH ...")]
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(as_tuple), Shown("PATH ...")]
 Rates = Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(as_tuple), Shown("X ...")]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(as_tuple), Shown("N ...")]
 Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple), Shown("X ...")]
 Size = Annotated[
     tuple[int, int], PlainValidator(as_size), PlainSerializer(lambda size: f"{size[0]},{size[1]}"), Shown("W,H")

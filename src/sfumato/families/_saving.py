@@ -14,6 +14,7 @@ from sfumato.families._source import Checkpoint, Source, Weights
 from sfumato.families.base import Blueprint, Family, Network
 from sfumato.formats.checkpoint import DTYPES, Spec, write_stream
 from sfumato.formats.keymap import KeyMap
+from sfumato.formats.pickled import is_pickled, repacked
 
 KEPT = ("format", "sfumato.config")  # of the source's metadata: what reading it needs, nothing about how it was made
 AVERAGE = "model_ema."  # where some checkpoints hold a running average of the denoiser's weights
@@ -38,7 +39,7 @@ def save_single_file(
     changed: Changed,
     from_memory: bool = False,
 ) -> None:
-    """Every key of the original file in its shape, written tensor by tensor.
+    """Every key of the original file in its shape, written tensor by tensor; safetensors, or what `path` ends in.
 
     What `changed` names is taken from memory, in its own dtype there; everything else, the autoencoder and other
     networks included, comes byte for byte from the file it was loaded from. dtype: of all floating-point tensors.
@@ -46,7 +47,12 @@ def save_single_file(
     """
     source = model.blueprint.source
     kept = {} if source.is_folder else {k: v for k, v in source.file.header.metadata.items() if k in KEPT}
-    write(path, _single_file(model, changed, from_memory), {**kept, **metadata}, dtype)
+    entries, said = _single_file(model, changed, from_memory), {**kept, **metadata}
+    if is_pickled(path):
+        with repacked(path, said) as place:
+            write(place, entries, said, dtype)
+    else:
+        write(path, entries, said, dtype)
     close(model.blueprint)
 
 

@@ -19,29 +19,34 @@ class Plan:
     last_epochs: int | None
     last_steps_state: int | None
     last_epochs_state: int | None
+    steps: tuple[int, ...] = ()  # after which something is saved, too, and stays
+    epochs: tuple[int, ...] = ()  # the same
 
     def at_step(self, step: int) -> str | None:
         """Name of what is saved after this step, if anything is."""
-        return f"{self.name}-step{step:08d}" if self.every_steps and step % self.every_steps == 0 else None
+        due = step in self.steps or (self.every_steps and step % self.every_steps == 0)
+        return f"{self.name}-step{step:08d}" if due else None
 
     def at_epoch(self, epoch: int, epochs: int) -> str | None:
         """Name of what is saved after this epoch; the last one is left to the final save."""
-        due = self.every_epochs and epoch % self.every_epochs == 0 and epoch < epochs
-        return f"{self.name}-{epoch:06d}" if due else None
+        due = epoch in self.epochs or (self.every_epochs and epoch % self.every_epochs == 0)
+        return f"{self.name}-{epoch:06d}" if due and epoch < epochs else None
 
     def expired_at_step(self, step: int, *, state: bool) -> Iterator[str]:
         """Names of step saves that may go once the one of `step` stands."""
         keep = self.last_steps_state if state else self.last_steps
         if self.every_steps and keep is not None:
             newest = (step - keep - 1) // self.every_steps * self.every_steps
-            yield from (f"{self.name}-step{old:08d}" for old in range(self.every_steps, newest + 1, self.every_steps))
+            old = (old for old in range(self.every_steps, newest + 1, self.every_steps) if old not in self.steps)
+            yield from (f"{self.name}-step{each:08d}" for each in old)
 
     def expired_at_epoch(self, epoch: int, *, state: bool) -> Iterator[str]:
         """Names of epoch saves that may go once the one of `epoch` stands."""
         keep = self.last_epochs_state if state else self.last_epochs
         if self.every_epochs and keep is not None:
             newest = epoch - keep * self.every_epochs
-            yield from (f"{self.name}-{old:06d}" for old in range(self.every_epochs, newest + 1, self.every_epochs))
+            old = (old for old in range(self.every_epochs, newest + 1, self.every_epochs) if old not in self.epochs)
+            yield from (f"{self.name}-{each:06d}" for each in old)
 
 
 def most_kept(plan: Plan, *, steps: int, epochs: int, state: bool) -> int:
@@ -49,7 +54,7 @@ def most_kept(plan: Plan, *, steps: int, epochs: int, state: bool) -> int:
     by_step, by_epoch = plan.last_steps, plan.last_epochs
     if state:
         by_step, by_epoch = plan.last_steps_state, plan.last_epochs_state
-    found = 0
+    found = sum(step < steps for step in plan.steps) + sum(epoch < epochs for epoch in plan.epochs)
     if plan.every_steps:
         made = (steps - 1) // plan.every_steps
         found += made if by_step is None else min(made, 1 + -(-(by_step + 1) // plan.every_steps))
@@ -72,6 +77,8 @@ def make_plan(save: SaveOptions, epochs: int) -> Plan:
         last_epochs=last_epochs,
         last_steps_state=save.save_last_n_steps_state or last_steps,
         last_epochs_state=save.save_last_n_epochs_state or last_epochs,
+        steps=tuple(sorted(set(save.save_at_steps))),
+        epochs=tuple(sorted(set(save.save_at_epochs))),
     )
 
 
@@ -87,4 +94,7 @@ def retention(plan: Plan, *, states: bool) -> list[str]:
             kept = f"the last {last} {what}s are kept" if last is not None else "all are kept"
             kept += f"; states: {'all' if last_state is None else f'the last {last_state}'}" if states else ""
             lines.append(f"saving every {every} {what}s; {kept}")
+    for what, listed in (("step", plan.steps), ("epoch", plan.epochs)):
+        if listed:
+            lines.append(f"saving after {what} {', '.join(map(str, listed))}; these are kept")
     return lines

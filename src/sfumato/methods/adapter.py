@@ -25,6 +25,7 @@ from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
 from sfumato.formats.groups import LayerGroup
 from sfumato.formats.lora import check_names, read_adapter_file, renamed
 from sfumato.formats.metadata import adapter_metadata
+from sfumato.formats.pickled import ENDINGS, is_pickled, write_flat
 from sfumato.methods.adapter_ranks import DEFAULT_RANK
 from sfumato.methods.adapter_rates import PLUS
 from sfumato.methods.adapter_rule import AdapterRule, make_rule
@@ -128,11 +129,14 @@ class AdapterMethod:
         return sum(row.parameters for row in self.plan(blueprint)) * (dtype or torch.float32).itemsize
 
     def ending(self, blueprint: Blueprint) -> str:
-        return ".safetensors"
+        return ENDINGS.get(self.config.save.save_model_as or "", ".safetensors")
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        """The adapter file, with the field's two hashes."""
+        """The adapter file, with the field's two hashes where it is safetensors."""
         tensors = self.engine.tensors()
+        if is_pickled(path):
+            write_flat(path, tensors, dtype=dtype)
+            return
         whole, short = adapter_hashes(tensors, metadata, dtype=dtype)
         hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": short}
         write_safetensors(path, tensors, {**metadata, **hashes}, dtype=dtype)

@@ -22,6 +22,7 @@ from sfumato.errors import UserError
 from sfumato.families._folder import is_model_folder, save_folder
 from sfumato.families._saving import Origin, averages, everything, save_single_file, size
 from sfumato.families.base import Blueprint, Family
+from sfumato.formats.pickled import ENDINGS
 from sfumato.methods.base import METHODS, Planned
 from sfumato.methods.full_rates import Chosen, full_rates
 from sfumato.optim.groups import ParameterGroup
@@ -129,7 +130,7 @@ class FullMethod:
         return size(blueprint, self.own_weights(blueprint), dtype)
 
     def ending(self, blueprint: Blueprint) -> str:
-        return "" if self._as_folder(blueprint) else ".safetensors"
+        return "" if self._as_folder(blueprint) else ENDINGS.get(self.config.save.save_model_as or "", ".safetensors")
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         save = save_folder if self._as_folder(model.blueprint) else save_single_file
