@@ -84,7 +84,7 @@ def test_one_fault_is_not_told_twice(tmp_path):
 
 
 def test_what_is_not_available_yet_is_refused_unless_it_is_the_default(faults, load):
-    assert faults("--fp8_base") == ["--fp8_base is not available yet (comes with the memory options)"]
+    assert faults("--fp8_base") == ["--fp8_base is not available yet (comes with fp8 weights)"]
     assert faults("--network_module networks.oft")[0].endswith("is not available yet (comes with the other adapters)")
     assert load("--loss_type l2 --huber_c 0.1 --no_fp8_base --max_token_length 75").loss.loss_type == "l2"
 

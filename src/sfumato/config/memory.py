@@ -33,39 +33,37 @@ class MemoryOptions(Options):
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the computation")
     gradient_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
     sdpa: bool = option(False, "torch's own fast attention", no_effect="it is always used")
-    xformers: bool = option(
-        False, "attention from xformers", planned="the memory options; --sdpa's attention is always on"
-    )
+    xformers: bool = option(False, "attention from xformers", planned="attention back ends; --sdpa's is always on")
     diffusers_xformers: bool = option(
         False, "attention from xformers, by diffusers' switch",
-        planned="the memory options; --sdpa's attention is always on",
+        planned="attention back ends; --sdpa's is always on",
     )  # fmt: skip
-    mem_eff_attn: bool = option(
-        False, "attention in slices", planned="the memory options; --sdpa's attention is always on"
-    )
+    mem_eff_attn: bool = option(False, "attention in slices", planned="attention back ends; --sdpa's is always on")
     use_flash_attn: bool = option(
-        False, "attention from flash-attn", planned="the memory options; --sdpa's attention is always on"
+        False, "attention from flash-attn", planned="attention back ends; --sdpa's is always on"
     )
     use_sage_attn: bool = option(
-        False, "attention from sageattention", planned="the memory options; --sdpa's attention is always on"
+        False, "attention from sageattention", planned="attention back ends; --sdpa's is always on"
     )
     full_fp16: bool = option(False, "weights and gradients in float16, too", planned="the memory options")
     full_bf16: bool = option(False, "weights and gradients in bfloat16, too", planned="the memory options")
-    fp8_base: bool = option(False, "keep the frozen model in float8", planned="the memory options")
-    fp8_base_unet: bool = option(False, "keep the frozen denoiser in float8", planned="the memory options")
+    fp8_base: bool = option(False, "keep the frozen model in float8", planned="fp8 weights")
+    fp8_base_unet: bool = option(False, "keep the frozen denoiser in float8", planned="fp8 weights")
     blocks_to_swap: int | None = option(
-        None, "blocks that wait in main memory until they are needed", planned="the memory options", ge=1
+        None, "blocks that wait in main memory until they are needed", planned="block swap", ge=1
     )
     double_blocks_to_swap: int | None = option(
-        None, "old way to say how many double blocks wait in main memory", planned="the memory options", ge=0
+        None, "old way to say how many double blocks wait in main memory", planned="block swap", ge=0
     )
     single_blocks_to_swap: int | None = option(
-        None, "old way to say how many single blocks wait in main memory", planned="the memory options", ge=0
+        None, "old way to say how many single blocks wait in main memory", planned="block swap", ge=0
     )
-    split_mode: bool = option(False, "old way to swap 18 blocks", planned="the memory options")
+    split_mode: bool = option(False, "old way to swap 18 blocks", planned="block swap")
     cpu_offload_checkpointing: bool = option(
-        False, "keep checkpointed activations in main memory", planned="the memory options"
+        False, "keep checkpointed activations in main memory", planned="block swap"
     )
-    highvram: bool = option(False, "do not empty the device's cache while encoding", planned="the memory options")
+    highvram: bool = option(
+        False, "do not empty the device's cache while encoding", no_effect="it is never emptied while encoding"
+    )
     torch_compile: bool = option(False, "compile the model", planned="compiling")
     dynamo_backend: Backend = option("inductor", "compiler that --torch_compile uses", planned="compiling")

@@ -31,9 +31,11 @@ class ModelOptions(Options):
     max_token_length: TokenLength = option(None, "longest caption in tokens")
     v2: bool = option(False, "the model is Stable Diffusion 2")
     v_parameterization: bool = option(False, "the model predicts v instead of noise")
-    lowram: bool = option(False, "load weights straight onto the device", planned="the memory options")
+    lowram: bool = option(
+        False, "load weights straight onto the device", no_effect="each tensor always goes there as soon as it is read"
+    )
     disable_mmap_load_safetensors: bool = option(
-        False, "read safetensors files without mapping them into memory", planned="the memory options"
+        False, "read safetensors files without mapping them into memory", no_effect="they are never mapped"
     )
     model_type: Literal["flux", "chroma"] | None = option(
         None, "which variant of the architecture the checkpoint is; without it the script's own"

@@ -52,14 +52,14 @@ class OptimOptions(Options):
     lr_scheduler_type: str = option("", "a schedule class of torch by name, or another by its dotted name")
     lr_scheduler_args: Arguments = option({}, "arguments of that class, or of a schedule that takes some")
     fused_backward_pass: bool = option(
-        False, "step each parameter as soon as its gradient is there", planned="the memory options"
+        False, "step each parameter as soon as its gradient is there", planned="the fused backward pass"
     )
 
     fused_optimizer_groups: int | None = option(
-        None, "optimizers that share the parameters, each stepping by itself", planned="the memory options", ge=1
+        None, "optimizers that share the parameters, each stepping by itself", planned="the fused backward pass", ge=1
     )
     blockwise_fused_optimizers: bool = option(
-        False, "an optimizer for each block, stepping by itself", planned="the memory options"
+        False, "an optimizer for each block, stepping by itself", planned="the fused backward pass"
     )
 
     @property
