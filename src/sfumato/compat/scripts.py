@@ -14,12 +14,6 @@ from sfumato.errors import UserError
 from sfumato.names import PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
 from sfumato.registry import did_you_mean
 
-# Options of ours that every script has beyond its own.
-OURS = frozenset(
-    {"tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict", "debug"}
-    | {"soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report"}
-    | {"text_cache_variants", "skip_image_resolution", "save_best", "save_at_steps", "save_at_epochs"}
-)
 # Options that the field gives only some scripts, and that every script has here.
 SHARED = frozenset(
     {"validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"}
@@ -44,9 +38,9 @@ class Script:
 
     @property
     def options(self) -> frozenset[str]:
-        """The names of the options that it has."""
+        """The names of the field's options that it has; those of ours alone it has, too."""
         table = option_table()
-        return OURS.union(SHARED, table["every script"], table[self.method], table[self.name])
+        return SHARED.union(table["every script"], table[self.method], table[self.name])
 
 
 FLUX_DEFAULTS = {
