@@ -226,17 +226,14 @@ def whereabouts(place: Place) -> str:
 
 
 def contradictions(file: DatasetFile) -> Iterator[tuple[str, str, str]]:
-    """(where, what, fix) of faults that lie between keys, and of keys that are still to come."""
-    yield from unavailable(file.general, "general")
+    """(where, what, fix) of faults that lie between keys."""
     if not file.datasets:
         yield "", "no [[datasets]]", "add a [[datasets]] table with a [[datasets.subsets]] table in it"
     for i, dataset in enumerate(file.datasets):
-        yield from unavailable(dataset.table, f"datasets[{i}]")
         if not dataset.subsets:
             yield f"datasets[{i}]", " has no subsets", "add a [[datasets.subsets]] table with image_dir below it"
         for j, subset in enumerate(dataset.subsets):
             where = f"datasets[{i}].subsets[{j}]"
-            yield from unavailable(subset, where)
             if subset.value("image_dir") is None and subset.value("metadata_file") is None and j not in dataset.faulty:
                 yield f"{where}.image_dir", " is required", 'write image_dir = "folder/of/images"'
             if subset.value("metadata_file") is not None:
@@ -255,18 +252,6 @@ def contradictions(file: DatasetFile) -> Iterator[tuple[str, str, str]]:
                 " mixes subsets with and without metadata_file",
                 "put them into datasets of their own",
             )
-
-
-def unavailable(table: Table, where: str) -> Iterator[tuple[str, str, str]]:
-    for key in sorted(table.model_fields_set):
-        room = room_of(key, table.value(key))
-        if room:
-            yield f"{where}.{key}", f" is not available yet (comes with {room})", f"leave {key} out"
-
-
-def room_of(key: str, value: Any) -> str:
-    """The room that will bring a key with this value, empty where it is available; the options know their own."""
-    return vocabulary()[OPTION_OF[key]].room(value) if value and key in OPTION_OF else ""
 
 
 def keyed(keys: Mapping[str, str]) -> dict[str, Any]:
