@@ -36,6 +36,7 @@ LAYERS = (
     ("encode",),
     ("sample",),
     ("remake",),
+    ("beginning",),
     ("plan",),
     ("feed",),
     ("interrupt", "health"),

@@ -44,11 +44,16 @@ log = logging.getLogger(__name__)
 COUNTED = 20_000  # captions whose tokens are counted before training
 
 
-def make_loader(config: Config, data: DataPlan, total: int, model: Family, method: Method, at: PartialState) -> Loader:
-    """Fill the caches that are asked for and open the loader; networks whose output is cached are put away."""
+def make_loader(
+    config: Config, data: DataPlan, total: int, model: Family, method: Method, at: PartialState, *, began: int = 0
+) -> Loader:
+    """Fill the caches that are asked for and open the loader; networks whose output is cached are put away.
+
+    began: what the step with the first data is called.
+    """
     assert config.loop.seed is not None
     accumulation = config.loop.gradient_accumulation_steps
-    order = Order(data, seed=config.loop.seed, accumulation=accumulation, rank=at.process_index)
+    order = Order(data, seed=config.loop.seed, accumulation=accumulation, rank=at.process_index, began=began)
     tell_of_cut_captions(config, data, model, method)
     caches = fill(config, data, model, at, live_text=method.live_text, rewrite=method.caption)
     return Loader(

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from sfumato import files
+from sfumato.beginning import check_beginning, named_step
 from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
 from sfumato.config.schema import vocabulary
@@ -92,7 +93,9 @@ def look(config: Config, *, processes: int) -> Outlook:
         choose(config.optim)
     with problems.catch():
         if total:
-            check_schedule(config.optim, total)
+            check_beginning(config, data, total)
+            fresh = 0 if config.save.resume else named_step(config, data) or 0
+            check_schedule(config.optim, total - fresh)
     with problems.catch():
         check_prompts(config)
     with problems.catch():
@@ -190,7 +193,9 @@ def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
         total = total_steps(config, data)
         epochs = -(-total // data.steps_per_epoch(config.loop.gradient_accumulation_steps))
         yield "run"
-        yield f"  {'steps':<32} {total}, over {epochs} epochs"
+        named = named_step(config, data)
+        since = f", those up to {named} called done" if named else ""
+        yield f"  {'steps':<32} {total}, over {epochs} epochs{since}"
     yield from (f"note: {note}" for note in (*config.notes, *data.notes))
 
 

@@ -20,6 +20,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sfumato import plan
+from sfumato.beginning import Beginning, beginning, told
 from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
 from sfumato.config.secrets import secrets_of
@@ -83,7 +84,7 @@ class Run:
     output: Path
     metadata: dict[str, str]  # ss_ keys that are known before training
     named_files: Future[dict[str, str]]  # those of the checkpoint and --vae, hashed while training goes on
-    start: int  # steps done before
+    begun: Beginning
     total: int
     steps_per_epoch: int
     told: set[str] = field(default_factory=set)  # warnings that are not repeated
@@ -93,6 +94,11 @@ class Run:
     def device(self) -> torch.device:
         assert self.processes.device is not None
         return self.processes.device
+
+    @property
+    def start(self) -> int:
+        """Steps called done before the first one."""
+        return self.begun.step
 
     @property
     def is_main(self) -> bool:
@@ -157,10 +163,13 @@ def open_run(config: Config) -> Run | None:
     if processes.device.type == "cpu":
         keep_freed_memory()
     state = resumed_state(config, outlook.total)
-    start = state.get("step", 0)
+    begun = beginning(config, outlook.data, state)
+    start = begun.step
     if start >= outlook.total:
         log.info("nothing left to do: training was complete at step %d of %d", start, outlook.total)
         return None
+    if begun != Beginning.of(state):
+        log.warning("%s", told(begun))
     method = outlook.method
     blueprint = outlook.blueprint.with_dtype(method.own_weights(outlook.blueprint), torch.float32)
     model = outlook.family.load(
@@ -172,7 +181,7 @@ def open_run(config: Config) -> Run | None:
         for part in model.parts.values():
             checkpoint_blocks(part.module, part.spec.blocks)
     optimizer = make_optimizer(config.optim, groups)
-    rates = make_rates(config.optim, optimizer, outlook.total)
+    rates = make_rates(config.optim, optimizer, outlook.total - begun.schedule)
     scaler = GradScaler(processes.device.type, enabled=config.memory.mixed_precision == "fp16")
     if state:
         method.load_state(state.pop("weights"))  # each part of the state goes as soon as it is read
@@ -183,7 +192,7 @@ def open_run(config: Config) -> Run | None:
     frozen_text = FrozenText(model, weighted=config.captions.weighted_captions)
     if config.cache.cache_text_encoder_outputs:
         read_prompts_beforehand(config, method, frozen_text)
-    loader = make_loader(config, outlook.data, outlook.total, model, method, processes)
+    loader = make_loader(config, outlook.data, outlook.total, model, method, processes, began=begun.data)
     return Run(
         config=config,
         processes=processes,
@@ -208,7 +217,7 @@ def open_run(config: Config) -> Run | None:
         metadata=training_metadata(config, facts_of(config, outlook, optimizer)),
         named_files=ThreadPoolExecutor(1).submit(named_files, config.model),
         output=config.save.output_dir,
-        start=start,
+        begun=begun,
         total=outlook.total,
         steps_per_epoch=steps_per_epoch(config, outlook),
     )

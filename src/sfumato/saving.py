@@ -118,6 +118,7 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
     if run.is_main:
         state: dict[str, Any] = {
             "step": step,
+            "began": run.begun.state(),
             "weights": run.method.state(),
             "optimizer": run.optimizer.state_dict(),
             "optimizer_class": class_name(run.optimizer),

@@ -34,9 +34,9 @@ def train(config: Config) -> None:
     if run is None:
         return
     with interruptible() as interrupt, run.hub, run.journal:
-        if config.samples.sample_at_first and run.start == 0:
-            save_previews(run, 0, "000000")
-        if run.start == 0:
+        if config.save.resume is None:
+            if config.samples.sample_at_first:
+                save_previews(run, run.start, f"{run.start:06d}")
             validation_due(run, 0, sample_losses)
         loop(run, interrupt)
 
@@ -87,7 +87,7 @@ def train_step(run: Run, step: Step) -> Taken:
     sum_over_processes(run, total)
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
-    run.rates.set(run.optimizer, step.index)
+    run.rates.set(run.optimizer, step.index - run.begun.schedule)
     if run.health.allows(total, norm, scale=run.scaler.get_scale()):
         if run.config.optim.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(run.parameters, run.config.optim.max_grad_norm, norm)

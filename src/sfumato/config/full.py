@@ -13,7 +13,7 @@ class FullOptions(Options):
         None, "step after which the text encoders stay as they are; -1 for not training them at all", ge=-1
     )
     no_token_padding: bool = option(
-        False, "do not fill up short captions with padding", planned="the other training options"
+        False, "do not fill up short captions with padding; refused, for pictures are made with it"
     )
 
     @property

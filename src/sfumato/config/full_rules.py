@@ -74,6 +74,15 @@ FULL_RULES = (
         fix="give one of them",
     ),
     Rule(
+        name="no-padding",
+        kind="conflict",
+        options=("no_token_padding",),
+        broken=lambda c: c.full.no_token_padding,
+        what="--no_token_padding would train with text that has no padding, and every program that makes pictures, "
+        "this one included, fills captions up to 77 tokens: the model would never again see what it has learned from",
+        fix="leave it out",
+    ),
+    Rule(
         name="adapter-folder",
         kind="conflict",
         options=("save_model_as", "method"),

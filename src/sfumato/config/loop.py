@@ -14,11 +14,11 @@ class LoopOptions(Options):
     max_bad_steps: int = option(5, "steps in a row that may give nothing finite before training stops", ge=1)
     seed: int | None = option(None, "seed of everything random; without it drawn and reported")
     initial_epoch: int | None = option(
-        None, "epoch to start at, counted from 1", planned="the other training options", ge=1
+        None, "epoch that training begins with, counted from 1: what comes before is called done", ge=1
     )
     initial_step: int | None = option(
-        None, "step to start at; goes before --initial_epoch", planned="the other training options", ge=0
+        None, "step after which training begins; goes before --initial_epoch, and before the state's own step", ge=0
     )
     skip_until_initial_step: bool = option(
-        False, "leave out the data of the steps before it", planned="the other training options"
+        False, "leave out the data of the steps before it; without this only the steps' names change"
     )

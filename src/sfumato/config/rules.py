@@ -246,6 +246,23 @@ NO_EFFECT = (
         fix="leave it out",
     ),
     Rule(
+        name="begun-twice",
+        kind="no effect",
+        options=("initial_epoch", "initial_step"),
+        broken=lambda c: c.loop.initial_epoch is not None and c.loop.initial_step is not None,
+        what="--initial_epoch has no effect: --initial_step goes before it",
+        fix="give one of them",
+    ),
+    Rule(
+        name="nothing-skipped",
+        kind="no effect",
+        options=("skip_until_initial_step", "initial_epoch", "initial_step"),
+        broken=lambda c: c.loop.skip_until_initial_step and not c.changed("initial_epoch", "initial_step"),
+        what="--skip_until_initial_step has no effect without --initial_step or --initial_epoch; a run that is resumed "
+        "always goes on with its own data",
+        fix="leave it out, or give --initial_step",
+    ),
+    Rule(
         name="samples-without-prompts",
         kind="no effect",
         options=("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),

@@ -24,13 +24,14 @@ from sfumato.seeds import python_random
 
 
 class Order:
-    """The global order of all epochs, as one process sees it."""
+    """The global order of all epochs, as one process sees it. began: what the step with the first data is called."""
 
-    def __init__(self, plan: DataPlan, *, seed: int, accumulation: int = 1, rank: int = 0) -> None:
+    def __init__(self, plan: DataPlan, *, seed: int, accumulation: int = 1, rank: int = 0, began: int = 0) -> None:
         self.plan = plan
         self.seed = seed
         self.accumulation = accumulation
         self.rank = rank
+        self.began = began
         self._entries = [Entries(dataset) for dataset in plan.datasets]
         self._buckets = [by_bucket(dataset) for dataset in plan.datasets]
         self.samples_per_epoch = plan.samples_per_epoch
@@ -39,15 +40,16 @@ class Order:
 
     def steps(self, first_step: int = 0) -> Iterator[PlannedStep]:
         """The steps from `first_step` (counted from 0) on, without end; earlier ones are not replayed."""
-        epoch, skip = divmod(first_step, self.steps_per_epoch)
+        epoch, skip = divmod(first_step - self.began, self.steps_per_epoch)
         while True:
             batches = self._epoch(epoch)
             for step in range(skip, self.steps_per_epoch):
                 first = step * self.accumulation
                 group = [batches.batch(i) for i in range(first, min(first + self.accumulation, len(batches)))]
+                index = self.began + epoch * self.steps_per_epoch + step
                 yield PlannedStep(
-                    index=epoch * self.steps_per_epoch + step,
-                    epoch=epoch,
+                    index=index,
+                    epoch=index // self.steps_per_epoch,
                     batches=tuple(self._mine(epoch, batch) for batch in group),
                     real_samples=sum(len(batch.picks) for batch in group),
                 )
