@@ -120,6 +120,7 @@ LOOKS = (
     ("cache", "--prune", "--yes"),
     ("inspect", "--html", "page.html"),
 )
+SCRIPTS = ("tools/cache_latents", "tools/cache_text_encoder_outputs")
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -127,5 +128,15 @@ def test_caching_and_inspecting_leave_pictures_as_they_are(toy, data, source):
     before = tree(data)
     for words in LOOKS:
         assert main(["dataset", *words, *arguments(toy, source)]) == 0, words
+    for script in SCRIPTS:
+        assert launch([script, *arguments(toy, source)]) == 0, script
     assert tree(data) == before
     assert {path.name for path in data.iterdir()} & {"cache", "page.html", "out"} == {"cache", "page.html"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_showing_a_dataset_leaves_pictures_as_they_are(toy, data, source):
+    before = tree(data)
+    assert main(["train", *arguments(toy, source), "--debug_dataset"]) == 0
+    assert tree(data) == before
+    assert [path.name for path in (data / "out").iterdir()] == ["last.dataset.html"]

@@ -123,18 +123,21 @@ def test_a_mark_at_the_start_of_a_caption_is_no_text(find, pictures, tmp_path):
 
 @pytest.mark.parametrize("policy", ["error", "skip"])
 def test_bad_images_are_named(find, pictures, tmp_path, policy):
-    pictures(tmp_path / "t" / "1_a", 8)
-    for i in range(7):
+    pictures(tmp_path / "t" / "1_a", 1)
+    (tmp_path / "t" / "1_a" / "img0.png").rename(tmp_path / "t" / "1_a" / "good.png")
+    (tmp_path / "t" / "1_a" / "img0.txt").rename(tmp_path / "t" / "1_a" / "good.txt")
+    for i in range(22):
         (tmp_path / "t" / "1_a" / f"img{i}.png").write_bytes(b"nonsense" if i else b"")
     plan = find.attempt("--train_data_dir", tmp_path / "t", *RESOLUTION, "--on_bad_image", policy)
     if policy == "error":
-        assert len(find.said) == 6
+        assert len(find.said) == 21
         assert "img0.png is empty (0 bytes)" in find.said[0]
-        assert "2 more are bad" in find.said[-1]
+        assert "2 more are bad like those named — `sfumato dataset inspect` names them all" in find.said[-1]
     else:
         assert not find.said
         assert len(items(plan)) == 1
-        assert any("7 bad images are left out" in note and "img0.png" in note for note in plan.notes)
+        assert any("22 bad images are left out" in note and "img0.png" in note for note in plan.notes)
+        assert any("17 more: `sfumato dataset inspect` names them all" in note for note in plan.notes)
 
 
 def near_misses(pictures, root: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
+import tarfile
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -65,8 +67,8 @@ def test_everything_is_found_and_told(folder, tmp_path, capsys):
     assert main(words(folder, tmp_path)) == 2
     printed, faults = capsys.readouterr()
     assert value(printed, "images") == "7, each 3 times, 21 samples per epoch"
-    assert value(printed, "not images").startswith("1: text.png (is no image")
-    assert value(printed, "damaged").startswith("1: torn.png (is damaged")
+    assert re.search(r"^  not images +1\n    text.png is no image", printed, re.MULTILINE)
+    assert re.search(r"^  damaged +1\n    torn.png is damaged", printed, re.MULTILINE)
     assert value(printed, "caption files beside them") == "6 .txt, 1 .caption"
     assert value(printed, "tokens (CLIP)") == f"1 of 7 captions are cut; the longest caption has {TOKENS} of 75"
     assert value(printed, "tags").startswith("63 different: a cat 5, tag0 4, <i>striped</i> & small 4, tag1 2")
@@ -75,6 +77,41 @@ def test_everything_is_found_and_told(folder, tmp_path, capsys):
     assert "text.png" in faults
     assert "torn.png is damaged" in faults
     assert faults.splitlines()[-1].startswith("error: 2 problems")
+
+
+@pytest.mark.parametrize("source", ["folder", "archive", "metadata", "masks"])
+def test_every_bad_file_of_any_source_is_named(source, tmp_path, capsys):
+    """Thirty of them, more than a start of training tells one by one."""
+    files = {f"{i:02}.png": b"no image" if i % 3 else b"" for i in range(30)}
+    good = picture((64, 64), 1)
+    write = tmp_path / "a" if source != "masks" else tmp_path / "masks"
+    for folder in {write, tmp_path / "a"}:
+        folder.mkdir()
+        good.save(folder / "good.png")
+    for name, content in files.items():
+        (write / name).write_bytes(content)
+        good.save(tmp_path / "a" / name) if source == "masks" else None
+    place = f"image_dir = '{tmp_path}/a'"
+    if source == "archive":
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            archive.add(tmp_path / "a", "x")
+        place = f"image_dir = '{tmp_path}/a.tar'"
+    elif source == "metadata":
+        (tmp_path / "m.json").write_text(json.dumps({name: {"caption": "x"} for name in (*files, "good.png")}))
+        place += f"\nmetadata_file = '{tmp_path}/m.json'"
+    elif source == "masks":
+        place += f"\nconditioning_data_dir = '{tmp_path}/masks'"
+    kind = "" if source == "metadata" else "class_tokens = 'cat'"
+    (tmp_path / "d.toml").write_text(f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\n{place}\n{kind}\n")
+    options = ["--cache_dir", str(tmp_path / "cache"), *(["--masked_loss"] if source == "masks" else [])]
+    page = tmp_path / "page.html"
+    assert main(["dataset", "inspect", str(tmp_path / "d.toml"), "--html", str(page), *options]) == 2
+    printed, faults = capsys.readouterr()
+    named = re.search(r"^  not images +30\n((?:    .*\n)+)", printed, re.MULTILINE)
+    assert named
+    assert [name in line for name, line in zip(files, named[1].splitlines(), strict=True)] == [True] * 30
+    assert all(name in page.read_text() for name in files)
+    assert "10 more are bad like those named" in faults
 
 
 def test_a_sound_dataset_ends_well(folder, tmp_path, capsys):

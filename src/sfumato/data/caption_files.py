@@ -14,7 +14,7 @@ from sfumato.data.captions import of_file
 from sfumato.data.folders import read_captions
 from sfumato.data.index import Index
 from sfumato.data.pictures import Column, Texts
-from sfumato.data.policy import NAMED, Policy, some, told_of_memory
+from sfumato.data.policy import TOLD, Policy, some, told_of_memory
 from sfumato.data.report import Report
 from sfumato.data.settings import SubsetSettings
 from sfumato.errors import UserError
@@ -145,9 +145,9 @@ def with_captions(
 
     captions = Texts.of(each())
     told = list({id(fault): fault for fault in faults.values()}.values())
-    report.problems.found.extend(told[:NAMED])
-    if len(told) > NAMED:
-        report.problems.add(f"{subset.where}: {len(told) - NAMED} more captions are wrong like those named")
+    report.problems.found.extend(told[:TOLD])
+    if len(told) > TOLD:
+        report.problems.add(f"{subset.where}: {len(told) - TOLD} more captions are wrong like those named")
     keep = np.arange(len(captions))
     if missing and told_of_missing([names[place] for place in missing], len(names), what, subset, policy, report,
                                    sum(empty(place) for place in missing)):  # fmt: skip

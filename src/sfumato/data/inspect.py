@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,8 @@ from pathlib import Path
 from sfumato.data.buckets import Size
 from sfumato.data.describe import tags
 from sfumato.data.emphasis import parse, plain
-from sfumato.data.folders import list_folder
-from sfumato.data.headers import header_of
 from sfumato.data.images import decode
-from sfumato.data.pictures import Picture, path_of
+from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
 from sfumato.data.variants import longest_form
 from sfumato.errors import UserError
@@ -48,7 +46,8 @@ def inspect(
             name=f"dataset {i}" if len(plan.datasets) > 1 else "dataset",
             plan=dataset,
             subsets=[
-                of_subset(subset, tokenizers, broken, used.keys(), weighted=weighted) for subset in dataset.subsets
+                of_subset(subset, tokenizers, broken, bad_images(plan, subset), weighted=weighted)
+                for subset in dataset.subsets
             ],
             enlarged=enlarged(dataset),
         )
@@ -60,7 +59,7 @@ def of_subset(
     subset: SubsetPlan,
     tokenizers: Mapping[str, tuple[CountTokens, int]],
     broken: Mapping[str, str],
-    known: Collection[str],
+    bad: Sequence[str],
     *,
     weighted: bool,
 ) -> SubsetFindings:
@@ -72,7 +71,7 @@ def of_subset(
     frequencies = Counter(tags(subset))
     return SubsetFindings(
         plan=subset,
-        no_images=dict(left_out(subset, known)),
+        no_images=bad,
         damaged=damaged,
         endings=caption_endings(paths, subset.settings.caption_extension),
         empty=[item.picture.path for item in items if not item.picture.caption],
@@ -84,19 +83,13 @@ def of_subset(
     )
 
 
-def left_out(subset: SubsetPlan, known: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Image files of the subset's folder that are no images that can be trained on, each with the reason."""
-    folder = subset.settings.image_dir
-    if folder is None or not folder.is_dir():
-        return
-    root = os.path.abspath(folder)  # noqa: PTH100 -- as pictures are named
-    for name in list_folder(root).images:
-        path = path_of(root, name)
-        if path not in known:
-            try:
-                header_of(Path(path).read_bytes(), path)
-            except UserError as error:
-                yield path, reason(error, path)
+def bad_images(plan: DataPlan, subset: SubsetPlan) -> list[str]:
+    """The image files of a subset, masks among them, that cannot be trained on, each with the reason."""
+    where, place = subset.settings.where, os.path.abspath(subset.settings.place)  # noqa: PTH100 -- as pictures are named
+    found = [(name, line) for name, lines in plan.bad_images.items() for line in lines]
+    return [
+        line.removeprefix(f"{place}{os.sep}") for name, line in found if name == where or name.startswith(f"{where}: ")
+    ]
 
 
 def undecodable(pictures: Sequence[Picture], workers: int, progress: Progress | None) -> dict[str, str]:
@@ -178,7 +171,7 @@ class SubsetFindings:
     """One folder."""
 
     plan: SubsetPlan
-    no_images: Mapping[str, str]  # files that look like images and cannot be trained on -> why
+    no_images: Sequence[str]  # files that look like images and cannot be trained on, each with the reason
     damaged: Mapping[str, str]  # pictures that have a header and cannot be decoded -> why
     endings: Mapping[str, int]  # ending of caption files -> pictures that have one
     empty: Sequence[str]  # pictures whose caption is empty

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -139,6 +139,7 @@ class DataPlan:
     prior_loss_weight: float
     from_file: bool  # whether a dataset file described it
     notes: tuple[str, ...]  # lines for the report before the first step
+    bad_images: Mapping[str, list[str]] = field(default_factory=dict)  # subset -> what is wrong with its bad ones
 
     @property
     def num_train_images(self) -> int:

@@ -13,6 +13,8 @@ from sfumato.data.report import Report
 from sfumato.errors import UserError
 
 NAMED = 5  # how many files a message names
+TOLD = 20  # how many faults of one kind in one subset are told one by one
+ALL = "`sfumato dataset inspect` names them all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +45,15 @@ def told_of_memory(saved: bool, policy: Policy, report: Report) -> None:
 
 
 def told_of_bad(faults: Sequence[UserError], where: str, policy: Policy, report: Report) -> None:
-    if faults and policy.on_bad_image == "skip":
-        first = "; ".join(error.what for error in faults[:NAMED])
-        report.note(f"{where}: {len(faults)} bad images are left out: {first}")
+    """A problem each, as far as they are few enough to read, or one note where they are left out."""
+    if not faults:
         return
-    report.problems.found.extend(faults[:NAMED])
-    if len(faults) > NAMED:
-        report.problems.add(f"{where}: images: {len(faults) - NAMED} more are bad like those named")
+    report.bad_images[where] += [error.what for error in faults]
+    if policy.on_bad_image == "skip":
+        first = "; ".join(error.what for error in faults[:NAMED])
+        more = f"; {len(faults) - NAMED} more: {ALL}" if len(faults) > NAMED else ""
+        report.note(f"{where}: {len(faults)} bad images are left out: {first}{more}")
+        return
+    report.problems.found.extend(faults[:TOLD])
+    if len(faults) > TOLD:
+        report.problems.add(f"{where}: images: {len(faults) - TOLD} more are bad like those named", fix=ALL)

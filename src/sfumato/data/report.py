@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 from sfumato.errors import Problems
 
@@ -14,6 +15,9 @@ class Report:
     problems: Problems
     strict: bool
     notes: list[str]
+    bad_images: defaultdict[str, list[str]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # by subset: what is wrong
 
     def note(self, line: str) -> None:
         self.notes.append(line)

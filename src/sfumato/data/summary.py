@@ -70,6 +70,7 @@ def find_data(
         prior_loss_weight=config.dataset.prior_loss_weight,
         from_file=config.dataset.dataset_config is not None,
         notes=tuple(report.notes),
+        bad_images=report.bad_images,
     )
     if not problems.found and config.changed("prior_loss_weight") and plan.num_reg_images == 0:
         report.no_effect("--prior_loss_weight has no effect: there are no regularisation images")

@@ -139,9 +139,10 @@ def facts(subset: SubsetFindings) -> Iterator[tuple[str, str]]:
     count = len(subset.plan.items)
     kind = "regularisation images" if subset.plan.settings.is_reg else "images"
     yield kind, f"{count}, each {subset.plan.settings.num_repeats} times, {subset.plan.samples} samples per epoch"
-    for name, files_ in (("not images", subset.no_images), ("damaged", subset.damaged)):
-        if files_:
-            yield name, f"{len(files_)}: {some([f'{Path(path).name} ({why})' for path, why in files_.items()])}"
+    damaged = [f"{Path(path).name} {why}" for path, why in subset.damaged.items()]
+    for name, bad in (("not images", subset.no_images), ("damaged", damaged)):
+        if bad:
+            yield name, "\n".join([str(len(bad)), *(f"    {line}" for line in bad)])
     endings = ", ".join(f"{number} {ending}" for ending, number in subset.endings.items())
     yield "caption files beside them", endings or "none"
     if subset.class_tokens:

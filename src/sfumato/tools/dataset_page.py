@@ -149,7 +149,7 @@ def of_subset(subset: SubsetFindings, pictures: Sequence[Shown]) -> Iterator[str
     yield f"<h3>{escape(subset.name)}{kind}</h3><table><tbody>"
     count = len(subset.plan.items)
     yield row("images", f"{count:,}, {settings.num_repeats} times each: {subset.plan.samples:,} samples per epoch")
-    yield from files("not images", {Path(path).name: why for path, why in subset.no_images.items()})
+    yield from files("not images", dict.fromkeys(subset.no_images, ""))
     yield from files("damaged", {Path(path).name: why for path, why in subset.damaged.items()})
     endings = ", ".join(f"{number:,} {escape(ending)}" for ending, number in subset.endings.items())
     yield row("caption files", endings or "none")
