@@ -30,7 +30,7 @@ from sfumato.families._tokenizers import clip_tokenizer, t5_tokenizer
 from sfumato.families.base import find_family
 from sfumato.feed import workers_of
 from sfumato.plan import dataset_lines, total_steps, with_seed
-from sfumato.tools.dataset_page import Shown, page
+from sfumato.tools.dataset_page import Shown, page, times
 from sfumato.track.console import set_up
 from sfumato.track.jobs import Job
 
@@ -138,7 +138,7 @@ def facts(subset: SubsetFindings) -> Iterator[tuple[str, str]]:
     """What is worth knowing of one folder."""
     count = len(subset.plan.items)
     kind = "regularisation images" if subset.plan.settings.is_reg else "images"
-    yield kind, f"{count}, each {subset.plan.settings.num_repeats} times, {subset.plan.samples} samples per epoch"
+    yield kind, f"{count}, each {times(subset.plan.settings.num_repeats)}, {subset.plan.samples} samples per epoch"
     damaged = [f"{Path(path).name} {why}" for path, why in subset.damaged.items()]
     for name, bad in (("not images", subset.no_images), ("damaged", damaged)):
         if bad:
