@@ -70,8 +70,8 @@ def samples(name: str, side: str, repeats: int, *, names: str = "abc") -> dict[t
     """(caption, height and width of the bucket) -> how often; side: "" for 64, "2" for twice as large."""
     larger = {(64, 64): (128, 128), (96, 32): (192, 80), (32, 96): (80, 192)} if side else {}
     buckets = {each: SIZES[WIDE[each]] for each in names}
-    shapes = {each: larger.get(size, size)[::-1] for each, size in buckets.items()}
-    return {(f"{name} {each}", shapes[each]): repeats for each in names}
+    shapes = {each: larger.get(size, size) for each, size in buckets.items()}
+    return {(f"{name} {each}", (shapes[each][1], shapes[each][0])): repeats for each in names}
 
 
 EXPECTED = Counter(

@@ -28,7 +28,9 @@ class DatasetOptions(Options):
     on_missing_caption: Literal["error", "empty", "skip"] = option(
         "error", "an image without any caption: stop, train it with an empty one, or leave it out"
     )
-    on_bad_image: Literal["error", "skip"] = option("error", "an image that cannot be read: stop, or leave it out")
+    on_bad_image: Literal["error", "skip"] = option(
+        "error", "an image that cannot be read: stop, or leave it out, for which each is decoded once"
+    )
     in_json: FilePath | None = option(
         None, "metadata file (.json, .jsonl) that names the images in --train_data_dir and their captions", path="file"
     )

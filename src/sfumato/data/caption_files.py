@@ -152,6 +152,7 @@ def with_captions(
     if missing and told_of_missing([names[place] for place in missing], len(names), what, subset, policy, report,
                                    sum(empty(place) for place in missing)):  # fmt: skip
         keep = np.setdiff1d(keep, missing)
+        report.left_out[subset.where] |= {names[place] for place in missing}
     return Wanted(captions=captions, keep=keep)
 
 

@@ -110,7 +110,8 @@ def layers(data: bytes, path: str, *, alpha: bool) -> tuple[Image.Image, Image.I
             opacity = alpha_of(image) if alpha else None
             upright = eight_bit_rgb(image)
     except DECODER_ERRORS as error:
-        raise UserError(f"{path} is damaged ({error})", fix="replace or remove it") from error
+        fix = "replace or remove it, or leave out what is bad with --on_bad_image skip"
+        raise UserError(f"{path} is damaged ({error})", fix=fix) from error
     if orientation == 1:
         return upright, opacity
     turn = TURNS[orientation]

@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.data.buckets import Size
 from sfumato.data.describe import tags
 from sfumato.data.emphasis import parse, plain
-from sfumato.data.images import decode
-from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
 from sfumato.data.variants import longest_form
+from sfumato.data.whole import Progress, faults_of
 from sfumato.errors import UserError
 
 ENDINGS = (".txt", ".caption", ".json")  # of caption files, besides the configured one
 COMMON_TAGS = 40
 
 CountTokens = Callable[[Sequence[str]], list[int]]  # captions -> tokens of each, begin and end not counted
-Progress = Callable[[int, int], None]
 
 
 def inspect(
@@ -40,7 +37,9 @@ def inspect(
     words. decoding: read every picture to its last byte, not only its header.
     """
     used = {item.picture.path: item.picture for _, _, item in plan.used()}
-    broken = undecodable(list(used.values()), workers, progress) if decoding else {}
+    asked = list(used.values()) if decoding else []
+    faults = zip(asked, faults_of(asked, workers=workers, progress=progress), strict=True)
+    broken = {picture.path: reason(fault, picture.path) for picture, fault in faults if fault is not None}
     return [
         DatasetFindings(
             name=f"dataset {i}" if len(plan.datasets) > 1 else "dataset",
@@ -90,26 +89,6 @@ def bad_images(plan: DataPlan, subset: SubsetPlan) -> list[str]:
     return [
         line.removeprefix(f"{place}{os.sep}") for name, line in found if name == where or name.startswith(f"{where}: ")
     ]
-
-
-def undecodable(pictures: Sequence[Picture], workers: int, progress: Progress | None) -> dict[str, str]:
-    """The pictures that cannot be decoded, each with the reason, by path."""
-
-    def look(picture: Picture) -> str | None:
-        try:
-            decode(picture.read(), picture.path)
-        except UserError as error:
-            return reason(error, picture.path)
-        return None
-
-    found = {}
-    with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-inspect") as pool:
-        for done, (picture, why) in enumerate(zip(pictures, pool.map(look, pictures), strict=True), 1):
-            if why is not None:
-                found[picture.path] = why
-            if progress is not None:
-                progress(done, len(pictures))
-    return found
 
 
 def reason(error: UserError, path: str) -> str:

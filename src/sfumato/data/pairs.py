@@ -17,6 +17,7 @@ from sfumato.data.pictures import Column, Pictures
 from sfumato.data.policy import Policy, some, usable
 from sfumato.data.report import Report
 from sfumato.data.settings import SubsetSettings
+from sfumato.data.whole import undamaged
 
 FIX = "each picture needs exactly one, of its name and shape"
 
@@ -36,7 +37,9 @@ def with_conditioning(pictures: Pictures, subset: SubsetSettings, policy: Policy
         report.problems.add(what, fix=neighbour(Path(folder)))
         return pictures
     images = read_images(folder, names, Index(policy.cache_dir, ("images", folder)))
-    good = usable(images, f"{subset.where}: {folder}", policy, report)
+    where = f"{subset.where}: {folder}"
+    good = usable(images, where, policy, report)
+    good = good[undamaged(images.pictures(folder, good), where, policy, report)]
     partners = partners_of(pictures, names)
     alone = pictures.take(np.flatnonzero(partners < 0)).names
     refuse(alone, f"{subset.where}: %d pictures have no image of the same name in {folder}", report)
@@ -86,7 +89,7 @@ def refuse_spare(found: Iterable[tuple[SubsetSettings, Pictures]], report: Repor
         folder = subset.conditioning_data_dir
         if folder is not None and folder.is_dir() and len(pictures):
             first.setdefault(folder, subset.where)
-            for name in map(stem_of, pictures.names):
+            for name in map(stem_of, (*pictures.names, *report.left_out[subset.where])):
                 stems[folder] |= {name, name.replace(os.sep, "/").rpartition("/")[2]}
     for folder, known in stems.items():
         spare = [name for name in images_in(os.path.abspath(folder)) if stem_of(name) not in known]  # noqa: PTH100

@@ -24,6 +24,7 @@ class Policy:
     on_missing_caption: Literal["error", "empty", "skip"]
     on_bad_image: Literal["error", "skip"]
     cache_dir: Path
+    decoding: bool = False  # whether bad images are looked for to their last byte, not only in their headers
 
 
 def some(names: Sequence[str]) -> str:
@@ -33,7 +34,7 @@ def some(names: Sequence[str]) -> str:
 
 def usable(images: Images, where: str, policy: Policy, report: Report) -> Column:
     """Places of the good images; the others are a problem each, or one note where they are to be left out."""
-    told_of_bad(list(images.faults.values()), where, policy, report)
+    told_of_bad([(images.names.row(place), fault) for place, fault in images.faults.items()], where, policy, report)
     told_of_memory(images.saved, policy, report)
     return images.usable
 
@@ -44,10 +45,15 @@ def told_of_memory(saved: bool, policy: Policy, report: Report) -> None:
         report.note(line)
 
 
-def told_of_bad(faults: Sequence[UserError], where: str, policy: Policy, report: Report) -> None:
-    """A problem each, as far as they are few enough to read, or one note where they are left out."""
-    if not faults:
+def told_of_bad(bad: Sequence[tuple[str, UserError]], where: str, policy: Policy, report: Report) -> None:
+    """A problem each, as far as they are few enough to read, or one note where they are left out.
+
+    bad: the names of pictures, and what is wrong with each.
+    """
+    if not bad:
         return
+    faults = [fault for _, fault in bad]
+    report.left_out[where] |= {name for name, _ in bad}
     report.bad_images[where] += [error.what for error in faults]
     if policy.on_bad_image == "skip":
         first = "; ".join(error.what for error in faults[:NAMED])

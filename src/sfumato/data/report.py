@@ -18,6 +18,7 @@ class Report:
     bad_images: defaultdict[str, list[str]] = field(
         default_factory=lambda: defaultdict(list)
     )  # by subset: what is wrong
+    left_out: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # by subset: pictures' names
 
     def note(self, line: str) -> None:
         self.notes.append(line)

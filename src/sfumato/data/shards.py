@@ -143,8 +143,13 @@ def columns_of(
 
 def joined(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
     """One after the other, without those that cannot be used."""
-    faults = [fault for shard in shards for fault in shard.faults if fault]
-    told_of_bad([UserError(fault) for fault in faults], subset.where, policy, report)
+    faults = [
+        (name, UserError(fault))
+        for shard in shards
+        for name, fault in zip(shard.names, shard.faults, strict=True)
+        if fault
+    ]
+    told_of_bad(faults, subset.where, policy, report)
     good = [np.array([place for place, fault in enumerate(shard.faults) if not fault], np.int64) for shard in shards]
     names = Texts.of(shard.names.row(place) for shard, places in zip(shards, good, strict=True) for place in places)
     counts = [len(places) for places in good]

@@ -26,16 +26,24 @@ from sfumato.data.shards import are_shards
 from sfumato.data.sources import pictures_of
 from sfumato.data.split import check_held_out, halves, refuse_overlap, still, validation_seed
 from sfumato.data.variants import refuse_varying, told
+from sfumato.data.whole import undamaged
 from sfumato.errors import Problems, UserError
 
 
 def find_data(
-    config: Config, *, bucket_step: int, processes: int = 1, control: bool = False, problems: Problems
+    config: Config,
+    *,
+    bucket_step: int,
+    processes: int = 1,
+    control: bool = False,
+    decoding: bool = True,
+    problems: Problems,
 ) -> DataPlan:
     """Look at all folders and decide what is trained at which size and how often.
 
     bucket_step: bucket sides of the model must be multiples of this. processes: batches are formed over all of them.
-    control: whether the method takes control images, one for each picture.
+    control: whether the method takes control images, one for each picture. decoding: whether pictures may be decoded,
+    once each, where --on_bad_image skip asks to leave out the bad ones.
     Every fault goes to `problems`; the plan is whole only if none was added. Writes nothing but its index, in the cache
     folder.
     """
@@ -45,6 +53,7 @@ def find_data(
         on_missing_caption=config.dataset.on_missing_caption,
         on_bad_image=config.dataset.on_bad_image,
         cache_dir=cache_dir,
+        decoding=decoding and config.dataset.on_bad_image == "skip",
     )
     seed = validation_seed(config)
     datasets: list[DatasetPlan] = []
@@ -122,6 +131,8 @@ def some_pictures(subset: SubsetSettings, policy: Policy, report: Report) -> Pic
     """The subset's pictures; that there are none is a fault."""
     told = len(report.problems.found)
     pictures = pictures_of(subset, policy, report)
+    good = undamaged(pictures, subset.where, policy, report)
+    pictures = pictures if len(good) == len(pictures) else pictures.take(good)
     if not len(pictures) and len(report.problems.found) == told:
         report.problems.add(f"{subset.where}: every image is left out, see the notes", fix="mend or remove it")
     return pictures

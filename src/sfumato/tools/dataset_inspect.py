@@ -50,7 +50,10 @@ def inspect_dataset(
     config = with_seed(config)
     problems = Problems()
     step = bucket_step(config, problems)
-    notes = (*config.notes, *find_data(config, bucket_step=step, problems=problems).notes)  # as training would
+    notes = (
+        *config.notes,
+        *find_data(config, bucket_step=step, decoding=False, problems=problems).notes,
+    )  # as training would
     plan = lenient_plan(config, step)
     with Job("decoding", "images", plain=config.log.console_log_simple) as progress:
         found = inspect(
@@ -96,7 +99,7 @@ def lenient_plan(config: Config, step: int) -> DataPlan:
     """The plan with faulty pictures left out and missing captions empty, so that everything else can be looked at."""
     lenient = {"on_missing_caption": "empty", "on_bad_image": "skip"}
     config = config.model_copy(update={"dataset": config.dataset.model_copy(update=lenient)})
-    return find_data(config, bucket_step=step, problems=Problems())
+    return find_data(config, bucket_step=step, decoding=False, problems=Problems())
 
 
 def tokenizers(config: Config) -> dict[str, tuple[CountTokens, int]]:

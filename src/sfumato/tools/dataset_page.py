@@ -41,8 +41,10 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; padding: .3rem .75rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--soft); } tbody th { width: 13rem; }
-td.n, th.n { text-align: right; white-space: nowrap; width: 6rem; } .bad { color: var(--bad); }
-td:has(+ .n), th:has(+ .n) { width: 8rem; } td.bar { padding-right: 0; } td.bar span { display: block; height: .7rem; margin-top: .35rem;
+td.n, th.n { text-align: right; white-space: nowrap; width: 6rem; }
+.bad { color: var(--bad); }
+td:has(+ .n), th:has(+ .n) { width: 8rem; }
+td.bar { padding-right: 0; } td.bar span { display: block; height: .7rem; margin-top: .35rem;
   border-radius: .2rem; background: var(--mark); min-width: 2px; }
 .tags { display: flex; flex-wrap: wrap; gap: .35rem; padding: 0; margin: 0; list-style: none; }
 .tags li { background: var(--card); border-radius: 1rem; padding: .1rem .65rem; overflow-wrap: anywhere; }
@@ -56,7 +58,8 @@ figcaption span { color: var(--soft); display: block; } figcaption p { margin: .
   -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
 details { margin: 0; } details ul { margin: .2rem 0; padding-left: 1.4rem; } summary { cursor: pointer; }
 @media (max-width: 40rem) { body { padding: 1.25rem .9rem 3rem; } tbody th { width: 8rem; }
-  .sheet { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); } td.n, th.n { width: 4.5rem; } td:has(+ .n), th:has(+ .n) { width: 6rem; } }
+  .sheet { grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+  td.n, th.n { width: 4.5rem; } td:has(+ .n), th:has(+ .n) { width: 6rem; } }
 """
 
 
