@@ -41,7 +41,7 @@ from sfumato.methods.base import Method
 from sfumato.track.jobs import Job
 
 log = logging.getLogger(__name__)
-COUNTED = 20_000  # captions whose tokens are counted before training
+COUNTED = 5000  # captions whose tokens are counted before training
 
 
 def make_loader(
@@ -196,11 +196,14 @@ class Task:
 
 def tell_of_cut_captions(config: Config, data: DataPlan, model: Family, method: Method) -> None:
     """Some thousands of captions, evenly chosen: counting all of millions would take minutes."""
-    captions = list(dict.fromkeys(longest_form(item, subset) for _, subset, item in data.used()))
-    some = captions[:: -(-len(captions) // COUNTED)]
+    subsets = [subset for dataset in (*data.datasets, *data.validation) for subset in dataset.subsets]
+    total = sum(len(subset.items) for subset in subsets)
+    every = -(-total // COUNTED)
+    chosen = ((subset, place) for subset in subsets for place in range(0, len(subset.items), every))
+    some = dict.fromkeys(longest_form(subset.items.row(place), subset) for subset, place in chosen)
     line = cut_captions(model, [method.caption(each) for each in some], weighted=config.captions.weighted_captions)
     if line:
-        log.warning("%s", line)
+        log.warning("%s%s", line, f" (looked at one in {every})" if every > 1 else "")
 
 
 def text_dropout(config: Config, model: Family) -> dict[str, float]:
