@@ -331,6 +331,42 @@ def test_faults_of_archives(find, tmp_path):
         toml(find, SHARDS.replace("{000..002}.tar", "a.tar.gz"))
 
 
+def test_an_archive_that_is_cut_or_damaged_anywhere_is_told(find, tmp_path):
+    """Wherever it ends and whichever header is damaged: refused, or, where a whole file ends there, told of."""
+    path = shard(
+        tmp_path / "set" / "000.tar",
+        {f"{i}.{kind}": png(i) if kind == "png" else "x" for i in range(2) for kind in ("png", "txt")},
+    )
+    text = SHARDS.replace("{000..002}", "000")
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        members = archive.getmembers()
+    ends = [member.offset for member in members[1:]] + [members[-1].offset_data + 512]
+    for cut in [*range(100, ends[-1] + 1, 200), *ends]:
+        path.write_bytes(whole[:cut])
+        if cut not in ends:
+            with pytest.raises(UserError, match=r"000\.tar is no tar archive, or is damaged"):
+                toml(find, text)
+            continue
+        plan = toml(find, text, "--on_missing_caption", "empty")
+        assert len(items(plan)) == (1 if cut < ends[1] + 512 else 2)
+        assert any("000.tar ends without the mark" in note for note in plan.notes)
+    for member in members:
+        damaged = bytearray(whole)
+        damaged[member.offset + 100] ^= 64
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"000\.tar is no tar archive, or is damaged"):
+            toml(find, text)
+    path.write_bytes(whole)
+    assert not any("ends without" in note for note in toml(find, text).notes)
+
+
+def test_hidden_files_in_an_archive_are_passed_over(find, tmp_path):
+    """As some systems put them beside every file."""
+    shard(tmp_path / "set" / "000.tar", {"a/x.png": png(0), "a/x.txt": "cat", "a/._x.png": "no image", "a/._x.txt": ""})
+    assert captions(toml(find, SHARDS.replace("{000..002}", "000"))) == {"x.png": "cat"}
+
+
 def test_an_archive_that_shrinks_under_the_run_is_named(find, tmp_path):
     shards(tmp_path / "set")
     plan = toml(find, SHARDS)

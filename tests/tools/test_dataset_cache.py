@@ -221,7 +221,7 @@ def test_machines_make_a_part_each(sdxl: Mapping[str, Path], images: Path, tmp_p
 def test_processes_share_the_work(sdxl: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """Two processes of one launch: each entry is made once, and one process alone makes the same."""
     argv = arguments(sdxl, images, tmp_path / "out", cache_dir=tmp_path / "cache", console_log_level=None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher = Path(__file__).parents[2] / "launchers" / "tools" / "cache_latents.py"
     subprocess.run([*command, str(launcher), "--sdxl", *argv], check=True, timeout=300, env=dict(os.environ))
     assert counts(fill(sdxl, images, tmp_path / "cache"))["latents"] == NOTHING

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sfumato.data.pictures import Texts
 
-VERSION = 2  # of the file's form, and of how sizes and captions are read
+VERSION = 3  # of the file's form, and of how sizes and captions are read
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Columns = dict[str, NDArray[Any]]

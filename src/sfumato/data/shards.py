@@ -75,6 +75,8 @@ def shard_of(path: str, subset: SubsetSettings, policy: Policy, report: Report) 
     if known is None or not np.array_equal(known["facts"], now):
         known = {"facts": now, **read_archive(path, endings)}
         told_of_memory(index.save(known), policy, report)
+    if not known["ended"].all():
+        report.note(f"{subset.where}: {path} ends without the mark of an archive's end; it may have been cut short")
     columns = {name: known[name] for name in ("offsets", "byte_counts", "widths", "heights", "endings")}
     texts = {name: unpacked(name, known) for name in ("names", "texts", "faults")}
     return Shard(path=path, mtime_ns=facts.st_mtime_ns, endings=endings, columns=columns, **texts)
@@ -88,26 +90,40 @@ def read_archive(path: str, endings: Sequence[str]) -> Columns:
     images: list[tuple[str, int, int]] = []
     captions: dict[str, tuple[int, int, int]] = {}
     try:
-        for name, offset, size in members_of(path):
-            stem, ending = os.path.splitext(name)  # noqa: PTH122
-            if is_image(name):
-                images.append((name, offset, size))
-            elif ending in endings and (endings.index(ending), 0, 0) < captions.get(stem, (len(endings), 0, 0)):
-                captions[stem] = (endings.index(ending), offset, size)
+        with tarfile.open(path, "r:") as archive:
+            for name, offset, size in members_of(archive):
+                stem, ending = os.path.splitext(name)  # noqa: PTH122
+                if is_image(name):
+                    images.append((name, offset, size))
+                elif ending in endings and (endings.index(ending), 0, 0) < captions.get(stem, (len(endings), 0, 0)):
+                    captions[stem] = (endings.index(ending), offset, size)
+            ended = ends_well(archive)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{path} is no tar archive, or is damaged ({error})", fix="make it anew") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})", fix="check image_dir") from error
-    return columns_of(path, images, captions)
+    return {"ended": np.array([ended]), **columns_of(path, images, captions)}
 
 
-def members_of(path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every plain file in the archive."""
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            if member.isreg() and not member.issparse():
-                yield member.name, member.offset_data, member.size
-            vars(archive)["members"].clear()  # it would keep them all
+def members_of(archive: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every plain file in the archive; hidden ones are passed over."""
+    for member in archive:
+        if member.isreg() and not member.issparse() and not member.name.rpartition("/")[2].startswith("."):
+            yield member.name, member.offset_data, member.size
+        vars(archive)["members"].clear()  # it would keep them all
+
+
+def ends_well(archive: tarfile.TarFile) -> bool:
+    """Whether the members read are all: the mark of the end follows the last. False where nothing follows it.
+
+    TarError where anything else does: the reader takes a damaged header for the end and says nothing.
+    """
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
+        raise tarfile.ReadError(f"byte {archive.offset} should begin a file in it, and does not")
+    return bool(block)
 
 
 def columns_of(
