@@ -9,20 +9,24 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
+from sfumato.data.buckets import covering
 from sfumato.data.folders import read_images
 from sfumato.data.headers import header_of
 from sfumato.data.images import (
+    FILTERS,
     Colour,
     Transform,
     content_hash,
     decode,
     interpolation_for,
+    placed,
     prepare,
     prepare_with_alpha,
+    window,
 )
 from sfumato.data.index import Index
 from sfumato.errors import UserError
@@ -212,6 +216,48 @@ def test_the_crop_is_central_and_the_mirror_last():
     assert np.array_equal(prepare(data, transform, size=(50, 33), path="x"), centre)
     mirrored = Transform(resized=(50, 33), bucket=(40, 24), interpolation="area", flip=True)
     assert np.array_equal(prepare(data, mirrored, size=(50, 33), path="x"), centre[:, ::-1])
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(30, 400),
+    st.integers(8, 80),
+    st.sampled_from(sorted(set(FILTERS) - {"nearest"})),
+    st.integers(0, 2**32),
+    st.booleans(),
+)
+def test_only_what_is_shown_of_a_very_long_picture_is_resized(width, height, interpolation, seed, upright):
+    """The pixels are those of the whole picture, resized and then cropped, but for rounding.
+
+    "nearest" has ties, which rounding decides. Pillow goes across or down first, as is less work, and clips in between:
+    the pixels here leave room for what overshoots.
+    """
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(90, 166, (height, width, 3), dtype=np.uint8))
+    image = image.transpose(Image.Transpose.ROTATE_90) if upright else image
+    bucket = (32, 32)
+    resized = covering(image.size, bucket)
+    offset = tuple(int(rng.integers(0, long - short + 1)) for long, short in zip(resized, bucket, strict=True))
+    transform = Transform(resized=resized, bucket=bucket, interpolation=interpolation, offset=offset)
+    left, top = offset
+    whole = np.asarray(image.resize(resized, FILTERS[interpolation]))[top : top + 32, left : left + 32]
+    shown, (x, y) = window(image, transform)
+    part = np.asarray(shown)[y : y + 32, x : x + 32]
+    assert np.abs(part.astype(int) - whole).max() <= 2
+    assert max(shown.size) <= 34 + 2 * 4 * max(1, resized[0] / image.size[0])
+    assert np.array_equal(placed(image, transform), part if resized[0] * resized[1] > 8 * 32 * 32 else whole)
+
+
+def test_a_strip_of_30000_pixels_takes_little_memory():
+    """One that covers 1024x1024 only when it is enlarged to three million pixels a side."""
+    strip = BytesIO()
+    Image.fromarray(np.tile(np.arange(8, dtype=np.uint8)[:, None] * 30, (1, 30_000))).save(strip, "PNG")
+    size = (30_000, 8)
+    transform = Transform(resized=covering(size, (1024, 1024)), bucket=(1024, 1024), interpolation="lanczos")
+    assert transform.resized == (3_840_000, 1024)
+    pixels = prepare(strip.getvalue(), transform, size=size, path="strip.png")
+    assert pixels.shape == (1024, 1024, 3)
+    assert (pixels == pixels[:, :1]).all()
 
 
 def test_interpolation_is_chosen_by_direction_unless_given():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import NamedTuple
@@ -37,6 +38,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SURPLUS = 8  # times the area of its bucket that a picture may have before only a part of it is resized
+MARGIN = 4  # pixels, of the picture or of the result, whichever are larger: further than any filter looks
 VERSION = 1  # of what `prepare` does; raised when its pixels change, so that caches are made anew
 
 
@@ -75,12 +78,32 @@ def same(image: Image.Image, size: Size, path: str) -> Image.Image:
 
 def placed(image: Image.Image, transform: Transform) -> NDArray[np.uint8]:
     """Resized, cropped, mirrored; an image of another size but the same shape lands on the same pixels."""
-    if image.size != transform.resized:
-        image = image.resize(transform.resized, FILTERS[transform.interpolation])
     left, top = transform.corner
     width, height = transform.bucket
+    if transform.resized[0] * transform.resized[1] > SURPLUS * width * height:
+        image, (left, top) = window(image, transform)
+    elif image.size != transform.resized:
+        image = image.resize(transform.resized, FILTERS[transform.interpolation])
     pixels = np.asarray(image)[top : top + height, left : left + width]
     return np.ascontiguousarray(pixels[:, ::-1] if transform.flip else pixels)
+
+
+def window(image: Image.Image, transform: Transform) -> tuple[Image.Image, Size]:
+    """Only what the crop shows, resized as all of it would be, and the crop's corner in there.
+
+    A picture of 30000x10 pixels that is to cover 1024x1024 would take ten gigabytes otherwise.
+    """
+    (left, right), (top, bottom) = map(stretch, transform.corner, transform.bucket, transform.resized, image.size)
+    across, down = (old / new for old, new in zip(image.size, transform.resized, strict=True))
+    box = (left * across, top * down, right * across, bottom * down)
+    shown = image.resize((right - left, bottom - top), FILTERS[transform.interpolation], box)
+    return shown, (transform.corner[0] - left, transform.corner[1] - top)
+
+
+def stretch(corner: int, shown: int, resized: int, original: int) -> tuple[int, int]:
+    """First and last pixel of the resized side that its shown part depends on."""
+    margin = math.ceil(MARGIN * max(1.0, resized / original))
+    return max(corner - margin, 0), min(corner + shown + margin, resized)
 
 
 def coloured(pixels: Pixels, colour: Colour | None) -> Pixels:
