@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,8 +74,10 @@ class Foreign:
         self.scheduler, self.name, self.arguments = scheduler, name, arguments
 
     def set(self, optimizer: Optimizer, step: int) -> None:
-        while self.scheduler.last_epoch < step:  # torch counts the calls of step() as epochs
-            self.scheduler.step()
+        with warnings.catch_warnings():  # that the optimizer must step first: it did, before a resume or an overflow
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            while self.scheduler.last_epoch < step:  # torch counts the calls of step() as epochs
+                self.scheduler.step()
 
     def state_dict(self) -> dict[str, Any]:
         return {"name": self.name, "arguments": self.arguments, "scheduler": self.scheduler.state_dict()}
