@@ -157,19 +157,20 @@ def test_cached_is_uncached_though_some_overflow(
     assert losses(live) == losses(cached)
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [False, True, None])
 def test_a_damaged_autoencoder_names_the_picture(
-    cached: bool, toy_shelf: ToyShelf, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    cached: bool | None, toy_shelf: ToyShelf, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of training, live or cached, or of validation, which comes first."""
     from sfumato.families.sd import StableDiffusion
 
     def broken(model: Any, pixels: Tensor, noise: Tensor) -> Tensor:
         return vaes.encode(model.vae, model.latents, pixels, noise) * (torch.nan if pixels.mean() > 0 else 1)
 
     monkeypatch.setattr(StableDiffusion, "encode_image", broken)
-    toy = toy_shelf.paths("sd")
+    toy, held_out = toy_shelf.paths("sd"), {"validation_split": 0.5} if cached is None else {}
     with pytest.raises(UserError) as caught:
-        run(toy, images, tmp_path / "out", cache_latents=cached)
+        run(toy, images, tmp_path / "out", cache_latents=cached, **held_out)
     assert str(images / "2_cat") in str(caught.value)
     assert Path(str(caught.value).split()[3]).stem in ("1", "3")
     assert "are not finite, in float32 neither" in str(caught.value)

@@ -113,8 +113,11 @@ class Run:
         dtype = DTYPES[self.config.memory.mixed_precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def latents(self, batch: Batch) -> Tensor:
-        """Cached latents, or the autoencoder's, made exactly as the cache makes them."""
+    def latents(self, batch: Batch, source: Loader | None = None) -> Tensor:
+        """Cached latents, or the autoencoder's, made exactly as the cache makes them.
+
+        source: what the batch came from, where that is not training; its pictures are named where one is no good.
+        """
         if batch.latents is not None:
             return batch.latents.to(self.device, non_blocking=True)
         assert batch.pixels is not None
@@ -122,7 +125,7 @@ class Run:
         found = encode_images(self.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=chunk)
         if not torch.isfinite(found).all():
             bad = batch.ids[~torch.isfinite(found).flatten(1).all(1).cpu()]
-            raise not_finite(self.loader.order.pictures(bad.tolist()))
+            raise not_finite((source or self.loader).order.pictures(bad.tolist()))
         return found
 
     def modelspec(self) -> dict[str, str]:

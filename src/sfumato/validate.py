@@ -71,7 +71,7 @@ def measure(run: Run, times: list[int], losses: Losses) -> list[float]:
     table = torch.zeros(order.ids, len(times), device=run.device)
     for step in held_out.steps():
         (batch,) = step.batches
-        x0, real = run.latents(batch), batch.weight > 0
+        x0, real = run.latents(batch, held_out), batch.weight > 0
         for column, t in enumerate(times):
             noise = randomness.per_sample(
                 f"validation noise {column}", batch.ids, lambda draw, i, x0=x0: run.recipe.noise(draw, x0[i])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import NamedTuple
@@ -58,11 +58,7 @@ class Order:
     def pictures(self, ids: Sequence[int]) -> list[Picture]:
         """The pictures behind samples of one epoch and of this process; goes through the epoch to find them."""
         epoch = ids[0] // self.samples_per_epoch
-        first = epoch * self.steps_per_epoch
-        steps = islice(self.steps(first), self.steps_per_epoch)
-        samples = (sample for step in steps for batch in step.batches for sample in batch.samples)
-        found = {sample.id: sample.item.picture for sample in samples if sample.id in set(ids)}
-        return [found[each] for each in ids if each in found]
+        return pictures_in(islice(self.steps(epoch * self.steps_per_epoch), self.steps_per_epoch), ids)
 
     def _epoch(self, epoch: int) -> EpochOrder:
         """Shuffled within each bucket, cut into batches over all processes, and the batches shuffled."""
@@ -126,6 +122,10 @@ class HeldOut:
             batch, real = self.batches[min(place, len(self.batches) - 1)], place < len(self.batches)
             yield PlannedStep(index=turn, epoch=0, batches=(self._planned(batch, real),), real_samples=len(batch))
 
+    def pictures(self, ids: Sequence[int]) -> list[Picture]:
+        """The pictures behind samples of this process."""
+        return pictures_in(self.steps(), ids)
+
     def _planned(self, batch: Sequence[Held], real: bool) -> PlannedBatch:
         samples = tuple(Sample(each.id, *self._entries[each.dataset][each.place], real) for each in batch)
         return PlannedBatch(self.plan.validation[batch[0].dataset], batch[0].bucket, samples)
@@ -138,6 +138,12 @@ class Held(NamedTuple):
     dataset: int
     bucket: Size
     place: int  # in its dataset's entries
+
+
+def pictures_in(steps: Iterable[PlannedStep], ids: Sequence[int]) -> list[Picture]:
+    samples = (sample for step in steps for batch in step.batches for sample in batch.samples)
+    found = {sample.id: sample.item.picture for sample in samples if sample.id in set(ids)}
+    return [found[each] for each in ids if each in found]
 
 
 class Entries:
