@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ def finite(model: Family, make: Callable[[Tensor], Tensor], rows: Tensor) -> Ten
 
     Each row decides for itself, so that what becomes of it depends on no other, and on nothing that was before.
     """
-    with torch.autocast(model.device.type, enabled=False):  # as it is loaded, whoever asks
+    with as_loaded(model.vae):
         found = make(rows)
         good = torch.isfinite(found).flatten(1).all(1)
         dtype = next(model.vae.parameters()).dtype
@@ -73,6 +74,11 @@ def finite(model: Family, make: Callable[[Tensor], Tensor], rows: Tensor) -> Ten
             with in_float32(model.vae):
                 found[~good] = make(rows[~good.to(rows.device)])
     return found
+
+
+def as_loaded(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within, a network on whatever device computes in its own dtype, whoever asks."""
+    return torch.autocast(next(module.parameters()).device.type, enabled=False)
 
 
 @contextmanager
@@ -140,7 +146,7 @@ def encode_captions(
     model: Family, part: str, captions: Sequence[str], *, weighted: bool = False, negative: bool = False
 ) -> list[Tensors]:
     """The features of an encoder that does not train, one dict per caption."""
-    with torch.autocast(model.device.type, enabled=False):  # as it is loaded, whoever asks
+    with as_loaded(model.parts[part].module):
         return encode_text(model, part, captions, weighted=weighted, negative=negative)
 
 

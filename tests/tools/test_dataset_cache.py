@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from sfumato.cli.dataset import cache_config
 from sfumato.cli.main import main
-from sfumato.config import load_config
+from sfumato.config import Config, load_config
 from sfumato.data.cache import LATENTS
+from sfumato.data.plans import DataPlan
 from sfumato.data.store import DiskStore
 from sfumato.data.upkeep import survey
 from sfumato.demo.toy import write_toy
@@ -97,17 +99,18 @@ def never(*_: object, **__: object) -> None:
 def test_only_what_encodes_is_loaded(
     toy: Mapping[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models: list[Family] = []
+    loaded: list[dict[str, bool]] = []
     real = dataset_cache.fill
-    monkeypatch.setattr(dataset_cache, "fill", lambda config, data, model, *a, **k: models.append(model) or real(
-        config, data, model, *a, **k
-    ))  # fmt: skip
+
+    def watched(config: Config, data: DataPlan, model: Family, *more: Any, **named: Any) -> Caches:
+        loaded.append({name: not next(part.module.parameters()).is_meta for name, part in model.parts.items()})
+        return real(config, data, model, *more, **named)
+
+    monkeypatch.setattr(dataset_cache, "fill", watched)
     fill(toy, images, tmp_path / "cache", cache_latents=True)
     fill(toy, images, tmp_path / "cache", cache_text_encoder_outputs=True)
-    loaded = [{name: not next(part.module.parameters()).is_meta for name, part in m.parts.items()} for m in models]
-    texts = models[0].text_parts
-    assert loaded[0] == {"denoiser": False, **dict.fromkeys(texts, False)}
-    assert loaded[1] == {"denoiser": False, **dict.fromkeys(texts, True)}
+    assert not any(loaded[0].values())
+    assert loaded[1] == {name: name != "denoiser" for name in loaded[0]}
 
 
 def change_a_pixel(images: Path) -> None:
@@ -269,7 +272,9 @@ def test_every_variant_is_used_and_none_is_live(
 
     for i, path in enumerate(sorted((images / "2_cat").glob("*.txt"))):
         path.write_text(f"cat {i}, red, small, blurred, close, facing left")
-    run_ = open_run(load_config(arguments(sdxl, images, tmp_path / "out", **VARIED, max_train_steps=40)))
+    (tmp_path / "prompts.txt").write_text("a cat")
+    kept = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 100}  # encoders stay for previews
+    run_ = open_run(load_config(arguments(sdxl, images, tmp_path / "out", **VARIED, **kept, max_train_steps=40)))
     assert run_ is not None
     seen: dict[str, set[str]] = {}
     live = FrozenText(run_.model)
