@@ -97,6 +97,8 @@ def test_each_held_out_image_is_seen_once(datasets: list[list[int]], size: int, 
         for step in order.steps():
             (batch,) = step.batches
             assert {sample.item.choice.bucket for sample in batch.samples} == {batch.bucket}
+        some = [sample for sample in seen_by(order) if sample.id % 2]
+        assert order.pictures([sample.id for sample in some]) == [sample.item.picture for sample in some]
     alone = seen_by(held_out(datasets)[0])
     assert {s.id: s.item.picture.path for s in real} == {s.id: s.item.picture.path for s in alone}
 
@@ -240,6 +242,18 @@ def test_resume_is_exact_and_remembers_the_best(sd: Toy, images: Path, tmp_path:
     assert float(file_metadata(best)["ss_validation_loss"]) == pytest.approx(found[step], rel=1e-5)
     assert file_metadata(best)["ss_steps"] == str(step)
     assert (resumed / "lora-best.safetensors").exists() == (step > 4)
+
+
+def test_another_split_after_a_resume_starts_anew(sd: Toy, images: Path, tmp_path: Path) -> None:
+    """What was lowest over other images says nothing of these."""
+    options = {"network_train_unet_only": True, "save_best": True, "save_state": True}
+    run(sd, images, tmp_path, **HALF, **options, max_train_steps=1)
+    first = (tmp_path / "lora-best.safetensors").stat().st_mtime_ns
+    resumed = {**HALF, "max_validation_steps": 1, "max_train_steps": 2, "resume": tmp_path}
+    run(sd, images, tmp_path, **options, **resumed)
+    assert "the best so far no longer counts" in (tmp_path / "lora.report.json").read_text()
+    assert (tmp_path / "lora-best.safetensors").stat().st_mtime_ns > first
+    assert file_metadata(tmp_path / "lora-best.safetensors")["ss_steps"] == "2"
 
 
 def test_a_best_that_cannot_be_written_leaves_the_one_before(

@@ -22,11 +22,11 @@ from torch import Tensor
 from sfumato.config.validation import LEVELS
 from sfumato.data.batch import Batch
 from sfumato.data.order import HeldOut
-from sfumato.data.split import validation_seed
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import quantiles
 from sfumato.run import Run
 from sfumato.saving import at_rest, kept_going, output_path, save_output
+from sfumato.track.best import Best
 
 log = logging.getLogger(__name__)
 SERIES = "loss/validation/"  # the field's names for its curves begin with it
@@ -38,6 +38,7 @@ def validation_due(run: Run, step: int, losses: Losses) -> None:
     if run.held_out is None or not is_due(run, step):
         return
     times = quantiles(run.config.noise, LEVELS)
+    start_anew_if_changed(run, times)
     with at_rest(run):
         by_level = measure(run, times, losses)
         loss = sum(by_level) / len(by_level)
@@ -60,14 +61,28 @@ def is_due(run: Run, step: int) -> bool:
     return by_epochs is not None and step % (by_epochs * run.steps_per_epoch) == 0
 
 
+def start_anew_if_changed(run: Run, times: list[int]) -> None:
+    """A resumed run that validates in another way cannot compare its losses with those before."""
+    order, before = order_of(run), run.best.asked
+    now = f"{order.samples} of {order.ids} images at t {', '.join(map(str, times))}, seed {order.seed}"
+    if before not in ("", now):
+        log.warning("validation was with %s, now it is with %s; the best so far no longer counts", before, now)
+        run.best = Best()
+    run.best.asked = now
+
+
+def order_of(run: Run) -> HeldOut:
+    assert run.held_out is not None
+    assert isinstance(run.held_out.order, HeldOut)
+    return run.held_out.order
+
+
 @torch.no_grad()  # not in inference mode: what is remembered of the text serves training, too
 def measure(run: Run, times: list[int], losses: Losses) -> list[float]:
     """The mean loss at each time, the same for any number of processes: each puts its samples into one table."""
-    held_out = run.held_out
+    held_out, order = run.held_out, order_of(run)
     assert held_out is not None
-    order = held_out.order
-    assert isinstance(order, HeldOut)
-    randomness = Randomness(validation_seed(run.config))
+    randomness = Randomness(order.seed)
     table = torch.zeros(order.ids, len(times), device=run.device)
     for step in held_out.steps():
         (batch,) = step.batches

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 class Best:
     """Plain numbers, None before the first validation; a saved state holds them."""
 
+    asked: str = ""  # of which images at which times, in words; losses of other ones cannot be compared
     loss: float | None = None
     step: int = 0
     before: float | None = None  # the loss of the model as it was before the first step
