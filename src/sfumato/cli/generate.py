@@ -109,6 +109,8 @@ def own_words(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         word, equals, attached = left.pop(0).partition("=")
         name = SPELLINGS.get(word[2:], word[2:]) if word.startswith("--") else ""
         if name not in WORDS:
+            with problems.catch():
+                refuse_misspelt(word)
             rest.append((f"--{name}" if name else word) + equals + attached)
             continue
         given = [attached] if equals else []
@@ -118,6 +120,17 @@ def own_words(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             found[name] = value_of(name, WORDS[name], given)
     problems.raise_all()
     return found, rest
+
+
+def refuse_misspelt(word: str) -> None:
+    """UserError for what is nearly a word of this command and nothing in the vocabulary."""
+    from sfumato.config.schema import vocabulary
+    from sfumato.registry import nearest
+
+    name = word.removeprefix("--")
+    guess = nearest(name, WORDS) if word.startswith("--") and name not in vocabulary() else None
+    if guess and not nearest(name, vocabulary()):
+        raise UserError(f"{word} is not an option", fix=f"did you mean --{guess}?")
 
 
 def value_of(name: str, word: Word, given: Sequence[str]) -> Any:
@@ -147,10 +160,12 @@ NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 
 def asked_prompts(words: Mapping[str, Any], config: Config) -> list[Prompt]:
     """What to draw; where a prompt is silent, the options beside it count."""
-    from sfumato.config.prompts import Prompt, parse_line, read_prompts
+    from sfumato.config.prompts import MOST_STEPS, Prompt, parse_line, read_prompts
 
     usual: dict[str, Any] = {PROMPT_FIELDS[name]: words[name] for name in PROMPT_FIELDS if name in words}
     usual |= {name: words[name] for name in SHARED if name in words}
+    if usual.get("sample_steps", 1) > MOST_STEPS:
+        raise UserError(f"--steps: {words['steps']} is above {MOST_STEPS}")
     text, path = words.get("prompt"), config.samples.sample_prompts
     if text is not None and path is not None:
         raise UserError("--prompt and --from_file both say what to draw", fix="give one of them")

@@ -108,7 +108,8 @@ def remade(asked: Request, model: Family, picture: Picture) -> str:
     more: dict[str, object] = {}
     if asked.networks:
         more["network_weights"] = [path for path, _ in asked.networks]
-        more["network_mul"] = [f"{strength:g}" for _, strength in asked.networks]
+        strengths = [strength for _, strength in asked.networks]
+        more["network_mul"] = strengths if set(strengths) != {1.0} else None
     if asked.float32_parts:
         more["float32_parts"] = list(asked.float32_parts)
     return command(asked.config, picture, model.sampling, more)
