@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -230,18 +229,25 @@ from pathlib import Path
 from tests_of_store import content, key, RECORDS
 from sfumato.data.store import DiskStore
 store = DiskStore(Path(sys.argv[1]))
-print("go", flush=True)
+made, most = 0, int(sys.argv[3])
 for i in sorted(range(RECORDS), key=lambda i: (i * 7919 + int(sys.argv[2])) % RECORDS):
     if store.missing([key(i)]):
+        if made == most:
+            sys.stdin.read()  # until it is killed
         store.put(key(i), content(i))
+        made += 1
+        print(made, flush=True)
     if i % 50 == 0:
         store.refresh()
 store.close()
 """
 
 
-def start(folder: Path, number: int) -> subprocess.Popen[str]:
-    """A process that fills the store; it imports this file's key and content by path."""
+def start(folder: Path, number: int, *, most: int) -> subprocess.Popen[str]:
+    """A process that fills the store and waits when it has put `most` records.
+
+    It imports this file's key and content by path.
+    """
     loader = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("tests_of_store", {str(Path(__file__))!r})
@@ -249,51 +255,36 @@ module = importlib.util.module_from_spec(spec); sys.modules["tests_of_store"] = 
 spec.loader.exec_module(module)
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    arguments = [sys.executable, "-c", loader + FILLER, str(folder), str(number)]
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def killed_while_filling(folder: Path, delay: float) -> None:
-    """Two processes fill; both are killed after `delay` seconds; what is there must be right."""
-    fillers = [start(folder, number) for number in (1, 200)]
-    for filler in fillers:
-        assert filler.stdout is not None
-        assert filler.stdout.readline() == "go\n"
-    time.sleep(delay)
-    for filler in fillers:
-        filler.send_signal(signal.SIGKILL)
-        filler.wait()
-    store = DiskStore(folder)
-    for i in range(RECORDS):
-        assert store.get(key(i)) in (None, content(i))
-    assert sorted(store.missing([key(i) for i in range(RECORDS)])) == sorted(
-        key(i) for i in range(RECORDS) if store.get(key(i)) is None
-    )
-    store.close()
-
-
-def killed_again_and_again(folder: Path, moments: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
-    for delay in moments:
-        killed_while_filling(folder, delay)
-    fillers = [start(folder, number) for number in (3, 4)]
-    assert [filler.wait(60) for filler in fillers] == [0, 0]
-    store = DiskStore(folder)
-    assert all(store.get(key(i)) == content(i) for i in range(RECORDS))
-    assert "is damaged" not in caplog.text  # a torn end is one thing, a damaged record would be another
+    arguments = [sys.executable, "-c", loader + FILLER, str(folder), str(number), str(most)]
+    return subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_kills_leave_it_whole(tmp_path, caplog):
-    killed_again_and_again(tmp_path, [0.005, 0.03, 0.08], caplog)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
-def test_thirty_kills_leave_it_whole(tmp_path, caplog):
+    """Two processes fill at once and are killed when each has put a number of records; what is there is right."""
+    caplog.set_level(logging.WARNING)
     rng = random.Random(0)
-    for i in range(10):
-        killed_again_and_again(tmp_path / str(i), [rng.uniform(0, 0.06) for _ in range(3)], caplog)
+    for _ in range(3):
+        enough = [rng.randint(1, RECORDS // 8) for _ in range(2)]
+        fillers = [start(tmp_path, number, most=more + 2) for number, more in zip((1, 200), enough, strict=True)]
+        for filler, more in zip(fillers, enough, strict=True):
+            assert filler.stdout is not None
+            assert [int(filler.stdout.readline()) for _ in range(more)] == list(range(1, more + 1))
+            filler.kill()
+            assert filler.wait() == -signal.SIGKILL
+        store = DiskStore(tmp_path)
+        there = {i for i in range(RECORDS) if store.get(key(i)) is not None}
+        assert all(store.get(key(i)) == content(i) for i in there)
+        assert set(store.missing([key(i) for i in range(RECORDS)])) == {key(i) for i in range(RECORDS)} - set(
+            map(key, there)
+        )
+        assert 0 < len(there) < RECORDS
+        store.close()
+    fillers = [start(tmp_path, number, most=RECORDS) for number in (3, 4)]
+    assert [filler.communicate(timeout=100) and filler.returncode for filler in fillers] == [0, 0]
+    store = DiskStore(tmp_path)
+    assert all(store.get(key(i)) == content(i) for i in range(RECORDS))
+    assert "is damaged" not in caplog.text  # a torn end is one thing, a damaged record would be another
 
 
 def test_a_writer_is_not_shared_by_forking(tmp_path):
