@@ -1,4 +1,4 @@
-"""The command `sfumato`: train, generate, plan, dataset, report, toy, demo. Each imports only what it needs."""
+"""The command `sfumato`: train, generate, plan, dataset, lora, report, toy, demo. Each imports only what it needs."""
 
 from __future__ import annotations
 
@@ -112,6 +112,13 @@ def dataset(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def lora(argv: Sequence[str]) -> int:
+    """Tools for LoRA files: write one under the names of another program."""
+    from sfumato.cli.lora import main as run
+
+    return run(argv)
+
+
 def toy(argv: Sequence[str]) -> int:
     """Make a toy model and pictures to try things on."""
     from sfumato.demo.toy import main as run
@@ -131,6 +138,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "generate": generate,
     "plan": plan,
     "dataset": dataset,
+    "lora": lora,
     "report": run_report,
     "toy": toy,
     "demo": demo,

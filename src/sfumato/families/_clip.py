@@ -19,7 +19,10 @@ from sfumato.formats.keymap import KeyMap, Rule
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig
 
-TARGETS = ("encoder.layers.{n}.self_attn.{*}", "encoder.layers.{n}.mlp.{*}")
+TARGETS = (
+    *(f"encoder.layers.{{n}}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
+    *(f"encoder.layers.{{n}}.mlp.{name}" for name in ("fc1", "fc2")),
+)
 BLOCKS = ("encoder.layers.{n}",)
 DROP = ("{*}embeddings.position_ids",)
 FILE_KEYS = KeyMap(  # with or without the `text_model.` level; projections that other programs save along are left out

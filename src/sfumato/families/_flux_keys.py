@@ -85,6 +85,7 @@ def part(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds: Mapping[
             "train_single_block_indices": "single_blocks.{n}.{*}",
         },
         blocks=(DOUBLE[:-1], SINGLE[:-1]),
+        rows=rows,
     )
 
 

@@ -74,6 +74,7 @@ def spec(prefix: str) -> PartSpec:
         choices={"train_blocks": CHOICES},
         counted={"train_block_indices": "layers.{n}.{*}"},
         blocks=tuple(f"{stack}.{{n}}" for stack in STACKS),
+        rows=rows,
     )
 
 

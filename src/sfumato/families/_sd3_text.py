@@ -15,7 +15,7 @@ from sfumato.data.batch import Tensors
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _t5
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import Network, PartSpec
+from sfumato.families.base import Component, Network, PartSpec
 from sfumato.formats.keymap import KeyMap, Rule, identity
 
 LAYER = 2  # from the end: both CLIP towers are read before their last layer, without the final norm
@@ -55,6 +55,13 @@ PLACES = {
         folder="text_encoder_3",
         adapter_prefix="lora_te3",
     ),
+}
+
+COMPONENTS = {
+    name: Component(
+        folder=place.folder, key_map=identity() if name == "t5" else _clip.key_map(), takes_lora=name != "t5"
+    )
+    for name, place in PLACES.items()
 }
 
 

@@ -15,8 +15,19 @@ from sfumato.families.base import Component, Network, PartSpec, Pipeline
 from sfumato.formats.keymap import KeyMap, Rule, identity
 
 PREFIX = "model.diffusion_model."  # inside whole checkpoints
-TARGETS = ("{*}attentions.{n}.{*}",)
-CONV_TARGETS = ("{*}resnets.{n}.{*}", "{*}downsamplers.{n}.conv", "{*}upsamplers.{n}.conv")
+PLACES = ("down_blocks.{n}", "mid_block", "up_blocks.{n}")
+LAYERS = (  # of a transformer
+    *("proj_in", "proj_out"),
+    *(f"transformer_blocks.{{n}}.attn{i}.to_{name}" for i in (1, 2) for name in ("q", "k", "v", "out.0")),
+    *(f"transformer_blocks.{{n}}.ff.net.{name}" for name in ("0.proj", "2")),
+)
+TARGETS = tuple(f"{place}.attentions.{{n}}.{layer}" for place in PLACES for layer in LAYERS)
+CONVOLUTIONS = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")  # and what else stands between them
+CONV_TARGETS = (
+    *(f"{place}.resnets.{{n}}.{layer}" for place in PLACES for layer in CONVOLUTIONS),
+    "down_blocks.{n}.downsamplers.{n}.conv",
+    "up_blocks.{n}.upsamplers.{n}.conv",
+)
 BLOCKS = (
     "down_blocks.{n}.resnets.{n}",
     "down_blocks.{n}.attentions.{n}",

@@ -26,6 +26,7 @@ from sfumato.formats.keymap import KeyMap, identity, matches
 from sfumato.registry import Registry
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # a network from its configuration
+Rows = Callable[[str, Sequence[int]], Sequence[int]]  # of a stacked original weight: key, shape -> rows of each layer
 FAMILIES: Registry[type[Family]] = Registry("model family")
 
 
@@ -51,11 +52,17 @@ class PartSpec:
     blocks: tuple[str, ...] = ()  # patterns on the paths of the repeated blocks
     opt_in: str = ""  # the network argument that alone lets this part train (train_t5xxl)
     tables: tuple[str, ...] = ()  # the module's own names of tensors in the file that are no weights and never train
+    rows: Rows | None = None  # how a stacked weight falls apart, from its original key and shape; None: evenly
+
+    @property
+    def every_target(self) -> tuple[str, ...]:
+        """Patterns on all adaptable layers, those that only an option reaches included."""
+        more = (target for targets in self.extra_targets.values() for target in targets)
+        return (*self.targets, *self.conv_targets, *more)
 
     def groups(self, layers: Mapping[str, Layer], *, every: bool = False) -> list[LayerGroup]:
         """The usually adapted layers among `layers`, or `every` adaptable one, grouped by names in adapter files."""
-        more = [*self.conv_targets, *(target for targets in self.extra_targets.values() for target in targets)]
-        targets = [*self.targets, *(more if every else ())]
+        targets = self.every_target if every else self.targets
         return layer_groups(layers, targets, part=self.name, prefix=self.adapter_prefix, adapter_map=self.adapter_map)
 
     def stage(self, name: str) -> int | None:
@@ -134,6 +141,7 @@ class Component:
 
     folder: str
     key_map: KeyMap = field(default_factory=identity)  # weights there <-> module
+    takes_lora: bool = True  # whether diffusers' pipeline loads LoRA for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +203,7 @@ class Family(ABC):
     bucket_step: ClassVar[int]  # bucket_reso_steps must be a multiple
     sampling: ClassVar[Sampling]
     options: ClassVar[frozenset[str]] = frozenset()  # of those that only some families read, the ones that this does
+    components: ClassVar[Mapping[str, Component]] = {}  # by our names: each network's place in diffusers' layout
     preamble: str = ""  # what stands before every caption and prompt, but neither before negative nor empty ones
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module) -> None:
@@ -228,6 +237,14 @@ class Family(ABC):
     @abstractmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
         """Build the networks and fill them straight in the wanted dtype; no second copy of the weights."""
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        """The parts that an adapter file may speak of, by their names, without the model that it was made for.
+
+        shapes: name in the file -> shape of the weight that it changes. A family that cannot tell gives none.
+        """
+        return {}
 
     def tokenizers_in_order(self) -> Sequence[Any]:
         """One for each text encoder; only asked for where the blueprint has a pipeline."""

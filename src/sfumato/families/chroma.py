@@ -15,9 +15,13 @@ from sfumato.errors import Problems
 from sfumato.families import _chroma_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import component, image_ids, pack, unpack, whole_mask
 from sfumato.families._source import Source
-from sfumato.families.base import FAMILIES, Blueprint, Family, Part, Room, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Part, PartSpec, Room, Sampling
 
 T5_LENGTH = 512
+COMPONENTS = {
+    "denoiser": Component(folder="transformer"),
+    "t5": Component(folder="text_encoder", takes_lora=False),
+}
 
 
 @FAMILIES.register("chroma")
@@ -27,6 +31,7 @@ class Chroma(Family):
     bucket_step = 32
     options = _flux_parts.OPTIONS
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=None, size_multiple=16)
+    components = COMPONENTS
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
@@ -65,6 +70,10 @@ class Chroma(Family):
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        return {"denoiser": _chroma_keys.spec(""), "t5": _flux_parts.t5_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         """The words and one token of padding after them, which this model was trained to see."""

@@ -15,10 +15,15 @@ from sfumato.data.emphasis import Pieces
 from sfumato.families import _clip, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import component, image_ids, pack, unpack, whole_mask
 from sfumato.families._source import Source, Weights
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Room, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 
 T5_LENGTH = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
 DEFAULT_GUIDANCE = 3.5
+COMPONENTS = {
+    "denoiser": Component(folder="transformer"),
+    "clip_l": Component(folder="text_encoder", key_map=_clip.key_map()),
+    "t5": Component(folder="text_encoder_2", takes_lora=False),
+}
 
 
 def clip_spec() -> PartSpec:
@@ -40,6 +45,7 @@ class Flux(Family):
     bucket_step = 32
     options = _flux_parts.OPTIONS | {"clip_l"}
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=DEFAULT_GUIDANCE, size_multiple=16)
+    components = COMPONENTS
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
@@ -89,6 +95,10 @@ class Flux(Family):
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        return {"denoiser": _flux_keys.spec(""), "clip_l": clip_spec(), "t5": _flux_parts.t5_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module

@@ -22,7 +22,7 @@ from sfumato.errors import UserError
 from sfumato.families import _gemma2, _gemma2_tokenizer, _lumina_keys, _vae
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Room, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import KeyMap, Rule
 
 PREFIX = "model.diffusion_model."
@@ -32,6 +32,10 @@ VAE_PREFIX = "vae."
 VAE_FIXED = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 PROMPT_START = " <Prompt Start> "  # between the system prompt and the caption
 USUAL_SAMPLING, USUAL_SHIFT = "shift", 6.0
+COMPONENTS = {
+    "denoiser": Component(folder="transformer"),
+    "gemma2": Component(folder="text_encoder", takes_lora=False),
+}
 
 
 def gemma_spec() -> PartSpec:
@@ -51,6 +55,7 @@ class Lumina(Family):
     name = "lumina"
     text_parts = ("gemma2",)
     bucket_step = 16
+    components = COMPONENTS
     options = frozenset(
         {"gemma2", "ae", "no_half_vae", "gemma2_max_token_length", "system_prompt"}
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
@@ -123,6 +128,10 @@ class Lumina(Family):
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        return {"denoiser": _lumina_keys.spec(""), "gemma2": gemma_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module

@@ -65,6 +65,7 @@ class StableDiffusion(Family):
         | _unet.LOSS_OPTIONS
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
+    components = PIPELINE.networks
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
@@ -120,6 +121,10 @@ class StableDiffusion(Family):
 
     def tokenizers_in_order(self) -> Sequence[Any]:
         return (self.tokenizer,)
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        return {"denoiser": unet_spec(identity()), "clip": clip_spec(_clip.key_map(), CLIP)}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module

@@ -15,11 +15,12 @@ from sfumato.diffusion.objective import RectifiedFlow
 from sfumato.errors import Problems, UserError
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
 from sfumato.families._source import Source, Weights, find_path
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, Room, Sampling
+from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import identity
 
 PREFIX = "model.diffusion_model."
 CLIPS = ("clip_l", "clip_g")
+COMPONENTS = {"denoiser": Component(folder="transformer"), **_sd3_text.COMPONENTS}
 T5_LENGTH = 256
 VAE_FACTS = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
 SHIFT = 3.0  # of the time grid in sampling
@@ -40,6 +41,7 @@ class StableDiffusion3(Family):
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=16)
+    components = COMPONENTS
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
@@ -101,6 +103,12 @@ class StableDiffusion3(Family):
         vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
         vae = networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        denoiser = _sd3_keys.spec(PREFIX, _sd3_keys.blocks_of_adapter(shapes))
+        clips = {name: _sd3_text.clip_spec(name, projected=False) for name in CLIPS}
+        return {"denoiser": denoiser, **clips, "t5": _sd3_text.t5_spec()}
 
     def expect(self, resolutions: Iterable[tuple[int, int]]) -> None:
         if self.scaled_places:

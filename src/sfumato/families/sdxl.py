@@ -40,6 +40,12 @@ STAGES = _unet.Stages(  # 23: embeddings, nine blocks down, three in the middle,
     ),
     sections={"down_lr_weight": range(1, 10), "mid_lr_weight": range(10, 13), "up_lr_weight": range(13, 22)},
 )
+PUBLISHED = {  # what the names of the UNet's blocks depend on; all models of the line share it
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
 LAYER = 2  # from the end: both encoders are read before their last layer, without the final norm
 SIZES = 6  # numbers that the UNet is told: height and width, top and left, height and width
 
@@ -84,6 +90,7 @@ class StableDiffusionXL(Family):
         | _unet.LOSS_OPTIONS
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
+    components = PIPELINE.networks
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
@@ -142,6 +149,11 @@ class StableDiffusionXL(Family):
 
     def tokenizers_in_order(self) -> Sequence[Any]:
         return (self.tokenizers["clip_l"], self.tokenizers["clip_g"])
+
+    @classmethod
+    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        denoiser = unet_spec(_unet.key_map(PUBLISHED))
+        return {"denoiser": denoiser, "clip_l": clip_l_spec(), "clip_g": clip_g_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module
