@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils, single_file_utils
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from keys import on_meta, round_trip, same, shapes_of, tagged
@@ -18,13 +18,13 @@ from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.config import NetworkOptions
 from sfumato.demo import toy_lumina
-from sfumato.demo.weights import random_network
 from sfumato.errors import UserError
 from sfumato.families import _gemma2, _lumina_keys
 from sfumato.families.base import Part
 from sfumato.families.lumina import gemma_spec
 from sfumato.methods.adapter_args import read_args
 from sfumato.methods.adapter_ranks import Ranks
+from sfumato.tools.export_lora import export_lora
 
 FULL: dict[str, Any] = {  # as published
     "in_channels": 16,
@@ -205,59 +205,7 @@ def test_blocks_by_name(blocks: str, starts: tuple[str, ...]) -> None:
 # ---------------------------------------------------------------- in diffusers
 
 
-def exported(engine: AdapterEngine) -> dict[str, Tensor]:
-    """The adapters under PEFT's names, their strength in the up matrices: a q, k and v each with the shared down."""
-    found: dict[str, Tensor] = {}
-    for adapter in engine:
-        assert isinstance(adapter, LoRA)
-        for i, path in enumerate(adapter.group.paths):
-            up = adapter.group.take(adapter.lora_up.detach(), i) * adapter.alpha / adapter.rank
-            found[f"transformer.{path}.lora_A.weight"] = adapter.lora_down.detach().clone()
-            found[f"transformer.{path}.lora_B.weight"] = up.clone()
-    return found
-
-
-def adapted(module: nn.Module) -> AdapterEngine:
-    engine = AdapterEngine()
-    part = Part(spec=_lumina_keys.spec(""), module=module)
-    engine.attach(part.groups(every=True), lambda group: LoRA(group, rank=4, alpha=2.0))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in engine.parameters():
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    return engine
-
-
-@torch.no_grad()
-def test_an_exported_lora_gives_the_same_in_diffusers(tmp_path: Path) -> None:
-    """diffusers takes our names for no layer at all, with a line in its log; under its own it loads every one."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
-
-    config = toy_lumina.transformer_config()
-    module = random_network(_lumina_keys.build, config, seed=0, purpose="test")
-    arguments = {
-        "hidden_states": torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0)),
-        "timestep": torch.tensor([0.3]),
-        "encoder_hidden_states": torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)),
-        "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
-    }
-    engine = adapted(module)
-    ours = module(**arguments, return_dict=False)[0]
-    with engine.scaled(0.0):
-        plain = module(**arguments, return_dict=False)[0]
-    save_file(exported(engine), tmp_path / "lora.safetensors")
-    layers = sum(len(adapter.group.layers) for adapter in engine)
-
-    other: Any = random_network(_lumina_keys.build, config, seed=0, purpose="test")
-    parts: dict[str, Any] = {"vae": None, "text_encoder": None, "tokenizer": None}
-    pipe = Lumina2Pipeline(transformer=other, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
-    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    assert sum(hasattr(each, "lora_A") for each in other.modules()) == layers
-    theirs = other(**arguments, return_dict=False)[0]
-    assert (ours - plain).abs().max() > 1e-2
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-
-
-def test_the_names_of_the_export_are_those_of_diffusers_converter() -> None:
+def test_the_names_of_the_export_are_those_of_diffusers_converter(tmp_path: Path) -> None:
     """A file of original names, as other programs write them, becomes the same; it only knows blocks at real width."""
     module = on_meta(lambda: _lumina_keys.build(FULL | {"num_layers": 1, "num_refiner_layers": 1}))
     part = Part(spec=_lumina_keys.spec(""), module=module)
@@ -273,4 +221,7 @@ def test_the_names_of_the_export_are_those_of_diffusers_converter() -> None:
         assert adapter.group.name == "lora_unet_" + name.removeprefix("diffusion_model.").replace(".", "_")
         original[f"{name}.lora_A.weight"] = adapter.lora_down.detach()
         original[f"{name}.lora_B.weight"] = adapter.lora_up.detach()
-    same(exported(engine), lora_conversion_utils._convert_non_diffusers_lumina2_lora_to_diffusers(original))
+    save_file(engine.tensors(), tmp_path / "lora.safetensors")
+    export_lora(tmp_path / "lora.safetensors", tmp_path / "theirs.safetensors")
+    theirs = lora_conversion_utils._convert_non_diffusers_lumina2_lora_to_diffusers(original)
+    same(load_file(tmp_path / "theirs.safetensors"), theirs)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from families.sd3_toys import CAPTIONS, checkpoint, conditioning, load, read, without
 from families.toys import ToyShelf
@@ -24,6 +24,7 @@ from sfumato.families._sd3_patches import nearest, scaled_table
 from sfumato.families.sd3 import patches_of
 from sfumato.formats.lora import read_adapter_file
 from sfumato.plan import Outlook, look, with_seed
+from sfumato.tools.export_lora import export_lora
 from training import arguments, losses, pictures, run, same, weights
 
 
@@ -203,8 +204,8 @@ def test_a_picture_larger_than_the_table(toy: Mapping[str, Path]) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_lora_under_diffusers_names_gives_the_same(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
-    """diffusers reads no SD3 files of the field; by the key map's rules it gets the same layers in its own names."""
+def test_a_trained_lora_under_diffusers_names_gives_the_same(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """diffusers reads no SD3 files of the field; exported, it reads every layer of them."""
     from diffusers import StableDiffusion3Pipeline
 
     toy = toy_shelf.paths("sd3", "original", "3.5-medium")
@@ -214,18 +215,13 @@ def test_a_lora_under_diffusers_names_gives_the_same(toy_shelf: ToyShelf, images
     entries, model = read_adapter_file(output / "lora.safetensors"), load(**checkpoint(toy))
     groups = {group.name: group for group in model.parts["denoiser"].groups(every=True)}
     assert set(entries) == set(groups)
-    theirs: dict[str, Tensor] = {}
-    for name, group in groups.items():
-        down, up, alpha = (entries[name][suffix] for suffix in ("lora_down.weight", "lora_up.weight", "alpha"))
-        for i, path in enumerate(group.paths):
-            theirs[f"transformer.{path}.lora_A.weight"] = down.clone()
-            theirs[f"transformer.{path}.lora_B.weight"] = group.take(up, i).contiguous() * (alpha / len(down))
+    export_lora(output / "lora.safetensors", tmp_path / "theirs.safetensors")
     folder = toy_shelf.paths("sd3", "diffusers", "3.5-medium")["pretrained_model_name_or_path"]
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder)
     text, t = conditioning(model, CAPTIONS[:1]), torch.tensor([600.0])
     x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     before = pipe.transformer(hidden_states=x, timestep=t, **text).sample
-    pipe.load_lora_weights(theirs)
+    pipe.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
     assert lora_layers(pipe) == sum(len(group.paths) for group in groups.values())
     found = pipe.transformer(hidden_states=x, timestep=t, **text).sample
     engine = AdapterEngine()
