@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions
 from sfumato.data.emphasis import Pieces, of_tokens, plain
 from sfumato.errors import UserError
-from sfumato.families._source import Source, find_path
+from sfumato.families._kinds import CLIP, Found, require
+from sfumato.families._source import Source, Weights, find_path
 from sfumato.formats.keymap import KeyMap, Rule
 
 if TYPE_CHECKING:
@@ -52,6 +53,16 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]], *, activation: str =
         "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
         "hidden_act": activation,
     }
+
+
+def read_config(source: Source, weights: Weights, *, activation: str = "quick_gelu") -> dict[str, Any]:
+    """From the file or folder of a lone tower, with or without the `text_model.` level; UserError where it is none."""
+    shapes = weights.shapes()
+    plain = Found(source.path, {name.removeprefix("text_model."): shape for name, shape in shapes.items()})
+    require(CLIP, plain, weights.file.header.tensors, source.path)
+    if source.is_folder:
+        return config_of_folder(source.config("."))
+    return config_from_shapes(plain, activation=activation)
 
 
 def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:

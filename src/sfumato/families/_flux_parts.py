@@ -17,7 +17,8 @@ from sfumato.diffusion.objective import RectifiedFlow
 from sfumato.diffusion.timesteps import resolution_mu
 from sfumato.errors import UserError
 from sfumato.families import _t5, _tokenizers, _vae
-from sfumato.families._source import Source, Weights
+from sfumato.families._kinds import LATENT, WIDTH, check_width, told_of
+from sfumato.families._source import Source, Weights, find_path
 from sfumato.families.base import Network, PartSpec
 from sfumato.formats.keymap import KeyMap, identity
 
@@ -93,21 +94,28 @@ def _without_prefix(source: Source) -> dict[str, Sequence[int]]:
 def component(source: Source, option: str, given: str | None, folder: str) -> Path:
     """What the option names, else the folder inside a diffusers model."""
     if given:
-        return Path(given)
+        with told_of(option):
+            return find_path(given)
     if source.has(folder):
         return source.path / folder
     raise UserError(f"--{option} is missing: {source.path} holds the transformer alone", fix=f"--{option} FILE")
 
 
-def read_t5(path: Path) -> Network:
+def read_t5(path: Path, denoiser: Network) -> Network:
+    """Raises UserError for a file of another kind, and for an encoder of another width than the model reads."""
     source = Source(path)
-    weights = Weights(file=source.component(), key_map=_t5.key_map(), tied=_t5.TIED)
-    config = _t5.config_of_folder(source.config(".")) if source.is_folder else _t5.config_from_shapes(weights.shapes())
-    return Network(spec=t5_spec(), config=config, weights=weights)
+    with told_of("t5xxl"):
+        weights = Weights(file=source.component(), key_map=_t5.key_map(), tied=_t5.TIED)
+        config = _t5.read_config(source, weights)
+    check_width("t5xxl", path, WIDTH, config["d_model"], denoiser.config["joint_attention_dim"])
+    return Network(spec=t5_spec(), config=config, weights=weights, option="t5xxl")
 
 
-def read_vae(path: Path) -> Network:
-    return _vae.replacement(path, FIXED)
+def read_vae(path: Path, denoiser: Network) -> Network:
+    """Raises UserError for a file of another kind, and for latents of another kind than the model knows."""
+    found = _vae.replacement(path, FIXED, option="ae")
+    check_width("ae", path, LATENT, found.config["latent_channels"], denoiser.config["in_channels"] // 4)
+    return found
 
 
 def t5_spec() -> PartSpec:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +13,13 @@ from sfumato.config import ModelOptions
 from sfumato.data.batch import Tensors
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _t5
+from sfumato.families._kinds import WIDTH, check_width, told_of
 from sfumato.families._source import Source, Weights, find_path
 from sfumato.families.base import Component, Network, PartSpec
 from sfumato.formats.keymap import KeyMap, Rule, identity
 
 LAYER = 2  # from the end: both CLIP towers are read before their last layer, without the final norm
+ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 PROJECTION = "text_projection.weight"
 PROJECTED_KEYS = KeyMap(  # with or without the `text_model.` level
     [Rule("text_model.{*}", ("text_model.{*}",)), Rule(PROJECTION, (PROJECTION,)), Rule("{*}", ("text_model.{*}",))],
@@ -70,10 +71,29 @@ def read(name: str, source: Source, model: ModelOptions) -> Network | None:
     place = PLACES[name]
     given = {"clip_l": model.clip_l, "clip_g": model.clip_g, "t5": model.t5xxl}[name]
     if given:
-        return _read(name, Source(find_path(given)))
+        with told_of(place.option):
+            return replace(_read(name, Source(find_path(given))), option=place.option)
     if source.is_folder:
         return _read(name, Source(source.path / place.folder)) if source.has(place.folder) else None
     return _read(name, source) if any(key.startswith(place.prefix) for key in source.shapes) else None
+
+
+def check(denoiser: Network, found: Mapping[str, Network]) -> None:
+    """Raise UserError where the encoders are not those that the transformer was trained with."""
+    clip_l, clip_g = (found[name].config for name in ("clip_l", "clip_g"))
+    pooled = sum(config["projection_dim"] for config in (clip_l, clip_g))
+    if clip_l["hidden_size"] > clip_g["hidden_size"]:
+        raise UserError("--clip_l is wider than --clip_g", fix="swap the two files")
+    if pooled != denoiser.config["pooled_projection_dim"]:
+        widths = f"{clip_l['projection_dim']} + {clip_g['projection_dim']}"
+        raise UserError(
+            f"--clip_l and --clip_g are not those of this model: their pooled vectors have {widths} numbers, "
+            f"{denoiser.config['pooled_projection_dim']} are expected",
+            fix="give CLIP-L and CLIP-G",
+        )
+    if "t5" in found:
+        place, width = found["t5"].weights.file.header.path, found["t5"].config["d_model"]
+        check_width("t5xxl", place, WIDTH, width, denoiser.config["joint_attention_dim"])
 
 
 def missing(name: str, source: Source) -> UserError:
@@ -87,31 +107,14 @@ def _read(name: str, source: Source) -> Network:
     prefix = PLACES[name].prefix if prefixed else ""
     if name == "t5":
         weights = Weights(file=file, key_map=_t5.key_map(), prefix=prefix, tied=_t5.TIED)
-        config = _t5.config_of_folder(source.config(".")) if source.is_folder else _t5_config(weights, source.path)
+        config = _t5.read_config(source, weights)
         return Network(spec=t5_spec(), config=config, weights=weights)
     projected = prefix + PROJECTION in file.header.tensors
     weights = Weights(file=file, key_map=PROJECTED_KEYS if projected else _clip.FILE_KEYS, prefix=prefix)
-    config = (
-        _clip.config_of_folder(source.config(".")) if source.is_folder else _clip_config(name, weights, source.path)
-    )
+    config = _clip.read_config(source, weights, activation=ACTIVATIONS[name])
+    if projected and not source.is_folder:
+        config["projection_dim"] = weights.shapes()[PROJECTION][0]
     return Network(spec=clip_spec(name, projected=projected), config=config, weights=weights)
-
-
-def _t5_config(weights: Weights, path: Path) -> dict[str, Any]:
-    shapes = weights.shapes()
-    if "shared.weight" not in shapes:
-        raise UserError(f"{path} holds no T5 text encoder", fix="--t5xxl FILE")
-    return _t5.config_from_shapes(shapes)
-
-
-def _clip_config(name: str, weights: Weights, path: Path) -> dict[str, Any]:
-    shapes = weights.shapes()
-    plain = {key.removeprefix(_open_clip.LEVEL): shape for key, shape in shapes.items()}
-    if "embeddings.token_embedding.weight" not in plain:
-        raise UserError(f"{path} holds no CLIP text encoder", fix=f"--{name} FILE")
-    activation = {"clip_l": "quick_gelu", "clip_g": "gelu"}[name]
-    config = _clip.config_from_shapes(plain, activation=activation)
-    return config | ({"projection_dim": shapes[PROJECTION][0]} if PROJECTION in shapes else {})
 
 
 def clip_spec(name: str, *, projected: bool) -> PartSpec:

@@ -15,6 +15,7 @@ from torch import nn
 
 from sfumato.config import ModelOptions
 from sfumato.errors import UserError
+from sfumato.families._kinds import Found
 from sfumato.formats.checkpoint import DTYPES, PickledFile, TensorFile, open_checkpoint
 from sfumato.formats.keymap import KeyMap
 
@@ -137,7 +138,10 @@ class Weights:
                 yield key[len(self.prefix) :]
 
     def shapes(self) -> Shapes:
-        """Our name -> shape, from the header alone; raises UserError for keys that no rule covers."""
+        """Our name -> shape, from the header alone; raises UserError for keys that no rule covers.
+
+        So does asking for a name that is not there.
+        """
         shapes: Shapes = {}
         unknown: list[str] = []
         for original in self.originals():
@@ -147,16 +151,18 @@ class Weights:
                 continue
             names, op = found
             shape = torch.Size(self.file.header.tensors[self.prefix + original].shape)
+            if not shape:
+                continue
             if op == "squeeze":
                 shape = shape[:2]
             if op == "transpose":
                 shape = shape[::-1]
-            rows = [shape[0]] if len(names) == 1 and shape else self._rows(original, shape, len(names))
-            shapes |= {name: torch.Size((n, *shape[1:])) for name, n in zip(names, rows, strict=True)} if shape else {}
+            rows = [shape[0]] if len(names) == 1 else self._rows(original, shape, len(names))
+            shapes |= {name: torch.Size((n, *shape[1:])) for name, n in zip(names, rows, strict=True)}
         if unknown:
             some = ", ".join(unknown[:5])
             raise UserError(f"{self.file.header.path} holds {len(unknown)} keys of no known place: {some}")
-        return shapes
+        return Found(self.file.header.path, shapes)
 
     @cached_property
     def places(self) -> dict[str, str]:

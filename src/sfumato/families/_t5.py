@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.data.emphasis import Pieces, of_tokens, plain
+from sfumato.families._kinds import T5, require
+from sfumato.families._source import Source, Weights
 from sfumato.formats.keymap import KeyMap, Rule
 
 TARGETS = (
@@ -40,6 +42,13 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
     }
+
+
+def read_config(source: Source, weights: Weights) -> dict[str, Any]:
+    """From the file or folder of an encoder; raises UserError where it is none."""
+    shapes = weights.shapes()
+    require(T5, shapes, weights.file.header.tensors, source.path)
+    return config_of_folder(source.config(".")) if source.is_folder else config_from_shapes(shapes)
 
 
 def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
+from sfumato.families._kinds import LATENT, check_width
 from sfumato.families._source import Source, Weights, read_json
 from sfumato.families.base import Component, Network, PartSpec, Pipeline
 from sfumato.formats.keymap import KeyMap, Rule, identity
@@ -154,6 +155,8 @@ def pipeline(name: str, text: Mapping[str, Component], *, tokenizers: tuple[str,
 def check_channels(source: Source, denoiser: Network, vae: Network) -> None:
     """Inpainting and similar variants see more than the noisy picture, which nothing here would give them."""
     sees, latent = denoiser.config["in_channels"], vae.config["latent_channels"]
+    if vae.option and sees == denoiser.config["out_channels"]:
+        check_width(vae.option, vae.weights.file.header.path, LATENT, latent, sees)
     if sees != latent:
         raise UserError(
             f"{source.name} is a variant whose denoiser takes {sees} channels instead of {latent} (inpainting, depth "

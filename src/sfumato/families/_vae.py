@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
-from sfumato.families._source import Source, Weights, read_json, weight_file
+from sfumato.families._kinds import AUTOENCODER, Found, require, told_of
+from sfumato.families._source import Source, Weights, find_path, read_json, weight_file
 from sfumato.families.base import Network, PartSpec
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.keymap import KeyMap, Rule, identity
@@ -101,12 +103,14 @@ def network(source: Source, prefix: str, fixed: Mapping[str, Any]) -> Network:
     """The autoencoder inside a checkpoint: original names under `prefix`, or the `vae` folder of a diffusers model."""
     if source.is_folder:
         folder = source.path / "vae" if source.has("vae") else source.path
-        config = read_json(folder / "config.json")
+        config = {**fixed, **read_json(folder / "config.json")}
         weights = Weights(file=open_checkpoint(weight_file(folder)), key_map=OLD_NAMES)
+        require(AUTOENCODER, weights.shapes(), weights.file.header.tensors, folder)
         return Network(spec=spec(key_map(len(config["block_out_channels"]))), config=config, weights=weights)
     inside = {key[len(prefix) :]: shape for key, shape in source.shapes.items() if key.startswith(prefix)}
     if "encoder.conv_in.weight" not in inside:
         raise UserError(f"{source.path} holds no autoencoder", fix="give one with --vae FILE")
+    inside = Found(source.path, inside)
     if any(key.startswith("encoder.down_blocks.") for key in inside):
         return _with_our_names(source, inside, prefix, fixed)
     config = config_from_shapes(inside) | dict(fixed) | source.config("vae")
@@ -125,11 +129,27 @@ def _with_our_names(
     return Network(spec=spec(map_), config=config, weights=weights)
 
 
-def replacement(path: Path, fixed: Mapping[str, Any]) -> Network:
-    """What --vae names: a folder, or a file with or without the prefix that whole checkpoints use."""
-    source = Source(path)
-    prefixed = any(key.startswith(PREFIX) for key in source.shapes)
-    return network(source, PREFIX if prefixed else "", fixed)
+def replacement(given: str | Path, fixed: Mapping[str, Any], *, option: str = "vae") -> Network:
+    """What the option names: a folder, or a file with or without the prefix that whole checkpoints use.
+
+    Raises UserError where it is no autoencoder, or says of itself that it is another model's.
+    """
+    with told_of(option):
+        source = Source(find_path(str(given)))
+        path = source.path
+        prefix = PREFIX if any(key.startswith(PREFIX) for key in source.shapes) else ""
+        if not source.is_folder:
+            inside = [key[len(prefix) :] for key in source.shapes if key.startswith(prefix)]
+            require(AUTOENCODER, inside, source.shapes, path)
+        found = network(source, prefix, fixed)
+        for name, usual in fixed.items():
+            if found.config[name] != usual:
+                raise UserError(
+                    f"{path} is the autoencoder of another model: its {name} is {found.config[name]}, "
+                    f"that of this model {usual}",
+                    fix=f"give the --{option} that this model was trained with",
+                )
+    return replace(found, option=option)
 
 
 def build(config: Mapping[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.errors import UserError
+from sfumato.families._kinds import describe, told_of
 from sfumato.families._source import Source, Weights, on_meta
 from sfumato.formats.groups import Layer, LayerGroup, file_name, layer_groups, layers_of, skeleton
 from sfumato.formats.keymap import KeyMap, identity, matches
@@ -27,6 +28,7 @@ from sfumato.registry import Registry
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # a network from its configuration
 Rows = Callable[[str, Sequence[int]], Sequence[int]]  # of a stacked original weight: key, shape -> rows of each layer
+BASE_MODEL = "--pretrained_model_name_or_path FILE_OR_FOLDER"
 FAMILIES: Registry[type[Family]] = Registry("model family")
 
 
@@ -101,6 +103,7 @@ class Network:
     config: Mapping[str, Any]
     weights: Weights
     dtype: torch.dtype | None = None  # that this network is loaded in whatever the rest of the model is
+    option: str = ""  # that names its file
 
     def groups(self, *, every: bool = False) -> list[LayerGroup]:
         """The groups a loaded Part would have, from the file's header alone."""
@@ -109,7 +112,8 @@ class Network:
     def load(self, build: Builder, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Build from the configuration without storage, then fill from the file in the wanted dtype."""
         module = on_meta(lambda: build(self.config))
-        self.weights.fill(module, dtype=self.dtype or dtype, device=device)
+        with told_of(self.option):
+            self.weights.fill(module, dtype=self.dtype or dtype, device=device)
         self.weights.file.close()  # opens again by itself when something more is read
         return module.to(device)  # buffers
 
@@ -322,11 +326,26 @@ def find_family(name: str | None, source: Source) -> type[Family]:
     recognised = next((family for family in known if family.detect(source)), None)
     if name is None:
         if recognised is None:
-            raise UserError(f"{source.path} is no checkpoint of a known kind ({', '.join(FAMILIES.names)})")
+            what = f"{source.path} is {_described(source)}, where a checkpoint of a known kind is expected"
+            raise UserError(f"{what} ({', '.join(FAMILIES.names)})", fix=BASE_MODEL)
         return recognised
     wanted = FAMILIES.get(name)
     if not wanted.detect(source):
-        kind = f"a checkpoint of the family {recognised.name!r}" if recognised else "of no known kind"
-        variant = recognised.name if recognised and recognised.name in vocabulary()["model_type"].choices else ""
-        raise UserError(f"{source.path} is {kind}, not of {name!r}", fix=variant and f"--model_type {variant}")
+        if recognised is None:
+            what = f"{source.path} is {_described(source)}, where a checkpoint of the family {name!r} is expected"
+            raise UserError(what, fix=BASE_MODEL)
+        variant = recognised.name if recognised.name in vocabulary()["model_type"].choices else ""
+        raise UserError(
+            f"{source.path} is a checkpoint of the family {recognised.name!r}, not of {name!r}",
+            fix=variant and f"--model_type {variant}",
+        )
     return wanted
+
+
+def _described(source: Source) -> str:
+    """What lies there that no family recognises."""
+    if not source.is_folder:
+        return describe(source.shapes) or "of no known kind"
+    told = source.config(".") if source.has(".") else {}
+    kind = told.get("_class_name") or next(iter(told.get("architectures") or ()), None)
+    return f"a folder of {kind} alone" if kind else "a folder without a model in diffusers' layout"

@@ -47,7 +47,8 @@ class Chroma(Family):
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         check(model)
-        vae = _flux_parts.read_vae(component(source, "ae", model.ae, "vae"))
+        denoiser = _chroma_keys.TRANSFORMER.network(source)
+        vae = _flux_parts.read_vae(component(source, "ae", model.ae, "vae"), denoiser)
         return Blueprint(
             source=source,
             title="Chroma",
@@ -55,8 +56,8 @@ class Chroma(Family):
             architecture="chroma",
             text_parts=cls.text_parts,
             networks={
-                "denoiser": _chroma_keys.TRANSFORMER.network(source),
-                "t5": _flux_parts.read_t5(component(source, "t5xxl", model.t5xxl, "text_encoder")),
+                "denoiser": denoiser,
+                "t5": _flux_parts.read_t5(component(source, "t5xxl", model.t5xxl, "text_encoder"), denoiser),
                 "vae": vae,
             },
             objective=_flux_parts.objective(noise, shifted=True),

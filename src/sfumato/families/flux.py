@@ -14,6 +14,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
 from sfumato.families import _clip, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import component, image_ids, pack, unpack, whole_mask
+from sfumato.families._kinds import WIDTH, check_width, told_of
 from sfumato.families._source import Source, Weights
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 
@@ -65,7 +66,7 @@ class Flux(Family):
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         denoiser = _flux_keys.TRANSFORMER.network(source)
-        vae = _flux_parts.read_vae(component(source, "ae", model.ae, "vae"))
+        vae = _flux_parts.read_vae(component(source, "ae", model.ae, "vae"), denoiser)
         guided = bool(denoiser.config["guidance_embeds"])
         return Blueprint(
             source=source,
@@ -75,8 +76,8 @@ class Flux(Family):
             text_parts=cls.text_parts,
             networks={
                 "denoiser": denoiser,
-                "clip_l": _read_clip(component(source, "clip_l", model.clip_l, "text_encoder")),
-                "t5": _flux_parts.read_t5(component(source, "t5xxl", model.t5xxl, "text_encoder_2")),
+                "clip_l": _read_clip(component(source, "clip_l", model.clip_l, "text_encoder"), denoiser),
+                "t5": _flux_parts.read_t5(component(source, "t5xxl", model.t5xxl, "text_encoder_2"), denoiser),
                 "vae": vae,
             },
             objective=_flux_parts.objective(noise, shifted=guided),
@@ -166,11 +167,10 @@ class Flux(Family):
         return unpack(raw, noisy.shape)
 
 
-def _read_clip(path: Path) -> Network:
+def _read_clip(path: Path, denoiser: Network) -> Network:
     source = Source(path)
-    weights = Weights(file=source.component(), key_map=_clip.FILE_KEYS)
-    if source.is_folder:
-        config = _clip.config_of_folder(source.config("."))
-    else:
-        config = _clip.config_from_shapes(weights.shapes())
-    return Network(spec=clip_spec(), config=config, weights=weights)
+    with told_of("clip_l"):
+        weights = Weights(file=source.component(), key_map=_clip.FILE_KEYS)
+        config = _clip.read_config(source, weights)
+    check_width("clip_l", path, WIDTH, config["hidden_size"], denoiser.config["pooled_projection_dim"])
+    return Network(spec=clip_spec(), config=config, weights=weights, option="clip_l")

@@ -21,6 +21,7 @@ from sfumato.diffusion.timesteps import shifted
 from sfumato.errors import UserError
 from sfumato.families import _gemma2, _gemma2_tokenizer, _lumina_keys, _vae
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
+from sfumato.families._kinds import GEMMA2, LATENT, WIDTH, check_width, require, told_of
 from sfumato.families._source import Source, Weights, find_path
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import KeyMap, Rule
@@ -91,7 +92,7 @@ class Lumina(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         denoiser = _read_transformer(source)
         _check_length(denoiser, model)
-        vae = _read_vae(_component(source, model.ae, "ae", "vae"))
+        vae = _read_vae(_component(source, model.ae, "ae", "vae"), denoiser)
         sampling, shift = noise.timestep_sampling or USUAL_SAMPLING, noise.discrete_flow_shift or USUAL_SHIFT
         space = noise.model_prediction_type or "raw"
         return Blueprint(
@@ -103,7 +104,7 @@ class Lumina(Family):
             text_parts=cls.text_parts,
             networks={
                 "denoiser": denoiser,
-                "gemma2": _read_gemma(_component(source, model.gemma2, "gemma2", "text_encoder")),
+                "gemma2": _read_gemma(_component(source, model.gemma2, "gemma2", "text_encoder"), denoiser),
                 "vae": vae,
             },
             objective=RectifiedFlow(
@@ -205,28 +206,34 @@ def _read_transformer(source: Source) -> Network:
     return Network(spec=_lumina_keys.spec(prefix), config=_lumina_keys.config_from_shapes(inside), weights=weights)
 
 
-def _read_gemma(source: Source) -> Network:
+def _read_gemma(source: Source, denoiser: Network) -> Network:
     """A file of its own, a folder, or a file that holds the whole model."""
-    prefix = TEXT_PREFIX if any(key.startswith(TEXT_PREFIX) for key in source.shapes) else ""
-    weights = Weights(file=source.component(), key_map=_gemma2.FILE_KEYS, prefix=prefix)
-    shapes = weights.shapes()
-    if not _gemma2.is_one(shapes):
-        raise UserError(f"{source.path} holds no Gemma 2 text encoder")
-    folder = source.is_folder and (source.path / "config.json").is_file()
-    config = _gemma2.config_of_folder(source.config(".")) if folder else _gemma2.config_from_shapes(shapes)
-    return Network(spec=gemma_spec(), config=config, weights=weights)
+    with told_of("gemma2"):
+        prefix = TEXT_PREFIX if any(key.startswith(TEXT_PREFIX) for key in source.shapes) else ""
+        weights = Weights(file=source.component(), key_map=_gemma2.FILE_KEYS, prefix=prefix)
+        shapes = weights.shapes()
+        require(GEMMA2, shapes if _gemma2.is_one(shapes) else {}, weights.file.header.tensors, source.path)
+        folder = source.is_folder and (source.path / "config.json").is_file()
+        config = _gemma2.config_of_folder(source.config(".")) if folder else _gemma2.config_from_shapes(shapes)
+    check_width("gemma2", source.path, WIDTH, config["hidden_size"], denoiser.config["cap_feat_dim"])
+    return Network(spec=gemma_spec(), config=config, weights=weights, option="gemma2")
 
 
-def _read_vae(source: Source) -> Network:
-    if any(key.startswith(VAE_PREFIX) for key in source.shapes):
-        return _vae.network(source, VAE_PREFIX, VAE_FIXED)
-    return _vae.replacement(source.path, VAE_FIXED)
+def _read_vae(source: Source, denoiser: Network) -> Network:
+    with told_of("ae"):
+        inside = any(key.startswith(VAE_PREFIX) for key in source.shapes)
+    found = _vae.network(source, VAE_PREFIX, VAE_FIXED) if inside else None
+    found = found or _vae.replacement(source.path, VAE_FIXED, option="ae")
+    channels = found.config["latent_channels"]
+    check_width("ae", source.path, LATENT, channels, denoiser.config["in_channels"])
+    return found
 
 
 def _component(source: Source, given: str | None, option: str, folder: str) -> Source:
     """What the option names, else the folder inside a diffusers model, else the checkpoint if it holds everything."""
     if given:
-        return Source(Path(given))
+        with told_of(option):
+            return Source(find_path(given))
     if source.has(folder):
         return Source(source.path / folder)
     prefix = {"text_encoder": TEXT_PREFIX, "vae": VAE_PREFIX}[folder]

@@ -13,7 +13,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
-from sfumato.families._source import Source, Weights, find_path
+from sfumato.families._source import Source, Weights
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import KeyMap, identity
 
@@ -91,7 +91,7 @@ class StableDiffusion(Family):
         if model.v2 and not second:
             raise UserError(f"{source.name} is Stable Diffusion 1.x", fix="leave --v2 out")
         fixed = {"scaling_factor": 0.18215}
-        vae = _vae.replacement(find_path(model.vae), fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
+        vae = _vae.replacement(model.vae, fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
         denoiser = _unet.network(source, unet_spec, _unet.heads_of_64 if second else _eight_heads)
         _unet.check_channels(source, denoiser, vae)
         objective, notes = _unet.objective(source, model, noise)

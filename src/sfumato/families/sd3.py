@@ -14,7 +14,8 @@ from sfumato.data.emphasis import Pieces
 from sfumato.diffusion.objective import RectifiedFlow
 from sfumato.errors import Problems, UserError
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
-from sfumato.families._source import Source, Weights, find_path
+from sfumato.families._kinds import LATENT, check_width
+from sfumato.families._source import Source, Weights
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import identity
 
@@ -73,7 +74,7 @@ class StableDiffusion3(Family):
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         denoiser = _read_transformer(source)
-        networks = {"denoiser": denoiser, **_read_others(source, model)}
+        networks = {"denoiser": denoiser, **_read_others(source, model, denoiser)}
         kind = _sd3_keys.kind_of(denoiser.config)
         return Blueprint(
             source=source,
@@ -204,7 +205,7 @@ def _read_transformer(source: Source) -> Network:
     return Network(spec=_sd3_keys.spec(prefix, blocks), config=config, weights=weights)
 
 
-def _read_others(source: Source, model: ModelOptions) -> dict[str, Network]:
+def _read_others(source: Source, model: ModelOptions, denoiser: Network) -> dict[str, Network]:
     """Text encoders and autoencoder; all that are missing are told at once. T5 may be: it was often left out in
     training, too, with zeros in its place.
     """
@@ -217,9 +218,12 @@ def _read_others(source: Source, model: ModelOptions) -> dict[str, Network]:
                 raise _sd3_text.missing(part, source)
             found |= {part: network} if network else {}
     with problems.catch():
-        replaced = _vae.replacement(find_path(model.vae), VAE_FACTS) if model.vae else None
+        replaced = _vae.replacement(model.vae, VAE_FACTS) if model.vae else None
         found["vae"] = replaced or _vae.network(source, _vae.PREFIX, VAE_FACTS)
     problems.raise_all()
+    _sd3_text.check(denoiser, found)
+    channels = found["vae"].config["latent_channels"]
+    check_width("vae", found["vae"].weights.file.header.path, LATENT, channels, denoiser.config["in_channels"])
     return found
 
 

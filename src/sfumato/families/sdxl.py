@@ -13,7 +13,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
-from sfumato.families._source import Source, Weights, find_path
+from sfumato.families._source import Source, Weights
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
 from sfumato.formats.keymap import KeyMap, identity
 
@@ -116,7 +116,7 @@ class StableDiffusionXL(Family):
         if model.v2:
             raise UserError(f"{source.name} is Stable Diffusion XL", fix="leave --v2 out")
         fixed = {"scaling_factor": 0.13025}
-        vae = _vae.replacement(find_path(model.vae), fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
+        vae = _vae.replacement(model.vae, fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
         clip_g = _read_clip_g(source)
         denoiser = _unet.network(source, unet_spec, lambda config: _size_conditioning(config, clip_g))
         _unet.check_channels(source, denoiser, vae)
