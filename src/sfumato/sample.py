@@ -63,6 +63,7 @@ class Picture:
     sampler: str
     cfg_trunc_ratio: float = 1.0
     renorm_cfg: float = 0.0
+    flow_shift: float | None = None  # of the time grid; None: the family's own
     weighted: bool = True  # whether (words) and [words] count more and less
 
     @property
@@ -93,6 +94,7 @@ def fill_in(prompt: Prompt, model: Family, *, sampler: str, seed: int, weighted:
         sampler=prompt.sample_sampler or sampler,
         cfg_trunc_ratio=usual.cfg_trunc_ratio if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio,
         renorm_cfg=usual.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg,
+        flow_shift=prompt.flow_shift,
         weighted=weighted,
     )
 
@@ -111,8 +113,8 @@ def without_effect(prompt: Prompt, picture: Picture, model: Family) -> Iterator[
         yield f"{start}--ss has no effect, this model is always walked by Euler steps"
     if prompt.controlnet_image:
         yield f"{start}--cn has no effect, there is no control network"
-    if prompt.flow_shift is not None:
-        yield f"{start}--fs has no effect on this model"
+    if prompt.flow_shift is not None and model.objective.at_shift(prompt.flow_shift) is None:
+        yield f"{start}--fs has no effect on this model, whose steps have no such shift"
     for name in ("width", "height"):
         asked, made = vars(prompt)[name], vars(picture)[name]
         if asked not in (None, made):
@@ -157,13 +159,16 @@ def denoise(
     generator: Generator | list[Generator],
     cfg_trunc_ratio: float = 1.0,
     renorm_cfg: float = 0.0,
+    flow_shift: float | None = None,
 ) -> Tensor:
     """Standard normal x (B, C, h, w) -> clean latents. `negative` None: no classifier-free guidance.
 
     cfg_trunc_ratio: the guidance ends where this share of the way is done. renorm_cfg: the longest that a guided
-    prediction may be, in lengths of the one for the prompt; 0 for any length. generator: one for all, or one for each.
+    prediction may be, in lengths of the one for the prompt; 0 for any length. flow_shift: how far steps
+    are moved towards noise, where the objective has such a shift. generator: one for all, or one for each.
     """
-    model.objective.set_timesteps(scheduler, steps, model.latents, x.shape)
+    moved = None if flow_shift is None else model.objective.at_shift(flow_shift)
+    (moved or model.objective).set_timesteps(scheduler, steps, model.latents, x.shape)
     x = model.objective.first_noise(scheduler, x)
     for t in scheduler.timesteps:
         scaled = model.objective.scheduler_input(scheduler, x, t)
@@ -258,6 +263,6 @@ def generate_together(
     clean = denoise(
         model, method, scheduler, x, positive, negative,
         steps=usual.steps, scale=usual.scale, extras=extras, generator=generators,
-        cfg_trunc_ratio=usual.cfg_trunc_ratio, renorm_cfg=usual.renorm_cfg,
+        cfg_trunc_ratio=usual.cfg_trunc_ratio, renorm_cfg=usual.renorm_cfg, flow_shift=usual.flow_shift,
     )  # fmt: skip
     return list(decode_latents(model, clean).cpu().clamp(-1, 1))

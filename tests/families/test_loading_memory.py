@@ -6,57 +6,134 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from keys import on_meta
-from sfumato.families import _chroma_keys, _flux_keys
+from sfumato.families import _chroma_keys, _flux_keys, _gemma2, _lumina_keys, _sd3_keys, _t5
 from sfumato.formats.checkpoint import write_safetensors
+from sfumato.formats.keymap import KeyMap
 
 SOURCE = Path(__file__).parents[2] / "src"
 WIDTH = 1024
-SMALL = {"attention_head_dim": 128, "num_attention_heads": WIDTH // 128, "joint_attention_dim": 128}
+HEADS = {"attention_head_dim": 128, "num_attention_heads": WIDTH // 128, "joint_attention_dim": 128}
 BLOCKS = {"num_layers": 2, "num_single_layers": 4}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A network of some 100 million weights, and the lines that read it from a `source`."""
+
+    build: Callable[[dict[str, Any]], Any]
+    config: dict[str, Any]
+    keys: KeyMap
+    lines: str
+
+
 KINDS = {
-    "flux": (_flux_keys, {"pooled_projection_dim": 64}),
-    "chroma": (_chroma_keys, {"approximator_hidden_dim": 64, "approximator_layers": 1}),
-}
+    "flux": Kind(
+        _flux_keys.build, {**HEADS, **BLOCKS, "pooled_projection_dim": 64}, _flux_keys.KEYS,
+        "from sfumato.families._flux_keys import TRANSFORMER, build; network = TRANSFORMER.network(source)",
+    ),
+    "chroma": Kind(
+        _chroma_keys.build, {**HEADS, **BLOCKS, "approximator_hidden_dim": 64, "approximator_layers": 1},
+        _chroma_keys.KEYS,
+        "from sfumato.families._chroma_keys import TRANSFORMER, build; network = TRANSFORMER.network(source)",
+    ),
+    "sd3": Kind(
+        _sd3_keys.build,
+        {
+            "num_layers": 4, "attention_head_dim": 64, "num_attention_heads": WIDTH // 64, "in_channels": 16,
+            "joint_attention_dim": 128, "caption_projection_dim": WIDTH, "pooled_projection_dim": 64,
+            "pos_embed_max_size": 32, "patch_size": 2, "out_channels": 16, "dual_attention_layers": [0, 1],
+            "qk_norm": "rms_norm",
+        },
+        _sd3_keys.key_map(4),
+        "from sfumato.families.sd3 import _read_transformer as read; from sfumato.families._sd3_keys import build; "
+        "network = read(source)",
+    ),
+    "lumina": Kind(
+        _lumina_keys.build,
+        {
+            "in_channels": 16, "hidden_size": 1152, "num_layers": 6, "num_refiner_layers": 1, "num_attention_heads": 12,
+            "num_kv_heads": 4, "cap_feat_dim": 128, "axes_dim_rope": [32, 32, 32],
+        },
+        _lumina_keys.KEYS,
+        "from sfumato.families.lumina import _read_transformer as read; from sfumato.families._lumina_keys import "
+        "build; network = read(source)",
+    ),
+    "t5": Kind(
+        _t5.build,
+        {
+            "vocab_size": 128, "d_model": WIDTH, "d_kv": 64, "d_ff": 2 * WIDTH, "num_layers": 8, "num_heads": 16,
+            "feed_forward_proj": "gated-gelu",
+        },
+        _t5.key_map(),
+        "from sfumato.families._flux_parts import read_t5; from sfumato.families._t5 import build; "
+        "network = read_t5(source.path, SimpleNamespace(config={'joint_attention_dim': 1024}))",
+    ),
+    "gemma2": Kind(
+        _gemma2.build,
+        {
+            "vocab_size": 128, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256, "query_pre_attn_scalar": 256,
+        },
+        _gemma2.FILE_KEYS,
+        "from sfumato.families.lumina import _read_gemma; from sfumato.families._gemma2 import build; "
+        "network = _read_gemma(source, SimpleNamespace(config={'cap_feat_dim': 1024}))",
+    ),
+}  # fmt: skip
 PROGRAM = """
 import json, sys
 import torch
-from sfumato.families import {module} as keys
-from sfumato.families._source import Source
 from pathlib import Path
+from types import SimpleNamespace
+from sfumato.families._source import Source
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 source = Source(Path(sys.argv[1]))
-network = keys.TRANSFORMER.network(source)
-keys.build(dict(network.config, num_layers=0, num_single_layers=0))  # imports and warms up
+{lines}
+build(small(network.config))  # imports and warms up
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-module = network.load(keys.build, dtype=getattr(torch, sys.argv[2]), device=torch.device("cpu"))
+module = network.load(build, dtype=getattr(torch, sys.argv[2]), device=torch.device("cpu"))
 weights = sum(parameter.nbytes for parameter in module.parameters())
 print(json.dumps(dict(extra=memory("VmHWM") - before - weights, weights=weights)))
 """
+SMALL = """
+def small(config):
+    return {name: 1 if name in ("num_layers", "num_single_layers", "num_hidden_layers", "num_refiner_layers")
+            else [0] if name == "dual_attention_layers" else value for name, value in config.items()}
+"""
+CASES = [  # network, type in the file, in memory
+    ("flux", torch.bfloat16, "float32"), ("chroma", torch.bfloat16, "bfloat16"),
+    ("sd3", torch.float16, "bfloat16"), ("lumina", torch.bfloat16, "float32"),
+    ("t5", torch.float8_e4m3fn, "bfloat16"), ("gemma2", torch.bfloat16, "float16"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read where Linux tells it")
-@pytest.mark.parametrize(("kind", "dtype"), [("flux", "float32"), ("chroma", "bfloat16")])
-def test_the_peak_is_the_weights_and_less_than_one_more(kind: str, dtype: str, tmp_path: Path) -> None:
-    """From a file in bfloat16, into the same and into another type."""
-    keys, more = KINDS[kind]
-    network = on_meta(lambda: keys.build(SMALL | BLOCKS | more))
-    shapes = {name: tensor.shape for name, tensor in keys.KEYS.to_original(network.state_dict()).items()}
-    state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+@pytest.mark.parametrize(("name", "stored", "dtype"), CASES, ids=[case[0] for case in CASES])
+def test_the_peak_is_the_weights_and_less_than_one_more(
+    name: str, stored: torch.dtype, dtype: str, tmp_path: Path
+) -> None:
+    """From a file of one type into the same and into another."""
+    kind = KINDS[name]
+    network = on_meta(lambda: kind.build(kind.config))
+    shapes = {key: tensor.shape for key, tensor in kind.keys.to_original(network.state_dict()).items()}
+    state = {key: torch.ones(shape).to(stored) for key, shape in shapes.items()}
     largest = max(tensor.numel() for tensor in state.values()) * getattr(torch, dtype).itemsize
     write_safetensors(tmp_path / "model.safetensors", state, {})
-    program = PROGRAM.format(module=keys.__name__.rpartition(".")[2])
+    program = SMALL + PROGRAM.replace("{lines}", kind.lines)
     words = [sys.executable, "-c", program, str(tmp_path / "model.safetensors"), dtype]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)

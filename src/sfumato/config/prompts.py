@@ -36,7 +36,7 @@ class Prompt:
     controlnet_image: str | None = None
     cfg_trunc_ratio: float | None = None  # classifier-free guidance only before this share of the way
     renorm_cfg: float | None = None  # longest a guided prediction may be, in lengths of the one for the prompt
-    flow_shift: float | None = None
+    flow_shift: float | None = None  # how far a flow's steps are moved towards noise
     notes: tuple[str, ...] = ()  # what was left out of the file's words, and why
 
     def completed(self, usual: Mapping[str, Any]) -> Prompt:
@@ -54,6 +54,12 @@ class LineOption:
     kind: Callable[[str], Any]
 
 
+def _above_zero(text: str) -> float:
+    if not float(text) > 0:
+        raise ValueError
+    return float(text)
+
+
 WHOLE, DECIMAL, ANY = re.compile(r"\d+"), re.compile(r"[\d.]+"), re.compile(r".+")
 OPTIONS = {
     "n": LineOption("negative_prompt", ANY, str),
@@ -67,7 +73,7 @@ OPTIONS = {
     "cn": LineOption("controlnet_image", ANY, str.strip),
     "ctr": LineOption("cfg_trunc_ratio", ANY, float),
     "rcfg": LineOption("renorm_cfg", ANY, float),
-    "fs": LineOption("flow_shift", ANY, float),
+    "fs": LineOption("flow_shift", ANY, _above_zero),
 }
 
 
@@ -170,4 +176,6 @@ def _checked(values: Mapping[str, Any], where: str) -> Prompt:
     small = [name for name in ("width", "height", "sample_steps") if values.get(name, 1) < 1]
     if small:
         raise UserError(f"{where}: {small[0]} is below 1")
+    if values.get("flow_shift") is not None and not values["flow_shift"] > 0:
+        raise UserError(f"{where}: flow_shift is not above 0")
     return Prompt(**values)

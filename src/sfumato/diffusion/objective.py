@@ -7,12 +7,14 @@ take the dtype and device of what they multiply, so that no formula loses precis
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+Grid = Callable[[Any, int, int], None]  # gives a diffusers scheduler its levels; steps, tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,10 @@ class Objective(Protocol):
 
     def set_timesteps(self, scheduler: Any, steps: int, latents: LatentSpec, shape: Sequence[int]) -> None:
         """Give a diffusers scheduler the time grid that the family's own pipeline uses."""
+        ...
+
+    def at_shift(self, shift: float) -> Objective | None:
+        """The same with its time grid moved by `shift` instead of the family's own; None: it has no such grid."""
         ...
 
     def first_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
@@ -154,6 +160,9 @@ class VariancePreserving:
     def set_timesteps(self, scheduler: Any, steps: int, latents: LatentSpec, shape: Sequence[int]) -> None:
         scheduler.set_timesteps(steps)
 
+    def at_shift(self, shift: float) -> Objective | None:
+        return None
+
     def first_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
         return noise * scheduler.init_noise_sigma
 
@@ -170,7 +179,8 @@ class RectifiedFlow:
     """
 
     space: Literal["raw", "additive", "sigma_scaled"] = "raw"
-    grid: Callable[[Any, int, int], None]  # the family's time grid: diffusers scheduler, steps, tokens
+    grid: Grid  # the family's time grid
+    grid_at: Callable[[float], Grid] | None = None  # and the one with another shift
     usual_sampling: str = "sigma"  # the family's density of timesteps where the options name none
     usual_shift: float = 3.0  # and its shift
     predicts: Literal["velocity"] = "velocity"
@@ -201,6 +211,9 @@ class RectifiedFlow:
 
     def set_timesteps(self, scheduler: Any, steps: int, latents: LatentSpec, shape: Sequence[int]) -> None:
         self.grid(scheduler, steps, latents.tokens(shape))
+
+    def at_shift(self, shift: float) -> Objective | None:
+        return replace(self, grid=self.grid_at(shift)) if self.grid_at else None
 
     def first_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
         return noise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
-from sfumato.diffusion.objective import RectifiedFlow
+from sfumato.diffusion.objective import Grid, RectifiedFlow
 from sfumato.diffusion.timesteps import resolution_mu
 from sfumato.errors import UserError
 from sfumato.families import _t5, _tokenizers, _vae
@@ -149,19 +149,27 @@ def t5_tokenizer(source: Source, given: str | None, name: str) -> Any:
 
 def objective(noise: NoiseOptions, *, shifted: bool) -> RectifiedFlow:
     """shifted: whether pictures with more tokens are walked with more steps in the noise."""
-    return RectifiedFlow(space=noise.model_prediction_type or "sigma_scaled", grid=time_grid(shifted))
+    return RectifiedFlow(
+        space=noise.model_prediction_type or "sigma_scaled",
+        grid=time_grid(resolution_shift if shifted else lambda tokens: 1.0),
+        grid_at=lambda shift: time_grid(lambda tokens: shift),
+    )
 
 
-def time_grid(shifted: bool) -> Callable[[Any, int, int], None]:
-    """Even, or moved towards noise by the number of tokens (Esser et al. 2024, sec. 5.3.2).
+def resolution_shift(tokens: int) -> float:
+    """More for larger pictures (Esser et al. 2024, sec. 5.3.2)."""
+    return math.exp(resolution_mu(tokens))
+
+
+def time_grid(shift_of: Callable[[int], float]) -> Grid:
+    """Even steps, moved towards noise by a shift that may depend on the number of tokens.
 
     Rounded as in diffusers: the embedding of time tells a level from the next float.
     """
 
     def set_timesteps(scheduler: Any, steps: int, tokens: int) -> None:
-        sigmas = np.linspace(1, 1 / steps, steps).astype(np.float32)
-        if shifted:
-            shift = math.exp(resolution_mu(tokens))
+        sigmas, shift = np.linspace(1, 1 / steps, steps).astype(np.float32), shift_of(tokens)
+        if shift != 1:
             sigmas = shift / (shift + (1 / sigmas - 1))
         scheduler.set_timesteps(sigmas=sigmas.tolist())
 

@@ -6,7 +6,7 @@ turn both round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
-from sfumato.diffusion.objective import RectifiedFlow
+from sfumato.diffusion.objective import Grid, RectifiedFlow
 from sfumato.diffusion.timesteps import shifted
 from sfumato.errors import UserError
 from sfumato.families import _gemma2, _gemma2_tokenizer, _lumina_keys, _vae
@@ -108,7 +108,11 @@ class Lumina(Family):
                 "vae": vae,
             },
             objective=RectifiedFlow(
-                space=space, grid=time_grid(shift), usual_sampling=USUAL_SAMPLING, usual_shift=USUAL_SHIFT
+                space=space,
+                grid=time_grid(shift),
+                grid_at=time_grid,
+                usual_sampling=USUAL_SAMPLING,
+                usual_shift=USUAL_SHIFT,
             ),
             latents=_vae.latent_spec(vae.config, patch=_lumina_keys.PATCH, size_multiple=16),
             metadata={
@@ -174,7 +178,7 @@ class Lumina(Family):
         return -raw
 
 
-def time_grid(shift: float) -> Callable[[Any, int, int], None]:
+def time_grid(shift: float) -> Grid:
     """Even steps, moved towards noise by `shift` whatever the picture's size."""
 
     def set_timesteps(scheduler: Any, steps: int, tokens: int) -> None:

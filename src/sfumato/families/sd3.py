@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.emphasis import Pieces
-from sfumato.diffusion.objective import RectifiedFlow
+from sfumato.diffusion.objective import Grid, RectifiedFlow
 from sfumato.errors import Problems, UserError
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
 from sfumato.families._kinds import LATENT, check_width
@@ -84,7 +84,10 @@ class StableDiffusion3(Family):
             text_parts=tuple(part for part in cls.text_parts if part in networks),
             networks=networks,
             objective=RectifiedFlow(
-                space=noise.model_prediction_type or "sigma_scaled", grid=time_grid, usual_sampling="whole_steps"
+                space=noise.model_prediction_type or "sigma_scaled",
+                grid=time_grid(SHIFT),
+                grid_at=time_grid,
+                usual_sampling="whole_steps",
             ),
             latents=_vae.latent_spec(networks["vae"].config, patch=2, size_multiple=16),
             checkpoint=("denoiser", "vae"),
@@ -166,14 +169,18 @@ class StableDiffusion3(Family):
         return raw
 
 
-def time_grid(scheduler: Any, steps: int, tokens: int) -> None:
+def time_grid(shift: float) -> Grid:
     """Even steps from pure noise to the least level of the shifted table of 1000, then shifted once more."""
-    even = torch.linspace(1.0, shifted(0.001), steps, dtype=torch.float64).tolist()
-    scheduler.set_timesteps(sigmas=[shifted(sigma) for sigma in even])
+
+    def set_timesteps(scheduler: Any, steps: int, tokens: int) -> None:
+        even = torch.linspace(1.0, shifted(0.001, shift), steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=[shifted(sigma, shift) for sigma in even])
+
+    return set_timesteps
 
 
-def shifted(sigma: float) -> float:
-    return SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+def shifted(sigma: float, shift: float) -> float:
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def patches_of(width: int, height: int) -> int:
