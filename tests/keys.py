@@ -105,6 +105,30 @@ SD3["5-large"] = SD3["medium"] | {
 }
 
 
+LUMINA: dict[str, Any] = {
+    "in_channels": 16,
+    "hidden_size": 2304,
+    "num_layers": 26,
+    "num_refiner_layers": 2,
+    "num_attention_heads": 24,
+    "num_kv_heads": 8,
+    "cap_feat_dim": 2304,
+    "axes_dim_rope": [32, 32, 32],
+    "multiple_of": 256,
+    "ffn_dim_multiplier": None,
+}
+GEMMA2: dict[str, Any] = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+}
+
+
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with init_empty_weights():
         return build()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from keys import CLIP_G, CLIP_H, CLIP_L, SD3, T5_XXL, UNETS, on_meta, shapes_of
+from keys import CLIP_G, CLIP_H, CLIP_L, GEMMA2, LUMINA, SD3, T5_XXL, UNETS, on_meta, shapes_of
 from lora_keys import golden
 from sfumato.errors import UserError
 from sfumato.families import (
@@ -30,14 +30,6 @@ from sfumato.formats.groups import LayerGroup
 
 Builds = Mapping[str, Callable[[], nn.Module]]
 FLUX: dict[str, Any] = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
-LUMINA: dict[str, Any] = {
-    "in_channels": 16, "hidden_size": 2304, "num_layers": 26, "num_refiner_layers": 2, "num_attention_heads": 24,
-    "num_kv_heads": 8, "cap_feat_dim": 2304, "axes_dim_rope": [32, 32, 32],
-}  # fmt: skip
-GEMMA: dict[str, Any] = {
-    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-}  # fmt: skip
 CLIPS: Builds = {
     "clip_l": lambda: _clip.build(CLIP_L),
     "clip_g": lambda: _clip.build(CLIP_G),
@@ -52,7 +44,7 @@ GOLDENS: dict[str, tuple[str, Builds]] = {  # golden -> family, networks by our 
     "lora_sd35_medium_dims": ("sd3", {**CLIPS, "denoiser": lambda: _sd3_keys.build(SD3["5-medium"])}),
     "lora_sd35_large": ("sd3", {"denoiser": lambda: _sd3_keys.build(SD3["5-large"])}),
     "lora_lumina": (
-        "lumina", {"denoiser": lambda: _lumina_keys.build(LUMINA), "gemma2": lambda: _gemma2.build(GEMMA)}
+        "lumina", {"denoiser": lambda: _lumina_keys.build(LUMINA), "gemma2": lambda: _gemma2.build(GEMMA2)}
     ),
     "lora_lumina_dims": ("lumina", {"denoiser": lambda: _lumina_keys.build(LUMINA)}),
     "lora_sd15_conv": (

@@ -1,9 +1,9 @@
 """The names under which ComfyUI looks for LoRA of a model, by its rules, at full size: no layer of ours is missed.
 
 Its rules, as facts: a layer of the diffusion model is `lora_unet_` and its key in the checkpoint, with _ for dots; one
-of CLIP-L `lora_te1_text_model_encoder_layers_N_` and its place in the layer; one of T5 beside CLIP-L `lora_te3_` (or
-`te2_`) and its place. Matrices are `.lora_up.weight` and `.lora_down.weight`; `.alpha` / rank times their product is
-added.
+of CLIP-L `lora_te1_text_model_encoder_layers_N_` and its place in the layer, of CLIP-G beside it `lora_te2_...`; one of
+T5 beside one CLIP or both `lora_te3_` and its place; one of a lone language model `lora_te_` and its place. Matrices
+are `.lora_up.weight` and `.lora_down.weight`; `.alpha` / rank times their product is added.
 """
 
 from __future__ import annotations
@@ -15,10 +15,23 @@ import pytest
 import torch
 from torch import nn
 
-from keys import CLIP_L, T5_XXL, on_meta
+from keys import CLIP_G, CLIP_L, GEMMA2, LUMINA, SD3, T5_XXL, on_meta
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.split_lora import SplitLoRA
-from sfumato.families import _chroma_keys, _clip, _flux_keys, _flux_parts, _t5, flux
+from sfumato.families import (
+    _chroma_keys,
+    _clip,
+    _flux_keys,
+    _flux_parts,
+    _gemma2,
+    _lumina_keys,
+    _open_clip,
+    _sd3_keys,
+    _sd3_text,
+    _t5,
+    flux,
+    lumina,
+)
 from sfumato.families.base import Part, PartSpec
 
 CLIP_PLACES = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")))
@@ -33,10 +46,13 @@ def of_diffusion_model(module: nn.Module, spec: PartSpec) -> Shapes:
 
 
 def of_clip(module: nn.Module, spec: PartSpec) -> Shapes:
-    state = module.state_dict()
+    number = {"clip_l": 1, "clip_g": 2}[spec.name]
+    state = {key.removeprefix("text_model."): tensor for key, tensor in module.state_dict().items()}
     names = {f"encoder.layers.{n}.{place}.weight": (n, place) for n, place in product(range(32), CLIP_PLACES)}
     return {
-        f"lora_te1_text_model_encoder_layers_{names[key][0]}_{names[key][1].replace('.', '_')}": tuple(tensor.shape)
+        f"lora_te{number}_text_model_encoder_layers_{names[key][0]}_{names[key][1].replace('.', '_')}": tuple(
+            tensor.shape
+        )
         for key, tensor in state.items()
         if key in names
     }
@@ -47,12 +63,33 @@ def of_t5(module: nn.Module, spec: PartSpec) -> Shapes:
     return {f"lora_te3_{key.replace('.', '_')}": tuple(tensor.shape) for key, tensor in weights.items()}
 
 
+def of_language_model(module: nn.Module, spec: PartSpec) -> Shapes:
+    weights = {key.removesuffix(".weight"): tensor for key, tensor in module.state_dict().items()}
+    return {f"lora_te_{key.replace('.', '_')}": tuple(tensor.shape) for key, tensor in weights.items()}
+
+
+def sd3(kind: str) -> tuple[PartSpec, Callable[[], nn.Module]]:
+    return _sd3_keys.spec("", SD3[kind]["num_layers"]), lambda: _sd3_keys.build(SD3[kind])
+
+
 CASES: dict[str, tuple[PartSpec, Callable[[], nn.Module], Callable[[nn.Module, PartSpec], Shapes], int]] = {
     "flux": (_flux_keys.spec(""), lambda: _flux_keys.build({"guidance_embeds": True}), of_diffusion_model, 304),
     "chroma": (_chroma_keys.spec(""), lambda: _chroma_keys.build({}), of_diffusion_model, 228),
     "clip_l": (flux.clip_spec(), lambda: _clip.build(CLIP_L), of_clip, 72),
     "t5": (_flux_parts.t5_spec(), lambda: _t5.build(T5_XXL), of_t5, 168),
-}
+    "sd3 medium": (*sd3("medium"), of_diffusion_model, 237),
+    "sd3.5 medium": (*sd3("5-medium"), of_diffusion_model, 263),
+    "sd3.5 large": (*sd3("5-large"), of_diffusion_model, 377),
+    "sd3 clip_l": (
+        _sd3_text.clip_spec("clip_l", projected=True), lambda: _open_clip.build_projected(CLIP_L), of_clip, 72
+    ),
+    "sd3 clip_g": (
+        _sd3_text.clip_spec("clip_g", projected=True), lambda: _open_clip.build_projected(CLIP_G), of_clip, 192
+    ),
+    "sd3 t5": (_sd3_text.t5_spec(), lambda: _t5.build(T5_XXL), of_t5, 168),
+    "lumina": (_lumina_keys.spec(""), lambda: _lumina_keys.build(LUMINA), of_diffusion_model, 180),
+    "gemma2": (lumina.gemma_spec(), lambda: _gemma2.build(GEMMA2), of_language_model, 182),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [LoRA, SplitLoRA])

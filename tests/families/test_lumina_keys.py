@@ -12,7 +12,7 @@ from diffusers.loaders import lora_conversion_utils, single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keys import on_meta, round_trip, same, shapes_of, tagged
+from keys import GEMMA2, LUMINA, on_meta, round_trip, same, shapes_of, tagged
 from lora_keys import Shapes, golden
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
@@ -26,39 +26,17 @@ from sfumato.methods.adapter_args import read_args
 from sfumato.methods.adapter_ranks import Ranks
 from sfumato.tools.export_lora import export_lora
 
-FULL: dict[str, Any] = {  # as published
-    "in_channels": 16,
-    "hidden_size": 2304,
-    "num_layers": 26,
-    "num_refiner_layers": 2,
-    "num_attention_heads": 24,
-    "num_kv_heads": 8,
-    "cap_feat_dim": 2304,
-    "axes_dim_rope": [32, 32, 32],
-    "multiple_of": 256,
-    "ffn_dim_multiplier": None,
-}
-GEMMA: dict[str, Any] = {
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-}
 DIMS = {"attn_dim": 2, "mlp_dim": 6, "mod_dim": 8, "refiner_dim": 10, "embedder_dims": [1, 2, 3]}
 
 
 @cache
 def transformer() -> Part:
-    return Part(spec=_lumina_keys.spec(""), module=on_meta(lambda: _lumina_keys.build(FULL)))
+    return Part(spec=_lumina_keys.spec(""), module=on_meta(lambda: _lumina_keys.build(LUMINA)))
 
 
 @cache
 def gemma() -> Part:
-    return Part(spec=gemma_spec(), module=on_meta(lambda: _gemma2.build(GEMMA)))
+    return Part(spec=gemma_spec(), module=on_meta(lambda: _gemma2.build(GEMMA2)))
 
 
 def test_every_key_both_ways() -> None:
@@ -74,7 +52,7 @@ def test_every_key_both_ways() -> None:
 def test_configuration_from_shapes() -> None:
     original = _lumina_keys.KEYS.to_original(transformer().module.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in original.items()}
-    assert _lumina_keys.config_from_shapes(shapes) == FULL
+    assert _lumina_keys.config_from_shapes(shapes) == LUMINA
     assert _lumina_keys.rows("qkv.weight", shapes["layers.0.attention.qkv.weight"]) == [2304, 768, 768]
 
 
@@ -105,7 +83,7 @@ def test_gemma_keys_and_configuration() -> None:
     same(state, _gemma2.FILE_KEYS.to_ours(original | more, shapes))
     same(state, _gemma2.FILE_KEYS.to_ours(state, shapes))
     found = shapes_of(gemma().module)
-    assert _gemma2.config_from_shapes(found) == GEMMA
+    assert _gemma2.config_from_shapes(found) == GEMMA2
     assert _gemma2.is_one(found)
     assert not _gemma2.is_one({**found, "layers.0.self_attn.q_norm.weight": (256,)})  # Gemma 3
 
@@ -207,7 +185,7 @@ def test_blocks_by_name(blocks: str, starts: tuple[str, ...]) -> None:
 
 def test_the_names_of_the_export_are_those_of_diffusers_converter(tmp_path: Path) -> None:
     """A file of original names, as other programs write them, becomes the same; it only knows blocks at real width."""
-    module = on_meta(lambda: _lumina_keys.build(FULL | {"num_layers": 1, "num_refiner_layers": 1}))
+    module = on_meta(lambda: _lumina_keys.build(LUMINA | {"num_layers": 1, "num_refiner_layers": 1}))
     part = Part(spec=_lumina_keys.spec(""), module=module)
     engine = AdapterEngine()
     groups = [group for group in part.groups() if "final_layer" not in group.name]
