@@ -122,13 +122,14 @@ def check_disk(config: Config, data: DataPlan, total: int, method: Method, bluep
     assert save.output_dir is not None
     epochs = -(-total // data.steps_per_epoch(config.loop.gradient_accumulation_steps))
     saves = make_plan(save, epochs)
-    outputs = 1 + most_kept(saves, steps=total, epochs=epochs, state=False)
+    averages = config.ema.averages
+    outputs = (1 + most_kept(saves, steps=total, epochs=epochs, state=False)) * (1 + averages)
     outputs += 2 if config.validation.save_best else 0  # the best yet stands until a better one does
     states = most_kept(saves, steps=total, epochs=epochs, state=True) if save.save_state else 0
     states += save.save_state or save.save_state_on_train_end
     one = method.output_bytes(blueprint, PRECISIONS[save.save_precision])
     moments = 2 if config.optim.optimizer == "AdamW" else 0  # other optimizers may keep less than the weights
-    state = sum(row.parameters for row in method.plan(blueprint)) * 4 * (1 + moments)
+    state = sum(row.parameters for row in method.plan(blueprint)) * 4 * (1 + moments + averages)
     what = f"{outputs} saves of {one / 1e9:.2f} GB"
     what += f" and {states} states of {state / 1e9:.2f} GB" if states else ""
     files.check_room(save.output_dir, outputs * one + states * state, mine=save.output_name, what=what)

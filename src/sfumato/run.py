@@ -42,6 +42,7 @@ from sfumato.health import Health, Proof
 from sfumato.memory.checkpointing import checkpoint_blocks
 from sfumato.memory.host import keep_freed_memory
 from sfumato.methods.base import Method
+from sfumato.optim.ema import Averages
 from sfumato.optim.optimizers import describe, make_optimizer, restore
 from sfumato.optim.rates import Rates, make_rates
 from sfumato.track.best import Best
@@ -72,6 +73,7 @@ class Run:
     rates: Rates
     scaler: GradScaler  # does nothing but in fp16
     parameters: Sequence[nn.Parameter]
+    averages: Averages
     health: Health
     proof: Proof
     loader: Loader
@@ -186,6 +188,7 @@ def open_run(config: Config) -> Run | None:
     optimizer = make_optimizer(config.optim, groups)
     rates = make_rates(config.optim, optimizer, outlook.total - begun.schedule)
     scaler = GradScaler(processes.device.type, enabled=config.memory.mixed_precision == "fp16")
+    parameters = [parameter for group in groups for parameter in group.parameters]
     if state:
         method.load_state(state.pop("weights"))  # each part of the state goes as soon as it is read
         restore(optimizer, state.pop("optimizer"), state["optimizer_class"])
@@ -207,7 +210,8 @@ def open_run(config: Config) -> Run | None:
         optimizer=optimizer,
         rates=rates,
         scaler=scaler,
-        parameters=[parameter for group in groups for parameter in group.parameters],
+        parameters=parameters,
+        averages=resumed_averages(config, parameters, state),
         health=Health(limit=config.loop.max_bad_steps),
         proof=Proof(optimizer),
         loader=loader,
@@ -289,6 +293,15 @@ def resumed_state(config: Config, total: int) -> dict[str, Any]:
         if before.get(name) != now.get(name):
             log.warning("--%s was %s, now it is %s", name, before.get(name, "not set"), now.get(name, "not set"))
     return state
+
+
+def resumed_averages(config: Config, parameters: Sequence[nn.Parameter], state: dict[str, Any]) -> Averages:
+    """Those that the options ask for, as the saved state left them."""
+    averages = Averages(config.ema, parameters)
+    new = averages.load_state_dict(state.pop("averages", {}))
+    for suffix in new if state else ():
+        log.warning("the saved state has no %s: it begins at step %d", suffix.removeprefix("-"), state["step"] + 1)
+    return averages
 
 
 def open_journal(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from sfumato import files, plan
 from sfumato.config.prompts import Prompt, read_prompts
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import PRECISIONS
-from sfumato.formats.metadata import at_save, minimum, without_paths
+from sfumato.formats.metadata import EMA, at_save, minimum, without_paths
 from sfumato.formats.state import save_state
 from sfumato.optim.averaging import averaged
 from sfumato.optim.optimizers import class_name
@@ -68,6 +69,11 @@ def save_both(run: Run, name: str, step: int, *, state: bool, last: bool = False
     with kept_going(run, path, step), averaged(run.optimizer):
         save_output(run, path, step)
         run.hub.upload(path, last=last)
+    for average in run.averages:
+        path = output_path(run, name + average.shape.suffix)
+        with kept_going(run, path, step), average.in_place():
+            save_output(run, path, step, {EMA: json.dumps({**average.facts(), "of": run.saves.name})})
+            run.hub.upload(path, last=last)
     if state:
         with kept_going(run, run.output / folder, step):
             run.hub.upload_state(save_state_folder(run, folder, step), last=last)
@@ -91,7 +97,7 @@ def at_rest(run: Run) -> Iterator[None]:
     training = [module for module in run.method.modules.modules() if module.training]
     run.method.modules.eval()
     try:
-        with averaged(run.optimizer):
+        with averaged(run.optimizer), run.averages.shown():
             yield
     finally:
         for module in training:
@@ -122,6 +128,7 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
             "weights": run.method.state(),
             "optimizer": run.optimizer.state_dict(),
             "optimizer_class": class_name(run.optimizer),
+            "averages": run.averages.state_dict(),
             "rates": run.rates.state_dict(),
             "scaler": run.scaler.state_dict(),
             "journal": run.journal.state_dict(),
@@ -132,10 +139,11 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
 
 
 def remove(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:
-    """Older saves go once the new one stands."""
+    """Older saves go once the new one stands, with the averages that lie beside them."""
     if not run.is_main:
         return
-    for path in (*(output_path(run, name) for name in outputs), *(run.output / f"{name}-state" for name in states)):
+    saved = (name + suffix for name in outputs for suffix in ("", *run.averages.suffixes))
+    for path in (*(output_path(run, name) for name in saved), *(run.output / f"{name}-state" for name in states)):
         run.hub.finish(path)
         files.remove(path)
 

@@ -47,6 +47,7 @@ def loop(run: Run, interrupt: Interrupt) -> None:
         taken = train_step(run, step)
         done = step.index + 1
         curves = {"grad_norm": taken.norm, **run.method.after_step()}
+        run.averages.update()
         run.journal.note(done, taken.loss, shown_rates(run.optimizer), curves, taken.samples)
         if done == run.start + 1:
             run.warn(run.method.report())

@@ -133,6 +133,12 @@ CASES = {
     "adafactor-norm": (PLAIN_ADAFACTOR.replace(" --max_grad_norm 0", ""), PLAIN_ADAFACTOR),
     "adafactor-warmup": (PLAIN_ADAFACTOR.replace("constant_with_warmup", "cosine"), PLAIN_ADAFACTOR),
     "adafactor-threshold": (f"{PLAIN_ADAFACTOR} clip_threshold=2", PLAIN_ADAFACTOR),
+    "ema-schedule-free": ("--ema_decay 0.99 --optimizer_type AdamWScheduleFree", "--ema_decay 0.99"),
+    "ema-off": (
+        "--sample_with_ema --ema_on_cpu --sample_prompts FILE --sample_at_first",
+        "--sample_with_ema --ema_on_cpu --ema_sigma_rel 0.1 --sample_prompts FILE --sample_at_first",
+    ),
+    "ema-no-samples": ("--sample_with_ema --ema_decay 0.9", "--ema_decay 0.9"),
     "log-folder": ("--log_with tensorboard", "--log_with tensorboard --logging_dir logs"),
     "bucket-range": ("--min_bucket_reso 2048", "--min_bucket_reso 1024"),
     "data-twice": ("--dataset_config FILE", "--no_strict"),

@@ -19,6 +19,7 @@ OURS = {
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report",
     "text_cache_variants", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
     "timestep_stratified", "save_at_steps", "save_at_epochs",
+    "ema_decay", "ema_sigma_rel", "ema_on_cpu", "sample_with_ema",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows

@@ -1,4 +1,4 @@
-"""The command `sfumato`: train, generate, plan, dataset, lora, report, toy, demo. Each imports only what it needs."""
+"""The command `sfumato` and what it can be followed by. Each command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -119,6 +119,13 @@ def lora(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def ema(argv: Sequence[str]) -> int:
+    """Make a power-function average of another width out of saved ones."""
+    from sfumato.cli.ema import main as run
+
+    return run(argv)
+
+
 def toy(argv: Sequence[str]) -> int:
     """Make a toy model and pictures to try things on."""
     from sfumato.demo.toy import main as run
@@ -140,6 +147,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "dataset": dataset,
     "lora": lora,
     "report": run_report,
+    "ema": ema,
     "toy": toy,
     "demo": demo,
 }

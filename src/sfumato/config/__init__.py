@@ -4,6 +4,7 @@ from sfumato.config.base import Options
 from sfumato.config.cache import CacheOptions, LoaderOptions
 from sfumato.config.captions import CaptionOptions
 from sfumato.config.dataset import BucketOptions, DatasetOptions, ImageOptions
+from sfumato.config.ema import EmaOptions
 from sfumato.config.full import FullOptions
 from sfumato.config.load import load_config
 from sfumato.config.log import LogOptions
@@ -26,6 +27,7 @@ __all__ = [
     "CaptionOptions",
     "Config",
     "DatasetOptions",
+    "EmaOptions",
     "FullOptions",
     "HubOptions",
     "ImageOptions",

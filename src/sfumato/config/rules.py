@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sfumato.config.ema_rules import EMA_RULES
 from sfumato.config.full_rules import FULL_RULES
 from sfumato.config.loss_rules import LOSS_RULES
 from sfumato.config.network_rules import NETWORK_RULES
@@ -288,4 +289,7 @@ NO_EFFECT = (
     ),
 )
 
-RULES = REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES + NETWORK_RULES + FULL_RULES + OUTPUT_RULES
+RULES = (
+    *(REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES),
+    *(NETWORK_RULES + FULL_RULES + OUTPUT_RULES + EMA_RULES),
+)

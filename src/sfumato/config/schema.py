@@ -12,6 +12,7 @@ from sfumato.config.base import Option, Options, described
 from sfumato.config.cache import CacheOptions, LoaderOptions
 from sfumato.config.captions import CaptionOptions
 from sfumato.config.dataset import BucketOptions, DatasetOptions, ImageOptions
+from sfumato.config.ema import EmaOptions
 from sfumato.config.full import FullOptions
 from sfumato.config.log import LogOptions
 from sfumato.config.loop import LoopOptions
@@ -38,6 +39,7 @@ THEMES: dict[str, type[Options]] = {
     "cache": CacheOptions,
     "loader": LoaderOptions,
     "optim": OptimOptions,
+    "ema": EmaOptions,
     "loop": LoopOptions,
     "noise": NoiseOptions,
     "loss": LossOptions,
@@ -89,6 +91,7 @@ class Config(Options):
     cache: CacheOptions = CacheOptions()
     loader: LoaderOptions = LoaderOptions()
     optim: OptimOptions = OptimOptions()
+    ema: EmaOptions = EmaOptions()
     loop: LoopOptions = LoopOptions()
     noise: NoiseOptions = NoiseOptions()
     loss: LossOptions = LossOptions()

@@ -19,6 +19,7 @@ from sfumato.errors import UserError
 from sfumato.formats.checkpoint import model_hash, sha256_of
 
 PROGRAM = f"sfumato {__version__}"
+EMA = "sfumato.ema"  # which running average of the weights a file holds, as JSON
 MINIMUM = (
     "ss_v2",
     "ss_base_model_version",
@@ -26,6 +27,7 @@ MINIMUM = (
     "ss_network_dim",
     "ss_network_alpha",
     "ss_network_args",
+    EMA,
 )
 # Keys whose value is the option of the same name, ss_ taken off.
 SAME = (

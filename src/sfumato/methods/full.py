@@ -181,7 +181,7 @@ def check_output(config: Config, blueprint: Blueprint, ending: str) -> None:
     source, folder, name = blueprint.source.path.resolve(), config.save.output_dir, config.save.output_name
     if folder is None:
         return
-    pattern = re.compile(rf"{re.escape(name)}(-\d+|-step\d+|-best)?{re.escape(ending)}")
+    pattern = re.compile(rf"{re.escape(name)}(-\d+|-step\d+|-best)?(-ema[\d.]*)?{re.escape(ending)}")
     if source.parent == folder.resolve() and pattern.fullmatch(source.name):
         raise UserError(
             f"the saved model would take the place of {source.name}, the one that training starts from",
