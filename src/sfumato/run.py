@@ -45,6 +45,7 @@ from sfumato.methods.base import Method
 from sfumato.optim.ema import Averages
 from sfumato.optim.optimizers import describe, make_optimizer, restore
 from sfumato.optim.rates import Rates, make_rates
+from sfumato.optim.rounding import Rounding, keep_in_bfloat16
 from sfumato.track.best import Best
 from sfumato.track.console import set_up
 from sfumato.track.hub import Hub, fetch_state
@@ -71,6 +72,7 @@ class Run:
     randomness: Randomness
     optimizer: Optimizer
     rates: Rates
+    rounding: Rounding | None  # where weights are in bfloat16
     scaler: GradScaler  # does nothing but in fp16
     parameters: Sequence[nn.Parameter]
     averages: Averages
@@ -114,6 +116,13 @@ class Run:
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = DTYPES[self.config.memory.mixed_precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def take_step(self, step: int) -> None:
+        """The optimizer's own step, left out where float16 has overflowed."""
+        if self.rounding is None:
+            self.scaler.step(self.optimizer)
+        else:
+            self.rounding.step(step)
 
     def latents(self, batch: Batch, source: Loader | None = None) -> Tensor:
         """Cached latents, or the autoencoder's, made exactly as the cache makes them.
@@ -176,12 +185,15 @@ def open_run(config: Config) -> Run | None:
     if begun != Beginning.of(state):
         log.warning("%s", told(begun))
     method = outlook.method
-    blueprint = outlook.blueprint.with_dtype(method.own_weights(outlook.blueprint), torch.float32)
+    own = torch.bfloat16 if config.memory.full_bf16 else torch.float32
+    blueprint = outlook.blueprint.with_dtype(method.own_weights(outlook.blueprint), own)
     model = outlook.family.load(
         blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=processes.device
     )
     model.expect(dataset.settings.resolution for dataset in outlook.data.datasets)
     groups = method.prepare(model)
+    if config.memory.full_bf16:
+        keep_in_bfloat16(groups)
     if config.memory.gradient_checkpointing:
         for part in model.parts.values():
             checkpoint_blocks(part.module, part.spec.blocks)
@@ -209,6 +221,7 @@ def open_run(config: Config) -> Run | None:
         randomness=Randomness(config.loop.seed),
         optimizer=optimizer,
         rates=rates,
+        rounding=make_rounding(config, optimizer),
         scaler=scaler,
         parameters=parameters,
         averages=resumed_averages(config, parameters, state),
@@ -293,6 +306,13 @@ def resumed_state(config: Config, total: int) -> dict[str, Any]:
         if before.get(name) != now.get(name):
             log.warning("--%s was %s, now it is %s", name, before.get(name, "not set"), now.get(name, "not set"))
     return state
+
+
+def make_rounding(config: Config, optimizer: Optimizer) -> Rounding | None:
+    if not config.memory.full_bf16:
+        return None
+    assert config.loop.seed is not None
+    return Rounding(optimizer, seed=config.loop.seed, stochastic=config.memory.stochastic_rounding)
 
 
 def resumed_averages(config: Config, parameters: Sequence[nn.Parameter], state: dict[str, Any]) -> Averages:

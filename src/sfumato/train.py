@@ -92,7 +92,7 @@ def train_step(run: Run, step: Step) -> Taken:
     if run.health.allows(total, norm, scale=run.scaler.get_scale()):
         if run.config.optim.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(run.parameters, run.config.optim.max_grad_norm, norm)
-        run.scaler.step(run.optimizer)  # the optimizer's own step, left out where float16 has overflowed
+        run.take_step(step.index)
         if not run.proof.done and bool(torch.isfinite(norm)):
             run.proof.look()
     else:
@@ -197,7 +197,8 @@ def sum_over_processes(run: Run, loss: Tensor) -> None:
     if run.processes.num_processes == 1:
         return
     here = [p.grad is not None for p in run.parameters]
-    facts = torch.cat([loss.flatten(), loss.new_tensor(here)]).to(run.parameters[0].dtype)
+    wide = torch.promote_types(run.parameters[0].dtype, torch.float32)  # in which sums are made
+    facts = torch.cat([loss.flatten(), loss.new_tensor(here)]).to(wide)
     summed = facts
     for bucket in buckets(run.parameters):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
@@ -205,7 +206,7 @@ def sum_over_processes(run: Run, loss: Tensor) -> None:
         distributed.all_reduce(flat)
         summed, *pieces = flat.split([len(facts), *(gradient.numel() for gradient in gradients)])
         for parameter, piece in zip(bucket, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+            parameter.grad = piece.view_as(parameter).to(parameter.dtype)
     loss.copy_(summed[0])
     for parameter, counts in zip(run.parameters, here if all(here) else summed[1:].tolist(), strict=True):
         parameter.grad = parameter.grad if counts else None

@@ -139,6 +139,17 @@ CASES = {
         "--sample_with_ema --ema_on_cpu --ema_sigma_rel 0.1 --sample_prompts FILE --sample_at_first",
     ),
     "ema-no-samples": ("--sample_with_ema --ema_decay 0.9", "--ema_decay 0.9"),
+    "full-bf16-precision": ("--full_bf16", "--full_bf16 --mixed_precision bf16"),
+    "full-bf16-schedule-free": (
+        "--full_bf16 --mixed_precision bf16 --optimizer_type AdamWScheduleFree",
+        "--mixed_precision bf16 --optimizer_type AdamWScheduleFree",
+    ),
+    "rounding-off": ("--no_stochastic_rounding", "--no_stochastic_rounding --full_bf16 --mixed_precision bf16"),
+    "full-bf16-by-chance": ("--full_bf16 --mixed_precision bf16", "--mixed_precision bf16"),
+    "full-bf16-to-nearest": (
+        "--full_bf16 --mixed_precision bf16 --no_stochastic_rounding",
+        "--full_bf16 --mixed_precision bf16",
+    ),
     "log-folder": ("--log_with tensorboard", "--log_with tensorboard --logging_dir logs"),
     "bucket-range": ("--min_bucket_reso 2048", "--min_bucket_reso 1024"),
     "data-twice": ("--dataset_config FILE", "--no_strict"),

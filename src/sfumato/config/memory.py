@@ -46,7 +46,10 @@ class MemoryOptions(Options):
         False, "attention from sageattention", planned="attention back ends; --sdpa's is always on"
     )
     full_fp16: bool = option(False, "weights and gradients in float16, too", planned="the memory options")
-    full_bf16: bool = option(False, "weights and gradients in bfloat16, too", planned="the memory options")
+    full_bf16: bool = option(False, "weights that train and their gradients in bfloat16, too")
+    stochastic_rounding: bool = option(
+        True, "round them up or down by chance after a step, so that small steps count on average"
+    )
     fp8_base: bool = option(False, "keep the frozen model in float8", planned="fp8 weights")
     fp8_base_unet: bool = option(False, "keep the frozen denoiser in float8", planned="fp8 weights")
     blocks_to_swap: int | None = option(

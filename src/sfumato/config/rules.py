@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from sfumato.config.ema_rules import EMA_RULES
 from sfumato.config.full_rules import FULL_RULES
 from sfumato.config.loss_rules import LOSS_RULES
+from sfumato.config.memory_rules import MEMORY_RULES
 from sfumato.config.network_rules import NETWORK_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
 from sfumato.config.output_rules import OUTPUT_RULES
@@ -291,5 +292,5 @@ NO_EFFECT = (
 
 RULES = (
     *(REQUIRED + CONFLICTS + NO_EFFECT + LOSS_RULES + OPTIM_RULES),
-    *(NETWORK_RULES + FULL_RULES + OUTPUT_RULES + EMA_RULES),
+    *(NETWORK_RULES + FULL_RULES + OUTPUT_RULES + EMA_RULES + MEMORY_RULES),
 )

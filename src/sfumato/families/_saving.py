@@ -66,12 +66,14 @@ def write(path: Path, entries: Entries, metadata: Mapping[str, str], dtype: torc
     write_stream(path, specs, lambda key: found[key].make(), metadata)
 
 
-def size(blueprint: Blueprint, own_weights: Collection[str], dtype: torch.dtype | None) -> int:
-    """Bytes of the tensors that a save writes, from headers alone; trained networks are kept in float32."""
+def size(
+    blueprint: Blueprint, own_weights: Collection[str], dtype: torch.dtype | None, trained: torch.dtype = torch.float32
+) -> int:
+    """Bytes of the tensors that a save writes, from headers alone; `trained` is what trained networks are kept in."""
     total = 0
     files = {id(blueprint.networks[name].weights.file): blueprint.networks[name].weights for name in saved(blueprint)}
     live = {
-        weights.prefix + original: torch.float32
+        weights.prefix + original: trained
         for name in own_weights
         for weights in (blueprint.networks[name].weights,)
         for original in weights.originals()

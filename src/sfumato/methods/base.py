@@ -40,7 +40,7 @@ class Method(Protocol):
         ...
 
     def own_weights(self, blueprint: Blueprint) -> Collection[str]:
-        """The networks whose own weights train; they are loaded and kept in float32."""
+        """The networks whose own weights train; they are loaded in float32, or in bfloat16 with --full_bf16."""
         ...
 
     def prepare(self, model: Family) -> list[ParameterGroup]:

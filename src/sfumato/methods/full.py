@@ -127,7 +127,8 @@ class FullMethod:
         return {f"ss_{name}": self.config.value(name) for name in names if self.config.changed(name)}
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        return size(blueprint, self.own_weights(blueprint), dtype)
+        trained = torch.bfloat16 if self.config.memory.full_bf16 else torch.float32
+        return size(blueprint, self.own_weights(blueprint), dtype, trained)
 
     def ending(self, blueprint: Blueprint) -> str:
         return "" if self._as_folder(blueprint) else ENDINGS.get(self.config.save.save_model_as or "", ".safetensors")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sfumato.config import OptimOptions
@@ -149,6 +150,17 @@ def restore(optimizer: Optimizer, saved: Mapping[str, Any], name: str) -> None:
     optimizer.load_state_dict(dict(saved))
     for group, arguments in zip(optimizer.param_groups, fresh, strict=True):
         group.update(arguments)
+    keep_precision(optimizer, saved["state"])
+
+
+def keep_precision(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
+    """Loading gives the state each parameter's own dtype; what was saved in a wider one comes back as it was."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in saved.items():
+        state = optimizer.state[parameters[number]]
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.dtype != state[name].dtype:
+                state[name] = value.to(state[name].device)
 
 
 def class_name(optimizer: Optimizer) -> str:
