@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ from sfumato.data.describe import metadata as data_metadata
 from sfumato.data.loader import Loader
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import Recipe, make_recipe
+from sfumato.diffusion.uncertainty import NAME, Uncertainty
 from sfumato.encode import FrozenText, encode_images
 from sfumato.errors import UserError
 from sfumato.families.base import Family
@@ -43,6 +44,7 @@ from sfumato.memory.checkpointing import checkpoint_blocks
 from sfumato.memory.host import keep_freed_memory
 from sfumato.methods.base import Method
 from sfumato.optim.ema import Averages
+from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.optimizers import describe, make_optimizer, restore
 from sfumato.optim.rates import Rates, make_rates
 from sfumato.optim.rounding import Rounding, keep_in_bfloat16
@@ -74,7 +76,7 @@ class Run:
     rates: Rates
     rounding: Rounding | None  # where weights are in bfloat16
     scaler: GradScaler  # does nothing but in fp16
-    parameters: Sequence[nn.Parameter]
+    parameters: Sequence[nn.Parameter]  # of the method
     averages: Averages
     health: Health
     proof: Proof
@@ -116,6 +118,12 @@ class Run:
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = DTYPES[self.config.memory.mixed_precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    @property
+    def learning(self) -> list[nn.Parameter]:
+        """Everything that gets a gradient: the method's parameters, and those of a loss that learns."""
+        more = self.recipe.uncertainty
+        return [*self.parameters, *(more.parameters() if more else ())]
 
     def take_step(self, step: int) -> None:
         """The optimizer's own step, left out where float16 has overflowed."""
@@ -197,11 +205,13 @@ def open_run(config: Config) -> Run | None:
     if config.memory.gradient_checkpointing:
         for part in model.parts.values():
             checkpoint_blocks(part.module, part.spec.blocks)
-    optimizer = make_optimizer(config.optim, groups)
+    uncertainty = make_uncertainty(config, processes.device)
+    optimizer = make_optimizer(config.optim, [*groups, *uncertainty_groups(config, uncertainty)])
     rates = make_rates(config.optim, optimizer, outlook.total - begun.schedule)
     scaler = GradScaler(processes.device.type, enabled=config.memory.mixed_precision == "fp16")
     parameters = [parameter for group in groups for parameter in group.parameters]
     if state:
+        resume_uncertainty(uncertainty, state.pop("uncertainty", {}))
         method.load_state(state.pop("weights"))  # each part of the state goes as soon as it is read
         restore(optimizer, state.pop("optimizer"), state["optimizer_class"])
         rates.load_state_dict(state["rates"])
@@ -217,7 +227,7 @@ def open_run(config: Config) -> Run | None:
         outlook=outlook,
         model=model,
         method=method,
-        recipe=make_recipe(config.noise, config.loss, model.objective, config.model.guidance_scale),
+        recipe=make_recipe(config.noise, config.loss, model.objective, config.model.guidance_scale, uncertainty),
         randomness=Randomness(config.loop.seed),
         optimizer=optimizer,
         rates=rates,
@@ -306,6 +316,28 @@ def resumed_state(config: Config, total: int) -> dict[str, Any]:
         if before.get(name) != now.get(name):
             log.warning("--%s was %s, now it is %s", name, before.get(name, "not set"), now.get(name, "not set"))
     return state
+
+
+def make_uncertainty(config: Config, device: torch.device) -> Uncertainty | None:
+    if not config.loss.uncertainty_weighting:
+        return None
+    assert config.loop.seed is not None
+    return Uncertainty(Randomness(config.loop.seed).generator(NAME)).to(device)
+
+
+def uncertainty_groups(config: Config, uncertainty: Uncertainty | None) -> Iterator[ParameterGroup]:
+    """It learns at its own rate, and is not drawn to 0."""
+    if uncertainty:
+        rate, parameters = config.loss.uncertainty_lr, list(uncertainty.parameters())
+        yield ParameterGroup(name=NAME, parameters=parameters, learning_rate=rate, decays=False)
+
+
+def resume_uncertainty(uncertainty: Uncertainty | None, saved: dict[str, Tensor]) -> None:
+    if bool(saved) != (uncertainty is not None):
+        had = "with" if saved else "without"
+        raise UserError(f"the state was saved {had} --uncertainty_weighting", fix="the same, or start without --resume")
+    if uncertainty is not None:
+        uncertainty.load_state_dict(saved)
 
 
 def make_rounding(config: Config, optimizer: Optimizer) -> Rounding | None:

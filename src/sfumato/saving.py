@@ -128,6 +128,7 @@ def save_state_folder(run: Run, name: str, step: int) -> Path:
             "weights": run.method.state(),
             "optimizer": run.optimizer.state_dict(),
             "optimizer_class": class_name(run.optimizer),
+            "uncertainty": run.recipe.uncertainty.state_dict() if run.recipe.uncertainty else {},
             "averages": run.averages.state_dict(),
             "rates": run.rates.state_dict(),
             "scaler": run.scaler.state_dict(),

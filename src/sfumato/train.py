@@ -120,7 +120,10 @@ def training_loss(
     loss, weight = sample_losses(run, batch, x0, t, noise.to(x0), seen.to(x0)), batch.weight.to(x0)
     if samples is not None:
         samples.append((t, loss.detach().where(weight > 0, torch.nan)))
-    weight = recipe.weighting(model.objective.level(t), model.objective).to(loss) * weight
+    level = model.objective.level(t)
+    weight = recipe.weighting(level, model.objective).to(loss) * weight
+    if recipe.uncertainty:
+        loss = recipe.uncertainty(loss, level)
     return (loss * weight).sum() / real_samples
 
 
@@ -196,11 +199,12 @@ def sum_over_processes(run: Run, loss: Tensor) -> None:
     """
     if run.processes.num_processes == 1:
         return
-    here = [p.grad is not None for p in run.parameters]
-    wide = torch.promote_types(run.parameters[0].dtype, torch.float32)  # in which sums are made
+    parameters = run.learning
+    here = [p.grad is not None for p in parameters]
+    wide = torch.promote_types(parameters[0].dtype, torch.float32)  # in which sums are made
     facts = torch.cat([loss.flatten(), loss.new_tensor(here)]).to(wide)
     summed = facts
-    for bucket in buckets(run.parameters):
+    for bucket in buckets(parameters):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([facts, *(gradient.flatten() for gradient in gradients)])
         distributed.all_reduce(flat)
@@ -208,7 +212,7 @@ def sum_over_processes(run: Run, loss: Tensor) -> None:
         for parameter, piece in zip(bucket, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).to(parameter.dtype)
     loss.copy_(summed[0])
-    for parameter, counts in zip(run.parameters, here if all(here) else summed[1:].tolist(), strict=True):
+    for parameter, counts in zip(parameters, here if all(here) else summed[1:].tolist(), strict=True):
         parameter.grad = parameter.grad if counts else None
 
 

@@ -62,6 +62,17 @@ CASES = {
     "not-robust-huber_schedule": ("--huber_schedule constant", "--huber_schedule constant --loss_type huber"),
     "not-robust-huber_c": ("--huber_c 0.2 --loss_type l1", "--huber_c 0.2 --loss_type smooth_l1"),
     "not-robust-huber_scale": ("--huber_scale 2", "--huber_scale 2 --loss_type huber"),
+    "alone-uncertainty_lr": ("--uncertainty_lr 0.1", "--uncertainty_lr 0.1 --uncertainty_weighting"),
+    "two-weights": ("--uncertainty_weighting --min_snr_gamma 5", "--uncertainty_weighting --weighting_scheme mode"),
+    "uncertain-rate": (
+        "--uncertainty_weighting --optimizer_type Prodigy --learning_rate 1",
+        "--uncertainty_weighting --optimizer_type AdamW",
+    ),
+    "uncertain-relative-rate": (
+        f"--uncertainty_weighting --uncertainty_lr 0.1 {ADAFACTOR}",
+        f"--uncertainty_weighting --uncertainty_lr 0.1 {PLAIN_ADAFACTOR}",
+    ),
+    "uncertain-loss": ("--uncertainty_weighting", "--min_snr_gamma 5"),
     "parts": ("--network_train_unet_only --network_train_text_encoder_only", "--network_train_unet_only"),
     "dim-from-weights": ("--dim_from_weights", "--dim_from_weights --network_weights FILE"),
     "cached-color": ("--color_aug --cache_latents", "--color_aug"),

@@ -20,7 +20,7 @@ OURS = {
     "text_cache_variants", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
     "timestep_stratified", "save_at_steps", "save_at_epochs",
     "ema_decay", "ema_sigma_rel", "ema_on_cpu", "sample_with_ema",
-    "stochastic_rounding",
+    "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows

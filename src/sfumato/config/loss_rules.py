@@ -12,8 +12,18 @@ CHILDREN = {  # option -> the one without which it has no effect
     "multires_noise_discount": "multires_noise_iterations",
     "ip_noise_gamma_random_strength": "ip_noise_gamma",
     "p2_k": "p2_gamma",
+    "uncertainty_lr": "uncertainty_weighting",
 }
 ON_V, ON_NOISE = "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"
+
+WEIGHTS = (
+    "min_snr_gamma", "soft_min_snr_gamma", "p2_gamma", "debiased_estimation_loss", ON_V, ON_NOISE,
+)  # fmt: skip
+
+
+def weighted(config: Config) -> bool:
+    """Whether noise levels have a weight that is not learned."""
+    return config.changed(*WEIGHTS) or config.noise.weighting_scheme in ("sigma_sqrt", "cosmap")
 
 
 def robust(config: Config) -> bool:
@@ -54,6 +64,38 @@ LOSS_RULES = (
         ),
         what="--timestep_stratified has no effect: --min_timestep and --max_timestep leave no choice of timesteps",
         fix="leave it out",
+    ),
+    Rule(
+        name="two-weights",
+        kind="conflict",
+        options=("uncertainty_weighting", "weighting_scheme", *WEIGHTS),
+        broken=lambda c: c.loss.uncertainty_weighting and weighted(c),
+        what="--uncertainty_weighting learns the weight of each noise level, and would learn to undo a given one",
+        fix="leave --min_snr_gamma and the other weights of the loss out",
+    ),
+    Rule(
+        name="uncertain-rate",
+        kind="conflict",
+        options=("uncertainty_weighting", "optimizer_type"),
+        broken=lambda c: c.loss.uncertainty_weighting and c.optim.finds_rate,
+        what="--uncertainty_weighting needs a rate of its own, and D-Adaptation and Prodigy know one for all",
+        fix="give another --optimizer_type, or leave it out",
+    ),
+    Rule(
+        name="uncertain-relative-rate",
+        kind="no effect",
+        options=("uncertainty_lr", "optimizer_type", "optimizer_args"),
+        broken=lambda c: c.loss.uncertainty_weighting and c.optim.relative_step and c.changed("uncertainty_lr"),
+        what="--uncertainty_lr has no effect: AdaFactor's relative_step sets the rate",
+        fix="leave it out, or give --optimizer_args relative_step=False",
+    ),
+    Rule(
+        name="uncertain-loss",
+        kind="note",
+        options=("uncertainty_weighting",),
+        broken=lambda c: c.loss.uncertainty_weighting,
+        what="with --uncertainty_weighting the loss of a step is L / e^u + u, which falls below 0 as training goes on",
+        fix="the report's losses over timesteps are those of the samples themselves",
     ),
     *(
         Rule(

@@ -13,6 +13,7 @@ from sfumato.diffusion.noise import Noise, make_noise, make_perturb
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import Timestep, make_density
+from sfumato.diffusion.uncertainty import Uncertainty
 from sfumato.diffusion.weightings import Weighting, make_weighting
 
 
@@ -27,6 +28,7 @@ class Recipe:
     loss: Loss  # estimate, target -> elementwise
     weighting: Weighting  # (B,)
     outside_mask: float = 0.0  # weight of the loss to what the model said before training, where masks leave off
+    uncertainty: Uncertainty | None = None  # a weighting that learns, in the place of all others
     guidance: float | None = None  # embedded guidance during training
 
     def timesteps(self, rng: Randomness, ids: Tensor, shape: Sequence[int], latents: LatentSpec) -> Tensor:
@@ -35,7 +37,13 @@ class Recipe:
         return self.timestep(u, shape, latents)
 
 
-def make_recipe(noise: NoiseOptions, loss: LossOptions, objective: Objective, guidance: float | None) -> Recipe:
+def make_recipe(
+    noise: NoiseOptions,
+    loss: LossOptions,
+    objective: Objective,
+    guidance: float | None,
+    uncertainty: Uncertainty | None = None,
+) -> Recipe:
     return Recipe(
         timestep=make_density(noise, objective),
         stratified=noise.timestep_stratified,
@@ -44,5 +52,6 @@ def make_recipe(noise: NoiseOptions, loss: LossOptions, objective: Objective, gu
         loss=make_loss(loss),
         weighting=make_weighting(noise, loss),
         outside_mask=loss.masked_prior_preservation_weight,
+        uncertainty=uncertainty,
         guidance=guidance,
     )

@@ -15,3 +15,4 @@ class ParameterGroup:
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
+    decays: bool = True  # whether the optimizer's weight decay is meant for it

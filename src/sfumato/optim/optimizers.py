@@ -111,6 +111,9 @@ def make_optimizer(optim: OptimOptions, groups: Sequence[ParameterGroup]) -> Opt
         log.warning("%s knows one rate for all: %g of %s", choice.name, rates[0], groups[0].name)
         rates = [rates[0]] * len(rates)
     rows = [{"params": list(group.parameters), "name": group.name} for group in groups]
+    if "weight_decay" in inspect.signature(choice.kind).parameters:
+        still = {"weight_decay": 0.0}
+        rows = [each | ({} if group.decays else still) for each, group in zip(rows, groups, strict=True)]
     arguments = dict(choice.arguments)
     if not optim.relative_step:
         rows = [each | {"lr": rate} for each, rate in zip(rows, rates, strict=True)]
