@@ -72,7 +72,6 @@ CASES = {
         f"--uncertainty_weighting --uncertainty_lr 0.1 {ADAFACTOR}",
         f"--uncertainty_weighting --uncertainty_lr 0.1 {PLAIN_ADAFACTOR}",
     ),
-    "uncertain-loss": ("--uncertainty_weighting", "--min_snr_gamma 5"),
     "parts": ("--network_train_unet_only --network_train_text_encoder_only", "--network_train_unet_only"),
     "dim-from-weights": ("--dim_from_weights", "--dim_from_weights --network_weights FILE"),
     "cached-color": ("--color_aug --cache_latents", "--color_aug"),

@@ -89,14 +89,6 @@ LOSS_RULES = (
         what="--uncertainty_lr has no effect: AdaFactor's relative_step sets the rate",
         fix="leave it out, or give --optimizer_args relative_step=False",
     ),
-    Rule(
-        name="uncertain-loss",
-        kind="note",
-        options=("uncertainty_weighting",),
-        broken=lambda c: c.loss.uncertainty_weighting,
-        what="with --uncertainty_weighting the loss of a step is L / e^u + u, which falls below 0 as training goes on",
-        fix="the report's losses over timesteps are those of the samples themselves",
-    ),
     *(
         Rule(
             name=f"alone-{child}",

@@ -62,5 +62,7 @@ class LossOptions(Options):
     debiased_estimation_loss: bool = option(False, "weight by 1 / sqrt(SNR)")
     scale_v_pred_loss_like_noise_pred: bool = option(False, "weight a v-prediction loss as if noise were predicted")
     v_pred_like_loss: float | None = option(None, "strength of a v-prediction-like part of the weight", gt=0)
-    uncertainty_weighting: bool = option(False, "learn the weight of each noise level, so that all count alike (EDM2)")
+    uncertainty_weighting: bool = option(
+        False, "learn the weight of each noise level (EDM2); the loss shown is then L / e^u + u, and falls below 0"
+    )
     uncertainty_lr: float = option(0.01, "learning rate of that weight", gt=0)
