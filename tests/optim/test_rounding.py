@@ -191,6 +191,24 @@ def test_only_some_weights_are_in_float32_at_a_time(monkeypatch: pytest.MonkeyPa
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
 
 
+@pytest.mark.parametrize("part", [1, 130, 10_000])
+def test_chance_does_not_depend_on_how_many_go_together(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do two steps, or two weights of one step, share theirs."""
+    options, found = OptimOptions(optimizer_type="AdamW", learning_rate=1e-5), []
+    for size in (50, part):
+        monkeypatch.setattr(rounding, "PART", size)
+        module = network()
+        step = Rounding(opened(module, options), seed=1, stochastic=True)
+        for index in range(3):
+            set_gradients(module, index)
+            step.step(index)
+        found.append(module.state_dict())
+    assert same(*found)
+    values = torch.full((64,), 1.001)
+    draws = [step._rounded(values, index, number) for index in (0, 1) for number in (0, 1)]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+
+
 def test_a_failed_step_leaves_the_groups_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     module = network()
     optimizer = opened(module, OptimOptions(optimizer_type="AdamW", learning_rate=0.01))

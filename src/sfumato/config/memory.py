@@ -45,7 +45,10 @@ class MemoryOptions(Options):
     use_sage_attn: bool = option(
         False, "attention from sageattention", planned="attention back ends; --sdpa's is always on"
     )
-    full_fp16: bool = option(False, "weights and gradients in float16, too", planned="the memory options")
+    full_fp16: bool = option(
+        False, "weights and gradients in float16, too",
+        planned="the memory options; --full_bf16 keeps them in bfloat16",
+    )  # fmt: skip
     full_bf16: bool = option(False, "weights that train and their gradients in bfloat16, too")
     stochastic_rounding: bool = option(
         True, "round them up or down by chance after a step, so that small steps count on average"

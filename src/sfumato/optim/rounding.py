@@ -8,6 +8,7 @@ nearest. Rounded up or down by chance, each as likely as the other end is near, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Rounding:
 
     def __init__(self, optimizer: Optimizer, *, seed: int, stochastic: bool) -> None:
         self.optimizer, self.seed, self.stochastic = optimizer, seed, stochastic
+        self.chances: dict[torch.device, Generator] = {}
         self.separate = type(optimizer).__module__.partition(".")[0] in SEPARATE
         for state in optimizer.state.values():  # of those that make it at once
             for name, value in state.items():
@@ -54,10 +56,10 @@ class Rounding:
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """The optimizer step with this index; which way weights are rounded depends on it and the seed alone."""
-        chances: dict[torch.device, Generator] = {}
+        """The optimizer step with this index; which way each weight is rounded depends on it and the seed alone."""
         groups = self.optimizer.param_groups
         members = [group["params"] for group in groups]
+        numbers = {parameter: number for number, parameter in enumerate(chain.from_iterable(members))}
         try:
             for part in self._parts(members):
                 wide = {parameter: widened(parameter) for each in part for parameter in each}
@@ -66,7 +68,7 @@ class Rounding:
                 self._step(wide)
                 for parameter, values in wide.items():
                     if values is not parameter:
-                        parameter.copy_(self._rounded(values, step, chances))
+                        parameter.copy_(self._rounded(values, step, numbers[parameter]))
         finally:
             for group, each in zip(groups, members, strict=True):
                 group["params"] = each
@@ -96,12 +98,13 @@ class Rounding:
         finally:
             lend(state, {values: parameter for parameter, values in wide.items()})
 
-    def _rounded(self, values: Tensor, step: int, chances: dict[torch.device, Generator]) -> Tensor:
+    def _rounded(self, values: Tensor, step: int, number: int) -> Tensor:
         if not self.stochastic:
             return values
-        if values.device not in chances:
-            chances[values.device] = Generator(values.device).manual_seed(seed_of(self.seed, "rounding", step))
-        return round_by_chance(values, chances[values.device])
+        if values.device not in self.chances:
+            self.chances[values.device] = Generator(values.device)
+        seed = seed_of(self.seed, "rounding", step, number)
+        return round_by_chance(values, self.chances[values.device].manual_seed(seed))
 
 
 def widened(parameter: nn.Parameter) -> nn.Parameter:
