@@ -106,6 +106,33 @@ def test_of_a_whole_model(precision: str, toy_shelf: ToyShelf, tmp_path: Path, m
         assert ("--float32_parts clip denoiser" in text["command"]) == (precision == "bf16")
 
 
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({"ema_sigma_rel": [0.1], "evaluate_with_ema": True}, "out/lora-ema0.1.safetensors"),
+        pytest.param(
+            {"full_bf16": True, "mixed_precision": "bf16"}, "out/lora.safetensors", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"full_bf16": True, "mixed_precision": "bf16", "method": "full", "network_dim": None, "ema_decay": 0.9,
+             "evaluate_with_ema": True, "learning_rate": "1e-3"},
+            "out/lora-ema.safetensors", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_of_an_average_and_of_weights_in_bfloat16(
+    options: dict[str, Any], trained: str, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text(LINES)
+    given = {"sample_prompts": "prompts.txt", "sample_every_n_steps": 2, "max_train_steps": 4, "learning_rate": "1e-1"}
+    toy = relative(toy_shelf.paths("sd"))
+    given["tokenizer"] = [path for name, path in toy.items() if name.startswith("tokenizer")]
+    given |= {"save_every_n_steps": 2, **options}
+    output = run(toy, pictures(Path("images")), Path("out"), **given)
+    assert [made_again(path)["trained"] for path in sorted((output / "sample").iterdir())][2:] == [trained] * 2
+
+
 def test_adapters_on_top_of_merged_ones(toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged files are in the command; strengths count, a file at 0 is as good as none, two of one are its double."""
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from sfumato.formats.checkpoint import PRECISIONS
 from sfumato.formats.metadata import EMA, at_save, minimum, without_paths
 from sfumato.formats.state import save_state
 from sfumato.optim.averaging import averaged
+from sfumato.optim.ema import Average
 from sfumato.optim.optimizers import class_name
 from sfumato.remake import command, recipe, save_picture
 from sfumato.run import Run
@@ -72,7 +73,7 @@ def save_both(run: Run, name: str, step: int, *, state: bool, last: bool = False
     for average in run.averages:
         path = output_path(run, name + average.shape.suffix)
         with kept_going(run, path, step), average.in_place():
-            save_output(run, path, step, {EMA: json.dumps({**average.facts(), "of": run.saves.name})})
+            save_output(run, path, step, facts_of(run, average))
             run.hub.upload(path, last=last)
     if state:
         with kept_going(run, run.output / folder, step):
@@ -93,7 +94,7 @@ def kept_going(run: Run, path: Path, step: int) -> Iterator[None]:
 
 @contextmanager
 def at_rest(run: Run) -> Iterator[None]:
-    """For a while the weights are what would be saved, and nothing is in training mode; then all is as it was."""
+    """For a while the weights are what is evaluated, and nothing is in training mode; then all is as it was."""
     training = [module for module in run.method.modules.modules() if module.training]
     run.method.modules.eval()
     try:
@@ -106,6 +107,11 @@ def at_rest(run: Run) -> Iterator[None]:
 
 def output_path(run: Run, name: str) -> Path:
     return run.output / (name + run.method.ending(run.model.blueprint))
+
+
+def facts_of(run: Run, average: Average | None) -> dict[str, str]:
+    """What a file says of the average that it holds."""
+    return {EMA: json.dumps({**average.facts(), "of": run.saves.name})} if average else {}
 
 
 def save_output(run: Run, path: Path, step: int, more: Mapping[str, str] = NOTHING) -> None:
@@ -191,7 +197,7 @@ def origin(run: Run, picture: Picture, step: int) -> dict[str, str]:
     """
     file, note = weights_after(run, step)
     more: dict[str, object] = {run.method.reader: file} if file else {}
-    if run.config.memory.mixed_precision != "no":
+    if run.config.memory.mixed_precision != "no" and not run.config.memory.full_bf16:
         more |= {"float32_parts": sorted(run.method.own_weights(run.model.blueprint)) or None}
     if run.config.model.enable_scaled_pos_embed:
         more["resolution"] = run.config.buckets.resolution
@@ -216,9 +222,10 @@ def weights_after(run: Run, step: int) -> tuple[str, str]:
     name = run.saves.name if step == run.total else run.saves.at_step(step) or at_epoch
     precision = run.config.save.save_precision
     note = f"the file is in {precision}, this picture was made before the weights were rounded" if precision else ""
+    suffix = run.averages.evaluated.shape.suffix if run.averages.evaluated else ""
     if name is None:
         name, note = (
             f"{run.saves.name}-step{step:08d}",
             "nothing was saved after this step; a save would have that name",
         )
-    return str(output_path(run, name)), note
+    return str(output_path(run, name + suffix)), note

@@ -145,10 +145,13 @@ CASES = {
     "adafactor-threshold": (f"{PLAIN_ADAFACTOR} clip_threshold=2", PLAIN_ADAFACTOR),
     "ema-schedule-free": ("--ema_decay 0.99 --optimizer_type AdamWScheduleFree", "--ema_decay 0.99"),
     "ema-off": (
-        "--sample_with_ema --ema_on_cpu --sample_prompts FILE --sample_at_first",
-        "--sample_with_ema --ema_on_cpu --ema_sigma_rel 0.1 --sample_prompts FILE --sample_at_first",
+        "--evaluate_with_ema --ema_on_cpu --sample_prompts FILE --sample_at_first",
+        "--evaluate_with_ema --ema_on_cpu --ema_sigma_rel 0.1 --sample_prompts FILE --sample_at_first",
     ),
-    "ema-no-samples": ("--sample_with_ema --ema_decay 0.9", "--ema_decay 0.9"),
+    "ema-not-evaluated": (
+        "--evaluate_with_ema --ema_decay 0.9",
+        "--evaluate_with_ema --ema_decay 0.9 --validation_split 0.1",
+    ),
     "full-bf16-precision": ("--full_bf16", "--full_bf16 --mixed_precision bf16"),
     "full-bf16-schedule-free": (
         "--full_bf16 --mixed_precision bf16 --optimizer_type AdamWScheduleFree",

@@ -19,7 +19,7 @@ OURS = {
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report",
     "text_cache_variants", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
     "timestep_stratified", "save_at_steps", "save_at_epochs",
-    "ema_decay", "ema_sigma_rel", "ema_on_cpu", "sample_with_ema",
+    "ema_decay", "ema_sigma_rel", "ema_on_cpu", "evaluate_with_ema",
     "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
 }  # fmt: skip
 

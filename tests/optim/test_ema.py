@@ -178,7 +178,7 @@ def test_training_does_not_notice_and_resume_is_exact(
     prompts.write_text("a cat --w 64 --h 64 --s 1\n")
     toy, options = toy_shelf.paths("sd"), {"max_train_steps": 4, **method}
     plain = run(toy, images, tmp_path / "plain", **options)
-    shown = {"sample_prompts": prompts, "sample_every_n_steps": 1, "sample_with_ema": True}
+    shown = {"sample_prompts": prompts, "sample_every_n_steps": 1, "evaluate_with_ema": True}
     both = run(toy, images, tmp_path / "both", **options, **EMA, **shown, save_every_n_steps=2, save_state=True)
     assert same(weights(plain), weights(both))
     assert losses(plain) == losses(both)
@@ -248,9 +248,32 @@ def test_previews_show_the_average(
     monkeypatch.setattr(saving, "generate_together", watched)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1\n")
-    options = {"sample_prompts": prompts, "sample_every_n_steps": 2, "sample_with_ema": True, "max_train_steps": 2}
+    options = {"sample_prompts": prompts, "sample_every_n_steps": 2, "evaluate_with_ema": True, "max_train_steps": 2}
     out = run(toy_shelf.paths("sd"), images, tmp_path, ema_sigma_rel=[0.1], **options, **LORA)
     assert same(seen[-1], weights(out, "lora-ema0.1"))
+
+
+def test_validation_measures_the_average(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """What it says of the average is what it says of the average's file before another training; the best has it."""
+    toy, held = toy_shelf.paths("sd"), {"validation_split": 0.4, "validation_seed": 3, **LORA}
+    options = {"ema_sigma_rel": [0.1], "evaluate_with_ema": True, "save_best": True, "learning_rate": "1e-2", **held}
+    out = run(toy, images, tmp_path / "out", **options, max_train_steps=3, console_log_file=tmp_path / "log.txt")
+    found = {row["step"]: row["loss/validation/step_average"] for row in validated(out)}
+    file = out / "lora-ema0.1.safetensors"
+    again = run(toy, images, tmp_path / "again", **held, network_weights=file, max_train_steps=1)
+    first = validated(again)[0]
+    assert (first["step"], first["loss/validation/step_average"]) == (0, pytest.approx(found[3], rel=1e-6))
+    assert found[3] != found[0]
+    best = out / "lora-best.safetensors"
+    with safe_open(best, "pt") as saved:
+        assert json.loads(saved.metadata()["sfumato.ema"])["sigma_rel"] == 0.1
+    steps = min((each for each in found if each), key=lambda step: found[step])
+    assert steps == 3
+    assert same(weights(out, "lora-best"), weights(out, "lora-ema0.1"))
+
+
+def validated(output: Path) -> list[dict[str, float]]:
+    return [row for row in losses(output) if "loss/validation/step_average" in row]
 
 
 # ---------------------------------------------------------------- sfumato ema
@@ -285,7 +308,7 @@ def test_another_width_from_files(tmp_path: Path) -> None:
 
 
 def test_what_makes_no_average(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no file of a power-function average"):
+    with pytest.raises(UserError, match="no safetensors file of a power-function average"):
         make_average([tmp_path], 0.15, output=None)
     saved_run(tmp_path, walk(4), 2)
     saved_run(tmp_path, walk(4), 2, name="other")

@@ -35,7 +35,7 @@ class EmaOptions(Options):
     )
     ema_sigma_rel: Widths = option((), "save power-function averages of these relative widths, too, as 0.05 0.1")
     ema_on_cpu: bool = option(False, "keep the averages in main memory: slower, and no room on the device")
-    sample_with_ema: bool = option(False, "make samples with the first of the averages")
+    evaluate_with_ema: bool = option(False, "make samples, and validate, with the first of the averages")
 
     @property
     def averages(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sfumato.config.rule import Rule
 
 WHICH = ("ema_decay", "ema_sigma_rel")
+EVALUATED = ("sample_prompts", "validation_split", "dataset_config")  # the last may hold images out, too
 
 EMA_RULES = (
     Rule(
@@ -18,17 +19,17 @@ EMA_RULES = (
     Rule(
         name="ema-off",
         kind="no effect",
-        options=(*WHICH, "ema_on_cpu", "sample_with_ema"),
-        broken=lambda c: not c.ema.averages and c.changed("ema_on_cpu", "sample_with_ema"),
-        what="--ema_on_cpu and --sample_with_ema have no effect: no average is kept",
+        options=(*WHICH, "ema_on_cpu", "evaluate_with_ema"),
+        broken=lambda c: not c.ema.averages and c.changed("ema_on_cpu", "evaluate_with_ema"),
+        what="--ema_on_cpu and --evaluate_with_ema have no effect: no average is kept",
         fix="give --ema_decay or --ema_sigma_rel",
     ),
     Rule(
-        name="ema-no-samples",
+        name="ema-not-evaluated",
         kind="no effect",
-        options=("sample_with_ema", "sample_prompts"),
-        broken=lambda c: c.ema.averages > 0 and c.ema.sample_with_ema and c.samples.sample_prompts is None,
-        what="--sample_with_ema has no effect: no samples are made",
-        fix="give --sample_prompts, or leave it out",
+        options=("evaluate_with_ema", *EVALUATED),
+        broken=lambda c: c.ema.averages > 0 and c.ema.evaluate_with_ema and not c.changed(*EVALUATED),
+        what="--evaluate_with_ema has no effect: no samples are made and no images held out",
+        fix="give --sample_prompts or --validation_split, or leave it out",
     ),
 )

@@ -181,9 +181,14 @@ class Averages:
         for average in self.all:
             average.update()
 
+    @property
+    def evaluated(self) -> Average | None:
+        """The one with which samples are made and the model is validated; None for the weights themselves."""
+        return self.all[0] if self.all and self.options.evaluate_with_ema else None
+
     def shown(self) -> AbstractContextManager[None]:
-        """Within, the model is what samples are to be made with."""
-        return self.all[0].in_place() if self.all and self.options.sample_with_ema else nullcontext()
+        """Within, the model is what is evaluated."""
+        return self.evaluated.in_place() if self.evaluated else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return {average.shape.suffix: average.state_dict() for average in self.all}

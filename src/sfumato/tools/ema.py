@@ -68,7 +68,9 @@ def find(places: Iterable[Path]) -> Iterator[Saved]:
 def of_one_run(saved: Sequence[Saved]) -> list[Saved]:
     """One file of each width and step."""
     if not saved:
-        raise UserError("no file of a power-function average was found", fix="train with --ema_sigma_rel 0.05 0.1")
+        raise UserError(
+            "no safetensors file of a power-function average was found", fix="train with --ema_sigma_rel 0.05 0.1"
+        )
     runs = sorted({each.run for each in saved})
     if len(runs) > 1:
         raise UserError(f"averages of several runs: {', '.join(runs)}", fix="choose one with --name")
