@@ -143,7 +143,7 @@ def child(argv: list[str]) -> None:
     from sfumato.config import load_config
 
     config = load_config(argv[1:])
-    from sfumato.run import open_run
+    from sfumato.opening import open_run
     from sfumato.train import train_step
 
     imported = time.time()

@@ -16,8 +16,8 @@ from sfumato.beginning import Beginning
 from sfumato.config import load_config
 from sfumato.data.loader import Step
 from sfumato.errors import UserError
+from sfumato.opening import open_run
 from sfumato.plan import look, with_seed
-from sfumato.run import open_run
 from training import arguments, losses, pictures, run, same, weights
 
 Toy = Mapping[str, Path]

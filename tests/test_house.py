@@ -41,6 +41,7 @@ LAYERS = (
     ("feed",),
     ("interrupt", "health"),
     ("run",),
+    ("opening",),
     ("explain",),
     ("saving",),
     ("validate",),

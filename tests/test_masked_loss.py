@@ -15,7 +15,7 @@ from torch import Tensor
 
 from families.toys import ToyShelf
 from sfumato.config import load_config
-from sfumato.run import open_run
+from sfumato.opening import open_run
 from sfumato.train import training_loss
 from training import arguments, losses, pictures, run, same, weights
 

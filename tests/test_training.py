@@ -16,7 +16,7 @@ from sfumato.config import load_config
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
-from sfumato.run import open_run
+from sfumato.opening import open_run
 from sfumato.sample import generate_together
 from training import REPORT, arguments, losses, pictures, run, same, weights
 

@@ -18,8 +18,9 @@ from sfumato.diffusion.recipe import Recipe
 from sfumato.encode import live_text
 from sfumato.explain import explain
 from sfumato.interrupt import Interrupt, interruptible
+from sfumato.opening import open_run
 from sfumato.optim.rates import shown_rates
-from sfumato.run import Run, open_run
+from sfumato.run import Run
 from sfumato.saving import save_final, save_previews, save_state_folder, saves_due
 from sfumato.track.journal import Samples
 from sfumato.validate import validation_due

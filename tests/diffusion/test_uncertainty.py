@@ -18,7 +18,7 @@ from sfumato.diffusion.objective import Level, RectifiedFlow, VariancePreserving
 from sfumato.diffusion.uncertainty import CHANNELS, Uncertainty
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
-from sfumato.run import open_run
+from sfumato.opening import open_run
 from sfumato.train import train_step
 from training import arguments, losses, pictures, run, same, weights
 

@@ -22,7 +22,8 @@ from sfumato.errors import UserError
 from sfumato.families import register_all
 from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
-from sfumato.run import Run, open_run
+from sfumato.opening import open_run
+from sfumato.run import Run
 from sfumato.sample import make_scheduler
 from sfumato.train import train_step
 from training import arguments, losses, pictures, run, same, weights

@@ -15,7 +15,8 @@ from families.toys import ToyShelf
 from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.config import load_config
 from sfumato.errors import UserError
-from sfumato.run import Run, open_run
+from sfumato.opening import open_run
+from sfumato.run import Run
 from sfumato.train import train_step
 from training import arguments, losses, pictures, run, same, weights
 

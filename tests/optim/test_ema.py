@@ -20,8 +20,8 @@ from sfumato.config import EmaOptions, load_config
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
 from sfumato.formats.state import load_state
+from sfumato.opening import open_run
 from sfumato.optim.ema import Average, Averages, Plain, Power, gamma_of
-from sfumato.run import open_run
 from sfumato.tools.ema import fit, make_average
 from training import arguments, losses, pictures, run, same, weights
 

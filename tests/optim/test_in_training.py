@@ -13,8 +13,8 @@ from sfumato.config import load_config
 from sfumato.demo.toy import write_toy
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.formats.state import load_state
+from sfumato.opening import open_run
 from sfumato.plan import look
-from sfumato.run import open_run
 from sfumato.train import train_step
 from training import arguments, losses, pictures, run, same, weights
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from families.toys import ToyShelf
 from sfumato.config import OptimOptions, load_config
 from sfumato.formats.state import load_state
+from sfumato.opening import open_run
 from sfumato.optim import rounding
 from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.optimizers import class_name, make_optimizer, restore
 from sfumato.optim.rounding import Rounding, keep_in_bfloat16, round_by_chance
-from sfumato.run import open_run
 from sfumato.train import train_step
 from training import arguments, losses, pictures, run, same, weights
 

@@ -268,7 +268,7 @@ def test_every_variant_is_used_and_none_is_live(
 ) -> None:
     """Cached variants are what an encoder makes of the very captions that the batches carry."""
     from sfumato.encode import FrozenText
-    from sfumato.run import open_run
+    from sfumato.opening import open_run
 
     for i, path in enumerate(sorted((images / "2_cat").glob("*.txt"))):
         path.write_text(f"cat {i}, red, small, blurred, close, facing left")

@@ -90,7 +90,7 @@ class FullMethod:
         if stop is not None and step >= stop and self.live_text:
             log.info("step %d: %s stays as it is from now on", step, " and ".join(sorted(self.live_text)))
             for part in self.live_text:
-                self.modules[part].requires_grad_(False)
+                self.modules[part].requires_grad_(False).eval()
             self.live_text = frozenset()
 
     def begin(self, model: Family, extras: Extras) -> None:

@@ -26,8 +26,9 @@ from sfumato.families import register_all
 from sfumato.families._source import on_meta, open_source
 from sfumato.families.base import Blueprint, Builder, Family, Network, find_family
 from sfumato.feed import Caches, cache_folder, fill
+from sfumato.opening import open_processes
 from sfumato.plan import dataset_lines
-from sfumato.run import DTYPES, open_processes
+from sfumato.run import DTYPES
 from sfumato.track.console import set_up
 from sfumato.track.jobs import Job
 
