@@ -129,6 +129,21 @@ def test_exactly_what_depends_on_a_change_is_new(plan, disk, argv, options, new)
     assert disk(plan())[0] == (6, 0)  # and the old ones are still there
 
 
+def test_another_filter_makes_new_what_is_resized_and_no_more(plan, disk, pictures, tmp_path):
+    pictures(tmp_path / "t" / "1_c", 3, size=(100, 80), seed=2)
+    assert disk(plan())[0] == (0, 9)
+    assert disk(plan("--resize_interpolation", "nearest"))[0] == (6, 3)
+
+
+def test_another_crop_makes_new_what_is_cropped_otherwise(plan, disk, pictures, tmp_path):
+    pictures(tmp_path / "t" / "1_c", 3, size=(256, 64), seed=2)
+    buckets = ("--enable_bucket", "--min_bucket_reso", 64, "--max_bucket_reso", 256)
+    assert disk(plan("--bucket_no_upscale", "--enable_bucket", resolution=128))[0] == (0, 9)
+    assert disk(plan(resolution=128))[0] == (0, 9)  # all enlarged
+    assert disk(plan(*buckets, resolution=128))[0] == (9, 0)  # squares as without buckets, strips as never enlarged
+    assert disk(plan(*buckets[:-1], 192, resolution=128))[0] == (6, 3)  # strips lose their ends
+
+
 def test_touching_moving_and_renaming_cost_nothing(plan, disk, tmp_path):
     disk(plan())
     first = tmp_path / "t" / "1_a" / "img0.png"

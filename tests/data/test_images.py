@@ -271,15 +271,15 @@ def test_interpolation_is_chosen_by_direction_unless_given():
 
 def test_transforms_that_give_the_same_pixels_have_one_name():
     def name(interpolation: str) -> str:
-        return Transform(resized=(8, 8), bucket=(8, 8), interpolation=interpolation).name
+        return Transform(resized=(8, 8), bucket=(8, 8), interpolation=interpolation).name((9, 9))
 
     assert name("linear") == name("bilinear")
     assert len({name(each) for each in ("linear", "cubic", "area", "nearest", "lanczos")}) == 5
-    assert plain((8, 8)).name != plain((8, 8), flip=True).name
+    assert plain((8, 8)).name((9, 9)) != plain((8, 8), flip=True).name((9, 9))
 
 
 def test_every_difference_has_a_name():
-    one = Transform(resized=(20, 10), bucket=(8, 8), interpolation="area")
+    one, size = Transform(resized=(20, 10), bucket=(8, 8), interpolation="area"), (40, 20)
     others = [
         replace(one, **change)
         for change in (
@@ -287,9 +287,11 @@ def test_every_difference_has_a_name():
             {"colour": Colour(hue=0.01)}, {"colour": Colour(gamma=1.01)}, {"colour": Colour(gamma=1.02)},
         )
     ]  # fmt: skip
-    assert len({each.name for each in (one, *others)}) == 9
-    assert replace(one, offset=(6, 1)).name == one.name  # the centre, however it was said
-    assert all(each.geometry.name == one.name for each in others[-3:])
+    assert len({each.name(size) for each in (one, *others)}) == 9
+    assert replace(one, offset=(6, 1)).name(size) == one.name(size)  # the centre, however it was said
+    assert all(each.geometry.name(size) == one.name(size) for each in others[-3:])
+    unresized = {replace(one, interpolation=each).name((20, 10)) for each in FILTERS}
+    assert unresized == {one.name(size)}  # a filter does nothing where nothing is resized
 
 
 def test_an_image_that_changed_its_size_is_told():

@@ -156,6 +156,7 @@ NOTHING, FIVE = (5, 0), (0, 5)
         ("prefix", NOTHING, FIVE, FIVE),
         ("flip", NOTHING, NOTHING, NOTHING),  # and five mirrored ones, see below
         ("batch", NOTHING, NOTHING, NOTHING),
+        ("filter", NOTHING, NOTHING, NOTHING),  # nothing is resized
     ],
 )
 def test_a_change_makes_exactly_what_it_touches_new(
@@ -183,6 +184,7 @@ def test_a_change_makes_exactly_what_it_touches_new(
             "weighted": {"weighted_captions": True},
             "prefix": {"caption_prefix": "photo"},
             "flip": {"flip_aug": True},
+            "filter": {"resize_interpolation": "nearest"},
             "batch": {"vae_batch_size": 3, "text_encoder_batch_size": 4, "train_batch_size": 2, "shuffle": None},
         }[change]
     if change == "flip":

@@ -292,7 +292,7 @@ class LatentNames:
     def key(self, place: Place, data: bytes | None = None) -> bytes:
         """data: the file's bytes where they are at hand, so that it need not be read again."""
         content = self.hashes.of(place.picture) if data is None else content_hash(data)
-        return key_of(LATENTS, self.fingerprint, str(self.dtype), place.transform.name, content)
+        return key_of(LATENTS, self.fingerprint, str(self.dtype), place.transform.name(place.picture.size), content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,13 +314,12 @@ class Place(NamedTuple):
 
     def pixels(self, data: bytes | None = None) -> Pixels:
         """uint8 (H, W, 3); UserError names the file where it is damaged."""
-        path, size = self.picture.path, (self.picture.width, self.picture.height)
-        return prepare(self.picture.read() if data is None else data, self.transform, size=size, path=path)
+        data = self.picture.read() if data is None else data
+        return prepare(data, self.transform, size=self.picture.size, path=self.picture.path)
 
     def pixels_with_alpha(self, data: bytes) -> tuple[Pixels, Plane]:
         """The same with the alpha channel, uint8 (H, W)."""
-        path, size = self.picture.path, (self.picture.width, self.picture.height)
-        return prepare_with_alpha(data, self.transform, size=size, path=path)
+        return prepare_with_alpha(data, self.transform, size=self.picture.size, path=self.picture.path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,11 +203,10 @@ class Transform:
         """What masks and control images share with their picture."""
         return self if self.colour is None else replace(self, colour=None)
 
-    @property
-    def name(self) -> str:
-        """The same for transforms that give the same pixels."""
+    def name(self, size: Size) -> str:
+        """The same for transforms that give the same pixels of pictures of this size."""
         resized, bucket, corner = (f"{x}x{y}" for x, y in (self.resized, self.bucket, self.corner))
-        filtered = FILTERS[self.interpolation].name.lower()
+        filtered = FILTERS["area" if size == self.resized else self.interpolation].name.lower()
         side = "flipped" if self.flip else "plain"
         colour = "" if self.colour is None else f"/hue{self.colour.hue}/gamma{self.colour.gamma}"
         return f"v{VERSION}/{resized}/{bucket}/{corner}/{filtered}/{side}{colour}"

@@ -84,7 +84,7 @@ class MaskNames:
     def key(self, place: MaskPlace, data: bytes | None = None) -> bytes:
         """data: the file's bytes where they are at hand, so that it need not be read again."""
         content = self.hashes.of(place.picture) if data is None else content_hash(data)
-        return key_of(MASK, place.channel, str(self.downscale), place.transform.name, content)
+        return key_of(MASK, place.channel, str(self.downscale), place.transform.name(place.picture.size), content)
 
 
 class MaskPlace(NamedTuple):
@@ -96,7 +96,7 @@ class MaskPlace(NamedTuple):
 
     def plane(self) -> Plane:
         """uint8 (H, W), 255 where everything counts; UserError names the file where it is damaged."""
-        path, size = self.picture.path, (self.picture.width, self.picture.height)
+        path, size = self.picture.path, self.picture.size
         if self.channel == "red":
             return prepare_red(self.picture.read(), self.transform, size=size, path=path)
         return prepare_with_alpha(self.picture.read(), self.transform, size=size, path=path)[1]

@@ -31,6 +31,11 @@ class Picture(NamedTuple):
     archive: str = ""
     offset: int = 0  # of its first byte in the archive
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
     def read(self) -> bytes:
         """The bytes of the image file; UserError, which names it, where they cannot be read."""
         try:

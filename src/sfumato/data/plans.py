@@ -28,7 +28,7 @@ class Item(NamedTuple):
     @property
     def size(self) -> Size:
         """Width and height as shown."""
-        return self.picture.width, self.picture.height
+        return self.picture.size
 
     def transform(self, rules: ImageRules, *, flip: bool = False) -> Transform:
         """What is done to its pixels where nothing is left to chance."""
