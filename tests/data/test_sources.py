@@ -442,6 +442,25 @@ def test_every_kind_of_bad_image_is_named(find, tmp_path, policy, monkeypatch):
             (tmp_path / "aside" / other.name).rename(other)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_files_that_cannot_be_opened_are_named(find, tmp_path, policy):
+    """Links to nowhere, as an image and as a caption: like files that may not be read, which root always may."""
+    write(tmp_path / "a" / "good.png", caption="cat")
+    write(tmp_path / "a" / "other.png", caption="dog")
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    text = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{root}/a'\ncaption_extension = 'txt'\n"
+    if policy == "skip":
+        assert sorted(captions(find.toml(text, "--on_bad_image", "skip"))) == ["good.png", "other.png"]
+        return
+    (tmp_path / "a" / "other.txt").unlink()
+    (tmp_path / "a" / "other.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError):
+        find.toml(text)
+    for line, name in zip(find.said, ("gone.png", "other.txt"), strict=True):
+        assert f"{name} cannot be read (No such file or directory) — check that it is there and may be read" in line
+
+
 def test_more_at_the_end_of_a_photo_is_no_fault(find, tmp_path):
     path = tmp_path / "a" / "x.jpg"
     path.parent.mkdir()

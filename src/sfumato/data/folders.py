@@ -188,7 +188,9 @@ def read_files(folder: str, names: Sequence[str], read: Read) -> dict[int, UserE
                 faults[place] = error
             except OSError as error:
                 path = path_of(folder, names[place])
-                faults[place] = UserError(f"{path} cannot be read ({error.strerror})", fix="check its permissions")
+                faults[place] = UserError(
+                    f"{path} cannot be read ({error.strerror})", fix="check that it is there and may be read"
+                )
 
         for_each(look, len(names))
     return dict(sorted(faults.items()))
