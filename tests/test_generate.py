@@ -56,7 +56,7 @@ def made_again(preview: Path) -> dict[str, str]:
 
 
 LINES = """a cat --w 64 --h 64 --s 2 --d 5 --n a "dog" --l 3
-it's a (red:1.3) cup, 50% $HOME --w 64 --h 128 --s 3
+it's a (red:1.3) cup, 50% $HOME --w 64 --h 128 --s 3 --fs 1.5
 """
 
 
@@ -69,7 +69,7 @@ it's a (red:1.3) cup, 50% $HOME --w 64 --h 128 --s 3
         pytest.param("sdxl", {"network_train_unet_only": True}, marks=pytest.mark.slow),
         pytest.param("chroma", {"mixed_precision": "bf16", "network_train_unet_only": True}, marks=pytest.mark.slow),
         pytest.param("sd3", {"network_train_unet_only": True}, marks=pytest.mark.slow),
-        pytest.param("lumina", {"mixed_precision": "fp16"}, marks=pytest.mark.slow),
+        pytest.param("lumina", {"mixed_precision": "fp16", "discrete_flow_shift": 2.0}, marks=pytest.mark.slow),
     ],
 )
 def test_the_command_in_a_preview_makes_it_again(
@@ -233,6 +233,7 @@ def test_only_relative_paths_are_told(tmp_path: Path) -> None:
         ("--prompt a --W 6.4", "--W: '6.4' is not a whole number"),
         ("--prompt a --H 0", "--H: 0 is below 1"),
         ("--prompt a --scale x", "--scale: 'x' is not a number"),
+        ("--prompt a --flow_shift 0", "--flow_shift 0 is not above 0"),
         ("--prompt a --plain_prompt=1", "--plain_prompt is a switch and takes no value"),
         ("--prompt a --network_weights no.safetensors", "no.safetensors does not exist"),
         ("--prompt a --network_mul 1 2", "--network_mul has 2 values for 0 files"),

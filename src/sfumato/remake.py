@@ -23,6 +23,7 @@ from sfumato.sample import Picture
 
 # What of the vocabulary a picture depends on: the base model's options but those that only training reads, and these.
 OTHERS = ("base_weights", "base_weights_multiplier", "mixed_precision", "prompt_weighting", "zero_terminal_snr")
+OTHERS += ("discrete_flow_shift",)  # which is that of some models' previews, too
 ONLY_TRAINING = ("guidance_scale", "pos_emb_random_crop_rate", "controlnet_model_name_or_path")
 
 
@@ -71,6 +72,7 @@ def picture_options(picture: Picture, usual: Sampling) -> dict[str, object]:
     found |= {"scale": picture.scale, "guidance": picture.guidance}
     for name in ("cfg_trunc_ratio", "renorm_cfg"):
         found |= {name: vars(picture)[name]} if vars(picture)[name] != vars(usual)[name] else {}
+    found |= {"flow_shift": picture.flow_shift}
     silent = picture.sampler == vocabulary()["sample_sampler"].default
     return found if silent else {**found, "sample_sampler": picture.sampler}
 

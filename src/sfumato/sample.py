@@ -94,7 +94,7 @@ def fill_in(prompt: Prompt, model: Family, *, sampler: str, seed: int, weighted:
         sampler=prompt.sample_sampler or sampler,
         cfg_trunc_ratio=usual.cfg_trunc_ratio if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio,
         renorm_cfg=usual.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg,
-        flow_shift=prompt.flow_shift,
+        flow_shift=prompt.flow_shift if _takes_shift(prompt, model) else None,
         weighted=weighted,
     )
 
@@ -113,12 +113,16 @@ def without_effect(prompt: Prompt, picture: Picture, model: Family) -> Iterator[
         yield f"{start}--ss has no effect, this model is always walked by Euler steps"
     if prompt.controlnet_image:
         yield f"{start}--cn has no effect, there is no control network"
-    if prompt.flow_shift is not None and model.objective.at_shift(prompt.flow_shift) is None:
+    if prompt.flow_shift is not None and not _takes_shift(prompt, model):
         yield f"{start}--fs has no effect on this model, whose steps have no such shift"
     for name in ("width", "height"):
         asked, made = vars(prompt)[name], vars(picture)[name]
         if asked not in (None, made):
             yield f"{start}the {name} {asked} is made {made}, a multiple of {model.sampling.size_multiple} from 64 on"
+
+
+def _takes_shift(prompt: Prompt, model: Family) -> bool:
+    return prompt.flow_shift is not None and model.objective.at_shift(prompt.flow_shift) is not None
 
 
 def make_scheduler(name: str, objective: Objective) -> Any:

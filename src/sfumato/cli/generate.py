@@ -49,6 +49,7 @@ WORDS = {
     "guidance": Word("X", "embedded guidance, of models that have it", float),
     "cfg_trunc_ratio": Word("X", "classifier-free guidance only before this share of the way", float),
     "renorm_cfg": Word("X", "longest that a guided prediction may be, in lengths of the one for the prompt", float),
+    "flow_shift": Word("X", "how far the steps of a flow are moved towards noise", float),
     "float32_parts": Word("NAME ...", "networks kept in float32, as those that trained whole", str, many=True),
 }
 SPELLINGS = {"ckpt": "pretrained_model_name_or_path", "from_file": "sample_prompts", "sampler": "sample_sampler"}
@@ -61,7 +62,7 @@ ALSO = {  # of the vocabulary, the words that matter most
     "mixed_precision": "no|fp16|bf16  precision of the computation",
 }
 PROMPT_FIELDS = {"W": "width", "H": "height", "steps": "sample_steps", "guidance": "guidance_scale"}
-SHARED = ("negative_prompt", "scale", "cfg_trunc_ratio", "renorm_cfg")  # the same name in a prompt
+SHARED = ("negative_prompt", "scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")  # the same name in a prompt
 
 
 def main(argv: Sequence[str]) -> int:
@@ -166,6 +167,8 @@ def asked_prompts(words: Mapping[str, Any], config: Config) -> list[Prompt]:
     usual |= {name: words[name] for name in SHARED if name in words}
     if usual.get("sample_steps", 1) > MOST_STEPS:
         raise UserError(f"--steps: {words['steps']} is above {MOST_STEPS}")
+    if words.get("flow_shift", 1) <= 0:
+        raise UserError(f"--flow_shift {words['flow_shift']:g} is not above 0", fix="as --flow_shift 3")
     text, path = words.get("prompt"), config.samples.sample_prompts
     if text is not None and path is not None:
         raise UserError("--prompt and --from_file both say what to draw", fix="give one of them")
