@@ -11,6 +11,8 @@ from sfumato.config.values import FilePath, as_whole_choice
 
 Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(as_whole_choice)]
 
+NOT_WRAPPED = "gradients are added up after backward, without torch's wrapper"
+
 
 class ProcessOptions(Options):
     """Several devices"""
@@ -19,9 +21,9 @@ class ProcessOptions(Options):
         None, "minutes that a process waits for the others", planned="multi-GPU options", ge=1
     )
     ddp_gradient_as_bucket_view: bool = option(
-        False, "gradients share the memory of what is exchanged", planned="multi-GPU options"
+        False, "gradients share the memory of what is exchanged", no_effect=NOT_WRAPPED
     )
-    ddp_static_graph: bool = option(False, "the same parameters are used at every step", planned="multi-GPU options")
+    ddp_static_graph: bool = option(False, "the same parameters are used at every step", no_effect=NOT_WRAPPED)
     deepspeed: bool = option(False, "train with DeepSpeed", planned="DeepSpeed")
     zero_stage: Stage = option(2, "what DeepSpeed spreads over the devices", planned="DeepSpeed")
     offload_optimizer_device: Literal["cpu", "nvme"] | None = option(
