@@ -310,7 +310,8 @@ def bare_run(model: Family, method: Any, noise: NoiseOptions) -> Any:
     """What training_loss asks of a run, without files and data."""
     return SimpleNamespace(
         model=model, method=method, randomness=Randomness(3), device=torch.device("cpu"), frozen_text=FrozenText(model),
-        recipe=make_recipe(noise, LossOptions(), model.objective, 2.5), latents=lambda batch: batch.latents,
+        recipe=make_recipe(noise, LossOptions(), model.objective, 2.5),
+        latents=lambda batch, source=None: batch.latents,
     )  # fmt: skip
 
 
