@@ -46,6 +46,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {  # axis -> value -> its options
         "p2": {"p2_gamma": 1},
         "debiased": {"debiased_estimation_loss": True},
         "cosmap": {"weighting_scheme": "cosmap"},
+        "learned": {"uncertainty_weighting": True},
     },
     "trains": {
         "denoiser": {"network_train_unet_only": True},
@@ -60,7 +61,13 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {  # axis -> value -> its options
         "pyramid": {"multires_noise_iterations": 3},
         "perturbed": {"ip_noise_gamma": 0.1, "timestep_stratified": True},
     },
-    "precision": {"float32": {}, "bf16": {"mixed_precision": "bf16"}, "fp16": {"mixed_precision": "fp16"}},
+    "precision": {
+        "float32": {},
+        "bf16": {"mixed_precision": "bf16"},
+        "fp16": {"mixed_precision": "fp16"},
+        "weights too": {"mixed_precision": "bf16", "full_bf16": True},
+    },
+    "average": {"none": {}, "kept": {"ema_decay": 0.9, "ema_sigma_rel": [0.1]}},
     "data": {
         "live": {},
         "latents": {"cache_latents": True},
@@ -74,6 +81,11 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {  # axis -> value -> its options
         "validated": {"validation_split": 0.3, "validate_every_n_steps": 1},
     },
 }
+APART = (
+    {"weighting": "learned", "optimizer": "Prodigy"},
+    {"precision": "weights too", "optimizer": "schedule-free"},
+    {"average": "kept", "optimizer": "schedule-free"},
+)
 READ_TEXT = ("text", "both", "whole model")
 
 
@@ -83,6 +95,8 @@ def allowed(row: Mapping[str, str]) -> bool:
     if trains in READ_TEXT and row.get("data") in ("cached", "disk"):
         return False
     if trains == "whole model" and family in FLOWS:
+        return False
+    if any(pair.items() <= row.items() for pair in APART):
         return False
     return not (row.get("weighting") == "cosmap" and family in ("sd", "sdxl"))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -25,7 +25,7 @@ from sfumato.config.secrets import secrets_of
 from sfumato.data.describe import metadata as data_metadata
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
-from sfumato.diffusion.uncertainty import NAME, Uncertainty
+from sfumato.diffusion.uncertainty import NAME, Uncertainty, make_uncertainty, resume_uncertainty
 from sfumato.encode import FrozenText
 from sfumato.errors import UserError
 from sfumato.families.base import Family
@@ -41,8 +41,8 @@ from sfumato.methods.base import Method
 from sfumato.optim.ema import Averages
 from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.optimizers import describe, make_optimizer, restore
-from sfumato.optim.rates import make_rates
-from sfumato.optim.rounding import Rounding, keep_in_bfloat16
+from sfumato.optim.rates import Rates, make_rates
+from sfumato.optim.rounding import keep_in_bfloat16, make_rounding
 from sfumato.run import DTYPES, Run
 from sfumato.track.best import Best
 from sfumato.track.console import set_up
@@ -66,18 +66,13 @@ def open_run(config: Config) -> Run | None:
     assert config.loop.seed is not None
     assert config.save.output_dir is not None
     model, groups = load(checked)
-    uncertainty = make_uncertainty(config, device)
+    uncertainty = make_uncertainty(config.loss, config.loop.seed, device)
     optimizer = make_optimizer(config.optim, [*groups, *uncertainty_groups(config, uncertainty)])
     rates = make_rates(config.optim, optimizer, outlook.total - begun.schedule)
     scaler = GradScaler(device.type, enabled=config.memory.mixed_precision == "fp16")
     parameters = [parameter for group in groups for parameter in group.parameters]
     if state:
-        resume_uncertainty(uncertainty, state.pop("uncertainty", {}))
-        method.load_state(state.pop("weights"))  # each part of the state goes as soon as it is read
-        restore(optimizer, state.pop("optimizer"), state["optimizer_class"])
-        rates.load_state_dict(state["rates"])
-        if state["scaler"]:  # empty where the saved run was not in fp16
-            scaler.load_state_dict(state["scaler"])
+        take_over(state, method, uncertainty, optimizer, rates, scaler)
     frozen_text = FrozenText(model, weighted=config.captions.weighted_captions)
     if config.cache.cache_text_encoder_outputs:
         read_prompts_beforehand(config, method, frozen_text)
@@ -93,7 +88,7 @@ def open_run(config: Config) -> Run | None:
         randomness=Randomness(config.loop.seed),
         optimizer=optimizer,
         rates=rates,
-        rounding=make_rounding(config, optimizer),
+        rounding=make_rounding(config.memory, optimizer, config.loop.seed),
         scaler=scaler,
         parameters=parameters,
         averages=resumed_averages(config, parameters, state),
@@ -228,13 +223,6 @@ def resumed_state(config: Config, total: int) -> dict[str, Any]:
     return state
 
 
-def make_uncertainty(config: Config, device: torch.device) -> Uncertainty | None:
-    if not config.loss.uncertainty_weighting:
-        return None
-    assert config.loop.seed is not None
-    return Uncertainty(Randomness(config.loop.seed).generator(NAME)).to(device)
-
-
 def uncertainty_groups(config: Config, uncertainty: Uncertainty | None) -> Iterator[ParameterGroup]:
     """It learns at its own rate, and is not drawn to 0."""
     if uncertainty:
@@ -242,19 +230,21 @@ def uncertainty_groups(config: Config, uncertainty: Uncertainty | None) -> Itera
         yield ParameterGroup(name=NAME, parameters=parameters, learning_rate=rate, decays=False)
 
 
-def resume_uncertainty(uncertainty: Uncertainty | None, saved: dict[str, Tensor]) -> None:
-    if bool(saved) != (uncertainty is not None):
-        had = "with" if saved else "without"
-        raise UserError(f"the state was saved {had} --uncertainty_weighting", fix="the same, or start without --resume")
-    if uncertainty is not None:
-        uncertainty.load_state_dict(saved)
-
-
-def make_rounding(config: Config, optimizer: Optimizer) -> Rounding | None:
-    if not config.memory.full_bf16:
-        return None
-    assert config.loop.seed is not None
-    return Rounding(optimizer, seed=config.loop.seed, stochastic=config.memory.stochastic_rounding)
+def take_over(
+    state: dict[str, Any],
+    method: Method,
+    uncertainty: Uncertainty | None,
+    optimizer: Optimizer,
+    rates: Rates,
+    scaler: GradScaler,
+) -> None:
+    """Everything that trains, as it was saved; each part of the state goes as soon as it is read."""
+    resume_uncertainty(uncertainty, state.pop("uncertainty", {}))
+    method.load_state(state.pop("weights"))
+    restore(optimizer, state.pop("optimizer"), state["optimizer_class"])
+    rates.load_state_dict(state["rates"])
+    if state["scaler"]:  # empty where the saved run was not in fp16
+        scaler.load_state_dict(state["scaler"])
 
 
 def resumed_averages(config: Config, parameters: Sequence[nn.Parameter], state: dict[str, Any]) -> Averages:

@@ -73,7 +73,7 @@ def save_both(run: Run, name: str, step: int, *, state: bool, last: bool = False
     for average in run.averages:
         path = output_path(run, name + average.shape.suffix)
         with kept_going(run, path, step), average.in_place():
-            save_output(run, path, step, facts_of(run, average))
+            save_output(run, path, step, average_facts(run, average))
             run.hub.upload(path, last=last)
     if state:
         with kept_going(run, run.output / folder, step):
@@ -109,7 +109,7 @@ def output_path(run: Run, name: str) -> Path:
     return run.output / (name + run.method.ending(run.model.blueprint))
 
 
-def facts_of(run: Run, average: Average | None) -> dict[str, str]:
+def average_facts(run: Run, average: Average | None) -> dict[str, str]:
     """What a file says of the average that it holds."""
     return {EMA: json.dumps({**average.facts(), "of": run.saves.name})} if average else {}
 

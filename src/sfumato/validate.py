@@ -25,7 +25,7 @@ from sfumato.data.order import HeldOut
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import quantiles
 from sfumato.run import Run
-from sfumato.saving import at_rest, facts_of, kept_going, output_path, save_output
+from sfumato.saving import at_rest, average_facts, kept_going, output_path, save_output
 from sfumato.track.best import Best
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def save_best(run: Run, step: int, loss: float) -> bool:
     path, lost = output_path(run, f"{run.saves.name}-best"), len(run.lost)
     run.hub.finish(path)
     with kept_going(run, path, step):
-        facts = facts_of(run, run.averages.evaluated)
+        facts = average_facts(run, run.averages.evaluated)
         save_output(run, path, step, {"ss_validation_loss": f"{loss:.6g}", **facts})
         run.hub.upload(path)
     return len(run.lost) == lost

@@ -8,15 +8,33 @@ so every noise level comes to weigh the same in the gradient, and keeps doing so
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Generator, Tensor, nn
 
+from sfumato.config import LossOptions
 from sfumato.diffusion.objective import Level
+from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.weightings import bounded_snr
+from sfumato.errors import UserError
 
 CHANNELS = 128
 NAME = "uncertainty"  # of its group of parameters
+
+
+def make_uncertainty(loss: LossOptions, seed: int, device: torch.device) -> Uncertainty | None:
+    """What the options ask for: None where the weights of noise levels are not learned."""
+    return Uncertainty(Randomness(seed).generator(NAME)).to(device) if loss.uncertainty_weighting else None
+
+
+def resume_uncertainty(uncertainty: Uncertainty | None, saved: Mapping[str, Tensor]) -> None:
+    """Take over a saved one; UserError where only one of the two runs has it."""
+    if bool(saved) != (uncertainty is not None):
+        had = "with" if saved else "without"
+        raise UserError(f"the state was saved {had} --uncertainty_weighting", fix="the same, or start without --resume")
+    if uncertainty is not None:
+        uncertainty.load_state_dict(dict(saved))
 
 
 class Uncertainty(nn.Module):

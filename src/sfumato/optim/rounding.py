@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from sfumato.config import MemoryOptions
 from sfumato.optim.groups import ParameterGroup
 from sfumato.seeds import seed_of
 
@@ -22,6 +23,11 @@ PART = 1 << 24  # elements that are in float32 at a time
 CUT = 1 << 16  # bfloat16 is the upper half of float32
 # Packages whose optimizers step each parameter by itself; others may measure all of them together.
 SEPARATE = ("torch", "transformers", "lion_pytorch", "bitsandbytes")
+
+
+def make_rounding(memory: MemoryOptions, optimizer: Optimizer, seed: int) -> Rounding | None:
+    """What takes the optimizer's steps; None where weights are in float32, and it takes them itself."""
+    return Rounding(optimizer, seed=seed, stochastic=memory.stochastic_rounding) if memory.full_bf16 else None
 
 
 def keep_in_bfloat16(groups: Sequence[ParameterGroup]) -> None:
