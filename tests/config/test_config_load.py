@@ -102,14 +102,6 @@ def test_every_planned_option_is_refused(faults, name):
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("name", [name for name, option in vocabulary().items() if option.facts.planned_values])
-def test_every_planned_choice_is_refused(faults, name):
-    option = vocabulary()[name]
-    for choice, room in option.facts.planned_values.items():
-        found = faults([option.flag, choice])
-        assert f"{option.flag} {choice} is not available yet (comes with {room})" in found
-
-
 def test_an_option_that_the_script_does_not_have(faults, write):
     absent = {"clip_l": "it belongs to another script", "seed": "no dice"}
     assert faults(["--clip_l", "x", write("seed = 1")], absent=absent) == [

@@ -40,9 +40,8 @@ def entry(option: Option, width: int) -> list[str]:
 
 
 def shown_choices(option: Option) -> str:
-    """The placeholder of its value; choices that are still to come are left out."""
-    open_now = [choice for choice in option.choices if choice not in option.facts.planned_values]
-    return "|".join(open_now) if open_now else option.takes
+    """The placeholder of its value."""
+    return "|".join(option.choices) or option.takes
 
 
 def described(option: Option) -> str:
@@ -59,14 +58,11 @@ def default_text(option: Option) -> str:
 
 
 def to_come(options: list[Option], width: int) -> list[str]:
-    """Options and choices that are known but refused until their room is there."""
+    """Options that are known but refused until their room is there."""
     rooms: dict[str, list[str]] = {}
     for option in options:
         if option.facts.planned:
             rooms.setdefault(option.facts.planned, []).append(option.flag)
-        for room in dict.fromkeys(option.facts.planned_values.values()):
-            choices = [choice for choice, its_room in option.facts.planned_values.items() if its_room == room]
-            rooms.setdefault(room, []).append(f"{option.flag} {'|'.join(choices)}")
     lines = ["", "Known, but not available yet:"] if rooms else []
     for room, flags in rooms.items():
         text = f"{room}: {', '.join(flags)}"

@@ -49,15 +49,9 @@ def row(option: Option) -> str:
 
 
 def status(option: Option) -> str:
-    facts = option.facts
-    if facts.planned:
-        return f"later: {facts.planned}"
-    if facts.no_effect:
-        return f"no effect: {facts.no_effect}"
-    rooms: dict[str, list[str]] = {}
-    for choice, room in facts.planned_values.items():
-        rooms.setdefault(room, []).append(f"`{choice}`")
-    return "; ".join(["yes", *(f"later with {room}: {', '.join(choices)}" for room, choices in rooms.items())])
+    if option.facts.planned:
+        return f"later: {option.facts.planned}"
+    return f"no effect: {option.facts.no_effect}" if option.facts.no_effect else "yes"
 
 
 def scripts(option: Option) -> str:

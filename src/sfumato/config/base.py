@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
@@ -19,7 +18,6 @@ def option(
     help: str,
     *,
     planned: str = "",
-    planned_values: Mapping[str, str] | None = None,
     no_effect: str = "",
     path: PathKind = "",
     **limits: Any,
@@ -28,11 +26,10 @@ def option(
 
     planned: the room that will bring it; until then any value but the default is refused.
         Delete the argument to open the option.
-    planned_values: single choices that are still to come, each with its room.
     no_effect: why setting it changes nothing here; it is accepted and reported.
     path: what must exist where the value points. limits: pydantic's ge, gt, le, lt.
     """
-    facts = Facts(planned=planned, planned_values=dict(planned_values or {}), no_effect=no_effect, path=path)
+    facts = Facts(planned=planned, no_effect=no_effect, path=path)
     return Field(default, description=help, json_schema_extra=cast(Any, {"facts": facts}), **limits)
 
 
@@ -90,7 +87,6 @@ class Facts:
     """What `option` was told beyond the type, the default and the help line."""
 
     planned: str = ""
-    planned_values: Mapping[str, str] = field(default_factory=dict)
     no_effect: str = ""
     path: PathKind = ""
 
@@ -115,9 +111,7 @@ class Option:
 
     def room(self, value: Any) -> str:
         """The room that will bring this value; empty where it is available now."""
-        if value == self.default:
-            return ""
-        return self.facts.planned or self.facts.planned_values.get(str(value), "")
+        return "" if value == self.default else self.facts.planned
 
 
 class Options(BaseModel):

@@ -124,8 +124,7 @@ def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problem
         room = option.room(value)
         if room:
             refused.add(name)
-            what = places[name] if option.facts.planned else f"{places[name]} {value}"
-            problems.add(f"{what} is not available yet (comes with {room})")
+            problems.add(f"{places[name]} is not available yet (comes with {room})")
     return refused
 
 
