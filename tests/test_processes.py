@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sfumato.demo.toy import write_toy
 from sfumato.formats.state import load_state, newest_complete
+from sfumato.opening import open_processes
 from training import arguments, losses, pictures, run, same, weights
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,21 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp("images"))
 
 
+def test_how_long_processes_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+
+    def state(**options: object) -> SimpleNamespace:
+        given.append(options)
+        return SimpleNamespace(num_processes=2)
+
+    monkeypatch.setattr("sfumato.opening.PartialState", state)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for patience in (None, 7):
+        open_processes(patience)
+    assert "timeout" not in given[0]
+    assert given[1]["timeout"] == timedelta(minutes=7)
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """The same global batch; fillers where a batch does not divide; only the first process writes.
@@ -41,7 +59,7 @@ def test_two_processes_train_what_one_does(toy: Mapping[str, Path], images: Path
     """
     options = {"max_train_steps": 6, "optimizer_args": "eps=0.01"}
     alone = run(toy, images, tmp_path / "alone", train_batch_size=2, **options)
-    command = arguments(toy, images, tmp_path / "both", train_batch_size=1, **options)
+    command = arguments(toy, images, tmp_path / "both", train_batch_size=1, ddp_timeout=4, **options)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     subprocess.run([*launcher, SCRIPT[1], *command], check=True, timeout=300)
     ours, theirs = weights(tmp_path / "both"), weights(alone)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -113,8 +114,11 @@ def open_run(config: Config) -> Run | None:
 def check(config: Config) -> Checked | None:
     """Everything that can be wrong before weights are read; None when a resumed run has nothing left to do."""
     config = plan.with_seed(config)
-    processes = open_processes()
+    patience = config.processes.ddp_timeout
+    processes = open_processes(patience)
     set_up(config.log, main_process=processes.is_main_process, secrets=secrets_of(config))
+    if patience is not None and processes.num_processes == 1:
+        log.info("note: --ddp_timeout has no effect: there is one process")
     warnings = remember_warnings()
     outlook = plan.look(config, processes=processes.num_processes)
     saves = make_plan(config.save, -(-outlook.total // steps_per_epoch(config, outlook)))
@@ -184,9 +188,13 @@ def facts_of(config: Config, outlook: plan.Outlook, optimizer: Optimizer) -> Fac
     )
 
 
-def open_processes() -> PartialState:
-    """This process alone, or its place among those that a launcher started; a launch that stayed alone is refused."""
-    processes = PartialState(cpu=not torch.cuda.is_available())
+def open_processes(patience: int | None = None) -> PartialState:
+    """This process alone, or its place among those that a launcher started; a launch that stayed alone is refused.
+
+    patience: minutes that each waits for the others; torch's own without it.
+    """
+    limits = {} if patience is None else {"timeout": timedelta(minutes=patience)}
+    processes = PartialState(cpu=not torch.cuda.is_available(), **limits)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != processes.num_processes:
         raise UserError(

@@ -168,8 +168,7 @@ def test_the_page_of_options_is_up_to_date():
 # What is still to come, by the words that the page says of it; everything else works, or says why it need not.
 TO_COME = (
     "fp8 weights", "block swap", "the fused backward pass", "DeepSpeed", "compiling", "the other adapters",
-    "attention back ends", "multi-GPU options", "ControlNet training", "the memory options",
-    "the other training options", "validation",
+    "ControlNet training", "the memory options",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ CASES = {
     "block-rates-twice": ("--method full --block_lr 0,1e-5 --unet_lr 1e-5", "--method full --block_lr 0,1e-5"),
     "adapter-folder": ("--save_model_as diffusers", "--save_model_as diffusers --method full"),
     "no-padding": ("--method full --no_token_padding", "--method full"),
+    "attention-without-gradients": ("--use_sage_attn", "--use_flash_attn"),
     "begun-twice": ("--initial_epoch 2 --initial_step 30", "--initial_step 30"),
     "nothing-skipped": ("--skip_until_initial_step", "--skip_until_initial_step --initial_epoch 2"),
     "noise-twice": ("--noise_offset 0.1 --multires_noise_iterations 6", "--noise_offset 0.1"),

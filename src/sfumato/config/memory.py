@@ -25,6 +25,7 @@ Backend = Annotated[
     ],
     BeforeValidator(lambda value: "inductor" if value == "no" else value),  # front ends write no for not compiling
 ]
+OWN_ATTENTION = "torch's own attention is always used, which takes no more memory"
 
 
 class MemoryOptions(Options):
@@ -33,18 +34,13 @@ class MemoryOptions(Options):
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the computation")
     gradient_checkpointing: bool = option(False, "compute activations twice: less memory, more time")
     sdpa: bool = option(False, "torch's own fast attention", no_effect="it is always used")
-    xformers: bool = option(False, "attention from xformers", planned="attention back ends; --sdpa's is always on")
-    diffusers_xformers: bool = option(
-        False, "attention from xformers, by diffusers' switch",
-        planned="attention back ends; --sdpa's is always on",
-    )  # fmt: skip
-    mem_eff_attn: bool = option(False, "attention in slices", planned="attention back ends; --sdpa's is always on")
+    xformers: bool = option(False, "attention from xformers", no_effect=OWN_ATTENTION)
+    diffusers_xformers: bool = option(False, "attention from xformers, by diffusers' switch", no_effect=OWN_ATTENTION)
+    mem_eff_attn: bool = option(False, "attention in slices", no_effect=OWN_ATTENTION)
     use_flash_attn: bool = option(
-        False, "attention from flash-attn", planned="attention back ends; --sdpa's is always on"
+        False, "attention from flash-attn", no_effect="torch's own attention takes such kernels where it can"
     )
-    use_sage_attn: bool = option(
-        False, "attention from sageattention", planned="attention back ends; --sdpa's is always on"
-    )
+    use_sage_attn: bool = option(False, "attention from sageattention; refused, for it gives no gradients")
     full_fp16: bool = option(
         False, "weights and gradients in float16, too",
         planned="the memory options; --full_bf16 keeps them in bfloat16",

@@ -6,6 +6,14 @@ from sfumato.config.rule import Rule
 
 MEMORY_RULES = (
     Rule(
+        name="attention-without-gradients",
+        kind="conflict",
+        options=("use_sage_attn",),
+        broken=lambda c: c.memory.use_sage_attn,
+        what="--use_sage_attn computes attention in eight bits and gives no gradients, so nothing would train",
+        fix="leave it out; torch's own fast attention is always used",
+    ),
+    Rule(
         name="full-bf16-precision",
         kind="conflict",
         options=("full_bf16", "mixed_precision"),

@@ -17,9 +17,7 @@ NOT_WRAPPED = "gradients are added up after backward, without torch's wrapper"
 class ProcessOptions(Options):
     """Several devices"""
 
-    ddp_timeout: int | None = option(
-        None, "minutes that a process waits for the others", planned="multi-GPU options", ge=1
-    )
+    ddp_timeout: int | None = option(None, "minutes that a process waits for the others", ge=1)
     ddp_gradient_as_bucket_view: bool = option(
         False, "gradients share the memory of what is exchanged", no_effect=NOT_WRAPPED
     )

@@ -42,7 +42,7 @@ def fill_caches(config: Config, *, machine: tuple[int, int] = (0, 1)) -> Caches:
 
     machine: which of how many machines this is, counted from 0; each makes its part and waits for no other.
     """
-    processes = open_processes()
+    processes = open_processes(config.processes.ddp_timeout)
     assert processes.device is not None
     set_up(config.log, main_process=processes.is_main_process)
     problems = Problems()
