@@ -134,7 +134,7 @@ def toy(argv: Sequence[str]) -> int:
 
 
 def demo(argv: Sequence[str]) -> int:
-    """Train on a toy model from nothing, and show before and after."""
+    """Teach the small model that comes along a new thing, and show before and after."""
     from sfumato.demo.demo import main as run
 
     return run(argv)
