@@ -178,14 +178,14 @@ def write_with_library(path: Path, given: dict) -> dict:
 
 
 def hashes(path: Path, given: dict) -> dict:
-    from sfumato.formats.checkpoint import adapter_hashes
+    from sfumato.formats.hashes import adapter_hashes
 
     adapter_hashes(given, {})
     return {}
 
 
 def sha256(path: Path, given: dict) -> dict:
-    from sfumato.formats.checkpoint import sha256_of
+    from sfumato.formats.hashes import sha256_of
 
     os.utime(path)  # forgets what was remembered of the file
     sha256_of(path)

@@ -24,14 +24,11 @@ from sfumato.formats.checkpoint import (
     DiskFull,
     PickledFile,
     TensorFile,
-    adapter_hashes,
-    model_hash,
     open_checkpoint,
-    sha256_later,
-    sha256_of,
     write_safetensors,
     write_stream,
 )
+from sfumato.formats.hashes import adapter_hashes, model_hash, sha256_of
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "metadata_keys.json").read_text())
 FLOATS = [dtype for dtype in DTYPES.values() if dtype.is_floating_point]
@@ -425,7 +422,6 @@ def test_file_hashes_are_the_goldens(tmp_path):
         path.write_bytes(content)
         assert model_hash(path) == entry["model_hash"]
         assert sha256_of(path) == entry["calculate_sha256"]
-        assert sha256_later(path).result(timeout=10) == entry["calculate_sha256"]
     (entry,) = [e for e in GOLDEN["hash_examples"] if e["case"] == "missing / directory"]
     assert [model_hash(tmp_path / "gone"), model_hash(tmp_path)] == entry["model_hash"]
     assert [sha256_of(tmp_path / "gone"), sha256_of(tmp_path)] == entry["calculate_sha256"]
@@ -443,13 +439,3 @@ def test_a_hash_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
     path.write_bytes(b"two!")
     assert sha256_of(path) == hashlib.sha256(b"two!").hexdigest()
     assert calls == [1]
-
-
-def test_a_failure_in_the_background_reaches_who_asks(tmp_path, monkeypatch):
-    def broken(*given):
-        raise OSError(5, "input/output error")
-
-    (tmp_path / "f").write_bytes(b"1")
-    monkeypatch.setattr(hashlib, "file_digest", broken)
-    with pytest.raises(OSError, match="input/output"):
-        sha256_later(tmp_path / "f").result(timeout=10)

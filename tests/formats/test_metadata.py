@@ -22,7 +22,7 @@ from sfumato.config import (
     SaveOptions,
 )
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import model_hash, sha256_of
+from sfumato.formats.hashes import model_hash, sha256_of
 from sfumato.formats.metadata import (
     Facts,
     adapter_metadata,

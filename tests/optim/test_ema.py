@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from families.toys import ToyShelf
 from sfumato.config import EmaOptions, load_config
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
+from sfumato.formats.checkpoint import write_safetensors
+from sfumato.formats.hashes import adapter_hashes
 from sfumato.formats.state import load_state
 from sfumato.opening import open_run
 from sfumato.optim.ema import Average, Averages, Plain, Power, gamma_of

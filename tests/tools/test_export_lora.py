@@ -24,7 +24,7 @@ from sfumato.encode import live_text
 from sfumato.families import _unet, register_all, sdxl
 from sfumato.families._source import open_source
 from sfumato.families.base import FAMILIES, Component, Family, Part, find_family
-from sfumato.formats.checkpoint import adapter_hashes
+from sfumato.formats.hashes import adapter_hashes
 from sfumato.methods import make_method
 
 CPU = torch.device("cpu")

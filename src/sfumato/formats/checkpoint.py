@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints tensor by tensor, and the hashes that the field names files by.
+"""Reading and writing checkpoints tensor by tensor.
 
 No second copy of the weights is ever held: a tensor is read straight into its final memory, or through one small
 buffer where the type changes, and written the same way.
@@ -7,16 +7,14 @@ buffer where the type changes, and written the same way.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import pickle
 import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
@@ -47,7 +45,6 @@ READERS = 4
 TRANSFER = 16 << 20  # bytes copied from a device at a time
 PICKLED = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's two formats
 LARGEST_READ = 1 << 30  # bytes; some systems refuse more at once
-WINDOW = 0x100000, 0x110000  # bytes of a file that the field's short hash looks at
 Spec = tuple[torch.dtype, Sequence[int]]
 
 
@@ -280,7 +277,7 @@ def write_safetensors(
 
     dtype: what floating-point tensors become in the file. Raises DiskFull where there is no room.
     """
-    write_stream(path, _specs(tensors, dtype), tensors.__getitem__, metadata)
+    write_stream(path, specs_of(tensors, dtype), tensors.__getitem__, metadata)
 
 
 def write_stream(
@@ -290,7 +287,7 @@ def write_stream(
 
     specs: name -> type in the file and shape.
     """
-    head, infos = _layout(specs, metadata)
+    head, infos = layout(specs, metadata)
     with room_for(path), files.atomic(path) as temporary:
         with FileIO(temporary, "w") as file:
             _write_all(file, memoryview(head))
@@ -314,11 +311,11 @@ def room_for(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _specs(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Spec]:
+def specs_of(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Spec]:
     return {name: (_wanted(tensor.dtype, dtype), tensor.shape) for name, tensor in tensors.items()}
 
 
-def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, TensorInfo]]:
+def layout(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, TensorInfo]]:
     """The file's header in bytes and, in file order, where each tensor lies: wide types first, then by name."""
     for name, (dtype, _) in specs.items():
         if dtype not in NAMES:
@@ -342,7 +339,7 @@ def _layout(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None) -> tu
     return struct.pack("<Q", len(text)) + text, infos
 
 
-def _pieces(name: str, tensor: Tensor, spec: Spec) -> Iterator[memoryview]:
+def pieces(name: str, tensor: Tensor, spec: Spec) -> Iterator[memoryview]:
     """The bytes of a tensor in its type in the file, without a copy of the whole where none is needed."""
     dtype, shape = spec
     assert tensor.shape == torch.Size(shape), f"{name!r} has shape {tuple(tensor.shape)}, announced {tuple(shape)}"
@@ -359,7 +356,7 @@ def _pieces(name: str, tensor: Tensor, spec: Spec) -> Iterator[memoryview]:
 
 def _write_tensor(file: FileIO, name: str, tensor: Tensor, spec: Spec) -> None:
     """A function of its own, so that nothing of the tensor is left when the next one is made."""
-    for piece in _pieces(name, tensor, spec):
+    for piece in pieces(name, tensor, spec):
         _write_all(file, piece)
 
 
@@ -367,74 +364,3 @@ def _write_all(file: FileIO, memory: memoryview) -> None:
     done = 0
     while done < len(memory):
         done += file.write(memory[done : done + LARGEST_READ])
-
-
-# ---------------------------------------------------------------- hashes
-
-
-def adapter_hashes(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, dtype: torch.dtype | None = None
-) -> tuple[str, str]:
-    """(sshs_model_hash, sshs_legacy_hash) of the file that these tensors and the ss_ entries of the metadata make.
-
-    The first is the SHA-256 of the data section, the second 8 digits of that of bytes 0x100000 to 0x110000 of the
-    file. Nothing is serialised; each tensor passes once.
-    """
-    specs = _specs(tensors, dtype)
-    head, infos = _layout(specs, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    whole, window, place = hashlib.sha256(), hashlib.sha256(), len(head)
-    window.update(head[WINDOW[0] : WINDOW[1]])
-    for name in infos:
-        for piece in _pieces(name, tensors[name], specs[name]):
-            whole.update(piece)
-            window.update(piece[max(WINDOW[0] - place, 0) : max(WINDOW[1] - place, 0)])
-            place += len(piece)
-    return whole.hexdigest(), window.hexdigest()[:8]
-
-
-def model_hash(path: Path | str) -> str:
-    """The field's short name of a file: 8 digits, or NOFILE, or IsADirectory."""
-    path = Path(path)
-    if path.is_dir():
-        return "IsADirectory"
-    try:
-        with path.open("rb") as file:
-            file.seek(WINDOW[0])
-            return hashlib.sha256(file.read(WINDOW[1] - WINDOW[0])).hexdigest()[:8]
-    except FileNotFoundError:
-        return "NOFILE"
-
-
-def sha256_of(path: Path | str) -> str:
-    """SHA-256 of a whole file, or NOFILE, or IsADirectory; remembered in this process by path, size and time.
-
-    About a second per 1.5 GB, during which other threads run.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return "IsADirectory"
-    try:
-        facts = path.stat()
-        return _sha256(path.absolute(), facts.st_size, facts.st_mtime_ns)
-    except FileNotFoundError:
-        return "NOFILE"
-
-
-def sha256_later(path: Path | str) -> Future[str]:
-    """`sha256_of` in a thread of its own, which does not hold up the end of the program."""
-    future: Future[str] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(sha256_of(path))
-        except OSError as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name=f"hash {Path(path).name}", daemon=True).start()
-    return future
-
-
-@lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from typing import Any
 from sfumato import __version__
 from sfumato.config import Config, ModelOptions
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import model_hash, sha256_of
+from sfumato.formats.hashes import model_hash, sha256_of
 
 PROGRAM = f"sfumato {__version__}"
 EMA = "sfumato.ema"  # which running average of the weights a file holds, as JSON

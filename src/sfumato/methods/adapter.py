@@ -21,8 +21,9 @@ from sfumato.data.batch import Extras, Tensors
 from sfumato.diffusion.randomness import Randomness
 from sfumato.errors import UserError
 from sfumato.families.base import Blueprint, Family, PartSpec
-from sfumato.formats.checkpoint import adapter_hashes, write_safetensors
+from sfumato.formats.checkpoint import write_safetensors
 from sfumato.formats.groups import LayerGroup
+from sfumato.formats.hashes import adapter_hashes
 from sfumato.formats.lora import check_names, read_adapter_file, renamed
 from sfumato.formats.metadata import adapter_metadata
 from sfumato.formats.pickled import ENDINGS, is_pickled, write_flat

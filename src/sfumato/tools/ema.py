@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import DTYPES, TensorFile, adapter_hashes, write_safetensors, write_stream
+from sfumato.formats.checkpoint import DTYPES, TensorFile, write_safetensors, write_stream
+from sfumato.formats.hashes import adapter_hashes
 from sfumato.formats.header import read_header
 from sfumato.formats.metadata import EMA
 from sfumato.optim.ema import Power, gamma_of

@@ -15,8 +15,9 @@ from sfumato.errors import Problems, UserError
 from sfumato.families import register_all
 from sfumato.families._adapter_names import groups_of
 from sfumato.families.base import FAMILIES, Family
-from sfumato.formats.checkpoint import PRECISIONS, adapter_hashes, open_checkpoint, write_safetensors
+from sfumato.formats.checkpoint import PRECISIONS, open_checkpoint, write_safetensors
 from sfumato.formats.groups import LayerGroup
+from sfumato.formats.hashes import adapter_hashes
 from sfumato.formats.lora import check_names, read_adapter_file
 
 Entries = dict[str, dict[str, Tensor]]  # of an adapter file: name -> suffix -> tensor
