@@ -61,6 +61,7 @@ def pixels(step: Step) -> list[Tensor | None]:
     return [batch.latents for batch in step.batches]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "first"),
     [
@@ -90,6 +91,7 @@ def test_the_samples_are_those_of_the_straight_run(
     assert ids(skipped[0]) != ids(straight[0])
 
 
+@pytest.mark.slow
 def test_from_saved_weights_the_straight_run_goes_on(toy: Toy, images: Path, tmp_path: Path) -> None:
     """With an optimizer and a schedule that remember nothing, the file of step 5 is all that is needed."""
     straight = run(toy, images, tmp_path / "straight", **LIGHT, save_every_n_steps=5)
@@ -111,6 +113,7 @@ def rates(output: Path) -> list[tuple[int, float]]:
     return [(int(row["step"]), row["lr/denoiser"]) for row in losses(output)]
 
 
+@pytest.mark.slow
 def test_rates_begin_anew_or_go_on_with_the_state(toy: Toy, images: Path, tmp_path: Path) -> None:
     eight = rates(run(toy, images, tmp_path / "eight", **{**RATES, "max_train_steps": 8}))
     fresh = rates(run(toy, images, tmp_path / "fresh", **RATES, initial_step=6))

@@ -133,6 +133,7 @@ def test_of_an_average_and_of_weights_in_bfloat16(
     assert [made_again(path)["trained"] for path in sorted((output / "sample").iterdir())][2:] == [trained] * 2
 
 
+@pytest.mark.slow
 def test_adapters_on_top_of_merged_ones(toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged files are in the command; strengths count, a file at 0 is as good as none, two of one are its double."""
     monkeypatch.chdir(tmp_path)

@@ -130,6 +130,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_cached_is_uncached_though_some_overflow(
     toy_shelf: ToyShelf, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def their_text(pipe: Any, case: Case) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CASES))
 @torch.no_grad()
 def test_a_trained_lora_gives_the_same_in_diffusers(name: str, tmp_path: Path) -> None:

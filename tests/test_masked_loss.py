@@ -106,6 +106,7 @@ def test_white_masks_change_nothing_and_black_ones_teach_nothing(toy: Toy, image
     assert all(row["loss/current"] == 0 for row in losses(black))
 
 
+@pytest.mark.slow
 def test_cached_masks_train_like_uncached_ones(toy: Toy, images: Path, tmp_path: Path) -> None:
     """A mask file for one half of the data, an alpha channel for the other."""
     with_alpha(pictures(images, 2, name="1_dog"), 200, 30, name="1_dog")
@@ -168,6 +169,7 @@ def test_one_folder_at_several_sizes_trains_alike_from_disk(toy: Toy, images: Pa
         assert losses(plain) == losses(cached)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("toy", ["sd"], indirect=True)
 def test_augmented_runs_are_the_same_for_any_number_of_workers(toy: Toy, images: Path, tmp_path: Path) -> None:
     options = {"color_aug": True, "random_crop": True, "flip_aug": True, "enable_bucket": False, "resolution": 64}

@@ -178,6 +178,7 @@ def test_every_family_validates_cached_or_not(family: str, toy_shelf: ToyShelf, 
     assert last != first
 
 
+@pytest.mark.slow
 def test_held_out_images_are_shown_as_they_are(sd: Toy, images: Path, tmp_path: Path) -> None:
     """Whatever happens to pictures and captions of training, and whatever the batch size."""
     chance = {"shuffle_caption": True, "caption_dropout_rate": 0.5, "caption_tag_dropout_rate": 0.5, "color_aug": True}
@@ -189,6 +190,7 @@ def test_held_out_images_are_shown_as_they_are(sd: Toy, images: Path, tmp_path: 
     assert abs(told(other)[0] - told(first)[0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_levels_make_the_average(sd: Toy, images: Path, tmp_path: Path) -> None:
     """Validation at the end of each epoch of five steps, before the first step and after the last."""
     output = run(sd, images, tmp_path, **HALF, max_train_steps=7, min_timestep=500, min_snr_gamma=5)
@@ -224,6 +226,7 @@ def test_what_is_validated_is_what_is_saved(sd: Toy, images: Path, tmp_path: Pat
     assert told(output)[3] != pytest.approx(told(output)[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_and_remembers_the_best(sd: Toy, images: Path, tmp_path: Path) -> None:
     """The rate is so high that the loss rises again."""
     options = {**HALF, "learning_rate": 0.1, "network_train_unet_only": True, "max_train_steps": 6}
@@ -245,6 +248,7 @@ def test_resume_is_exact_and_remembers_the_best(sd: Toy, images: Path, tmp_path:
     assert (resumed / "lora-best.safetensors").exists() == (step > 2)
 
 
+@pytest.mark.slow
 def test_another_split_after_a_resume_starts_anew(sd: Toy, images: Path, tmp_path: Path) -> None:
     """What was lowest over other images says nothing of these."""
     options = {"network_train_unet_only": True, "save_best": True, "save_state": True}
@@ -312,6 +316,7 @@ def test_a_split_that_holds_out_nothing_is_refused(
     assert main(["plan", *argv, "--strict"]) == 2
 
 
+@pytest.mark.slow
 def test_a_dataset_file_may_split_a_part(sd: Toy, images: Path, tmp_path: Path) -> None:
     """The first validation is that of the same split on the command line."""
     file = tmp_path / "data.toml"

@@ -50,6 +50,7 @@ def test_a_missing_model_is_told(tmp_path: Path) -> None:
         tiny_base(tmp_path / "nothing.safetensors")
 
 
+@pytest.mark.slow
 def test_the_model_draws_what_it_knows(artist: Artist, judge: Judge) -> None:
     drawn = {prompt: artist.draw(prompt, 1) for prompt in KNOWN}
     assert [verdict.name for verdict in judge(list(drawn.values()))] == list(KNOWN.values())
@@ -57,6 +58,7 @@ def test_the_model_draws_what_it_knows(artist: Artist, judge: Judge) -> None:
     assert max(abs(a - b) for a, b in zip(cat, BLUE, strict=True)) < 25
 
 
+@pytest.mark.slow
 def test_a_picture_is_a_function_of_prompt_and_seed(artist: Artist) -> None:
     def hashed(prompt: str, seed: int) -> str:
         return hashlib.sha256(artist.draw(prompt, seed).tobytes()).hexdigest()

@@ -184,6 +184,7 @@ def test_the_unused_layer_stays_in_the_file(second: Path, tmp_path: Path) -> Non
     same(changed, model.parts["clip"].module.state_dict())
 
 
+@pytest.mark.slow
 def test_a_folder_saved_as_one_file_is_the_same_model(folder_v: Path, tmp_path: Path) -> None:
     """The file has only the layers that are used, so the last of them must not be dropped again."""
     model = load(folder_v, v_parameterization=True)

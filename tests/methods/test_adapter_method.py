@@ -207,6 +207,7 @@ def test_a_norm_limit_is_refused_where_the_adapter_has_none(
 DROPOUT = {"network_dropout": 0.3, "network_args": ["rank_dropout=0.3", "module_dropout=0.3"]}
 
 
+@pytest.mark.slow
 def test_dropout_changes_training_and_nothing_else(sd: Toy, images: Path, tmp_path: Path) -> None:
     """Resume is exact, checkpointing replays the draws, previews neither drop nor disturb."""
     prompts = tmp_path / "prompts.txt"

@@ -254,6 +254,7 @@ def test_previews_show_the_average(
     assert same(seen[-1], weights(out, "lora-ema0.1"))
 
 
+@pytest.mark.slow
 def test_validation_measures_the_average(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """What it says of the average is what it says of the average's file before another training; the best has it."""
     toy, held = toy_shelf.paths("sd"), {"validation_split": 0.4, "validation_seed": 3, **LORA}

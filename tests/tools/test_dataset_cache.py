@@ -244,6 +244,7 @@ VARIED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_variants_train_and_resume_exactly(sdxl: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """Twelve steps are five and seven, with text on disk or in memory, and other workers; the file tells of it."""
     from safetensors import safe_open
