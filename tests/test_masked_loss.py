@@ -93,6 +93,7 @@ def test_a_half_mask_gives_half_the_sum_and_no_gradient_elsewhere(
     assert estimate.grad.chunk(2, dim=-1)[0].abs().min() > 0
 
 
+@pytest.mark.slow
 def test_white_masks_change_nothing_and_black_ones_teach_nothing(toy: Toy, images: Path, tmp_path: Path) -> None:
     def trained(name: str, left: int, right: int) -> Path:
         folder = masks(images, tmp_path / f"masks-{name}", left, right)

@@ -187,6 +187,7 @@ def test_a_batch_without_such_samples_costs_nothing(toy: Toy, data: Path, tmp_pa
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("toy", ["sdxl", "flux"], indirect=True)
 def test_regularisation_images_that_are_held_teach_a_new_adapter_nothing(toy: Toy, tmp_path: Path) -> None:
     """A new adapter changes nothing, so it meets its target; only the other pictures move it."""

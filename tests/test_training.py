@@ -71,7 +71,13 @@ def test_every_tensor_learns(toy: Toy, images: Path, tmp_path: Path, request: py
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 3, "train_batch_size": 2, "lr_scheduler": "cosine"}]
+    "options",
+    [
+        {},
+        pytest.param(
+            {"gradient_accumulation_steps": 3, "train_batch_size": 2, "lr_scheduler": "cosine"}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_resume_is_exact(sd: Toy, images: Path, tmp_path: Path, options: dict) -> None:
     """20 steps = 7, resume, 6, resume, 7, bit for bit, with any number of loader workers."""
@@ -151,6 +157,7 @@ def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None
     assert made == [f"lora_{step:06d}_{i:02d}" for step in (0, 2, 4) for i in (0, 1)]
 
 
+@pytest.mark.slow
 def test_previews_of_cached_text(toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures; the encoders are put away by then, so prompts were read before."""
     prompts = tmp_path / "prompts.txt"
@@ -225,6 +232,7 @@ def test_one_part_only(toy: Toy, images: Path, tmp_path: Path, only: str) -> Non
     assert all(name.startswith(prefix) for name in weights(output))
 
 
+@pytest.mark.slow
 def test_going_on_from_weights(toy: Toy, images: Path, tmp_path: Path) -> None:
     first = run(toy, images, tmp_path / "first", network_alpha=3)
     file = first / "lora.safetensors"

@@ -142,6 +142,7 @@ def test_a_family_without_emphasis_reads_marks_as_words(toy_shelf: ToyShelf, mon
     assert torch.equal(found["hidden"], model.encode_text("clip", [MARKED])[0]["hidden"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", "flux", "lumina"])
 def test_training_on_weighted_captions(family: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
     """It changes what is learned, and the cache knows captions read with emphasis from others."""

@@ -238,6 +238,7 @@ def test_clip_skip_has_no_effect_and_the_report_says_so(toy: Mapping[str, Path],
 # ---------------------------------------------------------------- adapters
 
 
+@pytest.mark.slow
 def test_a_file_in_diffusers_names_is_read(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     first = run(toy, images, tmp_path / "first", network_train_unet_only=True)
     blueprint = read(toy["pretrained_model_name_or_path"])

@@ -370,6 +370,7 @@ print(write, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_neither_reading_nor_writing_needs_as_much_as_one_more_tensor(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]

@@ -279,6 +279,7 @@ def test_diffusers_reads_the_file_as_we_do(
 # ---------------------------------------------------------------- folders of diffusers'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_both_formats_hold_the_same_model(
@@ -432,7 +433,7 @@ def test_a_disk_without_room_is_told_before_the_first_step(
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(sd: Toy, images: Path, tmp_path: Path) -> None:
     """The same global batch, in several messages; the optimizer's steps are in proportion to gradients."""
-    options = {"max_train_steps": 4, "optimizer_type": "SGDNesterov", "method": "full", "network_dim": None}
+    options = {"max_train_steps": 2, "optimizer_type": "SGDNesterov", "method": "full", "network_dim": None}
     options |= {"train_text_encoder": True, "learning_rate": "1e-2"}
     options |= {"min_timestep": 400}  # of almost clean images a toy's gradients hold four digits in float32
     alone = run(sd, images, tmp_path / "alone", train_batch_size=2, **options)
@@ -445,7 +446,7 @@ def test_two_processes_train_what_one_does(sd: Toy, images: Path, tmp_path: Path
     ours, theirs = weights(tmp_path / "both"), weights(alone)
     assert set(ours) == set(theirs)
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-6)
     assert max(float((ours[name] - old).abs().max()) for name, old in before(sd).items()) > 1e-4
     pairs = zip(losses(alone), losses(tmp_path / "both"), strict=True)
     assert all(abs(one["loss/current"] - two["loss/current"]) < 1e-4 for one, two in pairs)
