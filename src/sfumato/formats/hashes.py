@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato.formats.checkpoint import layout, pieces, specs_of
 
+HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 WINDOW = 0x100000, 0x110000  # bytes of a file that the short hash looks at
 
 
@@ -33,6 +34,14 @@ def adapter_hashes(
             window.update(piece[max(WINDOW[0] - place, 0) : max(WINDOW[1] - place, 0)])
             place += len(piece)
     return whole.hexdigest(), window.hexdigest()[:8]
+
+
+def with_hashes(
+    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """The metadata of an adapter file with the two hashes of these tensors, in place of any older ones."""
+    hashes = adapter_hashes(tensors, metadata, dtype=dtype)
+    return {**metadata, **dict(zip(HASHES, hashes, strict=True))}
 
 
 def model_hash(path: Path | str) -> str:

@@ -23,7 +23,7 @@ from sfumato.errors import UserError
 from sfumato.families.base import Blueprint, Family, PartSpec
 from sfumato.formats.checkpoint import write_safetensors
 from sfumato.formats.groups import LayerGroup
-from sfumato.formats.hashes import adapter_hashes
+from sfumato.formats.hashes import with_hashes
 from sfumato.formats.lora import check_names, read_adapter_file, renamed
 from sfumato.formats.metadata import adapter_metadata
 from sfumato.formats.pickled import ENDINGS, is_pickled, write_flat
@@ -138,9 +138,7 @@ class AdapterMethod:
         if is_pickled(path):
             write_flat(path, tensors, dtype=dtype)
             return
-        whole, short = adapter_hashes(tensors, metadata, dtype=dtype)
-        hashes = {"sshs_model_hash": whole, "sshs_legacy_hash": short}
-        write_safetensors(path, tensors, {**metadata, **hashes}, dtype=dtype)
+        write_safetensors(path, tensors, with_hashes(metadata, tensors, dtype=dtype), dtype=dtype)
         log.debug("%s: %d tensors", path, len(tensors))
 
     def report(self) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import DTYPES, TensorFile, write_safetensors, write_stream
-from sfumato.formats.hashes import adapter_hashes
+from sfumato.formats.hashes import HASHES, with_hashes
 from sfumato.formats.header import read_header
 from sfumato.formats.metadata import EMA
 from sfumato.optim.ema import Power, gamma_of
@@ -124,9 +124,8 @@ def write_sum(output: Path, shares: Mapping[Path, float], like: Path, sigma_rel:
         specs = {name: (DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
         made = json.dumps({"sigma_rel": sigma_rel, "of": sorted(path.name for path in shares)})
         metadata = {key: text for key, text in header.metadata.items() if key != EMA} | {MADE: made}
-        if "sshs_model_hash" not in metadata:
+        if HASHES[0] not in metadata:
             write_stream(output, specs, make, metadata)
             return
         tensors = {name: make(name) for name in specs}  # an adapter is small, and its hashes come before its tensors
-        metadata["sshs_model_hash"], metadata["sshs_legacy_hash"] = adapter_hashes(tensors, metadata)
-        write_safetensors(output, tensors, metadata)
+        write_safetensors(output, tensors, with_hashes(metadata, tensors))

@@ -17,12 +17,11 @@ from sfumato.families._adapter_names import groups_of
 from sfumato.families.base import FAMILIES, Family
 from sfumato.formats.checkpoint import PRECISIONS, open_checkpoint, write_safetensors
 from sfumato.formats.groups import LayerGroup
-from sfumato.formats.hashes import adapter_hashes
+from sfumato.formats.hashes import with_hashes
 from sfumato.formats.lora import check_names, read_adapter_file
 
 Entries = dict[str, dict[str, Tensor]]  # of an adapter file: name -> suffix -> tensor
 MATRICES = ("lora_down.weight", "lora_up.weight")
-HASHES = ("sshs_model_hash", "sshs_legacy_hash")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +61,8 @@ def export_lora(
         for name, route in routes.items()
         for key, tensor in renamed(source, entries[name], route, precision)
     }
-    kept = {"format": "pt", **{key: text for key, text in metadata.items() if key not in HASHES}}
-    hashes = dict(zip(HASHES, adapter_hashes(tensors, kept), strict=True))
     replaced = target.exists()
-    write_safetensors(target, tensors, kept | hashes)
+    write_safetensors(target, tensors, with_hashes({"format": "pt", **metadata}, tensors))
     print(f"{target}{' (replaced)' if replaced else ''}: {summary(routes)}")
 
 
