@@ -13,7 +13,7 @@ SETUP := $(VENV)/.set-up
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test fast gpu check format map bench clean
+.PHONY: setup demo test fast gpu curves check format pages bench clean
 
 setup: $(SETUP)
 
@@ -48,9 +48,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The table of files in README.md.
-map: setup
+# Whether a change moved a number: the stored curves, bit for bit on the machine that made them. WRITE=1 stores them.
+curves: setup
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/curves.py $(if $(WRITE),--write)
+
+# What is generated from the source: the table of files in README.md, the listing of all messages.
+pages: setup
 	$(BIN)/python docs/make_file_map.py
+	$(BIN)/python docs/make_messages.py
 
 bench: setup
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

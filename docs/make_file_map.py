@@ -1,4 +1,4 @@
-"""Write the file map of README.md from the first docstring line of every file in the package: `make map`."""
+"""Write the file map of README.md from the first docstring line of every file in the package: `make pages`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "sfumato"
-BEGIN = "<!-- file map: written by `make map`, do not edit by hand -->"
+BEGIN = "<!-- file map: written by `make pages`, do not edit by hand -->"
 END = "<!-- end of file map -->"
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import settings
 
 from families.toys import ToyShelf
 
-# Set before anything imports torch or the hub. One thread: toy networks are slower with more, sums become
-# reproducible, and several workers share the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("MKL_NUM_THREADS", "1")
+# One thread: toy networks are slower with more, sums become reproducible, and several workers share the cores. The
+# environment is for the processes that tests start; the hub reads it when it is first imported.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

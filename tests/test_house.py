@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from pages import page_maker
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "sfumato"
@@ -301,13 +302,9 @@ for module in {[module.removesuffix(".__init__") for module in modules]!r}:
 
 
 def test_the_readme_maps_every_file():
-    spec = importlib.util.spec_from_file_location("make_file_map", ROOT / "docs" / "make_file_map.py")
-    assert spec
-    assert spec.loader
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
+    maker = page_maker("make_file_map")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert maker.with_map(readme) == readme, "README's file map is out of date: run `make map`"
+    assert maker.with_map(readme) == readme, "README's file map is out of date: run `make pages`"
     mapped = re.findall(r"^\| `([\w/]+\.py)` \|", readme, flags=re.MULTILINE)
     assert sorted(mapped) == sorted(place(path) for path in FILES if path.name != "__init__.py")
 

@@ -18,7 +18,7 @@ from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from sfumato.opening import open_run
 from sfumato.sample import generate_together
-from training import REPORT, arguments, losses, pictures, run, same, weights
+from training import REPORT, SEVERAL_TOKENS, arguments, losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")
 UNREACHED = {  # the text is read off the layer before it
@@ -61,7 +61,7 @@ def test_equal_runs_give_equal_files(sd: Toy, images: Path, tmp_path: Path) -> N
 
 def test_every_tensor_learns(toy: Toy, images: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Up matrices start at zero and move at once; the loss is finite and the rates are those asked for."""
-    output = run(toy, images, tmp_path, unet_lr="2e-3", max_train_steps=3)
+    output = run(toy, images, tmp_path, unet_lr="2e-3", max_train_steps=3, **SEVERAL_TOKENS)
     ups = {name: tensor for name, tensor in weights(output).items() if name.endswith("lora_up.weight")}
     still = [name for name, tensor in ups.items() if not tensor.any()]
     unreached = UNREACHED.get(request.node.callspec.params["toy"], "none")

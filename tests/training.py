@@ -13,10 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.config import load_config
+from sfumato.opening import open_run
+from sfumato.run import Run
 from sfumato.train import train
 
 NEEDED = {"toy_chroma": {"apply_t5_attn_mask": True}}  # checkpoint -> options without which it is refused
-
+# At 64 pixels the middle of the toy UNets is one token, whose attention can learn nothing.
+SEVERAL_TOKENS = {"resolution": 128, "max_bucket_reso": 256}
 REPORT = ("lora.report.html", "lora.report.json")
 
 
@@ -57,6 +60,13 @@ def run(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> 
     """Train; returns the output folder."""
     train(load_config(arguments(toy, images, output, **options)))
     return output
+
+
+def opened(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> Run:
+    """A run before its first step."""
+    found = open_run(load_config(arguments(toy, images, output, **options)))
+    assert found is not None
+    return found
 
 
 def weights(output: Path, name: str = "lora") -> dict[str, torch.Tensor]:

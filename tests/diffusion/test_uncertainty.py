@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from families.toys import ToyShelf
-from sfumato.config import load_config
 from sfumato.diffusion.objective import Level, RectifiedFlow, VariancePreserving
 from sfumato.diffusion.uncertainty import CHANNELS, Uncertainty
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
-from sfumato.opening import open_run
 from sfumato.train import train_step
-from training import arguments, losses, pictures, run, same, weights
+from training import arguments, losses, opened, pictures, run, same, weights
 
 ROOT = Path(__file__).parents[2]
 FLOW = RectifiedFlow(grid=lambda *_: None)
@@ -107,12 +105,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LEARNED = {"uncertainty_weighting": True, "network_train_unet_only": True}
-
-
-def opened(toy: Any, images: Path, output: Path, **options: Any) -> Any:
-    found = open_run(load_config(arguments(toy, images, output, **options)))
-    assert found is not None
-    return found
 
 
 def test_training_begins_as_without_it(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +12,18 @@ from safetensors import safe_open
 
 from families.toys import ToyShelf
 from sfumato.adapters.split_lora import SplitLoRA
-from sfumato.config import load_config
 from sfumato.errors import UserError
-from sfumato.opening import open_run
-from sfumato.run import Run
 from sfumato.train import train_step
-from training import arguments, losses, pictures, run, same, weights
+from training import losses, opened, pictures, run, same, weights
 
 T5 = {"network_args": ["train_t5xxl=True"]}
 DENOISER, TEXT = {"network_train_unet_only": True}, {"network_train_text_encoder_only": True}
 UNET, CLIP, TE3 = "lora_unet", "lora_te1", "lora_te3"
-ROWS = [  # model, options -> what trains, and what is cached where caching is asked for (None: refused)
-    ("flux", DENOISER, {UNET}, {"clip_l", "t5"}),
-    ("flux", {}, {UNET, CLIP}, {"t5"}),
-    ("flux", T5, {UNET, CLIP, TE3}, None),
-    ("flux", TEXT, {CLIP}, {"t5"}),
-    ("flux", TEXT | T5, {CLIP, TE3}, None),
-    ("chroma", {}, {UNET}, {"t5"}),
-    ("chroma", T5, {UNET, TE3}, None),
-    ("chroma", TEXT | T5, {TE3}, None),
-]
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp("images"), 2)
-
-
-def opened(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> Run:
-    found = open_run(load_config(arguments(toy, images, output, **options)))
-    assert found is not None
-    return found
-
-
-@pytest.mark.parametrize(("family", "options", "trained", "cached"), ROWS)
-def test_a_row_of_the_table(
-    family: str, options: dict[str, Any], trained: set[str], cached: set[str] | None, toy_shelf: ToyShelf,
-    images: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    """Every part of the row moves in the first step and no other is there; the rest of the text is cached."""
-    toy = toy_shelf.paths(family)
-    if cached is None:
-        with pytest.raises(UserError, match="nothing to keep: every text encoder trains"):
-            opened(toy, images, tmp_path, cache_text_encoder_outputs=True, **options)
-    found = opened(toy, images, tmp_path, cache_text_encoder_outputs=cached is not None, **options)
-    step = next(iter(found.loader.steps(0)))
-    assert set(step.batches[0].text) == (cached or set())
-    train_step(found, step)
-    method: Any = found.method
-    file = method.engine.tensors()
-    assert {"_".join(name.split("_")[:2]) for name in file} == trained
-    still = [name for name, tensor in file.items() if name.endswith("lora_up.weight") and not tensor.any()]
-    assert not still
 
 
 def test_t5_trains_only_on_request(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from families.toys import ToyShelf
+from families.toys import ToyShelf, in_pieces
 from sfumato.compat.scripts import SCRIPTS
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.config.prompts import Prompt
@@ -199,26 +199,11 @@ def test_a_file_that_holds_everything(toy: Options, tokenizer: tuple[str], tmp_p
     assert torch.equal(prediction(parts, CAPTIONS), prediction(model, CAPTIONS))
 
 
-def split(path: str, folder: Path, name: str) -> Path:
-    """The file in two, with an index."""
-    tensors = load_file(path)
-    folder.mkdir(parents=True)
-    places: dict[str, str] = {}
-    for number in range(2):
-        shard = f"{name}-{number + 1:05d}-of-00002.safetensors"
-        part = dict(list(tensors.items())[number::2])
-        save_file(part, folder / shard)
-        places |= dict.fromkeys(part, shard)
-    index = folder / f"{name}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return index
-
-
 def test_files_in_several_parts(toy: Options, toy_shelf: ToyShelf, tokenizer: tuple[str], tmp_path: Path) -> None:
     """The transformer by its index; the text encoder as a folder, without and with its configuration."""
     expected = prediction(load(**toy), CAPTIONS)
-    dit = split(toy["pretrained_model_name_or_path"], tmp_path / "dit", "model")
-    gemma = split(toy["gemma2"], tmp_path / "gemma", "model")
+    dit = in_pieces(load_file(toy["pretrained_model_name_or_path"]), tmp_path / "dit", "model")
+    gemma = in_pieces(load_file(toy["gemma2"]), tmp_path / "gemma", "model")
     options = toy | {"pretrained_model_name_or_path": str(dit), "gemma2": str(gemma.parent)}
     assert torch.equal(prediction(load(**options, tokenizer=tokenizer), CAPTIONS), expected)
     published = toy_shelf.paths("lumina", "diffusers")["pretrained_model_name_or_path"]
@@ -229,7 +214,7 @@ def test_files_in_several_parts(toy: Options, toy_shelf: ToyShelf, tokenizer: tu
 def test_a_diffusers_folder_in_several_parts(toy_shelf: ToyShelf, toy: Options, tmp_path: Path) -> None:
     folder = shutil.copytree(toy_shelf.paths("lumina", "diffusers")["pretrained_model_name_or_path"], tmp_path / "all")
     for network, name in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        index = split(str(folder / network / f"{name}.safetensors"), tmp_path / network, name)
+        index = in_pieces(load_file(folder / network / f"{name}.safetensors"), tmp_path / network, name)
         (folder / network / f"{name}.safetensors").unlink()
         for path in index.parent.iterdir():
             shutil.move(path, folder / network / path.name)
@@ -310,7 +295,7 @@ def test_a_tokenizer_in_the_hub_cache(
 def test_a_tokenizer_beside_the_text_encoder(toy: Options, tokenizer: tuple[str], tmp_path: Path) -> None:
     """As the published folder of Gemma 2 has it."""
     options = alone(toy, tmp_path)
-    folder = split(toy["gemma2"], tmp_path / "gemma", "model").parent
+    folder = in_pieces(load_file(toy["gemma2"]), tmp_path / "gemma", "model").parent
     shutil.copy(Path(tokenizer[0]) / "tokenizer.json", folder)
     model = load(**options | {"gemma2": str(folder)})
     assert torch.equal(prediction(model, CAPTIONS), prediction(load(**toy), CAPTIONS))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from sfumato.config import ModelOptions
 from sfumato.demo.toy import TOYS, Layout, write_toy
@@ -33,3 +38,17 @@ class ToyShelf:
         named = {name: str(path) for name, path in found.items() if not name.startswith("tokenizer")}
         needed = {name: value or True for name, value in TOYS.get(family).variant_options.get(variant, {}).items()}
         return ModelOptions(**{**named, **needed, **more})
+
+
+def in_pieces(state: Mapping[str, Tensor], folder: Path, name: str) -> Path:
+    """Two files with an index, as published; every second tensor in each."""
+    folder.mkdir(parents=True)
+    places: dict[str, str] = {}
+    for number in range(2):
+        shard = f"{name}-{number + 1:05d}-of-00002.safetensors"
+        some = dict(list(state.items())[number::2])
+        save_file(some, folder / shard)
+        places |= dict.fromkeys(some, shard)
+    index = folder / f"{name}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return index

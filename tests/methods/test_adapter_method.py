@@ -13,12 +13,9 @@ from torch import Tensor
 
 from families.toys import ToyShelf
 from sfumato.adapters.lora import LoRA
-from sfumato.config import load_config
 from sfumato.errors import UserError
-from sfumato.opening import open_run
-from sfumato.run import Run
 from sfumato.train import train_step
-from training import arguments, losses, pictures, run, same, weights
+from training import SEVERAL_TOKENS, losses, opened, pictures, run, same, weights
 
 Toy = Mapping[str, Path]
 
@@ -44,12 +41,6 @@ def first(sd: Toy, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     output = tmp_path_factory.mktemp("first")
     run(sd, images, output, network_args=["conv_dim=3", "conv_alpha=2"], max_train_steps=2)
     return output / "lora.safetensors"
-
-
-def opened(toy: Toy, images: Path, output: Path, **options: Any) -> Run:
-    found = open_run(load_config(arguments(toy, images, output, **options)))
-    assert found is not None
-    return found
 
 
 def refused(toy: Toy, images: Path, output: Path, **options: Any) -> str:
@@ -114,7 +105,7 @@ def test_a_block_at_rate_0_gets_no_adapter(sd: Toy, images: Path, tmp_path: Path
 
 def test_a_block_at_rate_0_stays_as_the_file_has_it(sd: Toy, images: Path, first: Path, tmp_path: Path) -> None:
     options = {"network_weights": first, "dim_from_weights": True, "network_args": ["down_lr_weight=zeros"]}
-    output = run(sd, images, tmp_path, max_train_steps=2, **options)
+    output = run(sd, images, tmp_path, max_train_steps=2, **SEVERAL_TOKENS, **options)
     before, after = weights(first.parent), weights(output)
     assert set(before) == set(after)
     for name in (name for name in before if name.endswith("lora_up.weight")):
