@@ -52,7 +52,7 @@ format: setup
 curves: setup
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/curves.py $(if $(WRITE),--write)
 
-# What is generated from the source: the table of files in README.md, the listing of all messages.
+# What is generated from the source: the table of files in README.md, the listings of messages and errors.
 pages: setup
 	$(BIN)/python docs/make_file_map.py
 	$(BIN)/python docs/make_messages.py

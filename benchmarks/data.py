@@ -194,7 +194,7 @@ def last_tar(folder: Path) -> str:
 
 
 def found(config: Config) -> DataPlan:
-    from sfumato.data.summary import find_data
+    from sfumato.data.find.discover import find_data
     from sfumato.errors import Problems
 
     problems = Problems()
@@ -208,9 +208,9 @@ def caching(folder: Path, *, batch_size: int, encoding: float = 0.0) -> Figures:
     import torch
 
     from sfumato.config import load_config
-    from sfumato.data.cache import ContentHashes, LatentNames, TensorCache, fill_latents, latent_places
-    from sfumato.data.store import DiskStore
-    from sfumato.data.summary import find_data
+    from sfumato.data.cache.entries import ContentHashes, LatentNames, TensorCache, fill_latents, latent_places
+    from sfumato.data.cache.store import DiskStore
+    from sfumato.data.find.discover import find_data
     from sfumato.errors import Problems
 
     (folder / "model.safetensors").touch()
@@ -243,12 +243,12 @@ def loading(folder: Path, *options: str) -> Figures:
     import torch
 
     from sfumato.config import load_config
-    from sfumato.data.cache import ContentHashes, LatentNames
+    from sfumato.data.cache.entries import ContentHashes, LatentNames
+    from sfumato.data.cache.store import MemoryStore
+    from sfumato.data.find.discover import find_data
     from sfumato.data.loader import Loader
     from sfumato.data.masks import MaskNames
     from sfumato.data.order import Order
-    from sfumato.data.store import MemoryStore
-    from sfumato.data.summary import find_data
     from sfumato.errors import Problems
 
     (folder / "model.safetensors").touch()
@@ -270,8 +270,8 @@ def loading(folder: Path, *options: str) -> Figures:
 
 def reading(folder: Path) -> Figures:
     """Latents by key, in random order, in one thread."""
-    from sfumato.data.cache import TensorCache, key_of
-    from sfumato.data.store import DiskStore
+    from sfumato.data.cache.entries import TensorCache, key_of
+    from sfumato.data.cache.store import DiskStore
 
     cache = TensorCache(DiskStore(folder / "latents"))
     count = int((folder / "latents" / "count").read_text())
@@ -355,8 +355,8 @@ def make_photos(folder: Path, count: int) -> None:
 def make_latents(folder: Path, count: int) -> None:
     import torch
 
-    from sfumato.data.cache import LATENTS, TensorCache, key_of
-    from sfumato.data.store import DiskStore
+    from sfumato.data.cache.entries import LATENTS, TensorCache, key_of
+    from sfumato.data.cache.store import DiskStore
 
     store = DiskStore(folder)
     for i in range(count):

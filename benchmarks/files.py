@@ -98,7 +98,7 @@ def measured(row: str, folder: Path) -> dict[str, float]:
     """One run of a row: seconds without fsync, CPU seconds, and the peak of memory beyond start and result."""
     import torch
 
-    from sfumato import files
+    from sfumato.common import files
     from sfumato.formats.checkpoint import open_checkpoint
 
     path = folder / "in.safetensors"

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.families import _flux_keys
-from sfumato.families._source import on_meta
 from sfumato.families.base import Part
 from sfumato.families.flux import Flux
+from sfumato.families.source import on_meta
 
 REFERENCE, AIM = 6.15, 5.0
 

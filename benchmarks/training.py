@@ -64,7 +64,7 @@ def full_size_checkpoint(folder: Path) -> Path:
     import torch
 
     from sfumato.families import _clip, _unet, _vae
-    from sfumato.families._source import on_meta
+    from sfumato.families.source import on_meta
     from sfumato.formats.checkpoint import write_stream
 
     levels = [320, 640, 1280, 1280]
@@ -143,8 +143,8 @@ def child(argv: list[str]) -> None:
     from sfumato.config import load_config
 
     config = load_config(argv[1:])
-    from sfumato.opening import open_run
     from sfumato.train import train_step
+    from sfumato.training.setup_run import open_run
 
     imported = time.time()
     run = open_run(config)

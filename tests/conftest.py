@@ -34,7 +34,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory):
 def memory_is_given_back():
     """Unlike one run, thousands of tests in one process should not keep the most that any of them took."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sfumato.opening.keep_freed_memory", lambda: None)
+        patch.setattr("sfumato.training.setup_run.keep_freed_memory", lambda: None)
         yield
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from families.toys import ToyShelf
-from sfumato.beginning import Beginning
 from sfumato.config import load_config
 from sfumato.data.loader import Step
 from sfumato.errors import UserError
-from sfumato.opening import open_run
 from sfumato.plan import look, with_seed
+from sfumato.training.setup_run import open_run
+from sfumato.training.start_point import Beginning
 from training import arguments, losses, pictures, run, same, weights
 
 Toy = Mapping[str, Path]

@@ -31,14 +31,14 @@ from sfumato.data.plans import DataPlan
 from sfumato.demo.toy import write_toy
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
-from sfumato.encode import FrozenText, live_text
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.encoding import FrozenText, live_text
+from sfumato.families.source import open_source
 from sfumato.methods import make_method
 from sfumato.sample import conditioning, denoise, fill_in, make_scheduler
 from sfumato.train import sample_losses, training_loss
-from sfumato.validate import measure
+from sfumato.training.validation import measure
 
 register_all()
 CASES = {
@@ -136,7 +136,7 @@ def test_both_layouts_give_the_same_model(toys: Toys) -> None:
 def test_a_loaded_single_file_is_saved_again_bit_for_bit(toys: Toys, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from sfumato.families._saving import averages, save_single_file
+    from sfumato.families.saving import averages, save_single_file
 
     model = load(toys.original)
     inside = {name: part.module for name, part in model.parts.items() if model.blueprint.in_file(name)}

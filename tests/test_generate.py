@@ -17,8 +17,8 @@ from sfumato.cli.main import main
 from sfumato.config import load_config
 from sfumato.config.prompts import Prompt
 from sfumato.families.base import Sampling
-from sfumato.remake import command
 from sfumato.sample import Picture
+from sfumato.training.image_metadata import command
 from training import pictures, run
 
 USUAL = Sampling(width=64, height=64, steps=2, scale=3.0, guidance=None, size_multiple=8)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from families.toys import ToyShelf
 from sfumato.config import NoiseOptions
-from sfumato.encode import decode_latents, encode_images
 from sfumato.errors import UserError
 from sfumato.families import _vae as vaes
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.encoding import decode_latents, encode_images
+from sfumato.families.source import open_source
 from training import losses, pictures, run, same, weights
 
 SEEDS = [3, 4, 5]

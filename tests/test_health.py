@@ -14,10 +14,10 @@ import sfumato.train
 from families.toys import ToyShelf
 from sfumato.config import load_config
 from sfumato.errors import UserError
-from sfumato.health import PATIENCE, Health, Proof, first_bad_module
-from sfumato.opening import open_run
-from sfumato.run import Run
 from sfumato.train import train_step
+from sfumato.training.nonfinite import PATIENCE, Health, Proof, first_bad_module
+from sfumato.training.run import Run
+from sfumato.training.setup_run import open_run
 from training import arguments, losses, pictures, weights
 
 NAN = float("nan")

@@ -21,31 +21,20 @@ PACKAGE = ROOT / "src" / "sfumato"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a file may import from its own folder and from the rows above its own, never from its own row's
-# other names or from below. The rows of the foundation hold one name each, so they form a chain.
+# other names or from below.
 LAYERS = (
     ("errors",),
-    ("seeds",),
-    ("registry",),
-    ("files",),
-    ("names",),
+    ("common",),
     ("config",),
     ("data", "diffusion"),
     ("formats",),
     ("adapters", "families"),
     ("optim",),
     ("memory", "methods", "track"),
-    ("encode",),
     ("sample",),
-    ("remake",),
-    ("beginning",),
+    ("loss",),
     ("plan",),
-    ("feed",),
-    ("interrupt", "health"),
-    ("run",),
-    ("opening",),
-    ("explain",),
-    ("saving",),
-    ("validate",),
+    ("training",),
     ("train",),
     ("tools", "demo"),
     ("cli",),
@@ -54,19 +43,18 @@ LAYERS = (
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 
-NAMES_FAMILIES = {"families", "compat", "demo", "cli", "names"}  # names.py is the field's old names as data
+NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names.py is old option names as data
 # What the field named after a family though others use it: an option and two keys of adapter files.
 OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
 ALLOWED_FAMILY_NAMES = {("config/model.py", "flux"), ("config/model.py", "chroma")}  # the choices of --model_type
 MAY_PRINT = {"cli", "plan", "demo", "tools"}
-ALLOWED_GETATTR = {("data/headers.py", "getattr(os, 'O_BINARY', 0)")}  # for what only some systems' libraries have
+ALLOWED_GETATTR = {("data/find/headers.py", "getattr(os, 'O_BINARY', 0)")}  # for what only some systems' libraries have
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LAUNCHER = 450, 80, 3
 
 TORCH_FREE = (
-    "errors.py", "seeds.py", "registry.py", "files.py", "names.py", "config/*.py",
-    "data/sources.py", "data/captions.py", "data/buckets.py", "data/summary.py", "data/images.py", "data/emphasis.py",
-    "data/variants.py", "data/uses.py", "data/inspect.py", "cli/dataset.py",
-    "cli/main.py", "plan.py",
+    "errors.py", "common/*.py", "config/*.py", "data/find/*.py", "data/captions.py", "data/buckets.py",
+    "data/images.py", "data/prompt_weighting.py", "data/variants.py", "data/cache/references.py",
+    "cli/dataset.py", "cli/main.py", "plan.py",
 )  # fmt: skip
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
@@ -75,7 +63,7 @@ IMPORT_NAMES = {  # where they differ
 }  # fmt: skip
 
 
-def place(path: Path) -> str:
+def relative_name(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
@@ -85,12 +73,13 @@ def layer_of(path: Path) -> str:
 
 
 def family_names() -> set[str]:
-    found = (path.stem for path in (PACKAGE / "families").glob("*"))
-    return {name for name in found if not name.startswith(("_", ".", "base")) and name != "assets"}
+    """The modules that register a family."""
+    modules = (path for path in (PACKAGE / "families").glob("[a-z]*.py"))
+    return {path.stem for path in modules if "@FAMILIES.register(" in path.read_text(encoding="utf-8")}
 
 
 @cache
-def parsed(path: Path) -> ast.Module:
+def parsed_file(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
@@ -201,25 +190,25 @@ def _span(node: ast.stmt) -> range:
 
 def everywhere(rule: Callable[[Path], Iterator[str]], *, unless: frozenset[str] = frozenset()) -> list[str]:
     """What a rule finds in the package's files, each with its place."""
-    return [f"{place(path)}:{fault}" for path in FILES if layer_of(path) not in unless for fault in rule(path)]
+    return [f"{relative_name(path)}:{fault}" for path in FILES if layer_of(path) not in unless for fault in rule(path)]
 
 
 def test_every_file_has_a_place_in_the_layers():
     unknown = {layer_of(path) for path in FILES} - set(RANK) - {"__init__"}
     assert not unknown, f"not in LAYERS: {sorted(unknown)}"
-    assert not {place(path.parent) for path in FILES if not (path.parent / "__init__.py").is_file()}
+    assert not {relative_name(path.parent) for path in FILES if not (path.parent / "__init__.py").is_file()}
 
 
 def test_imports_point_one_way():
     def rule(path: Path) -> Iterator[str]:
         package = ".".join(path.relative_to(PACKAGE.parent).parts[:-1])
-        return imports_upwards(parsed(path), layer=layer_of(path), package=package)
+        return imports_upwards(parsed_file(path), layer=layer_of(path), package=package)
 
     assert not everywhere(rule, unless=frozenset({"__init__"}))
 
 
 def test_the_package_itself_imports_nothing():
-    assert not list(imports(parsed(PACKAGE / "__init__.py"), "sfumato"))
+    assert not list(imports(parsed_file(PACKAGE / "__init__.py"), "sfumato"))
 
 
 def test_shared_code_names_no_family():
@@ -227,41 +216,47 @@ def test_shared_code_names_no_family():
     assert families, "no family was found: has the folder moved?"
 
     def rule(path: Path) -> Iterator[str]:
-        allowed = OPTION_NAMES | {text for file, text in ALLOWED_FAMILY_NAMES if file == place(path)}
-        return names_a_family(parsed(path), families=families, allowed=allowed)
+        allowed = OPTION_NAMES | {text for file, text in ALLOWED_FAMILY_NAMES if file == relative_name(path)}
+        return names_a_family(parsed_file(path), families=families, allowed=allowed)
 
     assert not everywhere(rule, unless=frozenset(NAMES_FAMILIES))
 
 
 def test_files_and_functions_stay_short():
-    long = [f"{place(path)}: {n} lines" for path in FILES if (n := len(path.read_text().splitlines())) > LONGEST_FILE]
+    long = [
+        f"{relative_name(path)}: {n} lines"
+        for path in FILES
+        if (n := len(path.read_text().splitlines())) > LONGEST_FILE
+    ]
     assert not long
-    assert not everywhere(lambda path: long_functions(parsed(path)))
+    assert not everywhere(lambda path: long_functions(parsed_file(path)))
 
 
 def test_no_broad_except():
-    assert not everywhere(lambda path: broad_excepts(parsed(path)))
+    assert not everywhere(lambda path: broad_excepts(parsed_file(path)))
 
 
 def test_library_code_does_not_print():
-    assert not everywhere(lambda path: prints(parsed(path)), unless=frozenset(MAY_PRINT))
+    assert not everywhere(lambda path: prints(parsed_file(path)), unless=frozenset(MAY_PRINT))
 
 
 def test_nothing_is_left_unfinished():
-    assert not everywhere(lambda path: stubs(parsed(path)))
+    assert not everywhere(lambda path: stubs(parsed_file(path)))
     assert not everywhere(lambda path: leftovers(path.read_text(encoding="utf-8")))
 
 
 def test_no_getattr_with_a_default():
     def rule(path: Path) -> Iterator[str]:
-        allowed = {call for file, call in ALLOWED_GETATTR if file == place(path)}
-        return getattr_with_default(parsed(path), allowed=allowed)
+        allowed = {call for file, call in ALLOWED_GETATTR if file == relative_name(path)}
+        return getattr_with_default(parsed_file(path), allowed=allowed)
 
     assert not everywhere(rule)
 
 
 def test_the_first_line_says_what_the_file_is():
-    silent = [place(p) for p in FILES if not ast.get_docstring(parsed(p)) or parsed(p).body[0].lineno != 1]
+    silent = [
+        relative_name(p) for p in FILES if not ast.get_docstring(parsed_file(p)) or parsed_file(p).body[0].lineno != 1
+    ]
     assert not silent
 
 
@@ -278,7 +273,7 @@ def test_what_is_imported_is_declared():
     known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in wanted} | {"sfumato"} | sys.stdlib_module_names
 
     def rule(path: Path) -> Iterator[str]:
-        for line, module in imports(parsed(path), "sfumato"):
+        for line, module in imports(parsed_file(path), "sfumato"):
             if module.partition(".")[0] not in known:
                 yield f"{line}: {module} is not a dependency in pyproject.toml"
 
@@ -306,7 +301,7 @@ def test_the_readme_maps_every_file():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert maker.with_map(readme) == readme, "README's file map is out of date: run `make pages`"
     mapped = re.findall(r"^\| `([\w/]+\.py)` \|", readme, flags=re.MULTILINE)
-    assert sorted(mapped) == sorted(place(path) for path in FILES if path.name != "__init__.py")
+    assert sorted(mapped) == sorted(relative_name(path) for path in FILES if path.name != "__init__.py")
 
 
 @pytest.mark.parametrize(
@@ -321,8 +316,8 @@ def test_the_readme_maps_every_file():
         ("families", "from .base import Family", 0),
         ("families", "from ..methods import base", 1),
         ("families", "importlib.import_module('sfumato.train')", 1),
-        ("errors", "from sfumato import seeds", 1),
-        ("seeds", "from sfumato import errors", 0),
+        ("errors", "from sfumato.common import seeds", 1),
+        ("common", "from sfumato import errors", 0),
     ],
 )
 def test_the_import_rule_catches(layer, code, faults):

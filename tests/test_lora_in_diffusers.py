@@ -14,10 +14,10 @@ from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.demo.toy import write_toy
-from sfumato.encode import live_text
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.encoding import live_text
+from sfumato.families.source import open_source
 from sfumato.formats.lora import read_adapter_file
 from training import pictures, run
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from families.toys import ToyShelf
 from sfumato.config import load_config
-from sfumato.opening import open_run
 from sfumato.train import training_loss
+from sfumato.training.setup_run import open_run
 from training import arguments, losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma")

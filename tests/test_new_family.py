@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.diffusion.objective import LatentSpec, RectifiedFlow
-from sfumato.families._source import Source, Weights
 from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import KeyMap, Rule, identity
 from training import losses, pictures, run, same, weights
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from families.toys import ToyShelf
 from sfumato.config import Config, load_config
 from sfumato.data.batch import Batch
-from sfumato.encode import live_text
 from sfumato.errors import UserError
-from sfumato.opening import open_run
+from sfumato.families.encoding import live_text
 from sfumato.plan import look, with_seed
-from sfumato.run import Run
 from sfumato.train import training_loss
+from sfumato.training.run import Run
+from sfumato.training.setup_run import open_run
 from training import arguments, losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")

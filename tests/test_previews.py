@@ -33,7 +33,7 @@ def test_prompts_are_read_again_while_training(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"a cat{LINE}\n")
     contents = iter([f"a dog{LINE}\na cup{LINE}\n", f"a dog{LINE} --ss nothing\n", "", f"a table{LINE}\n"])
-    from sfumato import saving
+    from sfumato.training import saving
 
     plain = saving.save_previews
 
@@ -47,7 +47,7 @@ def test_prompts_are_read_again_while_training(
 
     toy, images = toy_shelf.paths("sd"), pictures(tmp_path / "images")
     without = run(toy, images, tmp_path / "without", max_train_steps=5)
-    monkeypatch.setattr("sfumato.saving.save_previews", then_changed)
+    monkeypatch.setattr("sfumato.training.saving.save_previews", then_changed)
     options = {"sample_prompts": prompts, "sample_every_n_steps": 1, "max_train_steps": 5}
     output = run(toy, images, tmp_path / "out", **options)
     assert prompts_of(output) == {"000001": ["a cat"], "000002": ["a dog", "a cup"], "000005": ["a table"]}
@@ -73,7 +73,7 @@ def test_whatever_fails_is_a_warning(
             raise error
         return found
 
-    monkeypatch.setattr("sfumato.saving.generate_together", fails)
+    monkeypatch.setattr("sfumato.training.saving.generate_together", fails)
     log = tmp_path / "log.txt"
     (tmp_path / "prompts.txt").write_text(f"a cat{LINE}\n")
     output = run(

@@ -19,7 +19,7 @@ import torch
 
 from sfumato.demo.toy import write_toy
 from sfumato.formats.state import load_state, newest_complete
-from sfumato.opening import open_processes
+from sfumato.training.setup_run import open_processes
 from training import arguments, losses, pictures, run, same, weights
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_how_long_processes_wait_for_each_other(monkeypatch: pytest.MonkeyPatch)
         given.append(options)
         return SimpleNamespace(num_processes=2)
 
-    monkeypatch.setattr("sfumato.opening.PartialState", state)
+    monkeypatch.setattr("sfumato.training.setup_run.PartialState", state)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for patience in (None, 7):
         open_processes(patience)

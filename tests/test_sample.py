@@ -18,8 +18,8 @@ from sfumato.data.batch import Extras, Sizes
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.source import open_source
 from sfumato.sample import (
     SAMPLERS,
     conditioning,

@@ -16,8 +16,8 @@ from sfumato.config import load_config
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
-from sfumato.opening import open_run
 from sfumato.sample import generate_together
+from sfumato.training.setup_run import open_run
 from training import REPORT, SEVERAL_TOKENS, arguments, losses, pictures, run, same, weights
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma", "sd3", "lumina")
@@ -173,7 +173,7 @@ def test_previews_of_cached_text(toy: Toy, images: Path, tmp_path: Path, monkeyp
             patch.setattr(type(model), "encode_text", forbidden)
             return generate_together(model, *rest)
 
-    monkeypatch.setattr("sfumato.saving.generate_together", watched)
+    monkeypatch.setattr("sfumato.training.saving.generate_together", watched)
     cached = run(toy, images, tmp_path / "cached", **options, cache_text_encoder_outputs=True)
     first, second = (sorted((folder / "sample").iterdir()) for folder in (plain, cached))
     assert len(first) == len(second) == 2
@@ -194,7 +194,7 @@ def test_previews_are_made_together_where_they_can_be(
         made.append([picture.prompt for picture in group])
         return generate_together(model, method, group, frozen)
 
-    monkeypatch.setattr("sfumato.saving.generate_together", watched)
+    monkeypatch.setattr("sfumato.training.saving.generate_together", watched)
     options = {"sample_prompts": prompts, "sample_at_first": True, "max_train_steps": 1}
     output = run(sd, images, tmp_path / "out", **options, sample_batch_size=2)
     assert made == [["a cat", "a red dog"], ["a table"], ["a cup"], ["a photo"]]
@@ -206,7 +206,7 @@ def test_a_failed_preview_is_a_warning(sd: Toy, images: Path, tmp_path: Path, mo
     def fails(*_: object) -> torch.Tensor:
         raise UserError("no such picture")
 
-    monkeypatch.setattr("sfumato.saving.generate_together", fails)
+    monkeypatch.setattr("sfumato.training.saving.generate_together", fails)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --s 1 --w 64 --h 64")
     run(sd, images, tmp_path / "out", sample_prompts=prompts, sample_every_n_steps=2)

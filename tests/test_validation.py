@@ -264,14 +264,14 @@ def test_another_split_after_a_resume_starts_anew(sd: Toy, images: Path, tmp_pat
 def test_a_best_that_cannot_be_written_leaves_the_one_before(
     sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfumato.saving import save_output
+    from sfumato.training.saving import save_output
 
     def once(run: Any, path: Path, step: int, *rest: Any) -> None:
         if step == 2:
             raise OSError("no room")
         save_output(run, path, step, *rest)
 
-    monkeypatch.setattr("sfumato.validate.save_output", once)
+    monkeypatch.setattr("sfumato.training.validation.save_output", once)
     options = {**HALF, "validate_every_n_steps": 1, "save_best": True, "max_train_steps": 2}
     with pytest.raises(UserError, match="1 saves failed"):
         run(sd, images, tmp_path, **options)

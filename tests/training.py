@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.config import load_config
-from sfumato.opening import open_run
-from sfumato.run import Run
 from sfumato.train import train
+from sfumato.training.run import Run
+from sfumato.training.setup_run import open_run
 
 NEEDED = {"toy_chroma": {"apply_t5_attn_mask": True}}  # checkpoint -> options without which it is refused
 # At 64 pixels the middle of the toy UNets is one token, whose attention can learn nothing.

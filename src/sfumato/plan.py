@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from sfumato import files
-from sfumato.beginning import check_beginning, named_step
+from sfumato.common import files
 from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
 from sfumato.config.schema import vocabulary
 from sfumato.config.secrets import scrubbed, secrets_of
+from sfumato.data.find.discover import find_data, table
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import validation_order
-from sfumato.data.summary import find_data, table
 from sfumato.errors import Problems, UserError
 
 if TYPE_CHECKING:
@@ -65,8 +64,8 @@ class Outlook:
 def look(config: Config, *, processes: int) -> Outlook:
     """Read headers and folders; every fault of model, data, method and output folder is raised at once."""
     from sfumato.families import register_all
-    from sfumato.families._source import open_source
     from sfumato.families.base import find_family
+    from sfumato.families.source import open_source
     from sfumato.methods import make_method
     from sfumato.optim.optimizers import choose
     from sfumato.optim.rates import check_schedule
@@ -148,6 +147,25 @@ def total_steps(config: Config, data: DataPlan) -> int:
     if loop.max_train_epochs is None:
         return loop.max_train_steps
     return loop.max_train_epochs * data.steps_per_epoch(loop.gradient_accumulation_steps)
+
+
+def named_step(config: Config, data: DataPlan) -> int | None:
+    """The steps that --initial_step or --initial_epoch call done; None where neither is given."""
+    loop = config.loop
+    if loop.initial_step is not None or loop.initial_epoch is None:
+        return loop.initial_step
+    return (loop.initial_epoch - 1) * data.steps_per_epoch(loop.gradient_accumulation_steps)
+
+
+def check_beginning(config: Config, data: DataPlan, total: int) -> None:
+    """There must be a step left; the length of an epoch is needed to know."""
+    named = named_step(config, data)
+    if named is not None and named >= total:
+        option = "initial_epoch" if config.loop.initial_step is None else "initial_step"
+        raise UserError(
+            f"--{option} {config.value(option)} begins after step {named}, and training ends after step {total}",
+            fix="raise --max_train_steps or --max_train_epochs, which count from 0",
+        )
 
 
 def options(config: Config) -> Iterator[str]:

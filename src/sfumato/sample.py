@@ -11,13 +11,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from sfumato.common.registry import did_you_mean
 from sfumato.config.prompts import Prompt
 from sfumato.data.batch import Extras, Sizes, Tensors
 from sfumato.diffusion.objective import Objective
-from sfumato.encode import FrozenText, decode_latents, live_text
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.registry import did_you_mean
+from sfumato.families.encoding import FrozenText, decode_latents, live_text
 
 T = TypeVar("T")
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"

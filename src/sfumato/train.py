@@ -15,15 +15,15 @@ from sfumato.data.batch import Batch, Tensors
 from sfumato.data.loader import Step
 from sfumato.diffusion.objective import per_sample
 from sfumato.diffusion.recipe import Recipe
-from sfumato.encode import live_text
-from sfumato.explain import explain
-from sfumato.interrupt import Interrupt, interruptible
-from sfumato.opening import open_run
+from sfumato.families.encoding import live_text
 from sfumato.optim.rates import shown_rates
-from sfumato.run import Run
-from sfumato.saving import save_final, save_previews, save_state_folder, saves_due
 from sfumato.track.journal import Samples
-from sfumato.validate import validation_due
+from sfumato.training.diagnose import explain
+from sfumato.training.interrupt import Interrupt, interruptible
+from sfumato.training.run import Run
+from sfumato.training.saving import save_final, save_previews, save_state_folder, saves_due
+from sfumato.training.setup_run import open_run
+from sfumato.training.validation import validation_due
 
 log = logging.getLogger(__name__)
 MESSAGE = 1 << 26  # gradients that processes add up at a time

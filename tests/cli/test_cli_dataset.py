@@ -12,11 +12,11 @@ import pytest
 
 from sfumato.cli.dataset import machine_of
 from sfumato.cli.main import main
+from sfumato.common.names import OPTION_ALIASES, PLANNED_SCRIPTS
 from sfumato.compat.cache_tools import CACHE_TOOLS, FAMILY_WORDS, IDLE_WORDS
 from sfumato.compat.launch import main as compat
 from sfumato.config.schema import vocabulary
 from sfumato.errors import UserError
-from sfumato.names import OPTION_ALIASES, PLANNED_SCRIPTS
 
 ROOT = Path(__file__).parents[2]
 FIELD = json.loads((ROOT / "tests" / "goldens" / "cache_tool_options.json").read_text())

@@ -11,13 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from sfumato.common.names import (
+    OPTION_ALIASES,
+    PLANNED_NETWORK_MODULES,
+    PLANNED_SCRIPTS,
+    RETIRED_SCRIPTS,
+    SCRIPT_ALIASES,
+)
 from sfumato.compat.launch import launch, main
 from sfumato.compat.scripts import SCRIPTS, SHARED, absent_options, find_script, option_table
 from sfumato.compat.table import status, table
 from sfumato.config import load_config
 from sfumato.config.schema import vocabulary
 from sfumato.errors import SeveralErrors, UserError
-from sfumato.names import OPTION_ALIASES, PLANNED_NETWORK_MODULES, PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
 
 ROOT = Path(__file__).parents[2]
 FIELD = {

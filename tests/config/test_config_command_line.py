@@ -7,10 +7,10 @@ import string
 
 import pytest
 
+from sfumato.common.names import OPTION_ALIASES
 from sfumato.config.command_line import read_command_line
 from sfumato.config.schema import vocabulary
 from sfumato.errors import Problems
-from sfumato.names import OPTION_ALIASES
 
 LETTERS = string.ascii_lowercase + string.digits + "_"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sfumato.common.names import OPTION_ALIASES
 from sfumato.config.schema import THEMES, Config, vocabulary
-from sfumato.names import OPTION_ALIASES
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NETWORK, FULL = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in ("network", "full"))

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from sfumato.config import load_config
+from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan
-from sfumato.data.summary import find_data
 from sfumato.errors import Problems
 
 

@@ -13,10 +13,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from sfumato.common.seeds import python_random
 from sfumato.data.augment import ImageRules, centred, drawn, drawn_colour, face_of, size_conditioning
 from sfumato.data.buckets import Buckets, crop_box
 from sfumato.data.images import FILTERS, Colour, coloured, prepare, prepare_red, prepare_with_alpha
-from sfumato.seeds import python_random
 
 
 def generators(seed: int):

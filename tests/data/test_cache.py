@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import cache as cache_module
-from sfumato.data.cache import (
+from sfumato.data.cache import entries as cache_module
+from sfumato.data.cache.entries import (
     LATENTS,
     ContentHashes,
     Filling,
@@ -27,8 +27,8 @@ from sfumato.data.cache import (
     seed_of_entry,
     to_tensor,
 )
-from sfumato.data.pictures import Picture
-from sfumato.data.store import DiskStore, MemoryStore
+from sfumato.data.cache.store import DiskStore, MemoryStore
+from sfumato.data.find.image_table import Picture
 from sfumato.errors import UserError
 
 

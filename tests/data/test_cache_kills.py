@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from sfumato.config import load_config
-from sfumato.data import store as store_module
-from sfumato.data.cache import (
+from sfumato.data.cache import store as store_module
+from sfumato.data.cache.entries import (
     LATENTS,
     ContentHashes,
     Filling,
@@ -29,10 +29,10 @@ from sfumato.data.cache import (
     seed_of_entry,
     to_tensor,
 )
+from sfumato.data.cache.maintenance import DAMAGED, HASHES, TORN, survey
+from sfumato.data.cache.store import DiskStore, MemoryStore
+from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan
-from sfumato.data.store import DiskStore, MemoryStore
-from sfumato.data.summary import find_data
-from sfumato.data.upkeep import DAMAGED, HASHES, TORN, survey
 from sfumato.errors import Problems, UserError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork")

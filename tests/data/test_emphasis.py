@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.data.emphasis import of_tokens, parse, plain
+from sfumato.data.prompt_weighting import of_tokens, parse, plain
 
 
 @pytest.mark.parametrize(

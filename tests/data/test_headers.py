@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from data.conftest import picture
-from sfumato.data.headers import header_of, of_bmp
-from sfumato.data.headers_jxl import Bits, of_jxl
+from sfumato.data.find.headers import header_of, of_bmp
+from sfumato.data.find.headers_jxl import Bits, of_jxl
 from sfumato.data.images import decode
 
 # The first bytes of files that libjxl wrote (through pillow-jxl-plugin 1.3.8), and the size it gave back on opening.

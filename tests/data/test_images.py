@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from sfumato.data.buckets import covering
-from sfumato.data.folders import read_images
-from sfumato.data.headers import header_of
+from sfumato.data.find.folders import read_images
+from sfumato.data.find.headers import header_of
+from sfumato.data.find.index import Index
 from sfumato.data.images import (
     FILTERS,
     Colour,
@@ -28,7 +29,6 @@ from sfumato.data.images import (
     prepare_with_alpha,
     window,
 )
-from sfumato.data.index import Index
 from sfumato.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")

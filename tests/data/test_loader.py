@@ -17,7 +17,7 @@ from PIL import Image
 
 from sfumato.data.batch import Batch, pad_stack
 from sfumato.data.buckets import crop_box
-from sfumato.data.cache import (
+from sfumato.data.cache.entries import (
     ContentHashes,
     LatentNames,
     TensorCache,
@@ -26,10 +26,10 @@ from sfumato.data.cache import (
     fill_text,
     latent_places,
 )
+from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.loader import Loader, TextFeatures
 from sfumato.data.masks import MaskNames
 from sfumato.data.order import Order
-from sfumato.data.store import DiskStore, MemoryStore
 from sfumato.errors import UserError
 
 SUBSET = "[[datasets.subsets]]\nimage_dir = '{root}/"

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data.cache import ContentHashes, Filling, LatentNames, TensorCache, fill_latents, latent_places
+from sfumato.data.cache.entries import ContentHashes, Filling, LatentNames, TensorCache, fill_latents, latent_places
+from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.loader import Loader
 from sfumato.data.masks import MASK, MaskNames, fill_masks, mask_places, reduced
 from sfumato.data.order import Order
-from sfumato.data.store import DiskStore, MemoryStore
 from sfumato.errors import UserError
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_text(encoding="utf-8"))

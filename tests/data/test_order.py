@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from sfumato.data.augment import ImageRules
 from sfumato.data.buckets import Buckets
 from sfumato.data.captions import CaptionRules
+from sfumato.data.find.image_table import Picture, Pictures
+from sfumato.data.find.settings import DatasetSettings, SubsetSettings
 from sfumato.data.order import Order
-from sfumato.data.pictures import Picture, Pictures
 from sfumato.data.plans import DataPlan, DatasetPlan, Items, SubsetPlan
-from sfumato.data.settings import DatasetSettings, SubsetSettings
 
 SHAPES = ((128, 128), (256, 64), (64, 256))  # each a bucket of its own
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.conftest import picture, write
-from sfumato.data.named import entries_of
+from sfumato.data.find.image_table import Picture, Pictures, Texts
+from sfumato.data.find.metadata_source import entries_of
+from sfumato.data.find.tar_source import expanded
 from sfumato.data.order import Order
-from sfumato.data.pictures import Picture, Pictures, Texts
-from sfumato.data.shards import expanded
 from sfumato.errors import UserError
 
 RESOLUTION = ("--resolution", 64)

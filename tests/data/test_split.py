@@ -13,9 +13,9 @@ from data.conftest import Finder, write
 from data.test_sources import PLUGIN, metadata, shards
 from sfumato.config import load_config
 from sfumato.config.validation import ValidationOptions
+from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.data.split import held_out
-from sfumato.data.summary import find_data
 from sfumato.errors import Problems, UserError
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

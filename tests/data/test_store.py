@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.data import store as store_module
-from sfumato.data.store import BEFORE, DiskStore, MemoryStore, Writer
+from sfumato.data.cache import store as store_module
+from sfumato.data.cache.store import BEFORE, DiskStore, MemoryStore, Writer
 from sfumato.errors import UserError
 
 SOURCE = Path(store_module.__file__).parents[2]
@@ -227,7 +227,7 @@ FILLER = """
 import sys
 from pathlib import Path
 from tests_of_store import content, key, RECORDS
-from sfumato.data.store import DiskStore
+from sfumato.data.cache.store import DiskStore
 store = DiskStore(Path(sys.argv[1]))
 made, most = 0, int(sys.argv[3])
 for i in sorted(range(RECORDS), key=lambda i: (i * 7919 + int(sys.argv[2])) % RECORDS):

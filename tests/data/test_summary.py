@@ -12,9 +12,9 @@ import pytest
 
 from data.conftest import write
 from sfumato.config import load_config
-from sfumato.data import folders
-from sfumato.data.describe import metadata
-from sfumato.data.summary import find_data, table
+from sfumato.data.find import folders
+from sfumato.data.find.discover import find_data, table
+from sfumato.data.ss_metadata import metadata
 from sfumato.errors import Problems, UserError
 
 GOLDENS = Path(__file__).parents[1] / "goldens"

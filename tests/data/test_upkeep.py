@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sfumato.data import store as store_module
-from sfumato.data import upkeep
-from sfumato.data.cache import (
+from sfumato.data.cache import maintenance as upkeep
+from sfumato.data.cache import store as store_module
+from sfumato.data.cache.entries import (
     LATENTS,
     ContentHashes,
     Filling,
@@ -24,9 +24,9 @@ from sfumato.data.cache import (
     key_of,
     latent_places,
 )
-from sfumato.data.store import BEFORE, DiskStore
-from sfumato.data.upkeep import AGAIN, DAMAGED, HASHES, KEPT, TEXT, TORN, needed, prune, survey, tally
-from sfumato.data.uses import Use, known_uses, remember, still_current
+from sfumato.data.cache.maintenance import AGAIN, DAMAGED, HASHES, KEPT, TEXT, TORN, needed, prune, survey, tally
+from sfumato.data.cache.references import Use, known_uses, remember, still_current
+from sfumato.data.cache.store import BEFORE, DiskStore
 from sfumato.errors import UserError
 
 NAMES = TextNames(fingerprint="clip")

@@ -10,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.data.cache import ContentHashes, LatentNames, TensorCache, TextNames, fill_text
+from sfumato.common.seeds import python_random
+from sfumato.data.cache.entries import ContentHashes, LatentNames, TensorCache, TextNames, fill_text
+from sfumato.data.cache.store import MemoryStore
 from sfumato.data.captions import CaptionRules, process
 from sfumato.data.loader import Loader, TextFeatures
 from sfumato.data.masks import MaskNames
 from sfumato.data.order import Order
-from sfumato.data.store import MemoryStore
 from sfumato.data.variants import captions_to_cache, chosen, variant
 from sfumato.errors import UserError
-from sfumato.seeds import python_random
 
 SUBSET = "[[datasets.subsets]]\nimage_dir = '{root}/"
 TAGS = "1girl, solo, long hair, smile, day, sky"

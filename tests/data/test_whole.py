@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.conftest import picture, write
-from sfumato.data import whole
+from sfumato.data.find import verify_images as whole
 from sfumato.errors import UserError
 
 SUBSET = "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nclass_tokens = 'x'\nimage_dir = "

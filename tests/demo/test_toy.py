@@ -19,11 +19,11 @@ from families.toys import ToyShelf
 from sfumato.config import NoiseOptions
 from sfumato.data.batch import Sizes
 from sfumato.demo.toy import TOYS, families, main, register_all, write_toy
-from sfumato.encode import live_text
 from sfumato.errors import UserError
 from sfumato.families import register_all as register_families
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.encoding import live_text
+from sfumato.families.source import open_source
 
 register_all()
 register_families()

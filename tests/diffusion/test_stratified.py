@@ -20,7 +20,7 @@ from sfumato.config import LossOptions, NoiseOptions, load_config
 from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow, VariancePreserving
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
-from sfumato.opening import open_run
+from sfumato.training.setup_run import open_run
 from training import arguments, pictures
 
 LATENTS = LatentSpec(channels=16, downscale=8, patch=2, scale=1.0, shift=0.0, size_multiple=16)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes
-from sfumato.encode import live_text
 from sfumato.families import _vae, register_all
 from sfumato.families._sd3_text import PLACES
-from sfumato.families._source import open_source
 from sfumato.families.base import Blueprint, Family, find_family
+from sfumato.families.encoding import live_text
 from sfumato.families.sd3 import PREFIX
+from sfumato.families.source import open_source
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
 

@@ -24,7 +24,7 @@ from sfumato.families import (
     _unet,
     register_all,
 )
-from sfumato.families._adapter_names import groups_of
+from sfumato.families.adapter_names import groups_of
 from sfumato.families.base import FAMILIES
 from sfumato.formats.groups import LayerGroup
 

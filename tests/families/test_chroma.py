@@ -16,11 +16,11 @@ from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.config import ModelOptions, NoiseOptions, load_config
 from sfumato.data.batch import Sizes
-from sfumato.encode import live_text
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.families import _chroma_keys, register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, Part, find_family
+from sfumato.families.encoding import live_text
+from sfumato.families.source import open_source
 from sfumato.plan import look, with_seed
 from training import arguments, pictures
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from families.toys import ToyShelf
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes
-from sfumato.encode import FrozenText, encode_captions, encode_text, live_text
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.encoding import FrozenText, encode_captions, encode_text, live_text
+from sfumato.families.source import open_source
 from sfumato.sample import conditioning
 from training import losses, pictures, run, same, weights
 

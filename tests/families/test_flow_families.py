@@ -17,11 +17,11 @@ from families.toys import ToyShelf, in_pieces
 from sfumato.compat.launch import main
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes
-from sfumato.encode import live_text
 from sfumato.errors import UserError
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.encoding import live_text
+from sfumato.families.source import open_source
 from sfumato.sample import make_scheduler
 from sfumato.train import train_step
 from training import losses, opened, pictures, run, same, weights

@@ -17,11 +17,11 @@ from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes
 from sfumato.demo.toy import write_toy
-from sfumato.encode import live_text
 from sfumato.errors import UserError
 from sfumato.families import _flux_keys, _tokenizers, register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, Part, find_family
+from sfumato.families.encoding import live_text
+from sfumato.families.source import open_source
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
 

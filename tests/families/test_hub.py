@@ -12,8 +12,8 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.families import register_all
-from sfumato.families._source import find_path, open_source
 from sfumato.families.base import find_family
+from sfumato.families.source import find_path, open_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

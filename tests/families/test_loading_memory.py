@@ -93,7 +93,7 @@ import json, sys
 import torch
 from pathlib import Path
 from types import SimpleNamespace
-from sfumato.families._source import Source
+from sfumato.families.source import Source
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -21,13 +21,13 @@ from sfumato.config.prompts import Prompt
 from sfumato.data.batch import Extras, Sizes
 from sfumato.demo import toy_lumina
 from sfumato.diffusion.timesteps import make_density
-from sfumato.encode import encode_captions, live_text
 from sfumato.errors import UserError
 from sfumato.families import _vae, lumina, register_all
 from sfumato.families._gemma2_tokenizer import from_folder
-from sfumato.families._saving import save_single_file
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.encoding import encode_captions, live_text
+from sfumato.families.saving import save_single_file
+from sfumato.families.source import open_source
 from sfumato.sample import conditioning, denoise, fill_in, generate, make_scheduler
 from training import pictures, run, same, weights
 

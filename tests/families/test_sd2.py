@@ -17,12 +17,12 @@ from torch import Tensor
 from keys import CLIP_H, CLIP_L, UNETS, on_meta, round_trip, same, shapes_of, tagged
 from sfumato.config import ModelOptions, NoiseOptions, load_config
 from sfumato.demo.toy import write_toy
-from sfumato.encode import live_text
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, register_all
-from sfumato.families._saving import save_single_file
-from sfumato.families._source import open_source
 from sfumato.families.base import Blueprint, Family, find_family
+from sfumato.families.encoding import live_text
+from sfumato.families.saving import save_single_file
+from sfumato.families.source import open_source
 from sfumato.plan import look
 from training import arguments, losses, pictures, run
 

@@ -27,9 +27,9 @@ from families.sd3_toys import (
 from families.toys import ToyShelf
 from sfumato.config import ModelOptions
 from sfumato.data.batch import Sizes
-from sfumato.encode import live_text
 from sfumato.errors import UserError
 from sfumato.families._sd3_text import PLACES
+from sfumato.families.encoding import live_text
 from sfumato.families.sd3 import t5_device
 
 VARIANTS = ("3-medium", "3.5-medium", "3.5-large")

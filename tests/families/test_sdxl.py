@@ -20,12 +20,12 @@ from keys import CLIP_G, CLIP_L, UNETS, on_meta, round_trip, same, shapes_of, ta
 from sfumato.config import ModelOptions, NoiseOptions, load_config
 from sfumato.data.batch import Sizes
 from sfumato.demo.toy import write_toy
-from sfumato.encode import live_text
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _unet, _vae, register_all, sdxl
-from sfumato.families._source import open_source
 from sfumato.families.base import Blueprint, Family, find_family
+from sfumato.families.encoding import live_text
 from sfumato.families.sdxl import CLIP_G_KEYS
+from sfumato.families.source import open_source
 from sfumato.plan import look
 from training import arguments, pictures, run, weights
 

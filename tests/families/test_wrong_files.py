@@ -14,9 +14,9 @@ from families.toys import ToyShelf
 from sfumato.config import NoiseOptions
 from sfumato.errors import UserError
 from sfumato.families import register_all
-from sfumato.families._kinds import describe
-from sfumato.families._source import open_source
+from sfumato.families._file_kinds import describe
 from sfumato.families.base import find_family
+from sfumato.families.source import open_source
 
 BASE = "pretrained_model_name_or_path"
 SLOTS = {

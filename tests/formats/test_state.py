@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato import files
+from sfumato.common import files
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import DiskFull
 from sfumato.formats.state import fault_of, load_state, newest_complete, save_state

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from families.toys import ToyShelf
 from sfumato.config import ModelOptions, NoiseOptions, load_config
 from sfumato.errors import UserError
-from sfumato.families._source import open_source
 from sfumato.families.base import find_family
+from sfumato.families.source import open_source
 from sfumato.formats.state import load_state
 from sfumato.methods.full import FullMethod
 from sfumato.plan import look, with_seed

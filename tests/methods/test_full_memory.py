@@ -27,8 +27,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from sfumato.families import _flux_keys as keys
-from sfumato.families._saving import save_single_file
-from sfumato.families._source import Source
+from sfumato.families.saving import save_single_file
+from sfumato.families.source import Source
 from sfumato.families.base import Blueprint, Part
 
 def memory(name):

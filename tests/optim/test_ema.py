@@ -21,9 +21,9 @@ from sfumato.errors import UserError
 from sfumato.formats.checkpoint import write_safetensors
 from sfumato.formats.hashes import adapter_hashes
 from sfumato.formats.state import load_state
-from sfumato.opening import open_run
 from sfumato.optim.ema import Average, Averages, Plain, Power, gamma_of
 from sfumato.tools.ema import fit, make_average
+from sfumato.training.setup_run import open_run
 from training import arguments, losses, pictures, run, same, weights
 
 
@@ -237,7 +237,7 @@ def test_previews_show_the_average(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While pictures are made the weights are those of the file that is saved after the same step."""
-    from sfumato import saving
+    from sfumato.training import saving
 
     seen: list[dict[str, Tensor]] = []
     make = saving.generate_together

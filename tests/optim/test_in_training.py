@@ -13,9 +13,9 @@ from sfumato.config import load_config
 from sfumato.demo.toy import write_toy
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.formats.state import load_state
-from sfumato.opening import open_run
 from sfumato.plan import look
 from sfumato.train import train_step
+from sfumato.training.setup_run import open_run
 from training import arguments, losses, pictures, run, same, weights
 
 Toy = Mapping[str, Path]

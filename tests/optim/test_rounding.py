@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from families.toys import ToyShelf
 from sfumato.config import OptimOptions, load_config
 from sfumato.formats.state import load_state
-from sfumato.opening import open_run
 from sfumato.optim import rounding
 from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.optimizers import class_name, make_optimizer, restore
 from sfumato.optim.rounding import Rounding, keep_in_bfloat16, round_by_chance
 from sfumato.train import train_step
+from sfumato.training.setup_run import open_run
 from training import arguments, losses, pictures, run, same, weights
 
 
@@ -296,7 +296,7 @@ def test_weights_gradients_and_file_are_in_bfloat16(
     assert {p.grad.dtype for p in opened_run.parameters if p.grad is not None} == {torch.bfloat16}
     moved = sum(int((old != new).sum()) for old, new in zip(before, opened_run.parameters, strict=True))
     assert 0 < moved < 0.2 * sum(parameter.numel() for parameter in before)
-    from sfumato.saving import save_output
+    from sfumato.training.saving import save_output
 
     save_output(opened_run, tmp_path / "lora.safetensors", 1)
     trained = {str(name) for name, tensor in weights(tmp_path).items() if tensor.dtype == torch.bfloat16}

@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 from sfumato.cli.dataset import cache_config
 from sfumato.cli.main import main
 from sfumato.config import Config, load_config
-from sfumato.data.cache import LATENTS
+from sfumato.data.cache.entries import LATENTS
+from sfumato.data.cache.maintenance import survey
+from sfumato.data.cache.store import DiskStore
 from sfumato.data.plans import DataPlan
-from sfumato.data.store import DiskStore
-from sfumato.data.upkeep import survey
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.feed import Caches
 from sfumato.tools import dataset_cache
+from sfumato.training.caching import Caches
 from training import arguments, losses, pictures, run, same, weights
 
 SHARED = {
@@ -84,8 +84,8 @@ def test_training_finds_everything_and_trains_the_same(
     assert counts(fill(toy, images, tmp_path / "cache"))["latents"] == (5, 0)
     options = {"network_train_unet_only": True, "max_train_steps": 3}
     plain = run(toy, images, tmp_path / "plain", **options)
-    monkeypatch.setattr("sfumato.feed.encode_images", never)
-    monkeypatch.setattr("sfumato.feed.encode_captions", never)
+    monkeypatch.setattr("sfumato.training.caching.encode_images", never)
+    monkeypatch.setattr("sfumato.training.caching.encode_captions", never)
     disk = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True, "cache_dir": tmp_path / "cache"}
     cached = run(toy, images, tmp_path / "cached", **options, **disk)
     assert losses(plain) == losses(cached)
@@ -270,8 +270,8 @@ def test_every_variant_is_used_and_none_is_live(
     sdxl: Mapping[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cached variants are what an encoder makes of the very captions that the batches carry."""
-    from sfumato.encode import FrozenText
-    from sfumato.opening import open_run
+    from sfumato.families.encoding import FrozenText
+    from sfumato.training.setup_run import open_run
 
     for i, path in enumerate(sorted((images / "2_cat").glob("*.txt"))):
         path.write_text(f"cat {i}, red, small, blurred, close, facing left")

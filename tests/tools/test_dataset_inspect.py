@@ -317,11 +317,11 @@ def loaded(config) -> list[tuple[str, str]]:
     """File and caption of the first samples, by the field's rules: order and captions as functions of the seed."""
     from itertools import islice
 
+    from sfumato.common.seeds import python_random
     from sfumato.data.captions import process
+    from sfumato.data.find.discover import find_data
     from sfumato.data.order import Order
-    from sfumato.data.summary import find_data
     from sfumato.errors import Problems
-    from sfumato.seeds import python_random
 
     plan = find_data(config, bucket_step=8, problems=Problems())
     found = []

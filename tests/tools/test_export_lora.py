@@ -20,10 +20,10 @@ from sfumato.cli.main import main
 from sfumato.config import Config, NetworkOptions, NoiseOptions, OptimOptions
 from sfumato.config.loop import LoopOptions
 from sfumato.data.batch import Sizes
-from sfumato.encode import live_text
 from sfumato.families import _unet, register_all, sdxl
-from sfumato.families._source import open_source
 from sfumato.families.base import FAMILIES, Component, Family, Part, find_family
+from sfumato.families.encoding import live_text
+from sfumato.families.source import open_source
 from sfumato.formats.hashes import adapter_hashes
 from sfumato.methods import make_method
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.common.registry import did_you_mean, nearest
 from sfumato.errors import UserError
-from sfumato.registry import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from sfumato.config import Config

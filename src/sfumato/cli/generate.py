@@ -125,8 +125,8 @@ def own_words(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 def refuse_misspelt(word: str) -> None:
     """UserError for what is nearly a word of this command and nothing in the vocabulary."""
+    from sfumato.common.registry import nearest
     from sfumato.config.schema import vocabulary
-    from sfumato.registry import nearest
 
     name = word.removeprefix("--")
     guess = nearest(name, WORDS) if word.startswith("--") and name not in vocabulary() else None

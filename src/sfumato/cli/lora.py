@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sfumato.cli.dataset import own_words
+from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
-from sfumato.registry import did_you_mean
 
 HELP = ("--help", "-h")
 FORMATS = ("diffusers",)

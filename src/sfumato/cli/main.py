@@ -38,7 +38,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"sfumato {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        from sfumato.registry import did_you_mean
+        from sfumato.common.registry import did_you_mean
 
         raise UserError(f"sfumato has no command {argv[0]!r}", fix=did_you_mean(argv[0], COMMANDS))
     return COMMANDS[argv[0]](argv[1:])

@@ -10,9 +10,9 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import Any
 
+from sfumato.common.names import PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
+from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
-from sfumato.names import PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
-from sfumato.registry import did_you_mean
 
 # Options that the field gives only some scripts, and that every script has here.
 SHARED = frozenset(

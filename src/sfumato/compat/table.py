@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from sfumato.common.names import FOREIGN_KEYS, NETWORK_MODULES, OPTION_ALIASES, PLANNED_NETWORK_MODULES
 from sfumato.compat.scripts import SCRIPTS, option_table
 from sfumato.config.base import Option
 from sfumato.config.rules import RULES
 from sfumato.config.schema import by_theme, title, vocabulary
-from sfumato.names import FOREIGN_KEYS, NETWORK_MODULES, OPTION_ALIASES, PLANNED_NETWORK_MODULES
 
 HEAD = """# Options
 

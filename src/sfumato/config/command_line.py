@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from sfumato.common.names import OPTION_ALIASES
 from sfumato.config.layer import Layer, unknown
 from sfumato.config.schema import vocabulary
 from sfumato.errors import Problems
-from sfumato.names import OPTION_ALIASES
 
 
 def read_command_line(argv: Sequence[str], problems: Problems) -> Layer:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.names import FOREIGN_KEYS, OPTION_ALIASES
 from sfumato.config.layer import Layer, unknown
 from sfumato.config.schema import vocabulary
 from sfumato.errors import Problems
-from sfumato.names import FOREIGN_KEYS, OPTION_ALIASES
 
 ELSEWHERE = {  # keys that are options, but not here
     "config_file": "a configuration file does not name another one",

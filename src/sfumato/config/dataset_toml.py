@@ -11,10 +11,10 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from sfumato.common.registry import did_you_mean
 from sfumato.config.schema import THEMES, vocabulary
 from sfumato.config.values import FilePath
 from sfumato.errors import Problems, UserError
-from sfumato.registry import did_you_mean
 
 # Keys that are options: the option of the same name, or the one named, gives the type, the limits and the default.
 DATASET_KEYS = {

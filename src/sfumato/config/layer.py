@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sfumato.common.names import FOREIGN_KEYS, OPTION_ALIASES
+from sfumato.common.registry import did_you_mean, nearest
 from sfumato.config.base import Option
 from sfumato.config.schema import THEMES, by_theme, vocabulary
 from sfumato.errors import Problems
-from sfumato.names import FOREIGN_KEYS, OPTION_ALIASES
-from sfumato.registry import did_you_mean, nearest
 
 # How a value that pydantic refuses is described; {} are the limits that it names.
 WORDS = {

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from sfumato.common.names import NETWORK_MODULES, PLANNED_NETWORK_MODULES
+from sfumato.common.registry import did_you_mean
 from sfumato.config.base import Options, option
 from sfumato.config.values import Arguments, FilePath, FilePaths, Floats
-from sfumato.names import NETWORK_MODULES, PLANNED_NETWORK_MODULES
-from sfumato.registry import did_you_mean
 
 
 def known_module(name: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from sfumato.common.registry import nearest
 from sfumato.config.base import Option
 from sfumato.config.schema import Config, vocabulary
 from sfumato.errors import Problems
-from sfumato.registry import nearest
 
 MODEL_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.files import write_text
 from sfumato.config.config_file import config_path
 from sfumato.config.schema import THEMES, Config, by_theme, title, vocabulary
 from sfumato.errors import UserError
-from sfumato.files import write_text
 
 LEFT_OUT = ("config_file", "output_config")
 

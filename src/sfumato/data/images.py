@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.data.buckets import Size, crop_offset
-from sfumato.data.headers import DECODER_ERRORS, header_of
+from sfumato.data.find.headers import DECODER_ERRORS, header_of
 from sfumato.errors import UserError
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB

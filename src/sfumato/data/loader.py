@@ -11,17 +11,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from sfumato.common.seeds import python_random
 from sfumato.data.augment import size_conditioning
 from sfumato.data.batch import Batch, Extras, Sizes, Tensors, pad_stack
 from sfumato.data.buckets import Size
-from sfumato.data.cache import LATENTS, LatentNames, Place, TensorCache, TextNames, seed_of_entry, to_tensor
+from sfumato.data.cache.entries import LATENTS, LatentNames, Place, TensorCache, TextNames, seed_of_entry, to_tensor
 from sfumato.data.captions import process
 from sfumato.data.images import Pixels
 from sfumato.data.masks import MASK, MaskNames, MaskPlace, mask_of, reduced
 from sfumato.data.order import HeldOut, Order, PlannedBatch, PlannedStep, Sample
 from sfumato.data.variants import chosen
 from sfumato.errors import UserError
-from sfumato.seeds import python_random
 
 T = TypeVar("T")
 

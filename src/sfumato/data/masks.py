@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from sfumato.data.augment import ImageRules
-from sfumato.data.cache import ContentHashes, Counts, Filling, TensorCache, key_of, share_work
+from sfumato.data.cache.entries import ContentHashes, Counts, Filling, TensorCache, key_of, share_work
+from sfumato.data.cache.references import remember
+from sfumato.data.find.image_table import Picture
 from sfumato.data.images import Plane, Transform, content_hash, prepare_red, prepare_with_alpha
-from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan, Item
-from sfumato.data.uses import remember
 
 MASK = "mask"
 AT_ONCE = 64  # masks made between two looks at the store

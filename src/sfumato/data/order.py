@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sfumato.common.seeds import python_random
 from sfumato.data.buckets import Size
-from sfumato.data.pictures import Picture
+from sfumato.data.find.image_table import Picture
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
-from sfumato.seeds import python_random
 
 
 class Order:

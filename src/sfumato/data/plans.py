@@ -13,9 +13,9 @@ import numpy as np
 
 from sfumato.data.augment import Draw, ImageRules, centred, drawn
 from sfumato.data.buckets import Choice, Size
+from sfumato.data.find.image_table import Column, Picture, Pictures, Rows
+from sfumato.data.find.settings import DatasetSettings, SubsetSettings
 from sfumato.data.images import Transform
-from sfumato.data.pictures import Column, Picture, Pictures, Rows
-from sfumato.data.settings import DatasetSettings, SubsetSettings
 
 
 class Item(NamedTuple):

@@ -9,12 +9,12 @@ from random import Random
 import numpy as np
 
 from sfumato.config import Config
+from sfumato.data.find.image_table import Column
+from sfumato.data.find.policy import some
+from sfumato.data.find.report import Report
+from sfumato.data.find.settings import SubsetSettings
 from sfumato.data.order import HeldOut
-from sfumato.data.pictures import Column
 from sfumato.data.plans import DataPlan, DatasetPlan
-from sfumato.data.policy import some
-from sfumato.data.report import Report
-from sfumato.data.settings import SubsetSettings
 from sfumato.errors import Problems
 
 

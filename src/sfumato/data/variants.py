@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 
+from sfumato.common.seeds import python_random
 from sfumato.data.captions import CaptionRules, dropped, process
 from sfumato.data.plans import DataPlan, Item, SubsetPlan
 from sfumato.errors import Problems
-from sfumato.seeds import python_random
 
 NEVER = ("token_warmup_step",)  # it changes captions with the step, which a kept variant knows nothing of
 

@@ -13,8 +13,8 @@ from sfumato.config import Config
 from sfumato.config.schema import vocabulary
 from sfumato.demo.base import Base
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
+from sfumato.families.source import open_source
 from sfumato.methods import make_method
 from sfumato.methods.base import Method
 from sfumato.sample import Picture, generate

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from sfumato import files
+from sfumato.common import files
 from sfumato.config import load_config
 from sfumato.demo.base import ASSETS, Base, tiny_base
 from sfumato.demo.plot import loss_plot

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import sfumato.demo
+from sfumato.common.registry import Registry, did_you_mean
 from sfumato.demo.photos import example_photos
 from sfumato.errors import UserError
-from sfumato.registry import Registry, did_you_mean
 
 Layout = Literal["original", "diffusers"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from sfumato.seeds import seed_of
+from sfumato.common.seeds import seed_of
 
 SPREAD = 0.05  # of biases around 0, and of norm scales around 1
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sfumato.common.registry import Registry
 from sfumato.config import LossOptions
 from sfumato.diffusion.objective import Level, per_sample
-from sfumato.registry import Registry
 
 Loss = Callable[[Tensor, Tensor, Level], Tensor]
 Threshold = Callable[[Level, LossOptions], Tensor]  # (B,): where a robust loss turns from quadratic to linear

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sfumato.common.registry import Registry
 from sfumato.config import NoiseOptions
 from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow
-from sfumato.registry import Registry
 
 Timestep = Callable[[Tensor, Sequence[int], LatentSpec], Tensor]  # u (B,) in [0, 1), latent shape (C, h, w) -> t (B,)
 Density = Callable[[Tensor, NoiseOptions, int], Tensor]  # u, options with a shift, tokens -> sigma in [0, 1]

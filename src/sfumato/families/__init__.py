@@ -9,5 +9,5 @@ import pkgutil
 def register_all() -> None:
     """Import every family module, which registers itself; none of them imports a network library for that."""
     for module in pkgutil.iter_modules(__path__):
-        if not module.name.startswith("_") and module.name != "base":
+        if not module.name.startswith("_"):
             importlib.import_module(f"{__name__}.{module.name}")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import ModelOptions
-from sfumato.data.emphasis import Pieces, of_tokens, plain
+from sfumato.data.prompt_weighting import Pieces, of_tokens, plain
 from sfumato.errors import UserError
-from sfumato.families._kinds import CLIP, Found, require
-from sfumato.families._source import Source, Weights, find_path
+from sfumato.families._file_kinds import CLIP, Found, require
+from sfumato.families.source import Source, Weights, find_path
 from sfumato.formats.keymap import KeyMap, Rule
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from sfumato.diffusion.objective import Grid, RectifiedFlow
 from sfumato.diffusion.timesteps import resolution_mu
 from sfumato.errors import UserError
 from sfumato.families import _t5, _tokenizers, _vae
-from sfumato.families._kinds import LATENT, WIDTH, check_width, told_of
-from sfumato.families._source import Source, Weights, find_path
+from sfumato.families._file_kinds import LATENT, WIDTH, check_width, told_of
 from sfumato.families.base import Network, PartSpec
+from sfumato.families.source import Source, Weights, find_path
 from sfumato.formats.keymap import KeyMap, identity
 
 PREFIX = "model.diffusion_model."  # in files of some programs

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.data.emphasis import Pieces, of_tokens, plain
+from sfumato.data.prompt_weighting import Pieces, of_tokens, plain
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
 from sfumato.formats.keymap import KeyMap, Rule, identity
 

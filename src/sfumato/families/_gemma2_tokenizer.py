@@ -11,8 +11,8 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
-from sfumato.families._source import read_json
 from sfumato.families._tokenizers import apply_merges
+from sfumato.families.source import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

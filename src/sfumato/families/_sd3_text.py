@@ -13,9 +13,9 @@ from sfumato.config import ModelOptions
 from sfumato.data.batch import Tensors
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _t5
-from sfumato.families._kinds import WIDTH, check_width, told_of
-from sfumato.families._source import Source, Weights, find_path
+from sfumato.families._file_kinds import WIDTH, check_width, told_of
 from sfumato.families.base import Component, Network, PartSpec
+from sfumato.families.source import Source, Weights, find_path
 from sfumato.formats.keymap import KeyMap, Rule, identity
 
 LAYER = 2  # from the end: both CLIP towers are read before their last layer, without the final norm

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.data.emphasis import Pieces, of_tokens, plain
-from sfumato.families._kinds import T5, require
-from sfumato.families._source import Source, Weights
+from sfumato.data.prompt_weighting import Pieces, of_tokens, plain
+from sfumato.families._file_kinds import T5, require
+from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import KeyMap, Rule
 
 TARGETS = (

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
-from sfumato import files
+from sfumato.common import files
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:

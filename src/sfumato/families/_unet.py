@@ -10,9 +10,9 @@ from typing import Any, Literal
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
-from sfumato.families._kinds import LATENT, check_width
-from sfumato.families._source import Source, Weights, read_json
+from sfumato.families._file_kinds import LATENT, check_width
 from sfumato.families.base import Component, Network, PartSpec, Pipeline
+from sfumato.families.source import Source, Weights, read_json
 from sfumato.formats.keymap import KeyMap, Rule, identity
 
 PREFIX = "model.diffusion_model."  # inside whole checkpoints

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
-from sfumato.families._kinds import AUTOENCODER, Found, require, told_of
-from sfumato.families._source import Source, Weights, find_path, read_json, weight_file
+from sfumato.families._file_kinds import AUTOENCODER, Found, require, told_of
 from sfumato.families.base import Network, PartSpec
+from sfumato.families.source import Source, Weights, find_path, read_json, weight_file
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.keymap import KeyMap, Rule, identity
 

@@ -14,17 +14,17 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from sfumato.common.registry import Registry
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.config.schema import vocabulary
 from sfumato.data.batch import Sizes, Tensors
-from sfumato.data.emphasis import Pieces
+from sfumato.data.prompt_weighting import Pieces
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.errors import UserError
-from sfumato.families._kinds import describe, told_of
-from sfumato.families._source import Source, Weights, on_meta
+from sfumato.families._file_kinds import describe, told_of
+from sfumato.families.source import Source, Weights, on_meta
 from sfumato.formats.groups import Layer, LayerGroup, file_name, layer_groups, layers_of, skeleton
 from sfumato.formats.keymap import KeyMap, identity, matches
-from sfumato.registry import Registry
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # a network from its configuration
 Rows = Callable[[str, Sequence[int]], Sequence[int]]  # of a stacked original weight: key, shape -> rows of each layer

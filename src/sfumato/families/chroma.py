@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
-from sfumato.data.emphasis import Pieces
+from sfumato.data.prompt_weighting import Pieces
 from sfumato.errors import Problems
 from sfumato.families import _chroma_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import component, image_ids, pack, unpack, whole_mask
-from sfumato.families._source import Source
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Part, PartSpec, Room, Sampling
+from sfumato.families.source import Source
 
 T5_LENGTH = 512
 COMPONENTS = {

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
-from sfumato.data.emphasis import Pieces
+from sfumato.data.prompt_weighting import Pieces
 from sfumato.families import _clip, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
+from sfumato.families._file_kinds import WIDTH, check_width, told_of
 from sfumato.families._flux_parts import component, image_ids, pack, unpack, whole_mask
-from sfumato.families._kinds import WIDTH, check_width, told_of
-from sfumato.families._source import Source, Weights
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
+from sfumato.families.source import Source, Weights
 
 T5_LENGTH = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
 DEFAULT_GUIDANCE = 3.5

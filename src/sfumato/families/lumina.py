@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
-from sfumato.data.emphasis import Pieces
+from sfumato.data.prompt_weighting import Pieces
 from sfumato.diffusion.objective import Grid, RectifiedFlow
 from sfumato.diffusion.timesteps import shifted
 from sfumato.errors import UserError
 from sfumato.families import _gemma2, _gemma2_tokenizer, _lumina_keys, _vae
+from sfumato.families._file_kinds import GEMMA2, LATENT, WIDTH, check_width, require, told_of
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
-from sfumato.families._kinds import GEMMA2, LATENT, WIDTH, check_width, require, told_of
-from sfumato.families._source import Source, Weights, find_path
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
+from sfumato.families.source import Source, Weights, find_path
 from sfumato.formats.keymap import KeyMap, Rule
 
 PREFIX = "model.diffusion_model."

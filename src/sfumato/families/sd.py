@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
-from sfumato.data.emphasis import Pieces
+from sfumato.data.prompt_weighting import Pieces
 from sfumato.errors import UserError
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
-from sfumato.families._source import Source, Weights
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
+from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import KeyMap, identity
 
 UNET = _unet.PREFIX

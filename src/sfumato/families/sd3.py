@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
-from sfumato.data.emphasis import Pieces
+from sfumato.data.prompt_weighting import Pieces
 from sfumato.diffusion.objective import Grid, RectifiedFlow
 from sfumato.errors import Problems, UserError
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
-from sfumato.families._kinds import LATENT, check_width
-from sfumato.families._source import Source, Weights
+from sfumato.families._file_kinds import LATENT, check_width
 from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
+from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import identity
 
 PREFIX = "model.diffusion_model."

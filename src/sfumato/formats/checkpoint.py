@@ -23,10 +23,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from sfumato import files
+from sfumato.common import files
+from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
 from sfumato.formats.header import AGAIN, BITS, INDEX, SHARD, Header, TensorInfo, joined, read_header, sharded_headers
-from sfumato.registry import did_you_mean
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sfumato import files
+from sfumato.common import files
 from sfumato.formats.checkpoint import room_for
 
 ENDINGS = {"ckpt": ".ckpt", "pt": ".pt"}  # --save_model_as -> what such a file's name ends in

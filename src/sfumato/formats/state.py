@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato import __version__, files
+from sfumato import __version__
+from sfumato.common import files
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import TensorFile, room_for, write_safetensors
 

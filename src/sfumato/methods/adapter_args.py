@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from sfumato.common.names import PLANNED_NETWORK_ARGS
+from sfumato.common.registry import did_you_mean
 from sfumato.config.values import as_tuple, whole
 from sfumato.errors import Problems, UserError
 from sfumato.families.base import PartSpec
-from sfumato.names import PLANNED_NETWORK_ARGS
-from sfumato.registry import did_you_mean
 
 Reader = Callable[[Any], Any]  # raises ValueError
 Indices = frozenset[int] | None  # None: all

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sfumato.common.registry import Registry
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Blueprint, Family
 from sfumato.optim.groups import ParameterGroup
-from sfumato.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.errors import UserError
-from sfumato.families._folder import is_model_folder, save_folder
-from sfumato.families._saving import Origin, averages, everything, save_single_file, size
 from sfumato.families.base import Blueprint, Family
+from sfumato.families.folder import is_model_folder, save_folder
+from sfumato.families.saving import Origin, averages, everything, save_single_file, size
 from sfumato.formats.pickled import ENDINGS
 from sfumato.methods.base import METHODS, Planned
 from sfumato.methods.full_rates import Chosen, full_rates

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from sfumato.common.registry import did_you_mean, nearest
 from sfumato.errors import UserError
-from sfumato.registry import did_you_mean, nearest
 
 
 def find_class(

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sfumato.common.registry import Registry, bind
 from sfumato.config import OptimOptions
 from sfumato.errors import UserError
 from sfumato.optim.averaging import Averaging
 from sfumato.optim.classes import find_class, needs_more
 from sfumato.optim.groups import ParameterGroup
-from sfumato.registry import Registry, bind
 
 log = logging.getLogger(__name__)
 FUSED_DEVICES = {"cuda", "cpu", "mps"}

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+from sfumato.common.registry import bind
 from sfumato.config import OptimOptions
 from sfumato.config.values import step_count
 from sfumato.errors import UserError
 from sfumato.optim.classes import find_class, needs_more
 from sfumato.optim.schedules import SCHEDULES, Schedule, Shape
-from sfumato.registry import bind
 
 log = logging.getLogger(__name__)
 

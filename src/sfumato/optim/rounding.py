@@ -15,9 +15,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
+from sfumato.common.seeds import seed_of
 from sfumato.config import MemoryOptions
 from sfumato.optim.groups import ParameterGroup
-from sfumato.seeds import seed_of
 
 PART = 1 << 24  # elements that are in float32 at a time
 CUT = 1 << 16  # bfloat16 is the upper half of float32

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sfumato.common.registry import Registry, did_you_mean
 from sfumato.errors import UserError
-from sfumato.registry import Registry, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

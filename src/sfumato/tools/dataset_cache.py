@@ -13,24 +13,24 @@ from torch import nn
 
 from sfumato.config import Config
 from sfumato.config.schema import vocabulary
-from sfumato.data.cache import ContentHashes
+from sfumato.data.cache.entries import ContentHashes
+from sfumato.data.cache.maintenance import KEPT, Amount, Record, needed, prune, refuse_in_use, survey, tally
+from sfumato.data.cache.references import KnownUse, known_uses, still_current
+from sfumato.data.cache.store import DiskStore
+from sfumato.data.find.discover import find_data
+from sfumato.data.find.image_table import Picture
 from sfumato.data.images import content_hash
-from sfumato.data.pictures import Picture
 from sfumato.data.plans import DataPlan
-from sfumato.data.store import DiskStore
-from sfumato.data.summary import find_data
-from sfumato.data.upkeep import KEPT, Amount, Record, needed, prune, refuse_in_use, survey, tally
-from sfumato.data.uses import KnownUse, known_uses, still_current
 from sfumato.errors import Problems, UserError
 from sfumato.families import register_all
-from sfumato.families._source import on_meta, open_source
 from sfumato.families.base import Blueprint, Builder, Family, Network, find_family
-from sfumato.feed import Caches, cache_folder, fill
-from sfumato.opening import open_processes
+from sfumato.families.source import on_meta, open_source
 from sfumato.plan import dataset_lines
-from sfumato.run import DTYPES
 from sfumato.track.console import set_up
 from sfumato.track.jobs import Job
+from sfumato.training.caching import Caches, cache_folder, fill
+from sfumato.training.run import DTYPES
+from sfumato.training.setup_run import open_processes
 
 log = logging.getLogger(__name__)
 THEMES = ("run", "model", "dataset", "buckets", "captions", "images", "cache", "loader", "log")  # what caching reads

@@ -12,27 +12,27 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfumato import files
+from sfumato.common import files
 from sfumato.config import Config
 from sfumato.data.batch import Batch
-from sfumato.data.cache import ContentHashes, LatentNames, Place
-from sfumato.data.inspect import CountTokens, DatasetFindings, SubsetFindings, inspect
+from sfumato.data.cache.entries import ContentHashes, LatentNames, Place
+from sfumato.data.cache.store import MemoryStore
+from sfumato.data.find.discover import find_data
+from sfumato.data.find.inspect import CountTokens, DatasetFindings, SubsetFindings, inspect
 from sfumato.data.loader import Loader
 from sfumato.data.masks import MaskNames, mask_of
 from sfumato.data.order import Order
 from sfumato.data.plans import DataPlan, Item, SubsetPlan
-from sfumato.data.store import MemoryStore
-from sfumato.data.summary import find_data
 from sfumato.errors import Problems, UserError
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families._tokenizers import clip_tokenizer, t5_tokenizer
 from sfumato.families.base import find_family
-from sfumato.feed import workers_of
+from sfumato.families.source import open_source
 from sfumato.plan import dataset_lines, total_steps, with_seed
 from sfumato.tools.dataset_page import Shown, page, times
 from sfumato.track.console import set_up
 from sfumato.track.jobs import Job
+from sfumato.training.caching import workers_of
 
 CLIP_LIMIT, T5_LIMIT = 75, 512  # tokens, begin and end not counted
 NAMED = 10  # files and tags that a line of text names

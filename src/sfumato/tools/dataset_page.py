@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sfumato.data.inspect import DatasetFindings, SubsetFindings
+from sfumato.data.find.inspect import DatasetFindings, SubsetFindings
 from sfumato.data.plans import DataPlan
 
 SIDE = 320  # longest side of a picture on the page, in pixels

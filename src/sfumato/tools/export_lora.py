@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.adapters.lora import LoRA
 from sfumato.errors import Problems, UserError
 from sfumato.families import register_all
-from sfumato.families._adapter_names import groups_of
+from sfumato.families.adapter_names import groups_of
 from sfumato.families.base import FAMILIES, Family
 from sfumato.formats.checkpoint import PRECISIONS, open_checkpoint, write_safetensors
 from sfumato.formats.groups import LayerGroup

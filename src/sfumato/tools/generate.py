@@ -12,21 +12,21 @@ from pathlib import Path
 
 import torch
 
+from sfumato.common.files import check_writable
 from sfumato.config import Config
 from sfumato.config.prompts import Prompt
 from sfumato.config.schema import vocabulary
 from sfumato.config.secrets import secrets_of
-from sfumato.encode import FrozenText
 from sfumato.errors import Problems
 from sfumato.families import register_all
-from sfumato.families._source import open_source
 from sfumato.families.base import Family, find_family
-from sfumato.files import check_writable
+from sfumato.families.encoding import FrozenText
+from sfumato.families.source import open_source
 from sfumato.methods.attached import Attached
-from sfumato.remake import OTHERS, command, recipe, save_picture
-from sfumato.run import DTYPES
 from sfumato.sample import Picture, fill_in, generate_together, together, without_effect
 from sfumato.track.console import set_up
+from sfumato.training.image_metadata import OTHERS, command, recipe, save_picture
+from sfumato.training.run import DTYPES
 
 log = logging.getLogger(__name__)
 THEMES = ("run", "model", "samples", "log")  # what is read of the vocabulary

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sfumato import files
+from sfumato.common import files
 from sfumato.errors import UserError
 from sfumato.formats.metadata import without_paths
 from sfumato.track.report_curves import Curves

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato import __version__, files
+from sfumato import __version__
+from sfumato.common import files
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from sfumato import files
+from sfumato.common import files
 from sfumato.config import LogOptions
 from sfumato.errors import UserError
 from sfumato.formats.metadata import without_paths

@@ -1,0 +1,1 @@
+"""Encoders' outputs, kept by the content they were made from."""

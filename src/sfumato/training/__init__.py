@@ -1,0 +1,1 @@
+"""What surrounds the loop: set-up, caching, validation, saving, diagnosis; the loop itself is train.py."""
