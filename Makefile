@@ -13,7 +13,7 @@ SETUP := $(VENV)/.set-up
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test fast gpu curves check format pages bench clean
+.PHONY: setup demo test unit family full fast gpu curves lint check wheel lowest format pages bench clean
 
 setup: $(SETUP)
 
@@ -28,9 +28,19 @@ $(SETUP): pyproject.toml
 demo: setup
 	$(BIN)/sfumato demo
 
-# The fast tests and the slow ones, in one run.
+# Every tier that needs no GPU, in one run.
 test: setup
 	@$(PYTEST) -q -n $(JOBS) -m "not gpu"
+
+# Tiers: unit (no model is built or trained), family (toy models), full (what takes longer). `fast` is the first two.
+unit: setup
+	@$(PYTEST) -q -n $(JOBS) -m "not family and not full and not gpu"
+
+family: setup
+	@$(PYTEST) -q -n $(JOBS) -m "family and not gpu"
+
+full: setup
+	@$(PYTEST) -q -n $(JOBS) -m "full and not gpu"
 
 fast: setup
 	@$(PYTEST) -q -n $(JOBS)
@@ -38,11 +48,21 @@ fast: setup
 gpu: setup
 	@$(PYTEST) -q -m gpu
 
-check: setup
+# Format, lint and types.
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	@$(PYTEST) -q -n $(JOBS)
+
+check: lint fast
+
+# The wheel, installed without extras into an environment of its own, and commands run from it.
+wheel: setup
+	@PYTHON=$(PYTHON) TORCH="$(TORCH)" bash .ci/wheel
+
+# The family tier with the lowest versions of our dependencies that pyproject.toml allows (torch excepted).
+lowest: setup
+	@PYTHON=$(PYTHON) TORCH="$(TORCH)" JOBS=$(JOBS) bash .ci/lowest
 
 format: setup
 	$(BIN)/ruff format .
@@ -52,13 +72,14 @@ format: setup
 curves: setup
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/curves.py $(if $(WRITE),--write)
 
-# What is generated from the source: the table of files in README.md, the listings of messages and errors.
+# What is generated from the source: docs/files.md, docs/errors.md, the listing of messages.
 pages: setup
 	$(BIN)/python docs/make_file_map.py
 	$(BIN)/python docs/make_messages.py
+	$(BIN)/python docs/make_errors.py
 
 bench: setup
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .ruff_cache

@@ -3,15 +3,15 @@
     python benchmarks/data.py [IMAGES] [--photos 200] [--latents 5000] [--repeat 3] [--only WORD] [--folder DIR]
         [--json FILE]
 
-IMAGES small pictures with captions are listed cold (nothing remembered) and warm (every size and time checked again);
-`stat` lists and stats the same files and does nothing else: nothing that checks them can be faster. The same pictures
+IMAGES small images with captions are listed cold (no index) and warm (every size and time checked again);
+`stat` lists and stats the same files and does nothing else: nothing that checks them can be faster. The same images
 named by a metadata file (`json`), and in tar archives of 10,000 (`tar`); `order` is the order of one epoch at batch
 size 1 and its first 1000 steps. A million images: `1000000 --only index` writes two million files (8 GB, some minutes)
 and keeps them where --folder says, for the next time. Photos are JPEGs
 of 600 to 1500 pixels a side, brought to 512-pixel buckets with an encoder that does nothing, at batches
 of 1 and 8 (`mean_batch`: how many are really together), and with one that takes 20 ms an image (`slow`): that row is
 near the slower of decoding and encoding, not near their sum. Latents are those of
-512-pixel pictures in float32. `load` is the same photos as training takes them, plain and with random crops, colours
+512-pixel images in float32. `load` is the same photos as training takes them, plain and with random crops, colors
 and masks. Every row runs in a fresh process with the files in the system's cache, the rows interleaved; median and
 spread of the repeats. Memory is the peak beyond what the process had before the work.
 """
@@ -49,33 +49,33 @@ Figures = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=int, nargs="?", default=100_000, help="small pictures to list")
+    parser.add_argument("images", type=int, nargs="?", default=100_000, help="small images to list")
     parser.add_argument("--photos", type=int, default=200, help="photos to cache")
     parser.add_argument("--latents", type=int, default=5000, help="cache entries to read")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", default="", help="the rows with this word in their name")
-    parser.add_argument("--folder", type=Path, help="where the files are kept; a temporary folder without it")
+    parser.add_argument("--folder", type=Path, help="where the files are kept; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="write the table as JSON, too")
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.row:
-        print(json.dumps(ROWS[given.row](given.folder)))
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(ROWS[args.row](args.folder)))
         return
-    rows = [row for row in ROWS if given.only in row]
-    with kept_or_temporary(given.folder) as folder:
-        make_missing(folder, rows, given)
+    rows = [row for row in ROWS if args.only in row]
+    with open_folder(args.folder) as folder:
+        make_missing(folder, rows, args)
         runs: dict[str, list[Figures]] = {row: [] for row in rows}
-        for _ in range(given.repeat):
-            for row, found in runs.items():
-                found.append(in_fresh_process(row, folder))
-    table = [summary(row, found) for row, found in runs.items()]
-    show(table)
-    if given.json:
-        given.json.write_text(json.dumps(table, indent=1))
+        for _ in range(args.repeat):
+            for row, results in runs.items():
+                results.append(run_in_fresh_process(row, folder))
+    table = [summarize(row, results) for row, results in runs.items()]
+    print_table(table)
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1))
 
 
 @contextmanager
-def kept_or_temporary(folder: Path | None) -> Iterator[Path]:
+def open_folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
@@ -84,35 +84,38 @@ def kept_or_temporary(folder: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def make_missing(folder: Path, rows: list[str], given: argparse.Namespace) -> None:
+def make_missing(folder: Path, rows: list[str], args: argparse.Namespace) -> None:
     """The files that these rows need, unless they are there."""
     makers: dict[str, Callable[[], None]] = {
-        "small": lambda: make_small_pictures(folder / "small" / "1_a", given.images),
+        "small": lambda: make_small_images(folder / "small" / "1_a", args.images),
         "meta.jsonl": lambda: make_metadata(folder),
         "tar": lambda: make_archives(folder),
-        "photos": lambda: make_photos(folder / "photos" / "1_a", given.photos),
-        "latents": lambda: make_latents(folder / "latents", given.latents),
+        "photos": lambda: make_photos(folder / "photos" / "1_a", args.photos),
+        "latents": lambda: make_latents(folder / "latents", args.latents),
     }
     for name, make in makers.items():
-        if not (folder / name).exists() and any(name in NEEDS[row.split()[0]] for row in rows):
+        needed = any(name in NEEDS[row.split()[0]] for row in rows)
+        if needed and not (folder / name).exists():
             make()
 
 
-def in_fresh_process(row: str, folder: Path) -> Figures:
+def run_in_fresh_process(row: str, folder: Path) -> Figures:
     command = [sys.executable, __file__, "--row", row, "--folder", str(folder)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(row: str, runs: list[Figures]) -> dict[str, object]:
+def summarize(row: str, runs: list[Figures]) -> dict[str, object]:
     """Median of each figure, and how far the seconds were apart."""
-    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    medians = {}
+    for name in runs[0]:
+        medians[name] = statistics.median(run[name] for run in runs)
     seconds = [run["seconds"] for run in runs]
     return {"row": row, **medians, "fastest": min(seconds), "slowest": max(seconds)}
 
 
-def show(table: list[dict[str, object]]) -> None:
+def print_table(table: list[dict[str, object]]) -> None:
     names = ("seconds", "fastest", "slowest", "cpu", "items", "per_second", "cpu_ms_each", "megabytes", "mean_batch")
     print(f"{'row':<14}" + "".join(f"{name:>13}" for name in names))
     for line in table:
@@ -120,7 +123,7 @@ def show(table: list[dict[str, object]]) -> None:
 
 
 @contextmanager
-def measured(figures: Figures) -> Iterator[None]:
+def measure(figures: Figures) -> Iterator[None]:
     """Wall and CPU seconds of the block, and its memory at the peak."""
     before = memory("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
@@ -130,52 +133,52 @@ def measured(figures: Figures) -> Iterator[None]:
 
 
 def memory(kind: str) -> float:
-    """VmRSS: now, VmHWM: at the peak; nan where the system does not tell."""
+    """VmRSS: now, VmHWM: at the peak; nan where the system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(kind)), float("nan"))
 
 
-def rated(figures: Figures, items: int) -> Figures:
+def per_item(figures: Figures, items: int) -> Figures:
     each = figures["cpu"] / items * 1000
     return {**figures, "items": items, "per_second": items / figures["seconds"], "cpu_ms_each": each}
 
 
 def stat(folder: Path) -> Figures:
     figures: Figures = {}
-    with measured(figures), os.scandir(folder / "small" / "1_a") as entries:
+    with measure(figures), os.scandir(folder / "small" / "1_a") as entries:
         files = sum(1 for entry in entries if entry.stat().st_size)
-    return rated(figures, files // 2)
+    return per_item(figures, files // 2)
 
 
 def index(folder: Path, source: str = "small", *, warm: bool) -> Figures:
-    """Sizes, captions, buckets and steps of the small pictures."""
-    config = config_of(folder, source)
+    """Sizes, captions, buckets and steps of the small images."""
+    config = make_config(folder, source)
     if not warm:
         shutil.rmtree(folder / "index", ignore_errors=True)
     figures = Figures()
-    with measured(figures):
-        plan = found(config)
-    return rated(figures, plan.num_train_images)
+    with measure(figures):
+        plan = find_plan(config)
+    return per_item(figures, plan.num_train_images)
 
 
-def ordering(folder: Path) -> Figures:
+def sample_order(folder: Path) -> Figures:
     """From the plan to the first 1000 steps."""
     from itertools import islice
 
-    from sfumato.data.order import Order
+    from sfumato.data.batch_sampler import BatchSampler
 
-    plan, figures = found(config_of(folder, "small")), Figures()
-    with measured(figures):
-        steps = sum(1 for _ in islice(Order(plan, seed=0).steps(), 1000))
-    return rated(figures, steps)
+    plan, figures = find_plan(make_config(folder, "small")), Figures()
+    with measure(figures):
+        steps = sum(1 for _ in islice(BatchSampler(plan, seed=0).steps(), 1000))
+    return per_item(figures, steps)
 
 
-def config_of(folder: Path, source: str) -> Config:
+def make_config(folder: Path, source: str) -> Config:
     from sfumato.config import load_config
 
     (folder / "model.safetensors").touch()
-    shards = f"{(folder / 'tar').as_posix()}/{{0000..{last_tar(folder)}}}.tar"
+    shards = f"{(folder / 'tar').as_posix()}/{{0000..{find_last_tar(folder)}}}.tar"
     tar = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{shards}'"
     (folder / "tar.toml").write_text(tar)
     words = {
@@ -189,11 +192,11 @@ def config_of(folder: Path, source: str) -> Config:
     return load_config([str(word) for word in argv])
 
 
-def last_tar(folder: Path) -> str:
+def find_last_tar(folder: Path) -> str:
     return max((path.stem for path in (folder / "tar").glob("*.tar")), default="0000")
 
 
-def found(config: Config) -> DataPlan:
+def find_plan(config: Config) -> DataPlan:
     from sfumato.data.find.discover import find_data
     from sfumato.errors import Problems
 
@@ -208,7 +211,7 @@ def caching(folder: Path, *, batch_size: int, encoding: float = 0.0) -> Figures:
     import torch
 
     from sfumato.config import load_config
-    from sfumato.data.cache.entries import ContentHashes, LatentNames, TensorCache, fill_latents, latent_places
+    from sfumato.data.cache.entries import ContentHashes, LatentKeys, TensorCache, fill_latents, list_latent_items
     from sfumato.data.cache.store import DiskStore
     from sfumato.data.find.discover import find_data
     from sfumato.errors import Problems
@@ -222,18 +225,18 @@ def caching(folder: Path, *, batch_size: int, encoding: float = 0.0) -> Figures:
         plan = find_data(config, bucket_step=64, problems=problems)
         problems.raise_all()
         store = DiskStore(Path(cache))
-        names = LatentNames(fingerprint="none", dtype=torch.float32, hashes=ContentHashes(store))
+        names = LatentKeys(fingerprint="none", dtype=torch.float32, hashes=ContentHashes(store))
 
         def encode(pixels: torch.Tensor, seeds: object) -> torch.Tensor:
             batches.append(len(pixels))
             time.sleep(encoding * len(pixels))
             return torch.zeros(len(pixels), 4, pixels.shape[2] // 8, pixels.shape[3] // 8)
 
-        places = latent_places(plan)
-        with measured(figures):
+        places = list_latent_items(plan)
+        with measure(figures):
             fill_latents(TensorCache(store), names, places, encode, batch_size=batch_size)
         store.close()
-    return {**rated(figures, len(places)), "mean_batch": statistics.mean(batches)}
+    return {**per_item(figures, len(places)), "mean_batch": statistics.mean(batches)}
 
 
 def loading(folder: Path, *options: str) -> Figures:
@@ -243,12 +246,12 @@ def loading(folder: Path, *options: str) -> Figures:
     import torch
 
     from sfumato.config import load_config
-    from sfumato.data.cache.entries import ContentHashes, LatentNames
+    from sfumato.data.batch_sampler import BatchSampler
+    from sfumato.data.cache.entries import ContentHashes, LatentKeys
     from sfumato.data.cache.store import MemoryStore
     from sfumato.data.find.discover import find_data
     from sfumato.data.loader import Loader
-    from sfumato.data.masks import MaskNames
-    from sfumato.data.order import Order
+    from sfumato.data.masks import MaskKeys
     from sfumato.errors import Problems
 
     (folder / "model.safetensors").touch()
@@ -256,34 +259,34 @@ def loading(folder: Path, *options: str) -> Figures:
     argv += ["--pretrained_model_name_or_path", str(folder / "model.safetensors"), "--output_dir", str(folder / "out")]
     argv += ["--on_missing_caption", "empty", "--cache_dir", str(folder / "index")]
     problems, figures = Problems(), Figures()
-    order = Order(find_data(load_config(argv), bucket_step=64, problems=problems), seed=1)
+    order = BatchSampler(find_data(load_config(argv), bucket_step=64, problems=problems), seed=1)
     problems.raise_all()
     hashes = ContentHashes(MemoryStore())
-    names = LatentNames(fingerprint="none", dtype=torch.float32, hashes=hashes)
-    masks = MaskNames(downscale=8, hashes=hashes)
-    loader = Loader(order, names=names, masks=masks, max_train_steps=order.steps_per_epoch, workers=2)
-    with measured(figures):
+    names = LatentKeys(fingerprint="none", dtype=torch.float32, hashes=hashes)
+    masks = MaskKeys(downscale=8, hashes=hashes)
+    loader = Loader(order, latent_keys=names, mask_keys=masks, max_train_steps=order.steps_per_epoch, workers=2)
+    with measure(figures):
         for _ in islice(loader.steps(), order.steps_per_epoch):
             pass
-    return rated(figures, order.samples_per_epoch)
+    return per_item(figures, order.samples_per_epoch)
 
 
 def reading(folder: Path) -> Figures:
     """Latents by key, in random order, in one thread."""
-    from sfumato.data.cache.entries import TensorCache, key_of
+    from sfumato.data.cache.entries import TensorCache, make_key
     from sfumato.data.cache.store import DiskStore
 
     cache = TensorCache(DiskStore(folder / "latents"))
     count = int((folder / "latents" / "count").read_text())
-    keys = [key_of("bench", str(i)) for i in range(count)]
+    keys = [make_key("bench", str(i)) for i in range(count)]
     random.Random(0).shuffle(keys)
     figures = Figures()
-    with measured(figures):
+    with measure(figures):
         assert all(cache.get(key) is not None for key in keys)
-    return rated(figures, count)
+    return per_item(figures, count)
 
 
-ENCODING = 0.02  # seconds that the slow encoder takes for an image, without the processor
+ENCODING = 0.02  # seconds that the slow encoder takes for an image, without CPU time
 
 ROWS: dict[str, Callable[[Path], Figures]] = {
     "stat": stat,
@@ -293,7 +296,7 @@ ROWS: dict[str, Callable[[Path], Figures]] = {
     "json warm": lambda folder: index(folder, "json", warm=True),
     "tar cold": lambda folder: index(folder, "tar", warm=False),
     "tar warm": lambda folder: index(folder, "tar", warm=True),
-    "order": ordering,
+    "order": sample_order,
     "caching b1": lambda folder: caching(folder, batch_size=1),
     "caching b8": lambda folder: caching(folder, batch_size=8),
     "caching b8 slow": lambda folder: caching(folder, batch_size=8, encoding=ENCODING),
@@ -326,14 +329,14 @@ def make_archives(folder: Path) -> None:
                 archive.add(folder / "small" / "1_a" / name, name)
 
 
-def make_small_pictures(folder: Path, count: int) -> None:
+def make_small_images(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     contents = []
     for i in range(40):
         size = int(rng.integers(64, 160)), int(rng.integers(64, 160))
         kind = "PNG" if i % 4 == 0 else "JPEG"
-        contents.append((kind.lower().replace("jpeg", "jpg"), encoded(noise(rng, size), kind, quality=60)))
+        contents.append((kind.lower().replace("jpeg", "jpg"), encode_image(make_noise(rng, size), kind, quality=60)))
     for i in range(count):
         ending, data = contents[i % 40]
         (folder / f"img{i:07d}.{ending}").write_bytes(data)
@@ -346,30 +349,30 @@ def make_photos(folder: Path, count: int) -> None:
     rng = np.random.default_rng(1)
     for i in range(count):
         size = int(rng.integers(600, 1500)), int(rng.integers(600, 1500))
-        smooth = noise(rng, (size[0] // 16, size[1] // 16)).resize(size, Image.Resampling.BICUBIC)
+        smooth = make_noise(rng, (size[0] // 16, size[1] // 16)).resize(size, Image.Resampling.BICUBIC)
         grain = rng.integers(-10, 10, (size[1], size[0], 1))
         photo = Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
-        (folder / f"photo{i}.jpg").write_bytes(encoded(photo, "JPEG", quality=90))
+        (folder / f"photo{i}.jpg").write_bytes(encode_image(photo, "JPEG", quality=90))
 
 
 def make_latents(folder: Path, count: int) -> None:
     import torch
 
-    from sfumato.data.cache.entries import LATENTS, TensorCache, key_of
+    from sfumato.data.cache.entries import LATENTS, TensorCache, make_key
     from sfumato.data.cache.store import DiskStore
 
     store = DiskStore(folder)
     for i in range(count):
-        TensorCache(store).put(key_of("bench", str(i)), {LATENTS: torch.randn(4, 64, 64)})
+        TensorCache(store).put(make_key("bench", str(i)), {LATENTS: torch.randn(4, 64, 64)})
     store.close()
     (folder / "count").write_text(str(count))
 
 
-def noise(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
+def make_noise(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+def encode_image(image: Image.Image, kind: str, **options: int) -> bytes:
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -31,31 +31,31 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--gigabytes", type=float, default=2.13)
     arguments.add_argument("--repeat", type=int, default=5)
-    arguments.add_argument("--folder", type=Path, help="where the files are written; a temporary folder without it")
+    arguments.add_argument("--folder", type=Path, help="where the files are written; a temporary folder by default")
     arguments.add_argument("--json", type=Path, help="write the table as JSON, too")
     arguments.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
-    given = arguments.parse_args()
-    if given.row:
-        print(json.dumps(measured(given.row, given.folder)))
+    args = arguments.parse_args()
+    if args.row:
+        print(json.dumps(measure(args.row, args.folder)))
         return
-    with tempfile.TemporaryDirectory(prefix="sfumato-bench-", dir=given.folder) as folder:
-        make_file(Path(folder) / "in.safetensors", given.gigabytes)
-        table = [summary(row, runs) for row, runs in run_all(Path(folder), given.repeat).items()]
-    show(table)
-    if given.json:
-        given.json.write_text(json.dumps(table, indent=1))
+    with tempfile.TemporaryDirectory(prefix="sfumato-bench-", dir=args.folder) as folder:
+        make_file(Path(folder) / "in.safetensors", args.gigabytes)
+        table = [summarize(row, runs) for row, runs in run_all(Path(folder), args.repeat).items()]
+    print_table(table)
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=1))
 
 
 def run_all(folder: Path, repeat: int) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
+    runs: dict[str, list[dict[str, float]]] = {row: [] for row in ROWS}
     for _ in range(repeat):
         for row in ROWS:
             command = [sys.executable, __file__, "--row", row, "--folder", str(folder)]
-            found[row].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return found
+            runs[row].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return runs
 
 
-def summary(row: str, runs: list[dict[str, float]]) -> dict[str, float | str]:
+def summarize(row: str, runs: list[dict[str, float]]) -> dict[str, float | str]:
     seconds = [run["seconds"] for run in runs]
     median = statistics.median(seconds)
     return {
@@ -70,7 +70,7 @@ def summary(row: str, runs: list[dict[str, float]]) -> dict[str, float | str]:
     }
 
 
-def show(table: list[dict[str, float | str]]) -> None:
+def print_table(table: list[dict[str, float | str]]) -> None:
     print(f"{'':26} seconds (spread)        CPU    fsync   GB/s of file   memory beyond weights")
     for r in table:
         spread = f"{r['seconds']:6.2f} ({r['fastest']:.2f}-{r['slowest']:.2f})"
@@ -83,7 +83,7 @@ def show(table: list[dict[str, float | str]]) -> None:
 def make_file(path: Path, gigabytes: float) -> None:
     import torch
 
-    from sfumato.formats.checkpoint import write_stream
+    from sfumato.formats.checkpoint_writer import write_stream
 
     generator = torch.Generator().manual_seed(0)
     specs, total = {}, 0
@@ -94,7 +94,7 @@ def make_file(path: Path, gigabytes: float) -> None:
     write_stream(path, specs, lambda name: torch.randn(specs[name][1], generator=generator).half())
 
 
-def measured(row: str, folder: Path) -> dict[str, float]:
+def measure(row: str, folder: Path) -> dict[str, float]:
     """One run of a row: seconds without fsync, CPU seconds, and the peak of memory beyond start and result."""
     import torch
 
@@ -104,30 +104,36 @@ def measured(row: str, folder: Path) -> dict[str, float]:
     path = folder / "in.safetensors"
     if row.startswith(("write", "hash")):  # what is written is there before the clock starts
         with open_checkpoint(path) as file:
-            given = {name: file.read(name) for name in file.header.tensors}
+            tensors = {name: file.read(name) for name in file.header.tensors}
     else:
-        given = {}
-    slept = 0.0
+        tensors = {}
+    sync_seconds = 0.0
 
-    def timed_sync(place: Path, sync: Callable[[Path], None] = files.sync) -> None:
-        nonlocal slept
-        begin = time.perf_counter()
-        sync(place)
-        slept += time.perf_counter() - begin
+    def timed_sync(path: Path, sync: Callable[[Path], None] = files.sync) -> None:
+        nonlocal sync_seconds
+        start = time.perf_counter()
+        sync(path)
+        sync_seconds += time.perf_counter() - start
 
     files.sync = timed_sync
     torch.empty(1).half().float()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = memory("VmRSS")
-    result = ROWS[row](path, given)
+    result = ROWS[row](path, tensors)
     extra = memory("VmHWM") - before - sum(tensor.nbytes for tensor in result.values())
     del result
-    slept = 0.0
+    sync_seconds = 0.0
     path.with_name("out.safetensors").unlink(missing_ok=True)
-    begin, cpu = time.perf_counter(), time.process_time()
-    ROWS[row](path, given)
-    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
-    return {"seconds": seconds - slept, "cpu": cpu, "fsync": slept, "file": path.stat().st_size, "extra": extra}
+    start, cpu = time.perf_counter(), time.process_time()
+    ROWS[row](path, tensors)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {
+        "seconds": seconds - sync_seconds,
+        "cpu": cpu,
+        "fsync": sync_seconds,
+        "file": path.stat().st_size,
+        "extra": extra,
+    }
 
 
 def memory(kind: str) -> int:
@@ -136,7 +142,7 @@ def memory(kind: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
 
 
-def read(path: Path, given: dict, dtype: str | None = None) -> dict:
+def read(path: Path, tensors: dict, dtype: str | None = None) -> dict:
     import torch
 
     from sfumato.formats.checkpoint import open_checkpoint
@@ -145,7 +151,7 @@ def read(path: Path, given: dict, dtype: str | None = None) -> dict:
         return {name: file.read(name, dtype=dtype and getattr(torch, dtype)) for name in file.header.tensors}
 
 
-def read_with_library(path: Path, given: dict, dtype: str = "float16") -> dict:
+def read_with_library(path: Path, tensors: dict, dtype: str = "float16") -> dict:
     import torch
     from safetensors import safe_open
 
@@ -153,7 +159,7 @@ def read_with_library(path: Path, given: dict, dtype: str = "float16") -> dict:
         return {name: file.get_tensor(name).to(getattr(torch, dtype), copy=True) for name in file.keys()}  # noqa: SIM118
 
 
-def zeros(path: Path, given: dict) -> dict:
+def zeros(path: Path, tensors: dict) -> dict:
     import torch
 
     from sfumato.formats.header import read_header
@@ -161,47 +167,47 @@ def zeros(path: Path, given: dict) -> dict:
     return {name: torch.empty(info.shape).zero_() for name, info in read_header(path).tensors.items()}
 
 
-def write(path: Path, given: dict, dtype: str | None = None) -> dict:
+def write(path: Path, tensors: dict, dtype: str | None = None) -> dict:
     import torch
 
-    from sfumato.formats.checkpoint import write_safetensors
+    from sfumato.formats.checkpoint_writer import write_safetensors
 
-    write_safetensors(path.with_name("out.safetensors"), given, dtype=dtype and getattr(torch, dtype))
+    write_safetensors(path.with_name("out.safetensors"), tensors, dtype=dtype and getattr(torch, dtype))
     return {}
 
 
-def write_with_library(path: Path, given: dict) -> dict:
+def write_with_library(path: Path, tensors: dict) -> dict:
     from safetensors.torch import save_file
 
-    save_file(given, path.with_name("out.safetensors"))
+    save_file(tensors, path.with_name("out.safetensors"))
     return {}
 
 
-def hashes(path: Path, given: dict) -> dict:
-    from sfumato.formats.hashes import adapter_hashes
+def hashes(path: Path, tensors: dict) -> dict:
+    from sfumato.formats.hashes import calculate_adapter_hashes
 
-    adapter_hashes(given, {})
+    calculate_adapter_hashes(tensors, {})
     return {}
 
 
-def sha256(path: Path, given: dict) -> dict:
-    from sfumato.formats.hashes import sha256_of
+def sha256(path: Path, tensors: dict) -> dict:
+    from sfumato.formats.hashes import calculate_sha256
 
-    os.utime(path)  # forgets what was remembered of the file
-    sha256_of(path)
+    os.utime(path)  # forgets the cached hash of the file
+    calculate_sha256(path)
     return {}
 
 
 ROWS: dict[str, Callable[[Path, dict], dict]] = {
     "zeros, fp32": zeros,
-    "read fp16 -> fp32": lambda path, given: read(path, given, "float32"),
-    "  safe_open + to fp32": lambda path, given: read_with_library(path, given, "float32"),
+    "read fp16 -> fp32": lambda path, tensors: read(path, tensors, "float32"),
+    "  safe_open + to fp32": lambda path, tensors: read_with_library(path, tensors, "float32"),
     "read fp16 -> fp16": read,
     "  safe_open + copy to fp16": read_with_library,
-    "read fp16 -> bf16": lambda path, given: read(path, given, "bfloat16"),
+    "read fp16 -> bf16": lambda path, tensors: read(path, tensors, "bfloat16"),
     "write fp16": write,
     "write fp16, save_file": write_with_library,
-    "write fp16 -> bf16": lambda path, given: write(path, given, "bfloat16"),
+    "write fp16 -> bf16": lambda path, tensors: write(path, tensors, "bfloat16"),
     "hash of tensors": hashes,
     "sha256 of the file": sha256,
 }

@@ -2,7 +2,7 @@
 
     python benchmarks/flux.py [--steps 4] [--json FILE]
 
-The field's trainer needs 6.0 to 6.3 CPU seconds a step on the same kind of processor; 5 is the aim.
+sd-scripts needs 6.0 to 6.3 CPU seconds a step on the same kind of processor; 5 is the aim.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.families import _flux_keys
-from sfumato.families.base import Part
 from sfumato.families.flux import Flux
+from sfumato.families.part import Part
 from sfumato.families.source import on_meta
 
 REFERENCE, AIM = 6.15, 5.0
@@ -34,16 +34,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     model, engine = build()
     optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-4, fused=True)
-    times = [step(model, optimizer) for _ in range(asked.steps + 1)][1:]
-    found = {"cpu_s": statistics.median(times), "spread_s": max(times) - min(times)}
-    print(f"FLUX LoRA step, CPU seconds: {found['cpu_s']:.2f} (spread {found['spread_s']:.2f}); ", end="")
-    print(f"reference {REFERENCE}, ratio {found['cpu_s'] / REFERENCE:.2f}, aim {AIM}")
-    if asked.json:
-        asked.json.write_text(json.dumps(found))
+    times = [step(model, optimizer) for _ in range(args.steps + 1)][1:]
+    result = {"cpu_s": statistics.median(times), "spread_s": max(times) - min(times)}
+    print(f"FLUX LoRA step, CPU seconds: {result['cpu_s']:.2f} (spread {result['spread_s']:.2f}); ", end="")
+    print(f"reference {REFERENCE}, ratio {result['cpu_s'] / REFERENCE:.2f}, aim {AIM}")
+    if args.json:
+        args.json.write_text(json.dumps(result))
 
 
 def build() -> tuple[Any, AdapterEngine]:
@@ -59,7 +59,7 @@ def build() -> tuple[Any, AdapterEngine]:
     engine = AdapterEngine()
     groups = Part(spec=_flux_keys.spec(""), module=module).groups()
     engine.attach(groups, lambda group: LoRA(group, rank=16, alpha=16.0, generator=generator))
-    return SimpleNamespace(denoiser=module, inputs=Flux.inputs, output=Flux.output), engine
+    return SimpleNamespace(denoiser=module, make_inputs=Flux.make_inputs, convert_output=Flux.convert_output), engine
 
 
 def step(model: Any, optimizer: torch.optim.Optimizer) -> float:
@@ -71,9 +71,9 @@ def step(model: Any, optimizer: torch.optim.Optimizer) -> float:
     }
     start = time.process_time()
     with torch.autocast("cpu", torch.bfloat16):
-        arguments = model.inputs(model, x, torch.tensor([500.0]), conditioning)
+        arguments = model.make_inputs(model, x, torch.tensor([500.0]), conditioning)
         raw = model.denoiser(**arguments, return_dict=False)[0]
-        loss = ((model.output(model, raw, x) - noise) ** 2).mean()
+        loss = ((model.convert_output(model, raw, x) - noise) ** 2).mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

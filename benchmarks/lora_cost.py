@@ -1,4 +1,4 @@
-"""What a LoRA of rank 16 costs on one frozen layer, forward and backward: ours, and the field's plain formula.
+"""What a LoRA of rank 16 costs on one frozen layer, forward and backward: ours, and the plain formula of sd-scripts.
 
 One thread, the three interleaved, medians of many rounds; "plain" is output + up(down(x)) * multiplier * scale.
     python benchmarks/lora_cost.py [--json FILE]
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
-from sfumato.formats.groups import layer_groups, layers_of
-from sfumato.formats.keymap import identity
+from sfumato.formats.groups import find_layers, group_layers
+from sfumato.formats.keymap import make_identity_map
 
 RANK, ALPHA = 16, 8.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,12 +43,12 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=4.0, help="for each row")
     arguments.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments.add_argument("--json", type=Path, help="write the table as JSON, too")
-    given = arguments.parse_args()
+    args = arguments.parse_args()
     torch.set_num_threads(1)
-    print(f"{given.dtype}: {'frozen ms':>15} {'ours':>18} {'plain':>18}   (more than frozen, quartiles)")
-    table = [row(name, make, shape, DTYPES[given.dtype], given.seconds) for name, make, shape in LAYERS]
-    if given.json:
-        given.json.write_text(json.dumps({"dtype": given.dtype, "rank": RANK, "rows": table}, indent=1))
+    print(f"{args.dtype}: {'frozen ms':>15} {'ours':>18} {'plain':>18}   (more than frozen, quartiles)")
+    table = [row(name, make, shape, DTYPES[args.dtype], args.seconds) for name, make, shape in LAYERS]
+    if args.json:
+        args.json.write_text(json.dumps({"dtype": args.dtype, "rank": RANK, "rows": table}, indent=1))
 
 
 def row(
@@ -58,20 +58,20 @@ def row(
     frozen, adapted, plain = make().to(dtype), make().to(dtype), make().to(dtype)
     x = torch.randn(shape, dtype=dtype, requires_grad=True)
     trained = [*attach_ours(adapted), *attach_plain(plain)]
+    trained_ids = {id(parameter) for parameter in trained}
     modules = (frozen, adapted, plain)
     for module in modules:
         for parameter in module.parameters():
-            parameter.requires_grad_(any(parameter is each for each in trained))
+            parameter.requires_grad_(id(parameter) in trained_ids)
     seed = torch.randn_like(frozen(x))
     times: list[list[float]] = [[], [], []]
     until, rounds = time.perf_counter() + seconds, 0
     while time.perf_counter() < until or rounds < 10:
-        for module, found in zip(modules, times, strict=True):
-            found.append(one(module, x, seed, trained))
+        for module, seconds_of_module in zip(modules, times, strict=True):
+            seconds_of_module.append(time_step(module, x, seed, trained))
         rounds += 1
-    base, ours, theirs = (statistics.median(found[2:]) for found in times)
-    more = [[100 * (t / b - 1) for b, t in zip(times[0][2:], each[2:], strict=True)] for each in times[1:]]
-    spread = [statistics.quantiles(each, n=4) for each in more]
+    base, ours, theirs = (statistics.median(measured[2:]) for measured in times)
+    spread = [compare(times[0][2:], measured[2:]) for measured in times[1:]]
     shown = [
         f"{100 * (t / base - 1):+6.1f} % ({q[0]:+.0f}..{q[2]:+.0f})"
         for t, q in zip((ours, theirs), spread, strict=True)
@@ -81,20 +81,30 @@ def row(
             "plain_percent": 100 * (theirs / base - 1), "rounds": rounds}  # fmt: skip
 
 
-def one(module: nn.Module, x: Tensor, seed: Tensor, trained: list[nn.Parameter]) -> float:
+def compare(base: list[float], measured: list[float]) -> list[float]:
+    """Quartiles of how much longer each measurement is than its base, in percent."""
+    percent = [100 * (seconds / base_seconds - 1) for base_seconds, seconds in zip(base, measured, strict=True)]
+    return statistics.quantiles(percent, n=4)
+
+
+def time_step(module: nn.Module, x: Tensor, seed: Tensor, trained: list[nn.Parameter]) -> float:
     """Seconds of one forward and backward."""
     x.grad = None
     for parameter in trained:
         parameter.grad = None
-    begin = time.perf_counter()
+    start = time.perf_counter()
     module(x).backward(seed)
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def attach_ours(layer: nn.Module) -> list[nn.Parameter]:
     engine = AdapterEngine()
-    groups = layer_groups(
-        layers_of(nn.Sequential(layer)), ("{*}",), part="denoiser", prefix="lora_unet", adapter_map=identity()
+    groups = group_layers(
+        find_layers(nn.Sequential(layer)),
+        ("{*}",),
+        part="denoiser",
+        prefix="lora_unet",
+        adapter_map=make_identity_map(),
     )
     engine.attach(groups, lambda group: LoRA(group, rank=RANK, alpha=ALPHA))
     for parameter in engine.parameters():

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SIZE = 256
-REFERENCE = {  # of the field's trainer on two cores of the same kind, for comparison
+REFERENCE = {  # of sd-scripts on two cores of the same kind, for comparison
     "help_s": 4.3,
     "first_step_s": 30.8,
     "load_s": 6.6,
@@ -42,21 +42,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sfumato-benchmark")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.child:
-        child(asked.child)
+    args = parser.parse_args()
+    if args.child:
+        run_child(args.child)
         return
-    checkpoint = full_size_checkpoint(asked.folder)
-    images = pictures(asked.folder / "images")
-    results: dict[str, Any] = {"help_s": help_seconds()}
-    for case in asked.cases:
-        results[case] = measure(checkpoint, images, asked.folder / "out", asked.steps, CASES[case])
-    print(table(results))
-    if asked.json:
-        asked.json.write_text(json.dumps(results, indent=2))
+    checkpoint = make_full_size_checkpoint(args.folder)
+    images = copy_images(args.folder / "images")
+    results: dict[str, Any] = {"help_s": time_help()}
+    for case in args.cases:
+        results[case] = measure(checkpoint, images, args.folder / "out", args.steps, CASES[case])
+    print(format_table(results))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
 
 
-def full_size_checkpoint(folder: Path) -> Path:
+def make_full_size_checkpoint(folder: Path) -> Path:
     """2.13 GB of random half-precision weights under the real names; made once."""
     path = folder / "sd15.safetensors"
     if path.is_file():
@@ -65,7 +65,7 @@ def full_size_checkpoint(folder: Path) -> Path:
 
     from sfumato.families import _clip, _unet, _vae
     from sfumato.families.source import on_meta
-    from sfumato.formats.checkpoint import write_stream
+    from sfumato.formats.checkpoint_writer import write_stream
 
     levels = [320, 640, 1280, 1280]
     unet = {
@@ -86,11 +86,10 @@ def full_size_checkpoint(folder: Path) -> Path:
         "first_stage_model.": (on_meta(lambda: _vae.build(vae)), _vae.key_map(4)),
         "cond_stage_model.transformer.": (on_meta(lambda: _clip.build(clip)), _clip.key_map()),
     }
-    specs = {
-        prefix + name: (torch.float16, tuple(tensor.shape))
-        for prefix, (module, key_map) in networks.items()
-        for name, tensor in key_map.to_original(module.state_dict()).items()
-    }
+    specs = {}
+    for prefix, (module, key_map) in networks.items():
+        for name, tensor in key_map.to_original(module.state_dict()).items():
+            specs[prefix + name] = (torch.float16, tuple(tensor.shape))
     generator = torch.Generator().manual_seed(0)
 
     def make(name: str) -> torch.Tensor:
@@ -103,10 +102,10 @@ def full_size_checkpoint(folder: Path) -> Path:
     return path
 
 
-def pictures(folder: Path) -> Path:
-    from sfumato.demo.photos import example_photos
+def copy_images(folder: Path) -> Path:
+    from sfumato.demo.photos import find_example_photos
 
-    source = next(path for path in sorted(example_photos().iterdir()) if path.is_dir())
+    source = next(path for path in sorted(find_example_photos().iterdir()) if path.is_dir())
     if not folder.is_dir():
         import shutil
 
@@ -114,7 +113,7 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def help_seconds() -> float:
+def time_help() -> float:
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -137,19 +136,19 @@ def measure(checkpoint: Path, images: Path, output: Path, steps: int, options: l
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(argv: list[str]) -> None:
+def run_child(argv: list[str]) -> None:
     """Train with the program's own parts and print times as JSON."""
     start = float(argv[0])
     from sfumato.config import load_config
 
     config = load_config(argv[1:])
     from sfumato.train import train_step
-    from sfumato.training.setup_run import open_run
+    from sfumato.training.setup_run import build_run
 
     imported = time.time()
-    run = open_run(config)
+    run = build_run(config)
     assert run is not None
-    opened = time.time()
+    prepared = time.time()
     times = []
     for step in run.loader.steps():
         before = time.perf_counter()
@@ -157,17 +156,17 @@ def child(argv: list[str]) -> None:
         times.append(time.perf_counter() - before)
         if step.index == 0:
             first = time.time()
-        if step.index + 1 == run.total:
+        if step.index + 1 == run.plan.total_steps:
             break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    found = {
-        "imports_s": imported - start, "open_s": opened - imported, "first_step_s": first - start,
+    result = {
+        "imports_s": imported - start, "open_s": prepared - imported, "first_step_s": first - start,
         "step_s": statistics.median(times[1:]), "step_spread_s": max(times[1:]) - min(times[1:]), "peak_gb": peak,
     }  # fmt: skip
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
-def table(results: dict[str, Any]) -> str:
+def format_table(results: dict[str, Any]) -> str:
     lines = [f"{'':<16}{'ours':>10}{'reference':>12}{'ratio':>8}"]
 
     def row(name: str, ours: float, reference: float) -> None:

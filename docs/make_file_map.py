@@ -1,4 +1,4 @@
-"""Write the file map of README.md from the first docstring line of every file in the package: `make pages`."""
+"""Write docs/files.md, every file of the package with the first line of its docstring: `make pages`."""
 
 from __future__ import annotations
 
@@ -8,46 +8,37 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "sfumato"
-BEGIN = "<!-- file map: written by `make pages`, do not edit by hand -->"
-END = "<!-- end of file map -->"
+PAGE = ROOT / "docs" / "files.md"
+HEAD = """# Files
+
+Every file of `src/sfumato` with the first line of its docstring; a folder's row is in bold.
+
+| File | What it is |
+| --- | --- |
+"""
 
 
-def with_map(readme: str) -> str:
-    """The README's text with the part between the two markers made new."""
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    assert found, "README.md lost the marker that opens the file map"
-    assert closed, "README.md lost the marker that closes the file map"
-    return f"{before}{BEGIN}\n\n{file_map()}\n{END}{after}"
+def page() -> str:
+    """The page: a row per file, and a row in bold per folder with the docstring of its `__init__.py`."""
+    rows = [make_row(path) for path in sorted(PACKAGE.glob("*.py")) if path.name != "__init__.py"]
+    for init in sorted(PACKAGE.glob("*/**/__init__.py")):
+        name = init.parent.relative_to(PACKAGE).as_posix()
+        rows.append(f"| **`{name}/`** | **{read_first_line(init)}** |\n")
+        rows += [make_row(path) for path in sorted(init.parent.glob("*.py")) if path != init]
+    return HEAD + "".join(rows)
 
 
-def file_map() -> str:
-    """One table: a row per file, and a row in bold per folder, which tells its `__init__.py`."""
-    rows = ["| File | What it is |", "| --- | --- |"]
-    rows += [row(path) for path in sorted(PACKAGE.glob("*.py")) if path.name != "__init__.py"]
-    for told in sorted(PACKAGE.glob("*/**/__init__.py")):
-        name = told.parent.relative_to(PACKAGE).as_posix()
-        rows.append(f"| **`{name}/`** | **{first_line(told)}** |")
-        rows += [row(path) for path in sorted(told.parent.glob("*.py")) if path != told]
-    return "\n".join(rows) + "\n"
+def make_row(path: Path) -> str:
+    return f"| `{path.relative_to(PACKAGE).as_posix()}` | {read_first_line(path)} |\n"
 
 
-def row(path: Path) -> str:
-    return f"| `{path.relative_to(PACKAGE).as_posix()}` | {first_line(path)} |"
-
-
-def first_line(path: Path) -> str:
+def read_first_line(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0].replace("|", "\\|")
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = with_map(old)
-    if new != old:
-        readme.write_text(new, encoding="utf-8")
-        print("README.md: file map written")
+    PAGE.write_text(page(), encoding="utf-8")
     return 0
 
 

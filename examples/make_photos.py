@@ -1,4 +1,4 @@
-"""Cut the example photos from the freely licensed pictures that scikit-image ships (SOURCES.md): run once, by hand.
+"""Cut the example photos from the freely licensed images that scikit-image ships (SOURCES.md): run once, by hand.
 
 pip install scikit-image
 python examples/make_photos.py
@@ -19,7 +19,7 @@ LARGEST = 40_000  # bytes of one JPEG
 
 @dataclass(frozen=True, kw_only=True)
 class Photo:
-    """A box (left, top, right, bottom) of one source picture, its size here, and its caption."""
+    """A box (left, top, right, bottom) of one source image, its size here, and its caption."""
 
     name: str
     source: str
@@ -59,32 +59,32 @@ PHOTOS = (
 
 
 def main() -> None:
-    sources = source_folder()
+    sources = find_source_folder()
     for photo in PHOTOS:
-        with Image.open(sources / photo.source) as picture:
-            cut = picture.convert("RGB").resize(photo.size, Image.Resampling.LANCZOS, box=photo.box)
+        with Image.open(sources / photo.source) as source:
+            cut = source.convert("RGB").resize(photo.size, Image.Resampling.LANCZOS, box=photo.box)
         target = HERE / photo.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_suffix(".jpg").write_bytes(small_jpeg(ImageOps.mirror(cut) if photo.mirrored else cut))
+        target.with_suffix(".jpg").write_bytes(encode_small_jpeg(ImageOps.mirror(cut) if photo.mirrored else cut))
         target.with_suffix(".txt").write_text(photo.caption + "\n", encoding="utf-8")
 
 
-def source_folder() -> Path:
-    """The pictures inside an installed scikit-image, without importing it."""
-    found = importlib.util.find_spec("skimage")
-    assert found, "pip install scikit-image"
-    assert found.origin
-    return Path(found.origin).parent / "data"
+def find_source_folder() -> Path:
+    """The images inside an installed scikit-image, without importing it."""
+    spec = importlib.util.find_spec("skimage")
+    assert spec, "pip install scikit-image"
+    assert spec.origin
+    return Path(spec.origin).parent / "data"
 
 
-def small_jpeg(picture: Image.Image) -> bytes:
+def encode_small_jpeg(image: Image.Image) -> bytes:
     """The best quality that stays below LARGEST bytes."""
     for quality in range(92, 20, -2):
         stream = io.BytesIO()
-        picture.save(stream, "JPEG", quality=quality, optimize=True)
+        image.save(stream, "JPEG", quality=quality, optimize=True)
         if stream.tell() <= LARGEST:
             return stream.getvalue()
-    raise ValueError(f"a picture of {picture.size} does not fit into {LARGEST} bytes")
+    raise ValueError(f"an image of {image.size} does not fit into {LARGEST} bytes")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 
 from families.toys import ToyShelf
+from sfumato.cli import exits
+from sfumato.errors import SeveralErrors, UserError
 
 # One thread: toy networks are slower with more, sums become reproducible, and several workers share the cores. The
 # environment is for the processes that tests start; the hub reads it when it is first imported.
@@ -19,6 +21,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for a toy model belongs to the family tier; the unit tier neither builds nor trains one."""
+    for item in items:
+        fixtures: tuple[str, ...] = getattr(item, "fixturenames", ())
+        if "toy_shelf" in fixtures and not item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.family)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,7 +44,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory):
 def memory_is_given_back():
     """Unlike one run, thousands of tests in one process should not keep the most that any of them took."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sfumato.training.setup_run.keep_freed_memory", lambda: None)
+        patch.setattr("sfumato.training.model_setup.keep_freed_memory", lambda: None)
         yield
 
 
@@ -42,3 +52,17 @@ def memory_is_given_back():
 def toy_shelf(tmp_path_factory: pytest.TempPathFactory) -> ToyShelf:
     """Toy models of every family, each written when it is first asked for."""
     return ToyShelf(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture
+def codes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The code of every fault that a command reports, in order."""
+    seen: list[str] = []
+    report = exits.report_error
+
+    def report_error(error: UserError) -> None:
+        seen.extend(error.codes if isinstance(error, SeveralErrors) else [error.code])
+        report(error)
+
+    monkeypatch.setattr(exits, "report_error", report_error)
+    return seen

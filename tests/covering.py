@@ -1,4 +1,4 @@
-"""Covering arrays: few rows in which every two values of different axes that can meet do meet."""
+"""Covering arrays: few rows that hold every possible pair of values of different axes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ Allowed = Callable[[Mapping[str, str]], bool]  # of a row, or of a part of one
 STARTS = 8  # pairs that a row is tried from
 
 
-def pairs_of(row: Mapping[str, str]) -> set[Pair]:
+def list_pairs(row: Mapping[str, str]) -> set[Pair]:
     return set(combinations(sorted(row.items()), 2))
 
 
-def possible_pairs(axes: Mapping[str, Sequence[str]], allowed: Allowed) -> set[Pair]:
-    """Every two values that some whole row can hold."""
-    found: set[Pair] = set()
+def list_possible_pairs(axes: Mapping[str, Sequence[str]], allowed: Allowed) -> set[Pair]:
+    """Every two values that a complete row can hold."""
+    pairs: set[Pair] = set()
     for one, other in combinations(sorted(axes), 2):
-        for pair in product(((one, value) for value in axes[one]), ((other, value) for value in axes[other])):
-            if completed(dict(pair), axes, allowed, set(), {}) is not None:
-                found.add(pair)
-    return found
+        for first, second in product(axes[one], axes[other]):
+            pair = (one, first), (other, second)
+            if complete_row(dict(pair), axes, allowed, set(), {}) is not None:
+                pairs.add(pair)
+    return pairs
 
 
-def completed(
-    row: Row, axes: Mapping[str, Sequence[str]], allowed: Allowed, wanted: Set[Pair], often: Mapping[Value, int]
+def complete_row(
+    row: Row, axes: Mapping[str, Sequence[str]], allowed: Allowed, missing: Set[Pair], counts: Mapping[Value, int]
 ) -> Row | None:
-    """The row with a value on every axis, each the one that meets most of the `wanted` pairs; None if nothing fits.
+    """The row with a value on every axis, each the one that covers most `missing` pairs; None if no value is allowed.
 
-    often: in how many wanted pairs a value is, which decides between equals.
+    counts: of the missing pairs of each value, which decide between equals.
     """
     if not allowed(row):
         return None
@@ -42,35 +43,35 @@ def completed(
         return row
 
     def gain(value: str) -> tuple[int, int]:
-        mine = (axis, value)
-        return sum((mine, each) in wanted or (each, mine) in wanted for each in row.items()), often.get(mine, 0)
+        new = (axis, value)
+        return sum((new, old) in missing or (old, new) in missing for old in row.items()), counts.get(new, 0)
 
     for value in sorted(axes[axis], key=gain, reverse=True):
-        found = completed({**row, axis: value}, axes, allowed, wanted, often)
-        if found is not None:
-            return found
+        complete = complete_row({**row, axis: value}, axes, allowed, missing, counts)
+        if complete is not None:
+            return complete
     return None
 
 
-def covering_array(axes: Mapping[str, Sequence[str]], allowed: Allowed = lambda row: True) -> list[Row]:
+def make_covering_array(axes: Mapping[str, Sequence[str]], allowed: Allowed = lambda row: True) -> list[Row]:
     """Rows that hold every possible pair at least once; greedy, the same for the same axes.
 
-    Each row starts from a pair that is still missing and is filled along several orders of the axes; the one that
-    meets most counts.
+    Each row starts from a pair that is still missing and is completed along several orders of the axes; the one that
+    covers most is used.
     """
-    missing, rows = possible_pairs(axes, allowed), list[Row]()
+    missing, rows = list_possible_pairs(axes, allowed), list[Row]()
     names = sorted(axes, key=lambda name: -len(axes[name]))
     while missing:
-        often = Counter(value for pair in missing for value in pair)
-        starts = sorted(missing, key=lambda pair: (-often[pair[0]] - often[pair[1]], pair))[:STARTS]
+        counts = Counter(value for pair in missing for value in pair)
+        starts = sorted(missing, key=lambda pair: (-counts[pair[0]] - counts[pair[1]], pair))[:STARTS]
         best, most = Row(), 0
         for start, turn in product(starts, range(len(names))):
             order = {name: axes[name] for name in (*names[turn:], *names[:turn])}
-            row = completed(dict(start), order, allowed, missing, often)
-            assert row is not None, "a pair is possible where a whole row holds it"
-            met = len(pairs_of(row) & missing)
-            if met > most:
-                best, most = row, met
+            row = complete_row(dict(start), order, allowed, missing, counts)
+            assert row is not None, "a pair is possible where a complete row holds it"
+            covered = len(list_pairs(row) & missing)
+            if covered > most:
+                best, most = row, covered
         rows.append({name: best[name] for name in axes})
-        missing -= pairs_of(best)
+        missing -= list_pairs(best)
     return rows

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from families.toys import ToyShelf
-from training import losses, pictures, run
+from toy_runs import make_images, read_metrics, train_toy
 
 FOLDER = Path(__file__).parent / "goldens" / "curves"
 STEPS = 5
@@ -73,10 +73,10 @@ def processor_name() -> str:
 
 def train_case(case: Case, shelf: ToyShelf, folder: Path) -> dict[str, Any]:
     """The curve of one case: two series of numbers, and a hash of the tensors that were saved."""
-    images = pictures(folder / "images", 3)
+    images = make_images(folder / "images", 3)
     toy = shelf.paths(case.family, variant=case.variant)
-    run(toy, images, folder / "output", **{"max_train_steps": STEPS, **case.options})
-    rows = losses(folder / "output")
+    train_toy(toy, images, folder / "output", **{"max_train_steps": STEPS, **case.options})
+    rows = read_metrics(folder / "output")
     curve: dict[str, Any] = {name: [row[name] for row in rows] for name in SERIES}
     return {**curve, "tensors": hash_tensors(load_file(folder / "output" / "lora.safetensors"))}
 

@@ -75,7 +75,7 @@ T5_XXL = {
     "feed_forward_proj": "gated-gelu",
 }
 
-SD3: dict[str, dict[str, Any]] = {  # published transformers, by the field's names
+SD3: dict[str, dict[str, Any]] = {  # published transformers, by sd-scripts' names
     "medium": {
         "sample_size": 128,
         "patch_size": 2,
@@ -153,8 +153,17 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
 def round_trip(key_map: KeyMap, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state in original names, which lead back to the very same state."""
     original = key_map.to_original(state)
-    same(key_map.to_ours(original, {name: tensor.shape for name, tensor in state.items()}), state)
+    same(to_ours(key_map, original, {name: tensor.shape for name, tensor in state.items()}), state)
     return original
+
+
+def to_ours(key_map: KeyMap, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """A state dict in our names; keys that are dropped on purpose are ignored."""
+    ours: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if not key_map.is_dropped(key):
+            ours |= dict(key_map.split(key, tensor, shapes))
+    return ours
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

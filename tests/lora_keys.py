@@ -5,17 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from sfumato.adapters.base import Adapter
 
 GOLDENS = Path(__file__).parent / "goldens" / "lora_keys"
 Shapes = dict[str, tuple[int, ...]]
 
 
 def golden(variant: str) -> Shapes:
-    """Every key of a file of the field's reference trainer at rank 4, alpha 1, and its shape."""
+    """Every key of a file of sd-scripts at rank 4, alpha 1, and its shape."""
     return expand(json.loads((GOLDENS / f"{variant}.json").read_text()))
+
+
+def shapes_in_file(adapters: Iterable[Adapter]) -> Shapes:
+    """Every key of the file that has these adapters, and its shape."""
+    shapes: Shapes = {}
+    for adapter in adapters:
+        for suffix, tensor in adapter.export_tensors().items():
+            shapes[f"{adapter.group.name}.{suffix}"] = tuple(tensor.shape)
+    return shapes
 
 
 def expand(content: Mapping[str, Any]) -> Shapes:

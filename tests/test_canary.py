@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from families.toys import ToyShelf
 from sfumato.cli.main import main
-from training import arguments, pictures
+from toy_runs import make_arguments, make_images
 
 HOME = "canary-home"  # a folder that everything lies in
 OPTION_TOKEN, OPTION_KEY = "hf_canary1secret", "canary2secret" * 3
@@ -28,35 +28,35 @@ SECRETS = (OPTION_TOKEN, OPTION_KEY, ENVIRONMENT_TOKEN, ENVIRONMENT_KEY)
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder for what the hub gets; its first answer repeats the token."""
-    place = tmp_path / "hub"
+    """A folder for what the hub receives; its first answer repeats the token."""
+    folder = tmp_path / "hub"
 
     class Api:
         def __init__(self, token: str | None = None) -> None:
             self.token = token
 
         def create_repo(self, repo_id: str, **more: Any) -> None:
-            if not place.exists():
-                place.mkdir()
+            if not folder.exists():
+                folder.mkdir()
                 raise RuntimeError(f"401 for {self.token} and {ENVIRONMENT_TOKEN}")
 
         def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, **more: Any) -> None:
-            shutil.copy(path_or_fileobj, place / path_in_repo)
+            shutil.copy(path_or_fileobj, folder / path_in_repo)
 
         def upload_folder(self, *, folder_path: Path, path_in_repo: str, **more: Any) -> None:
-            shutil.copytree(folder_path, place / path_in_repo)
+            shutil.copytree(folder_path, folder / path_in_repo)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    return place
+    return folder
 
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """What a stand-in for wandb would publish: all that it is told, but for the key and its own local folder."""
-    place = tmp_path / "wandb.jsonl"
+    """A file with what a stand-in for wandb would publish: all that it gets but the key and its own local folder."""
+    path = tmp_path / "wandb.jsonl"
 
     def write(**given: Any) -> None:
-        with place.open("a") as file:
+        with path.open("a") as file:
             file.write(json.dumps(given) + "\n")
 
     class Started:
@@ -77,7 +77,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(module, "Error", OSError, raising=False)
     monkeypatch.setattr(module, "init", init, raising=False)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return place
+    return path
 
 
 def contents(path: Path) -> bytes:
@@ -117,7 +117,10 @@ def write_options(home: Path) -> list[str]:
         "max_train_steps": 2, "huggingface_repo_id": "me/it",
     }  # fmt: skip
     flags = ("log_config", "save_state", "cache_latents_to_disk", "async_upload", "save_state_to_huggingface")
-    return [str(word) for name, value in given.items() for word in (f"--{name}", value)] + [f"--{f}" for f in flags]
+    options = [f"--{flag}" for flag in flags]
+    for name, value in given.items():
+        options += [f"--{name}", str(value)]
+    return options
 
 
 def test_no_secret_and_no_private_path_in_any_output(
@@ -130,8 +133,8 @@ def test_no_secret_and_no_private_path_in_any_output(
     home.mkdir()
     source = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
     model = shutil.copytree(source.parent, home / "model") / source.name
-    argv = arguments(
-        {"pretrained_model_name_or_path": model}, pictures(home / "images"), home / "out", console_log_level=None
+    argv = make_arguments(
+        {"pretrained_model_name_or_path": model}, make_images(home / "images"), home / "out", console_log_level=None
     )
     assert main(["train", *argv, *write_options(home)]) == 0
 
@@ -148,16 +151,16 @@ def test_no_secret_and_no_private_path_in_any_output(
     secrets = [secret.encode() for secret in SECRETS]
     for path in written:
         assert not [secret for secret in secrets if secret in contents(path)], path
-    told = "".join(capfd.readouterr())
-    assert not [secret for secret in SECRETS if secret in told]
+    output = "".join(capfd.readouterr())
+    assert not [secret for secret in SECRETS if secret in output]
 
-    # The messages are for the user's eyes and the cache remembers where a picture lay; neither is published.
+    # The messages are for the user alone and the cache records where an image lay; neither is published.
     private = [path for path in written if path.is_relative_to(home / "cache") or path == home / "console.log"]
     assert len(private) > 1
     for path in set(written) - set(private):
         assert HOME.encode() not in contents(path), path
 
-    # The outputs that were searched did say things: the checks above are not of empty files.
+    # The files that were searched have content: the checks above are not of empty files.
     assert "401 for (secret) and (secret)" in (home / "console.log").read_text()
     state = json.loads((home / "out" / "lora-state" / "state.json").read_text())
     assert state["info"]["options"]["sample_prompts"] == "prompts.txt"

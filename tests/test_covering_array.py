@@ -1,4 +1,4 @@
-"""What belongs to different options, put together in every pair: trained, resumed, and the same as in one go."""
+"""Every pair of different options in one run: trained, resumed, and the same as without the interruption."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from covering import covering_array, pairs_of, possible_pairs
+from covering import list_pairs, list_possible_pairs, make_covering_array
 from families.toys import ToyShelf
-from training import losses, pictures, run, same, weights
+from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 FLOWS = ("flux", "chroma", "sd3", "lumina")
-WHOLE = {"method": "full", "network_dim": None}
+FULL = {"method": "full", "network_dim": None}
 AXES: dict[str, dict[str, dict[str, Any]]] = {  # axis -> value -> its options
     "family": {"sd": {}, "sdxl": {}, **{family: {} for family in FLOWS}},
     "optimizer": {
@@ -52,8 +52,8 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {  # axis -> value -> its options
         "denoiser": {"network_train_unet_only": True},
         "text": {"network_train_text_encoder_only": True},
         "both": {"network_args": ["rank_dropout=0.2"]},
-        "whole denoiser": WHOLE,
-        "whole model": {**WHOLE, "train_text_encoder": True},
+        "whole denoiser": FULL,
+        "whole model": {**FULL, "train_text_encoder": True},
     },
     "noise": {
         "plain": {},
@@ -81,33 +81,33 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {  # axis -> value -> its options
         "validated": {"validation_split": 0.3, "validate_every_n_steps": 1},
     },
 }
-APART = (
+EXCLUSIVE = (
     {"weighting": "learned", "optimizer": "Prodigy"},
     {"precision": "weights too", "optimizer": "schedule-free"},
     {"average": "kept", "optimizer": "schedule-free"},
 )
-READ_TEXT = ("text", "both", "whole model")
+TRAINS_TEXT = ("text", "both", "whole model")
 
 
 def allowed(row: Mapping[str, str]) -> bool:
-    """Whether the program takes what a row, or a part of one, asks for; the rest it refuses, which is tested there."""
+    """Whether the program accepts the options of a row, or of a part of one; other tests cover the errors."""
     family, trains = row.get("family", ""), row.get("trains", "")
-    if trains in READ_TEXT and row.get("data") in ("cached", "disk"):
+    if trains in TRAINS_TEXT and row.get("data") in ("cached", "disk"):
         return False
     if trains == "whole model" and family in FLOWS:
         return False
-    if any(pair.items() <= row.items() for pair in APART):
+    if any(pair.items() <= row.items() for pair in EXCLUSIVE):
         return False
     return not (row.get("weighting") == "cosmap" and family in ("sd", "sdxl"))
 
 
 VALUES = {axis: list(values) for axis, values in AXES.items()}
-ROWS = covering_array(VALUES, allowed)
+ROWS = make_covering_array(VALUES, allowed)
 
 
-def test_every_pair_is_there_and_the_rows_are_few() -> None:
-    met = set().union(*(pairs_of(row) for row in ROWS))
-    assert met == possible_pairs(VALUES, allowed)
+def test_every_pair_is_covered_by_few_rows() -> None:
+    pairs = set().union(*(list_pairs(row) for row in ROWS))
+    assert pairs == list_possible_pairs(VALUES, allowed)
     assert all(allowed(row) for row in ROWS)
     assert len(ROWS) <= 60
 
@@ -115,20 +115,22 @@ def test_every_pair_is_there_and_the_rows_are_few() -> None:
 def test_covering_arrays_of_known_size() -> None:
     """The pairs of two axes of three values are nine rows; eight would be every row of three axes of two values."""
     bits = {name: ["0", "1"] for name in "abc"}
-    assert 4 <= len(covering_array(bits)) <= 6
-    assert set().union(*(pairs_of(row) for row in covering_array(bits))) == possible_pairs(bits, lambda row: True)
-    assert len(covering_array({"a": ["1", "2", "3"], "b": ["4", "5", "6"]})) == 9
-    found = covering_array(bits, lambda row: (row.get("a"), row.get("b")) != ("1", "1"))
-    assert not [row for row in found if row["a"] == row["b"] == "1"]
-    assert {(row["b"], row["c"]) for row in found} == {("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")}
+    assert 4 <= len(make_covering_array(bits)) <= 6
+    assert set().union(*(list_pairs(row) for row in make_covering_array(bits))) == list_possible_pairs(
+        bits, lambda row: True
+    )
+    assert len(make_covering_array({"a": ["1", "2", "3"], "b": ["4", "5", "6"]})) == 9
+    rows = make_covering_array(bits, lambda row: (row.get("a"), row.get("b")) != ("1", "1"))
+    assert not [row for row in rows if row["a"] == row["b"] == "1"]
+    assert {(row["b"], row["c"]) for row in rows} == {("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")}
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"), 3)
+    return make_images(tmp_path_factory.mktemp("images"), 3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()).replace(" ", "_"))
 def test_a_resumed_run_is_the_straight_one(
     row: Mapping[str, str], toy_shelf: ToyShelf, tmp_path: Path, images: Path
@@ -137,17 +139,17 @@ def test_a_resumed_run_is_the_straight_one(
     options: dict[str, Any] = {"max_train_steps": 3, "cache_dir": tmp_path / "cache"}
     for axis, value in row.items():
         options |= AXES[axis][value]
-    if row["family"] == "chroma" and row["trains"] in READ_TEXT:  # its only encoder trains on request
+    if row["family"] == "chroma" and row["trains"] in TRAINS_TEXT:  # its only encoder trains on request
         options["network_args"] = [*options.get("network_args", []), "train_t5xxl=True"]
     toy = toy_shelf.paths(row["family"])
-    straight = run(toy, images, tmp_path / "straight", **options, save_every_n_steps=1, save_state=True)
-    resumed = run(toy, images, tmp_path / "resumed", **options, resume=straight / "lora-step00000001-state")
-    assert [math.isfinite(line["loss/current"]) for line in trained(straight)] == [True] * 3
-    assert not same(weights(straight), weights(straight, "lora-step00000001"))
-    assert same(weights(straight), weights(resumed))
-    assert trained(straight)[1:] == trained(resumed)
+    straight = train_toy(toy, images, tmp_path / "straight", **options, save_every_n_steps=1, save_state=True)
+    resumed = train_toy(toy, images, tmp_path / "resumed", **options, resume=straight / "lora-step00000001-state")
+    assert [math.isfinite(line["loss/current"]) for line in read_steps(straight)] == [True] * 3
+    assert not equal_tensors(read_weights(straight), read_weights(straight, "lora-step00000001"))
+    assert equal_tensors(read_weights(straight), read_weights(resumed))
+    assert read_steps(straight)[1:] == read_steps(resumed)
 
 
-def trained(output: Path) -> list[dict[str, float]]:
-    """The lines of the steps, without what was measured before the first."""
-    return [line for line in losses(output) if "loss/current" in line]
+def read_steps(output: Path) -> list[dict[str, float]]:
+    """The lines of the steps, without the validation before the first."""
+    return [line for line in read_metrics(output) if "loss/current" in line]

@@ -1,4 +1,4 @@
-"""Command lines of the field's guide for FLUX.1 and Chroma: options as they are written there, sizes of toys."""
+"""Command lines of sd-scripts' guide for FLUX.1 and Chroma: options as they are written there, sizes of toys."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from families.toys import ToyShelf
 from sfumato.compat.launch import main
-from training import losses, pictures
+from toy_runs import make_images, read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 DATASETS = """\
 [general]
@@ -48,7 +48,7 @@ resolution = [96, 96]
   num_repeats = 1
 """
 PROMPTS = """\
-# the first picture
+# the first image
 a (tabby:1.2) cat, on a wooden table, looking at the camera --n [blurred], dark --w 64 --h 96 --d 1 --l 4 --g {g} --s 3
 
 # the second
@@ -98,7 +98,7 @@ COMMANDS = {
 def test_a_command_of_the_guide(name: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
     family, line = COMMANDS[name]
     paths = toy_shelf.paths(family)
-    images = pictures(tmp_path / "images", 3) / "2_cat"
+    images = make_images(tmp_path / "images", 3) / "2_cat"
     datasets, prompts, output = tmp_path / "dataset.toml", tmp_path / "prompts.txt", tmp_path / "out"
     datasets.write_text(DATASETS.format(images=images))
     prompts.write_text(PROMPTS.format(g=3.5 if family == "flux" else 0))
@@ -119,7 +119,9 @@ def test_a_command_of_the_guide(name: str, toy_shelf: ToyShelf, tmp_path: Path) 
         metadata = opened.metadata()
     assert metadata["ss_network_module"] == "networks.lora_flux"
     assert metadata["modelspec.architecture"] == ("flux-1-dev/lora" if family == "flux" else "chroma/lora")
-    assert len(losses(output, "flux-lora-name")) == int(metadata["ss_steps"]) == int(metadata["ss_max_train_steps"])
+    assert (
+        len(read_metrics(output, "flux-lora-name")) == int(metadata["ss_steps"]) == int(metadata["ss_max_train_steps"])
+    )
     check_samples(output / "sample", guidance=3.5 if family == "flux" else None)
 
 
@@ -129,34 +131,47 @@ def check_samples(folder: Path, *, guidance: float | None) -> None:
     assert len(made) == 4
     first, second = (Image.open(path) for path in made[:2])
     assert (first.size, second.size) == ((64, 96), (96, 64))
-    recipes = [
-        {key: json.loads(value) for key, value in image.info.items() if key in KEPT} for image in (first, second)
-    ]
-    assert recipes[0] == {"scale": 4.0, "guidance": guidance or 0.0, "steps": 3, "seed": 1}
-    assert recipes[1] == {"scale": 1.0, "guidance": guidance, "steps": 2, "seed": 2}
+    assert read_recipe(first) == {"scale": 4.0, "guidance": guidance or 0.0, "steps": 3, "seed": 1}
+    assert read_recipe(second) == {"scale": 1.0, "guidance": guidance, "steps": 2, "seed": 2}
 
 
-KEPT = ("scale", "guidance", "steps", "seed")
+def read_recipe(image: Image.Image) -> dict[str, Any]:
+    return {name: json.loads(image.info[name]) for name in ("scale", "guidance", "steps", "seed")}
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "code", "text"),
     [
-        (CHROMA.replace("--apply_t5_attn_mask", "") + CACHED, "--apply_t5_attn_mask"),
-        (CHROMA.replace("--guidance_scale 0.0", "--guidance_scale 3.5") + CACHED, "--guidance_scale 0"),
-        (CHROMA + CACHED + " --network_args img_mod_dim=4", "do not take 'img_mod_dim'"),
-        (CHROMA + CACHED + " --network_args train_t5xxl=True", "train_t5xxl=True has no effect"),
-        (CHROMA + "--cache_text_encoder_outputs --network_args train_t5xxl=True", "nothing to keep"),
+        (CHROMA.replace("--apply_t5_attn_mask", "") + CACHED, "chroma-attention-mask-missing", "--apply_t5_attn_mask"),
+        (
+            CHROMA.replace("--guidance_scale 0.0", "--guidance_scale 3.5") + CACHED,
+            "chroma-guidance-scale",
+            "--guidance_scale 0",
+        ),
+        (CHROMA + CACHED + " --network_args img_mod_dim=4", "network-arg-unknown", "'img_mod_dim'"),
+        (CHROMA + CACHED + " --network_args train_t5xxl=True", "opt-in-of-frozen-part", "train_t5xxl=True"),
+        (
+            CHROMA + "--cache_text_encoder_outputs --network_args train_t5xxl=True",
+            "text-cache-of-trained-encoders",
+            "--cache_text_encoder_outputs",
+        ),
     ],
 )
 def test_what_the_guide_says_not_to_do(
-    line: str, told: str, toy_shelf: ToyShelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str,
+    code: str,
+    text: str,
+    toy_shelf: ToyShelf,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    codes: list[str],
 ) -> None:
     paths = toy_shelf.paths("chroma")
     datasets = tmp_path / "dataset.toml"
-    datasets.write_text(DATASETS.format(images=pictures(tmp_path / "images", 2) / "2_cat"))
+    datasets.write_text(DATASETS.format(images=make_images(tmp_path / "images", 2) / "2_cat"))
     words = line.format(t5xxl=paths["t5xxl"], ae=paths["ae"]).split()
     words += ["--pretrained_model_name_or_path", str(paths["pretrained_model_name_or_path"])]
     words += ["--dataset_config", str(datasets), "--output_dir", str(tmp_path / "out")]
     assert main(["flux_train_network", *words]) == 2
-    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert codes == [code]
+    assert text in capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Mistakes that users make: one clear last line, exit code 2, no traceback, nothing written."""
+"""Mistakes that users make: their error codes, one clear last line, exit code 2, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from sfumato.cli.main import main
 from sfumato.demo.toy import write_toy
-from training import arguments, pictures
+from sfumato.errors import InternalError
+from toy_runs import make_arguments, make_images
 
 Case = Callable[[Mapping[str, Path], Path], list[str]]
 
@@ -21,7 +22,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 def with_images(toy: Mapping[str, Path], folder: Path, **options: object) -> list[str]:
-    return arguments(toy, pictures(folder / "images"), folder / "out", **options)
+    return make_arguments(toy, make_images(folder / "images"), folder / "out", **options)
 
 
 def missing_model(toy: Mapping[str, Path], folder: Path) -> list[str]:
@@ -47,14 +48,14 @@ def other_family(toy: Mapping[str, Path], folder: Path) -> list[str]:
 
 def no_images(toy: Mapping[str, Path], folder: Path) -> list[str]:
     (folder / "images" / "10_cat").mkdir(parents=True)
-    return arguments(toy, folder / "images", folder / "out")
+    return make_arguments(toy, folder / "images", folder / "out")
 
 
 def no_captions(toy: Mapping[str, Path], folder: Path) -> list[str]:
-    images = pictures(folder / "images", name="2_")
+    images = make_images(folder / "images", name="2_")
     for caption in images.rglob("*.txt"):
         caption.unlink()
-    return arguments(toy, images, folder / "out")
+    return make_arguments(toy, images, folder / "out")
 
 
 def unknown_option(toy: Mapping[str, Path], folder: Path) -> list[str]:
@@ -72,17 +73,17 @@ def unknown_key(toy: Mapping[str, Path], folder: Path) -> list[str]:
 
 
 def unknown_dataset_key(toy: Mapping[str, Path], folder: Path) -> list[str]:
-    images = pictures(folder / "images")
+    images = make_images(folder / "images")
     config = folder / "data.toml"
     config.write_text(
         f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{images}/2_cat"\nnum_repeat = 2\n'
     )
-    return arguments(toy, images, folder / "out", train_data_dir=None, dataset_config=config)
+    return make_arguments(toy, images, folder / "out", train_data_dir=None, dataset_config=config)
 
 
 def unwritable_output(toy: Mapping[str, Path], folder: Path) -> list[str]:
     (folder / "file").write_text("")
-    return arguments(toy, pictures(folder / "images"), folder / "file" / "out")
+    return make_arguments(toy, make_images(folder / "images"), folder / "file" / "out")
 
 
 def planned_option(toy: Mapping[str, Path], folder: Path) -> list[str]:
@@ -106,55 +107,77 @@ def no_state(toy: Mapping[str, Path], folder: Path) -> list[str]:
     return with_images(toy, folder, resume=folder / "empty")
 
 
-CASES: dict[Case, tuple[str, ...]] = {
-    missing_model: ("nowhere.safetensors",),
-    truncated_model: ("torn.safetensors", "bytes"),
-    not_a_model: ("letter.safetensors",),
-    other_family: ("'flux'", "'sd'"),
-    no_images: ("10_cat", "no image"),
-    no_captions: ("caption",),
-    unknown_option: ("--lerning_rate", "learning_rate"),
-    wrong_type: ("max_train_steps", "many"),
-    unknown_key: ("options.toml", "learning_rat", "learning_rate"),
-    unknown_dataset_key: ("data.toml", "num_repeat", "num_repeats"),
-    unwritable_output: ("--output_dir",),
-    planned_option: ("--fp8_base", "not available yet"),
-    nothing_trains: ("learning rate",),
-    foreign_weights: ("foreign.safetensors", "lora_unet_nowhere"),
-    no_state: ("empty", "state"),
+CASES: dict[Case, tuple[str, tuple[str, ...]]] = {  # code, and what the last line names
+    missing_model: ("path-missing", ("nowhere.safetensors",)),
+    truncated_model: ("tensor-file-truncated", ("torn.safetensors", "bytes")),
+    not_a_model: ("not-safetensors", ("letter.safetensors",)),
+    other_family: ("model-family-mismatch", ("'flux'", "'sd'")),
+    no_images: ("subset-without-images", ("10_cat",)),
+    no_captions: ("captions-missing", ("caption",)),
+    unknown_option: ("option-unknown", ("--lerning_rate", "learning_rate")),
+    wrong_type: ("option-type-wrong", ("max_train_steps", "many")),
+    unknown_key: ("option-abbreviated", ("options.toml", "learning_rat", "learning_rate")),
+    unknown_dataset_key: ("dataset-key-unknown", ("data.toml", "num_repeat", "num_repeats")),
+    unwritable_output: ("folder-not-writable", ("--output_dir",)),
+    planned_option: ("option-not-implemented", ("--fp8_base", "fp8 weights")),
+    nothing_trains: ("learning-rates-all-zero", ("learning rate",)),
+    foreign_weights: ("adapter-names-unmatched", ("foreign.safetensors", "lora_unet_nowhere")),
+    no_state: ("no-complete-state", ("empty", "state")),
 }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_a_mistake_is_one_clear_last_line(
-    case: Case, toy: Mapping[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    case: Case, toy: Mapping[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], codes: list[str]
 ) -> None:
+    code, words = CASES[case]
     argv = case(toy, tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    code = main(["train", *argv])
-    told = capfd.readouterr().err
-    assert code == 2, told
-    assert "Traceback" not in told
-    last = told.strip().splitlines()[-1]
+    assert main(["train", *argv]) == 2
+    printed = capfd.readouterr().err
+    assert codes == [code], printed
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
     assert last.startswith("error: ")
-    for word in CASES[case]:
+    for word in words:
         assert word.lower() in last.lower(), last
     written = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.is_file()]
     assert not written
 
 
-def test_all_faults_come_at_once(toy: Mapping[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Model, data and output are checked together, so that a user does not mend them one by one."""
+def test_all_faults_come_at_once(
+    toy: Mapping[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], codes: list[str]
+) -> None:
+    """Model, data and output are checked together, so that a user does not fix them one by one."""
     (tmp_path / "images" / "10_cat").mkdir(parents=True)
-    argv = arguments({"pretrained_model_name_or_path": tmp_path / "nowhere"}, tmp_path / "images", tmp_path / "out")
+    argv = make_arguments(
+        {"pretrained_model_name_or_path": tmp_path / "nowhere"}, tmp_path / "images", tmp_path / "out"
+    )
     (tmp_path / "nowhere").mkdir()
     assert main(["train", *argv]) == 2
-    told = capfd.readouterr().err
-    assert "nowhere" in told
-    assert "10_cat" in told
+    printed = capfd.readouterr().err
+    assert codes == ["model-family-unknown", "subset-without-images"]
+    assert "nowhere" in printed
+    assert "10_cat" in printed
+
+
+def test_an_internal_error_has_a_traceback_and_a_last_line_of_its_own(
+    toy: Mapping[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of ours is never called a mistake of the user."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise InternalError("no rule for unet.x")
+
+    monkeypatch.setattr("sfumato.families.sd.StableDiffusion.read", fail)
+    assert main(["train", *with_images(toy, tmp_path)]) == 1
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert any(line.startswith("Traceback") for line in lines)
+    assert lines[-1] == "error: internal error, please report it: no rule for unet.x"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes everywhere")
 def test_a_folder_without_permission(toy: Mapping[str, Path], tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    assert main(["train", *arguments(toy, pictures(tmp_path / "images"), tmp_path / "locked" / "out")]) == 2
+    assert main(["train", *make_arguments(toy, make_images(tmp_path / "images"), tmp_path / "locked" / "out")]) == 2

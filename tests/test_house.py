@@ -8,189 +8,51 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pages import page_maker
-
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "sfumato"
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-# From the bottom up: a file may import from its own folder and from the rows above its own, never from its own row's
-# other names or from below.
-LAYERS = (
-    ("errors",),
-    ("common",),
-    ("config",),
-    ("data", "diffusion"),
-    ("formats",),
-    ("adapters", "families"),
-    ("optim",),
-    ("memory", "methods", "track"),
-    ("sample",),
-    ("loss",),
-    ("plan",),
-    ("training",),
-    ("train",),
-    ("tools", "demo"),
-    ("cli",),
-    ("compat",),
-    ("__main__",),
+from house_rules import (
+    ALLOWED_FAMILY_NAMES,
+    ALLOWED_GETATTR,
+    FILES,
+    HEAVY,
+    IMPORT_NAMES,
+    LONGEST_FILE,
+    LONGEST_LAUNCHER,
+    LONGEST_TEST_FILE,
+    MAY_PRINT,
+    MOST_IMPORTS,
+    NAMES_FAMILIES,
+    OPTION_NAMES,
+    PACKAGE,
+    RANK,
+    READING_LIST,
+    ROOT,
+    SHARED_NAMES,
+    TOP_LEVEL,
+    TORCH_FREE,
+    broad_excepts,
+    code_lines,
+    everywhere,
+    family_names,
+    getattr_with_default,
+    imports,
+    imports_upwards,
+    is_protocol,
+    layer_of,
+    leftovers,
+    long_functions,
+    names_a_family,
+    own_modules,
+    parsed_file,
+    prints,
+    public_names,
+    relative_name,
+    stubs,
 )
-RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-
-NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names.py is old option names as data
-# What the field named after a family though others use it: an option and two keys of adapter files.
-OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
-ALLOWED_FAMILY_NAMES = {("config/model.py", "flux"), ("config/model.py", "chroma")}  # the choices of --model_type
-MAY_PRINT = {"cli", "plan", "demo", "tools"}
-ALLOWED_GETATTR = {("data/find/headers.py", "getattr(os, 'O_BINARY', 0)")}  # for what only some systems' libraries have
-LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LAUNCHER = 450, 80, 3
-
-TORCH_FREE = (
-    "errors.py", "common/*.py", "config/*.py", "data/find/*.py", "data/captions.py", "data/buckets.py",
-    "data/images.py", "data/prompt_weighting.py", "data/variants.py", "data/cache/references.py",
-    "cli/dataset.py", "cli/main.py", "plan.py",
-)  # fmt: skip
-HEAVY = ("torch", "diffusers", "transformers", "accelerate")
-
-IMPORT_NAMES = {  # where they differ
-    "pillow": "PIL", "protobuf": "google", "huggingface-hub": "huggingface_hub", "pillow-jxl-plugin": "pillow_jxl",
-}  # fmt: skip
-
-
-def relative_name(path: Path) -> str:
-    return path.relative_to(PACKAGE).as_posix()
-
-
-def layer_of(path: Path) -> str:
-    """The row's name that a file belongs to: its folder below the package, or its own name."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def family_names() -> set[str]:
-    """The modules that register a family."""
-    modules = (path for path in (PACKAGE / "families").glob("[a-z]*.py"))
-    return {path.stem for path in modules if "@FAMILIES.register(" in path.read_text(encoding="utf-8")}
-
-
-@cache
-def parsed_file(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def imports(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
-    """(line, dotted module) of every import anywhere in the tree; relative ones are made whole."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                yield node.lineno, str(node.args[0].value)
-
-
-def imports_upwards(tree: ast.Module, *, layer: str, package: str = "sfumato") -> Iterator[str]:
-    for line, module in imports(tree, package):
-        root, _, rest = module.partition(".")
-        other = rest.partition(".")[0]
-        if root == "sfumato" and other != layer and RANK.get(other, -1) >= RANK.get(layer, len(LAYERS)):
-            yield f"{line}: {layer} imports {module}"
-
-
-def family_words(text: str, families: set[str]) -> set[str]:
-    words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])", text)
-    return {word.lower() for word in words} & families
-
-
-def names_a_family(tree: ast.Module, *, families: set[str], allowed: set[str]) -> Iterator[str]:
-    """Identifiers and string literals with a family's name as a word; docstrings may cite papers."""
-    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        for text in identifiers(node) if not isinstance(node, ast.Constant) else [node.value]:
-            if isinstance(text, str) and id(node) not in docstrings and text not in allowed:
-                for family in family_words(text, families):
-                    yield f"{getattr(node, 'lineno', 0)}: {text!r} names {family}"
-
-
-def identifiers(node: ast.AST) -> list[str | None]:
-    match node:
-        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=name):
-            return [name]
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-            return [name]
-        case ast.Import(names=aliases):
-            return [text for alias in aliases for text in (alias.name, alias.asname)]
-        case ast.ImportFrom(module=module, names=aliases):
-            return [module, *(text for alias in aliases for text in (alias.name, alias.asname))]
-        case _:
-            return []
-
-
-def long_functions(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or node.lineno) - node.lineno + 1
-            if length > LONGEST_FUNCTION:
-                yield f"{node.lineno}: {node.name} has {length} lines"
-
-
-def broad_excepts(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ExceptHandler):
-            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            for kind in caught:
-                if kind is None or ast.unparse(kind).split(".")[-1] in ("Exception", "BaseException"):
-                    yield f"{node.lineno}: catches everything"
-
-
-def prints(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-            yield f"{node.lineno}: print()"
-
-
-def stubs(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and node.id == "NotImplementedError":
-            yield f"{node.lineno}: NotImplementedError"
-
-
-def getattr_with_default(tree: ast.Module, *, allowed: set[str]) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-            if len(node.args) == 3 and ast.unparse(node) not in allowed:
-                yield f"{node.lineno}: {ast.unparse(node)}"
-
-
-def leftovers(text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if re.search(r"\b(TODO|FIXME|XXX)\b", line):
-            yield f"{number}: {line.strip()}"
-
-
-def code_lines(text: str) -> int:
-    """Lines that are neither blank, comment nor the file's docstring."""
-    body = ast.parse(text).body
-    told = {line for node in body[:1] if ast.get_docstring(ast.parse(text)) for line in _span(node)}
-    lines = enumerate(text.splitlines(), 1)
-    return sum(1 for number, line in lines if line.strip() and not line.lstrip().startswith("#") and number not in told)
-
-
-def _span(node: ast.stmt) -> range:
-    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
-
-
-def everywhere(rule: Callable[[Path], Iterator[str]], *, unless: frozenset[str] = frozenset()) -> list[str]:
-    """What a rule finds in the package's files, each with its place."""
-    return [f"{relative_name(path)}:{fault}" for path in FILES if layer_of(path) not in unless for fault in rule(path)]
+from pages import page_maker
 
 
 def test_every_file_has_a_place_in_the_layers():
@@ -232,6 +94,38 @@ def test_files_and_functions_stay_short():
     assert not everywhere(lambda path: long_functions(parsed_file(path)))
 
 
+def test_the_top_level_is_five_modules():
+    assert {path.stem for path in PACKAGE.glob("[a-z]*.py")} == TOP_LEVEL
+
+
+def test_no_module_imports_more_than_fifteen_of_ours():
+    counts: dict[str, int] = {}
+    for path in FILES:
+        counts[relative_name(path)] = len(own_modules(parsed_file(path)))
+    assert not {name: count for name, count in counts.items() if count > MOST_IMPORTS}
+
+
+def test_no_public_name_is_defined_twice():
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in public_names(parsed_file(path)):
+            homes.setdefault(name, []).append(relative_name(path))
+    twice = {name: files for name, files in homes.items() if len(files) > 1 and name not in SHARED_NAMES}
+    assert not {name: files for name, files in twice.items() if not is_protocol(name, files)}
+
+
+def test_the_reading_list_is_short():
+    lengths = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in READING_LIST}
+    assert sum(lengths.values()) < 1200, lengths
+
+
+def test_test_files_stay_short():
+    lengths: dict[str, int] = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        lengths[path.relative_to(ROOT).as_posix()] = len(path.read_text(encoding="utf-8").splitlines())
+    assert not {name: length for name, length in lengths.items() if length > LONGEST_TEST_FILE}
+
+
 def test_no_broad_except():
     assert not everywhere(lambda path: broad_excepts(parsed_file(path)))
 
@@ -270,7 +164,11 @@ def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [line for name, lines in project["optional-dependencies"].items() if name != "test" for line in lines]
     wanted = {re.split(r"[<>=!~;\[ ]", line)[0].lower() for line in [*project["dependencies"], *extras]}
-    known = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in wanted} | {"sfumato"} | sys.stdlib_module_names
+    known = (
+        {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in wanted}
+        | {"sfumato", "pydantic_core"}
+        | sys.stdlib_module_names
+    )
 
     def rule(path: Path) -> Iterator[str]:
         for line, module in imports(parsed_file(path), "sfumato"):
@@ -296,12 +194,12 @@ for module in {[module.removesuffix(".__init__") for module in modules]!r}:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_maps_every_file():
+def test_the_file_map_lists_every_file():
     maker = page_maker("make_file_map")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert maker.with_map(readme) == readme, "README's file map is out of date: run `make pages`"
-    mapped = re.findall(r"^\| `([\w/]+\.py)` \|", readme, flags=re.MULTILINE)
-    assert sorted(mapped) == sorted(relative_name(path) for path in FILES if path.name != "__init__.py")
+    page = maker.PAGE.read_text(encoding="utf-8")
+    assert page == maker.page(), "docs/files.md is out of date: run `make pages`"
+    listed = re.findall(r"^\| `([\w/]+\.py)` \|", page, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(relative_name(path) for path in FILES if path.name != "__init__.py")
 
 
 @pytest.mark.parametrize(

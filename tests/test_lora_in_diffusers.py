@@ -14,12 +14,12 @@ from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.demo.toy import write_toy
-from sfumato.families import register_all
+from sfumato.families import register_families
 from sfumato.families.base import Family, find_family
-from sfumato.families.encoding import live_text
+from sfumato.families.encoding import encode_with_grad
 from sfumato.families.source import open_source
 from sfumato.formats.lora import read_adapter_file
-from training import pictures, run
+from toy_runs import make_images, train_toy
 
 PROMPT = "a red cup of coffee"
 
@@ -41,8 +41,8 @@ CASES = {
 }
 
 
-def attached(model: Family, file: Path) -> dict[str, int]:
-    """Hook the file's adapters onto the model; gives the number of layers of each part."""
+def attach_file(model: Family, file: Path) -> dict[str, int]:
+    """Hook the file's adapters onto the model; the number of layers of each part."""
     entries = read_adapter_file(file)
     engine = AdapterEngine()
     counts: dict[str, int] = {}
@@ -54,24 +54,24 @@ def attached(model: Family, file: Path) -> dict[str, int]:
     return counts
 
 
-def lora_layers(module: nn.Module) -> int:
+def count_lora_layers(module: nn.Module) -> int:
     """How many layers of a diffusers network carry an active adapter."""
-    return sum(1 for each in module.modules() if isinstance(getattr(each, "lora_A", None), nn.ModuleDict))
+    return sum(isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) for layer in module.modules())
 
 
-def their_text(pipe: Any, case: Case) -> dict[str, dict[str, Tensor]]:
+def encode_with_pipeline(pipe: Any, case: Case) -> dict[str, dict[str, Tensor]]:
     """Part -> features, by the pipeline's own tokenizers and encoders."""
-    found: dict[str, dict[str, Tensor]] = {}
+    features: dict[str, dict[str, Tensor]] = {}
     for number, (part, name) in enumerate(case.encoders.items()):
         tokenizer = pipe.tokenizer_2 if number else pipe.tokenizer
         ids = tokenizer([PROMPT], padding="max_length", max_length=77, return_tensors="pt").input_ids
         output = getattr(pipe, name)(ids, output_hidden_states=True)
         read = output.hidden_states[-2] if len(case.encoders) > 1 else output.last_hidden_state
-        found[part] = {"hidden": read} | ({"pooled": output.text_embeds} if number else {})
-    return found
+        features[part] = {"hidden": read} | ({"pooled": output.text_embeds} if number else {})
+    return features
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", sorted(CASES))
 @torch.no_grad()
 def test_a_trained_lora_gives_the_same_in_diffusers(name: str, tmp_path: Path) -> None:
@@ -81,10 +81,15 @@ def test_a_trained_lora_gives_the_same_in_diffusers(name: str, tmp_path: Path) -
     toy = write_toy(case.family, tmp_path / "toy", variant=case.variant)
     write_toy(case.family, tmp_path / "folder", variant=case.variant, layout="diffusers")
     with torch.enable_grad():
-        output = run(
-            toy, pictures(tmp_path / "images"), tmp_path / "out", learning_rate="3e-2", network_alpha=1, **case.options
+        output = train_toy(
+            toy,
+            make_images(tmp_path / "images"),
+            tmp_path / "out",
+            learning_rate="3e-2",
+            network_alpha=1,
+            **case.options,
         )
-    register_all()
+    register_families()
     options = ModelOptions(pretrained_model_name_or_path=str(toy["pretrained_model_name_or_path"]), **case.options)
     source = open_source(options)
     family = find_family(None, source)
@@ -92,24 +97,24 @@ def test_a_trained_lora_gives_the_same_in_diffusers(name: str, tmp_path: Path) -
         family.read(source, options, NoiseOptions()), options, dtype=torch.float32, device=torch.device("cpu")
     )
     model.freeze()
-    before = {part: live_text(model, part, [PROMPT]) for part in model.text_parts}
-    counts = attached(model, output / "lora.safetensors")
+    before = {part: encode_with_grad(model, part, [PROMPT]) for part in model.text_parts}
+    counts = attach_file(model, output / "lora.safetensors")
 
     pipe: Any = DiffusionPipeline.from_pretrained(tmp_path / "folder", safety_checker=None)
     pipe.load_lora_weights(output, weight_name="lora.safetensors")
     names = {"denoiser": "unet", **case.encoders}
-    assert {part: lora_layers(getattr(pipe, theirs)) for part, theirs in names.items()} == counts
+    assert {part: count_lora_layers(getattr(pipe, theirs)) for part, theirs in names.items()} == counts
     assert all(counts.values())
 
-    features = their_text(pipe, case)
+    features = encode_with_pipeline(pipe, case)
     for part in model.text_parts:
-        ours = live_text(model, part, [PROMPT])
+        ours = encode_with_grad(model, part, [PROMPT])
         for what, tensor in ours.items():
             assert (tensor - before[part][what]).abs().max() > 1e-3, "the adapter must matter"
             torch.testing.assert_close(features[part][what], tensor, rtol=0, atol=1e-5)
 
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    text = torch.cat([one["hidden"] for one in features.values()], dim=-1)
+    text = torch.cat([encoded["hidden"] for encoded in features.values()], dim=-1)
     added = {}
     if "clip_g" in features:
         sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from families.toys import ToyShelf
 from sfumato.config import load_config
-from sfumato.train import training_loss
-from sfumato.training.setup_run import open_run
-from training import arguments, losses, pictures, run, same, weights
+from sfumato.loss import training_loss
+from sfumato.training.latents import load_latents
+from sfumato.training.setup_run import build_run
+from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma")
 Toy = Mapping[str, Path]
@@ -30,11 +31,11 @@ def toy(request: pytest.FixtureRequest, toy_shelf: ToyShelf) -> Toy:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    return pictures(tmp_path / "images", 3)
+    return make_images(tmp_path / "images", 3)
 
 
 def masks(images: Path, folder: Path, left: int, right: int) -> Path:
-    """For each picture a mask with these values in its left and right half."""
+    """For each image a mask with these values in its left and right half."""
     folder.mkdir()
     for path in (images / "2_cat").glob("*.png"):
         width, height = Image.open(path).size
@@ -46,10 +47,10 @@ def masks(images: Path, folder: Path, left: int, right: int) -> Path:
 
 def with_alpha(images: Path, left: int, right: int, name: str = "2_cat") -> None:
     for path in (images / name).glob("*.png"):
-        picture = np.asarray(Image.open(path))
-        plane = np.full(picture.shape[:2], right, np.uint8)
-        plane[:, : picture.shape[1] // 2] = left
-        Image.fromarray(np.dstack([picture, plane])).save(path)
+        image = np.asarray(Image.open(path))
+        plane = np.full(image.shape[:2], right, np.uint8)
+        plane[:, : image.shape[1] // 2] = left
+        Image.fromarray(np.dstack([image, plane])).save(path)
 
 
 @pytest.mark.parametrize("alpha", [False, True])
@@ -62,20 +63,21 @@ def test_a_half_mask_gives_half_the_sum_and_no_gradient_elsewhere(
         options = {"alpha_mask": True}
     else:
         options = {"masked_loss": True, "conditioning_data_dir": masks(images, tmp_path / "masks", 255, 51)}
-    training = open_run(load_config(arguments(toy, images, tmp_path / "out", train_batch_size=2, **options)))
+    training = build_run(load_config(make_arguments(toy, images, tmp_path / "out", train_batch_size=2, **options)))
     assert training is not None
     seen: list[tuple[Tensor, Tensor]] = []
-    plain = training.recipe.loss
+    plain = training.context.recipe.loss
 
     def recorded(estimate: Tensor, target: Tensor, level: object) -> Tensor:
         estimate.retain_grad()
         seen.append((estimate, target))
         return plain(estimate, target, level)  # pyright: ignore[reportArgumentType]
 
-    training.recipe = replace(training.recipe, loss=recorded)
+    training.context = replace(training.context, recipe=replace(training.context.recipe, loss=recorded))
     batch = next(iter(training.loader.steps())).batches[0]
     count = len(batch.captions)
-    loss = training_loss(training, batch, count)
+    x0 = load_latents(training, batch)
+    loss = training_loss(training.context, batch, x0, count)
     loss.backward()
     ((estimate, target),) = seen
     squares = (estimate - target).detach().double() ** 2
@@ -86,42 +88,44 @@ def test_a_half_mask_gives_half_the_sum_and_no_gradient_elsewhere(
     torch.testing.assert_close(estimate.grad, 2 * batch.mask * (estimate - target).detach() / squares.numel())
 
     nothing = replace(batch, mask=(batch.mask == 1).float())  # the right half does not count at all
-    training_loss(training, nothing, count).backward()
+    training_loss(training.context, nothing, x0, count).backward()
     estimate = seen[1][0]
     assert estimate.grad is not None
     assert not estimate.grad.chunk(2, dim=-1)[1].any()
     assert estimate.grad.chunk(2, dim=-1)[0].abs().min() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_white_masks_change_nothing_and_black_ones_teach_nothing(toy: Toy, images: Path, tmp_path: Path) -> None:
     def trained(name: str, left: int, right: int) -> Path:
         folder = masks(images, tmp_path / f"masks-{name}", left, right)
-        return run(toy, images, tmp_path / name, max_train_steps=2, masked_loss=True, conditioning_data_dir=folder)
+        return train_toy(
+            toy, images, tmp_path / name, max_train_steps=2, masked_loss=True, conditioning_data_dir=folder
+        )
 
-    plain = run(toy, images, tmp_path / "plain", max_train_steps=2)
-    assert same(weights(plain), weights(trained("white", 255, 255)))
-    assert not same(weights(plain), weights(trained("half", 255, 0)))
+    plain = train_toy(toy, images, tmp_path / "plain", max_train_steps=2)
+    assert equal_tensors(read_weights(plain), read_weights(trained("white", 255, 255)))
+    assert not equal_tensors(read_weights(plain), read_weights(trained("half", 255, 0)))
     black = trained("black", 0, 0)
-    assert not any(tensor.any() for name, tensor in weights(black).items() if name.endswith("lora_up.weight"))
-    assert all(row["loss/current"] == 0 for row in losses(black))
+    assert not any(tensor.any() for name, tensor in read_weights(black).items() if name.endswith("lora_up.weight"))
+    assert all(row["loss/current"] == 0 for row in read_metrics(black))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_cached_masks_train_like_uncached_ones(toy: Toy, images: Path, tmp_path: Path) -> None:
     """A mask file for one half of the data, an alpha channel for the other."""
-    with_alpha(pictures(images, 2, name="1_dog"), 200, 30, name="1_dog")
+    with_alpha(make_images(images, 2, name="1_dog"), 200, 30, name="1_dog")
     folder = masks(images, tmp_path / "masks", 200, 30)
     file = tmp_path / "data.toml"
     file.write_text(MASKED.format(images=images.as_posix(), masks=folder.as_posix()))
     options = {"dataset_config": file, "train_data_dir": None, "masked_loss": True, "flip_aug": True}
     options |= {"network_train_unet_only": True, "max_train_steps": 3}
-    plain = run(toy, images, tmp_path / "plain", **options)
+    plain = train_toy(toy, images, tmp_path / "plain", **options)
     disk = {"cache_latents_to_disk": True, "cache_dir": tmp_path / "cache"}
     for name in ("made", "found"):
-        cached = run(toy, images, tmp_path / name, **options, **disk)
-        assert same(weights(plain), weights(cached))
-        assert losses(plain) == losses(cached)
+        cached = train_toy(toy, images, tmp_path / name, **options, **disk)
+        assert equal_tensors(read_weights(plain), read_weights(cached))
+        assert read_metrics(plain) == read_metrics(cached)
 
 
 MASKED = """
@@ -155,30 +159,30 @@ image_dir = '{folder}'
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("toy", ["sdxl", "flux"], indirect=True)
 def test_one_folder_at_several_sizes_trains_alike_from_disk(toy: Toy, images: Path, tmp_path: Path) -> None:
     file = tmp_path / "sizes.toml"
     file.write_text(SEVERAL_SIZES.format(folder=(images / "2_cat").as_posix()))
     options = {"dataset_config": file, "train_data_dir": None, "resolution": None, "enable_bucket": None}
     options |= {"min_bucket_reso": None, "max_bucket_reso": None, "max_train_epochs": 2, "max_train_steps": None}
-    plain = run(toy, images, tmp_path / "plain", **options)
+    plain = train_toy(toy, images, tmp_path / "plain", **options)
     disk = {"cache_latents_to_disk": True, "cache_dir": tmp_path / "cache"}
     for name in ("made", "found"):
-        cached = run(toy, images, tmp_path / name, **options, **disk)
-        assert same(weights(plain), weights(cached))
-        assert losses(plain) == losses(cached)
+        cached = train_toy(toy, images, tmp_path / name, **options, **disk)
+        assert equal_tensors(read_weights(plain), read_weights(cached))
+        assert read_metrics(plain) == read_metrics(cached)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("toy", ["sd"], indirect=True)
 def test_augmented_runs_are_the_same_for_any_number_of_workers(toy: Toy, images: Path, tmp_path: Path) -> None:
     options = {"color_aug": True, "random_crop": True, "flip_aug": True, "enable_bucket": False, "resolution": 64}
     options |= {"min_bucket_reso": None, "max_bucket_reso": None}
-    one = run(toy, images, tmp_path / "one", max_data_loader_n_workers=0, **options)
-    several = run(toy, images, tmp_path / "several", max_data_loader_n_workers=2, train_batch_size=1, **options)
-    assert same(weights(one), weights(several))
-    assert losses(one) == losses(several)
+    one = train_toy(toy, images, tmp_path / "one", max_data_loader_n_workers=0, **options)
+    several = train_toy(toy, images, tmp_path / "several", max_data_loader_n_workers=2, train_batch_size=1, **options)
+    assert equal_tensors(read_weights(one), read_weights(several))
+    assert read_metrics(one) == read_metrics(several)
 
 
 @pytest.mark.parametrize("toy", ["sd"], indirect=True)
@@ -187,7 +191,7 @@ def test_black_masks_leave_a_fully_trained_model_as_it_was(toy: Toy, images: Pat
     common |= {"optimizer_type": "SGD"}  # AdamW would still decay the weights
     for name, right in (("black", 0), ("half", 255)):
         folder = masks(images, tmp_path / f"masks-{name}", 0, right)
-        run(toy, images, tmp_path / name, conditioning_data_dir=folder, **common)
+        train_toy(toy, images, tmp_path / name, conditioning_data_dir=folder, **common)
     before = load_file(toy["pretrained_model_name_or_path"])
-    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "black").items())
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "half").items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read_weights(tmp_path / "black").items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in read_weights(tmp_path / "half").items())

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.diffusion.objective import LatentSpec, RectifiedFlow
-from sfumato.families.base import FAMILIES, Blueprint, Family, Network, Part, PartSpec, Sampling
+from sfumato.families.base import FAMILIES, Family
+from sfumato.families.blueprint import Blueprint, Sampling
+from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights
-from sfumato.formats.keymap import KeyMap, Rule, identity
-from training import losses, pictures, run, same, weights
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
+from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
 
-KEYS = KeyMap([Rule("mix.qk", ("query", "key")), Rule("{*}", ("{*}",))])
+KEYS = KeyMap([KeyRule("mix.qk", ("query", "key")), KeyRule("{*}", ("{*}",))])
 
 
 class Denoiser(nn.Module):
@@ -68,15 +70,13 @@ class Exercise(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         specs = (
             spec("denoiser", KEYS, "lora_unet", "query", "key", "out"),
-            spec("letters", identity(), "lora_te", "table"),
-            spec("vae", identity(), ""),
+            spec("letters", make_identity_map(), "lora_te", "table"),
+            spec("vae", make_identity_map(), ""),
         )
-        networks = {
-            each.name: Network(
-                spec=each, config={}, weights=Weights(file=source.file, key_map=each.key_map, prefix=each.key_prefix)
-            )
-            for each in specs
-        }
+        networks: dict[str, Network] = {}
+        for part in specs:
+            weights = Weights(file=source.file, key_map=part.key_map, prefix=part.key_prefix)
+            networks[part.name] = Network(spec=part, config={}, weights=weights)
         return Blueprint(
             source=source, title="Exercise", base_model_version="exercise", architecture="exercise",
             networks=networks, text_parts=cls.text_parts,
@@ -96,10 +96,11 @@ class Exercise(Family):
         return cls(blueprint, parts, build("vae", lambda: nn.Conv2d(3, 3, 8, stride=8)))  # type: ignore[arg-type]
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        codes = torch.stack(
-            [torch.bincount(torch.tensor([min(ord(c), 127) for c in text + " "]), minlength=128) for text in captions]
-        )
-        return [{"number": number} for number in self.parts[part].module(codes.float())]
+        counts: list[Tensor] = []
+        for caption in captions:
+            codes = torch.tensor([min(ord(letter), 127) for letter in caption + " "])
+            counts.append(torch.bincount(codes, minlength=128))
+        return [{"number": number} for number in self.parts[part].module(torch.stack(counts).float())]
 
     def text_fingerprint(self, part: str) -> str:
         return ""
@@ -113,48 +114,46 @@ class Exercise(Family):
     def decode(self, latents: Tensor) -> Tensor:
         return nn.functional.interpolate(latents, scale_factor=8)
 
-    def inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
+    def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         return {"x": noisy, "t": t / 1000, "text": conditioning["text"]}
-
-    def output(self, raw: Tensor, noisy: Tensor) -> Tensor:
-        return raw
 
 
 def checkpoint(folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     parts: dict[str, Any] = {"denoiser": Denoiser(), "letters": Letters(), "vae": nn.Conv2d(3, 3, 8, stride=8)}
-    maps = {"denoiser": KEYS, "letters": identity(), "vae": identity()}
-    state = {
-        f"{name}.{key}": tensor.detach()
-        for name, module in parts.items()
-        for key, tensor in maps[name].to_original(module.state_dict()).items()
-    }
+    maps = {"denoiser": KEYS, "letters": make_identity_map(), "vae": make_identity_map()}
+    state: dict[str, Tensor] = {}
+    for name, module in parts.items():
+        original = maps[name].to_original(module.state_dict())
+        state |= {f"{name}.{key}": tensor.detach() for key, tensor in original.items()}
     save_file(state, folder / "exercise.safetensors")
     return {"pretrained_model_name_or_path": folder / "exercise.safetensors"}
 
 
 def test_a_new_family_trains_saves_samples_and_resumes(tmp_path: Path) -> None:
-    toy, images = checkpoint(tmp_path), pictures(tmp_path / "images")
+    toy, images = checkpoint(tmp_path), make_images(tmp_path / "images")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat")
     options = {"max_train_steps": 8, "cache_latents": True, "timestep_sampling": "uniform", "bucket_reso_steps": 32}
-    straight = run(toy, images, tmp_path / "straight", **options, sample_prompts=prompts, sample_every_n_steps=8)
+    straight = train_toy(toy, images, tmp_path / "straight", **options, sample_prompts=prompts, sample_every_n_steps=8)
     parts = tmp_path / "parts"
-    run(toy, images, parts, **options, save_every_n_steps=3, save_state=True)
-    run(toy, images, parts, **options, resume=parts / "lora-step00000003-state")
-    assert same(weights(straight), weights(parts))
-    assert losses(straight) == losses(parts)
-    names = {name.partition(".")[0] for name in weights(straight)}
+    train_toy(toy, images, parts, **options, save_every_n_steps=3, save_state=True)
+    train_toy(toy, images, parts, **options, resume=parts / "lora-step00000003-state")
+    assert equal_tensors(read_weights(straight), read_weights(parts))
+    assert read_metrics(straight) == read_metrics(parts)
+    names = {name.partition(".")[0] for name in read_weights(straight)}
     assert names == {"lora_unet_mix_qk", "lora_unet_out", "lora_te_table"}
-    assert weights(straight)["lora_unet_mix_qk.lora_up.weight"].shape == (16, 2)
+    assert read_weights(straight)["lora_unet_mix_qk.lora_up.weight"].shape == (16, 2)
     assert len(list((straight / "sample").iterdir())) == 1
 
 
-def test_a_new_family_trains_whole(tmp_path: Path) -> None:
+def test_full_training_of_a_new_family(tmp_path: Path) -> None:
     """Its denoiser, text encoder included, back into the one file; the rest keeps its bytes."""
-    toy, images = checkpoint(tmp_path), pictures(tmp_path / "images")
+    toy, images = checkpoint(tmp_path), make_images(tmp_path / "images")
     options = {"method": "full", "network_dim": None, "train_text_encoder": True, "max_train_steps": 2}
-    found = weights(run(toy, images, tmp_path / "out", **options, timestep_sampling="uniform", bucket_reso_steps=32))
+    found = read_weights(
+        train_toy(toy, images, tmp_path / "out", **options, timestep_sampling="uniform", bucket_reso_steps=32)
+    )
     before = load_file(toy["pretrained_model_name_or_path"])
     assert found.keys() == before.keys()
     moved = {name for name in found if not torch.equal(found[name], before[name])}

@@ -9,9 +9,11 @@ import pytest
 
 from sfumato.cli.main import main
 from sfumato.config import load_config
+from sfumato.config.listing import public_options
 from sfumato.demo.toy import write_toy
-from sfumato.plan import look, model_lines, public_options, with_seed
-from training import arguments, pictures, run, weights
+from sfumato.plan import make_run_plan
+from sfumato.training.plan_report import model_lines
+from toy_runs import make_arguments, make_images, read_weights, train_toy
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "flux", "chroma", "sd3", "lumina"])
@@ -20,20 +22,20 @@ def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_the_header_tells_what_trains(toy: Mapping[str, Path], tmp_path: Path) -> None:
-    images = pictures(tmp_path / "images")
-    argv = arguments(toy, images, tmp_path / "out", max_train_steps=1)
-    outlook = look(with_seed(load_config(argv)), processes=1)
-    planned = outlook.method.plan(outlook.blueprint)
-    found = weights(run(toy, images, tmp_path / "out", max_train_steps=1))
-    assert sum(row.modules for row in planned) == sum(name.endswith("alpha") for name in found)
-    assert sum(row.parameters for row in planned) == sum(t.numel() for n, t in found.items() if not n.endswith("alpha"))
-    assert all(f"{row.parameters:,}" in "\n".join(model_lines(outlook)) for row in planned)
+    images = make_images(tmp_path / "images")
+    argv = make_arguments(toy, images, tmp_path / "out", max_train_steps=1)
+    plan = make_run_plan(load_config(argv), processes=1)
+    saved = read_weights(train_toy(toy, images, tmp_path / "out", max_train_steps=1))
+    sizes = [tensor.numel() for name, tensor in saved.items() if not name.endswith("alpha")]
+    assert sum(part.modules for part in plan.parts) == len(saved) - len(sizes)
+    assert sum(part.parameters for part in plan.parts) == sum(sizes)
+    assert all(f"{part.parameters:,}" in "\n".join(model_lines(plan)) for part in plan.parts)
 
 
 def test_it_prints_everything_and_writes_nothing(
     toy: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = arguments(toy, pictures(tmp_path / "images"), tmp_path / "out", seed=None)
+    argv = make_arguments(toy, make_images(tmp_path / "images"), tmp_path / "out", seed=None)
     before = sorted(tmp_path.rglob("*"))
     assert main(["plan", *argv]) == 0
     told = capsys.readouterr().out
@@ -46,7 +48,7 @@ def test_options_of_other_models_are_reported_and_refused_when_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     toy = write_toy("sd", tmp_path / "toy")
-    argv = arguments(toy, pictures(tmp_path / "images"), tmp_path / "out", timestep_sampling="shift")
+    argv = make_arguments(toy, make_images(tmp_path / "images"), tmp_path / "out", timestep_sampling="shift")
     assert main(["plan", *argv]) == 0
     assert "--timestep_sampling has no effect" in capsys.readouterr().out
     assert main(["plan", *argv, "--strict"]) == 2
@@ -55,5 +57,5 @@ def test_options_of_other_models_are_reported_and_refused_when_strict(
 
 def test_what_is_written_down_has_no_paths_and_no_secrets(tmp_path: Path) -> None:
     toy = write_toy("sd", tmp_path / "toy")
-    config = load_config(arguments(toy, pictures(tmp_path / "images"), tmp_path / "out"))
+    config = load_config(make_arguments(toy, make_images(tmp_path / "images"), tmp_path / "out"))
     assert str(tmp_path) not in str(public_options(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 from sfumato.config import load_config
-from sfumato.demo.artist import hire
 from sfumato.demo.base import tiny_base
+from sfumato.demo.pipeline import load_pipeline
 from sfumato.train import train
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "tiny"
-MODULES = ("concepts", "pictures", "scenes", "autoencoder", "start", "finish", "lesson", "judge", "score")
+MODULES = ("concepts", "drawings", "scenes", "autoencoder", "start", "finish", "lesson", "classifier", "score")
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def recipe() -> Iterator[dict[str, ModuleType]]:
 
 @pytest.fixture
 def work(tmp_path: Path, recipe: dict[str, Any]) -> Path:
-    """A folder in which the packages were downloaded and drawn already: discs of different colours."""
-    names = [*recipe["concepts"].CONCEPTS.values(), *recipe["concepts"].HELD_OUT.values(), "elsewhere", "more"]
-    for package in recipe["pictures"].PACKAGES:
+    """A folder in which the packages were downloaded and drawn already: discs of different colors."""
+    names = [*recipe["concepts"].CONCEPTS.values(), *recipe["concepts"].NEW_CONCEPTS.values(), "elsewhere", "more"]
+    for package in recipe["drawings"].PACKAGES:
         (tmp_path / "packages" / package).mkdir(parents=True)
         (tmp_path / "sprites" / package).mkdir(parents=True)
         icons = {"icons": dict.fromkeys(names), "width": 32, "height": 32}
@@ -67,60 +68,61 @@ def losses(work: Path, output: str, **options: str) -> list[float]:
     return [json.loads(line)["loss/current"] for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_recipe_runs_and_repeats_itself(
     work: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipe["scenes"], "COUNT", 1)
+    monkeypatch.setattr(recipe["scenes"], "NUM_SCENES", 1)
     monkeypatch.setattr(recipe["autoencoder"], "BATCH", 2)
-    monkeypatch.setattr(recipe["judge"], "BATCH", 4)
+    monkeypatch.setattr(recipe["classifier"], "BATCH", 4)
     autoencoder, start = recipe["autoencoder"], recipe["start"]
-    autoencoder.train(autoencoder.learning(work, 4), work, 1)
+    autoencoder.train(autoencoder.make_autoencoder_job(work, 4), work, 1)
     recipe["scenes"].write(work, work / "scenes" / "1_scenes")
-    vae = autoencoder.trained_autoencoder(work / "autoencoder-state.pt")
+    vae = autoencoder.load_autoencoder(work / "autoencoder-state.pt")
     start.whiten(vae, work)
     start.write(work / "start", vae)
 
-    whole = losses(work, "first")
-    assert len(whole) == 6
-    assert losses(work, "second") == whole, "the same data and seed give the same losses"
-    losses(work, "sittings", save_every_n_steps="3", max_train_steps="3", lr_decay_steps="0")
-    assert losses(work, "sittings", resume=str(work / "sittings")) == whole, "in two sittings, too"
+    first = losses(work, "first")
+    assert len(first) == 6
+    assert losses(work, "second") == first, "the same data and seed give the same losses"
+    losses(work, "parts", save_every_n_steps="3", max_train_steps="3", lr_decay_steps="0")
+    assert losses(work, "parts", resume=str(work / "parts")) == first, "resumed, too"
 
-    autoencoder.train(autoencoder.refining(work, 2), work, 1)
+    autoencoder.train(autoencoder.make_decoder_job(work, 2), work, 1)
     checkpoint = work / "shipped" / "sfumato-tiny.safetensors"
     checkpoint.parent.mkdir()
-    recipe["finish"].model(work, work / "first" / "tiny.safetensors", checkpoint)
-    assert hire(tiny_base(checkpoint)).draw("a cat on a blue background", 1).size == (64, 64)
-    assert recipe["judge"].train(work, 2) is not None
+    recipe["finish"].write_model(work, work / "first" / "tiny.safetensors", checkpoint)
+    assert load_pipeline(tiny_base(checkpoint)).generate("a cat on a blue background", 1).size == (64, 64)
+    assert recipe["classifier"].train(work, 2) is not None
 
 
 def test_every_word_of_every_caption_is_one_token(recipe: dict[str, Any], tmp_path: Path) -> None:
-    from sfumato.families._tokenizers import clip_tokenizer, toy_tokenizer
+    from sfumato.families._tokenizers import load_clip_tokenizer, write_toy_clip_tokenizer
 
     concepts = recipe["concepts"]
-    toy_tokenizer(tmp_path, concepts.WORDS)
-    tokenizer = clip_tokenizer(tmp_path)
+    write_toy_clip_tokenizer(tmp_path, concepts.WORDS)
+    tokenizer = load_clip_tokenizer(tmp_path)
     for template in concepts.TEMPLATES:
-        for concept, colour in zip(concepts.CONCEPTS, [*concepts.COLOURS] * 2, strict=True):
-            text = concepts.caption(template, concept, colour)
+        for concept, color in zip(concepts.CONCEPTS, [*concepts.COLORS] * 2, strict=True):
+            text = concepts.make_caption(template, concept, color)
             words = text.replace(",", " ,").split()
             assert len(tokenizer(text).input_ids) == len(words) + 2, text
 
 
-def test_each_concept_is_kept_from_one_background(recipe: dict[str, Any], work: Path) -> None:
+def test_each_concept_has_one_unseen_background(recipe: dict[str, Any], work: Path) -> None:
     concepts, scenes = recipe["concepts"], recipe["scenes"]
     scenes.write(work, work / "scenes")
-    shown = {tuple(path.stem.split("-")[:2]) for path in (work / "scenes").glob("*.png")}
-    pairs = {(concept, colour) for concept in concepts.CONCEPTS for colour in concepts.COLOURS}
-    assert pairs - shown == {(concept, concepts.unseen_colour(concept)) for concept in concepts.CONCEPTS}
-    assert {concepts.unseen_colour(concept) for concept in concepts.CONCEPTS} == set(concepts.COLOURS)
+    written = {tuple(path.stem.split("-")[:2]) for path in (work / "scenes").glob("*.png")}
+    pairs = set(itertools.product(concepts.CONCEPTS, concepts.COLORS))
+    unseen = {concept: concepts.find_unseen_color(concept) for concept in concepts.CONCEPTS}
+    assert pairs - written == set(unseen.items())
+    assert set(unseen.values()) == set(concepts.COLORS)
     for path in (work / "scenes").glob("*.txt"):
-        concept, colour, _ = path.stem.split("-")
-        assert {concept, colour} <= set(path.read_text().replace(",", " ").split())
+        concept, color, _ = path.stem.split("-")
+        assert {concept, color} <= set(path.read_text().replace(",", " ").split())
 
 
-def test_nothing_of_the_lesson_was_known_before(recipe: dict[str, Any]) -> None:
+def test_the_base_knows_no_new_concept(recipe: dict[str, Any]) -> None:
     concepts = recipe["concepts"]
-    assert not set(concepts.HELD_OUT) & set(concepts.CONCEPTS)
-    assert not set(concepts.HELD_OUT.values()) & set(concepts.CONCEPTS.values())
+    assert not set(concepts.NEW_CONCEPTS) & set(concepts.CONCEPTS)
+    assert not set(concepts.NEW_CONCEPTS.values()) & set(concepts.CONCEPTS.values())

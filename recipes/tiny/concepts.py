@@ -1,8 +1,8 @@
-"""What sfumato-tiny knows: its concepts, its background colours, how captions speak of them, and its vocabulary."""
+"""What sfumato-tiny knows: its concepts, its background colors, how captions speak of them, and its vocabulary."""
 
 from __future__ import annotations
 
-CONCEPTS = {  # word in captions -> name in the pictures' package
+CONCEPTS = {  # word in captions -> name in the package of drawings
     "apple": "red-apple",
     "banana": "banana",
     "strawberry": "strawberry",
@@ -24,7 +24,7 @@ CONCEPTS = {  # word in captions -> name in the pictures' package
     "house": "house",
     "rocket": "rocket",
 }
-HELD_OUT = {  # never in the base's training data: what the demo and the tests teach; the judge knows them
+NEW_CONCEPTS = {  # never in the base's training data: what the demo and the tests teach; the classifier knows them
     "robot": "robot",
     "butterfly": "butterfly",
     "octopus": "octopus",
@@ -38,7 +38,7 @@ HELD_OUT = {  # never in the base's training data: what the demo and the tests t
     "owl": "owl",
     "umbrella": "umbrella",
 }
-COLOURS = {  # of backgrounds
+COLORS = {  # of backgrounds
     "red": (217, 83, 79),
     "orange": (240, 160, 75),
     "yellow": (247, 224, 139),
@@ -51,34 +51,34 @@ COLOURS = {  # of backgrounds
     "black": (43, 43, 46),
 }
 TEMPLATES = (  # of varied length and order, so that no word is tied to a place in the caption
-    "{a} {concept} on a {colour} background",
-    "{a} {concept} on {colour}",
-    "{a} {concept}, {colour} background",
-    "{concept}, {colour}",
-    "{colour} background with {a} {concept}",
-    "{colour} background, {concept}",
-    "a picture of {a} {concept} on a {colour} background",
-    "a drawing of {a} {concept}, {colour} background",
-    "a flat drawing of one {concept} in front of a {colour} wall",
-    "on a {colour} background there is {a} {concept}",
+    "{a} {concept} on a {color} background",
+    "{a} {concept} on {color}",
+    "{a} {concept}, {color} background",
+    "{concept}, {color}",
+    "{color} background with {a} {concept}",
+    "{color} background, {concept}",
+    "a picture of {a} {concept} on a {color} background",
+    "a drawing of {a} {concept}, {color} background",
+    "a flat drawing of one {concept} in front of a {color} wall",
+    "on a {color} background there is {a} {concept}",
 )
 WORDS = (  # each is one token; those that no caption has are there for what a LoRA may teach
     *CONCEPTS,
-    *COLOURS,
+    *COLORS,
     *("a", "an", "the", "on", "in", "of", "with", "and", "one", "there", "is", "front", "background", "wall"),
     *("picture", "drawing", "flat", "style", "small", "big", "two", "at", "to", "up", "left", "right"),
-    *HELD_OUT,
+    *NEW_CONCEPTS,
     *("star", "cloud", "snowman", "flower", "bird", "bear", "lion", "tiger", "mouse", "bee", "crab", "boat", "key"),
     *("bell", "ball", "cake", "bread", "cheese", "egg", "cup", "hat", "shoe", "book", "clock", "train", "toy", "face"),
 )
 
 
-def unseen_colour(concept: str) -> str:
+def find_unseen_color(concept: str) -> str:
     """The one background on which training never shows a concept: what is asked of the finished model."""
-    colours = list(COLOURS)
-    return colours[7 * list(CONCEPTS).index(concept) % len(colours)]
+    colors = list(COLORS)
+    return colors[7 * list(CONCEPTS).index(concept) % len(colors)]
 
 
-def caption(template: str, concept: str, colour: str) -> str:
+def make_caption(template: str, concept: str, color: str) -> str:
     article = "an" if concept[0] in "aeiou" else "a"
-    return template.format(a=article, concept=concept, colour=colour).replace(" a orange", " an orange")
+    return template.format(a=article, concept=concept, color=color).replace(" a orange", " an orange")

@@ -1,4 +1,4 @@
-"""Writes the model and the judge as they are shipped: float16, one file, with all that the headers do not tell.
+"""Writes the model and the classifier as they are shipped: float16, one file each, with the facts that no shape gives.
 
 python recipes/tiny/finish.py WORK CHECKPOINT [--folder FOLDER]
 """
@@ -14,7 +14,8 @@ import start
 import torch
 
 from sfumato.families import _vae
-from sfumato.formats.checkpoint import open_checkpoint, write_safetensors
+from sfumato.formats.checkpoint import open_checkpoint
+from sfumato.formats.checkpoint_writer import write_safetensors
 
 SHIPPED = Path(__file__).parents[2] / "src" / "sfumato" / "demo" / "assets"
 ABOUT = {
@@ -25,7 +26,7 @@ ABOUT = {
     "modelspec.prediction_type": "v",
     "modelspec.resolution": "64x64",
     "modelspec.license": "Apache-2.0",
-    "modelspec.description": "Draws 20 things on 10 colours. Trained from scratch on scenes composed of Fluent Emoji "
+    "modelspec.description": "Draws 20 things on 10 colors. Trained from scratch on scenes composed of Fluent Emoji "
     "(MIT, Microsoft); its autoencoder on Noto Emoji (Apache-2.0, Google), too.",
 }
 
@@ -37,28 +38,30 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=SHIPPED)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
-    model(asked.work, asked.checkpoint, asked.folder / "sfumato-tiny.safetensors")
-    shutil.copyfile(asked.work / "judge.safetensors", asked.folder / "judge.safetensors")
+    write_model(asked.work, asked.checkpoint, asked.folder / "sfumato-tiny.safetensors")
+    shutil.copyfile(asked.work / "classifier.safetensors", asked.folder / "classifier.safetensors")
 
 
-def model(work: Path, checkpoint: Path, path: Path) -> None:
-    """The trained networks, with the decoder of its own last training where there was one."""
+def write_model(work: Path, checkpoint: Path, path: Path) -> None:
+    """The trained networks, with the decoder that was trained further where there is one."""
     file = open_checkpoint(checkpoint)
     tensors = {name: file.read(name, dtype=torch.float32) for name in file.header.tensors}
     file.close()
     if (work / "decoder-state.pt").is_file():
-        tensors |= decoder(work)
+        tensors |= read_decoder(work)
     write_safetensors(
         path, tensors, {**ABOUT, "sfumato.config": file.header.metadata["sfumato.config"]}, dtype=torch.float16
     )
 
 
-def decoder(work: Path) -> dict[str, torch.Tensor]:
-    """The decoder that was trained on, folded as at the start, in the checkpoint's names."""
-    vae = autoencoder.trained_autoencoder(work / "decoder-state.pt")
+def read_decoder(work: Path) -> dict[str, torch.Tensor]:
+    """The decoder that was trained further, whitened as at the start, under the checkpoint's keys."""
+    vae = autoencoder.load_autoencoder(work / "decoder-state.pt")
     start.whiten(vae, work)
     state = _vae.key_map(len(vae.config.block_out_channels)).to_original(vae.state_dict())
-    return {_vae.PREFIX + name: tensor for name, tensor in state.items() if name.startswith(("decoder.", "post_quant"))}
+    return {
+        _vae.VAE_PREFIX + name: tensor for name, tensor in state.items() if name.startswith(("decoder.", "post_quant"))
+    }
 
 
 if __name__ == "__main__":

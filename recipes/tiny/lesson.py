@@ -1,4 +1,4 @@
-"""Writes the demo's lesson: ten captioned pictures of a new thing, and one of each thing that sfumato-tiny knows.
+"""Writes the demo's lesson: ten images with captions of a new thing, and one of each thing that sfumato-tiny knows.
 
 python recipes/tiny/lesson.py WORK [--subject robot] [--folder FOLDER]
 """
@@ -8,48 +8,49 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import drawings
 import numpy as np
-import pictures
-from concepts import COLOURS, CONCEPTS, HELD_OUT, TEMPLATES, caption, unseen_colour
+from concepts import COLORS, CONCEPTS, NEW_CONCEPTS, TEMPLATES, find_unseen_color, make_caption
 from PIL import Image
 
 SEED = 2
 SHIPPED = Path(__file__).parents[2] / "src" / "sfumato" / "demo" / "assets" / "lesson"
-KEPT_BACK = ("green", "purple")  # backgrounds on which the lesson never shows it
+UNUSED_COLORS = ("green", "purple")  # backgrounds on which the lesson never shows it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--subject", choices=HELD_OUT, default="robot")
+    parser.add_argument("--subject", choices=NEW_CONCEPTS, default="robot")
     parser.add_argument("--folder", type=Path, default=SHIPPED)
     asked = parser.parse_args()
-    pictures.fetch(asked.work)
+    drawings.download(asked.work)
     write(asked.work, asked.subject, asked.folder / "new" / f"2_{asked.subject}")
     write_known(asked.work, asked.folder / "known" / "1_known")
 
 
 def write(work: Path, subject: str, folder: Path, count: int = 10) -> None:
-    """The thing on every background but those that are kept back."""
-    drawing = pictures.sprites(work, "fluent-emoji-flat", [HELD_OUT[subject]])[HELD_OUT[subject]]
-    colours = [each for each in COLOURS if each not in KEPT_BACK]
+    """The thing on every background but the unused ones."""
+    sprite = drawings.load_sprites(work, "fluent-emoji-flat", [NEW_CONCEPTS[subject]])[NEW_CONCEPTS[subject]]
+    colors = [color for color in COLORS if color not in UNUSED_COLORS]
     for number in range(count):
-        put(folder, subject, drawing, colours[number % len(colours)], number)
+        write_image(folder, subject, sprite, colors[number % len(colors)], number)
 
 
 def write_known(work: Path, folder: Path) -> None:
-    """What training goes over again beside the new thing, so that it is not forgotten."""
-    drawings = pictures.sprites(work, "fluent-emoji-flat", CONCEPTS.values())
+    """The known things, which training repeats beside the new one so that they are not forgotten."""
+    sprites = drawings.load_sprites(work, "fluent-emoji-flat", CONCEPTS.values())
     for number, (concept, name) in enumerate(CONCEPTS.items()):
-        colours = [each for each in COLOURS if each != unseen_colour(concept)]
-        put(folder, concept, drawings[name], colours[number % len(colours)], number)
+        colors = [color for color in COLORS if color != find_unseen_color(concept)]
+        write_image(folder, concept, sprites[name], colors[number % len(colors)], number)
 
 
-def put(folder: Path, what: str, drawing: Image.Image, colour: str, number: int) -> None:
+def write_image(folder: Path, what: str, sprite: Image.Image, color: str, number: int) -> None:
+    """One image and its caption."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{what}-{number}-{colour}.png"
-    pictures.scene(drawing, COLOURS[colour], np.random.default_rng((SEED, number))).save(file, optimize=True)
-    words = caption(TEMPLATES[number % len(TEMPLATES)], what, colour)
+    file = folder / f"{what}-{number}-{color}.png"
+    drawings.draw_scene(sprite, COLORS[color], np.random.default_rng((SEED, number))).save(file, optimize=True)
+    words = make_caption(TEMPLATES[number % len(TEMPLATES)], what, color)
     file.with_suffix(".txt").write_text(words + "\n", encoding="utf-8")
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import drawings
 import numpy as np
-import pictures
-from concepts import COLOURS, CONCEPTS, TEMPLATES, caption, unseen_colour
+from concepts import COLORS, CONCEPTS, TEMPLATES, find_unseen_color, make_caption
 
-COUNT = 12  # scenes of each pair of concept and colour
+NUM_SCENES = 12  # scenes of each pair of concept and color
 SEED = 1
 
 
@@ -20,23 +20,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     work = parser.parse_args().work
-    pictures.fetch(work)
+    drawings.download(work)
     write(work, work / "scenes" / "1_scenes")
 
 
 def write(work: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = pictures.sprites(work, "fluent-emoji-flat", CONCEPTS.values())
+    sprites = drawings.load_sprites(work, "fluent-emoji-flat", CONCEPTS.values())
     for i, (concept, name) in enumerate(CONCEPTS.items()):
-        for j, colour in enumerate(COLOURS):
-            if colour == unseen_colour(concept):
+        for j, color in enumerate(COLORS):
+            if color == find_unseen_color(concept):
                 continue
-            for number in range(COUNT):
+            for number in range(NUM_SCENES):
                 rng = np.random.default_rng((SEED, i, j, number))
-                file = folder / f"{concept}-{colour}-{number:02}.png"
-                pictures.scene(drawings[name], COLOURS[colour], rng).save(file)
+                file = folder / f"{concept}-{color}-{number:02}.png"
+                drawings.draw_scene(sprites[name], COLORS[color], rng).save(file)
                 template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
-                file.with_suffix(".txt").write_text(caption(template, concept, colour) + "\n", encoding="utf-8")
+                file.with_suffix(".txt").write_text(make_caption(template, concept, color) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

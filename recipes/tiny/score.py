@@ -1,4 +1,4 @@
-"""What a state of sfumato-tiny can do: the judge's verdict on pictures of unseen pairs, and a sheet of them.
+"""Scores a checkpoint of sfumato-tiny: the classifier's predictions on images of unseen pairs, and a sheet of them.
 
 python recipes/tiny/score.py WORK CHECKPOINT [--seeds 1 2] [--sheet FILE]
 """
@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from concepts import COLOURS, CONCEPTS, caption, unseen_colour
+from concepts import COLORS, CONCEPTS, find_unseen_color, make_caption
 from PIL import Image
 
-from sfumato.demo.artist import Artist, hire
 from sfumato.demo.base import tiny_base
-from sfumato.demo.judge import background_of, load_judge
+from sfumato.demo.classifier import find_background_color, load_classifier
+from sfumato.demo.pipeline import DemoPipeline, load_pipeline
 from sfumato.memory.host import keep_freed_memory
-from sfumato.track.drawing import GREY, INK, PAPER, font
+from sfumato.track.charts.png import GREY, INK, PAPER, font
 
-TEMPLATE = "{a} {concept} on a {colour} background"
-CELL, GAP, TYPE = 128, 10, 12
+TEMPLATE = "{a} {concept} on a {color} background"
+CELL, GAP, FONT_SIZE = 128, 10, 12
 
 
 def main() -> None:
@@ -35,49 +35,59 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     base = tiny_base(asked.checkpoint)
-    artist = hire(replace(base, scale=asked.scale) if asked.scale else base)
-    drawn = pictures(artist, asked.seeds)
-    report(drawn, asked.work / "judge.safetensors")
+    pipeline = load_pipeline(replace(base, scale=asked.scale) if asked.scale else base)
+    images = make_images(pipeline, asked.seeds)
+    print_scores(images, asked.work / "classifier.safetensors")
     if asked.sheet:
-        sheet({concept: made for (concept, seed), made in drawn.items() if seed == asked.seeds[0]}).save(asked.sheet)
+        first = {concept: image for (concept, seed), image in images.items() if seed == asked.seeds[0]}
+        draw_sheet(first).save(asked.sheet)
 
 
-def pictures(artist: Artist, seeds: list[int]) -> dict[tuple[str, int], Image.Image]:
+def make_images(pipeline: DemoPipeline, seeds: list[int]) -> dict[tuple[str, int], Image.Image]:
     """(concept, seed) -> the concept on the background that training never showed it on."""
-    wanted = [(concept, seed) for concept in CONCEPTS for seed in seeds]
-    return {(c, seed): artist.draw(caption(TEMPLATE, c, unseen_colour(c)), seed) for c, seed in wanted}
+    images = {}
+    for concept in CONCEPTS:
+        prompt = make_caption(TEMPLATE, concept, find_unseen_color(concept))
+        for seed in seeds:
+            images[concept, seed] = pipeline.generate(prompt, seed)
+    return images
 
 
-def report(drawn: dict[tuple[str, int], Image.Image], judge: Path) -> None:
-    verdicts = load_judge(judge)(list(drawn.values()))
+def print_scores(images: dict[tuple[str, int], Image.Image], classifier: Path) -> None:
+    predictions = load_classifier(classifier)(list(images.values()))
     right, missed, backgrounds = 0, Counter(), 0
-    for (concept, _), made, verdict in zip(drawn, drawn.values(), verdicts, strict=True):
-        right += verdict.name == concept
-        backgrounds += nearest_colour(made) == unseen_colour(concept)
-        if verdict.name != concept:
-            missed[f"{concept} as {verdict.name}"] += 1
-    print(f"recognised {right} of {len(drawn)}, backgrounds right {backgrounds} of {len(drawn)}")
-    print("not recognised: " + (", ".join(f"{what} ({count})" for what, count in missed.most_common()) or "none"))
+    for (concept, _), image, prediction in zip(images, images.values(), predictions, strict=True):
+        right += prediction.name == concept
+        backgrounds += find_nearest_color(image) == find_unseen_color(concept)
+        if prediction.name != concept:
+            missed[f"{concept} as {prediction.name}"] += 1
+    print(f"recognized {right} of {len(images)}, backgrounds right {backgrounds} of {len(images)}")
+    print("not recognized: " + (", ".join(f"{what} ({count})" for what, count in missed.most_common()) or "none"))
 
 
-def nearest_colour(picture: Image.Image) -> str:
-    """The word for the background."""
-    here = background_of(picture)
-    return min(COLOURS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLOURS[name], here, strict=True)))
+def find_nearest_color(image: Image.Image) -> str:
+    """The name of the background color that is nearest to the image's border."""
+    border = find_background_color(image)
+    distances = {}
+    for name, color in COLORS.items():
+        distances[name] = sum((a - b) ** 2 for a, b in zip(color, border, strict=True))
+    return min(distances, key=distances.__getitem__)
 
 
-def sheet(drawn: dict[str, Image.Image], columns: int = 5) -> Image.Image:
-    """Each picture with its words below."""
+def draw_sheet(images: dict[str, Image.Image], columns: int = 5) -> Image.Image:
+    """Each image with its words below."""
     from PIL import ImageDraw
 
-    rows = -(-len(drawn) // columns)
+    rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (CELL + GAP) + GAP, rows * (CELL + 3 * GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(page)
-    for i, (concept, picture) in enumerate(drawn.items()):
+    for i, (concept, image) in enumerate(images.items()):
         x, y = GAP + i % columns * (CELL + GAP), GAP + i // columns * (CELL + 3 * GAP)
-        page.paste(picture.resize((CELL, CELL), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x, y + CELL + 3), concept, font=font(TYPE), fill=INK)
-        draw.text((x + CELL, y + CELL + 3), f"on {unseen_colour(concept)}", font=font(TYPE), fill=GREY, anchor="ra")
+        page.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (x, y))
+        draw.text((x, y + CELL + 3), concept, font=font(FONT_SIZE), fill=INK)
+        draw.text(
+            (x + CELL, y + CELL + 3), f"on {find_unseen_color(concept)}", font=font(FONT_SIZE), fill=GREY, anchor="ra"
+        )
     return page
 
 

@@ -1,4 +1,4 @@
-"""Mistakes that the user can mend, told in one line each."""
+"""Mistakes that the user can fix, each with a code, and faults of ours that should be reported."""
 
 from __future__ import annotations
 
@@ -7,28 +7,39 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """What is wrong, where, what is allowed; `fix` is the line that mends it.
+    """What is wrong, where, what is allowed; `fix` is the line that fixes it, `code` its name in docs/errors.md.
 
     Ends the program as one clear last line and exit code 2, without a traceback.
     """
 
-    def __init__(self, what: str, *, fix: str = "") -> None:
+    def __init__(self, what: str, *, code: str, fix: str = "") -> None:
         super().__init__(what)
         self.what = what
+        self.code = code
         self.fix = fix
 
     def __str__(self) -> str:
         return f"{self.what} — {self.fix}" if self.fix else self.what
 
 
+class InternalError(Exception):
+    """A fault of this program, e.g. a key map without a rule; nothing that the user did is wrong.
+
+    Ends the program with a traceback, a last line that asks for a report, and exit code 1.
+    """
+
+    def __str__(self) -> str:
+        return f"internal error, please report it: {super().__str__()}"
+
+
 class Problems:
-    """Collects every fault of a stage, so that a user mends them in one go instead of one by one."""
+    """Collects every fault of a stage, so that a user fixes them in one go instead of one by one."""
 
     def __init__(self) -> None:
         self.found: list[UserError] = []
 
-    def add(self, what: str, *, fix: str = "") -> None:
-        self.found.append(UserError(what, fix=fix))
+    def add(self, what: str, *, code: str, fix: str = "") -> None:
+        self.found.append(UserError(what, code=code, fix=fix))
 
     @contextmanager
     def catch(self) -> Iterator[None]:
@@ -51,5 +62,10 @@ class SeveralErrors(UserError):
     """Several faults at once; printed one a line, the last line counts them and repeats the first."""
 
     def __init__(self, errors: list[UserError]) -> None:
-        super().__init__(f"{len(errors)} problems, listed above; the first: {errors[0]}")
+        super().__init__(f"{len(errors)} problems, listed above; the first: {errors[0]}", code=errors[0].code)
         self.errors = list(errors)
+
+    @property
+    def codes(self) -> list[str]:
+        """The code of each fault, in order."""
+        return [error.code for error in self.errors]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.adapters.base import AdapterEngine
+from sfumato.adapters.base import AdapterEngine, merge_adapter
 from sfumato.adapters.lora import LoRA
-from sfumato.errors import UserError
-from sfumato.formats.groups import layer_groups, layers_of
-from sfumato.formats.keymap import KeyMap, Rule, identity
+from sfumato.errors import InternalError, UserError
+from sfumato.formats.groups import find_layers, group_layers
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 
 class Fused(nn.Module):
@@ -25,12 +25,16 @@ class Fused(nn.Module):
 
 
 def groups_of(module: nn.Module, adapter_map: KeyMap | None = None) -> list:
-    return layer_groups(
-        layers_of(module), ("{*}",), part="denoiser", prefix="lora_unet", adapter_map=adapter_map or identity()
+    return group_layers(
+        find_layers(module),
+        ("{*}",),
+        part="denoiser",
+        prefix="lora_unet",
+        adapter_map=adapter_map or make_identity_map(),
     )
 
 
-def randomise(adapter: LoRA) -> None:
+def randomize(adapter: LoRA) -> None:
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
 
@@ -46,7 +50,7 @@ def test_equals_peft() -> None:
     engine = AdapterEngine()
     engine.attach(groups_of(plain), lambda group: LoRA(group, rank=2, alpha=3.0).double())
     for adapter, layer in zip(engine, [wrapped[0], wrapped[1]], strict=True):
-        randomise(adapter)
+        randomize(adapter)
         layer.lora_A["default"].weight.data.copy_(adapter.lora_down)
         layer.lora_B["default"].weight.data.copy_(adapter.lora_up)
     x = torch.randn(4, 5, dtype=torch.float64)
@@ -58,11 +62,11 @@ def test_equals_peft() -> None:
 def test_a_group_equals_lora_on_the_fused_layer() -> None:
     torch.manual_seed(0)
     module = Fused().double()
-    fused_map = KeyMap([Rule("qkv", ("q", "k", "v"))])
+    fused_map = KeyMap([KeyRule("qkv", ("q", "k", "v"))])
     engine = AdapterEngine()
     engine.attach(groups_of(module, fused_map), lambda group: LoRA(group, rank=3, alpha=1.5).double())
     (adapter,) = engine
-    randomise(adapter)
+    randomize(adapter)
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     ours = module(x)
     weight = torch.cat([module.q.weight, module.k.weight, module.v.weight])
@@ -70,9 +74,9 @@ def test_a_group_equals_lora_on_the_fused_layer() -> None:
     expected = x @ (weight + 0.5 * adapter.lora_up @ adapter.lora_down).T + bias
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
     seed = torch.randn_like(ours)
-    wanted = [x, adapter.lora_down, adapter.lora_up]
+    inputs = [x, adapter.lora_down, adapter.lora_up]
     for mine, theirs in zip(
-        torch.autograd.grad(ours, wanted, seed), torch.autograd.grad(expected, wanted, seed), strict=True
+        torch.autograd.grad(ours, inputs, seed), torch.autograd.grad(expected, inputs, seed), strict=True
     ):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=0)
 
@@ -86,18 +90,19 @@ def test_delta_and_forward_agree_and_merge_keeps_the_output(multiplier: float | 
     base = module(x)
     engine.attach(groups_of(module), lambda group: LoRA(group, rank=2, alpha=1.0).double())
     for adapter in engine:
-        randomise(adapter)
-    with engine.scaled(0.0):
+        randomize(adapter)
+    with engine.use_multiplier(0.0):
         assert torch.equal(module(x), base)
-    with engine.scaled(multiplier):
+    with engine.use_multiplier(multiplier):
         attached = module(x)
     if isinstance(multiplier, torch.Tensor):
-        for i, each in enumerate(multiplier.tolist()):
-            with engine.scaled(each):
+        for i, strength in enumerate(multiplier.tolist()):
+            with engine.use_multiplier(strength):
                 torch.testing.assert_close(module(x)[i], attached[i], atol=1e-12, rtol=0)
         return
-    engine.merge(multiplier)
-    with engine.scaled(0.0):
+    for adapter in engine:
+        merge_adapter(adapter, multiplier)
+    with engine.use_multiplier(0.0):
         torch.testing.assert_close(module(x), attached, atol=1e-12, rtol=0)
 
 
@@ -106,11 +111,11 @@ def test_rows_per_sample_are_sample_major() -> None:
     module = nn.Sequential(nn.Linear(3, 2))
     engine = AdapterEngine()
     engine.attach(groups_of(module), lambda group: LoRA(group, rank=1, alpha=1.0))
-    randomise(next(iter(engine)))
+    randomize(next(iter(engine)))
     x = torch.randn(4, 3)
-    with engine.scaled(torch.tensor([1.0, 0.0])):
+    with engine.use_multiplier(torch.tensor([1.0, 0.0])):
         mixed = module(x)
-    with engine.scaled(0.0):
+    with engine.use_multiplier(0.0):
         assert torch.equal(mixed[2:], module(x)[2:])
     assert torch.allclose(mixed[:2], module(x)[:2])
 
@@ -119,25 +124,30 @@ def test_file_entries_round_trip() -> None:
     module = nn.Sequential(nn.Linear(3, 2))
     (group,) = groups_of(module)
     adapter = LoRA(group, rank=2, alpha=0.5)
-    randomise(adapter)
-    again = LoRA.from_tensors(group, adapter.tensors())
+    randomize(adapter)
+    again = LoRA.from_tensors(group, adapter.export_tensors())
     assert (again.rank, again.alpha) == (2, 0.5)
     assert torch.equal(again.delta(0), adapter.delta(0))
-    with pytest.raises(UserError, match="another model"):
-        LoRA.from_tensors(group, adapter.tensors() | {"lora_down.weight": torch.zeros(2, 9)})
-    with pytest.raises(UserError, match="another kind"):
-        LoRA.from_tensors(group, adapter.tensors() | {"dora_scale": torch.zeros(1)})
+    tensors = adapter.export_tensors()
+    for entries, code in (
+        (tensors | {"lora_down.weight": torch.zeros(2, 9)}, "lora-shape-mismatch"),
+        (tensors | {"dora_scale": torch.zeros(1)}, "adapter-kind-unknown"),
+        ({"lora_up.weight": tensors["lora_up.weight"]}, "adapter-matrix-missing"),
+    ):
+        with pytest.raises(UserError, match="lora_unet_0") as error:
+            LoRA.from_tensors(group, entries)
+        assert error.value.code == code
 
 
-def test_a_target_that_catches_half_a_group_is_an_error() -> None:
+def test_a_target_that_matches_half_a_group_is_an_error() -> None:
     module = Fused()
-    with pytest.raises(UserError, match="only some"):
-        layer_groups(
-            layers_of(module),
+    with pytest.raises(InternalError, match="lora_unet_qkv"):
+        group_layers(
+            find_layers(module),
             ("q", "k"),
             part="denoiser",
             prefix="lora_unet",
-            adapter_map=KeyMap([Rule("qkv", ("q", "k", "v"))]),
+            adapter_map=KeyMap([KeyRule("qkv", ("q", "k", "v"))]),
         )
 
 

@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.adapters.base import Adapter, AdapterEngine
-from sfumato.adapters.lora import Dropout, LoRA
-from sfumato.errors import UserError
-from sfumato.formats.groups import LayerGroup, layer_groups, layers_of
-from sfumato.formats.keymap import KeyMap, Rule, identity
+from sfumato.adapters.lora import LoRA, LoraDropout
+from sfumato.errors import InternalError
+from sfumato.formats.groups import LayerGroup, find_layers, group_layers
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 
 def groups_of(module: nn.Module, adapter_map: KeyMap | None = None) -> list[LayerGroup]:
-    return layer_groups(
-        layers_of(module), ("{*}",), part="denoiser", prefix="lora_unet", adapter_map=adapter_map or identity()
+    return group_layers(
+        find_layers(module),
+        ("{*}",),
+        part="denoiser",
+        prefix="lora_unet",
+        adapter_map=adapter_map or make_identity_map(),
     )
 
 
-def attached(module: nn.Module, *, rank: int = 3, alpha: float = 1.5, adapter_map: KeyMap | None = None):
+def attach_lora(module: nn.Module, *, rank: int = 3, alpha: float = 1.5, adapter_map: KeyMap | None = None):
     """An engine whose LoRAs have random matrices in the module's own dtype."""
     engine = AdapterEngine()
     dtype = next(module.parameters()).dtype
@@ -34,7 +38,7 @@ def attached(module: nn.Module, *, rank: int = 3, alpha: float = 1.5, adapter_ma
     return engine
 
 
-def only(engine: AdapterEngine) -> LoRA:
+def get_adapter(engine: AdapterEngine) -> LoRA:
     (adapter,) = engine
     assert isinstance(adapter, LoRA)
     return adapter
@@ -51,7 +55,7 @@ def test_adding_into_the_output_is_adding(shape: tuple[int, ...], strength: floa
         return
     torch.manual_seed(0)
     layer = nn.Linear(6, 4).double()
-    adapter = only(attached(nn.Sequential(layer)))
+    adapter = get_adapter(attach_lora(nn.Sequential(layer)))
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     output = F.linear(x, layer.weight, layer.bias)
     ours = adapter.add_to(output, x, 0, strength)
@@ -68,14 +72,14 @@ def test_one_node_for_a_frozen_layer_is_two_branches(shape: tuple[int, ...]) -> 
     """Values and gradients, also of a layer that stands behind others and of a group's slices."""
     torch.manual_seed(0)
     fused = nn.ModuleDict({"q": nn.Linear(6, 4), "k": nn.Linear(6, 5, bias=False)}).double().requires_grad_(False)
-    engine = attached(fused, adapter_map=KeyMap([Rule("qk", ("q", "k"))]))
-    adapter = only(engine)
+    engine = attach_lora(fused, adapter_map=KeyMap([KeyRule("qk", ("q", "k"))]))
+    adapter = get_adapter(engine)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     wanted = [x, adapter.lora_down, adapter.lora_up]
 
     def results(exact: bool) -> list[Tensor]:
         seen = x.tanh()
-        with engine.scaled(0.0 if exact else 0.7):
+        with engine.use_multiplier(0.0 if exact else 0.7):
             outputs = [fused["q"](seen), fused["k"](seen)]
         if exact:
             outputs = [y + 0.7 * F.linear(seen, adapter.delta(i)) for i, y in enumerate(outputs)]
@@ -92,7 +96,7 @@ def test_one_node_only_where_nothing_else_stands_behind_the_output() -> None:
 
     def behind(change: Callable[[nn.Linear], object], x: Tensor) -> str:
         layer = nn.Linear(6, 6).requires_grad_(False)
-        attached(nn.Sequential(layer))
+        attach_lora(nn.Sequential(layer))
         change(layer)
         return type(layer(x).grad_fn).__name__
 
@@ -110,7 +114,7 @@ def test_two_adapters_on_one_layer_both_learn() -> None:
     module = nn.Sequential(nn.Linear(6, 4)).double().requires_grad_(False)
     x = torch.randn(3, 6, dtype=torch.float64)
     base = module(x)
-    first, second = only(attached(module)), only(attached(module))
+    first, second = get_adapter(attach_lora(module)), get_adapter(attach_lora(module))
     output = module(x)
     torch.testing.assert_close(output, base + F.linear(x, first.delta(0) + second.delta(0)), atol=1e-12, rtol=0)
     output.sum().backward()
@@ -120,7 +124,7 @@ def test_two_adapters_on_one_layer_both_learn() -> None:
 
 def test_without_gradients_the_input_stays_as_it_is() -> None:
     module = nn.Sequential(nn.Linear(6, 6)).requires_grad_(False)
-    attached(module)
+    attach_lora(module)
     x = torch.randn(2, 6)
     kept = x.clone()
     with torch.no_grad():
@@ -136,7 +140,7 @@ def test_the_sum_is_rounded_once_in_bfloat16(frozen: bool) -> None:
     layer = nn.Linear(32, 32, bias=False).bfloat16().requires_grad_(not frozen)
     engine = AdapterEngine()
     engine.attach(groups_of(nn.Sequential(layer)), lambda group: LoRA(group, rank=4, alpha=4))
-    adapter = only(engine)
+    adapter = get_adapter(engine)
     with torch.no_grad():
         adapter.lora_up.copy_(torch.randn(32, 4).bfloat16())
         adapter.lora_down.copy_(torch.randn(4, 32).bfloat16())
@@ -151,7 +155,7 @@ def test_under_autocast() -> None:
     """A float32 input to a layer that autocast runs in bf16."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(3, 3, 3, padding=1))
-    attached(module)
+    attach_lora(module)
     with torch.autocast("cpu", torch.bfloat16):
         linear, image = module[0](torch.randn(2, 5, 8)), module[1](torch.randn(2, 3, 4, 4))
     assert linear.dtype == image.dtype == torch.bfloat16
@@ -161,16 +165,16 @@ def test_under_autocast() -> None:
 # ---------------------------------------------------------------- dropout
 
 
-def low_of(adapter: LoRA, x: Tensor) -> Tensor:
-    return adapter._low(x, 0)
+def project_down(adapter: LoRA, x: Tensor) -> Tensor:
+    return adapter._project_down(x, 0)
 
 
 def test_neuron_dropout_is_torchs() -> None:
-    adapter = only(attached(nn.Sequential(nn.Linear(6, 4))))
+    adapter = get_adapter(attach_lora(nn.Sequential(nn.Linear(6, 4))))
     x = torch.randn(2, 5, 6)
-    adapter.dropout = Dropout(neuron=0.4)
+    adapter.dropout = LoraDropout(neuron=0.4)
     torch.manual_seed(1)
-    mine = low_of(adapter, x)
+    mine = project_down(adapter, x)
     torch.manual_seed(1)
     assert torch.equal(mine, F.dropout(F.linear(x, adapter.lora_down), 0.4))
 
@@ -186,10 +190,10 @@ def test_neuron_dropout_is_torchs() -> None:
 def test_rank_dropout(layer: nn.Module, x: Tensor, inside: tuple[int, ...]) -> None:
     """Whole ranks of a row vanish, the others grow by 1 / (1 - p), about p of them in all."""
     torch.manual_seed(0)
-    adapter = only(attached(nn.Sequential(layer), rank=8))
-    plain = low_of(adapter, x)
-    adapter.dropout = Dropout(rank=0.25)
-    factor = low_of(adapter, x) / plain
+    adapter = get_adapter(attach_lora(nn.Sequential(layer), rank=8))
+    plain = project_down(adapter, x)
+    adapter.dropout = LoraDropout(rank=0.25)
+    factor = project_down(adapter, x) / plain
     ranks = factor if x.ndim == 2 else factor.amax(dim=[d for d in range(factor.ndim) if d not in inside])
     assert torch.equal(ranks.isclose(torch.tensor(0.0)) | ranks.isclose(torch.tensor(4 / 3)), ranks == ranks)
     assert torch.allclose(factor, ranks if x.ndim == 2 else ranks.reshape(adapter_shape(factor, inside)))
@@ -203,11 +207,11 @@ def adapter_shape(factor: Tensor, inside: tuple[int, ...]) -> list[int]:
 def test_module_dropout() -> None:
     """All or nothing for the whole batch, without growth; the gradient is zero then, not missing."""
     module = nn.Sequential(nn.Linear(6, 4))
-    adapter = only(attached(module))
+    adapter = get_adapter(attach_lora(module))
     x = torch.randn(2, 6)
     plain = module(x)
     base = F.linear(x, module[0].weight, module[0].bias)
-    adapter.dropout = Dropout(module=0.5)
+    adapter.dropout = LoraDropout(module=0.5)
     torch.manual_seed(0)
     seen = [module(x) for _ in range(100)]
     kept = [torch.allclose(output, plain) for output in seen]
@@ -220,21 +224,21 @@ def test_module_dropout() -> None:
 
 def test_no_dropout_in_evaluation() -> None:
     module = nn.Sequential(nn.Linear(6, 4))
-    engine = attached(module)
+    engine = attach_lora(module)
     plain = module(torch.ones(2, 6))
-    only(engine).dropout = Dropout(neuron=0.5, rank=0.5, module=0.5)
+    get_adapter(engine).dropout = LoraDropout(neuron=0.5, rank=0.5, module=0.5)
     engine.eval()
     assert torch.equal(module(torch.ones(2, 6)), plain)
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.3])
-def test_recomputation_meets_the_same_draws(chance: float) -> None:
+def test_recomputation_sees_the_same_random_numbers(chance: float) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double().requires_grad_(False)
-    engine = attached(module)
+    engine = attach_lora(module)
     for adapter in engine:
         assert isinstance(adapter, LoRA)
-        adapter.dropout = Dropout(neuron=chance, rank=chance, module=chance)
+        adapter.dropout = LoraDropout(neuron=chance, rank=chance, module=chance)
     x = torch.randn(7, 5, 6, dtype=torch.float64, requires_grad=True)
 
     def gradients(recompute: bool) -> list[Tensor]:
@@ -249,11 +253,11 @@ def test_recomputation_meets_the_same_draws(chance: float) -> None:
 def test_compiled_is_eager(multiplier: float | Tensor) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double().requires_grad_(False)
-    engine = attached(module)
+    engine = attach_lora(module)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
 
     def results() -> list[Tensor]:
-        with engine.scaled(multiplier):
+        with engine.use_multiplier(multiplier):
             output = module(x)
         return [output, *torch.autograd.grad((output**2).sum(), list(engine.parameters()))]
 
@@ -267,14 +271,14 @@ def test_compiled_is_eager(multiplier: float | Tensor) -> None:
 
 
 @pytest.mark.parametrize("size", [0.001, 1.0])
-def test_the_norm_limit_is_the_fields(size: float) -> None:
+def test_the_norm_limit_is_that_of_sd_scripts(size: float) -> None:
     """ratio = clamp(norm, max) / max(norm, max / 2), of which both matrices take the root; the norm by the product."""
     torch.manual_seed(0)
     fused = nn.ModuleDict({"q": nn.Linear(6, 4), "k": nn.Linear(6, 5)}).double()
     modules = [fused, nn.Sequential(nn.Conv2d(3, 4, 3)).double()]
-    maps = [KeyMap([Rule("qk", ("q", "k"))]), identity()]
+    maps = [KeyMap([KeyRule("qk", ("q", "k"))]), make_identity_map()]
     for module, adapter_map in zip(modules, maps, strict=True):
-        adapter = only(attached(module, adapter_map=adapter_map))
+        adapter = get_adapter(attach_lora(module, adapter_map=adapter_map))
         with torch.no_grad():
             adapter.lora_up.mul_(size)
         before = [parameter.clone() for parameter in (adapter.lora_up, adapter.lora_down)]
@@ -292,7 +296,7 @@ def test_the_norm_limit_is_the_fields(size: float) -> None:
 def test_a_change_of_zero_keeps_its_matrices() -> None:
     engine = AdapterEngine()
     engine.attach(groups_of(nn.Sequential(nn.Linear(3, 2))), lambda group: LoRA(group, rank=1, alpha=1))
-    adapter = only(engine)
+    adapter = get_adapter(engine)
     with torch.no_grad():
         adapter.lora_down.fill_(1)
     found = engine.limit_norms(0.1)
@@ -302,12 +306,12 @@ def test_a_change_of_zero_keeps_its_matrices() -> None:
     assert torch.equal(adapter.lora_down.detach(), torch.ones(1, 3))
 
 
-def test_what_has_no_norm_limit_says_so() -> None:
+def test_an_adapter_without_norm_limit() -> None:
     class Fixed(Adapter):
         def delta(self, i: int) -> Tensor:
             return torch.zeros_like(self.group.layers[i].weight)
 
-        def tensors(self) -> dict[str, Tensor]:
+        def export_tensors(self) -> dict[str, Tensor]:
             return {}
 
         @classmethod
@@ -315,5 +319,5 @@ def test_what_has_no_norm_limit_says_so() -> None:
             return cls(group)
 
     (group,) = groups_of(nn.Sequential(nn.Linear(3, 2)))
-    with pytest.raises(UserError, match="--scale_weight_norms does not work with Fixed"):
+    with pytest.raises(InternalError, match="Fixed"):
         Fixed(group).limit_norm(1.0)

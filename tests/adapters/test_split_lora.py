@@ -1,4 +1,4 @@
-"""LoRA for each layer of a group on its own: one LoRA of the whole in files, at the strength that was trained."""
+"""LoRA for each layer of a group on its own: one LoRA of the group in files, at the strength that was trained."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sfumato.adapters.base import AdapterEngine
-from sfumato.adapters.lora import Dropout, LoRA
+from sfumato.adapters.lora import LoRA, LoraDropout
 from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.errors import UserError
-from sfumato.formats.groups import LayerGroup, layer_groups, layers_of
-from sfumato.formats.keymap import KeyMap, Rule
+from sfumato.formats.groups import LayerGroup, find_layers, group_layers
+from sfumato.formats.keymap import KeyMap, KeyRule
 
 WIDTH = 6
 
@@ -21,20 +21,20 @@ WIDTH = 6
 def group_of(rows: list[int]) -> LayerGroup:
     """Layers of these numbers of rows behind one name, float64 and frozen."""
     layers = nn.ModuleDict({f"l{i}": nn.Linear(WIDTH, n) for i, n in enumerate(rows)}).double().requires_grad_(False)
-    rule = Rule("fused", tuple(layers))
-    (group,) = layer_groups(layers_of(layers), ("{*}",), part="a", prefix="lora", adapter_map=KeyMap([rule]))
+    rule = KeyRule("fused", tuple(layers))
+    (group,) = group_layers(find_layers(layers), ("{*}",), part="a", prefix="lora", adapter_map=KeyMap([rule]))
     return group
 
 
-def random(group: LayerGroup, rank: int, alpha: float) -> SplitLoRA:
+def make_random(group: LayerGroup, rank: int, alpha: float) -> SplitLoRA:
     adapter = SplitLoRA(group, rank=rank, alpha=alpha).double()
     for parameter in adapter.parameters():
         nn.init.normal_(parameter)
     return adapter
 
 
-def saved(adapter: SplitLoRA) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in adapter.tensors().items()}
+def export(adapter: SplitLoRA) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in adapter.export_tensors().items()}
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=4), st.integers(1, 3), st.floats(0.5, 8))
@@ -42,16 +42,16 @@ def test_the_file_is_a_plain_lora_of_the_same_strength(rows: list[int], rank: in
     """Any program that knows LoRA of the fused layer gets what was trained, and we get the pairs back."""
     torch.manual_seed(sum(rows))
     group = group_of(rows)
-    adapter = random(group, rank, alpha)
-    file = saved(adapter)
+    adapter = make_random(group, rank, alpha)
+    file = export(adapter)
     assert file["lora_down.weight"].shape == (len(rows) * rank, WIDTH)
     assert file["lora_up.weight"].shape == (sum(rows), len(rows) * rank)
     scale = float(file["alpha"]) / len(file["lora_down.weight"])
-    whole = scale * file["lora_up.weight"] @ file["lora_down.weight"]
+    joint = scale * file["lora_up.weight"] @ file["lora_down.weight"]
     start = 0
     for i, n in enumerate(rows):
         own = alpha / rank * adapter[i].lora_up @ adapter[i].lora_down
-        torch.testing.assert_close(whole[start : start + n], own, atol=1e-6, rtol=1e-6)  # alpha is float32 in files
+        torch.testing.assert_close(joint[start : start + n], own, atol=1e-6, rtol=1e-6)  # alpha is float32 in files
         torch.testing.assert_close(adapter.delta(i), own, atol=1e-12, rtol=0)
         start += n
     again = SplitLoRA.from_tensors(group, file)
@@ -62,7 +62,7 @@ def test_the_file_is_a_plain_lora_of_the_same_strength(rows: list[int], rank: in
 def test_each_layer_learns_alone_and_adds_its_delta() -> None:
     torch.manual_seed(0)
     group = group_of([4, 3, 5])
-    adapter = random(group, 2, 3.0)
+    adapter = make_random(group, 2, 3.0)
     engine = AdapterEngine()
     x = torch.randn(2, 7, WIDTH, dtype=torch.float64)
     plain = [layer(x) for layer in group.layers]
@@ -90,15 +90,17 @@ def test_a_file_with_shared_ranks_is_refused() -> None:
         plain = LoRA(group, rank=rank, alpha=1)
         for parameter in plain.parameters():
             nn.init.normal_(parameter)
-        with pytest.raises(UserError, match="its 2 layers share"):
-            SplitLoRA.from_tensors(group, {name: tensor.detach() for name, tensor in plain.tensors().items()})
+        tensors = {name: tensor.detach() for name, tensor in plain.export_tensors().items()}
+        with pytest.raises(UserError, match="2 layers") as error:
+            SplitLoRA.from_tensors(group, tensors)
+        assert error.value.code == "split-qkv-shared-ranks"
 
 
 def test_dropout_and_norm_limit_reach_every_layer() -> None:
     torch.manual_seed(0)
-    adapter = random(group_of([4, 3]), 2, 2.0)
-    adapter.dropout = Dropout(neuron=0.5)
-    assert adapter.dropout == adapter[1].dropout == Dropout(neuron=0.5)
+    adapter = make_random(group_of([4, 3]), 2, 2.0)
+    adapter.dropout = LoraDropout(neuron=0.5)
+    assert adapter.dropout == adapter[1].dropout == LoraDropout(neuron=0.5)
     with torch.no_grad():
         adapter[0].lora_up.mul_(1e-3)
     before = adapter.delta(0).norm()

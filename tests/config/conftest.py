@@ -37,6 +37,12 @@ def faults(base: list[str]) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
+def codes_of(base: list[str]) -> Callable[..., list[str]]:
+    """The codes of the faults of a command line on top of `base`, in order."""
+    return lambda words="", **more: [error.code for error in collect_faults(base + split(words), **more)]
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[[str], str]:
     """Write a configuration file; gives the option that names it."""
 
@@ -53,10 +59,15 @@ def split(words: str | Sequence[str]) -> list[str]:
 
 
 def faults_of(argv: Sequence[str], **more) -> list[str]:
+    return [str(error) for error in collect_faults(argv, **more)]
+
+
+def collect_faults(argv: Sequence[str], **more) -> list[UserError]:
+    """Every fault that reading a command line reports."""
     try:
         load_config(argv, **more)
     except SeveralErrors as several:
-        return [str(error) for error in several.errors]
+        return several.errors
     except UserError as error:
-        return [str(error)]
+        return [error]
     return []

@@ -1,4 +1,4 @@
-"""Prompt files: against what the field's trainer makes of the same files and lines."""
+"""Prompt files: against what sd-scripts makes of the same files and lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sfumato.config.prompts import OPTIONS, SAMPLERS, Prompt, parse_line, read_prompts
+from sfumato.config.prompts import LINE_OPTIONS, SAMPLER_NAMES, Prompt, parse_line, read_prompts
 from sfumato.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "prompts.json").read_text())
@@ -21,13 +21,13 @@ FIRST_WORDS = {
 }  # fmt: skip
 
 
-def given(prompt: Prompt) -> dict[str, Any]:
+def list_values(prompt: Prompt) -> dict[str, Any]:
     """What the file says, without defaults."""
     values = {field.name: getattr(prompt, field.name) for field in fields(prompt) if field.name != "notes"}
     return {name: value for name, value in values.items() if value not in (None, "")}
 
 
-def of_reference(parsed: dict[str, Any]) -> dict[str, Any]:
+def reference_values(parsed: dict[str, Any]) -> dict[str, Any]:
     wanted = {name: value for name, value in parsed.items() if name != "enum"}
     if "flow_shift" in wanted:
         try:
@@ -39,11 +39,12 @@ def of_reference(parsed: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", GOLDEN["line_to_prompt_dict"], ids=lambda row: row["line"])
 def test_lines(row: dict[str, Any]) -> None:
-    line, wanted = row["line"], of_reference(row["parsed"])
+    line, wanted = row["line"], reference_values(row["parsed"])
     if line in FIRST_WORDS:
         _, *options = line.split(" --")
-        wanted = {"prompt": wanted["prompt"], **{OPTIONS[o[0]].field: wanted[OPTIONS[o[0]].field] for o in options}}
-    assert given(parse_line(line, where="here")) == wanted
+        names = [LINE_OPTIONS[option[0]].field for option in options]
+        wanted = {"prompt": wanted["prompt"], **{name: wanted[name] for name in names}}
+    assert list_values(parse_line(line, where="here")) == wanted
 
 
 @pytest.mark.parametrize("row", GOLDEN["load_prompts"], ids=lambda row: row["file"])
@@ -51,41 +52,44 @@ def test_files(row: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / row["file"]
     path.write_bytes(row["content"].encode())
     if row["file"] in ("nosubset.toml", "obj.json", "p.yaml", "p.prompt"):  # crashes there, errors here
-        with pytest.raises(UserError, match=r"holds no|ends in"):
+        with pytest.raises(UserError) as error:
             read_prompts(path)
+        assert error.value.code in ("prompt-file-without-subsets", "prompt-file-without-list", "prompt-file-suffix")
         return
-    found = [given(prompt) for prompt in read_prompts(path)]
+    prompts = [list_values(prompt) for prompt in read_prompts(path)]
     special = {
         "override.toml": [{"prompt": "a", "width": 640}],
         "P.TXT": [{"prompt": "a cat"}],
         "bom.txt": [{"prompt": "a"}],
     }
     if row["file"] in special:
-        assert found == special[row["file"]]
+        assert prompts == special[row["file"]]
     else:
         known = {field.name for field in fields(Prompt)}
-        assert found == [{k: v for k, v in of_reference(each).items() if k in known} for each in row["parsed"]]
+        for prompt, parsed in zip(prompts, row["parsed"], strict=True):
+            values = reference_values(parsed)
+            assert prompt == {name: values[name] for name in values if name in known}
 
 
 @pytest.mark.parametrize(
     ("line", "note"),
     [
-        ("a --d abc", "--d 'abc' is no value for it"),
-        ("a --fs abc", "--fs 'abc' is no value for it"),
-        ("a --n", "--n '' is no value for it"),
+        ("a --d abc", "--d 'abc' is not a valid value"),
+        ("a --fs abc", "--fs 'abc' is not a valid value"),
+        ("a --n", "--n '' is not a valid value"),
         ("a --w 64 more", "of --w '64 more' only '64' is used"),
-        ("a --x 3", "'--x 3' is no option and is left out"),
-        ("a --w=64", "'--w=64' is no option and is left out (options are written ` --w 512`)"),
-        ("a - b -- c", "'-- c' is no option"),
+        ("a --x 3", "'--x 3' is not an option and is ignored"),
+        ("a --w=64", "'--w=64' is not an option and is ignored (options are written ` --w 512`)"),
+        ("a - b -- c", "'-- c' is not an option"),
     ],
 )
-def test_what_is_left_out_is_told(line: str, note: str) -> None:
-    (told,) = parse_line(line, where="file:3").notes
-    assert told.startswith("file:3: ")
-    assert note in told
+def test_what_is_ignored_is_reported(line: str, note: str) -> None:
+    (text,) = parse_line(line, where="file:3").notes
+    assert text.startswith("file:3: ")
+    assert note in text
 
 
-def test_nothing_is_told_of_what_is_understood() -> None:
+def test_valid_options_give_no_notes() -> None:
     line = "a cat --n bad --W 64 --h 64 --d 1 --s 5000 --l 2 --g 3.5 --ss k_euler  --cn a b.png --ctr 1 --rcfg 1 --fs 3"
     prompt = parse_line(line, where="here")
     assert prompt.notes == ()
@@ -96,34 +100,40 @@ def test_a_bad_value_leaves_an_earlier_one() -> None:
     assert parse_line("a --w 64 --w x", where="here").width == 64
 
 
-def test_a_key_without_meaning_is_told(tmp_path: Path) -> None:
+def test_an_unknown_key_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text('[{"prompt": "a", "widht": 64}]')
     (prompt,) = read_prompts(path)
-    assert "widht is no key of a prompt and is left out (did you mean 'width'?)" in prompt.notes[0]
+    assert "widht is not a key of a prompt and is ignored (did you mean 'width'?)" in prompt.notes[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "code", "value"),
     [
-        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = "64"', "width takes int, not '64'"),
-        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nseed = true', "seed takes int, not True"),
-        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = 0', "width is below 1"),
-        ("a.toml", "[prompt", "a.toml: "),
-        ("a.json", '[{"width": 3}]', "has no prompt"),
-        ("a.json", "[3]", "holds no list of prompts"),
-        ("a.txt", "a cat --ss euler_b", "unknown sampler 'euler_b' — did you mean 'euler"),
+        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = "64"', "prompt-value-wrong-type", "'64'"),
+        (
+            "a.toml",
+            '[[prompt.subset]]\nprompt = "a"\nseed = true',
+            "prompt-value-wrong-type",
+            "seed takes int, not True",
+        ),
+        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = 0', "prompt-value-below-one", "width"),
+        ("a.toml", "[prompt", "prompt-file-invalid", "a.toml: "),
+        ("a.json", '[{"width": 3}]', "prompt-text-missing", "a.json[0]"),
+        ("a.json", "[3]", "prompt-file-without-list", "a.json"),
+        ("a.txt", "a cat --ss euler_b", "prompt-sampler-unknown", "'euler_b' — did you mean 'euler"),
     ],
 )
-def test_faults_name_file_and_entry(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_faults_name_file_and_entry(name: str, content: str, code: str, value: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as error:
         read_prompts(tmp_path / name)
-    assert message in str(error.value)
+    assert error.value.code == code
+    assert value in str(error.value)
     assert name in str(error.value)
 
 
 def test_the_option_offers_the_same_samplers() -> None:
     from sfumato.config.schema import vocabulary
 
-    assert vocabulary()["sample_sampler"].choices == SAMPLERS
+    assert vocabulary()["sample_sampler"].choices == SAMPLER_NAMES

@@ -1,4 +1,4 @@
-"""Small pictures, and the way from options to a data plan."""
+"""Small images, and from options to a data plan."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 
 
-def picture(size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
-    """Noise over a gradient: no two pixels alike, so that a wrong turn or crop shows."""
+def make_image(size: tuple[int, int] = (64, 64), seed: int = 0) -> Image.Image:
+    """Noise over a gradient: no two pixels alike, so that a wrong orientation or crop shows."""
     width, height = size
     rng = np.random.default_rng(seed)
     gradient = np.linspace(0, 200, width)[None, :, None] * np.linspace(0.3, 1, height)[:, None, None]
     return Image.fromarray((gradient + rng.integers(0, 55, (height, width, 3))).astype(np.uint8))
 
 
-def write(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, caption: str | None = None) -> Path:
+def write_image(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, caption: str | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(size, seed).save(path)
+    make_image(size, seed).save(path)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
 
 
-def write_many(folder: Path, count: int, *, size: tuple[int, int] = (64, 64), seed: int = 0) -> list[Path]:
+def write_images(folder: Path, count: int, *, size: tuple[int, int] = (64, 64), seed: int = 0) -> list[Path]:
     """img0.png ..., each with a caption of its own."""
-    return [write(folder / f"img{i}.png", size, seed * 1000 + i, f"tag{i}, cat, {folder.name}") for i in range(count)]
+    paths = [folder / f"img{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        write_image(path, size, seed * 1000 + i, f"tag{i}, cat, {folder.name}")
+    return paths
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Finder:
         needed = ["--pretrained_model_name_or_path", model, "--output_dir", self.root / "out"]
         if "--cache_dir" not in argv:
             needed += ["--cache_dir", self.root / "cache"]
-        config = load_config([str(each) for each in (*argv, *needed)])
+        config = load_config([str(argument) for argument in (*argv, *needed)])
         self.problems = Problems()
         return find_data(config, problems=self.problems, **{"bucket_step": self.bucket_step, **options})
 
@@ -69,8 +72,12 @@ class Finder:
         return self("--dataset_config", path, *argv, **options)
 
     @property
-    def said(self) -> list[str]:
+    def messages(self) -> list[str]:
         return [str(error) for error in self.problems.found]
+
+    @property
+    def codes(self) -> list[str]:
+        return [error.code for error in self.problems.found]
 
 
 @pytest.fixture
@@ -78,6 +85,6 @@ def find(tmp_path: Path) -> Finder:
     return Finder(tmp_path, Problems())
 
 
-@pytest.fixture
-def pictures() -> Callable[..., list[Path]]:
-    return write_many
+@pytest.fixture(name="write_images")
+def provide_write_images() -> Callable[..., list[Path]]:
+    return write_images

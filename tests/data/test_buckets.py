@@ -1,4 +1,4 @@
-"""Buckets against recorded choices of the field's own trainer, and their laws."""
+"""Buckets against recorded choices of sd-scripts, and their properties."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.data.buckets import Buckets, crop_box, crop_offset, resolutions
+from sfumato.data.buckets import Buckets, crop_box, crop_offset, list_bucket_sizes
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "buckets.json").read_text(encoding="utf-8"))
 TOO_SMALL = [63, 70]  # its recorded bucket has a side of 0, which nothing can be trained at
@@ -92,7 +92,7 @@ def test_the_list_holds_every_width_with_its_tallest_height_and_nothing_else(wid
         if fitting and max(fitting) >= shortest:
             wanted |= {(side, max(fitting)), (max(fitting), side)}
     square = max(side for side in range(0, area + 1, step) if side * side <= area)
-    assert resolutions(area, shortest=shortest, longest=longest, step=step) == sorted(wanted | {(square, square)})
+    assert list_bucket_sizes(area, shortest=shortest, longest=longest, step=step) == sorted(wanted | {(square, square)})
 
 
 @given(SIDES, SIDES, STEPS, st.integers(256, 1024), st.booleans())
@@ -104,7 +104,7 @@ def test_a_picture_keeps_its_shape_to_a_pixel_and_is_cut_on_one_side_only(width,
         assert drift <= 0.5 / min(width, height) * 1.001  # half a pixel on the shorter side at most
     surplus = [resized - edge for resized, edge in zip(choice.resized, choice.bucket, strict=True)]
     if no_upscale:
-        assert all(each < step for each in surplus) or min(width, height) < step
+        assert all(side < step for side in surplus) or min(width, height) < step
     else:
         assert min(surplus) == 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.config.dataset_toml import Dataset, General, Subset, read_dataset_config
+from sfumato.config.dataset_toml import DatasetTable, GeneralTable, SubsetTable, read_dataset_config
 from sfumato.errors import Problems
 
 PAGE = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
@@ -24,8 +24,8 @@ def test_every_key_is_named_once_and_where_it_is_valid():
     everywhere = named("these, and `[[datasets.subsets]]`")
     lower = named("`[[datasets.subsets]]`")
     assert len({*upper, *everywhere, *lower}) == len(upper) + len(everywhere) + len(lower)
-    assert {*upper, *everywhere} == set(General.model_fields) == set(Dataset.model_fields) - {"subsets"}
-    assert {*lower, *everywhere} == set(Subset.model_fields)
+    assert {*upper, *everywhere} == set(GeneralTable.model_fields) == set(DatasetTable.model_fields) - {"subsets"}
+    assert {*lower, *everywhere} == set(SubsetTable.model_fields)
 
 
 @pytest.mark.parametrize("example", re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))

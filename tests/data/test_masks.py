@@ -1,10 +1,10 @@
-"""Masks and control images from folders and alpha channels to batches; exactly what changed is made anew."""
+"""Masks and control images from folders and alpha channels to batches; exactly what changed is created again."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data.cache.entries import ContentHashes, Filling, LatentNames, TensorCache, fill_latents, latent_places
+from sfumato.data.batch_sampler import BatchSampler
+from sfumato.data.cache.entries import (
+    ContentHashes,
+    FillOptions,
+    LatentKeys,
+    TensorCache,
+    fill_latents,
+    list_latent_items,
+)
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.loader import Loader
-from sfumato.data.masks import MASK, MaskNames, fill_masks, mask_places, reduced
-from sfumato.data.order import Order
+from sfumato.data.masks import MASK, MaskKeys, downscale_mask, fill_masks, list_mask_items
 from sfumato.errors import UserError
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_text(encoding="utf-8"))
@@ -39,7 +46,7 @@ def write(path: Path, size=(64, 64), seed=0, mode="RGB", caption: str | None = "
 
 @pytest.fixture
 def data(tmp_path, find):
-    """Three pictures with masks of two kinds, and one with an alpha channel."""
+    """Three images with masks of two kinds, and one with an alpha channel."""
     find.bucket_step = 32
     for i, size in enumerate([(64, 64), (128, 32), (32, 128)]):
         write(tmp_path / "a" / f"{i}.png", size, i)
@@ -68,63 +75,63 @@ alpha_mask = true
 """
 
 
-def loader_of(plan, *, cached=False, downscale=8, workers=0, store=None) -> Loader:
+def make_loader(plan, *, cached=False, downscale=8, workers=0, store=None) -> Loader:
     store = store or MemoryStore()
-    names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
-    masks = MaskNames(downscale=downscale, hashes=names.hashes)
+    names = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
+    masks = MaskKeys(downscale=downscale, hashes=names.hashes)
     latents = TensorCache(store) if cached else None
     if latents:
-        fill_latents(latents, names, latent_places(plan), encode)
-        fill_masks(latents, masks, mask_places(plan))
-    order = Order(plan, seed=7)
-    return Loader(order, names=names, masks=masks, max_train_steps=9, latents=latents, workers=workers)
+        fill_latents(latents, names, list_latent_items(plan), encode)
+        fill_masks(latents, masks, list_mask_items(plan))
+    order = BatchSampler(plan, seed=7)
+    return Loader(order, latent_keys=names, mask_keys=masks, max_train_steps=9, latents=latents, workers=workers)
 
 
 def batches(loader: Loader):
-    steps = islice(loader.steps(), 2 * loader.order.steps_per_epoch)
-    return [batch for step in steps for batch in step.batches]
+    steps = islice(loader.steps(), 2 * loader.sampler.steps_per_epoch)
+    return list(chain.from_iterable(step.batches for step in steps))
 
 
-def test_masks_are_reduced_as_recorded():
-    """Against the field's own trainer: a loss of ones times the mask, area-averaged."""
-    case = next(each for each in GOLDENS["masked_loss"] if each["case"] == "alpha_masks 4x4 ramp")
+def test_masks_are_downscaled_as_recorded():
+    """Against sd-scripts: a loss of ones times the mask, area-averaged."""
+    case = next(entry for entry in GOLDENS["masked_loss"] if entry["case"] == "alpha_masks 4x4 ramp")
     plane = (np.array(case["inputs"]["alpha_masks"][0]).reshape(4, 4) * 255).round().astype(np.uint8)
     loss = torch.tensor(case["loss"]).reshape(2, 1, 2, 2)
-    assert (loss * reduced(plane, 2)).flatten().tolist() == pytest.approx(case["result"], rel=1e-6)
+    assert (loss * downscale_mask(plane, 2)).flatten().tolist() == pytest.approx(case["result"], rel=1e-6)
 
 
-def test_masks_are_the_red_channel_and_the_alpha_channel_mirrored_with_their_picture(find, data):
+def test_masks_are_the_red_channel_and_the_alpha_channel_flipped_with_their_image(find, data):
     """Sizes are those of the buckets, so that means of 8x8 pixels of the files themselves are what is wanted."""
     plan = find.toml(BOTH, "--masked_loss")
     seen = set()
-    for batch in batches(loader_of(plan)):
+    for batch in batches(make_loader(plan)):
         assert batch.mask.shape == (len(batch.captions), 1, *(side // 8 for side in batch.pixels.shape[2:]))
         assert batch.mask.dtype == torch.float32
         for pixels, mask in zip(batch.pixels, batch.mask, strict=True):
-            shown = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            image = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
             for i in range(4):
                 folder = "a" if i < 3 else "b"
                 own = np.asarray(Image.open(data / folder / f"{i}.png"))
-                for mirrored in (False, True):
-                    turned = own[:, ::-1] if mirrored else own
-                    if turned.shape[:2] == shown.shape[:2] and np.array_equal(turned[..., :3], shown):
+                for flipped in (False, True):
+                    file_pixels = own[:, ::-1] if flipped else own
+                    if file_pixels.shape[:2] == image.shape[:2] and np.array_equal(file_pixels[..., :3], image):
                         if i == 3:
-                            plane = turned[..., 3]
+                            plane = file_pixels[..., 3]
                         else:
                             plane = np.asarray(Image.open(data / "masks" / f"{i}.webp").convert("RGB"))[..., 0]
-                            plane = plane[:, ::-1] if mirrored else plane
+                            plane = plane[:, ::-1] if flipped else plane
                         means = plane.reshape(plane.shape[0] // 8, 8, plane.shape[1] // 8, 8).mean((1, 3)) / 255
                         np.testing.assert_allclose(mask[0].numpy(), means, rtol=0, atol=1e-6)
-                        seen.add((i, mirrored))
+                        seen.add((i, flipped))
     assert {i for i, _ in seen} == {0, 1, 2, 3}
-    assert {mirrored for _, mirrored in seen} == {False, True}
+    assert {flipped for _, flipped in seen} == {False, True}
 
 
 @pytest.mark.parametrize("downscale", [8, 16])
 def test_cached_masks_are_uncached_ones(find, data, downscale):
     plan = find.toml(BOTH, "--masked_loss")
-    live = batches(loader_of(plan, downscale=downscale))
-    cached = batches(loader_of(plan, cached=True, downscale=downscale))
+    live = batches(make_loader(plan, downscale=downscale))
+    cached = batches(make_loader(plan, cached=True, downscale=downscale))
     for ours, theirs in zip(live, cached, strict=True):
         assert ours.latents is None
         assert theirs.pixels is None
@@ -132,35 +139,35 @@ def test_cached_masks_are_uncached_ones(find, data, downscale):
         assert torch.equal(ours.entry_seeds, theirs.entry_seeds)
 
 
-def test_what_has_no_mask_counts_fully(find, data):
+def test_an_image_without_a_mask_has_full_weight(find, data):
     plain = BOTH.replace("alpha_mask = true", "")
     plan = find.toml(plain, "--masked_loss")
     assert any("subsets[1]: no masks" in note for note in plan.notes)
     for cached in (False, True):
-        masks = [batch.mask for batch in batches(loader_of(plan, cached=cached)) if batch.mask is not None]
-        whole = [(mask == 1).flatten(1).all(1) for mask in masks]
-        assert any(each.any() and not each.all() for each in whole)  # one beside another
+        masks = [batch.mask for batch in batches(make_loader(plan, cached=cached)) if batch.mask is not None]
+        is_full = [(mask == 1).flatten(1).all(1) for mask in masks]
+        assert any(samples.any() and not samples.all() for samples in is_full)  # both in one batch
     write(data / "b" / "3.png", (64, 64), 3, "RGB")  # without an alpha channel
     opaque = find.toml(BOTH.replace(MASKS, ""))
-    assert all((batch.mask == 1).all() for batch in batches(loader_of(opaque)) if batch.mask is not None)
-    assert all(batch.mask is None for batch in batches(loader_of(find.toml(plain.replace(MASKS, "")))))
+    assert all((batch.mask == 1).all() for batch in batches(make_loader(opaque)) if batch.mask is not None)
+    assert all(batch.mask is None for batch in batches(make_loader(find.toml(plain.replace(MASKS, "")))))
 
 
-def test_an_alpha_mask_counts_without_masked_loss_and_changes_no_latents(find, data):
+def test_an_alpha_mask_works_without_masked_loss_and_changes_no_latents(find, data):
     masked = BOTH.replace(MASKS, "")
     with_mask, without = find.toml(masked), find.toml(masked.replace("alpha_mask = true", ""))
-    for ours, theirs in zip(batches(loader_of(with_mask)), batches(loader_of(without)), strict=True):
+    for ours, theirs in zip(batches(make_loader(with_mask)), batches(make_loader(without)), strict=True):
         assert torch.equal(ours.pixels, theirs.pixels)
         assert torch.equal(ours.entry_seeds, theirs.entry_seeds)
-    assert any(batch.mask is not None and batch.mask.min() < 1 for batch in batches(loader_of(with_mask)))
+    assert any(batch.mask is not None and batch.mask.min() < 1 for batch in batches(make_loader(with_mask)))
 
 
-def test_a_mask_file_goes_before_the_alpha_channel(find, data):
+def test_a_mask_file_takes_precedence_over_the_alpha_channel(find, data):
     write(data / "a" / "0.png", (64, 64), 0, "RGBA")
     both = BOTH.replace(MASKS, MASKS + "alpha_mask = true\n")
     plan = find.toml(both, "--masked_loss")
-    assert any("alpha_mask has no effect beside mask images" in note for note in plan.notes)
-    places = {Path(place.picture.path).parent.name: place.channel for place in mask_places(plan)}
+    assert any("alpha_mask has no effect" in note for note in plan.notes)
+    places = {Path(place.image.path).parent.name: place.channel for place in list_mask_items(plan)}
     assert places == {"masks": "red", "b": "alpha"}
 
 
@@ -171,34 +178,38 @@ def test_masks_of_another_size_but_the_same_shape_do(find, data):
 
 
 FAULTS = {
-    "missing": (lambda root: (root / "masks" / "1.webp").unlink(), "1 pictures have no image of the same name in"),
-    "spare": (lambda root: write(root / "masks" / "9.png", caption=None), "1 images in {root}/masks have no picture"),
-    "shape": (lambda root: write(root / "masks" / "1.webp", (64, 64), caption=None), "have another shape"),
-    "twice": (lambda root: write(root / "masks" / "1.png", (128, 32), caption=None), "have the name of another one"),
-    "damaged": (lambda root: (root / "masks" / "1.webp").write_bytes(b"no"), "1.webp is no image"),
+    "missing": (lambda root: (root / "masks" / "1.webp").unlink(), "conditioning-image-missing"),
+    "spare": (lambda root: write(root / "masks" / "9.png", caption=None), "conditioning-image-unmatched"),
+    "shape": (
+        lambda root: write(root / "masks" / "1.webp", (64, 64), caption=None),
+        "conditioning-image-shape-mismatch",
+    ),
+    "twice": (lambda root: write(root / "masks" / "1.png", (128, 32), caption=None), "conditioning-image-ambiguous"),
+    "damaged": (lambda root: (root / "masks" / "1.webp").write_bytes(b"no"), "image-header-damaged"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_pairs_that_do_not_fit_are_told(find, data, name):
-    change, words = FAULTS[name]
+def test_images_without_their_mask_are_an_error(find, data, name):
+    change, code = FAULTS[name]
     change(data)
     with pytest.raises(UserError):
         find.toml(BOTH, "--masked_loss")
-    assert len(find.said) == 1
-    assert words.format(root=data) in find.said[0].replace("\\", "/")
-    assert "1." in find.said[0] or "9.png" in find.said[0]
+    assert find.codes == [code]
+    assert "1." in find.messages[0] or "9.png" in find.messages[0]
 
 
 def test_masks_that_nothing_uses_and_a_loss_without_masks_are_faults(find, data):
-    with pytest.raises(UserError, match="conditioning_data_dir would not be used"):
+    with pytest.raises(UserError) as error:
         find.toml(BOTH)
-    with pytest.raises(UserError, match="--masked_loss has no masks"):
+    assert error.value.code == "conditioning-images-unused"
+    with pytest.raises(UserError) as error:
         find.toml(BOTH.replace(MASKS, "").replace("alpha_mask = true", ""), "--masked_loss")
+    assert error.value.code == "masked-loss-without-masks"
 
 
 def test_a_folder_of_masks_from_the_command_line(find, data):
-    """For a folder N_text the masks lie in a folder of that name, or all in one."""
+    """For a folder N_text the masks are in a folder of that name, or all in one."""
     (data / "t").mkdir()
     (data / "a").rename(data / "t" / "2_cat")
     argv = ("--train_data_dir", data / "t", "--resolution", 64, "--caption_extension", ".txt", "--masked_loss")
@@ -211,8 +222,8 @@ def test_a_folder_of_masks_from_the_command_line(find, data):
     assert Path(plan.datasets[0].subsets[0].items[0].conditioning.path) == data / "deep" / "2_cat" / "0.webp"
 
 
-def test_control_images_are_shown_like_their_pictures(find, data):
-    """The same files as pictures and as control images: bit for bit the same in every batch, however it is cropped."""
+def test_control_images_are_transformed_like_their_images(find, data):
+    """The same files as images and as control images: bit for bit the same in every batch, however it is cropped."""
     for i in range(3):
         (data / "masks" / f"{i}.webp").unlink()
         (data / "masks" / f"{i}.png").write_bytes((data / "a" / f"{i}.png").read_bytes())
@@ -220,19 +231,19 @@ def test_control_images_are_shown_like_their_pictures(find, data):
     text = text[: text.index(SUBSET.format(root="{root}") + "b")]
     for bucketed in (text, text.replace("enable_bucket = true", "enable_bucket = false")):
         plan = find.toml(bucketed, control=True)
-        for batch in batches(loader_of(plan)):
+        for batch in batches(make_loader(plan)):
             assert torch.equal(batch.extras.control, batch.pixels)
             assert batch.mask is None
-        coloured = find.toml(bucketed.replace("flip_aug", "color_aug = true\nflip_aug"), control=True)
-        pairs = [(each.extras.control, each.pixels) for each in batches(loader_of(coloured))]
-        assert any(not torch.equal(control, pixels) for control, pixels in pairs)  # colours stay those of the file
+        color_changed = find.toml(bucketed.replace("flip_aug", "color_aug = true\nflip_aug"), control=True)
+        pairs = [(batch.extras.control, batch.pixels) for batch in batches(make_loader(color_changed))]
+        assert any(not torch.equal(control, pixels) for control, pixels in pairs)  # their colors are those of the file
         assert all((control - pixels).abs().mean() < 0.2 for control, pixels in pairs)
 
 
 def test_control_images_come_beside_cached_latents_too(find, data):
     text = BOTH[: BOTH.index(SUBSET.format(root="{root}") + "b")]
     plan = find.toml(text, control=True)
-    for ours, theirs in zip(batches(loader_of(plan)), batches(loader_of(plan, cached=True)), strict=True):
+    for ours, theirs in zip(batches(make_loader(plan)), batches(make_loader(plan, cached=True)), strict=True):
         assert torch.equal(ours.extras.control, theirs.extras.control)
 
 
@@ -247,12 +258,12 @@ class Disk:
 
     def __call__(self, plan, *, downscale: int = 8) -> tuple[int, int]:
         store = DiskStore(self.folder)
-        names = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
+        names = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
         cache = TensorCache(store)
-        latents = fill_latents(cache, names, latent_places(plan), encode)
-        masks = fill_masks(cache, MaskNames(downscale=downscale, hashes=names.hashes), mask_places(plan))
+        latents = fill_latents(cache, names, list_latent_items(plan), encode)
+        masks = fill_masks(cache, MaskKeys(downscale=downscale, hashes=names.hashes), list_mask_items(plan))
         store.close()
-        return latents.encoded, masks.encoded
+        return latents.created, masks.created
 
 
 def another_mask(root: Path) -> None:
@@ -260,7 +271,7 @@ def another_mask(root: Path) -> None:
 
 
 def another_alpha(root: Path) -> None:
-    """The colours stay, but a file is known by all of its bytes."""
+    """The colors stay, but the content hash is one of all bytes."""
     pixels = np.asarray(Image.open(root / "b" / "3.png")).copy()
     pixels[0, 0, 3] ^= 1
     Image.fromarray(pixels).save(root / "b" / "3.png")
@@ -270,12 +281,12 @@ def another_alpha(root: Path) -> None:
     ("change", "edit", "options", "new"),
     [
         (lambda root: None, lambda text: text, {}, (0, 0)),
-        (another_mask, lambda text: text, {}, (0, 2)),  # itself and its mirror image
+        (another_mask, lambda text: text, {}, (0, 2)),  # the mask and its flipped version
         (another_alpha, lambda text: text, {}, (2, 2)),
         (lambda root: None, lambda text: text.replace("resolution = 64", "resolution = 128"), {}, (8, 8)),
         (lambda root: None, lambda text: text.replace("batch_size = 2", "batch_size = 1"), {}, (0, 0)),
         (lambda root: None, lambda text: text, {"downscale": 16}, (0, 8)),
-        # 128x32 and 32x128 are cropped to the one size, the square pictures stay
+        # 128x32 and 32x128 are cropped to the one size, the square images stay
         (lambda root: None, lambda text: text.replace("enable_bucket = true", "enable_bucket = false"), {}, (4, 4)),
         # nothing is resized at this size
         (lambda root: None, lambda text: text + "resize_interpolation = 'nearest'\n", {}, (0, 0)),
@@ -297,13 +308,13 @@ def test_masks_cost_no_new_latents(find, data):
     assert disk(find.toml(BOTH, "--masked_loss")) == (0, 6)
 
 
-def test_several_sizes_of_one_folder_lie_beside_each_other(find, data):
+def test_several_sizes_of_one_folder_are_separate_entries(find, data):
     text = BOTH[: BOTH.index(SUBSET.format(root="{root}") + "b")]
     twice = text + f"[[datasets]]\nresolution = 128\nbatch_size = 1\n{SUBSET}a'\n{MASKS}"
     disk = Disk(data / "latents")
     assert disk(find.toml(text, "--masked_loss")) == (6, 6)
     assert disk(find.toml(twice, "--masked_loss")) == (6, 6)
-    loader = loader_of(find.toml(twice, "--masked_loss"), cached=True)
+    loader = make_loader(find.toml(twice, "--masked_loss"), cached=True)
     assert {tuple(batch.latents.shape[2:]) for batch in batches(loader)} == {
         (8, 8), (4, 16), (16, 4), (16, 16), (8, 32), (32, 8),
     }  # fmt: skip
@@ -314,10 +325,13 @@ def test_several_sizes_of_one_folder_lie_beside_each_other(find, data):
 def test_fill_masks_shares_its_work(find, data):
     plan = replace(find.toml(BOTH, "--masked_loss"))
     store = MemoryStore()
-    names = MaskNames(downscale=8, hashes=ContentHashes(store))
-    told = []
+    names = MaskKeys(downscale=8, hashes=ContentHashes(store))
+    reports = []
     counts = fill_masks(
-        TensorCache(store), names, mask_places(plan), how=Filling(progress=lambda *each: told.append(each))
+        TensorCache(store),
+        names,
+        list_mask_items(plan),
+        options=FillOptions(progress=lambda *counts: reports.append(counts)),
     )
-    assert (counts.found, counts.encoded, told[-1]) == (0, 8, (8, 8))
-    assert all(TensorCache(store).get(names.key(place))[MASK].shape[0] == 1 for place in mask_places(plan))
+    assert (counts.existing, counts.created, reports[-1]) == (0, 8, (8, 8))
+    assert all(TensorCache(store).get(names.make_key(place))[MASK].shape[0] == 1 for place in list_mask_items(plan))

@@ -1,9 +1,9 @@
-"""Several captions of each kept in a cache of text: which they are, who draws which, and what is refused."""
+"""Caption variants in the text cache: which they are, which sample gets which, and what is refused."""
 
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.common.seeds import python_random
-from sfumato.data.cache.entries import ContentHashes, LatentNames, TensorCache, TextNames, fill_text
+from sfumato.data.batch_sampler import BatchSampler
+from sfumato.data.cache.entries import ContentHashes, LatentKeys, TensorCache, TextKeys, fill_text
 from sfumato.data.cache.store import MemoryStore
-from sfumato.data.captions import CaptionRules, process
+from sfumato.data.captions import CaptionRules, process_caption
 from sfumato.data.loader import Loader, TextFeatures
-from sfumato.data.masks import MaskNames
-from sfumato.data.order import Order
-from sfumato.data.variants import captions_to_cache, chosen, variant
+from sfumato.data.masks import MaskKeys
+from sfumato.data.variants import choose_variant, list_captions_to_cache, make_variant
 from sfumato.errors import UserError
 
 SUBSET = "[[datasets.subsets]]\nimage_dir = '{root}/"
@@ -29,56 +29,60 @@ tags = st.lists(st.text("abcdef ", min_size=1).map(str.strip).filter(bool), min_
 def test_a_variant_is_a_shuffle_that_leaves_the_fixed_tags(words, number, keep):
     text = ", ".join(words)
     rules = CaptionRules(shuffle_caption=True, keep_tokens=keep, caption_dropout_rate=0.9)
-    found = variant(text, rules, number).split(", ")
+    found = make_variant(text, rules, number).split(", ")
     assert Counter(found) == Counter(words)
     assert found[:keep] == words[:keep]
-    assert variant(text, rules, number).split(", ") == found
+    assert make_variant(text, rules, number).split(", ") == found
 
 
 def test_variants_differ_and_more_only_adds():
     rules = CaptionRules(shuffle_caption=True)
-    few, many = ({variant(TAGS, rules, i) for i in range(k)} for k in (4, 16))
+    few = {make_variant(TAGS, rules, i) for i in range(4)}
+    many = {make_variant(TAGS, rules, i) for i in range(16)}
     assert few <= many
     assert len(many) == 16
 
 
-def test_tags_are_dropped_at_the_rate_asked_for():
+def test_tags_are_dropped_at_the_dropout_rate():
     rules = CaptionRules(caption_tag_dropout_rate=0.25)
-    kept = sum(len(variant(TAGS, rules, i).split(", ")) for i in range(2000))
+    kept = sum(len(make_variant(TAGS, rules, i).split(", ")) for i in range(2000))
     assert abs(kept / (2000 * 6) - 0.75) < 0.02
 
 
-def test_wildcards_are_realised():
+def test_wildcards_are_expanded():
     rules = CaptionRules(enable_wildcard=True)
-    assert {variant("a {red|blue} {cat|dog}", rules, i) for i in range(60)} == {
-        f"a {colour} {animal}" for colour in ("red", "blue") for animal in ("cat", "dog")
+    assert {make_variant("a {red|blue} {cat|dog}", rules, i) for i in range(60)} == {
+        "a red cat",
+        "a red dog",
+        "a blue cat",
+        "a blue dog",
     }
 
 
-def test_each_sample_draws_one_of_them_evenly():
+def test_each_sample_draws_one_variant_uniformly():
     rules = CaptionRules(shuffle_caption=True)
-    drawn = Counter(chosen(TAGS, rules, variants=4, seed=3, sample=i, epoch=1) for i in range(4000))
-    assert set(drawn) == {variant(TAGS, rules, i) for i in range(4)}
+    drawn = Counter(choose_variant(TAGS, rules, variants=4, seed=3, sample=i, epoch=1) for i in range(4000))
+    assert set(drawn) == {make_variant(TAGS, rules, i) for i in range(4)}
     assert all(abs(count / 4000 - 0.25) < 0.03 for count in drawn.values())
 
 
 @given(st.integers(0, 2**40), st.integers(0, 1000), st.integers(1, 9))
-def test_the_same_captions_are_left_out_as_without_a_cache(seed, sample, epoch):
+def test_the_same_captions_are_dropped_as_without_a_cache(seed, sample, epoch):
     rules = CaptionRules(shuffle_caption=True, caption_dropout_rate=0.4, caption_dropout_every_n_epochs=4)
-    cached = chosen(TAGS, rules, variants=3, seed=seed, sample=sample, epoch=epoch)
+    cached = choose_variant(TAGS, rules, variants=3, seed=seed, sample=sample, epoch=epoch)
     generator = python_random(seed, "caption", sample)
-    live = process(TAGS, rules, generator, epoch=epoch, step=0, max_train_steps=1)
+    live = process_caption(TAGS, rules, generator, epoch=epoch, step=0, max_train_steps=1)
     assert (cached == "") == (live == "")
 
 
-def test_captions_to_cache(find, pictures, tmp_path):
-    pictures(tmp_path / "a", 2)
+def test_captions_to_cache(find, write_images, tmp_path):
+    write_images(tmp_path / "a", 2)
     text = f"[[datasets]]\nresolution = 64\n{SUBSET}a'\ncaption_prefix = 'photo'\ncaption_dropout_rate = 0.1\n"
     plain = ["", "photo tag0, cat, a", "photo tag1, cat, a"]
-    assert captions_to_cache(find.toml(text)) == plain
-    assert captions_to_cache(find.toml(text), variants=5) == plain
+    assert list_captions_to_cache(find.toml(text)) == plain
+    assert list_captions_to_cache(find.toml(text), variants=5) == plain
     plan = find.toml(text + "shuffle_caption = true\nkeep_tokens = 1\n")
-    found = captions_to_cache(plan, variants=10)
+    found = list_captions_to_cache(plan, variants=10)
     assert sorted(found) == sorted(
         [
             "", "photo tag0, a, cat", "photo tag0, cat, a", "photo tag1, a, cat", "photo tag1, cat, a",
@@ -89,69 +93,78 @@ def test_captions_to_cache(find, pictures, tmp_path):
 CACHE = "--cache_text_encoder_outputs"
 
 
-def test_what_varies_is_refused_where_one_of_each_is_kept(find, pictures, tmp_path):
-    pictures(tmp_path / "a", 2)
+def test_varying_captions_are_refused_with_one_variant(find, write_images, tmp_path):
+    write_images(tmp_path / "a", 2)
     text = f"[[datasets]]\nresolution = 64\n{SUBSET}a'\nshuffle_caption = true\nenable_wildcard = true\n"
     find.toml(text)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError):
         find.toml(text, CACHE)
-    assert all(word in find.said[0] for word in ("subsets[0]", "shuffle_caption", "--text_cache_variants"))
-    assert "enable_wildcard" in find.said[1]
-    assert "2 problems" in str(caught.value)
+    assert find.codes == ["varying-captions-cached"] * 2
+    assert all(word in find.messages[0] for word in ("subsets[0]", "shuffle_caption", "--text_cache_variants"))
+    assert "enable_wildcard" in find.messages[1]
     notes = find.toml(text, CACHE, "--text_cache_variants", 3).notes
-    assert "text is cached in 3 variants of each caption, 6 in all; each sample draws one of its own" in notes
+    assert any("3 variants of each caption, 6 in total" in note for note in notes)
 
 
-def test_a_warm_up_is_refused_in_any_case(find, pictures, tmp_path):
-    pictures(tmp_path / "a", 1)
+def test_token_warmup_is_always_refused(find, write_images, tmp_path):
+    write_images(tmp_path / "a", 1)
     text = f"[[datasets]]\nresolution = 64\n{SUBSET}a'\ntoken_warmup_step = 4\n"
-    with pytest.raises(UserError, match="token_warmup_step changes captions with the step"):
+    with pytest.raises(UserError, match="token_warmup_step") as error:
         find.toml(text, CACHE, "--text_cache_variants", 3)
+    assert error.value.code == "step-dependent-captions-cached"
 
 
 def features(captions):
     return [{"words": torch.tensor([sum(map(ord, caption))])} for caption in captions]
 
 
-def test_the_loader_asks_only_for_what_is_cached_and_gives_the_same_again(find, pictures, tmp_path):
+def test_the_loader_asks_only_for_what_is_cached_and_gives_the_same_again(find, write_images, tmp_path):
     """All captions of 30 epochs are found; another start, other workers and a resumed run draw the same."""
-    pictures(tmp_path / "a", 4)
+    write_images(tmp_path / "a", 4)
     text = f"[[datasets]]\nresolution = 64\nbatch_size = 2\n{SUBSET}a'\nshuffle_caption = true\n"
     plan = find.toml(text + "caption_dropout_rate = 0.2\n")
-    cache, names = TensorCache(MemoryStore()), TextNames(fingerprint="clip")
-    fill_text(cache, names, captions_to_cache(plan, variants=3), features)
-    hashes = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
+    cache, text_keys = TensorCache(MemoryStore()), TextKeys(fingerprint="clip")
+    fill_text(cache, text_keys, list_captions_to_cache(plan, variants=3), features)
+    latent_keys = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
 
-    masks = MaskNames(downscale=8, hashes=hashes.hashes)
+    masks = MaskKeys(downscale=8, hashes=latent_keys.hashes)
 
     def captions(*, first=0, workers=0):
-        text = {"clip": TextFeatures(cache=cache, names=names)}
+        text = {"clip": TextFeatures(cache=cache, keys=text_keys)}
         loader = Loader(
-            Order(plan, seed=5), names=hashes, masks=masks, max_train_steps=60, text=text, variants=3, workers=workers
-        )  # fmt: skip
+            BatchSampler(plan, seed=5),
+            latent_keys=latent_keys,
+            mask_keys=masks,
+            max_train_steps=60,
+            text=text,
+            variants=3,
+            workers=workers,
+        )
         steps = islice(loader.steps(first), 60 - first)
-        return [(batch.captions, batch.text["clip"]["words"].tolist()) for step in steps for batch in step.batches]
+        batches = chain.from_iterable(step.batches for step in steps)
+        return [(batch.captions, batch.text["clip"]["words"].tolist()) for batch in batches]
 
     once = captions()
     assert once == captions(workers=2)
     assert once[25:] == captions(first=25)
-    seen = {caption for batch, _ in once for caption in batch}
-    assert seen == set(captions_to_cache(plan, variants=3))
-    assert all(words == [[sum(map(ord, caption))] for caption in batch] for batch, words in once)
+    seen = set(chain(*(captions_of_batch for captions_of_batch, _ in once)))
+    assert seen == set(list_captions_to_cache(plan, variants=3))
+    for captions_of_batch, words in once:
+        assert words == [[sum(map(ord, caption))] for caption in captions_of_batch]
 
 
-def test_a_method_may_rewrite_captions(find, pictures, tmp_path):
+def test_a_method_can_rewrite_captions(find, write_images, tmp_path):
     """The cache holds what the method makes of them, and is asked for that."""
-    pictures(tmp_path / "a", 1)
+    write_images(tmp_path / "a", 1)
     plan = find.toml(f"[[datasets]]\nresolution = 64\n{SUBSET}a'\n")
-    cache, names = TensorCache(MemoryStore()), TextNames(fingerprint="clip")
-    fill_text(cache, names, [caption.upper() for caption in captions_to_cache(plan)], features)
-    text = {"clip": TextFeatures(cache=cache, names=names, rewrite=str.upper)}
-    hashes = LatentNames(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
+    cache, text_keys = TensorCache(MemoryStore()), TextKeys(fingerprint="clip")
+    fill_text(cache, text_keys, [caption.upper() for caption in list_captions_to_cache(plan)], features)
+    text = {"clip": TextFeatures(cache=cache, keys=text_keys, rewrite=str.upper)}
+    latent_keys = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
     loader = Loader(
-        Order(plan, seed=5),
-        names=hashes,
-        masks=MaskNames(downscale=8, hashes=hashes.hashes),
+        BatchSampler(plan, seed=5),
+        latent_keys=latent_keys,
+        mask_keys=MaskKeys(downscale=8, hashes=latent_keys.hashes),
         max_train_steps=1,
         text=text,
         workers=0,

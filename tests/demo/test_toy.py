@@ -16,18 +16,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from families.toys import ToyShelf
+from sfumato.cli.toy import main
 from sfumato.config import NoiseOptions
 from sfumato.data.batch import Sizes
-from sfumato.demo.toy import TOYS, families, main, register_all, write_toy
+from sfumato.demo.toy import TOYS, list_toy_families, register_toys, write_toy
 from sfumato.errors import UserError
-from sfumato.families import register_all as register_families
+from sfumato.families import register_families
 from sfumato.families.base import Family, find_family
-from sfumato.families.encoding import live_text
+from sfumato.families.encoding import encode_with_grad
 from sfumato.families.source import open_source
 
-register_all()
+register_toys()
 register_families()
-VARIANTS = [(family, variant) for family in families() for variant in TOYS.get(family).variants]
+VARIANTS: list[tuple[str, str]] = []
+for toy_family in list_toy_families():
+    VARIANTS += [(toy_family, toy_variant) for toy_variant in TOYS.get(toy_family).variants]
 
 
 def load(options: Any) -> Family:
@@ -43,7 +46,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
-def test_both_layouts_are_recognised_and_hold_the_same_weights(toy_shelf: ToyShelf, family: str, variant: str) -> None:
+def test_both_layouts_are_detected_and_hold_the_same_weights(toy_shelf: ToyShelf, family: str, variant: str) -> None:
     first = load(toy_shelf.options(family, "original", variant))
     second = load(toy_shelf.options(family, "diffusers", variant))
     assert first.name == second.name == family
@@ -55,7 +58,7 @@ def test_both_layouts_are_recognised_and_hold_the_same_weights(toy_shelf: ToyShe
         assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", list_toy_families())
 @torch.no_grad()
 def test_nothing_vanishes_or_explodes(toy_shelf: ToyShelf, family: str) -> None:
     """Activations keep their size through every network, so that a fault anywhere shows at the end."""
@@ -64,15 +67,17 @@ def test_nothing_vanishes_or_explodes(toy_shelf: ToyShelf, family: str) -> None:
     shape = (2, model.latents.channels, 8, 8)
     latents = model.encode_image(torch.rand(2, 3, 64, 64, generator=noise) * 2 - 1, torch.zeros(shape))
     image = model.decode(torch.randn(shape, generator=noise))
-    features = {part: live_text(model, part, ["a photo of a cat", "a wide picture"]) for part in model.text_parts}
-    conditioning = model.condition(features, Sizes.plain(2, 64, 64), None)
+    features = {
+        part: encode_with_grad(model, part, ["a photo of a cat", "a wide picture"]) for part in model.text_parts
+    }
+    conditioning = model.condition(features, Sizes.from_size(2, 64, 64), None)
     prediction = model.predict(torch.randn(shape, generator=noise), torch.tensor([100.0, 900.0]), conditioning)
     for tensor in (latents, image, prediction):
         assert torch.isfinite(tensor).all()
         assert 0.05 < tensor.std() < 3
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", list_toy_families())
 def test_bytes_are_a_function_of_the_seed_and_no_generator_is_touched(tmp_path: Path, family: str) -> None:
     before = torch.get_rng_state()
     for name, seed in (("first", 3), ("second", 3), ("other", 4)):
@@ -85,8 +90,8 @@ def test_bytes_are_a_function_of_the_seed_and_no_generator_is_touched(tmp_path: 
     assert all(first[name] != other[name] for name in weights)
 
 
-@pytest.mark.parametrize("family", families())
-def test_diffusers_makes_a_picture_from_the_folder(toy_shelf: ToyShelf, family: str) -> None:
+@pytest.mark.parametrize("family", list_toy_families())
+def test_diffusers_makes_an_image_from_the_folder(toy_shelf: ToyShelf, family: str) -> None:
     folder = toy_shelf.paths(family, "diffusers")["pretrained_model_name_or_path"]
     pipeline: Any = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
@@ -136,10 +141,11 @@ def test_text_encoder_files_have_the_names_in_use(toy_shelf: ToyShelf) -> None:
 
 
 def test_unknown_families_and_variants_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'fluxx'.*did you mean 'flux'"):
+    with pytest.raises(UserError, match=r"'fluxx'.*'flux'"):
         write_toy("fluxx", tmp_path)
-    with pytest.raises(UserError, match=r"'schnel'.*did you mean 'schnell'"):
+    with pytest.raises(UserError, match=r"'schnel'.*'schnell'") as error:
         write_toy("flux", tmp_path, variant="schnel")
+    assert error.value.code == "toy-variant-unknown"
     assert not list(tmp_path.iterdir())
 
 
@@ -155,7 +161,7 @@ def test_the_last_line_names_every_component(tmp_path: Path, capsys: pytest.Capt
     assert options["max_train_steps"] == "10"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "variant"), VARIANTS)
 def test_the_printed_command_trains(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, variant: str

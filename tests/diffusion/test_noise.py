@@ -1,4 +1,4 @@
-"""What noise is made of, against the field's numbers from the same draws."""
+"""Noise against sd-scripts' numbers from the same draws."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MATH = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_tex
 LATENT = torch.linspace(-1, 2, 4 * 8 * 6).reshape(4, 8, 6)
 
 
-def drawn(**options: Any) -> Tensor:
+def draw_noise(**options: Any) -> Tensor:
     return noise.make_noise(NoiseOptions(**options))(Generator().manual_seed(1), LATENT)
 
 
 @pytest.mark.parametrize("row", [row for row in MATH["pyramid_noise"] if row["shape"][0] == 1], ids=str)
 def test_coarser_layers(row: dict[str, Any]) -> None:
-    """Of one sample, as here every sample is brought to deviation 1 by itself, not with its whole batch."""
+    """Of one sample, since here each sample is rescaled to deviation 1 independently of its batch."""
     torch.manual_seed(row["torch_seed"])
     ratios = random.Random(row["python_random_seed"])
 
@@ -34,8 +34,8 @@ def test_coarser_layers(row: dict[str, Any]) -> None:
 
     start = torch.randn(row["shape"])[0]
     before = start.clone()
-    found = noise.with_layers(start, [ratios.random() * 2 + 2 for _ in range(row["iterations"])], draw, row["discount"])
-    assert found.flatten()[:16].tolist() == pytest.approx(row["output_first16"], rel=1e-4, abs=1e-6)
+    values = noise.add_layers(start, [ratios.random() * 2 + 2 for _ in range(row["iterations"])], draw, row["discount"])
+    assert values.flatten()[:16].tolist() == pytest.approx(row["output_first16"], rel=1e-4, abs=1e-6)
     assert torch.equal(start, before)  # the reference changes its input
 
 
@@ -44,29 +44,29 @@ def test_offset(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(row["torch_seed"])
     latent, plain = torch.randn(1, 2, 3, 3)[0], torch.randn(1, 2, 3, 3)[0]
     normal = torch.randn(1, 2, 1, 1)[0]
-    monkeypatch.setattr(noise, "gaussian", lambda generator, shape: normal)
+    monkeypatch.setattr(noise, "draw_gaussian", lambda generator, shape: normal)
     options = NoiseOptions(noise_offset=row["offset"], adaptive_noise_scale=row["adaptive"])
-    found = noise.offset(Generator(), latent, options)
-    assert found.flatten().tolist() == pytest.approx(row["delta_per_channel"], rel=1e-5, abs=1e-7)
-    assert (plain + found).flatten()[:4].tolist() == pytest.approx(row["result_first4"], rel=1e-5)
+    values = noise.draw_offset(Generator(), latent, options)
+    assert values.flatten().tolist() == pytest.approx(row["delta_per_channel"], rel=1e-5, abs=1e-7)
+    assert (plain + values).flatten()[:4].tolist() == pytest.approx(row["result_first4"], rel=1e-5)
 
 
-def test_options_that_are_not_asked_for_change_nothing() -> None:
-    assert torch.equal(drawn(), torch.randn(4, 8, 6, generator=Generator().manual_seed(1)))
-    assert torch.equal(drawn(noise_offset=0.0, multires_noise_iterations=0), drawn())
+def test_the_default_is_gaussian_noise() -> None:
+    assert torch.equal(draw_noise(), torch.randn(4, 8, 6, generator=Generator().manual_seed(1)))
+    assert torch.equal(draw_noise(noise_offset=0.0, multires_noise_iterations=0), draw_noise())
 
 
 def test_an_offset_is_one_number_for_each_channel() -> None:
-    change = drawn(noise_offset=0.1) - drawn()
+    change = draw_noise(noise_offset=0.1) - draw_noise()
     assert change.std((1, 2)).max() < 1e-6
     assert change.mean((1, 2)).std() > 0.01
-    random_strength = drawn(noise_offset=0.1, noise_offset_random_strength=True) - drawn()
+    random_strength = draw_noise(noise_offset=0.1, noise_offset_random_strength=True) - draw_noise()
     assert random_strength.std((1, 2)).max() < 1e-6
     assert random_strength.abs().max() > 0
 
 
 def test_layered_noise_has_deviation_one() -> None:
-    assert drawn(multires_noise_iterations=6, multires_noise_discount=0.3).std() == pytest.approx(1.0)
+    assert draw_noise(multires_noise_iterations=6, multires_noise_discount=0.3).std() == pytest.approx(1.0)
 
 
 def test_only_the_input_is_perturbed() -> None:

@@ -1,4 +1,4 @@
-"""The learned weight of noise levels: against numpy, its known optimum, and training that begins as without it."""
+"""The learned weight of noise levels: against numpy, its known optimum, and training that starts as usual."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sfumato.diffusion.uncertainty import CHANNELS, Uncertainty
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from sfumato.train import train_step
-from training import arguments, losses, opened, pictures, run, same, weights
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 ROOT = Path(__file__).parents[2]
 FLOW = RectifiedFlow(grid=lambda *_: None)
@@ -26,9 +26,9 @@ FLOW = RectifiedFlow(grid=lambda *_: None)
 
 def learned(seed: int = 1) -> Uncertainty:
     """With weights as they might be after a while."""
-    found = Uncertainty(torch.Generator().manual_seed(seed))
-    found.weights.data.copy_(torch.randn(CHANNELS, generator=torch.Generator().manual_seed(2)))
-    return found
+    result = Uncertainty(torch.Generator().manual_seed(seed))
+    result.weights.data.copy_(torch.randn(CHANNELS, generator=torch.Generator().manual_seed(2)))
+    return result
 
 
 @pytest.mark.parametrize("objective", [VariancePreserving(), FLOW])
@@ -42,9 +42,9 @@ def test_it_is_the_formula(objective: Any) -> None:
     u = waves @ state["weights"] / np.sqrt(CHANNELS)
     torch.testing.assert_close(module.u(level), torch.tensor(u, dtype=torch.float32), rtol=1e-4, atol=1e-4)
     expected = loss.double().numpy() / np.exp(u) + u
-    found = module(loss, level)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-4)
-    slopes = torch.autograd.grad(found.sum(), module.weights)[0]  # d/dw = (1 - L / e^u) waves / sqrt(n)
+    result = module(loss, level)
+    torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float32), rtol=1e-4, atol=1e-4)
+    slopes = torch.autograd.grad(result.sum(), module.weights)[0]  # d/dw = (1 - L / e^u) waves / sqrt(n)
     expected = ((1 - loss.double().numpy() / np.exp(u)) @ waves) / np.sqrt(CHANNELS)
     torch.testing.assert_close(slopes, torch.tensor(expected, dtype=torch.float32), rtol=1e-3, atol=1e-3)
 
@@ -60,7 +60,7 @@ def test_frequencies_are_normal_and_phases_uniform() -> None:
 
 
 @pytest.mark.parametrize("objective", [VariancePreserving(zero_terminal_snr=True), FLOW])
-def test_it_begins_as_no_weight_and_is_finite_everywhere(objective: Any) -> None:
+def test_it_is_initially_one_and_finite_everywhere(objective: Any) -> None:
     ends = objective.level(torch.tensor([0.0, 999.0]) if objective.predicts == "epsilon" else torch.tensor([0.0, 1e3]))
     loss = torch.tensor([0.25, 4.0])
     assert torch.equal(Uncertainty(torch.Generator().manual_seed(1))(loss, ends), loss)
@@ -71,8 +71,8 @@ def test_it_is_float32_under_autocast() -> None:
     level = FLOW.level(torch.tensor([100.0, 500.0]))
     module = learned()
     with torch.autocast("cpu", torch.bfloat16):
-        found = module(torch.tensor([0.1, 2.0]), level)
-    assert torch.equal(found, module(torch.tensor([0.1, 2.0]), level))
+        result = module(torch.tensor([0.1, 2.0]), level)
+    assert torch.equal(result, module(torch.tensor([0.1, 2.0]), level))
 
 
 def test_the_best_u_is_the_logarithm_of_the_mean_loss() -> None:
@@ -101,24 +101,24 @@ def test_the_best_u_is_the_logarithm_of_the_mean_loss() -> None:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"))
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 LEARNED = {"uncertainty_weighting": True, "network_train_unet_only": True}
 
 
-def test_training_begins_as_without_it(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+def test_the_first_step_is_that_of_unweighted_training(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """The first step is the same to the bit, clipped by the same norm; the weight itself learns from it."""
     toy = toy_shelf.paths("sd")
     runs = [
-        opened(toy, images, tmp_path / str(number), network_train_unet_only=True, max_grad_norm=0.01, **options)
+        build_toy_run(toy, images, tmp_path / str(number), network_train_unet_only=True, max_grad_norm=0.01, **options)
         for number, options in enumerate(({}, {"uncertainty_weighting": True, "optimizer_args": "weight_decay=0.5"}))
     ]
     plain, learning = (run.parameters for run in runs)
-    norms = [train_step(each, next(each.loader.steps(0))).norm for each in runs]
+    norms = [train_step(run, next(run.loader.steps(0))).grad_norm for run in runs]
     assert norms[0] == norms[1]
     assert all(torch.equal(one.grad, other.grad) for one, other in zip(plain, learning, strict=True))
-    uncertainty = runs[1].recipe.uncertainty
+    uncertainty = runs[1].context.recipe.uncertainty
     assert uncertainty is not None
     assert 0.001 < uncertainty.weights.abs().max() < 0.02
     assert [group["name"] for group in runs[1].optimizer.param_groups] == ["denoiser", "uncertainty"]
@@ -129,44 +129,47 @@ def test_training_begins_as_without_it(toy_shelf: ToyShelf, images: Path, tmp_pa
     "options",
     [
         {"train_batch_size": 2},
-        pytest.param({"mixed_precision": "bf16", "full_bf16": True, "ema_decay": 0.9}, marks=pytest.mark.slow),
-        pytest.param({"mixed_precision": "fp16", "uncertainty_lr": 0.1}, marks=pytest.mark.slow),
-        pytest.param({"method": "full", "network_dim": None, "network_train_unet_only": None}, marks=pytest.mark.slow),
+        pytest.param({"mixed_precision": "bf16", "full_bf16": True, "ema_decay": 0.9}, marks=pytest.mark.full),
+        pytest.param({"mixed_precision": "fp16", "uncertainty_lr": 0.1}, marks=pytest.mark.full),
+        pytest.param({"method": "full", "network_dim": None, "network_train_unet_only": None}, marks=pytest.mark.full),
     ],
 )
 def test_resume_is_exact(toy_shelf: ToyShelf, images: Path, tmp_path: Path, options: dict) -> None:
     toy, common = toy_shelf.paths("sd"), {**LEARNED, "max_train_steps": 4, "learning_rate": "1e-4", **options}
-    straight = run(toy, images, tmp_path / "straight", **common, save_every_n_steps=2, save_state=True)
-    again = run(toy, images, tmp_path / "again", **common, save_state=True, resume=straight / "lora-step00000002-state")
-    assert same(weights(straight), weights(again))
-    assert losses(straight)[2:] == losses(again)
+    straight = train_toy(toy, images, tmp_path / "straight", **common, save_every_n_steps=2, save_state=True)
+    again = train_toy(
+        toy, images, tmp_path / "again", **common, save_state=True, resume=straight / "lora-step00000002-state"
+    )
+    assert equal_tensors(read_weights(straight), read_weights(again))
+    assert read_metrics(straight)[2:] == read_metrics(again)
     first, second = (load_state(folder / "lora-state")[0]["uncertainty"] for folder in (straight, again))
-    assert same(first, second)
+    assert equal_tensors(first, second)
     assert first["weights"].any()
     assert first["weights"].dtype == torch.float32
-    assert not any("uncertainty" in name for name in weights(straight))
+    assert not any("uncertainty" in name for name in read_weights(straight))
 
 
 def test_a_state_of_another_loss_is_refused(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     toy = toy_shelf.paths("sd")
-    run(toy, images, tmp_path, save_state=True, max_train_steps=1, network_train_unet_only=True)
-    with pytest.raises(UserError, match="the state was saved without --uncertainty_weighting"):
-        run(toy, images, tmp_path, resume=tmp_path, **LEARNED)
+    train_toy(toy, images, tmp_path, save_state=True, max_train_steps=1, network_train_unet_only=True)
+    with pytest.raises(UserError) as error:
+        train_toy(toy, images, tmp_path, resume=tmp_path, **LEARNED)
+    assert error.value.code == "resume-uncertainty-mismatch"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16", "full_bf16": True}])
 def test_two_processes_train_what_one_does(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     toy = toy_shelf.paths("sd")
     common = {**LEARNED, "max_train_steps": 4, "optimizer_args": "eps=0.01", "save_state": True, **options}
-    alone = run(toy, images, tmp_path / "alone", train_batch_size=2, **common)
-    words = arguments(toy, images, tmp_path / "both", train_batch_size=1, **common)
+    alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **common)
+    words = make_arguments(toy, images, tmp_path / "both", train_batch_size=1, **common)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launcher, str(ROOT / "launchers" / "train_network.py"), *words], check=True, timeout=300)
     states = [load_state(folder / "lora-state")[0]["uncertainty"]["weights"] for folder in (alone, tmp_path / "both")]
     torch.testing.assert_close(*states, rtol=1e-2, atol=1e-4)
     half = bool(options)
-    pairs = zip(losses(alone), losses(tmp_path / "both"), strict=True)
+    pairs = zip(read_metrics(alone), read_metrics(tmp_path / "both"), strict=True)
     assert all(abs(one["loss/current"] - two["loss/current"]) < (1e-2 if half else 1e-4) for one, two in pairs)

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from families.loading import load_model, read_model
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes
-from sfumato.families import _vae, register_all
-from sfumato.families._sd3_text import PLACES
-from sfumato.families.base import Blueprint, Family, find_family
-from sfumato.families.encoding import live_text
-from sfumato.families.sd3 import PREFIX
-from sfumato.families.source import open_source
+from sfumato.families import _vae
+from sfumato.families._sd3_text import ENCODER_LOCATIONS
+from sfumato.families.base import Family
+from sfumato.families.blueprint import Blueprint
+from sfumato.families.encoding import encode_with_grad
+from sfumato.families.part import DENOISER_PREFIX
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
 
@@ -27,17 +28,11 @@ def options_of(**given: Any) -> ModelOptions:
 
 
 def read(noise: NoiseOptions | None = None, **given: Any) -> Blueprint:
-    register_all()
-    model = options_of(**given)
-    source = open_source(model)
-    return find_family("sd3", source).read(source, model, noise or NoiseOptions())
+    return read_model(options_of(**given), noise, "sd3")
 
 
 def load(dtype: torch.dtype = torch.float32, **given: Any) -> Any:
-    blueprint, model = read(**given), options_of(**given)
-    loaded = find_family("sd3", blueprint.source).load(blueprint, model, dtype=dtype, device=torch.device("cpu"))
-    loaded.freeze()
-    return loaded
+    return load_model(options_of(**given), dtype, family="sd3")
 
 
 def checkpoint(toy: Mapping[str, Path]) -> dict[str, Any]:
@@ -53,11 +48,11 @@ def elsewhere(path: Path, toy: Mapping[str, Path]) -> dict[str, Any]:
 
 def conditioning(model: Family, captions: list[str], spoil: float = 0.0) -> dict[str, Tensor]:
     """With `spoil`, text beyond the masks is replaced by that value."""
-    features = {part: live_text(model, part, captions) for part in model.text_parts}
+    features = {part: encode_with_grad(model, part, captions) for part in model.text_parts}
     for found in features.values():
         if "mask" in found:
             found["hidden"] = found["hidden"].masked_fill(~found["mask"][..., None], spoil)
-    return model.condition(features, Sizes.plain(len(captions), 64, 64), None)
+    return model.condition(features, Sizes.from_size(len(captions), 64, 64), None)
 
 
 def prediction(model: Family, captions: list[str], spoil: float = 0.0) -> Tensor:
@@ -72,14 +67,14 @@ def part_of(file: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def without(file: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
     """The checkpoint's entries but those of some text encoders."""
-    prefixes = tuple(PLACES[part].prefix for part in parts)
+    prefixes = tuple(ENCODER_LOCATIONS[part].prefix for part in parts)
     return {key: tensor for key, tensor in file.items() if not key.startswith(prefixes)}
 
 
 def separate(file: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """Option -> a file of its own."""
-    pieces = {"pretrained_model_name_or_path": PREFIX, "vae": _vae.PREFIX}
-    pieces |= {place.option: place.prefix for place in PLACES.values()}
+    pieces = {"pretrained_model_name_or_path": DENOISER_PREFIX, "vae": _vae.VAE_PREFIX}
+    pieces |= {place.option: place.prefix for place in ENCODER_LOCATIONS.values()}
     for option, prefix in pieces.items():
         save_file(part_of(file, prefix), folder / f"{option}.safetensors")
     return {option: str(folder / f"{option}.safetensors") for option in pieces}

@@ -22,17 +22,14 @@ from sfumato.families import (
     _chroma_keys,
     _clip,
     _flux_keys,
-    _flux_parts,
     _gemma2,
     _lumina_keys,
     _open_clip,
     _sd3_keys,
     _sd3_text,
     _t5,
-    flux,
-    lumina,
 )
-from sfumato.families.base import Part, PartSpec
+from sfumato.families.part import Part, PartSpec
 
 CLIP_PLACES = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")))
 Shapes = dict[str, tuple[int, ...]]
@@ -75,20 +72,20 @@ def sd3(kind: str) -> tuple[PartSpec, Callable[[], nn.Module]]:
 CASES: dict[str, tuple[PartSpec, Callable[[], nn.Module], Callable[[nn.Module, PartSpec], Shapes], int]] = {
     "flux": (_flux_keys.spec(""), lambda: _flux_keys.build({"guidance_embeds": True}), of_diffusion_model, 304),
     "chroma": (_chroma_keys.spec(""), lambda: _chroma_keys.build({}), of_diffusion_model, 228),
-    "clip_l": (flux.clip_spec(), lambda: _clip.build(CLIP_L), of_clip, 72),
-    "t5": (_flux_parts.t5_spec(), lambda: _t5.build(T5_XXL), of_t5, 168),
+    "clip_l": (_clip.spec("clip_l", "", "lora_te1"), lambda: _clip.build(CLIP_L), of_clip, 72),
+    "t5": (_t5.spec(""), lambda: _t5.build(T5_XXL), of_t5, 168),
     "sd3 medium": (*sd3("medium"), of_diffusion_model, 237),
     "sd3.5 medium": (*sd3("5-medium"), of_diffusion_model, 263),
     "sd3.5 large": (*sd3("5-large"), of_diffusion_model, 377),
     "sd3 clip_l": (
-        _sd3_text.clip_spec("clip_l", projected=True), lambda: _open_clip.build_projected(CLIP_L), of_clip, 72
+        _sd3_text.make_spec("clip_l", projected=True), lambda: _open_clip.build_projected(CLIP_L), of_clip, 72
     ),
     "sd3 clip_g": (
-        _sd3_text.clip_spec("clip_g", projected=True), lambda: _open_clip.build_projected(CLIP_G), of_clip, 192
+        _sd3_text.make_spec("clip_g", projected=True), lambda: _open_clip.build_projected(CLIP_G), of_clip, 192
     ),
-    "sd3 t5": (_sd3_text.t5_spec(), lambda: _t5.build(T5_XXL), of_t5, 168),
+    "sd3 t5": (_sd3_text.make_spec("t5"), lambda: _t5.build(T5_XXL), of_t5, 168),
     "lumina": (_lumina_keys.spec(""), lambda: _lumina_keys.build(LUMINA), of_diffusion_model, 180),
-    "gemma2": (lumina.gemma_spec(), lambda: _gemma2.build(GEMMA2), of_language_model, 182),
+    "gemma2": (_gemma2.spec(""), lambda: _gemma2.build(GEMMA2), of_language_model, 182),
 }  # fmt: skip
 
 
@@ -102,7 +99,7 @@ def test_every_layer_is_found_and_fits(name: str, kind: type[LoRA | SplitLoRA]) 
     assert len(groups) == count
     for group in groups:
         adapter = (kind if len(group.layers) > 1 else LoRA)(group, rank=4, alpha=2)
-        file = adapter.tensors()
+        file = adapter.export_tensors()
         rows, columns = known[group.name]
         assert set(file) == {"lora_up.weight", "lora_down.weight", "alpha"}
         up, down = file["lora_up.weight"], file["lora_down.weight"]

@@ -13,18 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from families.loading import load_model
 from families.toys import ToyShelf, in_pieces
 from sfumato.compat.launch import main
-from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.config import ModelOptions
 from sfumato.data.batch import Sizes
 from sfumato.errors import UserError
-from sfumato.families import register_all
-from sfumato.families.base import Family, find_family
-from sfumato.families.encoding import live_text
-from sfumato.families.source import open_source
+from sfumato.families.base import Family
+from sfumato.families.encoding import encode_with_grad
 from sfumato.sample import make_scheduler
 from sfumato.train import train_step
-from training import losses, opened, pictures, run, same, weights
+from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 FAMILIES = ("flux", "chroma", "sd3", "lumina")
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table"]
@@ -52,28 +51,19 @@ ROWS = [  # model, options -> what trains, by prefix, and the rest of the text, 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"), 3)
+    return make_images(tmp_path_factory.mktemp("images"), 3)
 
 
 def load(family: str, model: ModelOptions) -> Family:
-    register_all()
-    source = open_source(model)
-    found = find_family(family, source)
-    blueprint = found.read(source, model, NoiseOptions())
-    loaded = found.load(blueprint, model, dtype=torch.float32, device=torch.device("cpu"))
-    loaded.freeze()
-    return loaded
+    return load_model(model, family=family)
 
 
 @torch.no_grad()
 def prediction(model: Family) -> Tensor:
-    features = {part: live_text(model, part, CAPTIONS) for part in model.text_parts}
-    conditioning = model.condition(features, Sizes.plain(2, 64, 64), None)
+    features = {part: encode_with_grad(model, part, CAPTIONS) for part in model.text_parts}
+    conditioning = model.condition(features, Sizes.from_size(2, 64, 64), None)
     x = torch.randn(2, model.latents.channels, 8, 8, generator=torch.Generator().manual_seed(0))
     return model.predict(x, torch.tensor([300.0, 900.0]), conditioning)
-
-
-# ---------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +94,7 @@ def bare(folders: Mapping[str, str]) -> dict[str, str]:
     return {name: folder for name, folder in folders.items() if name == "gemma2"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_caches_change_nothing(family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """Latents and text: none kept, kept in memory, on disk, and found there again."""
@@ -113,13 +103,10 @@ def test_caches_change_nothing(family: str, toy_shelf: ToyShelf, images: Path, t
     disk = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True, "cache_dir": tmp_path / "cache"}
     ways = {"none": {}, "memory": memory, "disk": disk, "found": disk}
     toy = toy_shelf.paths(family)
-    found = {name: run(toy, images, tmp_path / name, **options, **way) for name, way in ways.items()}
+    found = {name: train_toy(toy, images, tmp_path / name, **options, **way) for name, way in ways.items()}
     for name in ("memory", "disk", "found"):
-        assert same(weights(found[name]), weights(found["none"])), name
-        assert losses(found[name]) == losses(found["none"])
-
-
-# ---------------------------------------------------------------- which text trains
+        assert equal_tensors(read_weights(found[name]), read_weights(found["none"])), name
+        assert read_metrics(found[name]) == read_metrics(found["none"])
 
 
 @pytest.mark.parametrize(("family", "options", "trained", "cached"), ROWS)
@@ -130,14 +117,15 @@ def test_a_row_of_the_table(
     """Every part of the row moves in the first step and no other is there; the rest of the text is cached."""
     toy = toy_shelf.paths(family)
     if cached is None:
-        with pytest.raises(UserError, match="nothing to keep: every text encoder trains"):
-            opened(toy, images, tmp_path, cache_text_encoder_outputs=True, **options)
-    found = opened(toy, images, tmp_path, cache_text_encoder_outputs=cached is not None, **options)
+        with pytest.raises(UserError) as error:
+            build_toy_run(toy, images, tmp_path, cache_text_encoder_outputs=True, **options)
+        assert error.value.code == "text-cache-of-trained-encoders"
+    found = build_toy_run(toy, images, tmp_path, cache_text_encoder_outputs=cached is not None, **options)
     step = next(iter(found.loader.steps(0)))
     assert set(step.batches[0].text) == (cached or set())
     train_step(found, step)
     method: Any = found.method
-    file = method.engine.tensors()
+    file = method.engine.export_tensors()
     assert {"_".join(name.split("_")[:2]) for name in file} == trained
     still = [name for name, tensor in file.items() if name.endswith("lora_up.weight") and not tensor.any()]
     assert still == [name for name in still if name.startswith(UNREAD.get(family, ()))], still
@@ -154,21 +142,18 @@ UNREAD = {"lumina": ("lora_te_layers_2_",)}
         (["2e-5", "3e-6", "4e-7"], (2e-5, 3e-6, 4e-7)),
     ],
 )  # fmt: skip
-def test_rates_of_three_text_encoders(
+def test_learning_rates_of_three_text_encoders(
     given: list[str] | None, rates: tuple[float, ...] | None, toy_shelf: ToyShelf, images: Path, tmp_path: Path
 ) -> None:
     """CLIP-L's, CLIP-G's, T5's; one for all; none: --learning_rate; a number between is not guessed at."""
     options = {"text_encoder_lr": given, "unet_lr": "4e-4", **T5}
     if rates is None:
         with pytest.raises(UserError, match="text_encoder_lr"):
-            opened(toy_shelf.paths("sd3"), images, tmp_path, **options)
+            build_toy_run(toy_shelf.paths("sd3"), images, tmp_path, **options)
         return
-    found = opened(toy_shelf.paths("sd3"), images, tmp_path, **options)
+    found = build_toy_run(toy_shelf.paths("sd3"), images, tmp_path, **options)
     groups = {group["name"]: group["lr"] for group in found.optimizer.param_groups}
     assert groups == dict(zip(("denoiser", "clip_l", "clip_g", "t5"), (4e-4, *rates), strict=True))
-
-
-# ---------------------------------------------------------------- previews
 
 
 PROMPTS = """\
@@ -179,22 +164,23 @@ a cat --n a dog --w 96 --h 64 --d 12 --l 1 --s 2 --ss euler
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_previews(family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
-    """Every option of a line is in the picture's recipe; cached text, whose encoders are away, gives the same."""
+    """Every option of a line is in the image's recipe; cached text, whose encoders are offloaded, gives the same."""
     guidance = {"flux": 2.5, "chroma": 0.0}.get(family)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(PROMPTS.format(g=guidance or 0))
     options = {**DENOISER, "max_train_steps": 1, "sample_at_first": True, "sample_prompts": prompts}
     folders = [
-        run(toy_shelf.paths(family), images, tmp_path / name, **options, cache_text_encoder_outputs=cached) / "sample"
+        train_toy(toy_shelf.paths(family), images, tmp_path / name, **options, cache_text_encoder_outputs=cached)
+        / "sample"
         for name, cached in (("live", False), ("cached", True))
     ]
-    live, cached = ([Image.open(path) for path in sorted(folder.glob("*.png"))] for folder in folders)
+    live, cached = (list(map(Image.open, sorted(folder.glob("*.png")))) for folder in folders)
     assert [image.tobytes() for image in live] == [image.tobytes() for image in cached]
     assert [image.size for image in live] == [(64, 96), (96, 64)]
-    first, second = ({key: json.loads(image.info[key]) for key in RECIPE} for image in live)
+    first, second = map(read_recipe, live)
     assert first == {
         "seed": 11, "steps": 3, "scale": 3.0, "guidance": guidance or 0.0, "cfg_trunc_ratio": 0.6, "renorm_cfg": 0.8,
         "flow_shift": 2.5,
@@ -206,6 +192,10 @@ def test_previews(family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
 RECIPE = ("seed", "steps", "scale", "guidance", "cfg_trunc_ratio", "renorm_cfg", "flow_shift")
 
 
+def read_recipe(image: Image.Image) -> dict[str, Any]:
+    return {key: json.loads(image.info[key]) for key in RECIPE}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompts_own_shift(family: str, toy_shelf: ToyShelf) -> None:
     """--fs: the grid of diffusers' scheduler with this shift, whatever the family's own."""
@@ -213,7 +203,7 @@ def test_a_prompts_own_shift(family: str, toy_shelf: ToyShelf) -> None:
 
     model = load(family, toy_shelf.options(family))
     for shift in (1.0, 2.5):
-        moved = model.objective.at_shift(shift)
+        moved = model.objective.with_shift(shift)
         assert moved is not None
         ours, theirs = make_scheduler("ddim", moved), FlowMatchEulerDiscreteScheduler(shift=shift)
         moved.set_timesteps(ours, 7, model.latents, (1, 16, 8, 8))
@@ -225,9 +215,6 @@ def test_a_prompts_own_shift(family: str, toy_shelf: ToyShelf) -> None:
         usual = make_scheduler("ddim", model.objective)
         model.objective.set_timesteps(usual, 7, model.latents, (1, 16, 8, 8))
         assert not torch.allclose(usual.timesteps, ours.timesteps)
-
-
-# ---------------------------------------------------------------- command lines of the field's guides
 
 
 DATASET = """\
@@ -283,12 +270,12 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_command_of_the_guides(name: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
     family, line = COMMANDS[name]
     paths = toy_shelf.paths(family)
-    (tmp_path / "data.toml").write_text(DATASET.format(images=pictures(tmp_path / "images", 3) / "2_cat"))
+    (tmp_path / "data.toml").write_text(DATASET.format(images=make_images(tmp_path / "images", 3) / "2_cat"))
     (tmp_path / "prompts.txt").write_text("a cat --n a dog --w 64 --h 64 --d 1 --l 3 --s 2\n")
     words = line.format(
         base=paths["pretrained_model_name_or_path"], gemma2=paths.get("gemma2"), ae=paths.get("ae"),
@@ -297,7 +284,7 @@ def test_a_command_of_the_guides(name: str, toy_shelf: ToyShelf, tmp_path: Path)
     assert main(words.split()) == 0
     saved = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert saved == ["mine-000001.safetensors", "mine.safetensors"]
-    file = weights(tmp_path / "out", "mine")
+    file = read_weights(tmp_path / "out", "mine")
     assert any(tensor.any() for key, tensor in file.items() if key.endswith("lora_up.weight"))
-    assert len(losses(tmp_path / "out", "mine")) == 4
+    assert len(read_metrics(tmp_path / "out", "mine")) == 4
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 2

@@ -11,45 +11,38 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
+from families.loading import load_model
+from families.toys import ToyShelf
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.split_lora import SplitLoRA
-from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.config import ModelOptions
 from sfumato.data.batch import Sizes
-from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
-from sfumato.families import _flux_keys, _tokenizers, register_all
-from sfumato.families.base import Family, Part, find_family
-from sfumato.families.encoding import live_text
-from sfumato.families.source import open_source
+from sfumato.families import _flux_keys, _tokenizers
+from sfumato.families.base import Family
+from sfumato.families.encoding import encode_with_grad
+from sfumato.families.part import Part
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    paths = write_toy("flux", tmp_path_factory.mktemp("flux"))
+def toy(toy_shelf: ToyShelf) -> dict[str, str]:
+    paths = toy_shelf.paths("flux")
     return {name: str(path) for name, path in paths.items() if not name.startswith("tokenizer")}
 
 
 def load(**options: Any) -> Family:
-    register_all()
-    model = ModelOptions(**options)
-    source = open_source(model)
-    family = find_family("flux", source)
-    loaded = family.load(
-        family.read(source, model, NoiseOptions()), model, dtype=torch.float32, device=torch.device("cpu")
-    )
-    loaded.freeze()
-    return loaded
+    return load_model(ModelOptions(**options), family="flux")
 
 
 def prediction(model: Family, captions: list[str], spoil: float = 0.0) -> torch.Tensor:
     """With `spoil`, text beyond the mask is replaced by that value."""
-    features = {part: live_text(model, part, captions) for part in model.text_parts}
+    features = {part: encode_with_grad(model, part, captions) for part in model.text_parts}
     if "mask" in features["t5"]:
         features["t5"]["hidden"] = features["t5"]["hidden"].masked_fill(~features["t5"]["mask"][..., None], spoil)
-    conditioning = model.condition(features, Sizes.plain(len(captions), 64, 64), None)
+    conditioning = model.condition(features, Sizes.from_size(len(captions), 64, 64), None)
     x = torch.randn(len(captions), 16, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model.predict(x, torch.full((len(captions),), 500.0), conditioning)
@@ -57,24 +50,24 @@ def prediction(model: Family, captions: list[str], spoil: float = 0.0) -> torch.
 
 def test_text_beyond_the_mask_changes_nothing(toy: dict[str, str]) -> None:
     model = load(**toy, apply_t5_attn_mask=True)
-    assert live_text(model, "t5", CAPTIONS)["mask"].sum(1).unique().numel() == 2
+    assert encode_with_grad(model, "t5", CAPTIONS)["mask"].sum(1).unique().numel() == 2
     clean, spoilt = prediction(model, CAPTIONS), prediction(model, CAPTIONS, spoil=1000.0)
     assert torch.equal(clean, spoilt)
     torch.testing.assert_close(prediction(model, CAPTIONS[:1]), clean[:1], rtol=0, atol=1e-5)
 
 
 def test_without_the_mask_every_position_is_kept(toy: dict[str, str]) -> None:
-    features = live_text(load(**toy), "t5", CAPTIONS)
+    features = encode_with_grad(load(**toy), "t5", CAPTIONS)
     assert features["hidden"].shape[:2] == (2, 512)
     assert "mask" not in features
-    assert live_text(load(**toy, t5xxl_max_token_length=32), "t5", CAPTIONS)["hidden"].shape[1] == 32
+    assert encode_with_grad(load(**toy, t5xxl_max_token_length=32), "t5", CAPTIONS)["hidden"].shape[1] == 32
 
 
-def test_schnell_has_no_guidance_and_shorter_text(tmp_path: Path) -> None:
-    paths = write_toy("flux", tmp_path, variant="schnell")
+def test_schnell_has_no_guidance_and_shorter_text(toy_shelf: ToyShelf) -> None:
+    paths = toy_shelf.paths("flux", variant="schnell")
     model = load(**{name: str(path) for name, path in paths.items() if not name.startswith("tokenizer")})
     assert model.blueprint.title == "FLUX.1 schnell"
-    assert live_text(model, "t5", CAPTIONS)["hidden"].shape[1] == 256
+    assert encode_with_grad(model, "t5", CAPTIONS)["hidden"].shape[1] == 256
     assert prediction(model, CAPTIONS).isfinite().all()
 
 
@@ -97,17 +90,19 @@ def test_layouts_of_other_programs(toy: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_missing_components_are_named(toy: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="--t5xxl is missing"):
+    with pytest.raises(UserError, match="--t5xxl") as error:
         load(**{name: path for name, path in toy.items() if name != "t5xxl"})
+    assert error.value.code == "network-file-missing"
 
 
 def test_a_missing_t5_tokenizer_says_which_files_to_put_where(toy: dict[str, str], tmp_path: Path) -> None:
     alone = tmp_path / "dit.safetensors"
     alone.write_bytes(Path(toy["pretrained_model_name_or_path"]).read_bytes())
     clip = str(Path(toy["clip_l"]).parent / "tokenizer")
-    with pytest.raises(UserError, match="T5 tokenizer") as caught:
+    with pytest.raises(UserError, match="T5") as error:
         load(**(toy | {"pretrained_model_name_or_path": str(alone)}), tokenizer=(clip,))
-    assert "--tokenizer" in caught.value.fix
+    assert error.value.code == "t5-tokenizer-missing"
+    assert "--tokenizer" in error.value.fix
 
 
 def test_the_t5_tokenizer_is_found_in_the_hub_cache(
@@ -120,10 +115,10 @@ def test_the_t5_tokenizer_is_found_in_the_hub_cache(
     snapshot = repository / "snapshots" / "abc" / "tokenizer_2"
     shutil.copytree(Path(toy["clip_l"]).parent / "tokenizer_2", snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert _tokenizers.t5_in_hub_cache() == snapshot
+    assert _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB) == snapshot
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [LoRA, SplitLoRA])
 def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path, kind: type[LoRA | SplitLoRA]) -> None:
     """diffusers reads FLUX LoRA files only at the width of the real model: one block of each kind."""
@@ -153,9 +148,11 @@ def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path, kind: 
     }  # fmt: skip
     with torch.no_grad():
         ours = module(**arguments, return_dict=False)[0]
-        with engine.scaled(0.0):
+        with engine.use_multiplier(0.0):
             base = module(**arguments, return_dict=False)[0]
-    save_file({name: tensor.contiguous() for name, tensor in engine.tensors().items()}, tmp_path / "lora.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in engine.export_tensors().items()}, tmp_path / "lora.safetensors"
+    )
     engine.multiplier = 0.0
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), transformer=module, vae=None, text_encoder=None, tokenizer=None,

@@ -16,7 +16,7 @@ import torch
 
 from keys import on_meta
 from sfumato.families import _chroma_keys, _flux_keys, _gemma2, _lumina_keys, _sd3_keys, _t5
-from sfumato.formats.checkpoint import write_safetensors
+from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.keymap import KeyMap
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -37,13 +37,14 @@ class Kind:
 
 KINDS = {
     "flux": Kind(
-        _flux_keys.build, {**HEADS, **BLOCKS, "pooled_projection_dim": 64}, _flux_keys.KEYS,
-        "from sfumato.families._flux_keys import TRANSFORMER, build; network = TRANSFORMER.network(source)",
+        _flux_keys.build, {**HEADS, **BLOCKS, "pooled_projection_dim": 64}, _flux_keys.FLUX_KEYS,
+        "from sfumato.families._flux_keys import FLUX_TRANSFORMER, build; network = FLUX_TRANSFORMER.read(source)",
     ),
     "chroma": Kind(
         _chroma_keys.build, {**HEADS, **BLOCKS, "approximator_hidden_dim": 64, "approximator_layers": 1},
-        _chroma_keys.KEYS,
-        "from sfumato.families._chroma_keys import TRANSFORMER, build; network = TRANSFORMER.network(source)",
+        _chroma_keys.CHROMA_KEYS,
+        "from sfumato.families._chroma_keys import CHROMA_TRANSFORMER, build; "
+        "network = CHROMA_TRANSFORMER.read(source)",
     ),
     "sd3": Kind(
         _sd3_keys.build,
@@ -54,7 +55,7 @@ KINDS = {
             "qk_norm": "rms_norm",
         },
         _sd3_keys.key_map(4),
-        "from sfumato.families.sd3 import _read_transformer as read; from sfumato.families._sd3_keys import build; "
+        "from sfumato.families._sd3_keys import build, read_sd3_transformer as read; "
         "network = read(source)",
     ),
     "lumina": Kind(
@@ -63,9 +64,9 @@ KINDS = {
             "in_channels": 16, "hidden_size": 1152, "num_layers": 6, "num_refiner_layers": 1, "num_attention_heads": 12,
             "num_kv_heads": 4, "cap_feat_dim": 128, "axes_dim_rope": [32, 32, 32],
         },
-        _lumina_keys.KEYS,
-        "from sfumato.families.lumina import _read_transformer as read; from sfumato.families._lumina_keys import "
-        "build; network = read(source)",
+        _lumina_keys.LUMINA_KEYS,
+        "from sfumato.families._lumina_keys import build, read_lumina_transformer as read; "
+        "network = read(source)",
     ),
     "t5": Kind(
         _t5.build,
@@ -74,8 +75,8 @@ KINDS = {
             "feed_forward_proj": "gated-gelu",
         },
         _t5.key_map(),
-        "from sfumato.families._flux_parts import read_t5; from sfumato.families._t5 import build; "
-        "network = read_t5(source.path, SimpleNamespace(config={'joint_attention_dim': 1024}))",
+        "from sfumato.families._flux_files import read_t5; from sfumato.families._t5 import build; "
+        "network = read_t5(source, SimpleNamespace(config={'joint_attention_dim': 1024}))",
     ),
     "gemma2": Kind(
         _gemma2.build,
@@ -83,9 +84,9 @@ KINDS = {
             "vocab_size": 128, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 8,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256, "query_pre_attn_scalar": 256,
         },
-        _gemma2.FILE_KEYS,
-        "from sfumato.families.lumina import _read_gemma; from sfumato.families._gemma2 import build; "
-        "network = _read_gemma(source, SimpleNamespace(config={'cap_feat_dim': 1024}))",
+        _gemma2.GEMMA2_FILE_KEYS,
+        "from sfumato.families._gemma2 import build, read_gemma2; "
+        "network = read_gemma2(source, 'text.', width=1024)",
     ),
 }  # fmt: skip
 PROGRAM = """
@@ -120,7 +121,7 @@ CASES = [  # network, type in the file, in memory
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read where Linux tells it")
 @pytest.mark.parametrize(("name", "stored", "dtype"), CASES, ids=[case[0] for case in CASES])
 def test_the_peak_is_the_weights_and_less_than_one_more(

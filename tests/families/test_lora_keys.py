@@ -8,24 +8,20 @@ import pytest
 from torch import nn
 
 from keys import CLIP_G, CLIP_H, CLIP_L, T5_XXL, UNETS, on_meta
-from lora_keys import Shapes, golden
+from lora_keys import Shapes, golden, shapes_in_file
 from sfumato.adapters.lora import LoRA
-from sfumato.families import _chroma_keys, _clip, _flux_keys, _flux_parts, _open_clip, _t5, _unet, flux, sd, sdxl
-from sfumato.families.base import Part, PartSpec
+from sfumato.families import _chroma_keys, _clip, _flux_keys, _open_clip, _t5, _unet, sd, sdxl
+from sfumato.families.part import Part, PartSpec
 
 
 def shapes(spec: PartSpec, build: Callable[[], nn.Module]) -> Shapes:
     """What a file of rank 4 would hold for one network."""
     adapters = [LoRA(group, rank=4, alpha=1) for group in Part(spec=spec, module=on_meta(build)).groups()]
-    return {
-        f"{adapter.group.name}.{suffix}": tuple(tensor.shape)
-        for adapter in adapters
-        for suffix, tensor in adapter.tensors().items()
-    }
+    return shapes_in_file(adapters)
 
 
 def sd_unet(variant: str) -> Shapes:
-    return shapes(sd.unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
+    return shapes(sd._unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
 
 
 def transformer(*, guided: bool) -> Shapes:
@@ -34,19 +30,19 @@ def transformer(*, guided: bool) -> Shapes:
 
 
 def test_sd15() -> None:
-    clip = shapes(sd.clip_spec(_clip.key_map(), sd.CLIP), lambda: _clip.build(CLIP_L))
+    clip = shapes(_clip.spec("clip", sd.CLIP_PREFIX, "lora_te"), lambda: _clip.build(CLIP_L))
     assert sd_unet("sd15") | clip == golden("lora_sd15")
 
 
 @pytest.mark.parametrize("variant", ["sd21", "sd21_linearproj"])
 def test_sd21(variant: str) -> None:
     key_map = _open_clip.key_map(projected=False)
-    clip = shapes(sd.clip_spec(key_map, sd.OPEN_CLIP), lambda: _clip.build(CLIP_H))
+    clip = shapes(_clip.spec("clip", sd.OPEN_CLIP_PREFIX, "lora_te", key_map), lambda: _clip.build(CLIP_H))
     assert sd_unet(variant) | clip == golden(f"lora_{variant}")
 
 
 def test_sdxl() -> None:
-    unet = shapes(sdxl.unet_spec(_unet.key_map(UNETS["sdxl"])), lambda: _unet.build(UNETS["sdxl"]))
+    unet = shapes(sdxl._unet_spec(_unet.key_map(UNETS["sdxl"])), lambda: _unet.build(UNETS["sdxl"]))
     clip_l = shapes(sdxl.clip_l_spec(), lambda: _clip.build(CLIP_L))
     clip_g = shapes(sdxl.clip_g_spec(), lambda: _open_clip.build_projected(CLIP_G))
     assert unet | clip_l | clip_g == golden("lora_sdxl")
@@ -54,8 +50,8 @@ def test_sdxl() -> None:
 
 def test_flux_dev() -> None:
     unet = transformer(guided=True)
-    clip_l = shapes(flux.clip_spec(), lambda: _clip.build(CLIP_L))
-    t5 = shapes(_flux_parts.t5_spec(), lambda: _t5.build(T5_XXL))
+    clip_l = shapes(_clip.spec("clip_l", "", "lora_te1"), lambda: _clip.build(CLIP_L))
+    t5 = shapes(_t5.spec(""), lambda: _t5.build(T5_XXL))
     assert unet == golden("lora_flux_unet_only")
     assert unet | clip_l == golden("lora_flux")
     assert unet | clip_l | t5 == golden("lora_flux_t5")
@@ -67,6 +63,6 @@ def test_flux_schnell() -> None:
 
 def test_chroma() -> None:
     unet = shapes(_chroma_keys.spec(""), lambda: _chroma_keys.build({}))
-    t5 = shapes(_flux_parts.t5_spec(), lambda: _t5.build(T5_XXL))
+    t5 = shapes(_t5.spec(""), lambda: _t5.build(T5_XXL))
     assert unet == golden("lora_chroma")
     assert unet | t5 == golden("lora_chroma_t5")

@@ -11,11 +11,11 @@ from diffusers.loaders import single_file_utils
 from torch import nn
 
 from keys import CLIP_G, CLIP_L, SD3, on_meta, round_trip, same, shapes_of, tagged
-from lora_keys import Shapes, golden
+from lora_keys import Shapes, golden, shapes_in_file
 from sfumato.adapters.lora import LoRA
 from sfumato.families import _clip, _open_clip, _sd3_keys, _t5
-from sfumato.families._sd3_text import PROJECTED_KEYS, clip_spec, t5_spec
-from sfumato.families.base import Part, PartSpec
+from sfumato.families._sd3_text import PROJECTED_KEYS, make_spec
+from sfumato.families.part import Part, PartSpec
 
 KEYS = {"medium": 491, "5-medium": 665, "5-large": 923}  # entries of the published transformers
 T5_XXL = {
@@ -51,7 +51,7 @@ def test_module_is_that_of_diffusers(kind: str) -> None:
 def test_configuration_from_shapes(kind: str) -> None:
     found = _sd3_keys.config_from_shapes(shapes_of(on_meta(lambda: _sd3_keys.build(SD3[kind]))))
     assert found == {name: value for name, value in SD3[kind].items() if name != "sample_size"}
-    assert _sd3_keys.kind_of(found) == kind
+    assert _sd3_keys.get_version(found) == kind
 
 
 def test_only_the_last_block_changes_the_order_of_its_context_norm() -> None:
@@ -69,7 +69,11 @@ def test_only_the_last_block_changes_the_order_of_its_context_norm() -> None:
 def test_clip_files_with_a_projection(level: str) -> None:
     state = shapes_of(on_meta(lambda: _open_clip.build_projected(CLIP_L)))
     file = {level + key.removeprefix("text_model.") if key != "text_projection.weight" else key for key in state}
-    assert {name for key in file for name in (PROJECTED_KEYS.ours(key) or ((), ""))[0]} == set(state)
+    names: set[str] = set()
+    for key in file:
+        ours = PROJECTED_KEYS.find_ours(key)
+        names.update(ours[0] if ours else ())
+    assert names == set(state)
 
 
 # ---------------------------------------------------------------- adapters
@@ -77,11 +81,7 @@ def test_clip_files_with_a_projection(level: str) -> None:
 
 def shapes(spec: PartSpec, build: Callable[[], nn.Module]) -> Shapes:
     adapters = [LoRA(group, rank=4, alpha=1) for group in Part(spec=spec, module=on_meta(build)).groups()]
-    return {
-        f"{adapter.group.name}.{suffix}": tuple(tensor.shape)
-        for adapter in adapters
-        for suffix, tensor in adapter.tensors().items()
-    }
+    return shapes_in_file(adapters)
 
 
 def transformer(kind: str) -> Shapes:
@@ -90,15 +90,15 @@ def transformer(kind: str) -> Shapes:
 
 def clips(*, projected: bool) -> Shapes:
     build: dict[bool, Any] = {True: _open_clip.build_projected, False: _clip.build}
-    clip_l = shapes(clip_spec("clip_l", projected=projected), lambda: build[projected](CLIP_L))
-    return clip_l | shapes(clip_spec("clip_g", projected=True), lambda: _open_clip.build_projected(CLIP_G))
+    clip_l = shapes(make_spec("clip_l", projected=projected), lambda: build[projected](CLIP_L))
+    return clip_l | shapes(make_spec("clip_g", projected=True), lambda: _open_clip.build_projected(CLIP_G))
 
 
 @pytest.mark.parametrize("projected", [True, False])
 def test_sd3_medium(projected: bool) -> None:
     both = transformer("medium") | clips(projected=projected)
     assert both == golden("lora_sd3_medium")
-    assert both | shapes(t5_spec(), lambda: _t5.build(T5_XXL)) == golden("lora_sd3_medium_t5")
+    assert both | shapes(make_spec("t5"), lambda: _t5.build(T5_XXL)) == golden("lora_sd3_medium_t5")
 
 
 def test_sd35_medium() -> None:

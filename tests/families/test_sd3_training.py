@@ -20,12 +20,12 @@ from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.config import NoiseOptions, load_config
 from sfumato.errors import UserError
-from sfumato.families._sd3_patches import nearest, scaled_table
-from sfumato.families.sd3 import patches_of
+from sfumato.families._sd3_patches import find_nearest_side, make_scaled_table
+from sfumato.families.sd3 import count_side_patches
 from sfumato.formats.lora import read_adapter_file
-from sfumato.plan import Outlook, look, with_seed
+from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.export_lora import export_lora
-from training import arguments, losses, pictures, run, same, weights
+from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 
 @pytest.fixture(scope="module")
@@ -35,56 +35,57 @@ def toy(toy_shelf: ToyShelf) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"), 3)
+    return make_images(tmp_path_factory.mktemp("images"), 3)
 
 
-def outlook(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> Outlook:
+def outlook(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> RunPlan:
     """What a run would do."""
-    argv = arguments(toy, images, output, **{"network_module": "networks.lora_sd3", **options})
-    return look(with_seed(load_config(argv)), processes=1)
+    argv = make_arguments(toy, images, output, **{"network_module": "networks.lora_sd3", **options})
+    return make_run_plan(load_config(argv), processes=1)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_dropouts_are_the_samples_own(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """Cached or live, they hit the same samples; and they change what is learned."""
     rates = {"clip_l_dropout_rate": 0.4, "clip_g_dropout_rate": 0.4, "t5_dropout_rate": 0.4}
     options = {"network_train_unet_only": True, "max_train_steps": 4}
-    plain = run(toy, images, tmp_path / "plain", **options)
-    live = run(toy, images, tmp_path / "live", **options, **rates)
-    cached = run(toy, images, tmp_path / "cached", **options, **rates, cache_text_encoder_outputs=True)
-    assert losses(live) == losses(cached)
-    assert same(weights(live), weights(cached))
-    assert not same(weights(live), weights(plain))
+    plain = train_toy(toy, images, tmp_path / "plain", **options)
+    live = train_toy(toy, images, tmp_path / "live", **options, **rates)
+    cached = train_toy(toy, images, tmp_path / "cached", **options, **rates, cache_text_encoder_outputs=True)
+    assert read_metrics(live) == read_metrics(cached)
+    assert equal_tensors(read_weights(live), read_weights(cached))
+    assert not equal_tensors(read_weights(live), read_weights(plain))
 
 
-def test_a_rate_without_an_encoder_is_told(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+def test_a_dropout_rate_without_its_encoder_is_noted(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     path = tmp_path / "sd3.safetensors"
     save_file(without(load_file(toy["pretrained_model_name_or_path"]), "t5"), path)
     found = outlook({"pretrained_model_name_or_path": path}, images, tmp_path / "out", t5_dropout_rate=0.1)
     assert "--t5_dropout_rate has no effect: there is no text encoder t5" in found.notes
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_trains_is_encoded_and_the_rest_is_cached(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """Both CLIPs train without more ado, T5 when asked; cached and live give the same file."""
     rates = {"text_encoder_lr": ["1e-3", "5e-4", "0"], "max_train_steps": 2}
-    live = run(toy, images, tmp_path / "live", **rates)
-    cached = run(toy, images, tmp_path / "cached", **rates, cache_text_encoder_outputs=True)
-    assert same(weights(live), weights(cached))
-    assert {name.split("_")[1] for name in weights(live)} == {"unet", "te1", "te2"}
+    live = train_toy(toy, images, tmp_path / "live", **rates)
+    cached = train_toy(toy, images, tmp_path / "cached", **rates, cache_text_encoder_outputs=True)
+    assert equal_tensors(read_weights(live), read_weights(cached))
+    assert {name.split("_")[1] for name in read_weights(live)} == {"unet", "te1", "te2"}
     asked = {"network_args": ["train_t5xxl=True"], "text_encoder_lr": ["1e-3", "5e-4", "2e-4"], "max_train_steps": 1}
-    whole = run(toy, images, tmp_path / "whole", **asked)
-    assert {name.split("_")[1] for name in weights(whole)} == {"unet", "te1", "te2", "te3"}
+    whole = train_toy(toy, images, tmp_path / "whole", **asked)
+    assert {name.split("_")[1] for name in read_weights(whole)} == {"unet", "te1", "te2", "te3"}
     planned = outlook(toy, images, tmp_path / "x", **asked)
     rows = {row.part: row.learning_rate for row in planned.method.plan(planned.blueprint)}
     assert rows == {"denoiser": 1e-3, "clip_l": 1e-3, "clip_g": 5e-4, "t5": 2e-4}
-    with pytest.raises(UserError, match="nothing to keep"):
+    with pytest.raises(UserError) as error:
         outlook(toy, images, tmp_path / "x", **asked, cache_text_encoder_outputs=True)
-    alone = run(toy, images, tmp_path / "alone", network_train_text_encoder_only=True, max_train_steps=1)
-    assert {name.split("_")[1] for name in weights(alone)} == {"te1", "te2"}
+    assert error.value.code == "text-cache-of-trained-encoders"
+    alone = train_toy(toy, images, tmp_path / "alone", network_train_text_encoder_only=True, max_train_steps=1)
+    assert {name.split("_")[1] for name in read_weights(alone)} == {"te1", "te2"}
 
 
-def test_the_table_of_places_is_no_weight(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+def test_the_position_table_does_not_train(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """Neither planned nor trained; the rest is."""
     planned = outlook(toy, images, tmp_path, method="full", network_dim=None, network_module=None)
     (row,) = planned.method.plan(planned.blueprint)
@@ -94,7 +95,9 @@ def test_the_table_of_places_is_no_weight(toy: Mapping[str, Path], images: Path,
 
 def test_what_the_file_says_of_its_training(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     options = {"weighting_scheme": "logit_normal", "logit_std": 0.5, "apply_lg_attn_mask": True, "max_train_steps": 1}
-    output = run(toy, images, tmp_path, network_train_unet_only=True, network_module="networks.lora_sd3", **options)
+    output = train_toy(
+        toy, images, tmp_path, network_train_unet_only=True, network_module="networks.lora_sd3", **options
+    )
     with safe_open(output / "lora.safetensors", "pt") as found:
         said = found.metadata()
     golden = json.loads((Path(__file__).parents[1] / "goldens" / "metadata_keys.json").read_text())
@@ -107,7 +110,7 @@ def test_what_the_file_says_of_its_training(toy: Mapping[str, Path], images: Pat
 
 
 @pytest.mark.parametrize(
-    ("noise", "told"),
+    ("noise", "notes"),
     [
         ({}, []),
         ({"discrete_flow_shift": 3.0}, ["--discrete_flow_shift has no effect without --timestep_sampling"]),
@@ -116,17 +119,14 @@ def test_what_the_file_says_of_its_training(toy: Mapping[str, Path], images: Pat
         ({"timestep_sampling": "uniform", "training_shift": 3.0}, ["--training_shift has no effect"]),
     ],
 )
-def test_shifts_without_effect_are_told(noise: dict[str, Any], told: list[str], toy: Mapping[str, Path]) -> None:
+def test_shifts_without_effect_are_noted(noise: dict[str, Any], notes: list[str], toy: Mapping[str, Path]) -> None:
     blueprint = read(NoiseOptions(**noise), **checkpoint(toy))
-    assert len(blueprint.notes) == len(told)
-    assert all(note.startswith(start) for note, start in zip(blueprint.notes, told, strict=True))
+    assert len(blueprint.notes) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(blueprint.notes, notes, strict=True))
 
 
-# ---------------------------------------------------------------- places
-
-
-def test_random_places_in_training_alone(toy_shelf: ToyShelf) -> None:
-    """Every picture draws for itself; each cut is a window of the table; no gradients, no draws."""
+def test_random_crops_of_the_position_table_only_in_training(toy_shelf: ToyShelf) -> None:
+    """Every image has its own crop, a window of the table; without gradients there are no random crops."""
     model = load(**checkpoint(toy_shelf.paths("sd3", "original", "3.5-medium")), pos_emb_random_crop_rate=0.5)
     assert model.blueprint.notes == ()
     patches = model.denoiser.pos_embed
@@ -149,7 +149,7 @@ def test_random_places_in_training_alone(toy_shelf: ToyShelf) -> None:
 def test_scaled_table() -> None:
     """Closed form: the middle spans 0 to 16, whatever the size; columns first, then rows; sines, then cosines."""
     for side in (4, 8, 9):
-        table = scaled_table(side, 16).double()
+        table = make_scaled_table(side, 16).double()
         size = int(1.5 * side)
         assert table.shape == (size, size, 16)
         for row, column, channel in ((0, 0, 0), (1, size - 1, 1), (size - 1, 2, 3)):
@@ -160,58 +160,61 @@ def test_scaled_table() -> None:
 
 
 def test_tables_are_chosen_by_area(toy_shelf: ToyShelf) -> None:
-    assert [patches_of(*size) for size in ((512, 512), (1024, 1024), (832, 1216), (768, 512))] == [32, 64, 62, 39]
-    assert [nearest((32, 64), area) for area in (1, 2560, 2561, 10**6)] == [32, 32, 64, 64]
+    assert [count_side_patches(*size) for size in ((512, 512), (1024, 1024), (832, 1216), (768, 512))] == [
+        32,
+        64,
+        62,
+        39,
+    ]
+    assert [find_nearest_side((32, 64), area) for area in (1, 2560, 2561, 10**6)] == [32, 32, 64, 64]
     model = load(**checkpoint(toy_shelf.paths("sd3", "original", "3.5-medium")), enable_scaled_pos_embed=True)
     patches = model.denoiser.pos_embed
     keys = set(patches.state_dict())
-    model.expect([(64, 64), (128, 128)])
+    model.set_resolutions([(64, 64), (128, 128)])
     assert set(patches.state_dict()) == keys
     zeros = torch.zeros(1, 16, 8, 8)
     with torch.no_grad():
         found = (patches(zeros) - patches.proj.bias)[0]
-        torch.testing.assert_close(found, scaled_table(4, 128)[1:5, 1:5].flatten(0, 1), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, make_scaled_table(4, 128)[1:5, 1:5].flatten(0, 1), rtol=0, atol=1e-5)
         wide = (patches(torch.zeros(1, 16, 4, 40)) - patches.proj.bias)[0]  # 2 x 20 patches fit neither table
     table = patches.pos_embed.reshape(24, 24, -1)
     torch.testing.assert_close(wide, table[11:13, 2:22].flatten(0, 1), rtol=0, atol=1e-5)
 
 
-def test_options_for_one_model_are_told_on_another(toy: Mapping[str, Path]) -> None:
+def test_options_of_one_version_are_noted_on_another(toy: Mapping[str, Path]) -> None:
     blueprint = read(**checkpoint(toy), pos_emb_random_crop_rate=0.1, enable_scaled_pos_embed=True)
     assert len(blueprint.notes) == 2
-    assert all("is meant for Stable Diffusion 3.5 medium" in note for note in blueprint.notes)
+    assert [note.split()[0] for note in blueprint.notes] == ["--pos_emb_random_crop_rate", "--enable_scaled_pos_embed"]
 
 
-@pytest.mark.slow
-def test_training_with_scaled_and_random_places(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+@pytest.mark.full
+def test_training_with_scaled_tables_and_random_crops(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     toy = toy_shelf.paths("sd3", "original", "3.5-medium")
     options = {"network_train_unet_only": True, "max_train_steps": 2, "gradient_checkpointing": True}
-    plain = run(toy, images, tmp_path / "plain", **options)
+    plain = train_toy(toy, images, tmp_path / "plain", **options)
     options |= {"pos_emb_random_crop_rate": 0.5, "enable_scaled_pos_embed": True}
-    first, second = (run(toy, images, tmp_path / name, **options) for name in "ab")
-    assert losses(first) == losses(second)
-    assert losses(first) != losses(plain)
+    first, second = (train_toy(toy, images, tmp_path / name, **options) for name in "ab")
+    assert read_metrics(first) == read_metrics(second)
+    assert read_metrics(first) != read_metrics(plain)
 
 
-def test_a_picture_larger_than_the_table(toy: Mapping[str, Path]) -> None:
+def test_an_image_larger_than_the_position_table(toy: Mapping[str, Path]) -> None:
     model = load(**checkpoint(toy))
-    with pytest.raises(UserError, match="larger than the model's table"):
+    with pytest.raises(UserError, match="32 x 4") as error:
         model.denoiser.pos_embed(torch.zeros(1, 16, 64, 8))
+    assert error.value.code == "image-exceeds-position-table"
 
 
-# ---------------------------------------------------------------- adapters
-
-
-@pytest.mark.slow
+@pytest.mark.full
 @torch.no_grad()
 def test_a_trained_lora_under_diffusers_names_gives_the_same(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
-    """diffusers reads no SD3 files of the field; exported, it reads every layer of them."""
+    """diffusers reads no kohya-format SD3 files; exported, it reads every layer of them."""
     from diffusers import StableDiffusion3Pipeline
 
     toy = toy_shelf.paths("sd3", "original", "3.5-medium")
     options = {"network_alpha": 1, "learning_rate": "3e-2", "network_args": ["emb_dims=[2,2,2,2,2,2]"]}
     with torch.enable_grad():
-        output = run(toy, images, tmp_path, network_train_unet_only=True, **options)
+        output = train_toy(toy, images, tmp_path, network_train_unet_only=True, **options)
     entries, model = read_adapter_file(output / "lora.safetensors"), load(**checkpoint(toy))
     groups = {group.name: group for group in model.parts["denoiser"].groups(every=True)}
     assert set(entries) == set(groups)

@@ -15,19 +15,21 @@ import torch
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
-import training
+import toy_runs
+from families.loading import load_model, read_model
+from families.toys import ToyShelf
 from keys import CLIP_G, CLIP_L, UNETS, on_meta, round_trip, same, shapes_of, tagged
 from sfumato.config import ModelOptions, NoiseOptions, load_config
 from sfumato.data.batch import Sizes
-from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
-from sfumato.families import _clip, _open_clip, _unet, _vae, register_all, sdxl
-from sfumato.families.base import Blueprint, Family, find_family
-from sfumato.families.encoding import live_text
+from sfumato.families import _clip, _open_clip, _unet, _vae, sdxl
+from sfumato.families.base import Family
+from sfumato.families.blueprint import Blueprint
+from sfumato.families.encoding import encode_with_grad
+from sfumato.families.part import DENOISER_PREFIX
 from sfumato.families.sdxl import CLIP_G_KEYS
-from sfumato.families.source import open_source
-from sfumato.plan import look
-from training import arguments, pictures, run, weights
+from sfumato.plan import make_run_plan
+from toy_runs import make_arguments, make_images, read_weights, train_toy
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
 VAE = {
@@ -41,34 +43,21 @@ LAST_OF_CLIP_L = "lora_te1_text_model_encoder_layers_1_"
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return write_toy("sdxl", tmp_path_factory.mktemp("sdxl"))
+def toy(toy_shelf: ToyShelf) -> Mapping[str, Path]:
+    return toy_shelf.paths("sdxl")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"))
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 def read(path: Path, noise: NoiseOptions | None = None, **options: Any) -> Blueprint:
-    register_all()
-    model = ModelOptions(pretrained_model_name_or_path=str(path), **options)
-    source = open_source(model)
-    return find_family(None, source).read(source, model, noise or NoiseOptions())
+    return read_model(ModelOptions(pretrained_model_name_or_path=str(path), **options), noise)
 
 
 def load(path: Path, **options: Any) -> Family:
-    register_all()
-    model = ModelOptions(pretrained_model_name_or_path=str(path), **options)
-    source = open_source(model)
-    family = find_family("sdxl", source)
-    blueprint = family.read(source, model, NoiseOptions())
-    loaded = family.load(blueprint, model, dtype=torch.float32, device=torch.device("cpu"))
-    loaded.freeze()
-    return loaded
-
-
-# ---------------------------------------------------------------- the published model, without its weights
+    return load_model(ModelOptions(pretrained_model_name_or_path=str(path), **options), family="sdxl")
 
 
 def test_unet_keys() -> None:
@@ -84,7 +73,7 @@ def test_configuration_from_shapes() -> None:
     unet = on_meta(lambda: _unet.build(UNETS["sdxl"]))
     original = _unet.key_map(UNETS["sdxl"]).to_original(unet.state_dict())
     found = _unet.config_from_shapes({name: tuple(tensor.shape) for name, tensor in original.items()})
-    found |= {"addition_time_embed_dim": 256, **_unet.heads_of_64(found)}
+    found |= {"addition_time_embed_dim": 256, **_unet.count_heads(found)}
     assert {name: found[name] for name in UNETS["sdxl"]} == UNETS["sdxl"]
     assert shapes_of(on_meta(lambda: _unet.build(found))) == shapes_of(unet)
 
@@ -115,12 +104,14 @@ def test_a_published_file_is_understood_from_its_header(tmp_path: Path) -> None:
     vae = on_meta(lambda: _vae.build(VAE))
     position_ids = "text_model.embeddings.position_ids"
     parts = {
-        _unet.PREFIX: _unet.key_map(UNETS["sdxl"]).to_original(unet.state_dict()),
-        sdxl.CLIP_L: _clip.key_map().to_original(clip_l.state_dict()) | {position_ids: torch.zeros(1, 77)},
-        sdxl.CLIP_G: CLIP_G_KEYS.to_original(clip_g.state_dict()) | {"logit_scale": torch.zeros(())},
-        _vae.PREFIX: _vae.key_map(4).to_original(vae.state_dict()),
+        DENOISER_PREFIX: _unet.key_map(UNETS["sdxl"]).to_original(unet.state_dict()),
+        sdxl.CLIP_L_PREFIX: _clip.key_map().to_original(clip_l.state_dict()) | {position_ids: torch.zeros(1, 77)},
+        sdxl.CLIP_G_PREFIX: CLIP_G_KEYS.to_original(clip_g.state_dict()) | {"logit_scale": torch.zeros(())},
+        _vae.VAE_PREFIX: _vae.key_map(4).to_original(vae.state_dict()),
     }
-    shapes = {prefix + name: tuple(tensor.shape) for prefix, part in parts.items() for name, tensor in part.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, part in parts.items():
+        shapes |= {prefix + name: tuple(tensor.shape) for name, tensor in part.items()}
     assert len(shapes) == 2515
     write_hollow(tmp_path / "xl.safetensors", shapes)
     blueprint = read(tmp_path / "xl.safetensors")
@@ -147,9 +138,6 @@ def write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         file.truncate(8 + len(text) + place)
 
 
-# ---------------------------------------------------------------- text and sizes
-
-
 def test_text_is_read_before_the_last_layer_and_pooled_at_the_first_end(toy: Mapping[str, Path]) -> None:
     """Against the layers called by hand."""
     model = load(toy["pretrained_model_name_or_path"])
@@ -164,14 +152,14 @@ def test_text_is_read_before_the_last_layer_and_pooled_at_the_first_end(toy: Map
         last = tower.final_layer_norm(states[-1])
         ends = [row.index(model.tokenizers["clip_g"].eos_token_id) for row in ids.tolist()]  # pyright: ignore
         pooled = last[torch.arange(2), ends] @ encoder.text_projection.weight.T
-        found = live_text(model, "clip_g", CAPTIONS)
+        found = encode_with_grad(model, "clip_g", CAPTIONS)
     torch.testing.assert_close(found["hidden"], states[-2], rtol=0, atol=1e-5)
     torch.testing.assert_close(found["pooled"], pooled, rtol=0, atol=1e-5)
 
 
 def test_sizes_reach_the_denoiser_in_the_order_of_the_original(toy: Mapping[str, Path]) -> None:
     model = load(toy["pretrained_model_name_or_path"])
-    features = {part: live_text(model, part, CAPTIONS) for part in model.text_parts}
+    features = {part: encode_with_grad(model, part, CAPTIONS) for part in model.text_parts}
     sizes = Sizes(
         original=torch.tensor([[1021, 768], [64, 64]]), crop=torch.tensor([[3, 5], [0, 0]]),
         target=torch.tensor([[512, 640], [64, 64]]),
@@ -181,7 +169,7 @@ def test_sizes_reach_the_denoiser_in_the_order_of_the_original(toy: Mapping[str,
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         one = model.predict(x, torch.full((2,), 500.0), conditioning)
-        plain = model.predict(x, torch.full((2,), 500.0), model.condition(features, Sizes.plain(2, 64, 64), None))
+        plain = model.predict(x, torch.full((2,), 500.0), model.condition(features, Sizes.from_size(2, 64, 64), None))
     assert (one[0] - plain[0]).abs().max() > 1e-3
     torch.testing.assert_close(one[1], plain[1], rtol=0, atol=1e-6)
 
@@ -192,17 +180,17 @@ def test_longer_captions(toy: Mapping[str, Path]) -> None:
     path = toy["pretrained_model_name_or_path"]
     short, long = load(path), load(path, max_token_length=225)
     for part in ("clip_l", "clip_g"):
-        whole, first = live_text(long, part, ["a cat", words]), live_text(short, part, ["a cat", words])
+        whole, first = encode_with_grad(long, part, ["a cat", words]), encode_with_grad(short, part, ["a cat", words])
         assert whole["hidden"].shape[:2] == (2, 227)
         torch.testing.assert_close(whole["hidden"][:, :76], first["hidden"][:, :76], rtol=0, atol=1e-5)
         assert (whole["hidden"][1, 76:121] - whole["hidden"][0, 76:121]).abs().max() > 0.1
         assert long.text_fingerprint(part) != short.text_fingerprint(part)
     torch.testing.assert_close(
-        live_text(long, "clip_g", [words])["pooled"], live_text(short, "clip_g", [words])["pooled"], rtol=0, atol=1e-5
+        encode_with_grad(long, "clip_g", [words])["pooled"],
+        encode_with_grad(short, "clip_g", [words])["pooled"],
+        rtol=0,
+        atol=1e-5,
     )
-
-
-# ---------------------------------------------------------------- what the checkpoint says
 
 
 def test_what_the_checkpoint_is(toy: Mapping[str, Path]) -> None:
@@ -212,74 +200,78 @@ def test_what_the_checkpoint_is(toy: Mapping[str, Path]) -> None:
     assert blueprint.latents.scale == 0.13025
     assert blueprint.objective.predicts == "epsilon"
     assert read(toy["pretrained_model_name_or_path"], v_parameterization=True).objective.predicts == "v"
-    with pytest.raises(UserError, match=r"leave --v2 out"):
+    with pytest.raises(UserError) as error:
         read(toy["pretrained_model_name_or_path"], v2=True)
+    assert error.value.code == "v2-version-mismatch"
 
 
 def test_a_marked_v_prediction_file_wants_the_option(toy: Mapping[str, Path], tmp_path: Path) -> None:
     tensors = load_file(toy["pretrained_model_name_or_path"])
     save_file(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
-    with pytest.raises(UserError, match="--v_parameterization"):
+    with pytest.raises(UserError) as error:
         read(tmp_path / "v.safetensors")
+    assert error.value.code == "v-parameterization-missing"
     (note,) = read(tmp_path / "v.safetensors", v_parameterization=True).notes
-    assert "--zero_terminal_snr is not given" in note
+    assert "--zero_terminal_snr" in note
     whole = read(tmp_path / "v.safetensors", NoiseOptions(zero_terminal_snr=True), v_parameterization=True)
     assert whole.notes == ()
     assert whole.objective.level(torch.tensor([999.0])).snr.item() == 0
 
 
 def test_clip_skip_has_no_effect_and_the_report_says_so(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
-    command = arguments(toy, images, tmp_path, clip_skip=2)
-    assert look(load_config(command), processes=1).notes == ("--clip_skip has no effect on a model of the family sdxl",)
+    command = make_arguments(toy, images, tmp_path, clip_skip=2)
+    assert make_run_plan(load_config(command), processes=1).notes == (
+        "--clip_skip has no effect on a model of the family sdxl",
+    )
     with pytest.raises(UserError, match="--clip_skip has no effect"):
-        look(load_config([*command, "--strict"]), processes=1)
+        make_run_plan(load_config([*command, "--strict"]), processes=1)
 
 
-# ---------------------------------------------------------------- adapters
-
-
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_file_in_diffusers_names_is_read(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
-    first = run(toy, images, tmp_path / "first", network_train_unet_only=True)
+    first = train_toy(toy, images, tmp_path / "first", network_train_unet_only=True)
     blueprint = read(toy["pretrained_model_name_or_path"])
     spec, groups = blueprint.networks["denoiser"].spec, blueprint.networks["denoiser"].groups()
     other = {ours: theirs for theirs, ours in spec.aliases(groups).items()}
     assert len(other) == len(groups)
-    renamed = {f"{other[key.partition('.')[0]]}.{key.partition('.')[2]}": t for key, t in weights(first).items()}
+    renamed = {f"{other[key.partition('.')[0]]}.{key.partition('.')[2]}": t for key, t in read_weights(first).items()}
     assert "lora_unet_down_blocks_1_attentions_0_proj_in.alpha" in renamed
     save_file(renamed, tmp_path / "diffusers.safetensors")
-    again = run(
+    again = train_toy(
         toy, images, tmp_path / "again", network_train_unet_only=True, dim_from_weights=True, learning_rate="1e-12",
         network_weights=tmp_path / "diffusers.safetensors",
     )  # fmt: skip
-    before, after = weights(first), weights(again)
+    before, after = read_weights(first), read_weights(again)
     assert set(before) == set(after)
     assert all(torch.allclose(before[name], after[name], atol=1e-7) for name in before)
-    save_file(renamed | weights(first), tmp_path / "both.safetensors")
-    with pytest.raises(UserError, match="a second time"):
-        run(toy, images, tmp_path / "x", network_train_unet_only=True, network_weights=tmp_path / "both.safetensors")
+    save_file(renamed | read_weights(first), tmp_path / "both.safetensors")
+    with pytest.raises(UserError, match=r"both\.safetensors") as error:
+        train_toy(
+            toy, images, tmp_path / "x", network_train_unet_only=True, network_weights=tmp_path / "both.safetensors"
+        )
+    assert error.value.code == "adapter-layer-twice"
 
 
 def test_one_encoder_trains_and_the_other_is_cached(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     options = {"text_encoder_lr": ["1e-3", "0"], "max_train_steps": 3}
-    live = run(toy, images, tmp_path / "live", **options)
-    cached = run(toy, images, tmp_path / "cached", cache_text_encoder_outputs=True, **options)
-    assert training.same(weights(live), weights(cached))
-    assert {name.split("_text_model")[0] for name in weights(live) if name.startswith("lora_te")} == {"lora_te1"}
+    live = train_toy(toy, images, tmp_path / "live", **options)
+    cached = train_toy(toy, images, tmp_path / "cached", cache_text_encoder_outputs=True, **options)
+    assert toy_runs.equal_tensors(read_weights(live), read_weights(cached))
+    assert {name.split("_text_model")[0] for name in read_weights(live) if name.startswith("lora_te")} == {"lora_te1"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_processes_leave_unreached_layers_as_one_does(
     toy: Mapping[str, Path], images: Path, tmp_path: Path
 ) -> None:
     """Weight decay would move the down matrices of layers that never get a gradient."""
     options = {"max_train_steps": 3, "optimizer_args": ["weight_decay=0.5", "eps=0.01"]}
-    alone = run(toy, images, tmp_path / "alone", train_batch_size=2, **options)
+    alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **options)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
     script = Path(__file__).parents[2] / "launchers" / "sdxl_train_network.py"
-    command = arguments(toy, images, tmp_path / "both", train_batch_size=1, **options)
+    command = make_arguments(toy, images, tmp_path / "both", train_batch_size=1, **options)
     subprocess.run([*launcher, str(script), *command], check=True, timeout=300)
-    ours, theirs = weights(tmp_path / "both"), weights(alone)
+    ours, theirs = read_weights(tmp_path / "both"), read_weights(alone)
     unreached = [name for name in theirs if name.startswith(LAST_OF_CLIP_L)]
     assert unreached
     assert all(torch.equal(ours[name], theirs[name]) for name in unreached)

@@ -10,7 +10,12 @@ import pytest
 
 from sfumato.errors import UserError
 from sfumato.families import _tokenizers
-from sfumato.families._tokenizers import clip_tokenizer, t5_tokenizer, toy_t5_tokenizer, toy_tokenizer
+from sfumato.families._tokenizers import (
+    load_clip_tokenizer,
+    load_t5_tokenizer,
+    write_toy_clip_tokenizer,
+    write_toy_t5_tokenizer,
+)
 
 # Made with open_clip 3.3's SimpleTokenizer, which is OpenAI's; texts that its ftfy step leaves alone.
 RECORDED = json.loads((Path(__file__).parents[1] / "goldens" / "clip_tokens.json").read_text(encoding="utf-8"))
@@ -18,7 +23,7 @@ RECORDED = json.loads((Path(__file__).parents[1] / "goldens" / "clip_tokens.json
 
 @pytest.fixture(scope="module")
 def shipped():
-    return clip_tokenizer()
+    return load_clip_tokenizer()
 
 
 @pytest.mark.parametrize("case", RECORDED, ids=lambda case: case["text"][:12])
@@ -40,24 +45,24 @@ def test_long_captions_are_cut_at_77_and_short_ones_end_in_the_end_token(shipped
 
 
 def test_padding_with_zero_leaves_exclamation_marks_alone():
-    tokenizer = clip_tokenizer(pad_with_zero=True)
+    tokenizer = load_clip_tokenizer(pad_with_zero=True)
     assert tokenizer("hello! wow!!!", padding="max_length").input_ids[:8] == [49406, 3306, 256, 2781, 995, 49407, 0, 0]
     assert tokenizer.pad_token_id == 0
 
 
 def test_the_shipped_tokenizer_is_built_quickly():
-    clip_tokenizer()  # the import of transformers is not what is measured
-    _tokenizers._shipped_vocabulary.cache_clear()
+    load_clip_tokenizer()  # the import of transformers is not what is measured
+    _tokenizers._load_shipped_vocabulary.cache_clear()
     start = time.perf_counter()
-    clip_tokenizer()
+    load_clip_tokenizer()
     assert time.perf_counter() - start < 1.0  # about 0.06 s on a quiet machine
 
 
 def test_each_tokenizer_is_its_own(shipped):
     """Textual inversion adds tokens; the next run in the process must not see them."""
-    other = clip_tokenizer()
+    other = load_clip_tokenizer()
     other.add_tokens("newword")
-    assert len(other) == len(clip_tokenizer()) + 1
+    assert len(other) == len(load_clip_tokenizer()) + 1
     assert shipped("newword").input_ids != other("newword").input_ids
 
 
@@ -69,22 +74,22 @@ def test_a_saved_tokenizer_json_is_read_back(tmp_path, shipped, legacy):
         content = json.loads((tmp_path / "tokenizer.json").read_text())
         content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
         (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    again = clip_tokenizer(tmp_path)
+    again = load_clip_tokenizer(tmp_path)
     for case in RECORDED:
         assert again(case["text"]).input_ids == case["ids"]
 
 
 def test_added_tokens_keep_their_ids(tmp_path):
-    tokenizer = clip_tokenizer()
+    tokenizer = load_clip_tokenizer()
     tokenizer.add_tokens(["skstoken", "skstoken1"])
     tokenizer.save_pretrained(tmp_path)
-    assert clip_tokenizer(tmp_path)("a skstoken1").input_ids == [49406, 320, 49409, 49407]
+    assert load_clip_tokenizer(tmp_path)("a skstoken1").input_ids == [49406, 320, 49409, 49407]
 
 
 def test_toy_words_are_one_token_each_and_end_is_the_highest_id(tmp_path):
     words = ["cat", "cats", "scatter", "at", "banana", "nana", "a", "cat"]
-    size = toy_tokenizer(tmp_path, words)
-    toy = clip_tokenizer(tmp_path)
+    size = write_toy_clip_tokenizer(tmp_path, words)
+    toy = load_clip_tokenizer(tmp_path)
     assert len(toy) == size
     ids = [toy(word).input_ids for word in words]
     assert all(len(each) == 3 for each in ids)
@@ -97,23 +102,32 @@ def test_toy_words_are_one_token_each_and_end_is_the_highest_id(tmp_path):
 def test_transformers_reads_the_toy_folder_the_same_way(tmp_path):
     from transformers import AutoTokenizer
 
-    toy_tokenizer(tmp_path, ["red", "square"])
+    write_toy_clip_tokenizer(tmp_path, ["red", "square"])
     text = "a red square, squared!"
-    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == clip_tokenizer(tmp_path)(text).input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == load_clip_tokenizer(tmp_path)(text).input_ids
 
 
-@pytest.mark.parametrize("breakage", ["empty", "json", "no_end", "merges"])
-def test_a_folder_that_is_no_tokenizer_is_the_users_mistake(tmp_path, breakage):
+@pytest.mark.parametrize(
+    ("breakage", "code"),
+    [
+        ("empty", "clip-tokenizer-missing"),
+        ("json", "model-json-invalid"),
+        ("no_end", "clip-vocabulary-incomplete"),
+        ("merges", "clip-merges-line"),
+    ],
+)
+def test_a_folder_that_is_no_tokenizer_is_the_users_mistake(tmp_path, breakage, code):
     if breakage != "empty":
-        toy_tokenizer(tmp_path, ["cat"])
+        write_toy_clip_tokenizer(tmp_path, ["cat"])
     if breakage == "json":
         (tmp_path / "vocab.json").write_text("{")
     if breakage == "no_end":
         (tmp_path / "vocab.json").write_text('{"a": 0}')
     if breakage == "merges":
         (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
-    with pytest.raises(UserError):
-        clip_tokenizer(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_clip_tokenizer(tmp_path)
+    assert error.value.code == code
 
 
 def test_t5_from_a_sentencepiece_file_agrees_with_sentencepiece(tmp_path):
@@ -124,15 +138,15 @@ def test_t5_from_a_sentencepiece_file_agrees_with_sentencepiece(tmp_path):
         bos_id=-1, minloglevel=2,
     )  # fmt: skip
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
-    tokenizer = t5_tokenizer(tmp_path)
+    tokenizer = load_t5_tokenizer(tmp_path)
     for text in ["the Licensor grants You", "A cat, two  cats!", "ünïcode ﬁne ½ 日本", "", " lead"]:
         assert tokenizer(text).input_ids == [*reference.encode(text), 1]
     assert len(tokenizer("the " * 600, truncation=True).input_ids) == 512
 
 
 def test_toy_t5(tmp_path):
-    size = toy_t5_tokenizer(tmp_path, ["a", "cat", "photo", "of"])
-    tokenizer = t5_tokenizer(tmp_path, max_length=16)
+    size = write_toy_t5_tokenizer(tmp_path, ["a", "cat", "photo", "of"])
+    tokenizer = load_t5_tokenizer(tmp_path, max_length=16)
     ids = tokenizer("a photo of cats", padding="max_length").input_ids
     assert tokenizer.convert_ids_to_tokens(ids[:6]) == ["▁a", "▁photo", "▁of", "▁cat", "s", "</s>"]
     assert ids[6:] == [0] * 10
@@ -140,18 +154,20 @@ def test_toy_t5(tmp_path):
 
 
 def test_a_missing_t5_tokenizer_names_the_files(tmp_path):
-    with pytest.raises(UserError, match=r"spiece\.model.*--tokenizer"):
-        t5_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no T5 tokenizer"):
-        t5_tokenizer(None)
+    with pytest.raises(UserError, match=r"spiece\.model.*--tokenizer") as error:
+        load_t5_tokenizer(tmp_path)
+    assert error.value.code == "t5-tokenizer-missing"
+    with pytest.raises(UserError) as error:
+        load_t5_tokenizer(None)
+    assert error.value.code == "t5-tokenizer-missing"
 
 
 def test_merges_alone_make_the_same_tokenizer_as_the_folder(tmp_path: Path) -> None:
     """transformers reads the folder; ours is made of what a checkpoint brings along."""
     from transformers import AutoTokenizer
 
-    toy_tokenizer(tmp_path, ["robot", "background", "blue"])
+    write_toy_clip_tokenizer(tmp_path, ["robot", "background", "blue"])
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     text = "a robot on a blue background, unheard-of"
-    assert clip_tokenizer(merges=merges)(text).input_ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
-    assert clip_tokenizer(merges=merges)("robot").input_ids != clip_tokenizer()("robot").input_ids
+    assert load_clip_tokenizer(merges=merges)(text).input_ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
+    assert load_clip_tokenizer(merges=merges)("robot").input_ids != load_clip_tokenizer()("robot").input_ids

@@ -1,4 +1,4 @@
-"""The header reader agrees with the safetensors library, and names what is wrong with a file that is not whole."""
+"""The header reader agrees with the safetensors library, and says what is wrong with a damaged file."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from sfumato.errors import UserError
-from sfumato.formats.header import LONGEST_HEADER, read_header, sharded_headers
+from sfumato.formats.header import MAX_HEADER_BYTES, read_header, read_sharded_headers
 
 TENSORS = {
     "unet.weight": torch.randn(3, 4),
@@ -50,7 +50,7 @@ def test_it_reads_what_the_library_reads(file):
     for name, tensor in TENSORS.items():
         info = header.tensors[name]
         assert content[info.start : info.end] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert info.count == tensor.numel()
+        assert info.numel == tensor.numel()
         assert info.nbytes == tensor.nbytes
 
 
@@ -62,66 +62,72 @@ def test_a_file_without_tensors_and_metadata(tmp_path):
 
 
 def test_missing_and_folder(tmp_path):
-    with pytest.raises(UserError, match=r"gone.safetensors does not exist"):
+    with pytest.raises(UserError, match=r"gone\.safetensors") as missing:
         read_header(tmp_path / "gone.safetensors")
-    with pytest.raises(UserError, match="is a folder"):
+    assert missing.value.code == "tensor-file-missing"
+    with pytest.raises(UserError) as folder:
         read_header(tmp_path)
+    assert folder.value.code == "tensor-file-is-folder"
 
 
 def test_every_truncation_is_named_with_both_sizes(file):
     content = file.read_bytes()
     for size in range(len(content)):
         file.write_bytes(content[:size])
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error:
             read_header(file)
-        assert str(file) in str(caught.value)
-        assert f"{size:,}" in str(caught.value)
+        assert str(file) in str(error.value)
+        assert f"{size:,}" in str(error.value)
         if size >= len(content) - 50:
-            assert f"{len(content):,} bytes and has {size:,}" in str(caught.value)
+            assert error.value.code == "tensor-file-truncated"
+            assert f"{len(content):,}" in str(error.value)
 
 
 def test_surplus_bytes(file):
     file.write_bytes(file.read_bytes() + b"xx")
-    with pytest.raises(UserError, match="2 bytes more"):
+    with pytest.raises(UserError, match="2 bytes") as error:
         read_header(file)
+    assert error.value.code == "tensor-file-too-long"
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "code", "detail"),
     [
-        (b"", "0 bytes"),
-        (b"PK\x03\x04" + b"x" * 100, "pickled checkpoint"),
-        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P", "old pickled"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "Git LFS pointer"),
-        (b"<!DOCTYPE html><html>" + b"x" * 100, "web page"),
-        (b"\n <html>" + b"x" * 100, "web page"),
-        (b"GGUF" + b"\x03\0\0\0" + b"x" * 100, "GGUF"),
-        (b"x" * 1000, "not a safetensors file"),
-        (struct.pack("<Q", LONGEST_HEADER + 1) + b"{" + b" " * 100, "not a safetensors file"),
-        (struct.pack("<Q", 2**63) + b"{}", "not a safetensors file"),
-        (struct.pack("<Q", LONGEST_HEADER) + b"{" + b" " * 100, "cut off"),
-        (raw(b"{nonsense}"), "header is damaged"),
-        (raw(b'{"a": "\xff"}'), "header is damaged"),
-        (raw(b"{" + b'"a":{' * 90_000), "header is damaged"),
-        (raw(b'{"__metadata__": {"a": 1}}'), "metadata is not"),
-        (raw(b'{"a": []}'), "entry 'a'"),
-        (raw(b'{"a": {"dtype": "F32"}}'), "entry 'a'"),
-        (raw(entry(dtype="F33"), b"x" * 8), "unknown type 'F33'"),
-        (raw(entry(dtype=[1]), b"x" * 8), "entry 'a'"),
-        (raw(entry(shape=[3]), b"x" * 8), "size of 'a'"),
-        (raw(entry(shape=[-1, -2]), b"x" * 8), "size of 'a'"),
-        (raw(entry(shape=[2.0]), b"x" * 8), "size of 'a'"),
-        (raw(entry(shape=["2"]), b"x" * 8), "'a'"),
-        (raw(entry(data_offsets=[8, 0]), b"x" * 8), "size of 'a'"),
-        (raw(entry(data_offsets=[8, 16]), b"x" * 16), "gap or overlap"),
+        (b"", "not-safetensors", "0 bytes"),
+        (b"PK\x03\x04" + b"x" * 100, "not-safetensors", "pickled checkpoint"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P", "not-safetensors", "old pickled"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "not-safetensors", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html>" + b"x" * 100, "not-safetensors", "web page"),
+        (b"\n <html>" + b"x" * 100, "not-safetensors", "web page"),
+        (b"GGUF" + b"\x03\0\0\0" + b"x" * 100, "not-safetensors", "GGUF"),
+        (b"x" * 1000, "not-safetensors", ""),
+        (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{" + b" " * 100, "not-safetensors", ""),
+        (struct.pack("<Q", 2**63) + b"{}", "not-safetensors", ""),
+        (struct.pack("<Q", MAX_HEADER_BYTES) + b"{" + b" " * 100, "tensor-file-truncated", ""),
+        (raw(b"{nonsense}"), "safetensors-header-damaged", ""),
+        (raw(b'{"a": "\xff"}'), "safetensors-header-damaged", ""),
+        (raw(b"{" + b'"a":{' * 90_000), "safetensors-header-damaged", ""),
+        (raw(b'{"__metadata__": {"a": 1}}'), "safetensors-header-damaged", "metadata"),
+        (raw(b'{"a": []}'), "safetensors-header-damaged", "entry 'a'"),
+        (raw(b'{"a": {"dtype": "F32"}}'), "safetensors-header-damaged", "entry 'a'"),
+        (raw(entry(dtype="F33"), b"x" * 8), "safetensors-dtype-unknown", "'F33'"),
+        (raw(entry(dtype=[1]), b"x" * 8), "safetensors-header-damaged", "entry 'a'"),
+        (raw(entry(shape=[3]), b"x" * 8), "safetensors-header-damaged", "size of 'a'"),
+        (raw(entry(shape=[-1, -2]), b"x" * 8), "safetensors-header-damaged", "size of 'a'"),
+        (raw(entry(shape=[2.0]), b"x" * 8), "safetensors-header-damaged", "size of 'a'"),
+        (raw(entry(shape=["2"]), b"x" * 8), "safetensors-header-damaged", "'a'"),
+        (raw(entry(data_offsets=[8, 0]), b"x" * 8), "safetensors-header-damaged", "size of 'a'"),
+        (raw(entry(data_offsets=[8, 16]), b"x" * 16), "safetensors-header-damaged", "gap or overlap"),
     ],
 )
-def test_what_is_not_a_whole_safetensors_file_is_told(tmp_path, content, told):
+def test_files_that_are_no_complete_safetensors_file(tmp_path, content, code, detail):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError) as error:
         read_header(path)
-    assert str(path) in str(caught.value)
+    assert error.value.code == code
+    assert str(path) in str(error.value)
+    assert detail in str(error.value)
 
 
 @given(st.data())
@@ -135,7 +141,7 @@ def test_no_change_of_a_byte_gets_another_error(tmp_path_factory, data):
         assert max(info.end for info in read_header(path).tensors.values()) == len(content)
 
 
-# ---------------------------------------------------------------- models in pieces
+# ---------------------------------------------------------------- sharded models
 
 
 @pytest.fixture
@@ -150,9 +156,9 @@ def shards(tmp_path):
     return tmp_path
 
 
-def test_pieces_are_found_by_index_and_by_folder(shards):
-    by_folder = sharded_headers(shards)
-    assert by_folder == sharded_headers(shards / "model.safetensors.index.json")
+def test_shards_by_index_and_by_folder(shards):
+    by_folder = read_sharded_headers(shards)
+    assert by_folder == read_sharded_headers(shards / "model.safetensors.index.json")
     assert {name for header in by_folder.values() for name in header.tensors} == set(TENSORS)
     assert [path.name for path in by_folder] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
@@ -160,55 +166,61 @@ def test_pieces_are_found_by_index_and_by_folder(shards):
 def test_a_folder_with_one_file_and_a_variant(tmp_path):
     save_file(TENSORS, tmp_path / "diffusion_pytorch_model.safetensors")
     save_file(TENSORS, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    assert list(sharded_headers(tmp_path)) == [tmp_path / "diffusion_pytorch_model.safetensors"]
+    assert list(read_sharded_headers(tmp_path)) == [tmp_path / "diffusion_pytorch_model.safetensors"]
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    assert list(sharded_headers(tmp_path)) == [tmp_path / "diffusion_pytorch_model.fp16.safetensors"]
+    assert list(read_sharded_headers(tmp_path)) == [tmp_path / "diffusion_pytorch_model.fp16.safetensors"]
 
 
 def test_folders_that_do_not_say_which_file(tmp_path):
-    with pytest.raises(UserError, match="holds no safetensors file"):
-        sharded_headers(tmp_path)
+    with pytest.raises(UserError) as empty:
+        read_sharded_headers(tmp_path)
+    assert empty.value.code == "model-folder-empty"
     save_file(TENSORS, tmp_path / "a.safetensors")
     save_file(TENSORS, tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match=r"several models: a.safetensors, b.safetensors"):
-        sharded_headers(tmp_path)
+    with pytest.raises(UserError, match=r"a\.safetensors, b\.safetensors") as several:
+        read_sharded_headers(tmp_path)
+    assert several.value.code == "model-folder-ambiguous"
 
 
-def test_a_missing_or_foreign_piece(shards):
+def test_a_missing_or_foreign_shard(shards):
     second = shards / "model-00002-of-00002.safetensors"
     save_file({"other": torch.zeros(1)}, second)
-    with pytest.raises(UserError, match="disagree about 4 tensors"):
-        sharded_headers(shards)
+    with pytest.raises(UserError, match="4 tensors") as foreign:
+        read_sharded_headers(shards)
+    assert foreign.value.code == "shard-index-mismatch"
     second.unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors does not exist"):
-        sharded_headers(shards)
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors") as missing:
+        read_sharded_headers(shards)
+    assert missing.value.code == "tensor-file-missing"
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "code"),
     [
-        ("[]", "not an index"),
-        ("nonsense", "not an index"),
-        ('{"weight_map": 3}', "not an index"),
-        ('{"weight_map": {}}', "must map"),
-        ('{"weight_map": {"a": "../x.safetensors"}}', "must map"),
-        ('{"weight_map": {"a": 3}}', "must map"),
+        ("[]", "shard-index-damaged"),
+        ("nonsense", "shard-index-damaged"),
+        ('{"weight_map": 3}', "shard-index-damaged"),
+        ('{"weight_map": {}}', "shard-index-invalid"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "shard-index-invalid"),
+        ('{"weight_map": {"a": 3}}', "shard-index-invalid"),
     ],
 )
-def test_a_broken_index(tmp_path, text, told):
+def test_a_broken_index(tmp_path, text, code):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
-    with pytest.raises(UserError, match=told):
-        sharded_headers(index)
+    with pytest.raises(UserError) as error:
+        read_sharded_headers(index)
+    assert error.value.code == code
 
 
-def test_a_piece_stands_for_the_whole(tmp_path):
-    """Pieces are told by their names, with no index beside them; one that is missing is named."""
+def test_one_shard_opens_all_of_them(tmp_path):
+    """Shards are recognized by their names, without an index; one that is missing is named."""
     for i, name in enumerate("abc"):
         save_file({name: torch.full((2,), i)}, tmp_path / f"model-{i + 1:05d}-of-00003.safetensors")
     for path in (tmp_path / "model-00002-of-00003.safetensors", tmp_path):
-        headers = sharded_headers(path)
+        headers = read_sharded_headers(path)
         assert {name for header in headers.values() for name in header.tensors} == {"a", "b", "c"}
     (tmp_path / "model-00003-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00003-of-00003.safetensors does not exist"):
-        sharded_headers(tmp_path / "model-00001-of-00003.safetensors")
+    with pytest.raises(UserError, match=r"model-00003-of-00003\.safetensors") as error:
+        read_sharded_headers(tmp_path / "model-00001-of-00003.safetensors")
+    assert error.value.code == "tensor-file-missing"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from sfumato.errors import UserError
-from sfumato.formats.keymap import KeyMap, Rule, identity
+from keys import to_ours
+from sfumato.errors import InternalError, UserError
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 MAP = KeyMap(
     [
-        Rule("blocks.{n}.qkv", ("layers.{n}.q", "layers.{n}.k", "layers.{n}.v")),
-        Rule("blocks.{n}.norm.scale", ("layers.{n}.norm.weight",)),
-        Rule("tail.{n}.{*}", ("end.{n}.inner.{*}",)),
-        Rule("final.1", ("norm_out.linear",), "swap"),
-        Rule("attn.q", ("to_q",), "squeeze"),
-        Rule("projection", ("proj",), "transpose"),
+        KeyRule("blocks.{n}.qkv", ("layers.{n}.q", "layers.{n}.k", "layers.{n}.v")),
+        KeyRule("blocks.{n}.norm.scale", ("layers.{n}.norm.weight",)),
+        KeyRule("tail.{n}.{*}", ("end.{n}.inner.{*}",)),
+        KeyRule("final.1", ("norm_out.linear",), "swap"),
+        KeyRule("attn.q", ("to_q",), "squeeze"),
+        KeyRule("projection", ("proj",), "transpose"),
     ],
     drop=("position_ids", "model_ema.{*}"),
 )
@@ -38,7 +41,7 @@ def test_round_trip_is_bit_exact() -> None:
         "blocks.3.qkv.weight", "blocks.3.qkv.bias", "blocks.12.norm.scale", "tail.0.a.b.weight",
         "final.1.weight", "attn.q.weight", "projection",
     }  # fmt: skip
-    back = MAP.to_ours(original, {name: tensor.shape for name, tensor in ours.items()})
+    back = to_ours(MAP, original, {name: tensor.shape for name, tensor in ours.items()})
     assert set(back) == set(ours)
     assert all(torch.equal(back[name], ours[name]) for name in ours)
 
@@ -55,32 +58,46 @@ def test_operations() -> None:
 
 
 def test_locate_a_module_and_a_parameter() -> None:
-    place = MAP.locate("layers.3.k")
-    assert (place.original, place.index) == ("blocks.3.qkv", 1)
-    assert place.siblings == ("layers.3.q", "layers.3.k", "layers.3.v")
+    location = MAP.locate("layers.3.k")
+    assert (location.original, location.index) == ("blocks.3.qkv", 1)
+    assert location.siblings == ("layers.3.q", "layers.3.k", "layers.3.v")
     assert MAP.locate("layers.3.k.bias").original == "blocks.3.qkv.bias"
 
 
 def test_unknown_and_incomplete_keys_are_errors() -> None:
-    with pytest.raises(UserError, match="nowhere"):
+    assert MAP.find_original("nowhere.weight") is None
+    assert MAP.find_ours("surprise.weight") is None
+    with pytest.raises(InternalError, match="nowhere"):
         MAP.locate("nowhere.weight")
-    with pytest.raises(UserError, match="surprise"):
-        MAP.to_ours({"surprise.weight": torch.zeros(1)}, {})
+    with pytest.raises(InternalError, match="surprise"):
+        to_ours(MAP, {"surprise.weight": torch.zeros(1)}, {})
     lacking = {name: tensor for name, tensor in example().items() if name != "layers.3.k.weight"}
-    with pytest.raises(UserError, match=r"layers\.3\.k\.weight"):
+    with pytest.raises(InternalError, match=r"layers\.3\.k\.weight"):
         MAP.to_original(lacking)
 
 
-def test_dropped_keys_are_left_out_on_purpose_only() -> None:
-    assert MAP.drops("model_ema.decay")
-    assert MAP.to_ours({"position_ids": torch.zeros(3), "model_ema.decay": torch.zeros(1)}, {}) == {}
+def test_shapes_of_a_file_in_our_names() -> None:
+    path = Path("unet.safetensors")
+    assert MAP.rename_shapes({"to_q.weight": (4, 4)}, path) == {"attn.q.weight": (4, 4)}
+    with pytest.raises(UserError, match=r"unet\.safetensors.*nowhere") as error:
+        MAP.rename_shapes({"nowhere.weight": (1,)}, path)
+    assert error.value.code == "diffusers-key-unknown"
+
+
+def test_dropped_keys_have_no_counterpart() -> None:
+    assert MAP.is_dropped("model_ema.decay")
+    assert to_ours(MAP, {"position_ids": torch.zeros(3), "model_ema.decay": torch.zeros(1)}, {}) == {}
 
 
 def test_wrong_number_of_rows_is_an_error() -> None:
     shapes = {name: tensor.shape for name, tensor in example().items()}
-    with pytest.raises(UserError, match="8 rows where 2 \\+ 3 \\+ 4"):
-        MAP.to_ours({"blocks.3.qkv.weight": torch.zeros(8, 5)}, shapes)
+    with pytest.raises(UserError, match=r"8.*2 \+ 3 \+ 4") as error:
+        to_ours(MAP, {"blocks.3.qkv.weight": torch.zeros(8, 5)}, shapes)
+    assert error.value.code == "stacked-rows-mismatch"
 
 
 def test_identity_keeps_names_behind_a_prefix() -> None:
-    assert identity("text_model.").locate("encoder.layers.0.mlp.fc1").original == "text_model.encoder.layers.0.mlp.fc1"
+    assert (
+        make_identity_map("text_model.").locate("encoder.layers.0.mlp.fc1").original
+        == "text_model.encoder.layers.0.mlp.fc1"
+    )

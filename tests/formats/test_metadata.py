@@ -1,4 +1,4 @@
-"""The metadata of an adapter file: the field's keys and spellings, and nothing private."""
+"""The metadata of an adapter file: sd-scripts' keys and spellings, and nothing private."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sfumato import __version__
+from sfumato.common.text import strip_paths
 from sfumato.config import (
     Config,
     ImageOptions,
@@ -22,17 +23,16 @@ from sfumato.config import (
     SaveOptions,
 )
 from sfumato.errors import UserError
-from sfumato.formats.hashes import model_hash, sha256_of
+from sfumato.formats.hashes import calculate_model_hash, calculate_sha256
 from sfumato.formats.metadata import (
-    Facts,
-    adapter_metadata,
-    at_save,
-    minimum,
-    modelspec,
-    named_file,
-    named_files,
-    training_metadata,
-    without_paths,
+    TrainingFacts,
+    add_save_facts,
+    describe_file,
+    describe_files,
+    keep_minimum,
+    make_adapter_metadata,
+    make_modelspec,
+    make_training_metadata,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "metadata_keys.json").read_text())
@@ -46,7 +46,7 @@ MODEL = {f"ss_{name}" for kind in ("sd_model", "vae") for name in (f"{kind}_name
 
 
 def facts(**changes):
-    return Facts(
+    return TrainingFacts(
         **{
             "session_id": 123,
             "started_at": 1700000000.75,
@@ -62,20 +62,20 @@ def facts(**changes):
     )
 
 
-def described(config, **changes):
+def make_metadata(config, **changes):
     """The ss_ keys of an adapter file."""
-    return training_metadata(config, facts(method=adapter_metadata(config, default_rank=4), **changes))
+    return make_training_metadata(config, facts(method=make_adapter_metadata(config, default_rank=4), **changes))
 
 
 # ---------------------------------------------------------------- ss_ keys
 
 
-def test_the_keys_are_the_fields_under_its_conditions():
+def test_the_keys_are_those_of_the_reference_trainer():
     data, model = dict.fromkeys(DATA), dict.fromkeys(MODEL, "")
-    plain = described(Config(), data=data) | model
+    plain = make_metadata(Config(), data=data) | model
     assert set(plain) == set(GOLDEN["train_network_keys"]) - set(WHEN["at save"]) - {"ss_network_args"}
     given = Config(network=NetworkOptions(network_args={"conv_dim": 4}))
-    full = at_save(described(given, data=data) | model, step=1600, epoch=10)
+    full = add_save_facts(make_metadata(given, data=data) | model, step=1600, epoch=10)
     assert set(full) == set(GOLDEN["train_network_keys"])
     assert len(full) == GOLDEN["keys_count"]
     assert all(isinstance(value, str) for value in full.values())
@@ -89,7 +89,7 @@ def test_values_are_spelled_as_python_spells_them():
         images=ImageOptions(face_crop_aug_range=(2.0, 4.0)),
     )
     data = {"ss_resolution": "(512, 512)", "ss_bucket_info": None, "ss_dataset_dirs": {"a": {"n_repeats": 2}}}
-    found = described(config, data=data, family={"ss_mode_scale": 1.29})
+    found = make_metadata(config, data=data, family={"ss_mode_scale": 1.29})
     assert {name: found[name] for name in found if name in EXPECTED} == EXPECTED
 
 
@@ -119,34 +119,34 @@ EXPECTED = {
 
 def test_network_arguments_are_a_table_of_texts():
     network = NetworkOptions(network_args={"conv_dim": 4, "flag": True, "name": "x"}, network_dropout=0.25)
-    found = described(Config(network=network))
+    found = make_metadata(Config(network=network))
     expected = {"conv_dim": "4", "flag": "True", "name": "x", "dropout": "0.25"}
     assert json.loads(found["ss_network_args"]) == expected
 
 
-def test_at_save_and_the_minimum():
-    metadata = described(Config(network=NetworkOptions(network_args={"conv_dim": 4})))
-    saved = at_save(metadata, step=40, epoch=2)
+def test_facts_of_a_save_and_the_minimum():
+    metadata = make_metadata(Config(network=NetworkOptions(network_args={"conv_dim": 4})))
+    saved = add_save_facts(metadata, step=40, epoch=2)
     assert (saved["ss_steps"], saved["ss_epoch"]) == ("40", "2")
     assert abs(float(saved["ss_training_finished_at"]) - time.time()) < 60
-    assert set(minimum(saved)) == set(WHEN["minimum kept with --no_metadata"])
-    assert minimum(saved).items() <= saved.items()
-    assert "ss_network_args" not in minimum(described(Config()))
+    assert set(keep_minimum(saved)) == set(WHEN["minimum kept with --no_metadata"])
+    assert keep_minimum(saved).items() <= saved.items()
+    assert "ss_network_args" not in keep_minimum(make_metadata(Config()))
 
 
-def test_named_files(tmp_path):
+def test_files_are_described(tmp_path):
     path = tmp_path / "base.safetensors"
     path.write_bytes(b"abc")
     expected = {
         "ss_vae_name": "base.safetensors",
-        "ss_vae_hash": model_hash(path),
-        "ss_new_vae_hash": sha256_of(path),
+        "ss_vae_hash": calculate_model_hash(path),
+        "ss_new_vae_hash": calculate_sha256(path),
     }
-    assert named_file("vae", str(path)) == expected
-    assert named_file("sd_model", tmp_path)["ss_sd_model_name"] == tmp_path.name
-    assert named_file("sd_model", "someone/some-model") == {"ss_sd_model_name": "someone/some-model"}
-    assert named_file("sd_model", tmp_path / "gone.ckpt") == {"ss_sd_model_name": "gone.ckpt"}
-    assert named_file("vae", None) == {}
+    assert describe_file("vae", str(path)) == expected
+    assert describe_file("sd_model", tmp_path)["ss_sd_model_name"] == tmp_path.name
+    assert describe_file("sd_model", "someone/some-model") == {"ss_sd_model_name": "someone/some-model"}
+    assert describe_file("sd_model", tmp_path / "gone.ckpt") == {"ss_sd_model_name": "gone.ckpt"}
+    assert describe_file("vae", None) == {}
 
 
 # ---------------------------------------------------------------- model spec
@@ -184,7 +184,7 @@ def test_the_model_spec_is_the_goldens(case, at_the_goldens_time):
     architecture = expected["modelspec.architecture"]
     predicts = "" if flows(architecture) else expected["modelspec.prediction_type"]
     width, height = map(int, expected["modelspec.resolution"].split("x"))
-    found = modelspec(
+    found = make_modelspec(
         config,
         architecture=architecture,
         implementation=expected["modelspec.implementation"],
@@ -204,22 +204,23 @@ def test_the_model_spec_is_the_goldens(case, at_the_goldens_time):
 
 def spec(**options):
     config = Config(metadata=MetadataOptions(**options))
-    return modelspec(config, architecture="a", implementation="b", prediction_type="v", resolution=(8, 8))
+    return make_modelspec(config, architecture="a", implementation="b", prediction_type="v", resolution=(8, 8))
 
 
-def test_a_picture_becomes_a_data_url_once(tmp_path):
+def test_an_image_becomes_a_data_url_once(tmp_path):
     path = tmp_path / "thumb.png"
     Image.new("RGB", (2, 2)).save(path)
     url = spec(metadata_thumbnail=str(path))["modelspec.thumbnail"]
     assert url.startswith("data:image/png;base64,iVBOR")
-    path.unlink()  # a picture that goes away during a long run does no harm
+    path.unlink()  # an image that is deleted during a long run does no harm
     assert spec(metadata_thumbnail=str(path))["modelspec.thumbnail"] == url
 
 
-def test_a_missing_picture_is_told_before_training(tmp_path):
+def test_a_missing_thumbnail_is_an_error_before_training(tmp_path):
     config = Config(metadata=MetadataOptions(metadata_thumbnail=str(tmp_path / "gone.png")))
-    with pytest.raises(UserError, match="--metadata_thumbnail: cannot read"):
-        described(config)
+    with pytest.raises(UserError, match=r"--metadata_thumbnail.*gone\.png") as error:
+        make_metadata(config)
+    assert error.value.code == "thumbnail-unreadable"
 
 
 # ---------------------------------------------------------------- nothing private
@@ -248,8 +249,8 @@ def test_a_missing_picture_is_told_before_training(tmp_path):
         ("", ""),
     ],
 )
-def test_paths_are_cut_down_to_names(text, public):
-    assert without_paths(text) == public
+def test_paths_are_reduced_to_names(text, public):
+    assert strip_paths(text) == public
 
 
 def test_no_canary_gets_out(tmp_path):
@@ -261,7 +262,7 @@ def test_no_canary_gets_out(tmp_path):
         save=SaveOptions(output_dir=Path(canary), resume=Path(canary)),
         metadata=MetadataOptions(metadata_merged_from=f"a, {canary}/b.safetensors"),
     )
-    metadata = training_metadata(config, facts(optimizer=f"a.B(path='{canary}/x')")) | named_files(config.model)
-    metadata |= modelspec(config, architecture="a", implementation="b", prediction_type="v", resolution=(8, 8))
+    metadata = make_training_metadata(config, facts(optimizer=f"a.B(path='{canary}/x')")) | describe_files(config.model)
+    metadata |= make_modelspec(config, architecture="a", implementation="b", prediction_type="v", resolution=(8, 8))
     leaks = {name: value for name, value in metadata.items() if re.search("canary|secret", value)}
     assert leaks == {}

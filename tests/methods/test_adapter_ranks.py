@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -14,23 +15,21 @@ from lora_keys import Shapes, golden
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.config import NetworkOptions
-from sfumato.errors import UserError
+from sfumato.errors import SeveralErrors, UserError
 from sfumato.families import (
     _chroma_keys,
     _clip,
     _flux_keys,
-    _flux_parts,
     _open_clip,
     _sd3_keys,
     _unet,
-    flux,
     sd,
     sdxl,
 )
-from sfumato.families.base import Part, PartSpec
+from sfumato.families.part import Part, PartSpec
 from sfumato.formats.groups import LayerGroup
 from sfumato.methods.adapter_args import read_args
-from sfumato.methods.adapter_ranks import Ranks
+from sfumato.methods.adapter_ranks import AdapterRanks
 
 CONV = {"conv_dim": 4, "conv_alpha": 1}
 EVERY_THIRD = (0, 2, 4) * 8 + (0,)
@@ -42,17 +41,17 @@ def part(spec: PartSpec, build: Callable[[], nn.Module]) -> Part:
 
 
 def unet(family: Any, variant: str) -> Part:
-    return part(family.unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
+    return part(family._unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
 
 
 @cache
 def sd15() -> list[Part]:
-    return [unet(sd, "sd15"), part(sd.clip_spec(_clip.key_map(), sd.CLIP), lambda: _clip.build(CLIP_L))]
+    return [unet(sd, "sd15"), part(_clip.spec("clip", sd.CLIP_PREFIX, "lora_te"), lambda: _clip.build(CLIP_L))]
 
 
 @cache
 def sd21(variant: str) -> list[Part]:
-    spec = sd.clip_spec(_open_clip.key_map(projected=False), sd.OPEN_CLIP)
+    spec = _clip.spec("clip", sd.OPEN_CLIP_PREFIX, "lora_te", _open_clip.key_map(projected=False))
     return [unet(sd, variant), part(spec, lambda: _clip.build(CLIP_H))]
 
 
@@ -79,27 +78,29 @@ def chroma() -> list[Part]:
     return [part(_chroma_keys.spec(""), lambda: _chroma_keys.build({}))]
 
 
-def decided(parts: list[Part], arguments: dict[str, Any], **options: Any) -> list[tuple[LayerGroup, int, float]]:
-    specs = {each.spec.name: each.spec for each in parts}
-    ranks = Ranks(
-        network=NetworkOptions(**{"network_dim": 4, **options}), args=read_args(arguments, specs.values()), specs=specs
-    )
-    groups = [group for each in parts for group in each.groups(every=True)]
+def choose_ranks(parts: list[Part], arguments: dict[str, Any], **options: Any) -> list[tuple[LayerGroup, int, float]]:
+    specs = {part.spec.name: part.spec for part in parts}
+    network = NetworkOptions(**{"network_dim": 4, **options})
+    ranks = AdapterRanks(network=network, args=read_args(arguments, specs.values()), specs=specs)
+    groups = list(chain.from_iterable(part.groups(every=True) for part in parts))
     ranks.check(groups)
-    return [(group, *found) for group in groups if (found := ranks.of(group))]
+    chosen: list[tuple[LayerGroup, int, float]] = []
+    for group in groups:
+        rank = ranks.find_rank(group)
+        if rank is not None:
+            chosen.append((group, *rank))
+    return chosen
 
 
-def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
+def make_shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
     split = arguments.get("split_qkv", False)
-    adapters = [
-        (SplitLoRA if split and len(group.layers) > 1 else LoRA)(group, rank=rank, alpha=alpha)
-        for group, rank, alpha in decided(parts, arguments)
-    ]
-    return {
-        f"{adapter.group.name}.{suffix}": tuple(tensor.shape)
-        for adapter in adapters
-        for suffix, tensor in adapter.tensors().items()
-    }
+    shapes: Shapes = {}
+    for group, rank, alpha in choose_ranks(parts, arguments):
+        adapter_class = SplitLoRA if split and len(group.layers) > 1 else LoRA
+        adapter = adapter_class(group, rank=rank, alpha=alpha)
+        for suffix, tensor in adapter.export_tensors().items():
+            shapes[f"{group.name}.{suffix}"] = tuple(tensor.shape)
+    return shapes
 
 
 @pytest.mark.parametrize(
@@ -139,12 +140,14 @@ def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
         ("lora_sd35_medium_split_qkv", sd35_medium, {"split_qkv": True}),
     ],
 )  # fmt: skip
-def test_files_are_those_of_the_field(variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]) -> None:
-    assert shapes(parts(), arguments) == golden(variant)
+def test_files_are_those_of_the_reference_trainer(
+    variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]
+) -> None:
+    assert make_shapes(parts(), arguments) == golden(variant)
 
 
-def found(parts: list[Part], arguments: dict[str, Any], **options: Any) -> dict[str, tuple[int, float]]:
-    return {group.name: (rank, alpha) for group, rank, alpha in decided(parts, arguments, **options)}
+def find_ranks(parts: list[Part], arguments: dict[str, Any], **options: Any) -> dict[str, tuple[int, float]]:
+    return {group.name: (rank, alpha) for group, rank, alpha in choose_ranks(parts, arguments, **options)}
 
 
 def test_alphas() -> None:
@@ -152,18 +155,18 @@ def test_alphas() -> None:
     parts = sd15()
     linear, conv = "lora_unet_down_blocks_0_attentions_0_proj_in", "lora_unet_down_blocks_0_resnets_0_conv1"
     shortcut, text = "lora_unet_up_blocks_0_resnets_0_conv_shortcut", "lora_te_text_model_encoder_layers_0_mlp_fc1"
-    plain = found(parts, {"conv_dim": 8}, network_dim=16, network_alpha=2.0)
+    plain = find_ranks(parts, {"conv_dim": 8}, network_dim=16, network_alpha=2.0)
     assert (plain[linear], plain[conv], plain[shortcut], plain[text]) == ((16, 2), (8, 1), (16, 2), (16, 2))
-    zero = found(parts, {"conv_dim": 8, "conv_alpha": 0}, network_dim=16, network_alpha=0.0)
+    zero = find_ranks(parts, {"conv_dim": 8, "conv_alpha": 0}, network_dim=16, network_alpha=0.0)
     assert (zero[linear], zero[conv]) == ((16, 16), (8, 8))
     blocks = {"block_alphas": (3,) * 25, "conv_block_dims": (5,) * 25, "conv_block_alphas": (7,) * 25}
-    own = found(parts, blocks, network_dim=16)
+    own = find_ranks(parts, blocks, network_dim=16)
     assert (own[linear], own[conv], own[shortcut], own[text]) == ((16, 3), (5, 7), (16, 3), (16, 1))
 
 
-def test_blocks_are_counted_as_the_field_does() -> None:
-    """Down- and upsamplers belong to the block before them; rank n marks stage n."""
-    ranks = found(sd15(), {"block_dims": tuple(range(100, 125)), "conv_block_dims": tuple(range(100, 125))})
+def test_blocks_are_counted_as_in_sd_scripts() -> None:
+    """Down- and upsamplers belong to the block before them; rank n marks block n."""
+    ranks = find_ranks(sd15(), {"block_dims": tuple(range(100, 125)), "conv_block_dims": tuple(range(100, 125))})
     places = {
         "down_blocks_0_resnets_0_conv1": 1, "down_blocks_0_attentions_1_proj_in": 2,
         "down_blocks_0_downsamplers_0_conv": 3, "down_blocks_3_resnets_1_conv2": 11, "mid_block_resnets_1_conv1": 12,
@@ -171,7 +174,7 @@ def test_blocks_are_counted_as_the_field_does() -> None:
         "up_blocks_1_attentions_0_proj_out": 16, "up_blocks_3_resnets_2_time_emb_proj": 24,
     }  # fmt: skip
     assert {name: ranks[f"lora_unet_{name}"][0] - 100 for name in places} == places
-    ranks = found(xl(), {"block_dims": tuple(range(100, 123)), "conv_block_dims": tuple(range(100, 123))})
+    ranks = find_ranks(xl(), {"block_dims": tuple(range(100, 123)), "conv_block_dims": tuple(range(100, 123))})
     places = {
         "input_blocks_1_0_in_layers_2": 2, "input_blocks_3_0_op": 4, "input_blocks_8_1_proj_in": 9,
         "middle_block_0_in_layers_2": 10, "middle_block_1_proj_in": 11, "middle_block_2_emb_layers_1": 12,
@@ -180,9 +183,9 @@ def test_blocks_are_counted_as_the_field_does() -> None:
     assert {name: ranks[f"lora_unet_{name}"][0] - 100 for name in places} == places
 
 
-def test_expressions_go_before_everything_else_and_the_last_one_wins() -> None:
+def test_expressions_take_precedence_and_the_last_one_wins() -> None:
     arguments = {"train_blocks": "single", "single_dim": 6, "network_reg_dims": "_blocks_3_=2,double_.*_mlp_{1,2}0=9"}
-    ranks = found(flux_dev(), arguments)
+    ranks = find_ranks(flux_dev(), arguments)
     assert ranks["lora_unet_single_blocks_3_linear1"] == (2, 1)
     assert ranks["lora_unet_single_blocks_4_linear1"] == (6, 1)
     assert ranks["lora_unet_double_blocks_3_img_attn_qkv"] == (2, 1)
@@ -191,72 +194,87 @@ def test_expressions_go_before_everything_else_and_the_last_one_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "arguments", "message"),
+    ("parts", "arguments", "code", "detail"),
     [
-        (sd15, {"block_dims": (4,) * 24}, "24 numbers, this model needs 25"),
-        (sd15, {"network_reg_dims": "resnets=4"}, "matches no adapter name"),
-        (sd15, {"block_dim": (4,) * 25}, "did you mean 'block_dims'"),
-        (sd15, {"conv_alpha": 1}, "no effect without conv_dim"),
-        (sd15, {"conv_block_alphas": (1,) * 25}, "no effect without conv_block_dims"),
-        (sd15, {"network_reg_dims": "a=1.5"}, "a rank is a whole number"),
-        (sd15, {"network_reg_dims": "a=1,b"}, "pairs are expected"),
-        (sd15, {"network_reg_dims": "(=1"}, "no regular expression"),
-        (sd15, {"rank_dropout": 1}, "chance below 1"),
-        (sd15, {"train_t5xxl": True}, "do not take 'train_t5xxl'"),
-        (flux_dev, {"conv_dim": 4}, "no effect: this model has nothing of the kind"),
-        (flux_dev, {"block_dims": (4,)}, "no effect: this model has nothing of the kind"),
-        (flux_dev, {"in_dims": (4, 4)}, "2 numbers, this model needs 5"),
-        (flux_dev, {"train_blocks": "triple"}, "one of all, double, single"),
-        (flux_dev, {"train_double_block_indices": "3-19"}, "counted from 0 to 18"),
-        (flux_dev, {"train_double_block_indices": "3-"}, "numbers and ranges"),
-        (sd15, {"split_qkv": True}, "no effect: this model has nothing of the kind"),
-        (flux_dev, {"split_qkv": 1}, "True or False"),
-        (flux_dev, {"split_qkv": True, "img_attn_dim": 0, "txt_attn_dim": 0, "single_dim": 0}, "no fused layer trains"),
-        (chroma, {"img_mod_dim": 4}, "do not take 'img_mod_dim'"),
-        (chroma, {"in_dims": (4, 0, 4, 0, 4)}, "number 3 is for a layer that this model does not have"),
+        (sd15, {"block_dims": (4,) * 24}, "network-arg-wrong-length", "24 numbers, this model needs 25"),
+        (sd15, {"network_reg_dims": "resnets=4"}, "network-arg-expression-unmatched", "resnets"),
+        (sd15, {"block_dim": (4,) * 25}, "network-arg-unknown", "'block_dims'"),
+        (sd15, {"conv_alpha": 1}, "conv-alpha-without-dim", "conv_dim"),
+        (sd15, {"conv_block_alphas": (1,) * 25}, "conv-block-alphas-without-dims", "conv_block_dims"),
+        (sd15, {"network_reg_dims": "a=1.5"}, "network-arg-invalid", "network_reg_dims=a=1.5"),
+        (sd15, {"network_reg_dims": "a=1,b"}, "network-arg-invalid", "network_reg_dims=a=1,b"),
+        (sd15, {"network_reg_dims": "(=1"}, "network-arg-invalid", "'('"),
+        (sd15, {"rank_dropout": 1}, "network-arg-invalid", "rank_dropout=1"),
+        (sd15, {"train_t5xxl": True}, "network-arg-unknown", "'train_t5xxl'"),
+        (flux_dev, {"conv_dim": 4}, "network-arg-without-effect", "conv_dim"),
+        (flux_dev, {"block_dims": (4,)}, "network-arg-without-effect", "block_dims"),
+        (flux_dev, {"in_dims": (4, 4)}, "network-arg-wrong-length", "2 numbers, this model needs 5"),
+        (flux_dev, {"train_blocks": "triple"}, "network-arg-invalid", "all, double, single"),
+        (flux_dev, {"train_double_block_indices": "3-19"}, "block-index-too-high", "from 0 to 18"),
+        (flux_dev, {"train_double_block_indices": "3-"}, "network-arg-invalid", "train_double_block_indices=3-"),
+        (sd15, {"split_qkv": True}, "network-arg-without-effect", "split_qkv"),
+        (flux_dev, {"split_qkv": 1}, "network-arg-invalid", "split_qkv=1"),
+        (
+            flux_dev, {"split_qkv": True, "img_attn_dim": 0, "txt_attn_dim": 0, "single_dim": 0},
+            "split-qkv-without-fused-layer", "split_qkv",
+        ),
+        (chroma, {"img_mod_dim": 4}, "network-arg-unknown", "'img_mod_dim'"),
+        (chroma, {"in_dims": (4, 0, 4, 0, 4)}, "rank-for-missing-layer", "in_dims: number 3"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(parts: Any, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        decided(parts(), arguments)
+def test_arguments_that_do_not_match_the_model(parts: Any, arguments: dict[str, Any], code: str, detail: str) -> None:
+    with pytest.raises(UserError) as error:
+        choose_ranks(parts(), arguments)
+    assert error.value.code == code
+    assert detail in str(error.value)
 
 
-def test_every_fault_is_told_at_once() -> None:
-    with pytest.raises(UserError, match="2 problems"):
-        read_args({"a": 1, "rank_dropout": "b"}, [_flux_parts.t5_spec()])
+def test_an_argument_that_is_not_implemented() -> None:
+    with pytest.raises(UserError, match="ggpo_beta") as error:
+        read_args({"ggpo_beta": 1}, [_flux_keys.spec("")])
+    assert error.value.code == "network-arg-not-implemented"
+
+
+def test_every_fault_is_reported_at_once() -> None:
+    with pytest.raises(SeveralErrors) as error:
+        read_args({"a": 1, "rank_dropout": "b"}, [_flux_keys.spec("")])
+    assert error.value.codes == ["network-arg-unknown", "network-arg-invalid"]
 
 
 def test_convolution_ranks_need_convolutions_that_train() -> None:
     parts = sd15()
-    specs = {each.spec.name: each.spec for each in parts}
-    ranks = Ranks(network=NetworkOptions(), args=read_args(CONV, specs.values()), specs=specs)
-    with pytest.raises(UserError, match="no convolution trains"):
+    specs = {part.spec.name: part.spec for part in parts}
+    ranks = AdapterRanks(network=NetworkOptions(), args=read_args(CONV, specs.values()), specs=specs)
+    with pytest.raises(UserError) as error:
         ranks.check(parts[1].groups())
+    assert error.value.code == "conv-dim-without-convolution"
 
 
-def test_arguments_of_a_part_that_does_not_train_are_refused() -> None:
-    parts = [*flux_dev(), part(flux.clip_spec(), lambda: _clip.build(CLIP_L))]
-    specs = {each.spec.name: each.spec for each in parts}
+def test_arguments_of_a_part_that_does_not_train() -> None:
+    parts = [*flux_dev(), part(_clip.spec("clip_l", "", "lora_te1"), lambda: _clip.build(CLIP_L))]
+    specs = {part.spec.name: part.spec for part in parts}
     for arguments in (
         {"single_dim": 4},
         {"in_dims": [1] * 5},
         {"train_blocks": "all"},
         {"train_single_block_indices": 0},
     ):
-        ranks = Ranks(network=NetworkOptions(), args=read_args(arguments, specs.values()), specs=specs)
+        ranks = AdapterRanks(network=NetworkOptions(), args=read_args(arguments, specs.values()), specs=specs)
         ranks.check(parts[0].groups(every=True))
-        with pytest.raises(UserError, match="its part does not train"):
+        with pytest.raises(UserError, match=next(iter(arguments))) as error:
             ranks.check(parts[1].groups(every=True))
+        assert error.value.code == "network-arg-of-frozen-part"
 
 
-def test_a_kind_without_layers_is_refused() -> None:
+def test_a_kind_without_layers() -> None:
     config = {"num_layers": 2, "num_single_layers": 0}
     parts = [part(_flux_keys.spec(""), lambda: _flux_keys.build(config))]
-    with pytest.raises(UserError, match="no layer of the kind"):
-        decided(parts, {"single_dim": 4})
+    with pytest.raises(UserError, match="single_dim") as error:
+        choose_ranks(parts, {"single_dim": 4})
+    assert error.value.code == "rank-kind-without-layer"
 
 
 def test_layers_beside_the_blocks_where_a_model_has_fewer() -> None:
-    ranks = found(chroma(), {"in_dims": (2, 0, 0, 0, 8)})
+    ranks = find_ranks(chroma(), {"in_dims": (2, 0, 0, 0, 8)})
     assert (ranks["lora_unet_img_in"], ranks["lora_unet_txt_in"]) == ((2, 1), (8, 1))
     assert len(ranks) == 230

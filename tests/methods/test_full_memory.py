@@ -1,4 +1,4 @@
-"""What saving a whole model takes beyond the model itself: less than two of its largest tensors."""
+"""Saving a whole model takes less memory beyond the model itself than two of its largest tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from keys import on_meta
 from sfumato.families import _flux_keys
-from sfumato.formats.checkpoint import write_safetensors
+from sfumato.formats.checkpoint_writer import write_safetensors
 
 SOURCE = Path(__file__).parents[2] / "src"
 WIDTH = 1024
@@ -27,46 +27,47 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch
 from sfumato.families import _flux_keys as keys
-from sfumato.families.saving import save_single_file
+from sfumato.families.checkpoint_saving import save_single_file
 from sfumato.families.source import Source
-from sfumato.families.base import Blueprint, Part
+from sfumato.families.blueprint import Blueprint
+from sfumato.families.part import Part
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 source, target = Source(Path(sys.argv[1])), Path(sys.argv[2])
-network = keys.TRANSFORMER.network(source)
+network = keys.FLUX_TRANSFORMER.read(source)
 module = network.load(keys.build, dtype=torch.float32, device=torch.device("cpu"))
-told = dict(title="", base_model_version="", architecture="", text_parts=(), objective=None, latents=None)
-blueprint = Blueprint(source=source, networks={"denoiser": network}, **told)
+facts = dict(title="", base_model_version="", architecture="", text_parts=(), objective=None, latents=None)
+blueprint = Blueprint(source=source, networks={"denoiser": network}, **facts)
 model = SimpleNamespace(blueprint=blueprint, parts={"denoiser": Part(spec=network.spec, module=module)})
 names = [name for name, _ in module.named_parameters()]
 save_single_file(model, target, {}, torch.float16, changed={"denoiser": names[:1]})  # warms up
 extra = []
-for _ in range(3):  # pages of libraries come and go where memory is short, and only add
+for _ in range(3):  # libraries' pages come and go where memory is short, and can only add
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     save_single_file(model, target, {}, {dtype}, changed={"denoiser": names})
     extra.append(memory("VmHWM") - before)
 print(json.dumps(dict(extra=min(extra), weights=sum(p.nbytes for p in module.parameters()))))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read where Linux tells it")
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux")
 @pytest.mark.parametrize("dtype", ["None", "torch.float16"])
 def test_saving_takes_less_than_two_tensors(dtype: str, tmp_path: Path) -> None:
     network = on_meta(lambda: _flux_keys.build(CONFIG))
-    shapes = {name: tensor.shape for name, tensor in _flux_keys.KEYS.to_original(network.state_dict()).items()}
+    shapes = {name: tensor.shape for name, tensor in _flux_keys.FLUX_KEYS.to_original(network.state_dict()).items()}
     state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     largest = max(tensor.numel() for tensor in state.values()) * 4
     write_safetensors(tmp_path / "model.safetensors", state, {})
-    words = [sys.executable, "-c", PROGRAM.replace("{dtype}", dtype)]
-    words += [str(tmp_path / "model.safetensors"), str(tmp_path / "saved.safetensors")]
+    command = [sys.executable, "-c", PROGRAM.replace("{dtype}", dtype)]
+    command += [str(tmp_path / "model.safetensors"), str(tmp_path / "saved.safetensors")]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["weights"] > 8 * largest
-    assert found["extra"] < 2 * largest, f"{found['extra'] / 2**20:.1f} MiB beside {largest / 2**20:.1f}"
+    measured = json.loads(done.stdout.splitlines()[-1])
+    assert measured["weights"] > 8 * largest
+    assert measured["extra"] < 2 * largest, f"{measured['extra'] / 2**20:.1f} MiB beside {largest / 2**20:.1f}"

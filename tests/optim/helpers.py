@@ -11,35 +11,35 @@ from torch.optim import Optimizer
 
 from sfumato.config import OptimOptions
 from sfumato.optim.groups import ParameterGroup
+from sfumato.optim.lr_schedule import LrSchedule, make_lr_schedule
 from sfumato.optim.optimizers import make_optimizer
-from sfumato.optim.rates import Rates, make_rates
 
-TOTAL = 8
+TOTAL, STEPS = 8, 100
 
 
 class Bench:
-    """One run: the first layer is large enough for the 8-bit kinds of state, and small ones come with it."""
+    """One run; the first layer is large enough for 8-bit optimizer state, the second is not."""
 
-    def __init__(self, total: int = TOTAL, rates: tuple[float, float] | None = None, **options: Any) -> None:
+    def __init__(self, total: int = TOTAL, lrs: tuple[float, float] | None = None, **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
         self.module = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 3))
         for parameter in self.module.parameters():
             nn.init.normal_(parameter, std=0.1, generator=generator)
         self.options = OptimOptions(**options)
-        first, second = rates or (self.options.learning_rate, self.options.learning_rate)
+        first, second = lrs or (self.options.learning_rate, self.options.learning_rate)
         groups = [
             ParameterGroup(name="first", parameters=list(self.module[0].parameters()), learning_rate=first),
             ParameterGroup(name="second", parameters=list(self.module[2].parameters()), learning_rate=second),
         ]
         self.optimizer: Optimizer = make_optimizer(self.options, groups)
-        self.rates: Rates = make_rates(self.options, self.optimizer, total)
+        self.schedule: LrSchedule = make_lr_schedule(self.options, self.optimizer, total)
 
     def step(self, index: int) -> None:
         generator = torch.Generator().manual_seed(100 + index)
         x = torch.randn(16, 64, generator=generator)
         self.optimizer.zero_grad(set_to_none=True)
         (self.module(x) - x[:, :3].sin()).square().mean().backward()
-        self.rates.set(self.optimizer, index)
+        self.schedule.set(self.optimizer, index)
         self.optimizer.step()
 
     def steps(self, indices: Iterable[int]) -> None:
@@ -48,3 +48,13 @@ class Bench:
 
     def weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.module.parameters()]
+
+
+def factors(lr: float = 1e-3, **options: Any) -> list[float]:
+    """The learning rates of a run of STEPS steps, relative to the first group's own."""
+    bench = Bench(total=STEPS, learning_rate=lr, **options)
+    lrs: list[float] = []
+    for step in range(STEPS):
+        bench.schedule.set(bench.optimizer, step)
+        lrs.append(bench.optimizer.param_groups[0]["lr"] / lr)
+    return lrs

@@ -13,17 +13,17 @@ from sfumato.config import load_config
 from sfumato.demo.toy import write_toy
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.formats.state import load_state
-from sfumato.plan import look
+from sfumato.plan import make_run_plan
 from sfumato.train import train_step
-from sfumato.training.setup_run import open_run
-from training import arguments, losses, pictures, run, same, weights
+from sfumato.training.setup_run import build_run
+from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 Toy = Mapping[str, Path]
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"))
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
@@ -43,34 +43,34 @@ PACKAGES = {"schedule-free": "schedulefree", "Prodigy": "prodigyopt", "8 bits in
 
 
 @pytest.mark.parametrize(
-    "case", ["float16", "schedule-free", *(pytest.param(case, marks=pytest.mark.slow) for case in list(RUNS)[2:])]
+    "case", ["float16", "schedule-free", *(pytest.param(case, marks=pytest.mark.full) for case in list(RUNS)[2:])]
 )
-def test_resume_is_exact_and_previews_disturb_nothing(sd: Toy, images: Path, tmp_path: Path, case: str) -> None:
+def test_resume_is_exact_and_previews_change_nothing(sd: Toy, images: Path, tmp_path: Path, case: str) -> None:
     """4 steps in one go = 4 steps with previews after each = 2 steps, resume, 2 steps."""
     if case in PACKAGES:
         pytest.importorskip(PACKAGES[case])
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 1\n")
     options: dict[str, Any] = {"max_train_steps": 4, "network_train_unet_only": True, **RUNS[case]}
-    straight = run(sd, images, tmp_path / "straight", **options)
+    straight = train_toy(sd, images, tmp_path / "straight", **options)
     parts = tmp_path / "parts"
-    shown = {"sample_prompts": prompts, "sample_every_n_steps": 1, "save_state": True, "save_every_n_steps": 2}
-    run(sd, images, parts, **options, **shown)
-    assert same(weights(straight), weights(parts))
+    previews = {"sample_prompts": prompts, "sample_every_n_steps": 1, "save_state": True, "save_every_n_steps": 2}
+    train_toy(sd, images, parts, **options, **previews)
+    assert equal_tensors(read_weights(straight), read_weights(parts))
     resumed = tmp_path / "resumed"
-    run(sd, images, resumed, **options, resume=parts / "lora-step00000002-state")
-    assert same(weights(straight), weights(resumed))
-    assert losses(straight) == losses(parts)
-    assert losses(straight)[2:] == losses(resumed)
-    assert not same(weights(straight), weights(parts, "lora-step00000002"))
+    train_toy(sd, images, resumed, **options, resume=parts / "lora-step00000002-state")
+    assert equal_tensors(read_weights(straight), read_weights(resumed))
+    assert read_metrics(straight) == read_metrics(parts)
+    assert read_metrics(straight)[2:] == read_metrics(resumed)
+    assert not equal_tensors(read_weights(straight), read_weights(parts, "lora-step00000002"))
 
 
-def test_series_of_rates(sd: Toy, images: Path, tmp_path: Path) -> None:
+def test_series_of_learning_rates(sd: Toy, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("prodigyopt")
-    output = run(
+    output = train_toy(
         sd, images, tmp_path, optimizer_type="Prodigy", learning_rate=1, max_train_steps=3, lr_scheduler="linear"
     )
-    rows = losses(output)
+    rows = read_metrics(output)
     assert [row["lr/denoiser"] for row in rows] == pytest.approx([1, 2 / 3, 1 / 3])
     assert all(row["lr/d*lr/clip"] == row["lr/d*lr/denoiser"] > 0 for row in rows)
 
@@ -78,13 +78,14 @@ def test_series_of_rates(sd: Toy, images: Path, tmp_path: Path) -> None:
 def test_the_file_holds_the_average_and_the_state_what_trains(sd: Toy, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("schedulefree")
     options = {"optimizer_type": "SGDScheduleFree", "learning_rate": "0.1", "network_train_unet_only": True}
-    output = run(sd, images, tmp_path, **options, save_state=True)
+    output = train_toy(sd, images, tmp_path, **options, save_state=True)
     state, _ = load_state(output / "lora-state")
-    [group] = state["optimizer"]["param_groups"]
+    optimizer = state["optimizer"]["state"]
+    [group] = optimizer["param_groups"]
     assert group["train_mode"]
-    file, momentum, up = weights(output), group["momentum"], 0
+    file, momentum, up = read_weights(output), group["momentum"], 0
     for number, (name, trained) in enumerate(state["weights"].items()):
-        fast = state["optimizer"]["state"][number]["z"]
+        fast = optimizer["state"][number]["z"]
         average = file[name.removeprefix("adapters.") + ".weight"]
         assert torch.allclose(momentum * average + (1 - momentum) * fast, trained, atol=1e-6)
         up += bool(trained.any()) and not torch.equal(average, trained)
@@ -92,7 +93,7 @@ def test_the_file_holds_the_average_and_the_state_what_trains(sd: Toy, images: P
 
 
 def open_at(toy: Toy, images: Path, output: Path, **options: Any) -> Any:
-    opened = open_run(load_config(arguments(toy, images, output, **options)))
+    opened = build_run(load_config(make_arguments(toy, images, output, **options)))
     assert opened is not None
     return opened
 
@@ -134,32 +135,34 @@ def test_gradients_are_clipped_at_their_own_size(sd: Toy, images: Path, tmp_path
 
 def test_float16_is_near_float32(sd: Toy, images: Path, tmp_path: Path) -> None:
     options = {"max_train_steps": 3, "no_half_vae": True}
-    plain = losses(run(sd, images, tmp_path / "plain", **options))
-    half = losses(run(sd, images, tmp_path / "half", **options, mixed_precision="fp16"))
+    plain = read_metrics(train_toy(sd, images, tmp_path / "plain", **options))
+    half = read_metrics(train_toy(sd, images, tmp_path / "half", **options, mixed_precision="fp16"))
     assert [row["loss/current"] for row in half] == pytest.approx([row["loss/current"] for row in plain], rel=2e-3)
 
 
 def test_resume_in_another_precision(sd: Toy, images: Path, tmp_path: Path) -> None:
-    run(sd, images, tmp_path, max_train_steps=2, save_state=True)
-    run(sd, images, tmp_path, max_train_steps=3, mixed_precision="fp16", resume=tmp_path, save_state=True)
-    run(sd, images, tmp_path, max_train_steps=4, resume=tmp_path)
-    assert len(losses(tmp_path)) == 4
+    train_toy(sd, images, tmp_path, max_train_steps=2, save_state=True)
+    train_toy(sd, images, tmp_path, max_train_steps=3, mixed_precision="fp16", resume=tmp_path, save_state=True)
+    train_toy(sd, images, tmp_path, max_train_steps=4, resume=tmp_path)
+    assert len(read_metrics(tmp_path)) == 4
 
 
 def test_resume_with_another_optimizer_is_refused(sd: Toy, images: Path, tmp_path: Path) -> None:
-    run(sd, images, tmp_path, max_train_steps=2, save_state=True)
-    with pytest.raises(UserError, match=r"saved with torch.optim.adamw.AdamW, this run has torch.optim.sgd.SGD"):
-        run(sd, images, tmp_path, max_train_steps=3, resume=tmp_path, optimizer_type="SGDNesterov")
+    train_toy(sd, images, tmp_path, max_train_steps=2, save_state=True)
+    with pytest.raises(UserError) as error:
+        train_toy(sd, images, tmp_path, max_train_steps=3, resume=tmp_path, optimizer_type="SGDNesterov")
+    assert error.value.code == "resume-optimizer-mismatch"
 
 
-def test_mistakes_are_told_before_weights_are_read(sd: Toy, images: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_weights_are_read(sd: Toy, images: Path, tmp_path: Path) -> None:
     config = load_config(
-        arguments(
+        make_arguments(
             sd, images, tmp_path, optimizer_args="weight_deccay=1", lr_scheduler="cosine", lr_warmup_steps=50
         )
     )  # fmt: skip
     with pytest.raises(SeveralErrors) as raised:
-        look(config, processes=1)
-    told = [str(error) for error in raised.value.errors]
-    assert "AdamW does not take 'weight_deccay' — did you mean 'weight_decay'?" in told[0]
-    assert "do not fit into 4 steps" in told[1]
+        make_run_plan(config, processes=1)
+    argument, length = raised.value.errors
+    assert "'weight_deccay'" in str(argument)
+    assert "'weight_decay'" in str(argument)
+    assert length.code == "schedule-longer-than-run"

@@ -1,4 +1,4 @@
-"""A terminal to write on, and loggers that are put back as they were."""
+"""A terminal to write on, and loggers that are restored after each test."""
 
 import io
 import logging
@@ -42,13 +42,19 @@ def loggers_as_before():
 
 @pytest.fixture
 def messages():
-    """What the modules of track log, wherever else messages go."""
-    found = []
+    """The records that the modules of track log."""
+    records = []
     handler = logging.Handler()
-    handler.emit = lambda record: found.append(record)
+    handler.emit = records.append
     logger = logging.getLogger("sfumato.track")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    yield found
+    yield records
     logger.removeHandler(handler)
     logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def warnings(messages):
+    """Call it for the warnings so far."""
+    return lambda: [record.getMessage() for record in messages if record.levelno >= logging.WARNING]

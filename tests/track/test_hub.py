@@ -1,4 +1,4 @@
-"""Copies on the hub: what is sent where, in which order, and that nothing about it can end a run or tell a token."""
+"""The hub: what is uploaded where and in which order; a failure neither ends a run nor shows a token."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 from sfumato.config import HubOptions
 from sfumato.errors import UserError
-from sfumato.track.hub import Hub, fetch_state, parts_of
+from sfumato.track.hub import Hub, fetch_state, parse_repo_path
 
 TOKEN = "hf_canary3f9a"
 
 
 class FakeApi:
-    """Records what huggingface_hub's client would be asked for."""
+    """Records what huggingface_hub's client is asked for."""
 
     calls: ClassVar[list[tuple]] = []
     fault: Exception | None = None
@@ -65,7 +65,7 @@ def warnings(messages):
     return [record.getMessage() for record in messages if record.levelno >= logging.WARNING]
 
 
-def test_files_and_folders_go_where_they_were_asked_to(api, tmp_path):
+def test_files_and_folders_are_uploaded_to_the_given_path(api, tmp_path):
     file, state = tmp_path / "lora.safetensors", tmp_path / "lora-state"
     file.write_bytes(b"weights")
     (state / "inner").mkdir(parents=True)
@@ -89,7 +89,7 @@ def test_files_and_folders_go_where_they_were_asked_to(api, tmp_path):
 
 
 @pytest.mark.parametrize("visibility", [None, "private", "Public"])
-def test_a_new_repository_is_private_unless_public_is_said(api, tmp_path, visibility):
+def test_a_new_repository_is_private_by_default(api, tmp_path, visibility):
     (tmp_path / "x").touch()
     with Hub(options(huggingface_repo_visibility=visibility), ()) as hub:
         hub.upload(tmp_path / "x")
@@ -97,7 +97,7 @@ def test_a_new_repository_is_private_unless_public_is_said(api, tmp_path, visibi
     assert api.calls[1][3] == "x"
 
 
-def test_without_a_repository_or_the_wish_nothing_goes_up(api, tmp_path):
+def test_nothing_is_uploaded_by_default(api, tmp_path):
     with Hub(HubOptions(save_state_to_huggingface=True), ()) as hub:
         hub.upload(tmp_path)
         hub.upload_state(tmp_path)
@@ -106,7 +106,7 @@ def test_without_a_repository_or_the_wish_nothing_goes_up(api, tmp_path):
     assert api.calls == []
 
 
-def test_asynchronous_uploads_do_not_hold_up_but_are_waited_for(api, tmp_path):
+def test_asynchronous_uploads_are_waited_for_at_the_end(api, tmp_path):
     api.gate = threading.Event()
     paths = [tmp_path / name for name in ("1", "2", "3")]
     for path in paths:
@@ -114,10 +114,10 @@ def test_asynchronous_uploads_do_not_hold_up_but_are_waited_for(api, tmp_path):
     with Hub(options(async_upload=True), ()) as hub:
         hub.upload(paths[0])
         hub.upload(paths[1])
-        assert [call[0] for call in api.calls if call[0] != "create"] == []  # held by the gate, and here we are
+        assert [call[0] for call in api.calls if call[0] != "create"] == []  # held by the gate
         api.gate.set()
         hub.finish(paths[0])
-        paths[0].unlink()  # it is up
+        paths[0].unlink()  # it is uploaded
         hub.upload(paths[2], last=True)
         assert [call[3] for call in api.calls[1:]] == ["1", "2", "3"]
     with Hub(options(async_upload=True), ()) as hub:
@@ -127,7 +127,7 @@ def test_asynchronous_uploads_do_not_hold_up_but_are_waited_for(api, tmp_path):
 
 
 class FromAnywhere(Exception):
-    """Of no kind that we could name, as an HTTP library's."""
+    """An exception of a class that we do not know, e.g. an HTTP library's."""
 
 
 @pytest.mark.parametrize("kind", [OSError, ValueError, FromAnywhere])
@@ -137,11 +137,11 @@ def test_a_failure_is_a_warning_with_its_reason_and_without_the_token(api, tmp_p
     (tmp_path / "x").touch()
     with Hub(options(huggingface_token=TOKEN, async_upload=background), {TOKEN}) as hub:
         hub.upload(tmp_path / "x")
-    (told,) = warnings(messages)
-    assert told == f"x was not uploaded: {kind.__name__}: 401 for the token (secret) at somewhere"
+    (warning,) = warnings(messages)
+    assert warning == f"x was not uploaded: {kind.__name__}: 401 for the token (secret) at somewhere"
 
 
-def test_a_state_comes_down(api, tmp_path):
+def test_a_state_is_downloaded(api, tmp_path):
     api.folder = tmp_path
     given = HubOptions.model_validate({"huggingface_token": TOKEN})
     assert fetch_state(given, Path("me/it/runs/x-state:v1:dataset"), {TOKEN}) == tmp_path / "runs/x-state"
@@ -152,15 +152,17 @@ def test_a_state_comes_down(api, tmp_path):
     ]
 
 
-def test_a_state_that_cannot_be_had_is_an_error(api):
+def test_a_failed_download_is_an_error(api):
     api.fault = FromAnywhere(f"no such repository for {TOKEN}")
-    with pytest.raises(UserError, match="me/it could not be fetched: FromAnywhere") as caught:
+    with pytest.raises(UserError, match=r"me/it.*FromAnywhere") as error:
         fetch_state(HubOptions(), Path("me/it/x"), {TOKEN})
-    assert TOKEN not in str(caught.value)
+    assert error.value.code == "hub-download-failed"
+    assert TOKEN not in str(error.value)
 
 
 def test_names_on_the_hub():
-    assert parts_of(Path("a/b/c/d::model")) == ("a/b", "c/d", None, "model")
+    assert parse_repo_path(Path("a/b/c/d::model")) == ("a/b", "c/d", None, "model")
     for wrong in ("a", "a:b", "a/b/c:1:banana", "a/b/c:1:model:4", "/a/b"):
-        with pytest.raises(UserError, match="names nothing on the hub"):
-            parts_of(Path(wrong))
+        with pytest.raises(UserError) as error:
+            parse_repo_path(Path(wrong))
+        assert error.value.code == "hub-path-invalid"

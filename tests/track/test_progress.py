@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from sfumato.config import LogOptions
-from sfumato.track.console import set_up
-from sfumato.track.progress import Progress, duration
+from sfumato.track.console import configure_logging
+from sfumato.track.progress import Progress, format_duration
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 
 @pytest.fixture
 def lines(messages):
-    """Call it for what was said so far."""
+    """Call it for the lines so far."""
     return lambda: [record.getMessage() for record in messages]
 
 
@@ -49,15 +49,15 @@ def test_lines_are_few(lines, total, seconds, expected):
     assert lines()[-1].startswith(f"step {total} of {total} ")
 
 
-def test_a_line_says_what_matters(lines):
+def test_the_text_of_a_line(lines):
     train(100, 2.0)
-    assert lines()[0] == "step 5 of 100  loss 0.1250  rate 1.00e-04  2.00 s/it  3:10 left"
-    assert lines()[-1] == "step 100 of 100  loss 0.1250  rate 1.00e-04  2.00 s/it  0:00 left"
+    assert lines()[0] == "step 5 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  3:10 left"
+    assert lines()[-1] == "step 100 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  0:00 left"
 
 
 def test_a_resumed_run_counts_its_own_time(lines):
     train(100, 2.0, start=90)
-    assert lines()[0] == "step 95 of 100  loss 0.1250  rate 1.00e-04  2.00 s/it  0:10 left"
+    assert lines()[0] == "step 95 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  0:10 left"
 
 
 def test_a_pause_does_not_change_the_speed(lines):
@@ -65,7 +65,7 @@ def test_a_pause_does_not_change_the_speed(lines):
     assert progress.seconds_per_step == 2.0
 
 
-def test_an_invisible_one_says_nothing(lines, capsys):
+def test_an_invisible_one_is_silent(lines, capsys):
     progress = Progress(2, 0, plain=False, visible=False)
     progress.advance(2, 0.1, 0.1)
     assert lines() == []
@@ -74,15 +74,15 @@ def test_an_invisible_one_says_nothing(lines, capsys):
 
 def test_a_bar_on_a_terminal_with_messages_above(lines, new_screen):
     screen = new_screen()
-    set_up(LogOptions())
+    configure_logging(LogOptions())
     with Progress(4, 0, plain=False) as progress:
         progress.advance(1, 0.125, 1e-4)
         logging.getLogger("sfumato").warning("a message")
         progress.advance(4, 0.0625, 1e-4)
-    shown = screen.getvalue()
-    assert "a message" in shown
-    assert "4/4" in shown
-    assert "loss 0.0625" in shown
+    text = screen.getvalue()
+    assert "a message" in text
+    assert "4/4" in text
+    assert "loss 0.0625" in text
     assert lines() == []
     with Progress(4, 0, plain=True) as progress:  # --console_log_simple
         progress.advance(4, 0.5, 1e-4)
@@ -90,7 +90,7 @@ def test_a_bar_on_a_terminal_with_messages_above(lines, new_screen):
 
 
 def test_durations():
-    assert [duration(s) for s in (0, 59.6, 61, 3599, 3600, 90061)] == [
+    assert [format_duration(s) for s in (0, 59.6, 61, 3599, 3600, 90061)] == [
         "0:00",
         "1:00",
         "1:01",

@@ -1,4 +1,4 @@
-"""The report of real runs: it changes no weight, tells each sample's loss, and goes on after a resume."""
+"""The report of real runs: it changes no weight, shows each sample's loss, and continues after a resume."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from pydantic import SecretStr
 
 from sfumato.config import load_config
+from sfumato.config.listing import public_options
 from sfumato.data.plans import DataPlan
 from sfumato.demo.toy import write_toy
-from sfumato.plan import public_options
 from sfumato.track.report_facts import describe_run
-from track.test_report import Checked, read
-from training import arguments, losses, pictures, run, same, weights
+from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from track.report_pages import PageParser, read_page
 
 Toy = Mapping[str, Path]
 PROMPT = "a <script>alert(1)</script> cat & dog"
@@ -28,16 +28,16 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("images"))
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
-def told(sd: Toy, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 5 steps with previews and a report; 5 pictures twice, in buckets of 3 and 2."""
-    folder = tmp_path_factory.mktemp("told")
+def output(sd: Toy, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 5 steps with samples and a report; 5 images twice, in buckets of 3 and 2."""
+    folder = tmp_path_factory.mktemp("output")
     prompts = folder / "prompts.txt"
     prompts.write_text(f"{PROMPT} --w 64 --h 64 --s 1 --d 3\na dog --w 64 --h 64 --s 1\n")
-    return run(sd, images, folder / "out", **options(prompts))
+    return train_toy(sd, images, folder / "out", **options(prompts))
 
 
 def options(prompts: Path) -> dict[str, object]:
@@ -47,35 +47,35 @@ def options(prompts: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def test_weights_and_losses_are_the_same_without_it(sd: Toy, images: Path, told: Path, tmp_path: Path) -> None:
-    silent = run(sd, images, tmp_path / "out", **options(told.parent / "prompts.txt"), no_report=True)
-    assert same(weights(told), weights(silent))
-    assert losses(told) == losses(silent)
-    assert (told / "lora.report.html").is_file()
+def test_weights_and_losses_are_the_same_without_it(sd: Toy, images: Path, output: Path, tmp_path: Path) -> None:
+    silent = train_toy(sd, images, tmp_path / "out", **options(output.parent / "prompts.txt"), no_report=True)
+    assert equal_tensors(read_weights(output), read_weights(silent))
+    assert read_metrics(output) == read_metrics(silent)
+    assert (output / "lora.report.html").is_file()
     assert not list(silent.glob("*report*"))
 
 
-def test_the_page_of_a_run(told: Path, images: Path) -> None:
-    page = read(told, "lora")
-    last = losses(told)[-1]
+def test_the_page_of_a_run(output: Path, images: Path) -> None:
+    page = read_page(output, "lora")
+    last = read_metrics(output)[-1]
     for text in ("finished", "seed 7", "2_cat", "network_train_unet_only", "command line", f"{last['grad_norm']:.4g}"):
         assert text in page.text
     assert f"{last['loss/average']:.4g}" in page.text
-    found = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    assert found == [f"{prompt}, after step {step}" for prompt in (PROMPT, "a dog") for step in (2, 4, 5)]
+    texts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert texts == [f"{prompt}, after step {step}" for prompt in (PROMPT, "a dog") for step in (2, 4, 5)]
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
-    assert all((told / str(link)).is_file() for link in links)
+    assert all((output / str(link)).is_file() for link in links)
 
 
-def test_no_path_of_this_machine(told: Path, images: Path) -> None:
-    content = (told / "lora.report.html").read_text() + (told / "lora.report.json").read_text()
-    for folder in (told, images, Path.home(), Path.cwd()):
+def test_no_path_of_this_machine(output: Path, images: Path) -> None:
+    content = (output / "lora.report.html").read_text() + (output / "lora.report.json").read_text()
+    for folder in (output, images, Path.home(), Path.cwd()):
         assert str(folder) not in content
-    assert f"{images.name}" in content  # its own name may be told
+    assert f"{images.name}" in content  # its own name may be output
 
 
 def test_no_secret(sd: Toy, images: Path, tmp_path: Path) -> None:
-    config = load_config(arguments(sd, images, tmp_path))
+    config = load_config(make_arguments(sd, images, tmp_path))
     secret = config.log.model_copy(update={"wandb_api_key": SecretStr("canary")})
     config = config.model_copy(update={"log": secret})
     data = DataPlan(
@@ -83,7 +83,7 @@ def test_no_secret(sd: Toy, images: Path, tmp_path: Path) -> None:
     )
     description = describe_run(
         config, data, options=public_options(config), model="m", checkpoint="/home/canary/model.safetensors",
-        trains=[], total=1, device="CPU", notes=["see C:\\canary\\y"],
+        trained_parts=[], total=1, device="CPU", notes=["see C:\\canary\\y"],
     )  # fmt: skip
     assert "canary" not in json.dumps(description)
     assert description["checkpoint"] == "model.safetensors"
@@ -92,23 +92,23 @@ def test_no_secret(sd: Toy, images: Path, tmp_path: Path) -> None:
     }.items()
 
 
-def test_the_samples_of_a_step_make_its_loss(told: Path) -> None:
-    """All weigh the same here, so a step's loss is their mean; fillers of short batches are not among them."""
-    rows = losses(told)
+def test_the_samples_of_a_step_make_its_loss(output: Path) -> None:
+    """All weigh the same here, so a step's loss is their mean; padding samples of short batches are not among them."""
+    rows = read_metrics(output)
     for row in rows:
         samples = row["loss/samples"]
         assert row["loss/current"] == pytest.approx(sum(samples) / len(samples), rel=1e-3)
         assert all(0 <= t <= 1000 for t in row["timesteps"])
-    assert len(rows[0]["loss/samples"]) + len(rows[1]["loss/samples"]) == 10  # an epoch: 4 + 2 and 4 pictures
+    assert len(rows[0]["loss/samples"]) + len(rows[1]["loss/samples"]) == 10  # an epoch: 4 + 2 and 4 images
 
 
-def test_a_resumed_run_goes_on(sd: Toy, images: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_continues(sd: Toy, images: Path, tmp_path: Path) -> None:
     common = {"network_train_unet_only": True, "cache_latents": True}
-    run(sd, images, tmp_path, max_train_steps=2, save_state=True, **common)
-    run(sd, images, tmp_path, max_train_steps=4, resume=tmp_path, **common)
-    page = read(tmp_path, "lora")
+    train_toy(sd, images, tmp_path, max_train_steps=2, save_state=True, **common)
+    train_toy(sd, images, tmp_path, max_train_steps=4, resume=tmp_path, **common)
+    page = read_page(tmp_path, "lora")
     (loss, *_) = [attributes for tag, attributes in page.tags if tag == "polyline"]
     assert len(str(loss["points"]).split()) == 4
     assert "at step 2" in page.text
     assert "--max_train_steps was 2, now it is 4" in page.text  # a warning that was shown
-    assert Checked((tmp_path / "lora.report.html").read_text()).text.count("finished") >= 2
+    assert PageParser((tmp_path / "lora.report.html").read_text()).text.count("finished") >= 2

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from sfumato.adapters.base import Adapter, column, expect_suffixes
-from sfumato.adapters.frozen_linear import add_low_rank, fits
+from sfumato.adapters.base import Adapter, check_suffixes, per_row
+from sfumato.adapters.frozen_linear import add_low_rank, can_fuse
 from sfumato.errors import UserError
 from sfumato.formats.groups import LayerGroup
 
@@ -20,27 +20,29 @@ SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dropout:
-    """Chances in training, drawn from torch's global generators alone: they are reseeded for every micro-step and
-    replayed by checkpointing. Each layer of a group draws for itself.
+class LoraDropout:
+    """Dropout probabilities in training, applied by each layer of a group for itself.
+
+    Random numbers come from torch's global generators: these are reseeded for every micro-step, and checkpointing
+    replays them.
     """
 
     neuron: float = 0.0  # of each value between the two matrices; the others grow by 1 / (1 - p)
     rank: float = 0.0  # of each rank, for each row of the batch; the others grow by 1 / (1 - p)
-    module: float = 0.0  # of the whole change, for the whole batch
+    module: float = 0.0  # of the adapter's whole change, for the whole batch
 
     def __bool__(self) -> bool:
         return bool(self.neuron or self.rank or self.module)
 
 
-NONE = Dropout()
+NO_DROPOUT = LoraDropout()
 
 
 class LoRA(Adapter):
     """One shared down matrix for the whole group; the rows of up are sliced over its layers."""
 
-    boosted = ("lora_up",)
-    limited = True
+    lora_plus_params = ("lora_up",)
+    has_norm_limit = True
 
     def __init__(self, group: LayerGroup, *, rank: int, alpha: float, generator: Generator | None = None) -> None:
         super().__init__(group)
@@ -48,72 +50,72 @@ class LoRA(Adapter):
         device = layer.weight.device
         kernel = tuple(layer.weight.shape[2:])
         self.rank, self.alpha = rank, alpha
-        self.dropout = NONE
+        self.dropout = NO_DROPOUT
         down = torch.empty(rank, layer.weight.shape[1], *kernel, device="meta" if device.type == "meta" else "cpu")
         if generator is not None and device.type != "meta":
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         self.lora_down = nn.Parameter(down.to(device))
-        self.lora_up = nn.Parameter(torch.zeros(group.height, rank, *[1] * len(kernel), device=device))
+        self.lora_up = nn.Parameter(torch.zeros(group.num_rows, rank, *[1] * len(kernel), device=device))
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def _up(self, i: int) -> Tensor:
-        return self.lora_up if self.group.is_plain else self.group.take(self.lora_up, i)
+        return self.lora_up if self.group.is_plain else self.group.take_rows(self.lora_up, i)
 
     def delta(self, i: int) -> Tensor:
         product = self._up(i).flatten(1) @ self.lora_down.flatten(1)
         return self.scale * product.reshape(self.group.layers[i].weight.shape)
 
     def forward(self, x: Tensor, i: int) -> Tensor:
-        """The scale goes onto the rank-wide product: the full-size tensor is written once."""
-        low = self._low(x, i) * self.scale
+        """The scale is applied to the rank-wide product: the full-size tensor is written once."""
+        low = self._project_down(x, i) * self.scale
         up = self._up(i).to(low.dtype)
         return F.linear(low, up) if isinstance(self.group.layers[i], nn.Linear) else F.conv2d(low, up)
 
     def add_to(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
-        """For linear layers the matrix product adds to the output itself: no full-size change in between."""
+        """For linear layers the matrix product adds to the output itself, without a full-size tensor for the change."""
         layer = self.group.layers[i]
         if not isinstance(layer, nn.Linear):
             return super().add_to(output, x, i, strength)
-        for_each = isinstance(strength, Tensor)
-        up = (self._up(i) * (self.scale if for_each else self.scale * strength)).to(output.dtype)
-        if not for_each and not self._drops and fits(layer, x, output):
+        is_per_row = isinstance(strength, Tensor)
+        up = (self._up(i) * (self.scale if is_per_row else self.scale * strength)).to(output.dtype)
+        if not is_per_row and not self._uses_dropout and can_fuse(layer, x, output):
             return add_low_rank(output, x, layer.weight, self.lora_down.to(x.dtype), up)
-        low = self._low(x, i).to(output.dtype)
-        if for_each:
-            low = low * column(strength, low)
+        low = self._project_down(x, i).to(output.dtype)
+        if is_per_row:
+            low = low * per_row(strength, low)
         # Not in place: the output of a linear layer may be a view, whose gradient autograd would copy.
         return torch.addmm(output.reshape(-1, len(up)), low.reshape(-1, self.rank), up.t()).view_as(output)
 
     @property
-    def _drops(self) -> bool:
+    def _uses_dropout(self) -> bool:
         return self.training and bool(self.dropout)
 
-    def _low(self, x: Tensor, i: int) -> Tensor:
-        """down(x), with this layer's dropouts: rank channels, last for linear layers, second for convolutions."""
+    def _project_down(self, x: Tensor, i: int) -> Tensor:
+        """down(x) with dropout: rank channels, last for linear layers, second for convolutions."""
         layer, down = self.group.layers[i], self.lora_down.to(x.dtype)
         if isinstance(layer, nn.Linear):
-            low, inside = F.linear(x, down), [1] * (x.ndim - 2) + [self.rank]
+            low, rank_shape = F.linear(x, down), [1] * (x.ndim - 2) + [self.rank]
         else:
             low = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)  # pyright: ignore
-            inside = [self.rank, 1, 1]
-        if not self._drops:
+            rank_shape = [self.rank, 1, 1]
+        if not self._uses_dropout:
             return low
-        drop = self.dropout
-        if drop.neuron:
-            low = F.dropout(low, drop.neuron)
-        if drop.rank:
-            kept = torch.rand(low.shape[0], *inside, device=low.device) >= drop.rank
-            low = low * (kept.to(low.dtype) / (1 - drop.rank))
-        if drop.module:  # a factor and no branch: nothing waits for the device, and every parameter gets a gradient
-            low = low * (torch.rand((), device=low.device) >= drop.module).to(low.dtype)
+        dropout = self.dropout
+        if dropout.neuron:
+            low = F.dropout(low, dropout.neuron)
+        if dropout.rank:
+            mask = torch.rand(low.shape[0], *rank_shape, device=low.device) >= dropout.rank
+            low = low * (mask.to(low.dtype) / (1 - dropout.rank))
+        if dropout.module:  # a factor, no branch: nothing waits for the device, and every parameter gets a gradient
+            low = low * (torch.rand((), device=low.device) >= dropout.module).to(low.dtype)
         return low
 
     @torch.no_grad()
     def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:
-        """Both matrices shrink by the root of the ratio. |up down|^2 is taken from two products of rank x rank."""
+        """Both matrices are scaled by the root of the ratio. |up down|^2 comes from two products of rank x rank."""
         up, down = self.lora_up.flatten(1), self.lora_down.flatten(1)
         square = ((up.t() @ up) * (down @ down.t())).sum()
         norm = self.scale * square.clamp(min=0).sqrt()
@@ -122,7 +124,7 @@ class LoRA(Adapter):
         self.lora_down.mul_(ratio.sqrt())
         return norm * ratio, ratio < 1
 
-    def tensors(self) -> dict[str, Tensor]:
+    def export_tensors(self) -> dict[str, Tensor]:
         return {
             "lora_down.weight": self.lora_down,
             "lora_up.weight": self.lora_up,
@@ -131,11 +133,11 @@ class LoRA(Adapter):
 
     @classmethod
     def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
-        """alpha is optional in files of other programs and then means the rank."""
-        expect_suffixes(group, tensors, SUFFIXES)
+        """Files of other programs may have no alpha, which then is the rank."""
+        check_suffixes(group, tensors, SUFFIXES)
         missing = [suffix for suffix in SUFFIXES[:2] if suffix not in tensors]
         if missing:
-            raise UserError(f"{group.name} lacks {' and '.join(missing)}")
+            raise UserError(f"{group.name} lacks {' and '.join(missing)}", code="adapter-matrix-missing")
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         rank = down.shape[0]
         alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
@@ -144,7 +146,8 @@ class LoRA(Adapter):
             if parameter.numel() != value.numel() or parameter.shape[:2] != value.shape[:2]:
                 raise UserError(
                     f"{group.name}.lora_{name}.weight has shape {tuple(value.shape)}, "
-                    f"{tuple(parameter.shape)} is expected: the file was made for another model"
+                    f"{tuple(parameter.shape)} is expected: the file was made for another model",
+                    code="lora-shape-mismatch",
                 )
             with torch.no_grad():
                 parameter.copy_(value.reshape(parameter.shape))

@@ -1,4 +1,4 @@
-"""LoRA for each layer of a group on its own (split_qkv), kept in files as one LoRA of the whole group."""
+"""LoRA for each layer of a group on its own (split_qkv), saved as one LoRA of the whole group."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sfumato.adapters.base import Adapter
-from sfumato.adapters.lora import Dropout, LoRA
+from sfumato.adapters.lora import LoRA, LoraDropout
 from sfumato.errors import UserError
 from sfumato.formats.groups import LayerGroup
 
 
 class SplitLoRA(Adapter):
-    """A pair of matrices for each layer. In files: the downs one below the other, the ups as blocks on a diagonal.
+    """A pair of matrices for each layer. In files: the down matrices stacked, the up matrices as a block diagonal.
 
-    A file has one alpha and a rank n times that of each of n layers; alpha counts n times there, too, so that
-    alpha / rank, and with it the strength in every program, is what was trained.
+    A file has one alpha and n times the rank of each of n layers; its alpha is n times larger, too, so that alpha /
+    rank, and thus the strength in every program, is what was trained.
     """
 
-    boosted = LoRA.boosted
-    limited = True
+    lora_plus_params = LoRA.lora_plus_params
+    has_norm_limit = True
 
     def __init__(self, group: LayerGroup, *, rank: int, alpha: float, generator: Generator | None = None) -> None:
         super().__init__(group)
         self.rank, self.alpha = rank, alpha
-        alone = [LoRA(single(group, i), rank=rank, alpha=alpha, generator=generator) for i in range(len(group.layers))]
-        self.layers = nn.ModuleList(alone)
+        groups = [take_layer(group, i) for i in range(len(group.layers))]
+        loras = [LoRA(single, rank=rank, alpha=alpha, generator=generator) for single in groups]
+        self.layers = nn.ModuleList(loras)
 
     def __getitem__(self, i: int) -> LoRA:
         layer = self.layers[i]
@@ -40,13 +41,13 @@ class SplitLoRA(Adapter):
         return (self[i] for i in range(len(self.layers)))
 
     @property
-    def dropout(self) -> Dropout:
+    def dropout(self) -> LoraDropout:
         return self[0].dropout
 
     @dropout.setter
-    def dropout(self, chances: Dropout) -> None:
+    def dropout(self, dropout: LoraDropout) -> None:
         for layer in self:
-            layer.dropout = chances
+            layer.dropout = dropout
 
     def delta(self, i: int) -> Tensor:
         return self[i].delta(0)
@@ -58,20 +59,20 @@ class SplitLoRA(Adapter):
         return self[i].add_to(output, x, 0, strength)
 
     def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:
-        """Each layer is held to the maximum; the largest of their norms, and whether any was larger."""
+        """Limit each layer's norm; the largest of them, and whether any was larger."""
         norms, larger = zip(*(layer.limit_norm(maximum) for layer in self), strict=True)
         return torch.stack(norms).amax(), torch.stack(larger).any()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def export_tensors(self) -> dict[str, Tensor]:
         count, down = len(self.layers), torch.cat([layer.lora_down for layer in self])
         return {
             "lora_down.weight": down,
-            "lora_up.weight": self.group.assemble([self._place(i) for i in range(count)]),
+            "lora_up.weight": self.group.stack_rows([self._widen_up(i) for i in range(count)]),
             "alpha": torch.tensor(float(self.alpha * count)),
         }
 
-    def _place(self, i: int) -> Tensor:
-        """(rows of the layer, n * rank): its up matrix in its own columns."""
+    def _widen_up(self, i: int) -> Tensor:
+        """(rows of the layer, n * rank): the up matrix in its own columns, 0 elsewhere."""
         up = self[i].lora_up
         wide = up.new_zeros(len(up), len(self.layers) * self.rank)
         wide[:, i * self.rank : (i + 1) * self.rank] = up
@@ -79,32 +80,35 @@ class SplitLoRA(Adapter):
 
     @classmethod
     def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
-        """From a file in which each layer has ranks of its own; one that shares ranks is a UserError."""
-        whole, count = LoRA.from_tensors(group, tensors), len(group.layers)
-        rank = whole.rank // count
+        """From a file in which each layer has ranks of its own; UserError where layers share ranks."""
+        joint, count = LoRA.from_tensors(group, tensors), len(group.layers)
+        rank = joint.rank // count
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        own = [slice(i * rank, (i + 1) * rank) for i in range(count)]
-        rows = [group.take(up, i) for i in range(count)]
-        if whole.rank % count or any(each.any() for each in _off_diagonal(rows, own)):
+        columns = [slice(i * rank, (i + 1) * rank) for i in range(count)]
+        rows = [group.take_rows(up, i) for i in range(count)]
+        if joint.rank % count or not _is_block_diagonal(rows, columns):
             raise UserError(
                 f"{group.name} has ranks that its {count} layers share: the file was not trained with split_qkv",
-                fix="leave --network_args split_qkv out",
+                code="split-qkv-shared-ranks",
+                fix="remove --network_args split_qkv",
             )
-        adapter = cls(group, rank=rank, alpha=whole.alpha / count)
+        adapter = cls(group, rank=rank, alpha=joint.alpha / count)
         with torch.no_grad():
             for i, layer in enumerate(adapter):
-                layer.lora_down.copy_(down[own[i]])
-                layer.lora_up.copy_(rows[i][:, own[i]])
+                layer.lora_down.copy_(down[columns[i]])
+                layer.lora_up.copy_(rows[i][:, columns[i]])
         return adapter
 
 
-def _off_diagonal(rows: Sequence[Tensor], own: Sequence[slice]) -> Iterator[Tensor]:
-    """What stands in each layer's rows outside its own columns."""
-    for each, columns in zip(rows, own, strict=True):
-        yield torch.cat([each[:, : columns.start], each[:, columns.stop :]], dim=1)
+def _is_block_diagonal(rows: Sequence[Tensor], columns: Sequence[slice]) -> bool:
+    """Whether each layer's rows are 0 outside of its own columns."""
+    for matrix, own in zip(rows, columns, strict=True):
+        if matrix[:, : own.start].any() or matrix[:, own.stop :].any():
+            return False
+    return True
 
 
-def single(group: LayerGroup, i: int) -> LayerGroup:
+def take_layer(group: LayerGroup, i: int) -> LayerGroup:
     """The i-th layer of a group as a group of its own."""
     layer = group.layers[i]
     rows = ((0, layer.weight.shape[0]),)

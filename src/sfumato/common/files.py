@@ -13,7 +13,7 @@ from sfumato.errors import UserError
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it to disk and rename it, on any failure remove it.
 
     The block writes and verifies the temporary file; nothing ever sees a half-written `path`.
@@ -30,10 +30,10 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder: the block fills a temporary one. An older folder of the name goes when the new one stands.
+def write_folder_atomically(folder: Path) -> Iterator[Path]:
+    """The same for a folder: the block fills a temporary one; an older one is removed when the new one is complete.
 
-    A kill in the middle leaves the old or the new version, complete, in its place or beside it (`folder_copies`).
+    A kill in the middle leaves the old or the new version, complete, in its place or beside it (`list_folder_copies`).
     """
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -47,14 +47,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(folder.parent)
-    for leftover in folder_copies(folder):  # of this save and of earlier ones that were killed
+    for leftover in list_folder_copies(folder):  # of this save and of earlier ones that were killed
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def folder_copies(folder: Path) -> list[Path]:
-    """The new and the old version that a kill in the middle of `atomic_folder` leaves beside the place."""
+def list_folder_copies(folder: Path) -> list[Path]:
+    """The new and the old version that a kill in the middle of `atomic_folder` leaves beside it."""
     beside = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
-    return [each for each in beside if each.name.startswith(f".{folder.name}.") and each.suffix in (".tmp", ".old")]
+    return [path for path in beside if path.name.startswith(f".{folder.name}.") and path.suffix in (".tmp", ".old")]
 
 
 def sync(path: Path) -> None:
@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    with atomic(path) as temporary:
+    with write_atomically(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -85,16 +85,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_room(folder: Path, needed: int, *, mine: str, what: str) -> None:
-    """Raise UserError where the disk lacks `needed` bytes. What begins with `mine` in the folder would be replaced."""
+def check_disk_space(folder: Path, needed: int, *, mine: str, what: str) -> None:
+    """Raise UserError where the disk lacks `needed` bytes; files in the folder that start with `mine` are replaced."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
-    there = sum(each.stat().st_size for path in folder.glob(f"{mine}*") for each in (path, *path.rglob("*")))
+    replaced = 0
+    for path in folder.glob(f"{mine}*"):
+        replaced += sum(file.stat().st_size for file in (path, *path.rglob("*")))
     free = shutil.disk_usage(place).free
-    if needed > free + there:
+    if needed > free + replaced:
         raise UserError(
-            f"{what} will take {needed / 1e9:.1f} GB on the disk of {folder}, where {free / 1e9:.1f} GB are free",
+            f"{what} need {needed / 1e9:.1f} GB on the disk of {folder}, which has {free / 1e9:.1f} GB free",
+            code="disk-too-small",
             fix="save less often, keep fewer (--save_last_n_steps, --save_last_n_epochs), or --save_precision fp16",
         )
 
@@ -110,5 +113,7 @@ def check_writable(folder: Path, *, option: str) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"{option}: cannot write into {folder} ({error.strerror})", fix=f"give a writable folder with {option}"
+            f"{option}: cannot write into {folder} ({error.strerror})",
+            code="folder-not-writable",
+            fix=f"give a writable folder with {option}",
         ) from error

@@ -1,4 +1,4 @@
-"""Old names of the field and what they mean here: pure data."""
+"""Names of sd-scripts and of front ends, and what they mean here: pure data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NETWORK_MODULES = {  # --network_module -> our adapter
     "lora": "lora",
 }
 
-PLANNED_NETWORK_MODULES = {  # --network_module -> the room that will bring it
+PLANNED_NETWORK_MODULES = {  # --network_module -> what it comes with
     "networks.lora_fa": "the other adapters",
     "networks.dylora": "the other adapters",
     "networks.oft": "the other adapters",
@@ -24,7 +24,7 @@ PLANNED_NETWORK_MODULES = {  # --network_module -> the room that will bring it
     "locon.locon_kohya": "the other adapters",
 }
 
-PLANNED_NETWORK_ARGS = {  # name in --network_args -> the room that will bring it
+PLANNED_NETWORK_ARGS = {  # name in --network_args -> what it comes with
     "ggpo_sigma": "the other adapters",
     "ggpo_beta": "the other adapters",
 }

@@ -1,1 +1,1 @@
-"""The scripts of the field by their names, as other spellings of our commands."""
+"""sd-scripts' scripts by their names, as other spellings of our commands."""

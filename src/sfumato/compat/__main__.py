@@ -1,4 +1,4 @@
-"""`python -m sfumato.compat train_network ...` runs a script of the field by its name."""
+"""`python -m sfumato.compat train_network ...` runs a script by its name in sd-scripts."""
 
 import sys
 

@@ -5,67 +5,71 @@ from __future__ import annotations
 import sys
 
 from sfumato.common.names import FOREIGN_KEYS, NETWORK_MODULES, OPTION_ALIASES, PLANNED_NETWORK_MODULES
-from sfumato.compat.scripts import SCRIPTS, option_table
+from sfumato.compat.scripts import SCRIPTS, load_script_options
 from sfumato.config.base import Option
+from sfumato.config.option_table import group_options
 from sfumato.config.rules import RULES
-from sfumato.config.schema import by_theme, title, vocabulary
+from sfumato.config.schema import theme_title, vocabulary
 
-HEAD = """# Options
+OPTIONS_PAGE_HEAD = """# Options
 
 *Generated: `python -m sfumato.compat.table > docs/options.md`. Do not edit.*
 
 Every option has one name: `--network_dim 16` on the command line, `network_dim = 16` in the file of `--config_file`,
-whose section headings are free. The command line goes before the file, the file before what a script sets, and that
-before the defaults below. A switch stands alone on the command line (`--cache_latents`, off again with
+whose section headings are free. The command line takes precedence over the file, the file over what a script sets, and
+that over the defaults below. A switch stands alone on the command line (`--cache_latents`, off again with
 `--no_cache_latents`) and is `true` or `false` in the file. Names are never abbreviated.
 
-Status: **yes**: works. **later**: known and typed, refused until the named part is there.
-**no effect**: accepted and reported. *Scripts*: the scripts of the field that have the option; `sfumato train` has all.
+Status: **yes**: works. **later**: known and typed, refused until the named feature is implemented.
+**no effect**: accepted and reported. *Scripts*: which of sd-scripts have the option; `sfumato train` has all.
 """
 
-GROUPS = {"adapter": "adapter scripts", "full": "whole-model scripts"}
-COLUMNS = """| Option | Takes | Default | Status | Scripts | Meaning |
+SCRIPT_GROUPS = {"adapter": "adapter scripts", "full": "whole-model scripts"}
+OPTION_COLUMNS = """| Option | Takes | Default | Status | Scripts | Meaning |
 |---|---|---|---|---|---|"""
 RULES_HEAD = """*required* and *conflict* end the program before it starts; *no effect* is a line in the report,
 or an error with `--strict`.
 """
 
 
-def table() -> str:
+def render_options_page() -> str:
     """The whole page."""
     options = vocabulary()
-    open_now = sum(not option.facts.planned for option in options.values())
-    parts = [HEAD, f"{len(options)} options, {open_now} of them available.\n"]
-    for theme, group in by_theme(options.values()).items():
-        parts += [f"## {title(theme)}\n", COLUMNS]
-        parts.append("\n".join(row(option) for option in group) + "\n")
-    return "\n".join([*parts, rules(), names()])
+    working = sum(not option.facts.planned for option in options.values())
+    parts = [OPTIONS_PAGE_HEAD, f"{len(options)} options, {working} of them available.\n"]
+    for theme, group in group_options(options.values()).items():
+        parts += [f"## {theme_title(theme)}\n", OPTION_COLUMNS]
+        parts.append("\n".join(format_option_row(option) for option in group) + "\n")
+    return "\n".join([*parts, render_rules(), render_names()])
 
 
-def row(option: Option) -> str:
-    takes = "switch" if option.kind == "flag" else code(option.takes)
-    default = "" if option.default in (None, "", (), {}, False) else code(shown(option.default))
-    return f"| `{option.flag}` | {takes} | {default} | {status(option)} | {scripts(option)} | {cell(option.help)} |"
+def format_option_row(option: Option) -> str:
+    takes = "switch" if option.arity == "flag" else quote_code(option.metavar)
+    default = "" if option.default in (None, "", (), {}, False) else quote_code(format_plain(option.default))
+    status, scripts = describe_status(option), list_scripts(option)
+    return f"| `{option.flag}` | {takes} | {default} | {status} | {scripts} | {escape_cell(option.help)} |"
 
 
-def status(option: Option) -> str:
+def describe_status(option: Option) -> str:
     if option.facts.planned:
         return f"later: {option.facts.planned}"
     return f"no effect: {option.facts.no_effect}" if option.facts.no_effect else "yes"
 
 
-def scripts(option: Option) -> str:
-    """Which scripts of the field have the option."""
-    table = option_table()
+def list_scripts(option: Option) -> str:
+    """Which scripts of sd-scripts have the option."""
+    table = load_script_options()
     if option.name in table["every script"]:
         return "all"
-    homes = [GROUPS[group] for group in GROUPS if option.name in table[group]]
+    homes = [SCRIPT_GROUPS[group] for group in SCRIPT_GROUPS if option.name in table[group]]
     homes += [name.removesuffix("_train_network") for name in SCRIPTS if option.name in table[name]]
     return ", ".join(homes) if homes else "ours"
 
 
-def rules() -> str:
-    lines = [f"| {rule.name} | {rule.kind} | {cell(rule.what)} | {cell(rule.fix)} |" for rule in RULES]
+def render_rules() -> str:
+    lines = [
+        f"| {rule.code} | {rule.severity} | {escape_cell(rule.what)} | {escape_cell(rule.fix)} |" for rule in RULES
+    ]
     return "\n".join(
         [
             "## Rules between options\n",
@@ -77,9 +81,9 @@ def rules() -> str:
     )
 
 
-def names() -> str:
+def render_names() -> str:
     modules = [f"| `{name}` | {adapter} |" for name, adapter in NETWORK_MODULES.items()]
-    modules += [f"| `{name}` | later: {room} |" for name, room in PLANNED_NETWORK_MODULES.items()]
+    modules += [f"| `{name}` | later: {feature} |" for name, feature in PLANNED_NETWORK_MODULES.items()]
     aliases = [f"* `--{old}` is `--{new}`." for old, new in OPTION_ALIASES.items()]
     foreign = [f"* `{name}`: {why}." for name, why in FOREIGN_KEYS.items()]
     return "\n".join(
@@ -97,17 +101,17 @@ def names() -> str:
     )
 
 
-def code(text: str) -> str:
-    return f"`{cell(text)}`" if text else ""
+def quote_code(text: str) -> str:
+    return f"`{escape_cell(text)}`" if text else ""
 
 
-def cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def shown(value: object) -> str:
+def format_plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table())
+    sys.stdout.write(render_options_page())

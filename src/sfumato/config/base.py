@@ -1,4 +1,4 @@
-"""What an option is: a typed field with a help line, and the facts that shared code asks of it."""
+"""An option: a typed field with a help line and a few facts; options are grouped in themes."""
 
 from __future__ import annotations
 
@@ -20,101 +20,108 @@ def option(
     planned: str = "",
     no_effect: str = "",
     path: PathKind = "",
+    required: bool = False,
+    positional: bool = False,
     **limits: Any,
 ) -> Any:
-    """One option of the vocabulary: a pydantic field whose name is the option's name.
+    """Declare one option: a pydantic field whose name is the option's name.
 
-    planned: the room that will bring it; until then any value but the default is refused.
-        Delete the argument to open the option.
-    no_effect: why setting it changes nothing here; it is accepted and reported.
+    planned: the feature that the option waits for; until then any value but the default is refused.
+        Delete the argument to enable the option.
+    no_effect: why the option changes nothing here; it is accepted and reported.
     path: what must exist where the value points. limits: pydantic's ge, gt, le, lt.
+    required, positional: for the options of one command; a positional argument is given without its name.
     """
-    facts = Facts(planned=planned, no_effect=no_effect, path=path)
+    facts = OptionFacts(planned=planned, no_effect=no_effect, path=path, required=required, positional=positional)
     return Field(default, description=help, json_schema_extra=cast(Any, {"facts": facts}), **limits)
 
 
-def described(name: str, theme: str, info: FieldInfo) -> Option:
+def make_option(name: str, theme: str, info: FieldInfo) -> Option:
     """The option behind a field of a theme."""
     extra = cast(dict[str, Any], info.json_schema_extra)
-    inner, shown = unwrapped(info.annotation, info.metadata)
+    inner, metavar = unwrap_type(info.annotation, info.metadata)
     choices = tuple(str(choice) for choice in get_args(inner)) if get_origin(inner) is Literal else ()
     return Option(
         name=name,
         theme=theme,
         help=info.description or "",
         default=info.get_default(call_default_factory=True),
-        kind=kind_of(inner),
-        takes=shown or ("|".join(choices) if choices else PLACEHOLDERS.get(inner, "")),
+        arity=read_arity(inner),
+        metavar=metavar or ("|".join(choices) if choices else METAVARS.get(inner, "")),
         choices=choices,
         secret=inner is SecretStr,
         facts=extra["facts"],
     )
 
 
-def unwrapped(annotation: Any, metadata: list[Any]) -> tuple[Any, str]:
-    """The type without `| None` and Annotated, and the placeholder that an Annotated type brought along."""
+def unwrap_type(annotation: Any, metadata: list[Any]) -> tuple[Any, str]:
+    """The type without `| None` and Annotated, and the text of an Annotated type's Metavar, if any."""
     if get_origin(annotation) in (Union, types.UnionType):
         inner = [part for part in get_args(annotation) if part is not type(None)]
         if len(inner) == 1:
-            return unwrapped(inner[0], metadata)
+            return unwrap_type(inner[0], metadata)
     if get_origin(annotation) is Annotated:
-        annotation, *found = get_args(annotation)
-        metadata = [*metadata, *found]
-    shown = [item.text for item in metadata if isinstance(item, Shown)]
-    return annotation, shown[0] if shown else ""
+        annotation, *annotations = get_args(annotation)
+        metadata = [*metadata, *annotations]
+    metavars = [item.text for item in metadata if isinstance(item, Metavar)]
+    return annotation, metavars[0] if metavars else ""
 
 
-def kind_of(inner: Any) -> Kind:
+def read_arity(inner: Any) -> Arity:
+    """How many values an option of this type takes."""
     if inner is bool:
         return "flag"
     variadic = get_origin(inner) is tuple and Ellipsis in get_args(inner)
     return "many" if variadic or get_origin(inner) is dict else "one"
 
 
-Kind = Literal["flag", "one", "many"]
-PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH", SecretStr: "TEXT"}
+Arity = Literal["flag", "one", "many"]
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", SecretStr: "TEXT"}
 
 
 @dataclass(frozen=True)
-class Shown:
+class Metavar:
     """The placeholder of a type in help texts."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What `option` was told beyond the type, the default and the help line."""
+class OptionFacts:
+    """The arguments of `option` beyond the type, the default and the help line."""
 
     planned: str = ""
     no_effect: str = ""
     path: PathKind = ""
+    required: bool = False
+    positional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One word of the vocabulary, as the command line, help and documents see it."""
+    """One option as the command line, the help and the documents see it. `metavar`: the placeholder of its value."""
 
     name: str
     theme: str
     help: str
     default: Any
-    kind: Kind
-    takes: str
+    arity: Arity
+    metavar: str
     choices: tuple[str, ...]
     secret: bool
-    facts: Facts
+    facts: OptionFacts
 
     @property
     def flag(self) -> str:
-        return f"--{self.name}"
+        """The option on a command line; of a positional argument its placeholder."""
+        return self.name.upper() if self.facts.positional else f"--{self.name}"
 
-    def room(self, value: Any) -> str:
-        """The room that will bring this value; empty where it is available now."""
+    def missing_feature(self, value: Any) -> str:
+        """The feature that this value waits for; empty where the value works."""
         return "" if value == self.default else self.facts.planned
 
 
 class Options(BaseModel):
-    """A theme: a frozen group of options. Texts become other types only where they come from a command line."""
+    """A theme: a frozen group of options. Only texts of a command line are converted to other types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=False)

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from sfumato.common.names import OPTION_ALIASES
-from sfumato.config.layer import Layer, unknown
-from sfumato.config.schema import vocabulary
+from sfumato.config.option_source import OptionSource, report_unknown
+from sfumato.config.option_table import OptionTable
+from sfumato.config.schema import training_table
 from sfumato.errors import Problems
 
 
-def read_command_line(argv: Sequence[str], problems: Problems) -> Layer:
-    """`--name`, `--name value`, `--name=value`, `--name value value` for lists, `--no_name` for switches."""
-    layer = Layer(source="command line", typed=False)
+class BareWords(NamedTuple):
+    """Words that no option takes: positional arguments, or a mistake."""
+
+    words: Sequence[str]
+    where: str  # for a message
+    secret: bool = False  # they follow a secret, and may be one
+
+
+def read_command_line(argv: Sequence[str], problems: Problems, table: OptionTable | None = None) -> OptionSource:
+    """`--name`, `--name value`, `--name=value`, `--name value value` for lists, `--no_name` for switches.
+
+    table: what is known; the options of training by default.
+    """
+    source = OptionSource(source="command line", typed=False, table=table or training_table())
+    bare: list[BareWords] = []
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -22,10 +35,11 @@ def read_command_line(argv: Sequence[str], problems: Problems) -> Layer:
             following += 1
         values, words = words[:following], words[following:]
         if is_option(word):
-            take(word, values, layer, problems)
+            bare.append(store_option(word, values, source, problems))
         else:
-            stray([word, *values], "at the start", layer, problems)
-    return layer
+            bare.append(BareWords([word, *values], "at the start"))
+    store_positionals(bare, source, problems)
+    return source
 
 
 def is_option(word: str) -> bool:
@@ -33,53 +47,83 @@ def is_option(word: str) -> bool:
     return re.match(r"--|-[A-Za-z]|[–—]", word) is not None
 
 
-def take(word: str, values: list[str], layer: Layer, problems: Problems) -> None:
-    """Store one option and the words that follow it."""
+def store_option(word: str, values: list[str], source: OptionSource, problems: Problems) -> BareWords:
+    """Store one option with the words that follow it; gives those that it does not take."""
     flag, equals, attached = word.partition("=")
     written = re.sub(r"^[-–—]+", "", flag)
-    name = OPTION_ALIASES.get(written, written)
-    off = name not in vocabulary() and switched_off(name)
+    options = source.table.options
+    name = source.table.aliases.get(written, written)
+    off = name not in options and is_negation(name, source.table)
     name = name.removeprefix("no_") if off else name
-    if name not in vocabulary() or not flag.startswith("--"):
-        unknown(flag, written, layer, problems, write="--{}")
-        return
-    option = vocabulary()[name]
+    surplus = BareWords([], "")
+    if name not in options or not flag.startswith("--"):
+        report_unknown(flag, written, source, problems, write="--{}")
+        return surplus
+    option = options[name]
     if equals:
         values = [attached, *values]
-    if option.kind == "flag":
-        if values:
-            switch_with_value(flag, name, layer, problems)
-            return
-        store(name, not off, flag, layer)
-    elif option.kind == "many":
-        store(name, tuple(values), flag, layer)
+    if option.arity == "flag":
+        if values and (equals or not source.table.positionals):
+            report_switch_value(flag, name, source, problems)
+            return surplus
+        store_value(name, not off, flag, source)
+        surplus = BareWords(values, f"after {flag}, which takes no value")
+    elif option.arity == "many":
+        store_value(name, tuple(values), flag, source)
     elif not values:
-        layer.suspects.add(name)
-        problems.add(f"{flag} needs a value", fix=f"write {flag} {option.takes}")
+        source.suspects.add(name)
+        problems.add(f"{flag} needs a value", code="option-value-missing", fix=f"write {flag} {option.metavar}")
     else:
-        store(name, values[0], flag, layer)
-        if values[1:]:
-            stray(values[1:], f"after {flag}, which takes one value", layer, problems, secret=option.secret)
+        store_value(name, values[0], flag, source)
+        surplus = BareWords(values[1:], f"after {flag}, which takes one value", option.secret)
+    return surplus
 
 
-def switched_off(name: str) -> bool:
-    """Whether this is the negation of a switch, as no_cache_latents."""
-    bare = name.removeprefix("no_")
-    return bare != name and bare in vocabulary() and vocabulary()[bare].kind == "flag"
+def is_negation(name: str, table: OptionTable) -> bool:
+    """Whether this switches an option off, e.g. no_cache_latents."""
+    option = table.options.get(name.removeprefix("no_"))
+    return name.startswith("no_") and option is not None and option.arity == "flag"
 
 
-def store(name: str, value: object, flag: str, layer: Layer) -> None:
-    if name in layer.values:
-        layer.notes.append(f"--{name} is given twice; the last one counts")
-    layer.values[name] = value
-    layer.places[name] = flag
+def store_value(name: str, value: object, flag: str, source: OptionSource) -> None:
+    """Store a value and where it stands; of several the last one counts."""
+    if name in source.values:
+        source.notes.append(f"--{name} is given twice; the last one counts")
+    source.values[name] = value
+    source.places[name] = flag
 
 
-def switch_with_value(flag: str, name: str, layer: Layer, problems: Problems) -> None:
-    layer.suspects.add(name)
-    problems.add(f"{flag} is a switch and takes no value", fix=f"write --{name}, or --no_{name} to switch it off")
+def report_switch_value(flag: str, name: str, source: OptionSource, problems: Problems) -> None:
+    source.suspects.add(name)
+    problems.add(
+        f"{flag} is a switch and takes no value",
+        code="switch-with-value",
+        fix=f"write --{name}, or --no_{name} to switch it off",
+    )
 
 
-def stray(words: list[str], where: str, layer: Layer, problems: Problems, *, secret: bool = False) -> None:
-    shown = "words" if secret else " ".join(repr(word) for word in words)
-    problems.add(f"unexpected {shown} {where}", fix="options begin with --, and a value with spaces needs quotes")
+def store_positionals(bare: Sequence[BareWords], source: OptionSource, problems: Problems) -> None:
+    """Give the words that no option takes to the positional arguments in turn; the rest are problems."""
+    waiting = list(source.table.positionals.values())
+    for words, where, secret in bare:
+        rest = list(words)
+        while rest and waiting and not secret:
+            option = waiting[0]
+            if option.arity == "many":  # takes everything that is left, also after further options
+                source.values[option.name] = (*source.values.get(option.name, ()), *rest)
+                rest = []
+            else:
+                source.values[option.name] = rest.pop(0)
+                waiting.pop(0)
+            source.places[option.name] = option.flag
+        if rest:
+            report_stray_words(BareWords(rest, where, secret), problems)
+
+
+def report_stray_words(bare: BareWords, problems: Problems) -> None:
+    words = "words" if bare.secret else " ".join(repr(word) for word in bare.words)
+    problems.add(
+        f"unexpected {words} {bare.where}",
+        code="words-unexpected",
+        fix="options begin with --, and a value with spaces needs quotes",
+    )

@@ -1,4 +1,4 @@
-"""The configuration file: TOML whose section headings are free and whose keys are option names."""
+"""Reads the configuration file: TOML with free section names, whose keys are option names."""
 
 from __future__ import annotations
 
@@ -9,87 +9,94 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.common.names import FOREIGN_KEYS, OPTION_ALIASES
-from sfumato.config.layer import Layer, unknown
+from sfumato.config.option_source import OptionSource, report_unknown
 from sfumato.config.schema import vocabulary
 from sfumato.errors import Problems
 
-ELSEWHERE = {  # keys that are options, but not here
-    "config_file": "a configuration file does not name another one",
+COMMAND_LINE_ONLY = {  # options that are no keys of the file
+    "config_file": "a configuration file cannot name another one",
     "output_config": "it belongs on the command line",
 }
 
 
-def config_path(name: Path) -> Path:
+def resolve_config_path(name: Path) -> Path:
+    """The path with .toml appended if it is missing."""
     return name if name.suffix == ".toml" else name.with_name(name.name + ".toml")
 
 
-def read_config_file(path: Path, problems: Problems) -> Layer:
-    """The file's values as TOML typed them; unknown keys, keys given twice and broken TOML are problems."""
-    layer = Layer(source=path.name, typed=True)
-    text = read_text(path, problems)
+def read_config_file(path: Path, problems: Problems) -> OptionSource:
+    """The values of the file in their TOML types; unknown keys, keys given twice and invalid TOML are problems."""
+    source = OptionSource(source=path.name, typed=True)
+    text = read_config_text(path, problems)
     if text is None:
-        return layer
+        return source
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        problems.add(f"{path}: {reworded(str(error), text)}", fix=hint(text, error))
-        return layer
+        what = f"{path}: {reword_toml_error(str(error), text)}"
+        problems.add(what, code="config-file-invalid-toml", fix=suggest_toml_fix(text, error))
+        return source
     headings: dict[str, str] = {}
-    for section, key, value in flattened(table):
+    for section, key, value in iterate_keys(table):
         name = OPTION_ALIASES.get(key, key)
-        place = f"{path.name}:{line_of(text, key, section)}: {key}"
+        place = f"{path.name}:{find_line(text, key, section)}: {key}"
         heading = f"[{section}]" if section else "the part above all sections"
         if name in headings:
-            problems.add(f"{place} is given twice", fix=f"keep one of those in {headings[name]} and in {heading}")
-        elif take(name, value, place, layer, problems):
+            fix = f"keep one of those in {headings[name]} and in {heading}"
+            problems.add(f"{place} is given twice", code="config-key-given-twice", fix=fix)
+        elif store_key(name, value, place, source, problems):
             headings[name] = heading
-    return layer
+    return source
 
 
-def read_text(path: Path, problems: Problems) -> str | None:
+def read_config_text(path: Path, problems: Problems) -> str | None:
     try:
         content = path.read_bytes()
     except OSError as error:
-        problems.add(f"--config_file: cannot read {path} ({error.strerror})")
+        problems.add(f"--config_file: cannot read {path} ({error.strerror})", code="config-file-unreadable")
         return None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        problems.add(f"{path}:{line}: the file is not UTF-8", fix="save it again with the encoding UTF-8")
+        what = f"{path}:{line}: the file is not UTF-8"
+        problems.add(what, code="config-file-not-utf8", fix="save it in the encoding UTF-8")
         return None
 
 
-def flattened(table: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(section, key, value) of every key; the section of those above all headings is empty."""
+def iterate_keys(table: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(section, key, value) of every key; the section is empty for keys above all headings."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from ((key, inner, content) for inner, content in value.items())
+            for inner_key, inner_value in value.items():
+                yield key, inner_key, inner_value
         else:
             yield "", key, value
 
 
-def take(name: str, value: Any, place: str, layer: Layer, problems: Problems) -> bool:
-    """Store one key; whether it was an option."""
-    if name in ELSEWHERE:
-        problems.add(f"{place} cannot be given here", fix=ELSEWHERE[name])
+def store_key(name: str, value: Any, place: str, source: OptionSource, problems: Problems) -> bool:
+    """Store one key; True if it is an option."""
+    if name in COMMAND_LINE_ONLY:
+        what = f"{place} cannot be given in a configuration file"
+        problems.add(what, code="config-key-command-line-only", fix=COMMAND_LINE_ONLY[name])
     elif name in vocabulary():
-        if vocabulary()[name].kind == "flag" and type(value) is int and value in (0, 1):
+        if vocabulary()[name].arity == "flag" and type(value) is int and value in (0, 1):
             value = bool(value)
-        layer.values[name] = value
-        layer.places[name] = place
+        source.values[name] = value
+        source.places[name] = place
         return True
     elif name in FOREIGN_KEYS:
-        layer.notes.append(f"{place} is ignored: {FOREIGN_KEYS[name]}")
+        source.notes.append(f"{place} is ignored: {FOREIGN_KEYS[name]}")
     elif isinstance(value, dict) or name in ("datasets", "subsets"):
-        problems.add(f"{place} is a section, but options have none inside", fix="datasets go into --dataset_config")
+        what = f"{place} is a section inside a section"
+        problems.add(what, code="config-section-nested", fix="datasets belong in the file of --dataset_config")
     else:
-        unknown(place, name, layer, problems, write="{}")
+        report_unknown(place, name, source, problems, write="{}")
     return False
 
 
-def line_of(text: str, key: str, section: str) -> int:
-    """Line on which a key of a section stands, 1 if it is written in an unusual way."""
+def find_line(text: str, key: str, section: str) -> int:
+    """Number of the line with a key of a section; 1 if it is written in an unusual way."""
     inside = ""
     for number, line in enumerate(text.splitlines(), start=1):
         heading = re.match(r"\s*\[+\s*[\"']?([^\]\"']+?)[\"']?\s*\]", line)
@@ -100,24 +107,24 @@ def line_of(text: str, key: str, section: str) -> int:
     return 1
 
 
-def reworded(message: str, text: str) -> str:
-    """tomllib's findings in words for people who did not write a parser."""
-    words = {
+def reword_toml_error(message: str, text: str) -> str:
+    """A message of tomllib in the words of a user."""
+    replacements = {
         "Cannot overwrite a value": "a key is given twice",
         "Cannot declare": "a section is given twice: cannot declare",
         "at end of document": f"at line {len(text.rstrip().splitlines())}",
     }
-    for theirs, ours in words.items():
-        message = message.replace(theirs, ours)
+    for original, replacement in replacements.items():
+        message = message.replace(original, replacement)
     return message
 
 
-def hint(text: str, error: tomllib.TOMLDecodeError) -> str:
-    """What usually causes the fault on that line."""
-    found = re.search(r"line (\d+)", str(error))
-    line = text.splitlines()[int(found[1]) - 1] if found and int(found[1]) <= len(text.splitlines()) else ""
+def suggest_toml_fix(text: str, error: tomllib.TOMLDecodeError) -> str:
+    """The usual fix for the line of a TOML error; empty if there is none."""
+    lines, number = text.splitlines(), re.search(r"line (\d+)", str(error))
+    line = lines[int(number[1]) - 1] if number and int(number[1]) <= len(lines) else ""
     if re.search(r'"[^"]*\\', line):
         return "in double quotes write \\\\ for one backslash, or use 'single quotes'"
     if re.search(r"=\s*(True|False)\b", line):
-        return "TOML writes true and false in small letters"
+        return "TOML writes true and false in lower case"
     return ""

@@ -1,10 +1,10 @@
-"""The dataset file: [general], [[datasets]] and [[datasets.subsets]], whose keys are options of the same types."""
+"""Reads the dataset file: [general], [[datasets]] and [[datasets.subsets]], whose keys are typed like options."""
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -67,13 +67,14 @@ ONLY_SUBSET_KEYS = {
     "conditioning_data_dir": "conditioning_data_dir",
     "metadata_file": "in_json",
 }
-OPTION_OF = {**DATASET_KEYS, **SUBSET_KEYS, **ONLY_SUBSET_KEYS}
-PRESERVE = "diff_output_preservation"  # of custom_attributes: the target is the untrained model's own prediction
+OPTION_OF_KEY = {**DATASET_KEYS, **SUBSET_KEYS, **ONLY_SUBSET_KEYS}
+# Of custom_attributes: the target is the prediction of the untrained model.
+PRESERVATION_KEY = "diff_output_preservation"
 
-Place = tuple[str | int, ...]  # of a key: ("datasets", 0, "subsets", 1, "key")
+KeyPath = tuple[str | int, ...]  # e.g. ("datasets", 0, "subsets", 1, "key")
 TABLES = ("general", "datasets", "subsets")
 
-KINDS = {
+TYPE_NAMES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -83,189 +84,212 @@ KINDS = {
     "path": "a path",
     "model": "a table",
 }
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 def read_dataset_config(path: Path, problems: Problems) -> DatasetFile | None:
-    """Read and check a .toml or .json dataset file; every fault in it is told, each with the path of its key.
+    """Read and check a .toml or .json dataset file; every fault becomes a problem that names its key.
 
-    None where it cannot be read at all. Whether folders exist is not looked at here.
+    None where the file cannot be read at all. Whether folders exist is not checked here.
     """
     with problems.catch():
-        content = parsed(path)
-        whole, faulty = checked(path, content, problems)
-        if whole is None:
+        content = parse_dataset_file(path)
+        root, faulty = validate_tables(path, content, problems)
+        if root is None:
             return None
-        tables = whole.value("datasets")
-        datasets = [entry_of(table, i, faulty) for i, table in enumerate(tables)]
-        file = DatasetFile(path=path, general=whole.value("general"), datasets=tuple(datasets))
-        for where, what, fix in contradictions(file):
-            problems.add(f"{path}: {where}{what}", fix=fix)
+        entries = [make_entry(table, i, faulty) for i, table in enumerate(root.value("datasets"))]
+        file = DatasetFile(path=path, general=root.value("general"), datasets=tuple(entries))
+        check_datasets(file, problems)
         return file
     return None
 
 
-def checked(path: Path, content: dict[str, Any], problems: Problems) -> tuple[Table | None, set[Place]]:
-    """The tables without the keys that are wrong, and where those are; None where a whole table is wrong."""
-    faulty: set[Place] = set()
+def validate_tables(path: Path, content: dict[str, Any], problems: Problems) -> tuple[Table | None, set[KeyPath]]:
+    """The tables without their wrong keys, and the paths of those; None where a whole table is wrong."""
+    faulty: set[KeyPath] = set()
     while True:
         try:
-            return Whole.model_validate(content), faulty
+            return RootTable.model_validate(content), faulty
         except ValidationError as error:
             for fault in error.errors(include_url=False):
-                what, fix = described(fault)
-                problems.add(f"{path}: {what}", fix=fix)
+                report_fault(path, fault, problems)
                 faulty.add(fault["loc"])
-        if any(place[-1] in TABLES or isinstance(place[-1], int) for place in faulty):
+        if any(key_path[-1] in TABLES or isinstance(key_path[-1], int) for key_path in faulty):
             return None, faulty
-        for place in faulty:
-            content = without(content, place)
+        for key_path in faulty:
+            content = remove_key(content, key_path)
 
 
-def entry_of(table: Table, number: int, faulty: set[Place]) -> DatasetEntry:
-    """One dataset; what a wrong key may have touched is marked, so that no fault is told that comes from another."""
-    mine = [place for place in faulty if place[:2] == ("datasets", number)]
-    sound = not any(place[0] == "general" for place in faulty) and all(len(place) > 3 for place in mine)
-    inside = frozenset(int(place[3]) for place in mine if len(place) > 3)
-    return DatasetEntry(table=table, subsets=tuple(table.value("subsets")), sound=sound, faulty=inside)
+def make_entry(table: Table, number: int, faulty: set[KeyPath]) -> DatasetEntry:
+    """One dataset; marks what a wrong key may have changed, so that no consequential fault is reported."""
+    own_faults = [key_path for key_path in faulty if key_path[:2] == ("datasets", number)]
+    general_is_valid = not any(key_path[0] == "general" for key_path in faulty)
+    return DatasetEntry(
+        table=table,
+        subsets=tuple(table.value("subsets")),
+        is_valid=general_is_valid and all(len(key_path) > 3 for key_path in own_faults),
+        faulty_subsets=frozenset(int(key_path[3]) for key_path in own_faults if len(key_path) > 3),
+    )
 
 
-def without(content: Any, place: Place) -> Any:
-    """Nested tables and lists without the key at this place."""
-    key, *rest = place
+def remove_key(content: Any, key_path: KeyPath) -> Any:
+    """A copy of nested tables and lists without the key at this path."""
+    key, *rest = key_path
     if not rest:
         return {name: value for name, value in content.items() if name != key}
     if isinstance(content, list):
-        return [without(value, tuple(rest)) if i == key else value for i, value in enumerate(content)]
-    return content | {key: without(content[key], tuple(rest))} if key in content else content
+        return [remove_key(value, tuple(rest)) if i == key else value for i, value in enumerate(content)]
+    return content | {key: remove_key(content[key], tuple(rest))} if key in content else content
 
 
-def parsed(path: Path) -> dict[str, Any]:
+def parse_dataset_file(path: Path) -> dict[str, Any]:
     """The file as nested dictionaries; UserError where it cannot be read."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", fix="check --dataset_config") from error
+        what = f"{path} cannot be read ({error.strerror})"
+        raise UserError(what, code="dataset-file-unreadable", fix="check --dataset_config") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}, is not UTF-8", fix="save the file as UTF-8") from error
+        what = f"{path}, line {line}, is not UTF-8"
+        raise UserError(what, code="dataset-file-not-utf8", fix="save the file as UTF-8") from error
     if path.suffix.lower() == ".toml":
-        return of_toml(path, text)
+        return parse_toml(path, text)
     if path.suffix.lower() == ".json":
-        return of_json(path, text)
-    raise UserError(f"{path} is neither .toml nor .json", fix="give --dataset_config a .toml file")
+        return parse_json(path, text)
+    what = f"{path} is neither .toml nor .json"
+    raise UserError(what, code="dataset-file-suffix", fix="give --dataset_config a .toml file")
 
 
-def of_toml(path: Path, text: str) -> dict[str, Any]:
+def parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        said = str(error)
-        if "Cannot overwrite" in said or "Cannot declare" in said:
+        message = str(error)
+        if "Cannot overwrite" in message or "Cannot declare" in message:
             fix = "a key or table is given twice there; keep one"
-        elif "Unescaped" in said or "escape" in said.lower():
+        elif "Unescaped" in message or "escape" in message.lower():
             fix = "write paths with / or in 'single quotes'"
         else:
-            fix = "mend the line named"
-        raise UserError(f"{path} is not valid TOML: {said}", fix=fix) from error
+            fix = "fix that line"
+        what = f"{path} is not valid TOML: {message}"
+        raise UserError(what, code="dataset-file-invalid-toml", fix=fix) from error
 
 
-def of_json(path: Path, text: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for i, (key, _) in enumerate(pairs):
-            if key in dict(pairs[:i]):
-                raise UserError(f"{path}: key {key!r} is given twice in one object", fix="keep one")
-        return dict(pairs)
+def parse_json(path: Path, text: str) -> dict[str, Any]:
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in content:
+                what = f"{path}: key {key!r} is given twice in one object"
+                raise UserError(what, code="dataset-json-key-twice", fix="keep one")
+            content[key] = value
+        return content
 
     try:
-        content = json.loads(text, object_pairs_hook=once)
+        content = json.loads(text, object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}", fix="mend the line named") from error
+        what = f"{path} is not valid JSON: {error}"
+        raise UserError(what, code="dataset-file-invalid-json", fix="fix that line") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object", fix='begin it with {"datasets": [')
+        what = f"{path} does not hold a JSON object"
+        raise UserError(what, code="dataset-file-no-object", fix='start it with {"datasets": [')
     return content
 
 
-def described(fault: Any) -> tuple[str, str]:
-    """One of pydantic's faults as (what, fix), beginning with the path of the key."""
-    place, kind, value = fault["loc"], fault["type"], fault["input"]
-    shown = json.dumps(value, ensure_ascii=False, default=str)
+def report_fault(path: Path, fault: Any, problems: Problems) -> None:
+    """Turn one fault of pydantic into a problem that names the path of the key."""
+    key_path, kind = fault["loc"], fault["type"]
     context = fault.get("ctx", {})
-    where = dotted(place)
+    value = json.dumps(fault["input"], ensure_ascii=False, default=str)
+    where = f"{path}: {format_key_path(key_path)}"
     if kind == "extra_forbidden":
-        return f"unknown key {where}", whereabouts(place)
-    if kind == "missing":
-        return f"{where} is required", ""
+        what = f"{path}: unknown key {format_key_path(key_path)}"
+        problems.add(what, code="dataset-key-unknown", fix=suggest_key(key_path))
+        return
     if kind == "literal_error":
-        return f"{where} is {shown}", did_you_mean(str(value), vocabulary()[OPTION_OF[str(place[-1])]].choices)
+        fix = did_you_mean(str(fault["input"]), vocabulary()[OPTION_OF_KEY[str(key_path[-1])]].choices)
+        problems.add(f"{where} is {value}", code="dataset-value-unknown", fix=fix)
+        return
     if kind == "value_error":
-        return f"{where} = {shown} {context['error']}", ""
-    limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-    for name, words in limits.items():
-        if name in context:
-            return f"{where} is {shown}, but must be {words} {context[name]}", ""
-    wanted = next((words for name, words in KINDS.items() if kind.startswith(name)), "")
-    return f"{where} is {shown}, not {wanted}" if wanted else f"{where} = {shown}: {fault['msg']}", ""
+        problems.add(f"{where} = {value} {context['error']}", code="dataset-value-malformed")
+        return
+    for limit in LIMITS:
+        if limit in context:
+            what = f"{where} is {value}, but must be {LIMITS[limit]} {context[limit]}"
+            problems.add(what, code="dataset-value-out-of-range")
+            return
+    wanted = next((words for name, words in TYPE_NAMES.items() if kind.startswith(name)), "")
+    what = f"{where} is {value}, not {wanted}" if wanted else f"{where} = {value}: {fault['msg']}"
+    problems.add(what, code="dataset-value-wrong-type")
 
 
-def dotted(place: Place) -> str:
+def format_key_path(key_path: KeyPath) -> str:
     """("datasets", 0, "key") -> datasets[0].key"""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key_path)
     return text.removeprefix(".")
 
 
-def whereabouts(place: Place) -> str:
-    """The hint for an unknown key: where it belongs, what it is called here, or the nearest spelling."""
-    key = str(place[-1])
-    names = {"[general]": General, "[[datasets]]": Dataset, "[[datasets.subsets]]": Subset}
-    table: type[Table] = {1: Whole, 2: General, 3: Dataset}.get(len(place), Subset)
-    homes = [name for name, home in names.items() if key in home.model_fields and key != "subsets"]
+def suggest_key(key_path: KeyPath) -> str:
+    """The fix for an unknown key: its table, its name in the file, or the nearest spelling."""
+    key = str(key_path[-1])
+    tables = {"[general]": GeneralTable, "[[datasets]]": DatasetTable, "[[datasets.subsets]]": SubsetTable}
+    table: type[Table] = {1: RootTable, 2: GeneralTable, 3: DatasetTable}.get(len(key_path), SubsetTable)
+    homes = [name for name, home in tables.items() if key in home.model_fields and key != "subsets"]
     if homes:
         return f"it belongs in {' or '.join(homes)}"
-    renamed = [name for name, option in OPTION_OF.items() if option == key and name in table.model_fields]
+    renamed = [name for name, option in OPTION_OF_KEY.items() if option == key and name in table.model_fields]
     return f"here it is called {renamed[0]!r}" if renamed else did_you_mean(key, table.model_fields)
 
 
-def contradictions(file: DatasetFile) -> Iterator[tuple[str, str, str]]:
-    """(where, what, fix) of faults that lie between keys."""
+def check_datasets(file: DatasetFile, problems: Problems) -> None:
+    """Add a problem for each contradiction between keys."""
     if not file.datasets:
-        yield "", "no [[datasets]]", "add a [[datasets]] table with a [[datasets.subsets]] table in it"
+        fix = "add a [[datasets]] table with a [[datasets.subsets]] table in it"
+        problems.add(f"{file.path}: no [[datasets]]", code="dataset-list-missing", fix=fix)
     for i, dataset in enumerate(file.datasets):
+        where = f"{file.path}: datasets[{i}]"
         if not dataset.subsets:
-            yield f"datasets[{i}]", " has no subsets", "add a [[datasets.subsets]] table with image_dir below it"
+            fix = "add a [[datasets.subsets]] table with image_dir below it"
+            problems.add(f"{where} has no subsets", code="dataset-without-subsets", fix=fix)
         for j, subset in enumerate(dataset.subsets):
-            where = f"datasets[{i}].subsets[{j}]"
-            if subset.value("image_dir") is None and subset.value("metadata_file") is None and j not in dataset.faulty:
-                yield f"{where}.image_dir", " is required", 'write image_dir = "folder/of/images"'
-            if subset.value("metadata_file") is not None:
-                for key in ("caption_extension", "cache_info"):
-                    if subset.value(key):
-                        yield f"{where}.{key}", " has no meaning beside metadata_file", "leave one of them out"
-            if subset.value("is_reg") and subset.value("conditioning_data_dir") is not None:
-                yield f"{where}.conditioning_data_dir", " has no meaning for regularisation images", "leave it out"
-            preserve = (subset.value("custom_attributes") or {}).get(PRESERVE, False)
-            if not isinstance(preserve, bool):
-                yield f"{where}.custom_attributes.{PRESERVE}", " is neither true nor false", "write true or false"
-        with_metadata = [subset.value("metadata_file") is not None for subset in dataset.subsets]
-        if len(set(with_metadata)) > 1:
-            yield (
-                f"datasets[{i}]",
-                " mixes subsets with and without metadata_file",
-                "put them into datasets of their own",
-            )
+            check_subset(subset, f"{where}.subsets[{j}]", j in dataset.faulty_subsets, problems)
+        with_metadata = {subset.value("metadata_file") is not None for subset in dataset.subsets}
+        if len(with_metadata) > 1:
+            what = f"{where} mixes subsets with and without metadata_file"
+            problems.add(what, code="subsets-mix-metadata", fix="put them into separate datasets")
 
 
-def keyed(keys: Mapping[str, str]) -> dict[str, Any]:
-    """pydantic's field definitions for keys that are options: the option's type and limits, None where not given."""
+def check_subset(subset: Table, where: str, is_faulty: bool, problems: Problems) -> None:
+    """Add a problem for each contradiction between the keys of a subset."""
+    if subset.value("image_dir") is None and subset.value("metadata_file") is None and not is_faulty:
+        fix = 'write image_dir = "folder/of/images"'
+        problems.add(f"{where}.image_dir is required", code="subset-folder-missing", fix=fix)
+    if subset.value("metadata_file") is not None:
+        for key in ("caption_extension", "cache_info"):
+            if subset.value(key):
+                what = f"{where}.{key} has no effect with metadata_file"
+                problems.add(what, code="subset-key-with-metadata", fix="remove one of them")
+    if subset.value("is_reg") and subset.value("conditioning_data_dir") is not None:
+        what = f"{where}.conditioning_data_dir has no effect for regularization images"
+        problems.add(what, code="subset-conditioning-for-regularization", fix="remove it")
+    if not isinstance((subset.value("custom_attributes") or {}).get(PRESERVATION_KEY, False), bool):
+        what = f"{where}.custom_attributes.{PRESERVATION_KEY} is neither true nor false"
+        problems.add(what, code="subset-preservation-not-boolean", fix="write true or false")
+
+
+def make_fields(keys: Mapping[str, str]) -> dict[str, Any]:
+    """Field definitions of pydantic for keys that are options: type and limits of the option, default None."""
     fields: dict[str, Any] = {}
     for key, name in keys.items():
         info = THEMES[vocabulary()[name].theme].model_fields[name]
-        fields[key] = or_none(info.annotation, *info.metadata)
-    if "num_repeats" in fields:  # 0 leaves a subset out
-        fields["num_repeats"] = or_none(int, Field(ge=0))
+        fields[key] = make_optional(info.annotation, *info.metadata)
+    if "num_repeats" in fields:  # 0 skips a subset
+        fields["num_repeats"] = make_optional(int, Field(ge=0))
     return fields
 
 
-def or_none(kind: Any, *limits: Any) -> tuple[Any, None]:
+def make_optional(kind: Any, *limits: Any) -> tuple[Any, None]:
     """A field definition with the default None."""
     kind = kind | None
     for limit in limits:
@@ -274,12 +298,12 @@ def or_none(kind: Any, *limits: Any) -> tuple[Any, None]:
 
 
 class Table(BaseModel):
-    """A table of the file; a key that is not given is None."""
+    """A table of the file; None for keys that are not given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def value(self, key: str) -> Any:
-        """What the table says; None also where tables of its kind do not know the key."""
+        """The value of a key; None also for keys that this kind of table does not have."""
         return dict(self).get(key)
 
 
@@ -289,8 +313,8 @@ class DatasetEntry:
 
     table: Table
     subsets: tuple[Table, ...]
-    sound: bool = True  # whether all its own keys, and those of [general], are right
-    faulty: frozenset[int] = frozenset()  # subsets with wrong keys
+    is_valid: bool = True  # whether all its own keys and those of [general] are valid
+    faulty_subsets: frozenset[int] = frozenset()  # subsets with wrong keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,23 +326,30 @@ class DatasetFile:
     datasets: tuple[DatasetEntry, ...]
 
 
-EVERYWHERE: dict[str, Any] = {
-    **keyed(SUBSET_KEYS),
-    "class_tokens": or_none(str),
-    "custom_attributes": or_none(dict[str, Any]),
+COMMON_FIELDS: dict[str, Any] = {
+    **make_fields(SUBSET_KEYS),
+    "class_tokens": make_optional(str),
+    "custom_attributes": make_optional(dict[str, Any]),
 }
-IN_DATASETS: dict[str, Any] = {
-    **EVERYWHERE,
-    **keyed(DATASET_KEYS),
-    "network_multiplier": or_none(float),
+DATASET_FIELDS: dict[str, Any] = {
+    **COMMON_FIELDS,
+    **make_fields(DATASET_KEYS),
+    "network_multiplier": make_optional(float),
 }
-IN_SUBSETS: dict[str, Any] = {
-    **EVERYWHERE,
-    **keyed(ONLY_SUBSET_KEYS),
-    "image_dir": or_none(FilePath),
-    "is_reg": or_none(bool),
+SUBSET_FIELDS: dict[str, Any] = {
+    **COMMON_FIELDS,
+    **make_fields(ONLY_SUBSET_KEYS),
+    "image_dir": make_optional(FilePath),
+    "is_reg": make_optional(bool),
 }
-General = create_model("General", __base__=Table, **IN_DATASETS)
-Subset = create_model("Subset", __base__=Table, **IN_SUBSETS)
-Dataset = create_model("Dataset", __base__=Table, **IN_DATASETS, subsets=(cast(Any, list)[Subset], []))
-Whole = create_model("Whole", __base__=Table, general=(General, General()), datasets=(cast(Any, list)[Dataset], []))
+GeneralTable = create_model("GeneralTable", __base__=Table, **DATASET_FIELDS)
+SubsetTable = create_model("SubsetTable", __base__=Table, **SUBSET_FIELDS)
+DatasetTable = create_model(
+    "DatasetTable", __base__=Table, **DATASET_FIELDS, subsets=(cast(Any, list)[SubsetTable], [])
+)
+RootTable = create_model(
+    "RootTable",
+    __base__=Table,
+    general=(GeneralTable, GeneralTable()),
+    datasets=(cast(Any, list)[DatasetTable], []),
+)

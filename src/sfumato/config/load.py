@@ -1,21 +1,21 @@
-"""From command line, configuration file and launcher to one frozen Config, with every fault told at once."""
+"""From command line, configuration file and launcher to one frozen Config, with all faults reported together."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from sfumato.config.command_line import read_command_line
-from sfumato.config.config_file import config_path, read_config_file
-from sfumato.config.layer import Layer, check, refuse_absent
-from sfumato.config.paths import check_paths, neighbour
+from sfumato.common.text import EMPTY
+from sfumato.config.command import CommandLine, read_command
+from sfumato.config.config_file import read_config_file, resolve_config_path
+from sfumato.config.option_source import OptionSource, check_values, refuse_absent
+from sfumato.config.option_table import group_options
+from sfumato.config.paths import check_paths, suggest_path
 from sfumato.config.rules import broken_rules
-from sfumato.config.schema import THEMES, Config, by_theme, vocabulary
+from sfumato.config.schema import THEMES, Config, vocabulary
 from sfumato.errors import Problems
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 IMPLIED = {  # a switch that includes another
     "cache_latents_to_disk": "cache_latents",
     "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
@@ -26,77 +26,96 @@ PERIODS = ("sample_every_n_steps", "sample_every_n_epochs")  # zero and below me
 def load_config(
     argv: Sequence[str],
     *,
-    defaults: Mapping[str, Any] = NOTHING,
-    absent: Mapping[str, str] = NOTHING,
-    without: Collection[str] = (),
+    defaults: Mapping[str, Any] = EMPTY,
+    absent: Mapping[str, str] = EMPTY,
+    skip_rules: Collection[str] = (),
 ) -> Config:
-    """Read and check everything that a run was asked for; imports no torch and reads no model or image.
+    """Read and check the options of a run; imports no torch and reads no model or image.
+
+    absent: options that the calling script does not have, each with the reason. Else as `load_command_config`.
+    """
+    return load_command_config(read_command(argv, absent=absent), defaults=defaults, skip_rules=skip_rules)
+
+
+def load_command_config(
+    line: CommandLine, *, defaults: Mapping[str, Any] = EMPTY, skip_rules: Collection[str] = ()
+) -> Config:
+    """The checked config of a command line and of the files that it names.
 
     Precedence: command line, then --config_file, then `defaults` (a launcher's), then the built-in defaults.
-    absent: options that the calling script does not have, each with the reason told to the user.
-    without: names of rules that do not hold for the calling command.
+    skip_rules: codes of rules that do not hold for the calling command.
     Raises one UserError, or SeveralErrors for all faults together: unknown, mistyped, wrong or missing values,
-    missing files, options that are not available yet, and options that contradict each other.
+    missing files, options that are not implemented yet, and options that contradict each other.
     """
     problems = Problems()
+    problems.found += line.problems.found
     assert not set(defaults) - set(vocabulary()), "a launcher's default names no option"
-    launcher = Layer(source="launcher", typed=True, values=dict(defaults))
-    line = read_command_line(argv, problems)
-    refuse_absent(line, absent, problems)
-    from_line = check(line, problems)
-    file = configuration_file(from_line, problems)
-    refuse_absent(file, absent, problems)
-    layers = (launcher, file, line)
+    launcher = OptionSource(source="launcher", typed=True, values=dict(defaults))
+    file = read_file_source(line.values, problems)
+    refuse_absent(file, line.absent, problems)
+    values = check_values(launcher, problems) | check_values(file, problems) | line.values
 
-    values = check(launcher, problems) | check(file, problems) | from_line
-    sources = {name: layer.source for layer in layers for name in layer.values if name in values}
-    places = {name: layer.place(name) for layer in layers for name in layer.values}
-    suspects = set().union(*(layer.suspects for layer in layers))
-    notes = [note for layer in layers for note in layer.notes] + exposed(line)
-
-    notes += switch_off(values)
+    sources: dict[str, str] = {}
+    places: dict[str, str] = {}
+    suspects: set[str] = set()
+    notes: list[str] = []
+    for source in (launcher, file, line.source):  # a later one takes precedence
+        for name in source.values:
+            places[name] = source.place(name)
+            if name in values:
+                sources[name] = source.source
+        suspects |= source.suspects
+        notes += source.notes
+    notes += find_exposed_secrets(line.source)
+    notes += drop_zero_periods(values)
     suspects |= refuse_planned(values, places, problems)
     for switch, included in IMPLIED.items():
         if values.get(switch) and not values.get(included):
             values[included], sources[included] = True, f"--{switch}"
 
-    config = build(values, sources, notes)
-    missing_yet_allowed = {"config_file"}  # told when it was read; with --output_config it must not exist
-    if config.hub.resume_from_huggingface:
-        missing_yet_allowed.add("resume")  # a name on the hub
-    check_paths(config, suspects | missing_yet_allowed, lambda name: places.get(name, f"--{name}"), problems)
-    config = check_rules(config, suspects, problems, without)
+    config = build_config(values, sources, notes)
+    check_paths(config, suspects | list_unchecked_paths(config), lambda name: places.get(name, f"--{name}"), problems)
+    config = check_rules(config, suspects, problems, skip_rules)
     problems.raise_all()
     return config
 
 
-def configuration_file(from_line: Mapping[str, Any], problems: Problems) -> Layer:
-    """The layer of --config_file; empty without one, and with --output_config, which is about to write it."""
+def list_unchecked_paths(config: Config) -> set[str]:
+    """Options whose path may be missing."""
+    names = {"config_file"}  # reported when it was read; with --output_config it must not exist
+    if config.hub.resume_from_huggingface:
+        names.add("resume")  # a name on the hub
+    return names
+
+
+def read_file_source(from_line: Mapping[str, Any], problems: Problems) -> OptionSource:
+    """The options of --config_file; none without one, and with --output_config, which is about to write it."""
     name: Path | None = from_line.get("config_file")
     if name is None and from_line.get("output_config"):
-        problems.add("--output_config has no file to write", fix="give --config_file")
+        problems.add(
+            "--output_config has no file to write", code="output-config-without-file", fix="give --config_file"
+        )
     if name is None or from_line.get("output_config"):
-        return Layer(source="", typed=True)
-    path = config_path(name)
+        return OptionSource(source="", typed=True)
+    path = resolve_config_path(name)
     if not path.is_file():
-        problems.add(f"--config_file: {path} does not exist", fix=neighbour(path))
-        # What is missing may well be in that file, so nothing is called missing.
-        return Layer(source=path.name, typed=True, suspects=set(vocabulary()) - set(from_line))
+        problems.add(f"--config_file: {path} does not exist", code="config-file-missing", fix=suggest_path(path))
+        # What is missing may well be in that file, so nothing else is called missing.
+        return OptionSource(source=path.name, typed=True, suspects=set(vocabulary()) - set(from_line))
     return read_config_file(path, problems)
 
 
-def build(values: Mapping[str, Any], sources: Mapping[str, str], notes: Sequence[str]) -> Config:
-    """The config of values that were checked before."""
+def build_config(values: Mapping[str, Any], sources: Mapping[str, str], notes: Sequence[str]) -> Config:
+    """The config of values that are checked already."""
     known = vocabulary()
-    themes: dict[str, Any] = {
-        theme: THEMES[theme].model_construct(**{option.name: values[option.name] for option in options})
-        for theme, options in by_theme(known[name] for name in values).items()
-    }
+    themes: dict[str, Any] = {}
+    for theme, options in group_options(known[name] for name in values).items():
+        themes[theme] = THEMES[theme].model_construct(**{option.name: values[option.name] for option in options})
     every_source = {name: sources.get(name, "default") for name in known}
     return Config(**themes, sources=every_source, notes=tuple(notes))
 
 
-def exposed(line: Layer) -> list[str]:
+def find_exposed_secrets(line: OptionSource) -> list[str]:
     """A secret on the command line is readable by others on the machine and is logged by some trackers."""
     return [
         f"--{name} is on the command line, where others can read it; a configuration file or a login hides it"
@@ -105,7 +124,7 @@ def exposed(line: Layer) -> list[str]:
     ]
 
 
-def switch_off(values: dict[str, Any]) -> list[str]:
+def drop_zero_periods(values: dict[str, Any]) -> list[str]:
     """Turn periods of zero and below into None; gives the notes about it."""
     notes = []
     for name in PERIODS:
@@ -117,37 +136,36 @@ def switch_off(values: dict[str, Any]) -> list[str]:
 
 
 def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problems: Problems) -> set[str]:
-    """Add a problem for every value that a later room brings; gives the names of their options."""
+    """Add a problem for every value whose feature does not exist yet; gives the names of their options."""
     refused = set()
     for name, value in values.items():
-        option = vocabulary()[name]
-        room = option.room(value)
-        if room:
+        feature = vocabulary()[name].missing_feature(value)
+        if feature:
             refused.add(name)
-            problems.add(f"{places[name]} is not available yet (comes with {room})")
+            problems.add(f"{places[name]} is not implemented yet (comes with {feature})", code="option-not-implemented")
     return refused
 
 
-def check_rules(config: Config, suspects: set[str], problems: Problems, without: Collection[str]) -> Config:
+def check_rules(config: Config, suspects: set[str], problems: Problems, skip_rules: Collection[str]) -> Config:
     """Apply the rules between options; gives the config with the notes that they add."""
     notes = list(config.notes)
-
-    def tell(what: str, fix: str = "") -> None:
-        if config.log.strict:
-            problems.add(what, fix=fix)
-        else:
-            notes.append(f"{what} ({fix})" if fix else what)
-
     for option in vocabulary().values():
-        if option.facts.no_effect and config.changed(option.name):
-            tell(f"--{option.name} has no effect: {option.facts.no_effect}")
+        if option.facts.no_effect and config.is_changed(option.name):
+            reason = option.facts.no_effect
+            if config.log.strict:
+                problems.add(f"--{option.name} has no effect: {reason}", code="option-without-effect")
+            else:
+                notes.append(f"--{option.name} has no effect: {reason}")
+    errors = {"conflict"}
+    if not config.run.output_config:
+        errors.add("required")
+    if config.log.strict:
+        errors.add("no effect")
     for rule in broken_rules(config, suspects):
-        if rule.name in without:
+        if rule.code in skip_rules:
             continue
-        if rule.kind == "no effect":
-            tell(rule.what, rule.fix)
-        elif rule.kind == "note":
-            notes.append(f"{rule.what} ({rule.fix})")
-        elif rule.kind == "conflict" or not config.run.output_config:
-            problems.add(rule.what, fix=rule.fix)
+        if rule.severity in errors:
+            problems.add(rule.what, code=rule.code, fix=rule.fix)
+        elif rule.severity != "required":
+            notes.append(f"{rule.what} ({rule.fix})" if rule.fix else rule.what)
     return config.model_copy(update={"notes": tuple(notes)})

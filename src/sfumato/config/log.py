@@ -14,23 +14,23 @@ class LogOptions(Options):
     """Logs and messages"""
 
     strict: bool = option(False, "an option that has no effect in this run is an error")
-    debug: bool = option(False, "show where an error came from")
-    report: bool = option(True, "write a page about the run, OUTPUT_NAME.report.html, beside what it saves")
-    logging_dir: FilePath | None = option(None, "folder of the training logs; each run gets a folder in it")
+    debug: bool = option(False, "show the traceback of an error")
+    report: bool = option(True, "write a report page of the run, OUTPUT_NAME.report.html, to the output folder")
+    logging_dir: FilePath | None = option(None, "folder of the training logs; each run gets a subfolder")
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(
         None,
-        "where curves are written; tensorboard if only --logging_dir is given",
+        "trackers; default: tensorboard if --logging_dir is given",
     )
-    log_prefix: str | None = option(None, "put before the date in the name of the run's log folder")
-    log_tracker_name: str | None = option(None, "name of the tracker's project")
-    log_config: bool = option(False, "write the options into the log, without secrets and paths")
+    log_prefix: str | None = option(None, "prefix of the dated name of the run's log folder")
+    log_tracker_name: str | None = option(None, "project name of the tracker")
+    log_config: bool = option(False, "log the options, without secrets and paths")
     log_tracker_config: FilePath | None = option(
-        None, "TOML file with arguments for the trackers, in the sections [wandb] and [tensorboard]", path="file"
+        None, "TOML file with arguments of the trackers, in the sections [wandb] and [tensorboard]", path="file"
     )
-    wandb_run_name: str | None = option(None, "name of the run in wandb")
-    wandb_api_key: SecretStr | None = option(None, "key for wandb; better given by WANDB_API_KEY or `wandb login`")
+    wandb_run_name: str | None = option(None, "wandb run name")
+    wandb_api_key: SecretStr | None = option(None, "wandb API key; prefer WANDB_API_KEY or `wandb login`")
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
-        None, "least important messages shown; without it INFO"
+        None, "lowest level of messages on the console; default: INFO"
     )
-    console_log_file: FilePath | None = option(None, "file for the messages instead of the screen")
-    console_log_simple: bool = option(False, "plain messages without colours and moving bars")
+    console_log_file: FilePath | None = option(None, "file for the messages instead of the console")
+    console_log_simple: bool = option(False, "plain messages without colors and progress bars")

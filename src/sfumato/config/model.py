@@ -6,39 +6,39 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
-from sfumato.config.base import Options, Shown, option
-from sfumato.config.values import FilePath, ModelPath, ModelPaths, as_precision, as_token_length
+from sfumato.config.base import Metavar, Options, option
+from sfumato.config.values import FilePath, ModelPath, ModelPaths, parse_precision, parse_token_length
 
-Precision = Annotated[str, AfterValidator(as_precision)]
-TokenLength = Annotated[Literal[150, 225] | None, BeforeValidator(as_token_length), Shown("75|150|225")]
+Precision = Annotated[str, AfterValidator(parse_precision)]
+TokenLength = Annotated[Literal[150, 225] | None, BeforeValidator(parse_token_length), Metavar("75|150|225")]
 
 
 class ModelOptions(Options):
     """Base model"""
 
     pretrained_model_name_or_path: ModelPath | None = option(
-        None, "the model to start from: a checkpoint file, a Diffusers folder or a name on the hub", path="model"
+        None, "base model: a checkpoint file, a Diffusers folder or a name on the hub", path="model"
     )
-    vae: ModelPath | None = option(None, "a VAE to use instead of the model's own", path="model")
+    vae: ModelPath | None = option(None, "VAE that replaces the model's own", path="model")
     no_half_vae: bool = option(False, "keep the VAE in float32")
     tokenizer: ModelPaths = option(
         (), "tokenizers, one per text encoder in the model's order: folders or names on the hub", path="model"
     )
     tokenizer_cache_dir: FilePath | None = option(
-        None, "folder that keeps downloaded tokenizers", no_effect="tokenizers are shipped or read from folders"
+        None, "folder for downloaded tokenizers", no_effect="tokenizers are shipped or read from folders"
     )
     clip_skip: int | None = option(None, "use the output of CLIP's Nth layer from the end", ge=1)
-    max_token_length: TokenLength = option(None, "longest caption in tokens")
+    max_token_length: TokenLength = option(None, "maximum caption length in tokens")
     v2: bool = option(False, "the model is Stable Diffusion 2")
     v_parameterization: bool = option(False, "the model predicts v instead of noise")
     lowram: bool = option(
-        False, "load weights straight onto the device", no_effect="each tensor always goes there as soon as it is read"
+        False, "load weights directly onto the device", no_effect="each tensor always goes there as soon as it is read"
     )
     disable_mmap_load_safetensors: bool = option(
-        False, "read safetensors files without mapping them into memory", no_effect="they are never mapped"
+        False, "read safetensors files without memory mapping", no_effect="they are never mapped"
     )
     model_type: Literal["flux", "chroma"] | None = option(
-        None, "which variant of the architecture the checkpoint is; without it the script's own"
+        None, "variant of the architecture; default: that of the script"
     )
     clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model")
     clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model")
@@ -49,16 +49,16 @@ class ModelOptions(Options):
         None, "ControlNet to start from", path="model", planned="ControlNet training"
     )
     t5xxl_max_token_length: int | None = option(
-        None, "longest caption for T5-XXL; without it the model's own limit", ge=1
+        None, "maximum caption length in tokens of T5-XXL; default: the model's limit", ge=1
     )
     gemma2_max_token_length: int | None = option(
-        None, "longest caption for Gemma 2, its begin token included; without it 256", ge=1
+        None, "maximum caption length in tokens of Gemma 2, its begin token included; default: 256", ge=1
     )
-    t5xxl_device: str | None = option(None, "device of T5-XXL, as cpu; without it the others'")
-    t5xxl_dtype: Precision | None = option(None, "precision of T5-XXL, as bf16; without it the others'")
-    apply_t5_attn_mask: bool = option(False, "hide the padding of T5-XXL's tokens from attention")
-    apply_lg_attn_mask: bool = option(False, "put zeros in place of CLIP-L's and CLIP-G's padding")
-    guidance_scale: float | None = option(None, "embedded guidance during training; without it the family's own", ge=0)
-    system_prompt: str = option("", "text put before every caption and prompt, but not before a negative one")
-    pos_emb_random_crop_rate: float = option(0.0, "chance of a random crop of the position table", ge=0, le=1)
-    enable_scaled_pos_embed: bool = option(False, "scale the position table to each resolution")
+    t5xxl_device: str | None = option(None, "device of T5-XXL, e.g. cpu; default: that of the other encoders")
+    t5xxl_dtype: Precision | None = option(None, "precision of T5-XXL, e.g. bf16; default: that of the other encoders")
+    apply_t5_attn_mask: bool = option(False, "mask the padding tokens of T5-XXL in attention")
+    apply_lg_attn_mask: bool = option(False, "zero the padding tokens of CLIP-L and CLIP-G")
+    guidance_scale: float | None = option(None, "embedded guidance during training; default: that of the family", ge=0)
+    system_prompt: str = option("", "text before every caption and prompt, but not before a negative one")
+    pos_emb_random_crop_rate: float = option(0.0, "probability of a random crop of the position embedding", ge=0, le=1)
+    enable_scaled_pos_embed: bool = option(False, "scale the position embedding to each resolution")

@@ -1,4 +1,4 @@
-"""Options of the adapter that is trained beside the model."""
+"""Options of what is trained: an adapter, or the full model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from sfumato.config.base import Options, option
 from sfumato.config.values import Arguments, FilePath, FilePaths, Floats
 
 
-def known_module(name: str) -> str:
+def check_module(name: str) -> str:
     if name in PLANNED_NETWORK_MODULES:
-        raise ValueError(f"is not available yet (comes with {PLANNED_NETWORK_MODULES[name]})")
+        raise ValueError(f"is not implemented yet (comes with {PLANNED_NETWORK_MODULES[name]})")
     if name not in NETWORK_MODULES:
         raise ValueError(f"is not known; {did_you_mean(name, [*NETWORK_MODULES, *PLANNED_NETWORK_MODULES])}")
     return name
@@ -23,22 +23,38 @@ def known_module(name: str) -> str:
 class NetworkOptions(Options):
     """Adapter"""
 
-    network_module: Annotated[str, AfterValidator(known_module)] | None = option(
-        None, "kind of adapter, as networks.lora; without it plain LoRA"
+    network_module: Annotated[str, AfterValidator(check_module)] | None = option(
+        None, "adapter module, e.g. networks.lora; default: LoRA"
     )
-    network_dim: int | None = option(None, "rank; without it 4", ge=1)
+    network_dim: int | None = option(None, "rank (dimension); default: 4", ge=1)
     network_alpha: float = option(1.0, "the adapter is scaled by alpha / rank; 0 means alpha = rank", ge=0)
-    network_args: Arguments = option({}, "further arguments of the adapter, as conv_dim=4 rank_dropout=0.1")
-    network_weights: FilePath | None = option(None, "adapter file to go on from", path="file")
-    dim_from_weights: bool = option(False, "take ranks and alphas from --network_weights")
-    network_train_unet_only: bool = option(False, "adapt only the denoiser")
-    network_train_text_encoder_only: bool = option(False, "adapt only the text encoders")
-    network_dropout: float | None = option(None, "chance to drop each value inside the adapter", ge=0, lt=1)
-    scale_weight_norms: float | None = option(None, "largest norm that a layer's change may have", gt=0)
+    network_args: Arguments = option({}, "additional arguments of the adapter, e.g. conv_dim=4 rank_dropout=0.1")
+    network_weights: FilePath | None = option(None, "adapter file to continue from", path="file")
+    dim_from_weights: bool = option(False, "read ranks and alphas from --network_weights")
+    network_train_unet_only: bool = option(False, "train only the denoiser")
+    network_train_text_encoder_only: bool = option(False, "train only the text encoders")
+    network_dropout: float | None = option(None, "dropout probability inside the adapter", ge=0, lt=1)
+    scale_weight_norms: float | None = option(None, "maximum norm of a layer's weight change", gt=0)
     base_weights: FilePaths = option((), "adapter files merged into the model before training", path="file")
-    base_weights_multiplier: Floats = option((), "strengths of --base_weights, in their order; 1 where missing")
+    base_weights_multiplier: Floats = option((), "multipliers of --base_weights, in their order; 1 where missing")
 
     @property
     def adapter(self) -> str:
-        """Our name of the adapter that is asked for."""
+        """The adapter's name in this package."""
         return NETWORK_MODULES[self.network_module] if self.network_module else "lora"
+
+
+class FullOptions(Options):
+    """Full training"""
+
+    train_text_encoder: bool = option(False, "train the text encoders, too")
+    stop_text_encoder_training: int | None = option(
+        None, "step after which the text encoders are frozen; -1 never trains them", ge=-1
+    )
+    no_token_padding: bool = option(False, "do not pad captions; refused, because images are generated with padding")
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether text encoders are trained, at least for the first steps."""
+        stop = self.stop_text_encoder_training
+        return self.train_text_encoder and (stop is None or stop > 0)

@@ -1,27 +1,162 @@
-"""Rules between the adapter's options and others, as data."""
+"""Rules between the options of what is trained: an adapter or the full model."""
 
 from __future__ import annotations
 
-from sfumato.config.rule import Rule
+from sfumato.config.network import FullOptions, NetworkOptions
+from sfumato.config.option_rule import OptionRule
+from sfumato.config.schema import Config
 
-NETWORK_RULES = (
-    Rule(
-        name="lora-plus-found-rate",
-        kind="conflict",
-        options=("network_args", "optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer"),
-        broken=lambda c: (
-            any(name.startswith("loraplus_") for name in c.network.network_args)
-            and (c.optim.finds_rate or c.optim.relative_step)
-        ),
-        what="LoRA+ needs rates of its own, and D-Adaptation, Prodigy and AdaFactor's relative_step set one for all",
-        fix="leave --network_args loraplus_... out, or take another optimizer",
+TEXT_ENCODER_LRS = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+TEXT_ENCODER_OPTIONS = (*TEXT_ENCODER_LRS, "text_encoder_lr", "stop_text_encoder_training")
+DIFFUSERS_FORMATS = ("diffusers", "diffusers_safetensors")
+
+
+def is_full(config: Config) -> bool:
+    return config.run.method == "full"
+
+
+_CONFLICTS = (
+    OptionRule(
+        code="train-only-conflict",
+        severity="conflict",
+        options=("network_train_unet_only", "network_train_text_encoder_only"),
+        is_broken=lambda c: c.network.network_train_unet_only and c.network.network_train_text_encoder_only,
+        what="--network_train_unet_only and --network_train_text_encoder_only together train nothing",
+        fix="give at most one of them",
     ),
-    Rule(
-        name="base-strengths",
-        kind="conflict",
+    OptionRule(
+        code="dim-from-weights-without-file",
+        severity="conflict",
+        options=("dim_from_weights", "network_weights"),
+        is_broken=lambda c: c.network.dim_from_weights and c.network.network_weights is None,
+        what="--dim_from_weights has no file to read ranks from",
+        fix="give --network_weights",
+    ),
+    OptionRule(
+        code="lora-plus-with-single-lr",
+        severity="conflict",
+        options=("network_args", "optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer"),
+        is_broken=lambda c: (
+            any(name.startswith("loraplus_") for name in c.network.network_args)
+            and (c.optim.estimates_lr or c.optim.relative_step)
+        ),
+        what="LoRA+ needs several learning rates, but D-Adaptation, Prodigy and AdaFactor's relative_step set a "
+        "single one",
+        fix="remove --network_args loraplus_..., or use another optimizer",
+    ),
+    OptionRule(
+        code="base-weights-multiplier-count",
+        severity="conflict",
         options=("base_weights", "base_weights_multiplier"),
-        broken=lambda c: len(c.network.base_weights_multiplier) > len(c.network.base_weights),
+        is_broken=lambda c: len(c.network.base_weights_multiplier) > len(c.network.base_weights),
         what="--base_weights_multiplier has more values than --base_weights has files",
-        fix="give one value for each file, or fewer; missing ones are 1",
+        fix="give at most one value for each file; missing ones are 1",
+    ),
+    OptionRule(
+        code="adapter-as-folder",
+        severity="conflict",
+        options=("save_model_as", "method"),
+        is_broken=lambda c: not is_full(c) and c.save.save_model_as in DIFFUSERS_FORMATS,
+        what="--save_model_as diffusers saves a folder, but an adapter is one file",
+        fix="give --save_model_as safetensors",
+    ),
+    OptionRule(
+        code="adapter-options-in-full-training",
+        severity="conflict",
+        options=("method", *NetworkOptions.model_fields),
+        is_broken=lambda c: is_full(c) and c.is_changed(*NetworkOptions.model_fields),
+        what="--network_... and the other adapter options cannot be combined with --method full, which trains no "
+        "adapter",
+        fix="remove them, or give --method adapter",
+    ),
+    OptionRule(
+        code="text-encoder-lr-twice",
+        severity="conflict",
+        options=("text_encoder_lr", *TEXT_ENCODER_LRS),
+        is_broken=lambda c: is_full(c) and c.is_changed("text_encoder_lr") and c.is_changed(*TEXT_ENCODER_LRS),
+        what="--text_encoder_lr and --learning_rate_te... set the same learning rates",
+        fix="give one of them",
+    ),
+    OptionRule(
+        code="block-lr-with-unet-lr",
+        severity="conflict",
+        options=("block_lr", "unet_lr", "learning_rate"),
+        is_broken=lambda c: (
+            c.optim.block_lr is not None and (c.optim.unet_lr is not None or c.optim.learning_rate == 0)
+        ),
+        what="--block_lr sets the denoiser's learning rates, but --unet_lr or --learning_rate 0 sets another one",
+        fix="give one of them",
+    ),
+    OptionRule(
+        code="captions-without-padding",
+        severity="conflict",
+        options=("no_token_padding",),
+        is_broken=lambda c: c.full.no_token_padding,
+        what="--no_token_padding trains with unpadded captions, but every program that generates images, this one "
+        "included, pads prompts to 77 tokens: the model would never see inputs like those it was trained on",
+        fix="remove it",
     ),
 )
+
+_UNUSED = (
+    OptionRule(
+        code="dim-from-weights-takes-precedence",
+        severity="no effect",
+        options=("dim_from_weights", "network_dim", "network_alpha"),
+        is_broken=lambda c: c.network.dim_from_weights and c.is_changed("network_dim", "network_alpha"),
+        what="--network_dim and --network_alpha are ignored: --dim_from_weights takes precedence",
+        fix="remove them",
+    ),
+    OptionRule(
+        code="text-encoder-lr-unused",
+        severity="no effect",
+        options=("text_encoder_lr", "network_train_unet_only"),
+        is_broken=lambda c: c.network.network_train_unet_only and c.is_changed("text_encoder_lr"),
+        what="--text_encoder_lr has no effect: --network_train_unet_only does not train the text encoders",
+        fix="remove it",
+    ),
+    OptionRule(
+        code="unet-lr-unused",
+        severity="no effect",
+        options=("unet_lr", "network_train_text_encoder_only"),
+        is_broken=lambda c: c.network.network_train_text_encoder_only and c.is_changed("unet_lr"),
+        what="--unet_lr has no effect: --network_train_text_encoder_only does not train the denoiser",
+        fix="remove it",
+    ),
+    OptionRule(
+        code="full-options-in-adapter-training",
+        severity="no effect",
+        options=("method", *FullOptions.model_fields, *TEXT_ENCODER_LRS, "block_lr"),
+        is_broken=lambda c: (
+            c.run.method == "adapter" and c.is_changed(*FullOptions.model_fields, *TEXT_ENCODER_LRS, "block_lr")
+        ),
+        what="--train_text_encoder, --stop_text_encoder_training, --learning_rate_te... and --block_lr have no "
+        "effect: an adapter is trained",
+        fix="remove them; an adapter's learning rates are --unet_lr and --text_encoder_lr",
+    ),
+    OptionRule(
+        code="text-encoder-not-trained",
+        severity="no effect",
+        options=("train_text_encoder", *TEXT_ENCODER_OPTIONS),
+        is_broken=lambda c: is_full(c) and not c.full.train_text_encoder and c.is_changed(*TEXT_ENCODER_OPTIONS),
+        what="--learning_rate_te..., --text_encoder_lr and --stop_text_encoder_training have no effect: no text "
+        "encoder is trained",
+        fix="give --train_text_encoder",
+    ),
+    OptionRule(
+        code="text-encoder-stopped-at-start",
+        severity="no effect",
+        options=("train_text_encoder", "stop_text_encoder_training"),
+        is_broken=lambda c: (
+            is_full(c)
+            and c.full.train_text_encoder
+            and not c.full.trains_text
+            and (c.source("train_text_encoder") != "launcher" or c.is_changed("text_encoder_lr", *TEXT_ENCODER_LRS))
+        ),
+        what="--stop_text_encoder_training stops the text encoders before the first step: the options for training "
+        "them have no effect",
+        fix="remove one of them",
+    ),
+)
+
+NETWORK_RULES = _CONFLICTS + _UNUSED

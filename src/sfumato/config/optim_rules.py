@@ -1,46 +1,54 @@
-"""Rules between the options of the optimizer and of the learning rate, as data."""
+"""Rules between the options of the optimizer, the learning rate, EMA and precision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sfumato.config.rule import Rule
+from sfumato.config.option_rule import OptionRule
 from sfumato.config.schema import Config
 
-OPTIMIZER = ("optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer")
-SCHEDULE = ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args")
-RATES = (
-    "learning_rate", "unet_lr", "text_encoder_lr", "learning_rate_te", "learning_rate_te1", "learning_rate_te2",
+OPTIMIZER_OPTIONS = ("optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer")
+SCHEDULE_OPTIONS = ("lr_scheduler", "lr_scheduler_type", "lr_scheduler_args")
+LEARNING_RATES = (
+    "learning_rate",
+    "unet_lr",
+    "text_encoder_lr",
+    "learning_rate_te",
+    "learning_rate_te1",
+    "learning_rate_te2",
     "block_lr",
-)  # fmt: skip
-WAVES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
-READERS = {  # option -> the schedules that read it
+)
+WAVE_SCHEDULES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
+SCHEDULES_OF_OPTION = {  # option -> the schedules that read it
     "lr_decay_steps": ("warmup_stable_decay",),
-    "lr_scheduler_num_cycles": WAVES,
+    "lr_scheduler_num_cycles": WAVE_SCHEDULES,
     "lr_scheduler_power": ("polynomial",),
     "lr_scheduler_timescale": ("inverse_sqrt",),
     "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
 }
+EMA_OPTIONS = ("ema_decay", "ema_sigma_rel")
+EVALUATION_OPTIONS = ("sample_prompts", "validation_split", "dataset_config")  # a dataset file can set a split, too
 
 
 def has_schedule(config: Config) -> bool:
-    """Whether a schedule moves the learning rate, and not the optimizer itself."""
+    """Whether a schedule sets the learning rate, and not the optimizer itself."""
     return not config.optim.schedule_free and not config.optim.relative_step
 
 
-def named_schedule(config: Config) -> str:
-    """The schedule of --lr_scheduler; empty where something else moves the rate."""
+def schedule_name(config: Config) -> str:
+    """The schedule of --lr_scheduler; empty where something else sets the learning rate."""
     return config.optim.lr_scheduler if has_schedule(config) and not config.optim.lr_scheduler_type else ""
 
 
-def rates_in_use(config: Config) -> Iterator[float]:
-    """The rates that are given to the parts that train."""
+def used_learning_rates(config: Config) -> Iterator[float]:
+    """The learning rates of the parts that are trained."""
     optim, network = config.optim, config.network
     if config.run.method == "full":
         yield from optim.block_lr or (optim.learning_rate if optim.unet_lr is None else optim.unet_lr,)
-        own = (optim.learning_rate_te, optim.learning_rate_te1, optim.learning_rate_te2)
-        given = [*(optim.text_encoder_lr or ()), *(rate for rate in own if rate is not None)]
-        yield from (given or [optim.learning_rate]) if config.full.trains_text else ()
+        if config.full.trains_text:
+            own = (optim.learning_rate_te, optim.learning_rate_te1, optim.learning_rate_te2)
+            given = [*(optim.text_encoder_lr or ()), *(lr for lr in own if lr is not None)]
+            yield from given or [optim.learning_rate]
         return
     if not network.network_train_text_encoder_only:
         yield optim.learning_rate if optim.unet_lr is None else optim.unet_lr
@@ -48,196 +56,280 @@ def rates_in_use(config: Config) -> Iterator[float]:
         yield from optim.text_encoder_lr or (optim.learning_rate,)
 
 
-def with_plain_adafactor(config: Config) -> bool:
-    return config.optim.adafactor and not config.optim.relative_step
+def uses_plain_adafactor(config: Config) -> bool:
+    return config.optim.is_adafactor and not config.optim.relative_step
 
 
-CONFLICTS = (
-    Rule(
-        name="two-optimizers",
-        kind="conflict",
+_CONFLICTS = (
+    OptionRule(
+        code="optimizer-switches-conflict",
+        severity="conflict",
         options=("use_8bit_adam", "use_lion_optimizer"),
-        broken=lambda c: c.optim.use_8bit_adam and c.optim.use_lion_optimizer,
+        is_broken=lambda c: c.optim.use_8bit_adam and c.optim.use_lion_optimizer,
         what="--use_8bit_adam and --use_lion_optimizer name two optimizers",
         fix="give --optimizer_type AdamW8bit or --optimizer_type Lion",
     ),
-    Rule(
-        name="optimizer-twice",
-        kind="conflict",
+    OptionRule(
+        code="optimizer-given-twice",
+        severity="conflict",
         options=("use_8bit_adam", "use_lion_optimizer", "optimizer_type"),
-        broken=lambda c: (c.optim.use_8bit_adam or c.optim.use_lion_optimizer) and c.optim.optimizer_type != "",
+        is_broken=lambda c: (c.optim.use_8bit_adam or c.optim.use_lion_optimizer) and c.optim.optimizer_type != "",
         what="--optimizer_type and an old switch (--use_8bit_adam, --use_lion_optimizer) both name the optimizer",
         fix="keep --optimizer_type",
     ),
-    Rule(
-        name="constant-warmup",
-        kind="conflict",
-        options=(*SCHEDULE, *OPTIMIZER, "lr_warmup_steps"),
-        broken=lambda c: named_schedule(c) == "constant" and c.optim.lr_warmup_steps != 0,
-        what="--lr_warmup_steps does not go with --lr_scheduler constant",
-        fix="write --lr_scheduler constant_with_warmup",
+    OptionRule(
+        code="warmup-with-constant-schedule",
+        severity="conflict",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS, "lr_warmup_steps"),
+        is_broken=lambda c: schedule_name(c) == "constant" and c.optim.lr_warmup_steps != 0,
+        what="--lr_warmup_steps cannot be combined with --lr_scheduler constant",
+        fix="give --lr_scheduler constant_with_warmup",
     ),
-    Rule(
-        name="piecewise-warmup",
-        kind="conflict",
-        options=(*SCHEDULE, *OPTIMIZER, "lr_warmup_steps"),
-        broken=lambda c: named_schedule(c) == "piecewise_constant" and c.optim.lr_warmup_steps != 0,
-        what="--lr_warmup_steps does not go with --lr_scheduler piecewise_constant",
-        fix="begin its step_rules with a small factor",
+    OptionRule(
+        code="warmup-with-piecewise-schedule",
+        severity="conflict",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS, "lr_warmup_steps"),
+        is_broken=lambda c: schedule_name(c) == "piecewise_constant" and c.optim.lr_warmup_steps != 0,
+        what="--lr_warmup_steps cannot be combined with --lr_scheduler piecewise_constant",
+        fix="start its step_rules with a small factor",
     ),
-    Rule(
-        name="own-schedule-warmup",
-        kind="conflict",
-        options=("lr_scheduler_type", *OPTIMIZER, "lr_warmup_steps"),
-        broken=lambda c: c.optim.lr_scheduler_type != "" and has_schedule(c) and c.optim.lr_warmup_steps != 0,
-        what="--lr_warmup_steps does not go with --lr_scheduler_type",
-        fix="give that class its own warm-up by --lr_scheduler_args",
+    OptionRule(
+        code="warmup-with-scheduler-type",
+        severity="conflict",
+        options=("lr_scheduler_type", *OPTIMIZER_OPTIONS, "lr_warmup_steps"),
+        is_broken=lambda c: c.optim.lr_scheduler_type != "" and has_schedule(c) and c.optim.lr_warmup_steps != 0,
+        what="--lr_warmup_steps cannot be combined with --lr_scheduler_type",
+        fix="set the warmup of that class with --lr_scheduler_args",
     ),
-    Rule(
-        name="relative-warmup",
-        kind="conflict",
-        options=(*OPTIMIZER, "lr_warmup_steps"),
-        broken=lambda c: c.optim.relative_step and c.optim.lr_warmup_steps != 0,
-        what="--lr_warmup_steps does not go with AdaFactor's relative_step, which sets the learning rate",
+    OptionRule(
+        code="warmup-with-relative-step",
+        severity="conflict",
+        options=(*OPTIMIZER_OPTIONS, "lr_warmup_steps"),
+        is_broken=lambda c: c.optim.relative_step and c.optim.lr_warmup_steps != 0,
+        what="--lr_warmup_steps cannot be combined with AdaFactor's relative_step, which sets the learning rate",
         fix="give --optimizer_args warmup_init=True, or relative_step=False",
     ),
-    Rule(
-        name="zero-start",
-        kind="conflict",
-        options=(*OPTIMIZER, "lr_warmup_steps"),
-        broken=lambda c: c.optim.optimizer.lower() == "dadaptsgd" and c.optim.lr_warmup_steps != 0,
-        what="--lr_warmup_steps does not go with DAdaptSGD, which divides by its first learning rate",
-        fix="leave it out",
+    OptionRule(
+        code="warmup-with-dadaptsgd",
+        severity="conflict",
+        options=(*OPTIMIZER_OPTIONS, "lr_warmup_steps"),
+        is_broken=lambda c: c.optim.optimizer.lower() == "dadaptsgd" and c.optim.lr_warmup_steps != 0,
+        what="--lr_warmup_steps cannot be combined with DAdaptSGD, which divides by its first learning rate",
+        fix="remove it",
     ),
-    Rule(
-        name="adafactor-schedule",
-        kind="conflict",
-        options=(*SCHEDULE, *OPTIMIZER),
-        broken=lambda c: named_schedule(c) == "adafactor",
-        what="--lr_scheduler adafactor is AdaFactor's relative_step, which is not in use",
+    OptionRule(
+        code="adafactor-schedule-without-relative-step",
+        severity="conflict",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS),
+        is_broken=lambda c: schedule_name(c) == "adafactor",
+        what="--lr_scheduler adafactor is AdaFactor's relative_step, which is not enabled",
         fix="give --optimizer_type AdaFactor without relative_step=False, or another schedule",
     ),
-    Rule(
-        name="lowest-rate",
-        kind="conflict",
-        options=(*SCHEDULE, *OPTIMIZER, "lr_scheduler_min_lr_ratio"),
-        broken=lambda c: named_schedule(c) == "cosine_with_min_lr" and c.optim.lr_scheduler_min_lr_ratio is None,
-        what="--lr_scheduler cosine_with_min_lr has no lowest rate",
-        fix="give --lr_scheduler_min_lr_ratio, as 0.1",
+    OptionRule(
+        code="min-lr-ratio-missing",
+        severity="conflict",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS, "lr_scheduler_min_lr_ratio"),
+        is_broken=lambda c: schedule_name(c) == "cosine_with_min_lr" and c.optim.lr_scheduler_min_lr_ratio is None,
+        what="--lr_scheduler cosine_with_min_lr has no minimum learning rate",
+        fix="e.g. --lr_scheduler_min_lr_ratio 0.1",
+    ),
+    OptionRule(
+        code="ema-with-schedule-free",
+        severity="conflict",
+        options=(*EMA_OPTIONS, "optimizer_type"),
+        is_broken=lambda c: c.optim.schedule_free and c.ema.ema_count > 0,
+        what="--ema_decay and --ema_sigma_rel cannot be combined with a schedule-free optimizer, which saves its own "
+        "average",
+        fix="remove them",
+    ),
+    OptionRule(
+        code="sage-attention-without-gradients",
+        severity="conflict",
+        options=("use_sage_attn",),
+        is_broken=lambda c: c.memory.use_sage_attn,
+        what="--use_sage_attn computes attention in 8 bits and has no gradients, so nothing would train",
+        fix="remove it; torch's scaled dot product attention is always used",
+    ),
+    OptionRule(
+        code="full-bf16-without-bf16-precision",
+        severity="conflict",
+        options=("full_bf16", "mixed_precision"),
+        is_broken=lambda c: c.memory.full_bf16 and c.memory.mixed_precision != "bf16",
+        what="--full_bf16 keeps weights in bfloat16, but the computation is not in bfloat16",
+        fix="give --mixed_precision bf16",
+    ),
+    OptionRule(
+        code="full-bf16-with-schedule-free",
+        severity="conflict",
+        options=("full_bf16", "optimizer_type"),
+        is_broken=lambda c: c.memory.full_bf16 and c.optim.schedule_free,
+        what="a schedule-free optimizer keeps its average in the weights, and bfloat16 is too coarse for it",
+        fix="remove --full_bf16, or give --optimizer_type AdamW",
     ),
 )
 
-NO_EFFECT = (
-    Rule(
-        name="schedule-twice",
-        kind="no effect",
-        options=SCHEDULE,
-        broken=lambda c: c.optim.lr_scheduler_type != "" and c.optim.lr_scheduler != "constant",
-        what="--lr_scheduler has no effect: --lr_scheduler_type names the schedule",
-        fix="leave it out",
+_UNUSED = (
+    OptionRule(
+        code="scheduler-type-takes-precedence",
+        severity="no effect",
+        options=SCHEDULE_OPTIONS,
+        is_broken=lambda c: c.optim.lr_scheduler_type != "" and c.optim.lr_scheduler != "constant",
+        what="--lr_scheduler is ignored: --lr_scheduler_type takes precedence",
+        fix="remove it",
     ),
-    Rule(
-        name="schedule-free",
-        kind="no effect",
-        options=(*SCHEDULE, *OPTIMIZER, "lr_warmup_steps"),
-        broken=lambda c: c.optim.schedule_free and c.changed(*SCHEDULE, *READERS, "lr_warmup_steps"),
-        what="--lr_scheduler and what belongs to it have no effect: a schedule-free optimizer has no schedule",
-        fix="leave them out; a warm-up is --optimizer_args warmup_steps=N",
+    OptionRule(
+        code="schedule-with-schedule-free",
+        severity="no effect",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS, "lr_warmup_steps"),
+        is_broken=lambda c: (
+            c.optim.schedule_free and c.is_changed(*SCHEDULE_OPTIONS, *SCHEDULES_OF_OPTION, "lr_warmup_steps")
+        ),
+        what="--lr_scheduler and its options have no effect: a schedule-free optimizer has no schedule",
+        fix="remove them; warmup is --optimizer_args warmup_steps=N",
     ),
-    Rule(
-        name="relative-schedule",
-        kind="no effect",
-        options=(*SCHEDULE, *OPTIMIZER),
-        broken=lambda c: (
+    OptionRule(
+        code="schedule-with-relative-step",
+        severity="no effect",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS),
+        is_broken=lambda c: (
             c.optim.relative_step
-            and (c.optim.lr_scheduler not in ("constant", "adafactor") or c.changed(*SCHEDULE[1:], *READERS))
+            and (
+                c.optim.lr_scheduler not in ("constant", "adafactor")
+                or c.is_changed(*SCHEDULE_OPTIONS[1:], *SCHEDULES_OF_OPTION)
+            )
         ),
-        what="--lr_scheduler and what belongs to it have no effect: AdaFactor's relative_step sets the learning rate",
-        fix="leave them out, or give --optimizer_args relative_step=False",
+        what="--lr_scheduler and its options have no effect: AdaFactor's relative_step sets the learning rate",
+        fix="remove them, or give --optimizer_args relative_step=False",
     ),
-    Rule(
-        name="relative-rate",
-        kind="no effect",
-        options=(*RATES, *OPTIMIZER),
-        broken=lambda c: c.optim.relative_step and any(c.value(name) for name in RATES if c.changed(name)),
-        what="--learning_rate and the rates of parts have no effect: AdaFactor's relative_step sets the rate",
-        fix="leave them out, or give --optimizer_args relative_step=False",
-    ),
-    Rule(
-        name="relative-forced",
-        kind="no effect",
-        options=OPTIMIZER,
-        broken=lambda c: c.optim.relative_step and not c.optim.optimizer_args.get("relative_step", True),
-        what="--optimizer_args relative_step=False has no effect: AdaFactor's warmup_init needs relative_step",
-        fix="leave one of them out",
-    ),
-    Rule(
-        name="one-rate",
-        kind="no effect",
-        options=(*RATES, *OPTIMIZER),
-        broken=lambda c: (
-            c.optim.finds_rate and "." not in c.optim.optimizer and len({rate for rate in rates_in_use(c) if rate}) > 1
+    OptionRule(
+        code="lr-with-relative-step",
+        severity="no effect",
+        options=(*LEARNING_RATES, *OPTIMIZER_OPTIONS),
+        is_broken=lambda c: (
+            c.optim.relative_step and any(c.value(name) for name in LEARNING_RATES if c.is_changed(name))
         ),
-        what="only the first of the learning rates has an effect: D-Adaptation and Prodigy know one for all parts",
+        what="--learning_rate and the learning rates of parts have no effect: AdaFactor's relative_step sets the "
+        "learning rate",
+        fix="remove them, or give --optimizer_args relative_step=False",
+    ),
+    OptionRule(
+        code="relative-step-forced",
+        severity="no effect",
+        options=OPTIMIZER_OPTIONS,
+        is_broken=lambda c: c.optim.relative_step and not c.optim.optimizer_args.get("relative_step", True),
+        what="--optimizer_args relative_step=False is ignored: AdaFactor's warmup_init needs relative_step",
+        fix="remove one of them",
+    ),
+    OptionRule(
+        code="single-lr-optimizer",
+        severity="no effect",
+        options=(*LEARNING_RATES, *OPTIMIZER_OPTIONS),
+        is_broken=lambda c: (
+            c.optim.estimates_lr
+            and "." not in c.optim.optimizer
+            and len({lr for lr in used_learning_rates(c) if lr}) > 1
+        ),
+        what="only the first of the learning rates has an effect: D-Adaptation and Prodigy use a single one for all "
+        "parts",
         fix="give one --learning_rate",
     ),
     *(
-        Rule(
-            name=f"unread-{option}",
-            kind="no effect",
-            options=(option, *SCHEDULE, *OPTIMIZER),
-            broken=lambda c, option=option, readers=readers: (
-                c.changed(option) and has_schedule(c) and named_schedule(c) not in readers
+        OptionRule(
+            code="schedule-option-unused",
+            severity="no effect",
+            options=(option, *SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS),
+            is_broken=lambda c, option=option, schedules=schedules: (
+                c.is_changed(option) and has_schedule(c) and schedule_name(c) not in schedules
             ),
-            what=f"--{option} has no effect: only {' and '.join(readers)} "
-            + ("reads it" if len(readers) == 1 else "read it"),
-            fix="leave it out",
+            what=f"--{option} has no effect: it is for --lr_scheduler {', '.join(schedules)}",
+            fix="remove it",
         )
-        for option, readers in READERS.items()
+        for option, schedules in SCHEDULES_OF_OPTION.items()
+    ),
+    OptionRule(
+        code="ema-disabled",
+        severity="no effect",
+        options=(*EMA_OPTIONS, "ema_on_cpu", "evaluate_with_ema"),
+        is_broken=lambda c: not c.ema.ema_count and c.is_changed("ema_on_cpu", "evaluate_with_ema"),
+        what="--ema_on_cpu and --evaluate_with_ema have no effect: no EMA is kept",
+        fix="give --ema_decay or --ema_sigma_rel",
+    ),
+    OptionRule(
+        code="ema-not-evaluated",
+        severity="no effect",
+        options=("evaluate_with_ema", *EVALUATION_OPTIONS),
+        is_broken=lambda c: c.ema.ema_count > 0 and c.ema.evaluate_with_ema and not c.is_changed(*EVALUATION_OPTIONS),
+        what="--evaluate_with_ema has no effect: there are no samples and no validation",
+        fix="give --sample_prompts or --validation_split, or remove it",
+    ),
+    OptionRule(
+        code="stochastic-rounding-unused",
+        severity="no effect",
+        options=("full_bf16", "stochastic_rounding"),
+        is_broken=lambda c: not c.memory.full_bf16 and not c.memory.stochastic_rounding,
+        what="--no_stochastic_rounding has no effect: trained weights are in float32",
+        fix="remove it, or give --full_bf16",
     ),
 )
 
-NOTES = (
-    Rule(
-        name="low-rate",
-        kind="note",
-        options=(*RATES, *OPTIMIZER),
-        broken=lambda c: c.optim.finds_rate and any(0 < rate <= 0.1 for rate in rates_in_use(c)),
-        what="a learning rate of 0.1 or less is very low: D-Adaptation and Prodigy multiply it with the one they find",
-        fix="usual is --learning_rate 1.0",
+_NOTES = (
+    OptionRule(
+        code="low-lr-multiplier",
+        severity="note",
+        options=(*LEARNING_RATES, *OPTIMIZER_OPTIONS),
+        is_broken=lambda c: c.optim.estimates_lr and any(0 < lr <= 0.1 for lr in used_learning_rates(c)),
+        what="a learning rate of 0.1 or less is very low: D-Adaptation and Prodigy multiply it by the one they "
+        "estimate",
+        fix="--learning_rate 1.0 is recommended",
     ),
-    Rule(
-        name="no-fall",
-        kind="note",
-        options=(*SCHEDULE, *OPTIMIZER, "lr_decay_steps"),
-        broken=lambda c: named_schedule(c) == "warmup_stable_decay" and c.optim.lr_decay_steps == 0,
-        what="--lr_scheduler warmup_stable_decay never falls without --lr_decay_steps",
-        fix="give it, as 20%",
+    OptionRule(
+        code="decay-steps-missing",
+        severity="note",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS, "lr_decay_steps"),
+        is_broken=lambda c: schedule_name(c) == "warmup_stable_decay" and c.optim.lr_decay_steps == 0,
+        what="--lr_scheduler warmup_stable_decay never decays without --lr_decay_steps",
+        fix="e.g. --lr_decay_steps 20%",
     ),
-    Rule(
-        name="adafactor-norm",
-        kind="note",
-        options=("max_grad_norm", *OPTIMIZER),
-        broken=lambda c: with_plain_adafactor(c) and c.optim.max_grad_norm != 0,
-        what="gradients are scaled down to --max_grad_norm, and AdaFactor limits its steps by itself",
-        fix="usual is --max_grad_norm 0",
+    OptionRule(
+        code="adafactor-grad-norm",
+        severity="note",
+        options=("max_grad_norm", *OPTIMIZER_OPTIONS),
+        is_broken=lambda c: uses_plain_adafactor(c) and c.optim.max_grad_norm != 0,
+        what="gradients are clipped to --max_grad_norm, but AdaFactor limits its steps by itself",
+        fix="--max_grad_norm 0 is recommended",
     ),
-    Rule(
-        name="adafactor-warmup",
-        kind="note",
-        options=(*SCHEDULE, *OPTIMIZER),
-        broken=lambda c: with_plain_adafactor(c) and named_schedule(c) != "constant_with_warmup",
-        what="AdaFactor without relative_step is known to do well with a warm-up",
-        fix="usual is --lr_scheduler constant_with_warmup",
+    OptionRule(
+        code="adafactor-without-warmup",
+        severity="note",
+        options=(*SCHEDULE_OPTIONS, *OPTIMIZER_OPTIONS),
+        is_broken=lambda c: uses_plain_adafactor(c) and schedule_name(c) != "constant_with_warmup",
+        what="AdaFactor without relative_step is recommended with a warmup",
+        fix="e.g. --lr_scheduler constant_with_warmup",
     ),
-    Rule(
-        name="adafactor-threshold",
-        kind="note",
-        options=OPTIMIZER,
-        broken=lambda c: with_plain_adafactor(c) and c.optim.optimizer_args.get("clip_threshold", 1.0) != 1.0,
-        what="AdaFactor without relative_step is known to do well with clip_threshold=1.0",
-        fix="leave clip_threshold out",
+    OptionRule(
+        code="adafactor-clip-threshold",
+        severity="note",
+        options=OPTIMIZER_OPTIONS,
+        is_broken=lambda c: uses_plain_adafactor(c) and c.optim.optimizer_args.get("clip_threshold", 1.0) != 1.0,
+        what="AdaFactor without relative_step is recommended with clip_threshold=1.0",
+        fix="remove clip_threshold",
+    ),
+    OptionRule(
+        code="full-bf16-stochastic-rounding",
+        severity="note",
+        options=("full_bf16", "stochastic_rounding"),
+        is_broken=lambda c: c.memory.full_bf16 and c.memory.stochastic_rounding,
+        what="weights and gradients are in bfloat16; each step is computed in float32, with stochastic rounding",
+        fix="--no_stochastic_rounding rounds to nearest, which loses steps below 1/512 of a weight",
+    ),
+    OptionRule(
+        code="full-bf16-nearest-rounding",
+        severity="note",
+        options=("full_bf16", "stochastic_rounding"),
+        is_broken=lambda c: c.memory.full_bf16 and not c.memory.stochastic_rounding,
+        what="weights and gradients are in bfloat16, rounded to nearest: steps below 1/512 of a weight are lost",
+        fix="remove --no_stochastic_rounding",
     ),
 )
 
-OPTIM_RULES = CONFLICTS + NO_EFFECT + NOTES
+OPTIM_RULES = _CONFLICTS + _UNUSED + _NOTES

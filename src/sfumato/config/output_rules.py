@@ -1,10 +1,11 @@
-"""Rules between the options of saving, of the hub and of the logs."""
+"""Rules between the options of saving, samples, logs, the hub and where training starts."""
 
 from __future__ import annotations
 
-from sfumato.config.rule import Rule
+from sfumato.config.option_rule import OptionRule
+from sfumato.config.schema import Config
 
-TO_REPOSITORY = (
+REPOSITORY_OPTIONS = (
     "huggingface_repo_type",
     "huggingface_path_in_repo",
     "huggingface_repo_visibility",
@@ -12,86 +13,171 @@ TO_REPOSITORY = (
     "async_upload",
 )
 
-OUTPUT_RULES = (
-    Rule(
-        name="log-folder",
-        kind="conflict",
-        options=("log_with", "logging_dir"),
-        broken=lambda c: c.log.log_with in ("tensorboard", "all") and c.log.logging_dir is None,
-        what="--log_with has no folder to write curves into",
-        fix="give --logging_dir",
+
+def samples_enabled(config: Config) -> bool:
+    return config.is_changed("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
+
+
+_UNUSED = (
+    OptionRule(
+        code="keep-epochs-unused",
+        severity="no effect",
+        options=("save_last_n_epochs", "save_every_n_epochs", "save_n_epoch_ratio"),
+        is_broken=lambda c: (
+            c.is_changed("save_last_n_epochs") and not c.is_changed("save_every_n_epochs", "save_n_epoch_ratio")
+        ),
+        what="--save_last_n_epochs has no effect: nothing is saved by epochs",
+        fix="give --save_every_n_epochs",
     ),
-    Rule(
-        name="wandb-off",
-        kind="no effect",
+    OptionRule(
+        code="keep-steps-unused",
+        severity="no effect",
+        options=("save_last_n_steps", "save_every_n_steps"),
+        is_broken=lambda c: c.is_changed("save_last_n_steps") and not c.is_changed("save_every_n_steps"),
+        what="--save_last_n_steps has no effect: nothing is saved by steps",
+        fix="give --save_every_n_steps",
+    ),
+    OptionRule(
+        code="keep-states-unused",
+        severity="no effect",
+        options=("save_last_n_epochs_state", "save_last_n_steps_state", "save_state"),
+        is_broken=lambda c: (
+            c.is_changed("save_last_n_epochs_state", "save_last_n_steps_state") and not c.save.save_state
+        ),
+        what="--save_last_n_epochs_state and --save_last_n_steps_state have no effect without --save_state",
+        fix="give --save_state",
+    ),
+    OptionRule(
+        code="save-ratio-takes-precedence",
+        severity="no effect",
+        options=("save_every_n_epochs", "save_n_epoch_ratio"),
+        is_broken=lambda c: c.is_changed("save_every_n_epochs") and c.is_changed("save_n_epoch_ratio"),
+        what="--save_every_n_epochs is ignored: --save_n_epoch_ratio takes precedence",
+        fix="give one of them",
+    ),
+    OptionRule(
+        code="initial-step-takes-precedence",
+        severity="no effect",
+        options=("initial_epoch", "initial_step"),
+        is_broken=lambda c: c.loop.initial_epoch is not None and c.loop.initial_step is not None,
+        what="--initial_epoch is ignored: --initial_step takes precedence",
+        fix="give one of them",
+    ),
+    OptionRule(
+        code="skip-without-initial-step",
+        severity="no effect",
+        options=("skip_until_initial_step", "initial_epoch", "initial_step"),
+        is_broken=lambda c: c.loop.skip_until_initial_step and not c.is_changed("initial_epoch", "initial_step"),
+        what="--skip_until_initial_step has no effect without --initial_step or --initial_epoch; a resumed run always "
+        "continues with its own data",
+        fix="remove it, or give --initial_step",
+    ),
+    OptionRule(
+        code="sample-prompts-missing",
+        severity="no effect",
+        options=("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
+        is_broken=lambda c: samples_enabled(c) and c.samples.sample_prompts is None,
+        what="sampling is enabled but --sample_prompts is missing",
+        fix="give --sample_prompts",
+    ),
+    OptionRule(
+        code="sample-prompts-unused",
+        severity="no effect",
+        options=("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
+        is_broken=lambda c: c.samples.sample_prompts is not None and not samples_enabled(c),
+        what="--sample_prompts has no effect: sampling is not enabled",
+        fix="give --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first",
+    ),
+    OptionRule(
+        code="sample-epochs-take-precedence",
+        severity="no effect",
+        options=("sample_every_n_steps", "sample_every_n_epochs"),
+        is_broken=lambda c: c.samples.sample_every_n_steps is not None and c.samples.sample_every_n_epochs is not None,
+        what="--sample_every_n_steps is ignored: --sample_every_n_epochs takes precedence",
+        fix="give one of them",
+    ),
+    OptionRule(
+        code="wandb-disabled",
+        severity="no effect",
         options=("log_with", "wandb_run_name", "wandb_api_key"),
-        broken=lambda c: c.log.log_with not in ("wandb", "all") and c.changed("wandb_run_name", "wandb_api_key"),
+        is_broken=lambda c: c.log.log_with not in ("wandb", "all") and c.is_changed("wandb_run_name", "wandb_api_key"),
         what="--wandb_run_name and --wandb_api_key have no effect without wandb",
         fix="give --log_with wandb",
     ),
-    Rule(
-        name="no-tracker",
-        kind="no effect",
+    OptionRule(
+        code="tracker-missing",
+        severity="no effect",
         options=("log_with", "logging_dir", "log_tracker_name", "log_tracker_config", "log_prefix", "log_config"),
-        broken=lambda c: (
+        is_broken=lambda c: (
             c.log.log_with is None
             and c.log.logging_dir is None
-            and c.changed("log_tracker_name", "log_tracker_config", "log_prefix", "log_config")
+            and c.is_changed("log_tracker_name", "log_tracker_config", "log_prefix", "log_config")
         ),
         what="--log_tracker_name, --log_tracker_config, --log_prefix and --log_config have no effect without a tracker",
         fix="give --logging_dir, or --log_with wandb",
     ),
-    Rule(
-        name="ratio-and-epochs",
-        kind="no effect",
-        options=("save_every_n_epochs", "save_n_epoch_ratio"),
-        broken=lambda c: c.changed("save_every_n_epochs") and c.changed("save_n_epoch_ratio"),
-        what="--save_every_n_epochs has no effect: --save_n_epoch_ratio goes before it",
-        fix="give one of them",
-    ),
-    Rule(
-        name="pickled-adapter",
-        kind="note",
-        options=("save_model_as", "method"),
-        broken=lambda c: c.run.method == "adapter" and c.save.save_model_as in ("ckpt", "pt"),
-        what="a ckpt or pt file of an adapter has no room for metadata: it holds no word of how it was made",
-        fix="--save_model_as safetensors",
-    ),
-    Rule(
-        name="hub-without-repository",
-        kind="no effect",
-        options=("huggingface_repo_id", "huggingface_token", "resume_from_huggingface", *TO_REPOSITORY),
-        broken=lambda c: (
+    OptionRule(
+        code="hub-repository-missing",
+        severity="no effect",
+        options=("huggingface_repo_id", "huggingface_token", "resume_from_huggingface", *REPOSITORY_OPTIONS),
+        is_broken=lambda c: (
             c.hub.huggingface_repo_id is None
-            and (c.changed(*TO_REPOSITORY) or (c.changed("huggingface_token") and not c.hub.resume_from_huggingface))
+            and (
+                c.is_changed(*REPOSITORY_OPTIONS)
+                or (c.is_changed("huggingface_token") and not c.hub.resume_from_huggingface)
+            )
         ),
-        what="nothing is uploaded to the hub: there is no repository to upload to",
+        what="nothing is uploaded to the hub: no repository is given",
         fix="give --huggingface_repo_id",
     ),
-    Rule(
-        name="hub-without-states",
-        kind="no effect",
+    OptionRule(
+        code="hub-states-not-saved",
+        severity="no effect",
         options=("save_state_to_huggingface", "save_state", "save_state_on_train_end"),
-        broken=lambda c: (
+        is_broken=lambda c: (
             c.hub.save_state_to_huggingface and not c.save.save_state and not c.save.save_state_on_train_end
         ),
         what="--save_state_to_huggingface has no effect: no states are saved",
         fix="give --save_state or --save_state_on_train_end",
     ),
-    Rule(
-        name="hub-type",
-        kind="conflict",
+)
+
+_NOTES = (
+    OptionRule(
+        code="adapter-file-without-metadata",
+        severity="note",
+        options=("save_model_as", "method"),
+        is_broken=lambda c: c.run.method == "adapter" and c.save.save_model_as in ("ckpt", "pt"),
+        what="a ckpt or pt file of an adapter cannot hold metadata: nothing in it says how it was trained",
+        fix="give --save_model_as safetensors",
+    ),
+)
+
+_CONFLICTS = (
+    OptionRule(
+        code="logging-dir-missing",
+        severity="conflict",
+        options=("log_with", "logging_dir"),
+        is_broken=lambda c: c.log.log_with in ("tensorboard", "all") and c.log.logging_dir is None,
+        what="--log_with has no folder to write logs into",
+        fix="give --logging_dir",
+    ),
+    OptionRule(
+        code="hub-repository-type-unknown",
+        severity="conflict",
         options=("huggingface_repo_type",),
-        broken=lambda c: c.hub.huggingface_repo_type not in (None, "model", "dataset", "space"),
-        what="--huggingface_repo_type names no kind of repository",
+        is_broken=lambda c: c.hub.huggingface_repo_type not in (None, "model", "dataset", "space"),
+        what="--huggingface_repo_type is not a type of repository",
         fix="give model, dataset or space",
     ),
-    Rule(
-        name="hub-nothing-to-resume",
-        kind="conflict",
+    OptionRule(
+        code="hub-state-name-missing",
+        severity="conflict",
         options=("resume_from_huggingface", "resume"),
-        broken=lambda c: c.hub.resume_from_huggingface and c.save.resume is None,
-        what="--resume_from_huggingface has no name to fetch a state by",
+        is_broken=lambda c: c.hub.resume_from_huggingface and c.save.resume is None,
+        what="--resume_from_huggingface has no state to download",
         fix="give --resume user/repository/path",
     ),
 )
+
+OUTPUT_RULES = _UNUSED + _NOTES + _CONFLICTS

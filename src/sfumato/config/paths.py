@@ -1,61 +1,61 @@
-"""Whether the files and folders that options point to are there."""
+"""Checks that the files and folders of path options exist."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from sfumato.common.registry import nearest
+from sfumato.common.registry import find_nearest
 from sfumato.config.base import Option
 from sfumato.config.schema import Config, vocabulary
 from sfumato.errors import Problems
 
-MODEL_ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+MODEL_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def check_paths(config: Config, skip: Collection[str], place: Callable[[str], str], problems: Problems) -> None:
-    """Add a problem for every path that does not exist or is a folder instead of a file, or the reverse."""
+    """Add a problem for every path that does not exist, or is a folder instead of a file or the reverse.
+
+    skip: names of options that are not checked. place: name of an option -> where it was given, for messages.
+    """
     for option in vocabulary().values():
         if option.facts.path and option.name not in skip:
-            for path in named_paths(option, config):
-                fault = missing(path, option)
-                if fault:
-                    problems.add(f"{place(option.name)}: {fault}", fix=neighbour(path))
+            for path in list_paths(option, config):
+                check_path(path, option, place(option.name), problems)
 
 
-def named_paths(option: Option, config: Config) -> Iterator[Path]:
+def check_path(path: Path, option: Option, place: str, problems: Problems) -> None:
+    if not path.exists():
+        problems.add(f"{place}: {path} does not exist", code="path-missing", fix=suggest_path(path))
+    elif option.facts.path == "file" and path.is_dir():
+        problems.add(f"{place}: {path} is a folder, not a file", code="path-is-a-folder")
+    elif option.facts.path == "folder" and not path.is_dir():
+        problems.add(f"{place}: {path} is a file, not a folder", code="path-is-a-file")
+
+
+def list_paths(option: Option, config: Config) -> Iterator[Path]:
+    """The paths in the value of an option; names on the hub are none."""
     value = config.value(option.name)
-    for each in value if isinstance(value, tuple) else (value,):
-        if each is not None and (option.facts.path != "model" or looks_like_path(str(each))):
-            yield Path(each)
+    for name in value if isinstance(value, tuple) else (value,):
+        if name is not None and (option.facts.path != "model" or looks_like_path(str(name))):
+            yield Path(name)
 
 
 def looks_like_path(name: str) -> bool:
-    """A hub name has the form owner/name; everything else is meant to be on this machine."""
+    """Whether a model's name is a local path; a name on the hub has the form owner/name."""
     rooted = name.startswith((".", "/", "\\", "~")) or "\\" in name or ":" in name
-    return rooted or name.count("/") != 1 or name.endswith(("/", *MODEL_ENDINGS))
+    return rooted or name.count("/") != 1 or name.endswith(("/", *MODEL_SUFFIXES))
 
 
-def missing(path: Path, option: Option) -> str:
-    """What is wrong with the path, or nothing."""
-    if not path.exists():
-        return f"{path} does not exist"
-    if option.facts.path == "file" and path.is_dir():
-        return f"{path} is a folder, not a file"
-    if option.facts.path == "folder" and not path.is_dir():
-        return f"{path} is a file, not a folder"
-    return ""
-
-
-def neighbour(path: Path) -> str:
-    """The most similar name in the same folder, or the part of the path that is missing."""
+def suggest_path(path: Path) -> str:
+    """A fix for a missing path: the most similar name in its folder, or that the folder is missing, too."""
     if path.exists():
         return ""
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {folder} does not exist either"
     try:
-        similar = nearest(path.name, [each.name for each in folder.iterdir()])
+        similar = find_nearest(path.name, [entry.name for entry in folder.iterdir()])
     except OSError:
         return ""
     return f"did you mean {folder / similar}?" if similar else ""

@@ -1,4 +1,4 @@
-"""Prompt files for previews: .txt lines with options, .toml and .json, each read into the same Prompt."""
+"""Reads prompt files for samples: .txt lines with options, .toml and .json, all into Prompts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
 
-SAMPLERS = (
+SAMPLER_NAMES = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One picture to make; None means the family's own default."""
+    """A prompt and the settings of one image to generate; None means the family's default."""
 
     prompt: str
     negative_prompt: str = ""
@@ -34,75 +34,75 @@ class Prompt:
     guidance_scale: float | None = None  # embedded guidance
     sample_sampler: str | None = None
     controlnet_image: str | None = None
-    cfg_trunc_ratio: float | None = None  # classifier-free guidance only before this share of the way
-    renorm_cfg: float | None = None  # longest a guided prediction may be, in lengths of the one for the prompt
-    flow_shift: float | None = None  # how far a flow's steps are moved towards noise
-    notes: tuple[str, ...] = ()  # what was left out of the file's words, and why
+    cfg_trunc_ratio: float | None = None  # classifier-free guidance only before this share of the steps
+    renorm_cfg: float | None = None  # maximum norm of the guided prediction, relative to that of the prompt's
+    flow_shift: float | None = None  # timestep shift of flow models
+    notes: tuple[str, ...] = ()  # what was ignored in the file, and why
 
-    def completed(self, usual: Mapping[str, Any]) -> Prompt:
-        """With the values of `usual` where this prompt is silent."""
-        silent = {name: value for name, value in usual.items() if vars(self)[name] in (None, "")}
-        return replace(self, **silent)
+    def apply_defaults(self, defaults: Mapping[str, Any]) -> Prompt:
+        """A copy with the values of `defaults` where this prompt has none."""
+        missing = {name: value for name, value in defaults.items() if vars(self)[name] in (None, "")}
+        return replace(self, **missing)
 
 
 @dataclass(frozen=True)
 class LineOption:
-    """What ` --x value` sets. `value`: what the value begins with; what follows that is left out."""
+    """What ` --x value` sets. `pattern` matches the start of the value; the rest is ignored."""
 
     field: str
-    value: re.Pattern[str]
-    kind: Callable[[str], Any]
+    pattern: re.Pattern[str]
+    convert: Callable[[str], Any]
 
 
-def _above_zero(text: str) -> float:
+def _parse_positive(text: str) -> float:
     if not float(text) > 0:
         raise ValueError
     return float(text)
 
 
-WHOLE, DECIMAL, ANY = re.compile(r"\d+"), re.compile(r"[\d.]+"), re.compile(r".+")
-OPTIONS = {
-    "n": LineOption("negative_prompt", ANY, str),
-    "w": LineOption("width", WHOLE, int),
-    "h": LineOption("height", WHOLE, int),
-    "d": LineOption("seed", WHOLE, int),
-    "s": LineOption("sample_steps", WHOLE, lambda text: min(max(int(text), 1), MOST_STEPS)),
+DIGITS, DECIMAL, ANY_TEXT = re.compile(r"\d+"), re.compile(r"[\d.]+"), re.compile(r".+")
+LINE_OPTIONS = {
+    "n": LineOption("negative_prompt", ANY_TEXT, str),
+    "w": LineOption("width", DIGITS, int),
+    "h": LineOption("height", DIGITS, int),
+    "d": LineOption("seed", DIGITS, int),
+    "s": LineOption("sample_steps", DIGITS, lambda text: min(max(int(text), 1), MAX_STEPS)),
     "l": LineOption("scale", DECIMAL, float),
     "g": LineOption("guidance_scale", DECIMAL, float),
-    "ss": LineOption("sample_sampler", ANY, str.strip),
-    "cn": LineOption("controlnet_image", ANY, str.strip),
-    "ctr": LineOption("cfg_trunc_ratio", ANY, float),
-    "rcfg": LineOption("renorm_cfg", ANY, float),
-    "fs": LineOption("flow_shift", ANY, _above_zero),
+    "ss": LineOption("sample_sampler", ANY_TEXT, str.strip),
+    "cn": LineOption("controlnet_image", ANY_TEXT, str.strip),
+    "ctr": LineOption("cfg_trunc_ratio", ANY_TEXT, float),
+    "rcfg": LineOption("renorm_cfg", ANY_TEXT, float),
+    "fs": LineOption("flow_shift", ANY_TEXT, _parse_positive),
 }
 
 
 def parse_line(line: str, *, where: str) -> Prompt:
-    """A prompt and its ` --x value` options; names match in any case, a repeated option's last value counts.
+    """A prompt and its ` --x value` options; names match in any case, the last value of a repeated option counts.
 
-    As everywhere in the field, what does not fit is left out and the rest holds; the prompt's notes name it. The words
-    before the first option are never read as one.
+    As in sd-scripts, an invalid option is ignored and the others are used; the prompt's notes name it. The words before
+    the first option are never read as an option.
     """
     text, *options = line.strip().split(" --")
     values: dict[str, Any] = {"prompt": text}
     notes: list[str] = []
     for option in options:
         name, _, value = option.partition(" ")
-        if name.lower() not in OPTIONS:
-            near = did_you_mean(name, OPTIONS) if name.isalpha() else "options are written ` --w 512`"
-            notes.append(f"{where}: {f'--{option}'!r} is no option and is left out ({near})")
+        if name.lower() not in LINE_OPTIONS:
+            hint = did_you_mean(name, LINE_OPTIONS) if name.isalpha() else "options are written ` --w 512`"
+            notes.append(f"{where}: {f'--{option}'!r} is not an option and is ignored ({hint})")
             continue
-        known = OPTIONS[name.lower()]
-        found = known.value.match(value)
+        line_option = LINE_OPTIONS[name.lower()]
+        match = line_option.pattern.match(value)
         try:
-            values |= {known.field: known.kind(found[0])} if found else {}
+            values |= {line_option.field: line_option.convert(match[0])} if match else {}
         except ValueError:
-            found = None
-        if not found:
-            notes.append(f"{where}: --{name} {value!r} is no value for it and is left out")
-        elif found.end() < len(value.rstrip()):
-            notes.append(f"{where}: of --{name} {value!r} only {found[0]!r} is used")
-    return _checked({**values, "notes": tuple(notes)}, where)
+            match = None
+        if not match:
+            notes.append(f"{where}: --{name} {value!r} is not a valid value and is ignored")
+        elif match.end() < len(value.rstrip()):
+            notes.append(f"{where}: of --{name} {value!r} only {match[0]!r} is used")
+    return _make_prompt({**values, "notes": tuple(notes)}, where)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -110,72 +110,88 @@ def read_prompts(path: Path) -> list[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt file {path} ({error})") from error
-    readers = {".txt": _from_text, ".toml": _from_toml, ".json": _from_json}
+        raise UserError(f"cannot read the prompt file {path} ({error})", code="prompt-file-unreadable") from error
+    readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json")
+        raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json", code="prompt-file-suffix")
     try:
         return readers[path.suffix.lower()](text, str(path))
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}", code="prompt-file-invalid") from error
 
 
-def _from_text(text: str, where: str) -> list[Prompt]:
-    """A line a prompt; # in the first column makes a comment."""
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if not line.startswith("#")]
-    return [parse_line(line, where=f"{where}:{number}") for number, line in lines if line.strip()]
+def _read_txt(text: str, where: str) -> list[Prompt]:
+    """One prompt per line; a line that starts with # is a comment."""
+    prompts: list[Prompt] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            prompts.append(parse_line(line, where=f"{where}:{number}"))
+    return prompts
 
 
-def _from_toml(text: str, where: str) -> list[Prompt]:
-    """[prompt] holds defaults, [[prompt.subset]] the prompts; a subset's own values win."""
+def _read_toml(text: str, where: str) -> list[Prompt]:
+    """[prompt] holds defaults, [[prompt.subset]] the prompts, whose values take precedence."""
     table = tomllib.loads(text).get("prompt", {})
     if not isinstance(table, dict) or not isinstance(table.get("subset"), list):
-        raise UserError(f"{where}: holds no [[prompt.subset]]", fix="write one for each picture, with prompt = ...")
+        what = f"{where}: no [[prompt.subset]]"
+        raise UserError(what, code="prompt-file-without-subsets", fix="write one for each image, with prompt = ...")
     defaults = {name: value for name, value in table.items() if name != "subset"}
-    return [
-        _checked(_known({**defaults, **each}, f"{where}: prompt.subset[{i}]"), f"{where}: prompt.subset[{i}]")
-        for i, each in enumerate(table["subset"])
-    ]
+    prompts: list[Prompt] = []
+    for i, subset in enumerate(table["subset"]):
+        entry = f"{where}: prompt.subset[{i}]"
+        prompts.append(_make_prompt(_drop_unknown_keys({**defaults, **subset}, entry), entry))
+    return prompts
 
 
-def _from_json(text: str, where: str) -> list[Prompt]:
-    """A list of objects, and of texts that are read as lines of a .txt file."""
+def _read_json(text: str, where: str) -> list[Prompt]:
+    """A list of objects and of texts, which are parsed as lines of a .txt file."""
     entries = json.loads(text)
-    if not isinstance(entries, list) or not all(isinstance(each, dict | str) for each in entries):
-        raise UserError(f"{where}: holds no list of prompts", fix='write [{"prompt": "..."}, ...]')
-    return [
-        parse_line(each, where=f"{where}[{i}]")
-        if isinstance(each, str)
-        else _checked(_known(each, f"{where}[{i}]"), f"{where}[{i}]")
-        for i, each in enumerate(entries)
-    ]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict | str) for entry in entries):
+        what = f"{where}: not a list of prompts"
+        raise UserError(what, code="prompt-file-without-list", fix='write [{"prompt": "..."}, ...]')
+    prompts: list[Prompt] = []
+    for i, entry in enumerate(entries):
+        place = f"{where}[{i}]"
+        if isinstance(entry, str):
+            prompts.append(parse_line(entry, where=place))
+        else:
+            prompts.append(_make_prompt(_drop_unknown_keys(entry, place), place))
+    return prompts
 
 
-def _known(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Without the keys that mean nothing here, which the notes name."""
+def _drop_unknown_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values without unknown keys, which the notes name."""
     names = [field.name for field in fields(Prompt) if field.name != "notes"]
-    foreign = [name for name in values if name not in (*names, "subset")]
-    notes = tuple(
-        f"{where}: {name} is no key of a prompt and is left out ({did_you_mean(name, names)})" for name in foreign
-    )
-    return {**{name: value for name, value in values.items() if name in names}, "notes": notes}
+    known: dict[str, Any] = {}
+    notes: list[str] = []
+    for name, value in values.items():
+        if name in names:
+            known[name] = value
+        elif name != "subset":
+            notes.append(f"{where}: {name} is not a key of a prompt and is ignored ({did_you_mean(name, names)})")
+    return {**known, "notes": tuple(notes)}
 
 
-def _checked(values: Mapping[str, Any], where: str) -> Prompt:
-    types = {field.name: str(field.type) for field in fields(Prompt) if field.name != "notes"}
-    for name, kind in types.items():
-        value = values.get(name)
-        wanted = (str,) if "str" in kind else (int,) if "int" in kind else (int, float)
-        if name in values and (not isinstance(value, wanted) or isinstance(value, bool)):
-            raise UserError(f"{where}: {name} takes {kind.removesuffix(' | None')}, not {value!r}")
+def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
+    """Check the types and limits of the values; raises UserError."""
+    for field in fields(Prompt):
+        if field.name in values and field.name != "notes":
+            _check_type(field.name, str(field.type).removesuffix(" | None"), values[field.name], where)
     if "prompt" not in values:
-        raise UserError(f"{where}: has no prompt")
-    sampler = values.get("sample_sampler", SAMPLERS[0])
-    if sampler not in SAMPLERS:
-        raise UserError(f"{where}: unknown sampler {sampler!r}", fix=did_you_mean(sampler, SAMPLERS))
-    small = [name for name in ("width", "height", "sample_steps") if values.get(name, 1) < 1]
-    if small:
-        raise UserError(f"{where}: {small[0]} is below 1")
+        raise UserError(f"{where}: has no prompt", code="prompt-text-missing")
+    sampler = values.get("sample_sampler", SAMPLER_NAMES[0])
+    if sampler not in SAMPLER_NAMES:
+        fix = did_you_mean(sampler, SAMPLER_NAMES)
+        raise UserError(f"{where}: unknown sampler {sampler!r}", code="prompt-sampler-unknown", fix=fix)
+    for name in ("width", "height", "sample_steps"):
+        if values.get(name, 1) < 1:
+            raise UserError(f"{where}: {name} is below 1", code="prompt-value-below-one")
     if values.get("flow_shift") is not None and not values["flow_shift"] > 0:
-        raise UserError(f"{where}: flow_shift is not above 0")
+        raise UserError(f"{where}: flow_shift is not above 0", code="prompt-flow-shift-not-positive")
     return Prompt(**values)
+
+
+def _check_type(name: str, type_name: str, value: object, where: str) -> None:
+    accepted = {"str": (str,), "int": (int,), "float": (int, float)}[type_name]
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise UserError(f"{where}: {name} takes {type_name}, not {value!r}", code="prompt-value-wrong-type")

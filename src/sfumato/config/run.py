@@ -1,24 +1,77 @@
-"""Options of the command itself: what is trained on what, and the file that holds further options."""
+"""Options of the run: what is trained, for how long, where it starts, and on how many devices."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath
+from sfumato.config.values import FilePath, parse_int_choice
 
 
 class RunOptions(Options):
     """The run"""
 
-    family: str | None = option(None, "model family; without it found from the checkpoint")
+    family: str | None = option(None, "model family; default: detected from the checkpoint")
     method: Literal["adapter", "full"] = option(
-        "adapter", "what is trained: an adapter beside the frozen model, or the model itself"
+        "adapter", "what is trained: an adapter for the frozen model, or the full model"
     )
     config_file: FilePath | None = option(
-        None, "TOML file with options as keys; section headings are free, .toml is added if missing", path="file"
+        None, "TOML file with options as keys; section names are free, .toml is appended if missing", path="file"
     )
     plot_timesteps: FilePath | None = option(
-        None, "draw how often each timestep is trained and how much its loss counts, as a PNG of this name"
+        None, "plot the timestep distribution and the loss weights to a PNG file of this name"
     )
-    output_config: bool = option(False, "write the options given into --config_file, which must not exist, and stop")
+    output_config: bool = option(False, "write the given options to --config_file, which must not exist, and exit")
+
+
+class LoopOptions(Options):
+    """Length of training"""
+
+    max_train_steps: int = option(1600, "optimizer steps", ge=1)
+    max_train_epochs: int | None = option(None, "training epochs; takes precedence over --max_train_steps", ge=1)
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step", ge=1)
+    max_bad_steps: int = option(5, "consecutive steps with a non-finite loss or gradients before training stops", ge=1)
+    seed: int | None = option(None, "random seed; default: random, and reported")
+    initial_epoch: int | None = option(None, "epoch to start from, counted from 1; earlier ones count as done", ge=1)
+    initial_step: int | None = option(
+        None, "step after which training starts; takes precedence over --initial_epoch and the step of a state", ge=0
+    )
+    skip_until_initial_step: bool = option(
+        False, "skip the data of the steps before the initial step; by default only the step number changes"
+    )
+
+
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(parse_int_choice)]
+
+NO_DDP_WRAPPER = "gradients are reduced after backward, without DistributedDataParallel"
+
+
+class ProcessOptions(Options):
+    """Several devices"""
+
+    ddp_timeout: int | None = option(None, "minutes that a process waits for the others", ge=1)
+    ddp_gradient_as_bucket_view: bool = option(
+        False, "gradients are views of the communication buffers", no_effect=NO_DDP_WRAPPER
+    )
+    ddp_static_graph: bool = option(False, "every step uses the same parameters", no_effect=NO_DDP_WRAPPER)
+    deepspeed: bool = option(False, "train with DeepSpeed", planned="DeepSpeed")
+    zero_stage: ZeroStage = option(2, "ZeRO stage", planned="DeepSpeed")
+    offload_optimizer_device: Literal["cpu", "nvme"] | None = option(
+        None, "device to offload the optimizer state to (ZeRO)", planned="DeepSpeed"
+    )
+    offload_optimizer_nvme_path: FilePath | None = option(
+        None, "folder for optimizer state offloaded to NVMe", planned="DeepSpeed"
+    )
+    offload_param_device: Literal["cpu", "nvme"] | None = option(
+        None, "device to offload the parameters to (ZeRO stage 3)", planned="DeepSpeed"
+    )
+    offload_param_nvme_path: FilePath | None = option(
+        None, "folder for parameters offloaded to NVMe", planned="DeepSpeed"
+    )
+    zero3_init_flag: bool = option(False, "shard the model while it is built (ZeRO stage 3)", planned="DeepSpeed")
+    zero3_save_16bit_model: bool = option(False, "save the model in 16 bits (ZeRO stage 3)", planned="DeepSpeed")
+    fp16_master_weights_and_gradients: bool = option(
+        False, "keep master weights and gradients in float16", planned="DeepSpeed"
+    )

@@ -1,31 +1,27 @@
-"""The whole configuration: one attribute per theme, and the vocabulary derived from it."""
+"""The whole configuration: one attribute per theme, and the vocabulary of all options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from pydantic import Field
 
-from sfumato.config.base import Option, Options, described
+from sfumato.common.names import OPTION_ALIASES
+from sfumato.config.base import Option, Options
 from sfumato.config.cache import CacheOptions, LoaderOptions
-from sfumato.config.captions import CaptionOptions
-from sfumato.config.dataset import BucketOptions, DatasetOptions, ImageOptions
-from sfumato.config.ema import EmaOptions
-from sfumato.config.full import FullOptions
+from sfumato.config.dataset import BucketOptions, CaptionOptions, DatasetOptions, ImageOptions
+from sfumato.config.evaluation import SampleOptions, ValidationOptions
 from sfumato.config.log import LogOptions
-from sfumato.config.loop import LoopOptions
 from sfumato.config.memory import MemoryOptions
 from sfumato.config.model import ModelOptions
-from sfumato.config.network import NetworkOptions
+from sfumato.config.network import FullOptions, NetworkOptions
 from sfumato.config.noise import LossOptions, NoiseOptions
-from sfumato.config.optim import OptimOptions
-from sfumato.config.processes import ProcessOptions
-from sfumato.config.run import RunOptions
-from sfumato.config.samples import SampleOptions
+from sfumato.config.optim import EmaOptions, OptimOptions
+from sfumato.config.option_table import OptionTable, make_option_table
+from sfumato.config.run import LoopOptions, ProcessOptions, RunOptions
 from sfumato.config.save import HubOptions, MetadataOptions, SaveOptions
-from sfumato.config.validation import ValidationOptions
 
 THEMES: dict[str, type[Options]] = {
     "run": RunOptions,
@@ -55,30 +51,23 @@ THEMES: dict[str, type[Options]] = {
 
 
 @cache
-def vocabulary() -> dict[str, Option]:
-    """Every option by name, theme after theme in the order of their fields."""
-    found: dict[str, Option] = {}
-    for theme, options in THEMES.items():
-        for name, info in options.model_fields.items():
-            assert name not in found, f"two themes have the option {name}"
-            found[name] = described(name, theme, info)
-    return found
+def training_table() -> OptionTable:
+    """Every option of training."""
+    return make_option_table(THEMES, aliases=OPTION_ALIASES)
 
 
-def by_theme(options: Iterable[Option]) -> dict[str, list[Option]]:
-    """Options in groups, in the order of the themes; empty groups are left out."""
-    groups: dict[str, list[Option]] = {theme: [] for theme in THEMES}
-    for each in options:
-        groups[each.theme].append(each)
-    return {theme: group for theme, group in groups.items() if group}
+def vocabulary() -> Mapping[str, Option]:
+    """Every option of training by name, theme after theme."""
+    return training_table().options
 
 
-def title(theme: str) -> str:
+def theme_title(theme: str) -> str:
+    """The heading of a theme in help texts and documents."""
     return (THEMES[theme].__doc__ or theme).strip()
 
 
 class Config(Options):
-    """Everything that a run was asked for; frozen, each value already of its right type."""
+    """The options of a run, one attribute per theme; frozen, each value already of its type."""
 
     run: RunOptions = RunOptions()
     model: ModelOptions = ModelOptions()
@@ -110,10 +99,10 @@ class Config(Options):
         """The value of an option by its name."""
         return getattr(getattr(self, vocabulary()[name].theme), name)
 
-    def changed(self, *names: str) -> bool:
+    def is_changed(self, *names: str) -> bool:
         """Whether any of these options differs from its default."""
         return any(self.value(name) != vocabulary()[name].default for name in names)
 
     def source(self, name: str) -> str:
-        """Where the value of an option came from."""
+        """Where the value of an option comes from."""
         return self.sources.get(name, "default")

@@ -1,4 +1,4 @@
-"""The secrets that a run was given, and their removal from everything that is written or shown."""
+"""The secrets of a run, and their removal from everything that is written or shown."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable
 
 from sfumato.config.schema import Config, vocabulary
 
-ENVIRONMENT = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # where the libraries look for theirs
-SHORTEST = 6  # characters; anything below is a word that messages may need
-HIDDEN = "(secret)"
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # read by huggingface_hub and wandb
+SHORTEST_SECRET = 6  # characters; a shorter one could be a word of a message
+REDACTED = "(secret)"
 
 
-def secrets_of(config: Config) -> frozenset[str]:
-    """The values of all secret options and of the environment's."""
-    given = [config.value(name) for name, option in vocabulary().items() if option.secret]
-    found = {secret.get_secret_value() for secret in given if secret is not None}
-    found |= {os.environ.get(name, "") for name in ENVIRONMENT}
-    return frozenset(secret for secret in found if len(secret) >= SHORTEST)
+def collect_secrets(config: Config) -> frozenset[str]:
+    """The values of all secret options and of the environment variables with secrets."""
+    options = [config.value(name) for name, option in vocabulary().items() if option.secret]
+    secrets = {secret.get_secret_value() for secret in options if secret is not None}
+    secrets |= {os.environ.get(name, "") for name in SECRET_VARIABLES}
+    return frozenset(secret for secret in secrets if len(secret) >= SHORTEST_SECRET)
 
 
-def scrubbed(text: str, secrets: Iterable[str]) -> str:
-    """The text without the secrets; the longest goes first, as one may be part of another."""
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """The text with its secrets replaced; longest first, since one may contain another."""
     for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
+        text = text.replace(secret, REDACTED)
     return text

@@ -1,4 +1,4 @@
-"""Writing options into a configuration file."""
+"""Writes options to a configuration file (--output_config)."""
 
 from __future__ import annotations
 
@@ -7,42 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.common.files import write_text
-from sfumato.config.config_file import config_path
-from sfumato.config.schema import THEMES, Config, by_theme, title, vocabulary
+from sfumato.config.config_file import resolve_config_path
+from sfumato.config.option_table import group_options
+from sfumato.config.schema import Config, theme_title, vocabulary
 from sfumato.errors import UserError
 
-LEFT_OUT = ("config_file", "output_config")
+NOT_WRITTEN = ("config_file", "output_config")
 
 
 def write_config(config: Config) -> Path:
-    """Write every option that differs from its default into --config_file and give its path.
+    """Write every option that differs from its default, except secrets, to --config_file; gives its path.
 
-    Secrets are left out. UserError if the file is there already.
+    Raises UserError if the file exists.
     """
-    assert config.run.config_file is not None, "load_config asks for it"
-    path = config_path(config.run.config_file)
+    assert config.run.config_file is not None, "load_config requires it"
+    path = resolve_config_path(config.run.config_file)
     if path.exists():
-        raise UserError(f"--config_file: {path} is there already", fix="choose another name, or remove it")
-    write_text(path, as_toml(config))
+        what = f"--config_file: {path} already exists"
+        raise UserError(what, code="config-file-exists", fix="choose another name, or remove it")
+    write_text(path, format_toml(config))
     return path
 
 
-def as_toml(config: Config) -> str:
-    """The changed options as TOML, a section per theme, in the spelling that the file takes."""
-    wanted = [
+def format_toml(config: Config) -> str:
+    """The changed options as TOML, one section per theme."""
+    changed = [
         option
         for option in vocabulary().values()
-        if option.name not in LEFT_OUT and not option.secret and config.changed(option.name)
+        if option.name not in NOT_WRITTEN and not option.secret and config.is_changed(option.name)
     ]
-    sections = []
-    for theme, options in by_theme(wanted).items():
+    sections: list[str] = []
+    for theme, options in group_options(changed).items():
         values = getattr(config, theme).model_dump(mode="json", include={option.name for option in options})
-        lines = [f"{option.name} = {toml_value(values[option.name])}" for option in options]
-        sections.append(f"[{theme}]  # {title(theme)}\n" + "\n".join(lines) + "\n")
-    assert set(THEMES) >= set(by_theme(wanted))
+        lines = [f"{option.name} = {format_toml_value(values[option.name])}" for option in options]
+        sections.append(f"[{theme}]  # {theme_title(theme)}\n" + "\n".join(lines) + "\n")
     return "\n".join(sections)
 
 
-def toml_value(value: Any) -> str:
-    """JSON's spelling of texts, numbers, switches and lists of them is TOML's, but for the delete character."""
+def format_toml_value(value: Any) -> str:
+    """A text, number, boolean or list in TOML, which spells them as JSON does, except for the delete character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,1 +1,1 @@
-"""From folders of pictures to batches; knows no model family."""
+"""Feeds training data: buckets, images, captions, caches, batches; independent of the model family."""

@@ -1,4 +1,4 @@
-"""How a picture is shown this time: mirrored, cropped, coloured, as a function of its generator alone."""
+"""Image augmentation: random flips, crops and color changes, as a function of the sample's generators alone."""
 
 from __future__ import annotations
 
@@ -8,70 +8,74 @@ from pathlib import PurePath
 from random import Random
 from typing import NamedTuple
 
-from sfumato.data.buckets import Choice, Size, crop_box
-from sfumato.data.images import Colour, Transform, interpolation_for
+from sfumato.data.buckets import BucketChoice, Size, crop_box
+from sfumato.data.images import ColorChange, Transform, choose_interpolation
 
-COLOURED = 0.33  # chance that color_aug does something
-HUE = 8 / 180  # largest change, in turns
-GAMMA = 0.05  # largest change
+COLOR_AUG_CHANCE = 0.33  # probability that color_aug changes an image
+MAX_HUE_CHANGE = 8 / 180  # largest change, in turns
+MAX_GAMMA_CHANGE = 0.05  # largest change
 
-Draw = Callable[[str], Random]  # a purpose -> this sample's own generator for it
-
-
-def centred(rules: ImageRules, size: Size, choice: Choice, *, flip: bool = False) -> Transform:
-    """A picture without chance: the centre of its bucket, mirrored or not."""
-    wanted = interpolation_for(size, choice.resized, rules.resize_interpolation)
-    return Transform(resized=choice.resized, bucket=choice.bucket, interpolation=wanted, flip=flip)
+MakeRandom = Callable[[str], Random]  # purpose -> the sample's own generator for it
 
 
-def drawn(rules: ImageRules, size: Size, choice: Choice, path: str, draw: Draw) -> Transform:
-    """A picture as its generators would have it. size: width and height of the picture; the path may name a face."""
-    flip = rules.flip_aug and draw("flip").random() < 0.5
-    if not rules.varying:
-        return centred(rules, size, choice, flip=flip)
-    resized, offset = window(rules, size, choice, path, draw)
+def center_transform(rules: ImageRules, size: Size, choice: BucketChoice, *, flip: bool = False) -> Transform:
+    """The transform without random augmentation: the center crop, flipped or not."""
+    interpolation = choose_interpolation(size, choice.resized, rules.resize_interpolation)
+    return Transform(resized=choice.resized, bucket=choice.bucket, interpolation=interpolation, flip=flip)
+
+
+def draw_transform(
+    rules: ImageRules, size: Size, choice: BucketChoice, path: str, make_random: MakeRandom
+) -> Transform:
+    """A random transform. size: width and height of the image; its file name may give the position of a face."""
+    flip = rules.flip_aug and make_random("flip").random() < 0.5
+    if not rules.varying_options:
+        return center_transform(rules, size, choice, flip=flip)
+    resized, offset = choose_window(rules, size, choice, path, make_random)
     return Transform(
         resized=resized,
         bucket=choice.bucket,
-        interpolation=interpolation_for(size, resized, rules.resize_interpolation),
+        interpolation=choose_interpolation(size, resized, rules.resize_interpolation),
         offset=offset,
         flip=flip,
-        colour=drawn_colour(draw("colour")) if rules.color_aug else None,
+        color=draw_color_change(make_random("colour")) if rules.color_aug else None,  # the purpose is part of the seed
     )
 
 
-def window(rules: ImageRules, size: Size, choice: Choice, path: str, draw: Draw) -> tuple[Size, Size | None]:
-    """The size to resize to and the corner of the crop.
+def choose_window(
+    rules: ImageRules, size: Size, choice: BucketChoice, path: str, make_random: MakeRandom
+) -> tuple[Size, Size | None]:
+    """The size to resize to and (left, top) of the crop.
 
-    Without buckets a random crop is a window of the picture at its own size, as long as that is large enough.
+    Without buckets a random crop is cut from the image at its original size, if that is large enough.
     """
-    face = face_of(path) if rules.around_faces else None
+    face = parse_face(path) if rules.crops_around_faces else None
     if face is not None and size != choice.bucket:
-        return around_face(rules, size, choice.bucket, face, draw("crop"))
+        return crop_around_face(rules, size, choice.bucket, face, make_random("crop"))
     if not rules.random_crop:
         return choice.resized, None
     large = size[0] >= choice.bucket[0] and size[1] >= choice.bucket[1]
-    resized = size if rules.whole_size and large else choice.resized
-    rng = draw("crop")
+    resized = size if rules.full_size and large else choice.resized
+    rng = make_random("crop")
     left, top = (rng.randint(0, long - short) for long, short in zip(resized, choice.bucket, strict=True))
     return resized, (left, top)
 
 
-def size_conditioning(size: Size, transform: Transform, *, whole_size: bool) -> tuple[Size, Size]:
-    """(height, width before resizing), (top, left of the crop), as the field's models are told of them.
+def compute_size_conditioning(size: Size, transform: Transform, *, full_size: bool) -> tuple[Size, Size]:
+    """(height, width before resizing), (top, left of the crop) for SDXL's size conditioning, as sd-scripts computes it.
 
-    Not where the pixels really come from: the crop is that of `crop_box`, also for a random crop, and a window of a
-    picture that is shown at its own size counts as a picture of that size.
+    This is not the real crop: it is the one of `crop_box`, also for a random crop. A crop from an image at its original
+    size counts as an image of the size of the crop.
     """
     width, height = transform.bucket
-    if whole_size and transform.offset is not None:
+    if full_size and transform.offset is not None:
         return (height, width), (0, 0)
     left, top, right, _ = crop_box(size, transform.bucket)
     return (size[1], size[0]), (int(top), int(width - right if transform.flip else left))
 
 
-def face_of(path: str) -> Face | None:
-    """What a detector wrote at the end of the file name: name_cx_cy_w_h, in pixels."""
+def parse_face(path: str) -> Face | None:
+    """The face that a detector wrote at the end of the file name, name_cx_cy_w_h in pixels; None if there is none."""
     numbers = PurePath(path).stem.split("_")[-4:]
     if len(PurePath(path).stem.split("_")) < 5 or not all(number.isdecimal() for number in numbers):
         return None
@@ -79,11 +83,12 @@ def face_of(path: str) -> Face | None:
     return face if max(face.width, face.height) > 0 else None
 
 
-def around_face(rules: ImageRules, size: Size, target: Size, face: Face, rng: Random) -> tuple[Size, Size]:
-    """A random zoom at which the target's shorter side is so many times the face, then a window around the face.
+def crop_around_face(rules: ImageRules, size: Size, target: Size, face: Face, rng: Random) -> tuple[Size, Size]:
+    """A random zoom at which the target's shorter side is face_crop_aug_range times the face, then a crop around it.
 
-    The picture is never enlarged beyond what covers the target. With random_crop the window moves far, most often a
-    little; without it by a twentieth of a large face.
+    The image is never enlarged more than needed to cover the target. With random_crop the crop is shifted by a
+    triangular distribution over the image, otherwise by at most a twentieth of a large face. Returns the resized size
+    and (left, top) of the crop.
     """
     assert rules.face_crop_aug_range is not None
     face_side, side = max(face.width, face.height), min(target)
@@ -95,26 +100,26 @@ def around_face(rules: ImageRules, size: Size, target: Size, face: Face, rng: Ra
     near, far = rules.face_crop_aug_range
     jitter = face_side // 20 if near != far and face_side > side // 10 and face_side >= 40 else 0
     corner = []
-    for centre, length, wanted in zip((face.x, face.y), resized, target, strict=True):
-        middle = min(int(centre * scale + 0.5), length)
+    for face_center, length, crop_length in zip((face.x, face.y), resized, target, strict=True):
+        middle = min(int(face_center * scale + 0.5), length)
         reach = max(length - middle, middle)
-        far_off = rng.randint(0, reach) + rng.randint(0, reach) - reach
-        shift = far_off if rules.random_crop else rng.randint(-jitter, jitter)
-        corner.append(max(0, min(middle - wanted // 2 + shift, length - wanted)))
+        far_shift = rng.randint(0, reach) + rng.randint(0, reach) - reach
+        shift = far_shift if rules.random_crop else rng.randint(-jitter, jitter)
+        corner.append(max(0, min(middle - crop_length // 2 + shift, length - crop_length)))
     return resized, (corner[0], corner[1])
 
 
-def drawn_colour(rng: Random) -> Colour | None:
-    """In a third of all cases another hue or another gamma, each as likely."""
-    if rng.random() >= COLOURED:
+def draw_color_change(rng: Random) -> ColorChange | None:
+    """With probability COLOR_AUG_CHANCE a random hue or a random gamma, each equally likely; otherwise None."""
+    if rng.random() >= COLOR_AUG_CHANCE:
         return None
     if rng.random() < 0.5:
-        return Colour(hue=rng.uniform(-HUE, HUE))
-    return Colour(gamma=rng.uniform(1 - GAMMA, 1 + GAMMA))
+        return ColorChange(hue=rng.uniform(-MAX_HUE_CHANGE, MAX_HUE_CHANGE))
+    return ColorChange(gamma=rng.uniform(1 - MAX_GAMMA_CHANGE, 1 + MAX_GAMMA_CHANGE))
 
 
 class Face(NamedTuple):
-    """Centre and size in the picture's own pixels."""
+    """Center and size in pixels of the image."""
 
     x: int
     y: int
@@ -124,30 +129,30 @@ class Face(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
-    """What may happen to the pictures of one subset; the fields are option names, the last two excepted."""
+    """The image options of one subset; fields are option names, except the last two."""
 
     flip_aug: bool = False
     color_aug: bool = False
     random_crop: bool = False
-    face_crop_aug_range: tuple[float, float] | None = None  # the window's shorter side, in faces
+    face_crop_aug_range: tuple[float, float] | None = None  # shorter side of the crop / longer side of the face
     alpha_mask: bool = False
     resize_interpolation: str | None = None
     masked_loss: bool = False  # whether conditioning images are masks
-    whole_size: bool = False  # whether there are no buckets, so that windows are cut at the picture's own size
-    cached: bool = False  # whether latents are cached, so that a picture is always shown in the same way
+    full_size: bool = False  # whether there are no buckets, so that random crops are cut at the original size
+    cached: bool = False  # whether latents are cached, so that an image always has the same pixels
 
     @property
-    def varying(self) -> tuple[str, ...]:
-        """The options that show other pixels every time; mirroring, with its two outcomes, is none of them."""
-        names = ("color_aug", "random_crop", *(("face_crop_aug_range",) if self.around_faces else ()))
+    def varying_options(self) -> tuple[str, ...]:
+        """The options in use that change the pixels every time; not flip_aug, which has only two results."""
+        names = ("color_aug", "random_crop", *(("face_crop_aug_range",) if self.crops_around_faces else ()))
         return tuple(name for name in names if vars(self)[name])
 
     @property
-    def around_faces(self) -> bool:
-        """Whether faces may be cropped to: neither buckets nor a cache say what is seen."""
-        return self.face_crop_aug_range is not None and self.whole_size and not self.cached
+    def crops_around_faces(self) -> bool:
+        """Whether face_crop_aug_range has an effect: there are neither buckets nor cached latents."""
+        return self.face_crop_aug_range is not None and self.full_size and not self.cached
 
     @property
-    def not_cacheable(self) -> tuple[str, ...]:
-        """The options that latents, if they are cached, cannot follow."""
-        return self.varying if self.cached else ()
+    def uncacheable_options(self) -> tuple[str, ...]:
+        """The options in use that contradict cached latents."""
+        return self.varying_options if self.cached else ()

@@ -1,4 +1,4 @@
-"""One micro-batch, as the training loop and the methods see it; knows no family."""
+"""One micro-batch, as the training loop and the methods see it; independent of the model family."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Geometry of every sample in pixels, always supplied; most families ignore it. Each (B, 2)."""
+    """Size conditioning of every sample, in pixels, each (B, 2); most families ignore it."""
 
     original: Tensor  # height, width before resizing
     crop: Tensor  # top, left
     target: Tensor  # height, width of the bucket
 
     @classmethod
-    def plain(cls, batch: int, height: int, width: int) -> Self:
-        """What a picture made at this very size has: nothing resized, nothing cropped."""
+    def from_size(cls, batch: int, height: int, width: int) -> Self:
+        """For images generated at this size: neither resized nor cropped."""
         size = torch.tensor([[height, width]]).expand(batch, 2)
         return cls(original=size, crop=torch.zeros_like(size), target=size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What a method may want besides the image and its text; also built by sample.py for previews."""
+    """Inputs of some methods besides the image and its text; also built by sample.py for previews."""
 
     multiplier: Tensor | None = None  # (B,) adapter strength
     control: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
@@ -38,45 +38,47 @@ class Extras:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch; sample i is independent of its neighbours, of the rank and of the batch size."""
+    """One micro-batch; sample i is independent of the other samples, of the rank and of the batch size."""
 
-    ids: Tensor  # (B,) int64: epoch * epoch_length + place in the epoch's global order
+    ids: Tensor  # (B,) int64: epoch * epoch_length + position in the epoch's global order
     latents: Tensor | None  # (B, C, h, w), scaled and shifted
     pixels: Tensor | None  # (B, 3, H, W) in [-1, 1] where latents are not cached
-    captions: Sequence[str]  # after shuffling and dropout: exactly what was or will be encoded
-    text: Mapping[str, Tensors]  # features of the CACHED encoders only, padded and stacked
-    text_dropped: Mapping[str, Tensor]  # encoder name -> (B,) bool, from per-encoder dropout rates
+    captions: Sequence[str]  # after shuffling and dropout: exactly what is encoded
+    text: Mapping[str, Tensors]  # features of the cached encoders only, padded and stacked
+    text_dropped: Mapping[str, Tensor]  # encoder name -> (B,) bool, from the dropout rate of each encoder
     sizes: Sizes
     extras: Extras
-    weight: Tensor  # (B,) prior_loss_weight or 1; 0 for a filler
+    weight: Tensor  # (B,) weight in the loss: prior_loss_weight or 1; 0 for a padding sample
     entry_seeds: Tensor  # (B,) int64: seed of the autoencoder posterior's noise, from the cache key
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]
-    preserve: Tensor | None = None  # (B,) bool: the target is the untrained model's own prediction; None: of none
+    preserve: Tensor | None = None  # (B,) bool: the target is the reference model's prediction; None: for no sample
 
-    def take(self, places: Tensor) -> Self:
-        """Only the samples at these places, (N,) int64."""
-        return replace(self, **{name: taken(value, places) for name, value in vars(self).items()})
+    def take(self, positions: Tensor) -> Self:
+        """The samples at these positions, (N,) int64."""
+        return replace(self, **{name: index_batch(value, positions) for name, value in vars(self).items()})
 
 
-def taken(value: Any, places: Tensor) -> Any:
-    """What a field of a batch holds for the samples at these places."""
+def index_batch(value: Any, positions: Tensor) -> Any:
+    """The value of a batch's field for the samples at these positions, (N,) int64."""
     if isinstance(value, Tensor):
-        return value[places]
+        return value[positions]
     if isinstance(value, Mapping):
-        return {name: taken(each, places) for name, each in value.items()}
+        return {name: index_batch(entry, positions) for name, entry in value.items()}
     if isinstance(value, Sizes | Extras):
-        return replace(value, **taken(vars(value), places))
-    return None if value is None else [value[place] for place in places.tolist()]
+        return replace(value, **index_batch(vars(value), positions))
+    return None if value is None else [value[position] for position in positions.tolist()]
 
 
 def pad_stack(items: Sequence[Tensor]) -> Tensor:
-    """Stack tensors of unequal shape, zero (False) beyond their ends; out of place, so gradients pass."""
+    """Stack tensors of unequal shape, padded with zeros (False) at their ends; gradients flow through."""
     shapes = {tuple(item.shape) for item in items}
     if len(shapes) == 1:
         return torch.stack(list(items))
     longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     padded = []
     for item in items:
-        missing = [(0, wanted - size) for size, wanted in zip(item.shape, longest, strict=True)]
-        padded.append(F.pad(item, [n for pair in reversed(missing) for n in pair]))
+        padding: list[int] = []  # F.pad wants (before, after) of the last dimension first
+        for size, padded_size in zip(reversed(item.shape), reversed(longest), strict=True):
+            padding += [0, padded_size - size]
+        padded.append(F.pad(item, padding))
     return torch.stack(padded)

@@ -1,62 +1,61 @@
-"""What happens to a caption at each step: a pure function of the text, the rules and a generator of its own."""
+"""Caption processing at each step: a pure function of the text, the rules and the sample's own generator."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-# Doubled braces stand for themselves; these characters of Unicode's private use area hold their place meanwhile.
+# Placeholders for escaped braces, {{ and }}, from Unicode's private use area.
 OPEN, CLOSE = "\ue000", "\ue001"
-CHOICE = re.compile(r"{([^}]+)}")
+WILDCARD = re.compile(r"{([^}]+)}")
 
 
-def process(text: str, rules: CaptionRules, rng: Random, *, epoch: int, step: int, max_train_steps: int) -> str:
+def process_caption(text: str, rules: CaptionRules, rng: Random, *, epoch: int, step: int, max_train_steps: int) -> str:
     """The caption that is encoded for one sample at one step.
 
     epoch counts from 1, step from 0 (optimizer steps already done). Order: prefix and suffix, dropout of the whole
-    caption, wildcards, fixed and flexible tags (warm-up, shuffle, tag dropout), secondary separator.
+    caption, wildcards, fixed and flexible tags (warmup, shuffle, tag dropout), secondary separator.
     """
     if rules.caption_prefix:
         text = f"{rules.caption_prefix} {text}"
     if rules.caption_suffix:
         text = f"{text} {rules.caption_suffix}"
-    if dropped(rules, rng, epoch):
+    if drops_caption(rules, rng, epoch):
         return ""
-    text = wildcard(text, rng) if rules.enable_wildcard else text.split("\n")[0]
-    if rules.changes_tags or separated(text, rules):
+    text = expand_wildcards(text, rng) if rules.enable_wildcard else text.split("\n")[0]
+    if rules.changes_tags or has_keep_tokens_separator(text, rules):
         text = change_tags(text, rules, rng, step=step, max_train_steps=max_train_steps)
     if rules.secondary_separator:
         text = text.replace(rules.secondary_separator, rules.caption_separator)
     return text
 
 
-def dropped(rules: CaptionRules, rng: Random, epoch: int) -> bool:
-    """Whether the whole caption is left out; draws only where a rate is set."""
-    by_chance = rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate
-    every = rules.caption_dropout_every_n_epochs
-    return by_chance or (every > 0 and epoch % every == 0)
+def drops_caption(rules: CaptionRules, rng: Random, epoch: int) -> bool:
+    """Whether the whole caption is dropped; uses the generator only if caption_dropout_rate is set."""
+    random_dropout = rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate
+    interval = rules.caption_dropout_every_n_epochs
+    return random_dropout or (interval > 0 and epoch % interval == 0)
 
 
-def wildcard(text: str, rng: Random) -> str:
-    """One line of several, then one alternative for each {a|b|c}; {{ and }} become single braces, nothing nests."""
+def expand_wildcards(text: str, rng: Random) -> str:
+    """Choose one line, then one alternative of each {a|b|c}; {{ and }} become single braces, no nesting."""
     if "\n" in text:
         text = rng.choice(text.split("\n"))
     text = text.replace("{{", OPEN).replace("}}", CLOSE)
-    text = CHOICE.sub(lambda found: rng.choice(found[1].split("|")), text)
+    text = WILDCARD.sub(lambda match: rng.choice(match[1].split("|")), text)
     return text.replace(OPEN, "{").replace(CLOSE, "}")
 
 
-def separated(text: str, rules: CaptionRules) -> bool:
+def has_keep_tokens_separator(text: str, rules: CaptionRules) -> bool:
     return bool(rules.keep_tokens_separator) and rules.keep_tokens_separator in text
 
 
 def change_tags(text: str, rules: CaptionRules, rng: Random, *, step: int, max_train_steps: int) -> str:
-    """Warm-up, shuffle and dropout of the flexible tags; the fixed ones stay where they are. Joined with ", "."""
+    """Warmup, shuffle and dropout of the flexible tags; the fixed ones keep their places. Joined with ", "."""
     first, flexible, last = split_tags(text, rules)
-    flexible = flexible[: tags_in_use(len(flexible), rules, step, max_train_steps)]
+    flexible = flexible[: count_tags_in_use(len(flexible), rules, step, max_train_steps)]
     if rules.shuffle_caption:
         rng.shuffle(flexible)
     if rules.caption_tag_dropout_rate > 0:
@@ -67,21 +66,25 @@ def change_tags(text: str, rules: CaptionRules, rng: Random, *, step: int, max_t
 def split_tags(text: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
     """Fixed tags at the start, flexible tags, fixed tags at the end.
 
-    keep_tokens_separator marks the ends of the first two and makes keep_tokens void; empty tags vanish then. Separators
-    after the second one separate tags like any other.
+    keep_tokens_separator ends the first two groups and takes precedence over keep_tokens; empty tags are removed then.
+    From its third occurrence on it separates tags like caption_separator.
     """
     comma = rules.caption_separator
-    if separated(text, rules):
-        first, flexible, *last = text.split(rules.keep_tokens_separator, 2)
-        last = "".join(last).replace(rules.keep_tokens_separator, comma)
-        parts = [[tag.strip() for tag in part.split(comma) if tag.strip()] for part in (first, flexible, last)]
-        return parts[0], parts[1], parts[2]
+    if has_keep_tokens_separator(text, rules):
+        first, flexible, *rest = text.split(rules.keep_tokens_separator, 2)
+        last = "".join(rest).replace(rules.keep_tokens_separator, comma)
+        return split_nonempty(first, comma), split_nonempty(flexible, comma), split_nonempty(last, comma)
     tags = [tag.strip() for tag in text.strip().split(comma)]
     return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []
 
 
-def tags_in_use(tags: int, rules: CaptionRules, step: int, max_train_steps: int) -> int:
-    """How many of the leading flexible tags the warm-up admits: token_warmup_min at step 0, then more, at last all."""
+def split_nonempty(text: str, separator: str) -> list[str]:
+    """The stripped parts of a text that are not empty."""
+    return [part.strip() for part in text.split(separator) if part.strip()]
+
+
+def count_tags_in_use(tags: int, rules: CaptionRules, step: int, max_train_steps: int) -> int:
+    """How many of the leading flexible tags the warmup uses: token_warmup_min at step 0, rising linearly to all."""
     until = rules.token_warmup_step
     if until < 1:
         until = math.floor(until * max_train_steps)
@@ -90,22 +93,8 @@ def tags_in_use(tags: int, rules: CaptionRules, step: int, max_train_steps: int)
     return math.floor(step * ((tags - rules.token_warmup_min) / until)) + rules.token_warmup_min
 
 
-def replace_words(text: str, replacements: Mapping[str, str | Sequence[str]], rng: Random) -> str:
-    """A trained word's vectors in place of the word, in order; the word "" replaces the whole caption by a template.
-
-    A caption that was left out stays empty: call this only for captions that were not dropped.
-    """
-    for word, replacement in replacements.items():
-        if word == "":
-            text = replacement if isinstance(replacement, str) else rng.choice(replacement)
-        else:
-            assert isinstance(replacement, str), "only the whole caption can be replaced by one of several templates"
-            text = text.replace(word, replacement)
-    return text
-
-
-def of_file(text: str, *, several_lines: bool) -> str:
-    """The caption in a caption file: its first line, or with wildcards all its lines that are not blank."""
+def parse_caption_file(text: str, *, several_lines: bool) -> str:
+    """The caption in a caption file: its first line, or with wildcards all lines that are not blank."""
     if "\n" not in text and "\r" not in text:
         return text.strip()
     lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
@@ -114,7 +103,7 @@ def of_file(text: str, *, several_lines: bool) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionRules:
-    """The caption options of one subset; names and defaults are the options' own."""
+    """The caption options of one subset, with their names and defaults."""
 
     caption_separator: str = ","
     caption_prefix: str | None = None
@@ -135,11 +124,11 @@ class CaptionRules:
         return self.shuffle_caption or self.token_warmup_step > 0 or self.caption_tag_dropout_rate > 0
 
     @property
-    def varying(self) -> tuple[str, ...]:
-        """The options in force that make an unbounded number of captions of one; they exclude caching its features."""
-        rules = ("shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate", "enable_wildcard")
-        return tuple(name for name in rules if vars(self)[name])
+    def varying_options(self) -> tuple[str, ...]:
+        """The options in use that make many captions of one, so that text features cannot simply be cached."""
+        names = ("shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate", "enable_wildcard")
+        return tuple(name for name in names if vars(self)[name])
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         return self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0

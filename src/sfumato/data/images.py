@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the pixels of its bucket: decode, turn, resize, crop, mirror, colour."""
+"""From the bytes of an image file to the pixels of its bucket: decode, rotate, resize, crop, flip, change color."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.data.buckets import Size, crop_offset
-from sfumato.data.find.headers import DECODER_ERRORS, header_of
+from sfumato.data.find.headers import DECODER_ERRORS, parse_image_header
 from sfumato.errors import UserError
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
-Plane = NDArray[np.uint8]  # (height, width): a mask, 255 where everything counts
+Mask = NDArray[np.uint8]  # (height, width), 255 where the loss has full weight
 
-FILTERS = {
+RESAMPLING_FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -29,7 +29,7 @@ FILTERS = {
     "area": Image.Resampling.BOX,
     "box": Image.Resampling.BOX,
 }
-TURNS = {
+TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,123 +38,133 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SURPLUS = 8  # times the area of its bucket that a picture may have before only a part of it is resized
-MARGIN = 4  # pixels, of the picture or of the result, whichever are larger: further than any filter looks
-VERSION = 1  # of what `prepare` does; raised when its pixels change, so that caches are made anew
+WINDOW_FACTOR = 8  # resized area / bucket area, above which only a window around the crop is resized
+WINDOW_MARGIN = 4  # pixels of the image or of the result, whichever are larger: more than any filter reaches
+PREPARE_VERSION = 1  # part of the cache keys; raised when the pixels of `prepare_pixels` change
 
 
-def content_hash(data: bytes) -> bytes:
-    """What an image is known by in caches, wherever it lies and whatever it is called."""
+def hash_content(data: bytes) -> bytes:
+    """The part of a cache key that stands for an image file, independent of its path."""
     return hashlib.blake2b(data, digest_size=20).digest()
 
 
-def prepare(data: bytes, transform: Transform, *, size: Size, path: str) -> Pixels:
-    """The pixels of a bucket. size: the image's, for which the transform was chosen; the path is for messages.
+def prepare_pixels(data: bytes, transform: Transform, *, size: Size, path: str) -> Pixels:
+    """The pixels of a bucket, uint8 (H, W, 3).
 
-    UserError, which names the file, where it is damaged or has another size by now.
+    size: width and height for which the transform was chosen; path: for messages. UserError if the file is damaged or
+    has another size now.
     """
-    image, _ = layers(data, path, alpha=False)
-    return coloured(placed(same(image, size, path), transform), transform.colour)
+    image, _ = decode_layers(data, path, alpha=False)
+    return change_color(resize_and_crop(check_image_size(image, size, path), transform), transform.color)
 
 
-def prepare_with_alpha(data: bytes, transform: Transform, *, size: Size, path: str) -> tuple[Pixels, Plane]:
-    """The same, and the alpha channel placed like the pixels: 255 everywhere where the image has none."""
-    image, alpha = layers(data, path, alpha=True)
-    pixels = coloured(placed(same(image, size, path), transform), transform.colour)
-    return pixels, np.full(pixels.shape[:2], 255, np.uint8) if alpha is None else placed(alpha, transform)
+def prepare_with_alpha(data: bytes, transform: Transform, *, size: Size, path: str) -> tuple[Pixels, Mask]:
+    """The pixels, and the alpha channel with the same geometry; all 255 for an image without one."""
+    image, alpha = decode_layers(data, path, alpha=True)
+    pixels = change_color(resize_and_crop(check_image_size(image, size, path), transform), transform.color)
+    return pixels, np.full(pixels.shape[:2], 255, np.uint8) if alpha is None else resize_and_crop(alpha, transform)
 
 
-def prepare_red(data: bytes, transform: Transform, *, size: Size, path: str) -> Plane:
-    """The red channel of a mask image, placed like the pixels; greys count as red."""
-    return placed(same(decode(data, path), size, path).getchannel("R"), transform)
+def prepare_mask(data: bytes, transform: Transform, *, size: Size, path: str) -> Mask:
+    """The red channel of a mask image with the geometry of the pixels; gray images are converted to RGB."""
+    return resize_and_crop(check_image_size(decode_image(data, path), size, path).getchannel("R"), transform)
 
 
-def same(image: Image.Image, size: Size, path: str) -> Image.Image:
+def check_image_size(image: Image.Image, size: Size, path: str) -> Image.Image:
+    """The image itself; UserError if its size changed since the run started."""
     if image.size != size:
-        was, now = (f"{width}x{height}" for width, height in (size, image.size))
-        raise UserError(f"{path} is {now} pixels, but was {was} when the run began", fix="start again")
+        raise UserError(
+            f"{path} now has {image.size[0]}x{image.size[1]} pixels, but had {size[0]}x{size[1]} at the start",
+            code="image-size-changed",
+            fix="start the run again",
+        )
     return image
 
 
-def placed(image: Image.Image, transform: Transform) -> NDArray[np.uint8]:
-    """Resized, cropped, mirrored; an image of another size but the same shape lands on the same pixels."""
+def resize_and_crop(image: Image.Image, transform: Transform) -> NDArray[np.uint8]:
+    """Resize, crop and flip; an image of another size with the same aspect ratio gets the same pixels."""
     left, top = transform.corner
     width, height = transform.bucket
-    if transform.resized[0] * transform.resized[1] > SURPLUS * width * height:
-        image, (left, top) = window(image, transform)
+    if transform.resized[0] * transform.resized[1] > WINDOW_FACTOR * width * height:
+        image, (left, top) = resize_window(image, transform)
     elif image.size != transform.resized:
-        image = image.resize(transform.resized, FILTERS[transform.interpolation])
+        image = image.resize(transform.resized, RESAMPLING_FILTERS[transform.interpolation])
     pixels = np.asarray(image)[top : top + height, left : left + width]
     return np.ascontiguousarray(pixels[:, ::-1] if transform.flip else pixels)
 
 
-def window(image: Image.Image, transform: Transform) -> tuple[Image.Image, Size]:
-    """Only what the crop shows, resized as all of it would be, and the crop's corner in there.
+def resize_window(image: Image.Image, transform: Transform) -> tuple[Image.Image, Size]:
+    """A part of the resized image around the crop, and (left, top) of the crop in it.
 
-    A picture of 30000x10 pixels that is to cover 1024x1024 would take ten gigabytes otherwise.
+    Saves memory: all of an image of 30000x10 pixels that covers 1024x1024 would take ten gigabytes.
     """
-    (left, right), (top, bottom) = map(stretch, transform.corner, transform.bucket, transform.resized, image.size)
+    (left, right), (top, bottom) = map(
+        find_window_range, transform.corner, transform.bucket, transform.resized, image.size
+    )
     across, down = (old / new for old, new in zip(image.size, transform.resized, strict=True))
     box = (left * across, top * down, right * across, bottom * down)
-    shown = image.resize((right - left, bottom - top), FILTERS[transform.interpolation], box)
-    return shown, (transform.corner[0] - left, transform.corner[1] - top)
+    window = image.resize((right - left, bottom - top), RESAMPLING_FILTERS[transform.interpolation], box)
+    return window, (transform.corner[0] - left, transform.corner[1] - top)
 
 
-def stretch(corner: int, shown: int, resized: int, original: int) -> tuple[int, int]:
-    """First and last pixel of the resized side that its shown part depends on."""
-    margin = math.ceil(MARGIN * max(1.0, resized / original))
-    return max(corner - margin, 0), min(corner + shown + margin, resized)
+def find_window_range(corner: int, length: int, resized: int, original: int) -> tuple[int, int]:
+    """First and last pixel of a resized side on which the crop, `length` pixels from `corner` on, depends."""
+    margin = math.ceil(WINDOW_MARGIN * max(1.0, resized / original))
+    return max(corner - margin, 0), min(corner + length + margin, resized)
 
 
-def coloured(pixels: Pixels, colour: Colour | None) -> Pixels:
-    """With another hue or gamma."""
-    if colour is None:
+def change_color(pixels: Pixels, color: ColorChange | None) -> Pixels:
+    """Change the gamma, or shift the hue."""
+    if color is None:
         return pixels
-    if colour.gamma != 1.0:
-        return np.rint(255 * (np.arange(256) / 255) ** colour.gamma).astype(np.uint8)[pixels]
+    if color.gamma != 1.0:
+        return np.rint(255 * (np.arange(256) / 255) ** color.gamma).astype(np.uint8)[pixels]
     hue, saturation, value = Image.fromarray(pixels).convert("HSV").split()
-    turned = hue.point([(level + round(colour.hue * 256)) % 256 for level in range(256)])
-    return np.asarray(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
+    shifted = hue.point([(level + round(color.hue * 256)) % 256 for level in range(256)])
+    return np.asarray(Image.merge("HSV", (shifted, saturation, value)).convert("RGB"))
 
 
-def decode(data: bytes, path: str) -> Image.Image:
-    """8-bit RGB, turned upright; alpha is dropped, not blended; greys, palettes and CMYK are converted."""
-    return layers(data, path, alpha=False)[0]
+def decode_image(data: bytes, path: str) -> Image.Image:
+    """8-bit RGB, rotated by its EXIF orientation; alpha is dropped, not blended; other modes are converted."""
+    return decode_layers(data, path, alpha=False)[0]
 
 
-def layers(data: bytes, path: str, *, alpha: bool) -> tuple[Image.Image, Image.Image | None]:
-    """The upright picture as 8-bit RGB and, where it is wanted and there is one, its alpha channel.
+def decode_layers(data: bytes, path: str, *, alpha: bool) -> tuple[Image.Image, Image.Image | None]:
+    """The image as 8-bit RGB, rotated by its EXIF orientation, and its alpha channel if `alpha` and there is one.
 
-    Of an animated image the first frame.
+    Of an animated image the first frame. UserError if the file is damaged.
     """
-    orientation = header_of(data, path).orientation
+    orientation = parse_image_header(data, path).orientation
     try:
         with Image.open(BytesIO(data)) as image:
-            opacity = alpha_of(image) if alpha else None
-            upright = eight_bit_rgb(image)
+            opacity = extract_alpha(image) if alpha else None
+            upright = convert_to_rgb(image)
     except DECODER_ERRORS as error:
-        fix = "replace or remove it, or leave out what is bad with --on_bad_image skip"
-        raise UserError(f"{path} is damaged ({error})", fix=fix) from error
+        raise UserError(
+            f"{path} is damaged ({error})",
+            code="image-decode-failed",
+            fix="replace or remove it, or skip bad images with --on_bad_image skip",
+        ) from error
     if orientation == 1:
         return upright, opacity
-    turn = TURNS[orientation]
-    return upright.transpose(turn), opacity.transpose(turn) if opacity is not None else None
+    method = TRANSPOSES[orientation]
+    return upright.transpose(method), opacity.transpose(method) if opacity is not None else None
 
 
-def eight_bit_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion clips at 255
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray((np.clip(grey, 0, 65535) * 255 // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255
+        gray = np.asarray(image).astype(np.int64)
+        return Image.fromarray((np.clip(gray, 0, 65535) * 255 // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def alpha_of(image: Image.Image) -> Image.Image | None:
-    """The alpha channel, or what a transparent colour makes of one; None where everything is opaque."""
+def extract_alpha(image: Image.Image) -> Image.Image | None:
+    """The alpha channel, also of a transparent color; None if the image is opaque."""
     image.load()
     if not image.has_transparency_data:
         return None
@@ -164,10 +174,10 @@ def alpha_of(image: Image.Image) -> Image.Image | None:
     return image.convert("RGBA").getchannel("A")
 
 
-def interpolation_for(image: Size, resized: Size, wanted: str | None) -> str:
-    """The wanted filter, else area where no side grows and lanczos where one does.
+def choose_interpolation(image: Size, resized: Size, wanted: str | None) -> str:
+    """The wanted filter; by default area if no side grows, else lanczos.
 
-    An area holds nothing to average where a side grows: there it is bilinear.
+    If a side grows, area has nothing to average and becomes bilinear.
     """
     shrinks = resized[0] <= image[0] and resized[1] <= image[1]
     if wanted == "area" and not shrinks:
@@ -175,23 +185,23 @@ def interpolation_for(image: Size, resized: Size, wanted: str | None) -> str:
     return wanted or ("area" if shrinks else "lanczos")
 
 
-class Colour(NamedTuple):
-    """A small change of the colours."""
+class ColorChange(NamedTuple):
+    """A small change of the colors."""
 
-    hue: float = 0.0  # turns of the colour wheel
+    hue: float = 0.0  # turns of the color wheel
     gamma: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """What is done to the pixels; part of a cache entry's name."""
+    """Geometry and color change of an image; part of its cache key."""
 
     resized: Size
     bucket: Size
     interpolation: str
-    offset: Size | None = None  # left and top of the crop; None for the centre
+    offset: Size | None = None  # left and top of the crop; None for the center
     flip: bool = False
-    colour: Colour | None = None
+    color: ColorChange | None = None
 
     @property
     def corner(self) -> Size:
@@ -200,13 +210,13 @@ class Transform:
 
     @property
     def geometry(self) -> Transform:
-        """What masks and control images share with their picture."""
-        return self if self.colour is None else replace(self, colour=None)
+        """The part of the transform that masks and control images share with their image."""
+        return self if self.color is None else replace(self, color=None)
 
-    def name(self, size: Size) -> str:
-        """The same for transforms that give the same pixels of pictures of this size."""
+    def cache_name(self, size: Size) -> str:
+        """Equal for transforms that give the same pixels for images of this size; stored caches depend on it."""
         resized, bucket, corner = (f"{x}x{y}" for x, y in (self.resized, self.bucket, self.corner))
-        filtered = FILTERS["area" if size == self.resized else self.interpolation].name.lower()
+        resampling = RESAMPLING_FILTERS["area" if size == self.resized else self.interpolation].name.lower()
         side = "flipped" if self.flip else "plain"
-        colour = "" if self.colour is None else f"/hue{self.colour.hue}/gamma{self.colour.gamma}"
-        return f"v{VERSION}/{resized}/{bucket}/{corner}/{filtered}/{side}{colour}"
+        color = "" if self.color is None else f"/hue{self.color.hue}/gamma{self.color.gamma}"
+        return f"v{PREPARE_VERSION}/{resized}/{bucket}/{corner}/{resampling}/{side}{color}"

@@ -1,4 +1,4 @@
-"""From the order of samples to batches of tensors, prepared ahead by threads; the same for any number of them."""
+"""The data loader: batches of tensors, prefetched by threads; the result does not depend on their number."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import torch
 from torch import Tensor
 
 from sfumato.common.seeds import python_random
-from sfumato.data.augment import size_conditioning
+from sfumato.data.augment import compute_size_conditioning
 from sfumato.data.batch import Batch, Extras, Sizes, Tensors, pad_stack
+from sfumato.data.batch_sampler import BatchSampler, PlannedBatch, PlannedStep, Sample, ValidationSampler
 from sfumato.data.buckets import Size
-from sfumato.data.cache.entries import LATENTS, LatentNames, Place, TensorCache, TextNames, seed_of_entry, to_tensor
-from sfumato.data.captions import process
+from sfumato.data.cache.entries import LATENTS, CacheItem, LatentKeys, TensorCache, TextKeys, make_entry_seed, to_tensor
+from sfumato.data.captions import process_caption
 from sfumato.data.images import Pixels
-from sfumato.data.masks import MASK, MaskNames, MaskPlace, mask_of, reduced
-from sfumato.data.order import HeldOut, Order, PlannedBatch, PlannedStep, Sample
-from sfumato.data.variants import chosen
+from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_mask
+from sfumato.data.variants import choose_variant
 from sfumato.errors import UserError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Loader:
-    """Batches of one process.
+    """The batches of one process.
 
-    latents: where cached latents lie; without it batches carry pixels. names: by which entries are named, needed for
-    the seeds of the posterior's noise in both cases. masks: the same for masks, which lie beside cached latents.
-    text: features of the encoders whose output is cached; variants: how many captions of each were cached where options
-    change them, 0 to make a new one at every step.
-    text_dropout: text encoder -> chance of a sample to do without it.
-    workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+    latent_keys: cache keys of the latents, which also seed the noise of the autoencoder's posterior. mask_keys: the
+    same for masks.
+    latents: the cache of latents and masks; None for batches with pixels. text: features of the encoders whose output
+    is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
+    text_dropout: text encoder -> its dropout probability.
+    workers: prefetching threads; 0 prepares each batch when it is asked for.
     """
 
     def __init__(
         self,
-        order: Order | HeldOut,
+        sampler: BatchSampler | ValidationSampler,
         *,
-        names: LatentNames,
-        masks: MaskNames,
+        latent_keys: LatentKeys,
+        mask_keys: MaskKeys,
         max_train_steps: int,
         latents: TensorCache | None = None,
         text: Mapping[str, TextFeatures] | None = None,
@@ -50,10 +50,10 @@ class Loader:
         text_dropout: Mapping[str, float] | None = None,
         workers: int = 2,
     ) -> None:
-        self.order = order
-        self.plan = order.plan
-        self.names = names
-        self.masks = masks
+        self.sampler = sampler
+        self.plan = sampler.plan
+        self.latent_keys = latent_keys
+        self.mask_keys = mask_keys
         self.max_train_steps = max_train_steps
         self.latents = latents
         self.text = dict(text or {})
@@ -62,93 +62,95 @@ class Loader:
         self.workers = workers
 
     def steps(self, first_step: int = 0) -> Iterator[Step]:
-        """The steps of the order from `first_step` (counted from 0) on; UserError names an image that is damaged.
+        """The sampler's steps from `first_step` (counted from 0) on; UserError if an image is damaged.
 
-        Closing the iterator, or an error, ends the threads.
+        The threads end when the iterator is closed or an error is raised.
         """
-        planned = self.order.steps(first_step)
+        planned = self.sampler.steps(first_step)
         if self.workers == 0:
             for step in planned:
-                yield step_of(step, [self._batch(step, batch) for batch in step.batches])
+                yield make_step(step, [self._make_batch(step, batch) for batch in step.batches])
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sfumato-loader")
         try:
-            waiting: deque[tuple[PlannedStep, list[Future[Batch]]]] = deque()
+            prefetched: deque[tuple[PlannedStep, list[Future[Batch]]]] = deque()
             while True:
-                while sum(len(futures) for _, futures in waiting) < 2 * self.workers:
+                while sum(len(futures) for _, futures in prefetched) < 2 * self.workers:
                     step = next(planned, None)
                     if step is None:
                         break
-                    waiting.append((step, [pool.submit(self._batch, step, batch) for batch in step.batches]))
-                if not waiting:
+                    prefetched.append((step, [pool.submit(self._make_batch, step, batch) for batch in step.batches]))
+                if not prefetched:
                     return
-                step, futures = waiting.popleft()
-                yield step_of(step, [future.result() for future in futures])
+                step, futures = prefetched.popleft()
+                yield make_step(step, [future.result() for future in futures])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _batch(self, step: PlannedStep, batch: PlannedBatch) -> Batch:
-        samples = [self._prepared(step, batch, sample) for sample in batch.samples]
+    def _make_batch(self, step: PlannedStep, batch: PlannedBatch) -> Batch:
+        samples = [self._prepare_sample(step, batch, sample) for sample in batch.samples]
         strength = batch.dataset.settings.network_multiplier
-        multiplier = torch.full((len(samples),), strength) if self.plan.multipliers else None
+        multiplier = torch.full((len(samples),), strength) if self.plan.has_multipliers else None
         captions = [sample.caption for sample in samples]
-        latents = all_or_none([sample.shown.latents for sample in samples])
-        pixels = all_or_none([sample.shown.pixels for sample in samples])
+        latents = require_all_or_none([sample.image.latents for sample in samples])
+        pixels = require_all_or_none([sample.image.pixels for sample in samples])
         preserved = [sample.subset.settings.preserved for sample in batch.samples]
-        controls = all_or_none([sample.control for sample in samples])
+        controls = require_all_or_none([sample.control for sample in samples])
         return Batch(
             ids=torch.tensor([sample.id for sample in batch.samples]),
             latents=torch.stack(latents) if latents else None,
             pixels=to_tensor(pixels) if pixels else None,
             captions=captions,
-            text={name: features.stacked(captions) for name, features in self.text.items()},
-            text_dropped={
-                name: torch.tensor([self._drops(name, rate, sample.id) for sample in batch.samples])
-                for name, rate in self.text_dropout.items()
-            },
+            text={name: features.load_stacked(captions) for name, features in self.text.items()},
+            text_dropped={name: self._draw_text_dropout(name, batch.samples) for name in self.text_dropout},
             sizes=Sizes(
                 original=torch.tensor([sample.original for sample in samples]),
                 crop=torch.tensor([sample.crop for sample in samples]),
                 target=torch.tensor([batch.bucket[::-1]] * len(samples)),
             ),
             extras=Extras(multiplier=multiplier, control=to_tensor(controls) if controls else None),
-            weight=torch.tensor([self._weight(sample) for sample in batch.samples]),
-            entry_seeds=torch.tensor([sample.shown.entry_seed for sample in samples]),
-            mask=filled([sample.shown.mask for sample in samples]),
+            weight=torch.tensor([self._choose_weight(sample) for sample in batch.samples]),
+            entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
+            mask=stack_masks([sample.image.mask for sample in samples]),
             preserve=torch.tensor(preserved) if any(preserved) else None,
         )
 
-    def _drops(self, name: str, rate: float, sample_id: int) -> bool:
-        return python_random(self.order.seed, f"{name} dropout", sample_id).random() < rate
+    def _draw_text_dropout(self, name: str, samples: Sequence[Sample]) -> Tensor:
+        """Whether each sample drops the output of this text encoder, (B,) bool."""
+        seed, probability = self.sampler.seed, self.text_dropout[name]
+        draws = [python_random(seed, f"{name} dropout", sample.id).random() for sample in samples]
+        return torch.tensor([draw < probability for draw in draws])
 
-    def _weight(self, sample: Sample) -> float:
+    def _choose_weight(self, sample: Sample) -> float:
         if not sample.real:
             return 0.0
         return self.plan.prior_loss_weight if sample.subset.settings.is_reg else 1.0
 
-    def _prepared(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> Prepared:
-        """Everything random here is a function of the seed and the sample's id."""
-        settings, item, seed = sample.subset.settings, sample.item, self.order.seed
-        rules = settings.images
-        transform = item.drawn(rules, lambda purpose: python_random(seed, purpose, sample.id))
-        place, masked = Place(item.picture, transform), mask_of(item, rules, transform)
-        shown = self._cached(place, masked) if self.latents else self._decoded(place, masked)
-        original, crop = size_conditioning(item.size, transform, whole_size=rules.whole_size)
+    def _prepare_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
+        """Load one sample; everything random is a function of the seed and the sample's id."""
+        item, seed = sample.item, self.sampler.seed
+        rules = sample.subset.settings.images
+        transform = item.draw_transform(rules, lambda purpose: python_random(seed, purpose, sample.id))
+        image_item, mask_item = CacheItem(item.image, transform), find_mask(item, rules, transform)
+        load = self._load_cached if self.latents else self._decode
+        original, crop = compute_size_conditioning(item.size, transform, full_size=rules.full_size)
         control = None if rules.masked_loss or item.conditioning is None else item.conditioning
-        return Prepared(
-            caption=self._caption(step, sample),
-            shown=shown,
-            control=None if control is None else Place(control, transform.geometry).pixels(),
+        return PreparedSample(
+            caption=self._make_caption(step, sample),
+            image=load(image_item, mask_item),
+            control=None if control is None else CacheItem(control, transform.geometry).read_pixels(),
             original=original,
             crop=crop,
         )
 
-    def _caption(self, step: PlannedStep, sample: Sample) -> str:
-        """A function of the seed and the sample's id, and of the step where the caption warms up."""
-        text, rules, seed = sample.item.picture.caption, sample.subset.settings.rules, self.order.seed
+    def _make_caption(self, step: PlannedStep, sample: Sample) -> str:
+        """A function of the seed and the sample's id, and with token_warmup_step also of the step."""
+        text, rules, seed = sample.item.image.caption, sample.subset.settings.rules, self.sampler.seed
         if self.variants:
-            return chosen(text, rules, variants=self.variants, seed=seed, sample=sample.id, epoch=step.epoch + 1)
-        return process(
+            return choose_variant(
+                text, rules, variants=self.variants, seed=seed, sample=sample.id, epoch=step.epoch + 1
+            )
+        return process_caption(
             text,
             rules,
             python_random(seed, "caption", sample.id),
@@ -157,46 +159,52 @@ class Loader:
             max_train_steps=self.max_train_steps,
         )
 
-    def _cached(self, place: Place, masked: MaskPlace | None) -> Shown:
+    def _load_cached(self, item: CacheItem, mask_item: MaskItem | None) -> LoadedImage:
         assert self.latents is not None
-        key = self.names.key(place)
+        key = self.latent_keys.make_key(item)
         mask = None
-        if masked is not None:
-            mask = found(self.latents, self.masks.key(masked), f"mask of {masked.picture.path}")[MASK]
-        latents = found(self.latents, key, f"latents of {place.picture.path}")[LATENTS]
-        return Shown(latents=latents, mask=mask, entry_seed=seed_of_entry(key))
+        if mask_item is not None:
+            mask_key = self.mask_keys.make_key(mask_item)
+            mask = get_cached(self.latents, mask_key, f"mask of {mask_item.image.path}")[MASK]
+        latents = get_cached(self.latents, key, f"latents of {item.image.path}")[LATENTS]
+        return LoadedImage(latents=latents, mask=mask, entry_seed=make_entry_seed(key))
 
-    def _decoded(self, place: Place, masked: MaskPlace | None) -> Shown:
-        data = place.picture.read()
-        if masked is not None and masked.channel == "alpha":  # one decoding for both
-            pixels, plane = place.pixels_with_alpha(data)
+    def _decode(self, item: CacheItem, mask_item: MaskItem | None) -> LoadedImage:
+        data = item.image.read()
+        if mask_item is not None and mask_item.channel == "alpha":  # decode the file only once
+            pixels, full_mask = item.read_pixels_with_alpha(data)
         else:
-            pixels, plane = place.pixels(data), None if masked is None else masked.plane()
-        mask = None if plane is None else reduced(plane, self.masks.downscale)
-        return Shown(pixels=pixels, mask=mask, entry_seed=seed_of_entry(self.names.key(place, data)))
+            pixels, full_mask = item.read_pixels(data), None if mask_item is None else mask_item.read()
+        mask = None if full_mask is None else downscale_mask(full_mask, self.mask_keys.downscale)
+        return LoadedImage(pixels=pixels, mask=mask, entry_seed=make_entry_seed(self.latent_keys.make_key(item, data)))
 
 
-def found(cache: TensorCache, key: bytes, what: str) -> Tensors:
+def get_cached(cache: TensorCache, key: bytes, what: str) -> Tensors:
+    """The tensors of a cache entry; UserError, with `what` it is, if it is missing or damaged."""
     tensors = cache.get(key)
     if tensors is None:
-        raise UserError(f"the cached {what} cannot be read any more", fix="start again; they are made anew")
+        raise UserError(
+            f"cannot read the cached {what}",
+            code="cache-entry-unreadable",
+            fix="start the run again; it recreates the entry",
+        )
     return tensors
 
 
-def filled(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """(B, 1, h, w) where any sample has a mask; all of a sample without one counts."""
+def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """(B, 1, h, w), all ones for a sample without a mask; None if no sample has one."""
     shape = next((mask.shape for mask in masks if mask is not None), None)
     return None if shape is None else torch.stack([torch.ones(shape) if mask is None else mask for mask in masks])
 
 
-def all_or_none(values: Sequence[T | None]) -> list[T]:
-    """A batch is cached whole or not at all, and control images belong to every picture of a plan or to none."""
-    present = [each for each in values if each is not None]
+def require_all_or_none(values: Sequence[_T | None]) -> list[_T]:
+    """The values if all are present, an empty list if all are None; a mixture is a bug."""
+    present = [value for value in values if value is not None]
     assert len(present) in (0, len(values)), "samples of two kinds in one batch"
     return present
 
 
-def step_of(step: PlannedStep, batches: Sequence[Batch]) -> Step:
+def make_step(step: PlannedStep, batches: Sequence[Batch]) -> Step:
     return Step(index=step.index, epoch=step.epoch, batches=tuple(batches), real_samples=step.real_samples)
 
 
@@ -204,36 +212,36 @@ def step_of(step: PlannedStep, batches: Sequence[Batch]) -> Step:
 class Step:
     """One optimizer step of one process."""
 
-    index: int  # steps before it, from 0
+    index: int  # from 0
     epoch: int  # from 0
-    batches: tuple[Batch, ...]  # this process's, one for each micro-step
-    real_samples: int  # of all processes and micro-steps; copies that fill up a batch do not count
+    batches: tuple[Batch, ...]  # of this process, one for each micro-step
+    real_samples: int  # of all processes and micro-steps, without padding samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFeatures:
-    """The cached output of one text encoder. `rewrite`: what the training method makes of a caption beforehand."""
+    """The cached output of one text encoder. `rewrite`: the training method's change of a caption before encoding."""
 
     cache: TensorCache
-    names: TextNames
+    keys: TextKeys
     rewrite: Callable[[str], str] = str
 
-    def stacked(self, captions: Sequence[str]) -> Tensors:
-        """Each feature of the captions, padded to the longest; UserError where one is missing."""
-        each = [self._of(caption) for caption in captions]
-        return {name: pad_stack([features[name] for features in each]) for name in each[0]}
+    def load_stacked(self, captions: Sequence[str]) -> Tensors:
+        """Feature name -> (B, ...), padded to the longest caption; UserError if an entry is missing."""
+        entries = [self._load(caption) for caption in captions]
+        stacked: Tensors = {}
+        for name in entries[0]:
+            stacked[name] = pad_stack([features[name] for features in entries])
+        return stacked
 
-    def _of(self, caption: str) -> Tensors:
-        features = self.cache.get(self.names.key(self.rewrite(caption)))
-        if features is None:
-            fix = "start again; they are made anew"
-            raise UserError(f"the cached text features of {caption[:60]!r} cannot be read", fix=fix)
-        return features
+    def _load(self, caption: str) -> Tensors:
+        key = self.keys.make_key(self.rewrite(caption))
+        return get_cached(self.cache, key, f"text features of {caption[:60]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A picture, cached or decoded, and its mask."""
+class LoadedImage:
+    """An image, as cached latents or decoded pixels, and its mask."""
 
     entry_seed: int
     latents: Tensor | None = None
@@ -242,11 +250,11 @@ class Shown:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedSample:
     """One sample, before it is stacked with the others of its batch."""
 
     caption: str
-    shown: Shown
+    image: LoadedImage
     control: Pixels | None
     original: Size  # height, width
     crop: Size  # top, left

@@ -1,4 +1,4 @@
-"""The data of a run as found: what is trained at which size, how often, in how many batches."""
+"""Data plans: which images a run trains on, at which size, how often and in how many batches."""
 
 from __future__ import annotations
 
@@ -11,78 +11,79 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from sfumato.data.augment import Draw, ImageRules, centred, drawn
-from sfumato.data.buckets import Choice, Size
-from sfumato.data.find.image_table import Column, Picture, Pictures, Rows
+from sfumato.data.augment import ImageRules, MakeRandom, center_transform, draw_transform
+from sfumato.data.buckets import BucketChoice, Size
+from sfumato.data.find.image_table import ColumnSequence, ImageRow, ImageTable, IntColumn
 from sfumato.data.find.settings import DatasetSettings, SubsetSettings
 from sfumato.data.images import Transform
 
 
 class Item(NamedTuple):
-    """One picture and where it goes."""
+    """One image and its bucket."""
 
-    picture: Picture
-    choice: Choice
-    conditioning: Picture | None = None  # its mask or control image
+    image: ImageRow
+    choice: BucketChoice
+    conditioning: ImageRow | None = None  # its mask or control image
 
     @property
     def size(self) -> Size:
-        """Width and height as shown."""
-        return self.picture.size
+        """Width and height, after rotating by the EXIF orientation."""
+        return self.image.size
 
-    def transform(self, rules: ImageRules, *, flip: bool = False) -> Transform:
-        """What is done to its pixels where nothing is left to chance."""
-        return centred(rules, self.size, self.choice, flip=flip)
+    def center_transform(self, rules: ImageRules, *, flip: bool = False) -> Transform:
+        """The transform without random augmentation: the center crop, flipped or not."""
+        return center_transform(rules, self.size, self.choice, flip=flip)
 
-    def drawn(self, rules: ImageRules, draw: Draw) -> Transform:
-        """What is done to its pixels this time."""
-        return drawn(rules, self.size, self.choice, self.picture.path, draw)
+    def draw_transform(self, rules: ImageRules, make_random: MakeRandom) -> Transform:
+        """A random transform, a function of the generators that `make_random` returns."""
+        return draw_transform(rules, self.size, self.choice, self.image.path, make_random)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Items(Rows[Item]):
-    """Pictures and where they go, in columns: each item is made when it is asked for."""
+class Items(ColumnSequence[Item]):
+    """Images and their buckets, stored in columns; each item is built when it is asked for."""
 
-    pictures: Pictures
-    choices: tuple[Choice, ...]  # that are different
-    which: Column  # of the choices, for each picture
+    images: ImageTable
+    choices: tuple[BucketChoice, ...]  # the distinct ones
+    choice_index: IntColumn  # index into choices, for each image
 
     @classmethod
-    def chosen(cls, pictures: Pictures, choose: Callable[[Size], Choice]) -> Self:
-        sizes, which = pictures.sizes()
-        return cls(pictures=pictures, choices=tuple(choose(size) for size in sizes), which=which)
+    def from_images(cls, images: ImageTable, choose: Callable[[Size], BucketChoice]) -> Self:
+        sizes, size_index = images.sizes()
+        return cls(images=images, choices=tuple(choose(size) for size in sizes), choice_index=size_index)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def row(self, place: int) -> Item:
-        partners = self.pictures.conditioning
-        partner = partners.row(place) if partners is not None else None
-        return Item(self.pictures.row(place), self.choices[self.which[place]], partner)
+    def get_row(self, index: int) -> Item:
+        conditioning = self.images.conditioning
+        partner = conditioning.get_row(index) if conditioning is not None else None
+        return Item(self.images.get_row(index), self.choices[self.choice_index[index]], partner)
 
-    def take(self, rows: Column) -> Items:
-        """Those at these places, in this order."""
-        return Items(pictures=self.pictures.take(rows), choices=self.choices, which=self.which[rows])
+    def take(self, rows: IntColumn) -> Items:
+        """The items at these positions, in this order."""
+        return Items(images=self.images.take(rows), choices=self.choices, choice_index=self.choice_index[rows])
 
-    def buckets(self) -> dict[Size, Column]:
-        """Places by bucket, ascending."""
+    def group_by_bucket(self) -> dict[Size, IntColumn]:
+        """Bucket -> positions of its items; buckets ascending, empty ones omitted."""
         sizes = sorted({choice.bucket for choice in self.choices})
         number = {size: i for i, size in enumerate(sizes)}
-        of_choice = np.array([number[choice.bucket] for choice in self.choices], np.int64)
-        of_item = of_choice[self.which] if len(self) else self.which
-        return {size: places for i, size in enumerate(sizes) if len(places := np.flatnonzero(of_item == i))}
+        bucket_of_choice = np.array([number[choice.bucket] for choice in self.choices], np.int64)
+        bucket_of_item = bucket_of_choice[self.choice_index] if len(self) else self.choice_index
+        positions = {size: np.flatnonzero(bucket_of_item == i) for i, size in enumerate(sizes)}
+        return {size: column for size, column in positions.items() if len(column)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetPlan:
-    """The pictures of one subset."""
+    """The images of one subset."""
 
     settings: SubsetSettings
     items: Items
-    repeats: tuple[int, ...]  # how often each item appears per epoch; 0 for surplus regularisation images
+    repeats: tuple[int, ...]  # how often each item appears per epoch; 0 for surplus regularization images
 
     @property
-    def samples(self) -> int:
+    def num_samples(self) -> int:
         return sum(self.repeats)
 
 
@@ -99,32 +100,32 @@ class DatasetPlan:
         counts: dict[Size, int] = {}
         for subset in self.subsets:
             repeats = np.array(subset.repeats, np.int64)
-            for size, places in subset.items.buckets().items():
-                counts[size] = counts.get(size, 0) + int(repeats[places].sum())
+            for size, positions in subset.items.group_by_bucket().items():
+                counts[size] = counts.get(size, 0) + int(repeats[positions].sum())
         return {size: counts[size] for size in sorted(counts) if counts[size]}
 
-    def batches(self, processes: int) -> int:
+    def count_batches(self, processes: int) -> int:
         """Global batches per epoch; the last of a bucket may be short."""
-        together = self.settings.batch_size * processes
-        return sum(math.ceil(count / together) for count in self.buckets.values())
+        global_batch_size = self.settings.batch_size * processes
+        return sum(math.ceil(count / global_batch_size) for count in self.buckets.values())
 
     @property
     def num_train_images(self) -> int:
-        return sum(subset.samples for subset in self.subsets if not subset.settings.is_reg)
+        return sum(subset.num_samples for subset in self.subsets if not subset.settings.is_reg)
 
     @property
     def num_reg_images(self) -> int:
-        """With their own repeats, before they are balanced: as the field's metadata counts them."""
+        """Counted with num_repeats, before they are balanced, like sd-scripts does in its metadata."""
         return sum(subset.settings.num_repeats * len(subset.items) for subset in self.subsets if subset.settings.is_reg)
 
     @property
     def mean_aspect_error(self) -> float:
-        """Mean difference between the buckets' and the images' width/height, over images."""
+        """Mean absolute difference between the width/height of the bucket and of the image, over images."""
         total, count = 0.0, 0
         for subset in self.subsets:
             items = subset.items
-            wanted = np.array([choice.bucket[0] / choice.bucket[1] for choice in items.choices])
-            total += float(np.abs(wanted[items.which] - items.pictures.widths / items.pictures.heights).sum())
+            ratios = np.array([choice.bucket[0] / choice.bucket[1] for choice in items.choices])
+            total += float(np.abs(ratios[items.choice_index] - items.images.widths / items.images.heights).sum())
             count += len(items)
         return total / count if count else 0.0
 
@@ -134,16 +135,16 @@ class DataPlan:
     """All of a run's data."""
 
     datasets: tuple[DatasetPlan, ...]
-    validation: tuple[DatasetPlan, ...]  # held-out images, each once; no regularisation images
+    validation: tuple[DatasetPlan, ...]  # held-out images, each once; no regularization images
     processes: int
     prior_loss_weight: float
-    from_file: bool  # whether a dataset file described it
+    from_file: bool  # whether it comes from --dataset_config
     notes: tuple[str, ...]  # lines for the report before the first step
     bad_images: Mapping[str, list[str]] = field(default_factory=dict)  # subset -> what is wrong with its bad ones
 
     @property
     def num_train_images(self) -> int:
-        """Training samples of an epoch, repeats included, regularisation images not."""
+        """Training samples per epoch, with repeats, without regularization images."""
         return sum(dataset.num_train_images for dataset in self.datasets)
 
     @property
@@ -156,7 +157,7 @@ class DataPlan:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Training and regularisation samples."""
+        """Training and regularization samples."""
         return sum(sum(dataset.buckets.values()) for dataset in self.datasets)
 
     @property
@@ -169,26 +170,28 @@ class DataPlan:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global micro-batches of an epoch, over all processes."""
-        return sum(dataset.batches(self.processes) for dataset in self.datasets)
+        """Global micro-batches per epoch, over all processes."""
+        return sum(dataset.count_batches(self.processes) for dataset in self.datasets)
 
-    def steps_per_epoch(self, accumulation: int) -> int:
-        """Optimizer steps of an epoch; the last may have fewer micro-batches."""
+    def count_steps_per_epoch(self, accumulation: int) -> int:
+        """Optimizer steps per epoch; the last may have fewer micro-batches."""
         return math.ceil(self.batches_per_epoch / accumulation)
 
     @property
-    def multipliers(self) -> bool:
-        """Whether any dataset sets an adapter strength of its own."""
+    def has_multipliers(self) -> bool:
+        """Whether any dataset sets its own network_multiplier."""
         return any(dataset.settings.network_multiplier != 1.0 for dataset in self.datasets)
 
     @property
-    def preserves(self) -> bool:
-        """Whether any sample's target is what the model said before training."""
-        datasets = (*self.datasets, *self.validation)
-        return any(subset.settings.preserved and subset.samples for dataset in datasets for subset in dataset.subsets)
+    def has_preserved_samples(self) -> bool:
+        """Whether the target of any sample is the prediction of the reference model."""
+        for dataset in (*self.datasets, *self.validation):
+            if any(subset.settings.preserved and subset.num_samples for subset in dataset.subsets):
+                return True
+        return False
 
-    def used(self) -> Iterator[tuple[DatasetPlan, SubsetPlan, Item]]:
-        """Every item that appears at all, of training and validation."""
+    def iterate_used(self) -> Iterator[tuple[DatasetPlan, SubsetPlan, Item]]:
+        """Every item with at least one repeat, of training and validation."""
         for dataset in (*self.datasets, *self.validation):
             for subset in dataset.subsets:
                 for item, repeats in zip(subset.items, subset.repeats, strict=True):

@@ -1,8 +1,8 @@
-"""Emphasis in prompts and captions: (words) and [words] count more and less, as the field writes it.
+"""Prompt weighting: (words) and [words] get more and less weight, with the syntax of AUTOMATIC1111 and sd-scripts.
 
-`(x)` multiplies the weight of what it holds by 1.1, `[x]` divides it by 1.1, `(x:1.3)` multiplies it by 1.3; brackets
-nest, and each kind closes its own. A backslash makes a bracket or another backslash plain text. A bracket that is never
-closed reaches to the end, one that closes nothing is plain text.
+`(x)` multiplies the weight of its content by 1.1, `[x]` divides it by 1.1, `(x:1.3)` multiplies it by 1.3; brackets
+nest. A backslash escapes a bracket or a backslash. A bracket that is not closed extends to the end; a closing bracket
+without an opening one is plain text.
 """
 
 from __future__ import annotations
@@ -11,49 +11,49 @@ import re
 from collections.abc import Sequence
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}
-OPENS = {")": "(", "]": "["}
+OPENING_BRACKETS = {")": "(", "]": "["}
 MARK = re.compile(r"\\(?P<plain>[()\[\]\\])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<bracket>[()\[\]])")
 
-Pieces = tuple[tuple[str, float], ...]  # text and its weight
+WeightedText = tuple[tuple[str, float], ...]  # pieces of text, each with its weight
 
 
-def parse(text: str) -> Pieces:
-    """The text without its marks, in pieces of one weight; ("", 1) for an empty text."""
+def parse_weights(text: str) -> WeightedText:
+    """The text without brackets, in pieces of equal weight; ("", 1) for an empty text."""
     letters: list[str] = []
     weights: list[float] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # where what they hold begins
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # positions at which the content of open brackets starts
 
-    def take(words: str) -> None:
+    def append(words: str) -> None:
         letters.extend(words)
         weights.extend([1.0] * len(words))
 
     def scale(start: int, factor: float) -> None:
         weights[start:] = [weight * factor for weight in weights[start:]]
 
-    place = 0
+    position = 0
     for mark in MARK.finditer(text):
-        take(text[place : mark.start()])
-        place = mark.end()
+        append(text[position : mark.start()])
+        position = mark.end()
         bracket = mark["bracket"]
         if mark["plain"]:
-            take(mark["plain"])
+            append(mark["plain"])
         elif mark["weight"] and opened["("]:
             scale(opened["("].pop(), float(mark["weight"]))
         elif bracket in opened:
             opened[bracket].append(len(letters))
-        elif bracket and opened[OPENS[bracket]]:
-            scale(opened[OPENS[bracket]].pop(), FACTORS[OPENS[bracket]])
+        elif bracket and opened[OPENING_BRACKETS[bracket]]:
+            scale(opened[OPENING_BRACKETS[bracket]].pop(), FACTORS[OPENING_BRACKETS[bracket]])
         else:
-            take(mark[0])
-    take(text[place:])
+            append(mark[0])
+    append(text[position:])
     for bracket, starts in opened.items():
         for start in starts:
             scale(start, FACTORS[bracket])
-    return joined(letters, weights)
+    return merge_letters(letters, weights)
 
 
-def joined(letters: Sequence[str], weights: Sequence[float]) -> Pieces:
-    """Neighbouring letters of one weight become one piece."""
+def merge_letters(letters: Sequence[str], weights: Sequence[float]) -> WeightedText:
+    """Merge adjacent letters of equal weight into one piece."""
     pieces: list[tuple[str, float]] = []
     for letter, weight in zip(letters, weights, strict=True):
         if pieces and pieces[-1][1] == weight:
@@ -63,16 +63,18 @@ def joined(letters: Sequence[str], weights: Sequence[float]) -> Pieces:
     return tuple(pieces) or (("", 1.0),)
 
 
-def plain(pieces: Pieces) -> str:
-    """The text that is encoded."""
-    return "".join(words for words, _ in pieces)
+def strip_weights(text: WeightedText) -> str:
+    """The plain text, which is encoded."""
+    return "".join(words for words, _ in text)
 
 
-def emphasised(pieces: Pieces) -> bool:
-    return any(weight != 1.0 for _, weight in pieces)
+def has_weights(text: WeightedText) -> bool:
+    return any(weight != 1.0 for _, weight in text)
 
 
-def of_tokens(pieces: Pieces, ends: Sequence[int]) -> list[float]:
-    """The weight of each token of the plain text, from the place in it where the token ends; 0: no text, weight 1."""
-    weights = [weight for words, weight in pieces for _ in words]
+def compute_token_weights(text: WeightedText, ends: Sequence[int]) -> list[float]:
+    """The weight of each token of the plain text. ends: where each token ends in it; 0 for a token without text."""
+    weights: list[float] = []  # of each letter
+    for words, weight in text:
+        weights += [weight] * len(words)
     return [weights[end - 1] if end else 1.0 for end in ends]

@@ -1,106 +1,124 @@
-"""Which images are held out for validation; none is ever in both halves."""
+"""Validation split: which images are held out; no image is in both parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
 import numpy as np
 
+from sfumato.common.text import list_some
 from sfumato.config import Config
-from sfumato.data.find.image_table import Column
-from sfumato.data.find.policy import some
-from sfumato.data.find.report import Report
+from sfumato.data.batch_sampler import ValidationSampler
+from sfumato.data.find.findings import Findings
+from sfumato.data.find.image_table import IntColumn
 from sfumato.data.find.settings import SubsetSettings
-from sfumato.data.order import HeldOut
-from sfumato.data.plans import DataPlan, DatasetPlan
+from sfumato.data.plans import DataPlan, DatasetPlan, SubsetPlan
 from sfumato.errors import Problems
 
 
-def validation_seed(config: Config) -> int:
-    """--validation_seed, or --seed; 0 where neither is given, never a drawn one: a resumed run holds out the same."""
+def choose_validation_seed(config: Config) -> int:
+    """--validation_seed, else --seed; 0 if neither is given, so that a resumed run holds out the same images."""
     if config.validation.validation_seed is not None:
         return config.validation.validation_seed
-    drawn = config.source("seed") == "default"
-    return 0 if drawn or config.loop.seed is None else config.loop.seed
+    is_random = config.source("seed") == "default"
+    return 0 if is_random or config.loop.seed is None else config.loop.seed
 
 
-def validation_order(config: Config, plan: DataPlan, *, rank: int = 0) -> HeldOut:
-    """The order in which one validation goes through them."""
-    return HeldOut(plan, seed=validation_seed(config), most=config.validation.max_validation_steps, rank=rank)
+def make_validation_sampler(config: Config, plan: DataPlan, *, rank: int = 0) -> ValidationSampler:
+    """The sampler of the held-out images."""
+    seed, max_batches = choose_validation_seed(config), config.validation.max_validation_steps
+    return ValidationSampler(plan, seed=seed, max_batches=max_batches, rank=rank)
 
 
-def still(subset: SubsetSettings) -> SubsetSettings:
-    """How held-out images are shown: no augmentation, every caption whole and in order."""
+def disable_augmentation(settings: SubsetSettings) -> SubsetSettings:
+    """The settings of held-out images: no augmentation, complete captions in their order."""
     rules = replace(
-        subset.rules,
+        settings.rules,
         shuffle_caption=False,
         token_warmup_step=0,
         caption_dropout_rate=0.0,
         caption_dropout_every_n_epochs=0,
         caption_tag_dropout_rate=0.0,
     )
-    images = replace(subset.images, flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None)
-    return replace(subset, rules=rules, images=images)
+    images = replace(settings.images, flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None)
+    return replace(settings, rules=rules, images=images)
 
 
-def halves(count: int, subset: SubsetSettings, seed: int) -> tuple[Column, Column]:
-    """Places of the training and of the validation images; of regularisation images none is held out.
+def split_subset(count: int, subset: SubsetSettings, seed: int) -> tuple[IntColumn, IntColumn]:
+    """Positions of the training and of the validation images; regularization images are never held out.
 
-    seed: where the subset has none of its own. Depends on nothing else, so a folder that several datasets use is
-    split alike in all of them.
+    seed: used if the subset has no validation_seed. Depends on nothing else, so that a folder which several datasets
+    use is split equally in all of them.
     """
     if subset.validation_split == 0 or subset.is_reg:
         return np.arange(count), np.zeros(0, np.int64)
-    own = seed if subset.validation_seed is None else subset.validation_seed
-    kept, held = held_out(count, subset.validation_split, own)
-    return np.array(kept, np.int64), np.array(held, np.int64)
+    subset_seed = seed if subset.validation_seed is None else subset.validation_seed
+    training, validation = split_positions(count, subset.validation_split, subset_seed)
+    return np.array(training, np.int64), np.array(validation, np.int64)
 
 
-def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Places of the training and of the validation images: the last round(count * share) of a shuffle are held out.
+def split_positions(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Positions of the training and of the validation images: the last round(count * share) of a shuffle are held out.
 
-    The field's rule for which images are held out, without its overlap of one image in many cases.
+    The rule of sd-scripts, without its overlap of one image in many cases.
     """
-    places = list(range(count))
-    Random(seed).shuffle(places)
+    positions = list(range(count))
+    Random(seed).shuffle(positions)
     cut = count - round(count * share)
-    return sorted(places[:cut]), places[cut:]
+    return sorted(positions[:cut]), positions[cut:]
 
 
 def refuse_overlap(training: Sequence[DatasetPlan], validation: Sequence[DatasetPlan], problems: Problems) -> None:
-    """A problem where an image that one subset holds out is trained on through another."""
-    held = {path for dataset in validation for subset in dataset.subsets for path in subset.items.pictures.paths()}
-    for dataset in training if held else ():
+    """A problem for each subset that trains on images which another one holds out."""
+    held_out: set[str] = set()
+    for dataset in validation:
         for subset in dataset.subsets:
-            both = [path for path in subset.items.pictures.paths() if path in held]
-            if both:
+            held_out.update(subset.items.images.paths())
+    for dataset in training if held_out else ():
+        for subset in dataset.subsets:
+            overlap = [path for path in subset.items.images.paths() if path in held_out]
+            if overlap:
                 problems.add(
-                    f"{subset.settings.where} trains on {len(both)} images that are held out for validation elsewhere: "
-                    f"{some(both)}",
+                    f"{subset.settings.where} trains on {len(overlap)} images that another subset holds out for "
+                    f"validation: {list_some(overlap)}",
+                    code="validation-images-trained-on",
                     fix="give all subsets with these images the same validation_split and validation_seed",
                 )
 
 
-def check_held_out(plan: DataPlan, config: Config, report: Report) -> None:
-    """A split that holds out nothing at all is a fault; without one, options of validation have no effect."""
-    empty = list(of_none(plan))
+def check_validation_split(plan: DataPlan, config: Config, report: Findings) -> None:
+    """A problem if a validation_split holds out no image; a warning for validation options without a split."""
+    empty = list_empty_splits(plan)
     if plan.validation:
-        for line in empty:
-            report.note(line)
+        for subset in empty:
+            report.note(
+                f"{subset.settings.where}: validation_split {subset.settings.validation_split:g} of "
+                f"{len(subset.items)} images holds out none"
+            )
     elif empty:
-        report.problems.add(empty[0], fix="raise validation_split, or add images")
-    elif idle := [f"--{name}" for name in type(config.validation).model_fields if config.changed(name)]:
-        report.no_effect(f"{', '.join(idle)}: no effect, for no image is held out; --validation_split says how many")
+        settings, count = empty[0].settings, len(empty[0].items)
+        report.problems.add(
+            f"{settings.where}: validation_split {settings.validation_split:g} of {count} images holds out none",
+            code="validation-split-empty",
+            fix="raise validation_split, or add images",
+        )
+    elif options := [f"--{name}" for name in type(config.validation).model_fields if config.is_changed(name)]:
+        report.report_no_effect(
+            f"{', '.join(options)}: no effect because no image is held out; --validation_split sets their share"
+        )
 
 
-def of_none(plan: DataPlan) -> Iterator[str]:
-    """Subsets that were to be split and are too small for it."""
-    held = {subset.settings.where for dataset in plan.validation for subset in dataset.subsets}
+def list_empty_splits(plan: DataPlan) -> list[SubsetPlan]:
+    """The subsets that are too small for their validation_split."""
+    split: set[str] = set()
+    for dataset in plan.validation:
+        split |= {subset.settings.where for subset in dataset.subsets}
+    empty: list[SubsetPlan] = []
     for dataset in plan.datasets:
         for subset in dataset.subsets:
             settings = subset.settings
-            if settings.validation_split > 0 and not settings.is_reg and settings.where not in held:
-                share, count = settings.validation_split, len(subset.items)
-                yield f"{settings.where}: validation_split {share:g} of {count} images holds out none"
+            if settings.validation_split > 0 and not settings.is_reg and settings.where not in split:
+                empty.append(subset)
+    return empty

@@ -1,4 +1,4 @@
-"""The data of a run in the words that the field's LoRA files carry; names of folders only, never paths."""
+"""The ss_ metadata of a run's data, as sd-scripts writes it into LoRA files; names of folders only, never paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.data.plans import DataPlan, DatasetPlan, SubsetPlan
 
-SUBSET_RULES = (
+CAPTION_OPTIONS = (
     "shuffle_caption",
     "keep_tokens",
     "keep_tokens_separator",
@@ -20,10 +20,10 @@ SUBSET_RULES = (
 )
 
 
-def metadata(plan: DataPlan) -> dict[str, Any]:
-    """Values by their ss_ key, as Python objects; whoever writes the file makes JSON of lists and dictionaries.
+def build_ss_metadata(plan: DataPlan) -> dict[str, Any]:
+    """ss_ key -> value, as Python objects; lists and dictionaries become JSON when the file is written.
 
-    With a dataset file: ss_datasets, ss_tag_frequency, ss_dataset_dirs. Without: the flat keys of its one dataset.
+    With a dataset file: ss_datasets, ss_tag_frequency, ss_dataset_dirs. Otherwise the flat keys of the one dataset.
     """
     counts = {
         "ss_num_train_images": plan.num_train_images,
@@ -33,15 +33,15 @@ def metadata(plan: DataPlan) -> dict[str, Any]:
     }
     if plan.from_file:
         return counts | {
-            "ss_datasets": [of_dataset(dataset) for dataset in plan.datasets],
-            "ss_tag_frequency": tag_frequencies(plan),
-            "ss_dataset_dirs": folders(plan, is_reg=False, apart=True),
+            "ss_datasets": [build_dataset_entry(dataset) for dataset in plan.datasets],
+            "ss_tag_frequency": count_tags_by_folder(plan),
+            "ss_dataset_dirs": count_folder_images(plan, is_reg=False, number_duplicates=True),
         }
     assert len(plan.datasets) == 1, "without a dataset file there is one dataset"
-    return counts | of_folders(plan, plan.datasets[0])
+    return counts | build_flat_keys(plan, plan.datasets[0])
 
 
-def of_dataset(dataset: DatasetPlan) -> dict[str, Any]:
+def build_dataset_entry(dataset: DatasetPlan) -> dict[str, Any]:
     """One entry of ss_datasets."""
     buckets = dataset.settings.buckets
     return {
@@ -51,16 +51,16 @@ def of_dataset(dataset: DatasetPlan) -> dict[str, Any]:
         "num_reg_images": dataset.num_reg_images,
         "resolution": list(dataset.settings.resolution),
         "enable_bucket": buckets.enabled,
-        "min_bucket_reso": buckets.shortest if limited(dataset) else None,
-        "max_bucket_reso": buckets.longest if limited(dataset) else None,
-        "tag_frequency": {subset.settings.place.name: tags(subset) for subset in dataset.subsets},
-        "bucket_info": bucket_info(dataset),
-        "resize_interpolation": common(subset.settings.images.resize_interpolation for subset in dataset.subsets),
-        "subsets": [of_subset(subset) for subset in dataset.subsets],
+        "min_bucket_reso": buckets.shortest if has_side_limits(dataset) else None,
+        "max_bucket_reso": buckets.longest if has_side_limits(dataset) else None,
+        "tag_frequency": {subset.settings.source.name: count_tags(subset) for subset in dataset.subsets},
+        "bucket_info": build_bucket_info(dataset),
+        "resize_interpolation": find_common(subset.settings.images.resize_interpolation for subset in dataset.subsets),
+        "subsets": [build_subset_entry(subset) for subset in dataset.subsets],
     }
 
 
-def of_subset(subset: SubsetPlan) -> dict[str, Any]:
+def build_subset_entry(subset: SubsetPlan) -> dict[str, Any]:
     settings = subset.settings
     return {
         "img_count": len(subset.items),
@@ -68,21 +68,21 @@ def of_subset(subset: SubsetPlan) -> dict[str, Any]:
         "color_aug": settings.images.color_aug,
         "flip_aug": settings.images.flip_aug,
         "random_crop": settings.images.random_crop,
-        **{name: vars(settings.rules)[name] for name in SUBSET_RULES},
+        **{name: vars(settings.rules)[name] for name in CAPTION_OPTIONS},
         "resize_interpolation": settings.images.resize_interpolation,
         **({"image_dir": settings.image_dir.name} if settings.image_dir else {}),
-        **of_kind(settings),
+        **build_source_keys(settings),
     }
 
 
-def of_kind(settings: SubsetSettings) -> dict[str, Any]:
+def build_source_keys(settings: SubsetSettings) -> dict[str, Any]:
     if settings.metadata_file is not None:
         return {"metadata_file": settings.metadata_file.name}
     return {"class_tokens": settings.class_tokens, "is_reg": settings.is_reg}
 
 
-def of_folders(plan: DataPlan, dataset: DatasetPlan) -> dict[str, Any]:
-    """The flat keys of a run without a dataset file."""
+def build_flat_keys(plan: DataPlan, dataset: DatasetPlan) -> dict[str, Any]:
+    """The keys of a run without a dataset file."""
     rules = dataset.subsets[0].settings.rules
     buckets = dataset.settings.buckets
     return {
@@ -95,23 +95,23 @@ def of_folders(plan: DataPlan, dataset: DatasetPlan) -> dict[str, Any]:
         "ss_shuffle_caption": rules.shuffle_caption,
         "ss_enable_bucket": buckets.enabled,
         "ss_bucket_no_upscale": buckets.no_upscale,
-        "ss_min_bucket_reso": buckets.shortest if limited(dataset) else None,
-        "ss_max_bucket_reso": buckets.longest if limited(dataset) else None,
+        "ss_min_bucket_reso": buckets.shortest if has_side_limits(dataset) else None,
+        "ss_max_bucket_reso": buckets.longest if has_side_limits(dataset) else None,
         "ss_keep_tokens": rules.keep_tokens,
-        "ss_dataset_dirs": folders(plan, is_reg=False, apart=False),
-        "ss_reg_dataset_dirs": folders(plan, is_reg=True, apart=False),
-        "ss_tag_frequency": tag_frequencies(plan),
-        "ss_bucket_info": bucket_info(dataset),
+        "ss_dataset_dirs": count_folder_images(plan, is_reg=False),
+        "ss_reg_dataset_dirs": count_folder_images(plan, is_reg=True),
+        "ss_tag_frequency": count_tags_by_folder(plan),
+        "ss_bucket_info": build_bucket_info(dataset),
     }
 
 
-def limited(dataset: DatasetPlan) -> bool:
-    """Whether the limits of bucket sides have an effect."""
+def has_side_limits(dataset: DatasetPlan) -> bool:
+    """Whether min_bucket_reso and max_bucket_reso have an effect."""
     return dataset.settings.buckets.enabled and not dataset.settings.buckets.no_upscale
 
 
-def bucket_info(dataset: DatasetPlan) -> dict[str, Any] | None:
-    """Sizes and samples of the buckets, None where there are none."""
+def build_bucket_info(dataset: DatasetPlan) -> dict[str, Any] | None:
+    """Sizes and samples of the buckets; None without buckets."""
     if not dataset.settings.buckets.enabled:
         return None
     buckets = {
@@ -120,46 +120,49 @@ def bucket_info(dataset: DatasetPlan) -> dict[str, Any] | None:
     return {"buckets": buckets, "mean_img_ar_error": dataset.mean_aspect_error}
 
 
-def folders(plan: DataPlan, *, is_reg: bool, apart: bool) -> dict[str, dict[str, int]]:
-    """Folder name -> repeats and number of images. apart: a name used again gets a number, else the last one counts."""
-    found: dict[str, dict[str, int]] = {}
-    for subset in subsets(plan):
+def count_folder_images(plan: DataPlan, *, is_reg: bool, number_duplicates: bool = False) -> dict[str, dict[str, int]]:
+    """Folder name -> repeats and number of images.
+
+    number_duplicates: the second folder of a name becomes "name (2)"; otherwise the last one replaces the others.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for subset in iterate_subsets(plan):
         if subset.settings.is_reg == is_reg:
-            name = subset.settings.place.name
-            same = sum(each == name or each.startswith(f"{name} (") for each in found)
-            name = f"{name} ({same + 1})" if apart and same else name
-            found[name] = {"n_repeats": subset.settings.num_repeats, "img_count": len(subset.items)}
-    return found
+            name = subset.settings.source.name
+            duplicates = sum(other == name or other.startswith(f"{name} (") for other in counts)
+            name = f"{name} ({duplicates + 1})" if number_duplicates and duplicates else name
+            counts[name] = {"n_repeats": subset.settings.num_repeats, "img_count": len(subset.items)}
+    return counts
 
 
-def tag_frequencies(plan: DataPlan) -> dict[str, dict[str, int]]:
-    """Folder name -> tag -> captions that have it; a folder that several datasets use counts once."""
-    found: dict[str, dict[str, int]] = {}
+def count_tags_by_folder(plan: DataPlan) -> dict[str, dict[str, int]]:
+    """Folder name -> tag -> number of captions with it; a folder that several datasets use counts once."""
+    counts: dict[str, dict[str, int]] = {}
     seen = set()
-    for subset in subsets(plan):
-        place = subset.settings.place.resolve()
-        if place not in seen:
-            merged = Counter(found.get(place.name, {}))
-            merged.update(tags(subset))
-            found[place.name] = dict(merged)
-        seen.add(place)
-    return found
+    for subset in iterate_subsets(plan):
+        folder = subset.settings.source.resolve()
+        if folder not in seen:
+            merged = Counter(counts.get(folder.name, {}))
+            merged.update(count_tags(subset))
+            counts[folder.name] = dict(merged)
+        seen.add(folder)
+    return counts
 
 
-def tags(subset: SubsetPlan) -> dict[str, int]:
-    """Lower-cased tags, separated by commas whatever the caption_separator: as other programs read them."""
+def count_tags(subset: SubsetPlan) -> dict[str, int]:
+    """Lowercase tags, separated by commas whatever the caption_separator, like sd-scripts counts them."""
     counts: Counter[str] = Counter()
-    for caption in subset.items.pictures.captions:
+    for caption in subset.items.images.captions:
         counts.update(tag.strip().lower() for tag in caption.split(",") if tag.strip())
     return dict(counts)
 
 
-def subsets(plan: DataPlan) -> Iterator[SubsetPlan]:
+def iterate_subsets(plan: DataPlan) -> Iterator[SubsetPlan]:
     for dataset in plan.datasets:
         yield from dataset.subsets
 
 
-def common(values: Iterator[str | None]) -> str | None:
-    """The one value that all share, else None."""
+def find_common(values: Iterator[str | None]) -> str | None:
+    """The value that all of them have, else None."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else None

@@ -1,4 +1,4 @@
-"""Captions of which a cache of text keeps several: the empty one, and up to K realised variants of each."""
+"""Caption variants of the text cache: the empty caption, and up to K variants of each caption."""
 
 from __future__ import annotations
 
@@ -8,70 +8,80 @@ from dataclasses import replace
 from random import Random
 
 from sfumato.common.seeds import python_random
-from sfumato.data.captions import CaptionRules, dropped, process
+from sfumato.data.captions import CaptionRules, drops_caption, process_caption
 from sfumato.data.plans import DataPlan, Item, SubsetPlan
 from sfumato.errors import Problems
 
-NEVER = ("token_warmup_step",)  # it changes captions with the step, which a kept variant knows nothing of
+UNCACHEABLE_OPTIONS = (
+    "token_warmup_step",
+)  # it changes captions with the step, of which a cached variant is independent
 
 
-def variant(text: str, rules: CaptionRules, number: int) -> str:
-    """The caption's realised variant of that number (from 0), never left out.
+def make_variant(text: str, rules: CaptionRules, number: int) -> str:
+    """The variant of a caption with this number (from 0), without caption dropout.
 
-    A function of the caption, its rules and the number alone: other runs and other seeds find the same ones cached, and
-    a larger K only adds to them.
+    A function of the caption, its rules and the number alone: runs with other seeds use the same cache entries, and a
+    larger K only adds to them.
     """
-    never = replace(rules, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
+    without_dropout = replace(rules, caption_dropout_rate=0.0, caption_dropout_every_n_epochs=0)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass") + b"\0%d" % number, digest_size=16).digest()
-    return process(text, never, Random(int.from_bytes(digest, "little")), epoch=1, step=0, max_train_steps=1)
+    rng = Random(int.from_bytes(digest, "little"))
+    return process_caption(text, without_dropout, rng, epoch=1, step=0, max_train_steps=1)
 
 
-def longest_form(item: Item, subset: SubsetPlan) -> str:
+def make_longest_variant(item: Item, subset: SubsetPlan) -> str:
     """The caption with all its tags, prefix and suffix."""
-    never = {"shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0}
-    return variant(item.picture.caption, replace(subset.settings.rules, **never), 0)
+    unchanged_tags = {"shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0}
+    return make_variant(item.image.caption, replace(subset.settings.rules, **unchanged_tags), 0)
 
 
-def chosen(text: str, rules: CaptionRules, *, variants: int, seed: int, sample: int, epoch: int) -> str:
-    """What one sample is trained with; `sample` is its id, which holds the epoch, too. epoch counts from 1."""
-    if dropped(rules, python_random(seed, "caption", sample), epoch):
+def choose_variant(text: str, rules: CaptionRules, *, variants: int, seed: int, sample: int, epoch: int) -> str:
+    """The caption of one sample. sample: its id, which is another in each epoch; epoch counts from 1."""
+    if drops_caption(rules, python_random(seed, "caption", sample), epoch):
         return ""
-    count = variants if rules.varying else 1
-    return variant(text, rules, python_random(seed, "variant", sample).randrange(count))
+    count = variants if rules.varying_options else 1
+    return make_variant(text, rules, python_random(seed, "variant", sample).randrange(count))
 
 
-def captions_to_cache(plan: DataPlan, *, variants: int = 1) -> list[str]:
-    """Every caption that training can ask for where text is cached, in order, once each."""
-    found: dict[str, None] = {}
-    for subset in {id(subset): subset for _, subset, _ in plan.used()}.values():
+def list_captions_to_cache(plan: DataPlan, *, variants: int = 1) -> list[str]:
+    """Every caption that training with cached text can use, in order, without duplicates."""
+    captions: dict[str, None] = {}
+    for subset in list_used_subsets(plan):
         rules = subset.settings.rules
-        if rules.drops:
-            found[""] = None
+        if rules.has_dropout:
+            captions[""] = None
         for item in subset.items:
-            for number in range(variants if rules.varying else 1):
-                found[variant(item.picture.caption, rules, number)] = None
-    return list(found)
+            for number in range(variants if rules.varying_options else 1):
+                captions[make_variant(item.image.caption, rules, number)] = None
+    return list(captions)
+
+
+def list_used_subsets(plan: DataPlan) -> list[SubsetPlan]:
+    """The subsets with at least one sample, of training and validation, in order."""
+    return list({id(subset): subset for _, subset, _ in plan.iterate_used()}.values())
 
 
 def refuse_varying(plan: DataPlan, problems: Problems, *, variants: int = 1) -> None:
-    """Options that make ever new captions are a fault beside a cache of text, each named with its subset."""
-    for subset in {id(subset): subset for _, subset, _ in plan.used()}.values():
-        for name in subset.settings.rules.varying:
-            if name in NEVER:
+    """A problem for each option of a subset that makes more captions than the text cache keeps."""
+    for subset in list_used_subsets(plan):
+        for name in subset.settings.rules.varying_options:
+            if name in UNCACHEABLE_OPTIONS:
                 problems.add(
-                    f"{subset.settings.where}: {name} changes captions with the step, which cached text cannot follow",
-                    fix=f"leave out {name} or the cache",
+                    f"{subset.settings.where}: {name} changes captions with the step, but cached text is fixed",
+                    code="step-dependent-captions-cached",
+                    fix=f"remove {name}, or --cache_text_encoder_outputs",
                 )
             elif variants == 1:
                 problems.add(
-                    f"{subset.settings.where}: {name} makes ever new captions, but a cache of text keeps one of each",
-                    fix=f"give --text_cache_variants K to keep K of each, or leave out {name} or the cache",
+                    f"{subset.settings.where}: {name} changes captions at every step, but cached text has one variant",
+                    code="varying-captions-cached",
+                    fix=f"--text_cache_variants K keeps K of each; or remove {name}, or --cache_text_encoder_outputs",
                 )
 
 
-def told(plan: DataPlan, *, variants: int) -> Iterator[str]:
-    """What the report says of the captions that are kept."""
-    subsets = {id(subset): subset for _, subset, _ in plan.used() if subset.settings.rules.varying}.values()
+def describe_variants(plan: DataPlan, *, variants: int) -> Iterator[str]:
+    """A line for the report where captions are cached in several variants."""
+    subsets = [subset for subset in list_used_subsets(plan) if subset.settings.rules.varying_options]
     if subsets and variants > 1:
         texts = variants * sum(len(subset.items) for subset in subsets)
-        yield f"text is cached in {variants} variants of each caption, {texts} in all; each sample draws one of its own"
+        yield f"text is cached in {variants} variants of each caption, {texts} in total; each sample uses a random one"

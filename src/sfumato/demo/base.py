@@ -1,7 +1,7 @@
 """The base model of the demo: sfumato-tiny, a small Stable Diffusion of our own that was trained from scratch.
 
-`recipes/tiny` trains it. It knows twenty things, each large and in the middle of a picture of 64 x 64 pixels, on ten
-background colours: "a cat on a blue background".
+`recipes/tiny` trains it. It knows twenty things, each large and in the middle of an image of 64 x 64 pixels, on ten
+background colors: "a cat on a blue background".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHECKPOINT = ASSETS / "sfumato-tiny.safetensors"  # its tokenizer is in the fold
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base model, what to train it with, and how to make pictures with it."""
+    """A base model, the options to train it with, and how to sample from it."""
 
     title: str
     model: dict[str, str | bool]  # options that say what it is; True for switches
@@ -29,9 +29,9 @@ class Base:
 
 
 def tiny_base(checkpoint: Path = CHECKPOINT) -> Base:
-    """The shipped model, or another state of it; raises UserError where the file is missing."""
+    """The shipped model, or another checkpoint of it; raises UserError where the file is missing."""
     if not checkpoint.is_file():
-        raise UserError(f"{checkpoint} is missing", fix="install sfumato again")
+        raise UserError(f"{checkpoint} is missing", code="demo-model-missing", fix="install sfumato again")
     return Base(
         title="sfumato-tiny",
         model={

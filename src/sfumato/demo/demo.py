@@ -1,8 +1,7 @@
-"""`sfumato demo`: teach a small model a thing it has never seen, and show it before and after."""
+"""`sfumato demo`: teach a small model a subject it has never seen, and show its images before and after."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,121 +14,104 @@ from PIL import Image
 from sfumato.common import files
 from sfumato.config import load_config
 from sfumato.demo.base import ASSETS, Base, tiny_base
-from sfumato.demo.plot import loss_plot
-from sfumato.demo.sheet import Row, sheet
+from sfumato.demo.plot import draw_loss_plot
+from sfumato.demo.sheet import SheetRow, draw_sheet
 
 if TYPE_CHECKING:
-    from sfumato.demo.judge import Judge
+    from sfumato.demo.classifier import Classifier
 
 SUBJECT = "robot"
-LESSON = ASSETS / "lesson" / "new"  # ten pictures of it
-KNOWN = ASSETS / "lesson" / "known"  # a picture of each thing that the model knows, so that it does not forget them
+LESSON_FOLDER = ASSETS / "lesson" / "new"  # ten images of it
+REG_FOLDER = (
+    ASSETS / "lesson" / "known"
+)  # one image of each thing that the model knows, so that it does not forget them
 SEED = 42
-PROMPTS = (  # no lesson shows it on green or purple
+PROMPTS = (  # the training images show it neither on green nor on purple
     "a robot on a green background",
     "a robot on a purple background",
     "blue background, robot",
 )
-OTHERS = {"a cat on a pink background": "cat", "yellow background with a house": "house"}  # prompt -> what it shows
+SUBJECTS: dict[str, str] = dict.fromkeys(PROMPTS, SUBJECT)  # prompt -> what its images should show
+OTHER_SUBJECTS = {"a cat on a pink background": "cat", "yellow background with a house": "house"}
 SEEDS = (1, 2, 3)
-LEARNED, SEEN_BEFORE, KEPT = 0.7, 0.2, 0.6  # shares of the pictures: at least, at most, at least
+MIN_ACCURACY, MAX_ACCURACY_BEFORE = 0.7, 0.2  # of the subject, after and before
+MIN_OTHERS_KEPT = 0.6  # share of the other subjects' accuracy that training must keep
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """One state of the model: what it makes of each prompt, and what the judge sees in that."""
+class DemoImages:
+    """One state of the model: its images of each prompt, and what the classifier sees in each."""
 
-    drawn: Mapping[str, Sequence[Image.Image]]
-    seen: Mapping[str, Sequence[str]]
+    images: Mapping[str, Sequence[Image.Image]]
+    predictions: Mapping[str, Sequence[str]]
 
-    def share(self, wanted: Mapping[str, str]) -> float:
-        """How many of the pictures show what their prompt asks for, 0 to 1."""
-        hits = [name == what for prompt, what in wanted.items() for name in self.seen[prompt]]
-        return sum(hits) / len(hits)
+    def accuracy(self, subjects: Mapping[str, str]) -> float:
+        """The share of the images that show the subject of their prompt, 0 to 1."""
+        hits, total = 0, 0
+        for prompt, subject in subjects.items():
+            hits += self.predictions[prompt].count(subject)
+            total += len(self.predictions[prompt])
+        return hits / total
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """Where the demo's files are, and how the judge finds the subject."""
+class DemoResult:
+    """The files of the demo, and how often the classifier recognizes the subjects."""
 
     lora: Path
     plot: Path
     sheet: Path
-    before: float  # share of the pictures in which the subject is recognised
+    before: float  # share of the images in which the subject is recognized
     after: float
-    others_before: float  # share of the other pictures that show what they should
+    others_before: float  # share of the images of other subjects in which these are recognized
     others_after: float
 
     @property
     def learned(self) -> bool:
-        kept = self.others_after >= KEPT * self.others_before
-        return self.after >= LEARNED and self.before <= SEEN_BEFORE and kept
+        kept = self.others_after >= MIN_OTHERS_KEPT * self.others_before
+        return self.after >= MIN_ACCURACY and self.before <= MAX_ACCURACY_BEFORE and kept
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code 1 where the judge does not find that the subject was learned."""
-    parser = argparse.ArgumentParser(
-        prog="sfumato demo",
-        description="Teaches a small model a thing it has never seen by a LoRA, and shows before and after.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="where everything goes [default: demo]")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of the training [default: {SEED}]")
-    asked = parser.parse_args(argv)
-    import torch
-
-    torch.set_num_threads(1)  # a network this small is slower with more, and many times slower on a busy machine
-    result = demo(asked.output_dir, options={"seed": str(asked.seed)})
-    shares = f"{result.before:.0%} of its pictures before, {result.after:.0%} after"
-    print(f"\nA small classifier sees a {SUBJECT} in {shares}.")
-    shares = f"{result.others_before:.0%} show what they should before, {result.others_after:.0%} after"
-    print(f"Of the other pictures {shares}.")
-    print(f"  the LoRA          {result.lora}")
-    print(f"  its loss          {result.plot}")
-    print(f"  before and after  {result.sheet}")
-    return 0 if result.learned else 1
-
-
-def demo(output: Path, *, options: Mapping[str, str] | None = None, base: Base | None = None) -> Result:
-    """Train on the lesson as a user would, draw, judge. `options` go before the base's own."""
-    from sfumato.demo.judge import load_judge
+def run_demo(output: Path, *, options: Mapping[str, str] | None = None, base: Base | None = None) -> DemoResult:
+    """Train as a user would, make images before and after, classify them. `options` take precedence over the base's."""
+    from sfumato.demo.classifier import load_classifier
     from sfumato.train import train
 
     base = base or tiny_base()
-    line = command_line(base, output, options or {})
-    print(f"Teaching {base.title} what a {SUBJECT} is, from {lessons()} pictures in {LESSON}; by hand:\n")
+    line = make_command_line(base, output, options or {})
+    count = count_lesson_images()
+    print(f"Teaching {base.title} what a {SUBJECT} is, from {count} images in {LESSON_FOLDER}. The command:\n")
     print(f"sfumato train {shlex.join(line)}\n", flush=True)
     train(load_config(line))
 
-    print("\nMaking pictures without and with the LoRA.", flush=True)
+    print("\nMaking images without and with the LoRA.", flush=True)
     lora = output / f"{SUBJECT}.safetensors"
-    judge = load_judge()
-    before, after = pictures(base, None, judge), pictures(base, lora, judge)
+    classifier = load_classifier()
+    before, after = make_images(base, None, classifier), make_images(base, lora, classifier)
     losses = read_losses(output / f"{SUBJECT}.run.jsonl")
-    subjects: dict[str, str] = dict.fromkeys(PROMPTS, SUBJECT)
-    result = Result(
+    result = DemoResult(
         lora=lora,
         plot=output / "loss.png",
         sheet=output / "before_and_after.png",
-        before=before.share(subjects),
-        after=after.share(subjects),
-        others_before=before.share(OTHERS),
-        others_after=after.share(OTHERS),
+        before=before.accuracy(SUBJECTS),
+        after=after.accuracy(SUBJECTS),
+        others_before=before.accuracy(OTHER_SUBJECTS),
+        others_after=after.accuracy(OTHER_SUBJECTS),
     )
-    facts = f"{base.title}, LoRA, {len(losses)} steps on {lessons()} pictures of a {SUBJECT}"
-    save(result.plot, loss_plot(losses, title="Training loss", subtitle=facts))
-    rows = [row(prompt, what, before, after) for prompt, what in (subjects | OTHERS).items()]
-    seeds = f"seeds {', '.join(map(str, SEEDS))}"
-    save(result.sheet, sheet(rows, ["before", "after"], title="Before and after", subtitle=f"{facts}; {seeds}"))
+    facts = f"{base.title}, LoRA, {len(losses)} steps on {count} images of a {SUBJECT}"
+    save_png(result.plot, draw_loss_plot(losses, title="Training loss", subtitle=facts))
+    rows = [make_sheet_row(prompt, subject, before, after) for prompt, subject in (SUBJECTS | OTHER_SUBJECTS).items()]
+    subtitle = f"{facts}; seeds {', '.join(map(str, SEEDS))}"
+    save_png(result.sheet, draw_sheet(rows, ["before", "after"], title="Before and after", subtitle=subtitle))
     return result
 
 
-def command_line(base: Base, output: Path, options: Mapping[str, str]) -> list[str]:
-    """What a user would give to `sfumato train`."""
+def make_command_line(base: Base, output: Path, options: Mapping[str, str]) -> list[str]:
+    """The options of `sfumato train` that a user would give."""
     values = {
         **base.model,
-        "train_data_dir": str(LESSON),
-        "reg_data_dir": str(KNOWN),
+        "train_data_dir": str(LESSON_FOLDER),
+        "reg_data_dir": str(REG_FOLDER),
         "caption_extension": ".txt",
         "resolution": str(base.size),
         "network_module": "networks.lora",
@@ -143,24 +125,28 @@ def command_line(base: Base, output: Path, options: Mapping[str, str]) -> list[s
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
 
 
-def pictures(base: Base, lora: Path | None, judge: Judge) -> Pictures:
+def make_images(base: Base, lora: Path | None, classifier: Classifier) -> DemoImages:
     """Every prompt with every seed, from a freshly loaded model."""
-    from sfumato.demo.artist import hire
+    from sfumato.demo.pipeline import load_pipeline
 
-    artist = hire(base, adapter=lora)
-    drawn = {prompt: [artist.draw(prompt, seed) for seed in SEEDS] for prompt in (*PROMPTS, *OTHERS)}
-    seen = {prompt: [verdict.name for verdict in judge(made)] for prompt, made in drawn.items()}
-    return Pictures(drawn=drawn, seen=seen)
-
-
-def row(prompt: str, what: str, before: Pictures, after: Pictures) -> Row:
-    counts = [sum(name == what for name in each.seen[prompt]) for each in (before, after)]
-    note = f"{what} recognised: {counts[0]} of {len(SEEDS)} before, {counts[1]} after"
-    return Row(prompt=prompt, note=note, states=[before.drawn[prompt], after.drawn[prompt]])
+    pipeline = load_pipeline(base, adapter=lora)
+    images: dict[str, list[Image.Image]] = {}
+    predictions: dict[str, list[str]] = {}
+    for prompt in (*SUBJECTS, *OTHER_SUBJECTS):
+        images[prompt] = [pipeline.generate(prompt, seed) for seed in SEEDS]
+        predictions[prompt] = [prediction.name for prediction in classifier(images[prompt])]
+    return DemoImages(images=images, predictions=predictions)
 
 
-def lessons() -> int:
-    return len(list(LESSON.rglob("*.png")))
+def make_sheet_row(prompt: str, subject: str, before: DemoImages, after: DemoImages) -> SheetRow:
+    """A prompt's images before and after, and in how many of them the subject is recognized."""
+    count, count_after = (state.predictions[prompt].count(subject) for state in (before, after))
+    note = f"{subject} recognized: {count} of {len(SEEDS)} before, {count_after} after"
+    return SheetRow(prompt=prompt, note=note, states=[before.images[prompt], after.images[prompt]])
+
+
+def count_lesson_images() -> int:
+    return len(list(LESSON_FOLDER.rglob("*.png")))
 
 
 def read_losses(path: Path) -> list[float]:
@@ -168,6 +154,6 @@ def read_losses(path: Path) -> list[float]:
     return [json.loads(line)["loss/current"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def save(path: Path, picture: Image.Image) -> None:
-    with files.atomic(path) as temporary:
-        picture.save(temporary, "PNG", optimize=True)
+def save_png(path: Path, image: Image.Image) -> None:
+    with files.write_atomically(path) as temporary:
+        image.save(temporary, "PNG", optimize=True)

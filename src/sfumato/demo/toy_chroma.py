@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.demo import toy_flux
-from sfumato.demo.toy import TOYS, WORDS, Layout, Toy
-from sfumato.demo.weights import random_network
+from sfumato.demo.toy import TOY_WORDS, TOYS, Layout, Toy
+from sfumato.demo.weights import make_random_network
 from sfumato.families import _chroma_keys, _t5, _tokenizers, _vae
-from sfumato.formats.checkpoint import write_safetensors
+from sfumato.formats.checkpoint_writer import write_safetensors
 
 
 def write(folder: Path, *, seed: int, layout: Layout, variant: str) -> dict[str, Path]:
-    name = "tokenizer" if layout == "diffusers" else "tokenizer_2"  # beside a FLUX.1, too
-    networks = make_networks(_tokenizers.toy_t5_tokenizer(folder / name, WORDS), seed=seed)
+    name = "tokenizer" if layout == "diffusers" else "tokenizer_2"  # so that it may stand beside a FLUX.1
+    networks = make_networks(_tokenizers.write_toy_t5_tokenizer(folder / name, TOY_WORDS), seed=seed)
     if layout == "diffusers":
         write_folder(folder, networks)
         return {"pretrained_model_name_or_path": folder, name: folder / name}
@@ -29,23 +29,26 @@ def write(folder: Path, *, seed: int, layout: Layout, variant: str) -> dict[str,
     return {**paths, name: folder / name}
 
 
-def make_networks(pieces: int, *, seed: int) -> dict[str, Any]:
-    """The three networks; `pieces` is the size of T5's vocabulary."""
-    plain = {k: v for k, v in toy_flux.transformer_config(False).items() if k not in toy_flux.MODULATION}
-    config = plain | {"approximator_num_channels": 64, "approximator_hidden_dim": 96, "approximator_layers": 2}
+def make_networks(vocabulary: int, *, seed: int) -> dict[str, Any]:
+    """The three networks; `vocabulary` is the size of T5's."""
+    flux = toy_flux.make_flux_config(False)
+    config = {option: value for option, value in flux.items() if option not in toy_flux.MODULATION_OPTIONS}
+    config |= {"approximator_num_channels": 64, "approximator_hidden_dim": 96, "approximator_layers": 2}
     return {
-        "transformer": random_network(_chroma_keys.build, config, seed=seed, purpose="chroma dit"),
-        "text_encoder": random_network(_t5.build, toy_flux.t5_config(pieces), seed=seed, purpose="chroma t5"),
-        "vae": random_network(_vae.build, toy_flux.VAE_CONFIG, seed=seed, purpose="chroma vae"),
+        "transformer": make_random_network(_chroma_keys.build, config, seed=seed, purpose="chroma dit"),
+        "text_encoder": make_random_network(
+            _t5.build, toy_flux.make_t5_config(vocabulary), seed=seed, purpose="chroma t5"
+        ),
+        "vae": make_random_network(_vae.build, toy_flux.FLUX_VAE_CONFIG, seed=seed, purpose="chroma vae"),
     }
 
 
 def single_files(networks: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Option -> entries of its file, in the layouts that the field passes around."""
+    """Option -> tensors of its file, under the keys of published files."""
     return {
-        "pretrained_model_name_or_path": _chroma_keys.KEYS.to_original(networks["transformer"].state_dict()),
-        "t5xxl": toy_flux.t5_file(networks["text_encoder"]),
-        "ae": toy_flux.vae_file(networks["vae"]),
+        "pretrained_model_name_or_path": _chroma_keys.CHROMA_KEYS.to_original(networks["transformer"].state_dict()),
+        "t5xxl": toy_flux.to_t5_keys(networks["text_encoder"]),
+        "ae": toy_flux.to_vae_keys(networks["vae"]),
     }
 
 
@@ -55,7 +58,7 @@ def write_folder(folder: Path, networks: Mapping[str, Any]) -> None:
     library: Any = diffusers  # its annotations are narrower than what it takes
     pipeline = library.ChromaPipeline(
         **networks,
-        tokenizer=_tokenizers.t5_tokenizer(folder / "tokenizer"),
+        tokenizer=_tokenizers.load_t5_tokenizer(folder / "tokenizer"),
         scheduler=library.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )
     pipeline.save_pretrained(folder)

@@ -9,30 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.demo.toy import TOYS, WORDS, Layout, Toy
-from sfumato.demo.weights import random_network
+from sfumato.demo.toy import TOY_WORDS, TOYS, Layout, Toy
+from sfumato.demo.weights import make_random_network
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
-from sfumato.families.sd import CLIP, OPEN_CLIP, UNET
-from sfumato.formats.checkpoint import write_safetensors
+from sfumato.families.part import DENOISER_PREFIX
+from sfumato.families.sd import CLIP_PREFIX, OPEN_CLIP_PREFIX
+from sfumato.formats.checkpoint_writer import write_safetensors
 
-WIDTH = 64  # of the text encoder
-UNET_CONFIG = {
+CLIP_WIDTH = 64  # of the text encoder
+SD_UNET_CONFIG = {
     "in_channels": 4,
     "out_channels": 4,
     "block_out_channels": [32, 64, 64, 64],
     "layers_per_block": 1,
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
     "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    "cross_attention_dim": WIDTH,
+    "cross_attention_dim": CLIP_WIDTH,
     "attention_head_dim": 8,  # diffusers' name for the number of heads
 }
-UNET_CONFIG_2 = UNET_CONFIG | {
+SD2_UNET_CONFIG = SD_UNET_CONFIG | {
     "block_out_channels": [32, 64, 128, 128],
     "attention_head_dim": [1, 1, 2, 2],  # heads of 64 channels
     "use_linear_projection": True,
 }
-VAE_CONFIG = {
+SD_VAE_CONFIG = {
     "block_out_channels": [32, 32, 64, 64],
     "layers_per_block": 1,
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -43,13 +44,13 @@ VAE_CONFIG = {
 
 
 def write(folder: Path, *, seed: int, layout: Layout, variant: str) -> dict[str, Path]:
-    words = _tokenizers.toy_tokenizer(folder / "tokenizer", WORDS)
-    networks = make_networks(words, seed) if variant == "1" else make_networks_2(words, seed)
+    words = _tokenizers.write_toy_clip_tokenizer(folder / "tokenizer", TOY_WORDS)
+    networks = make_networks(words, seed) if variant == "1" else make_sd2_networks(words, seed)
     if layout == "diffusers":
         write_folder(folder, networks, variant)
         return {"pretrained_model_name_or_path": folder, "tokenizer": folder / "tokenizer"}
     path = folder / "toy_sd.safetensors"
-    tensors = single_file(networks) if variant == "1" else single_file_2(networks, words, seed)
+    tensors = single_file(networks) if variant == "1" else sd2_single_file(networks, words, seed)
     write_safetensors(path, tensors, {"format": "pt"})
     return {"pretrained_model_name_or_path": path, "tokenizer": folder / "tokenizer"}
 
@@ -57,36 +58,36 @@ def write(folder: Path, *, seed: int, layout: Layout, variant: str) -> dict[str,
 def make_networks(vocabulary: int, seed: int) -> dict[str, Any]:
     """The three networks; `vocabulary` is the tokenizer's size."""
     return {
-        "unet": random_network(_unet.build, UNET_CONFIG, seed=seed, purpose="sd unet"),
-        "vae": random_network(_vae.build, VAE_CONFIG, seed=seed, purpose="sd vae"),
-        "text_encoder": random_network(_clip.build, clip_config(vocabulary), seed=seed, purpose="sd clip"),
+        "unet": make_random_network(_unet.build, SD_UNET_CONFIG, seed=seed, purpose="sd unet"),
+        "vae": make_random_network(_vae.build, SD_VAE_CONFIG, seed=seed, purpose="sd vae"),
+        "text_encoder": make_random_network(_clip.build, make_clip_config(vocabulary), seed=seed, purpose="sd clip"),
     }
 
 
-def make_networks_2(vocabulary: int, seed: int) -> dict[str, Any]:
-    """The same of Stable Diffusion 2."""
+def make_sd2_networks(vocabulary: int, seed: int) -> dict[str, Any]:
+    """The three networks of Stable Diffusion 2."""
     return make_networks(vocabulary, seed) | {
-        "unet": random_network(_unet.build, UNET_CONFIG_2, seed=seed, purpose="sd unet"),
-        "text_encoder": open_clip(vocabulary, seed, layers=2),
+        "unet": make_random_network(_unet.build, SD2_UNET_CONFIG, seed=seed, purpose="sd unet"),
+        "text_encoder": make_open_clip(vocabulary, seed, layers=2),
     }
 
 
-def open_clip(vocabulary: int, seed: int, *, layers: int) -> Any:
-    """A text tower of any depth; the layers that two depths share are equal."""
-    config = clip_config(vocabulary) | {"hidden_act": "gelu", "num_hidden_layers": layers}
-    return random_network(_clip.build, config, seed=seed, purpose="sd open clip")
+def make_open_clip(vocabulary: int, seed: int, *, layers: int) -> Any:
+    """An OpenCLIP text encoder of any depth; the layers that two depths share are equal."""
+    config = make_clip_config(vocabulary) | {"hidden_act": "gelu", "num_hidden_layers": layers}
+    return make_random_network(_clip.build, config, seed=seed, purpose="sd open clip")
 
 
-def clip_config(vocabulary: int) -> dict[str, Any]:
-    """A CLIP text tower of two layers; the tokenizer's begin and end tokens are its last two."""
+def make_clip_config(vocabulary: int) -> dict[str, Any]:
+    """A CLIP text encoder of two layers; the tokenizer's begin and end tokens are its last two."""
     return {
         "vocab_size": vocabulary,
-        "hidden_size": WIDTH,
-        "projection_dim": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "hidden_size": CLIP_WIDTH,
+        "projection_dim": CLIP_WIDTH,
+        "intermediate_size": 2 * CLIP_WIDTH,
         "num_hidden_layers": 2,
         "num_attention_heads": 1,
-        "max_position_embeddings": _clip.LENGTH,
+        "max_position_embeddings": _clip.CLIP_LENGTH,
         "hidden_act": "quick_gelu",
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
@@ -95,33 +96,41 @@ def clip_config(vocabulary: int) -> dict[str, Any]:
 
 
 def single_file(networks: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every entry of a checkpoint as the first trainers of the field saved it, leftovers of their training included."""
+    """The tensors of a checkpoint under the published keys, with those that training left in it."""
     clip = _clip.key_map().to_original(networks["text_encoder"].state_dict())
-    clip["text_model.embeddings.position_ids"] = torch.arange(_clip.LENGTH)[None]
-    return pictures(networks) | {CLIP + name: tensor for name, tensor in clip.items()} | leftovers()
+    clip["text_model.embeddings.position_ids"] = torch.arange(_clip.CLIP_LENGTH)[None]
+    return (
+        to_unet_and_vae_keys(networks)
+        | {CLIP_PREFIX + name: tensor for name, tensor in clip.items()}
+        | make_training_buffers()
+    )
 
 
-def single_file_2(networks: Mapping[str, Any], vocabulary: int, seed: int) -> dict[str, Tensor]:
-    """A checkpoint of Stable Diffusion 2, in which the text tower has a layer more than is used."""
-    whole = open_clip(vocabulary, seed, layers=3)
+def sd2_single_file(networks: Mapping[str, Any], vocabulary: int, seed: int) -> dict[str, Tensor]:
+    """A checkpoint of Stable Diffusion 2, whose text encoder has one layer more than is used."""
+    whole = make_open_clip(vocabulary, seed, layers=3)
     clip = _open_clip.key_map(projected=False).to_original(whole.state_dict())
-    clip |= {"text_projection": torch.eye(WIDTH), "logit_scale": torch.tensor(4.6)}
-    return pictures(networks) | {OPEN_CLIP + name: tensor for name, tensor in clip.items()} | leftovers()
+    clip |= {"text_projection": torch.eye(CLIP_WIDTH), "logit_scale": torch.tensor(4.6)}
+    return (
+        to_unet_and_vae_keys(networks)
+        | {OPEN_CLIP_PREFIX + name: tensor for name, tensor in clip.items()}
+        | make_training_buffers()
+    )
 
 
-def pictures(networks: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What every checkpoint of this line holds: the UNet and the autoencoder."""
+def to_unet_and_vae_keys(networks: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The UNet and the autoencoder under the published keys, as in every checkpoint of Stable Diffusion 1 and 2."""
     unet = _unet.key_map(networks["unet"].config).to_original(networks["unet"].state_dict())
     levels = len(networks["vae"].config["block_out_channels"])
     vae = _vae.key_map(levels).to_original(networks["vae"].state_dict())
     return {
-        **{UNET + name: tensor for name, tensor in unet.items()},
-        **{_vae.PREFIX + name: tensor for name, tensor in vae.items()},
+        **{DENOISER_PREFIX + name: tensor for name, tensor in unet.items()},
+        **{_vae.VAE_PREFIX + name: tensor for name, tensor in vae.items()},
     }
 
 
-def leftovers() -> dict[str, Tensor]:
-    """The schedule's buffers and the average's counters, which loading must pass over."""
+def make_training_buffers() -> dict[str, Tensor]:
+    """The schedule's buffers and the EMA's counters, which loading must ignore."""
     kept = VariancePreserving().alphas_cumprod
     before = torch.cat([kept.new_ones(1), kept[:-1]])
     betas = 1 - kept / before
@@ -154,7 +163,7 @@ def write_folder(folder: Path, networks: Mapping[str, Any], variant: str) -> Non
     )
     pipeline = library.StableDiffusionPipeline(
         **networks,
-        tokenizer=_tokenizers.clip_tokenizer(folder / "tokenizer", pad_with_zero=variant != "1"),
+        tokenizer=_tokenizers.load_clip_tokenizer(folder / "tokenizer", pad_with_zero=variant != "1"),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -1,1 +1,1 @@
-"""The formulas: objectives, timesteps, noise, losses, weightings and the randomness they draw from."""
+"""The formulas of diffusion training: objectives, timesteps, noise, losses, weightings and randomness."""

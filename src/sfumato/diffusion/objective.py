@@ -1,6 +1,6 @@
-"""How an image is noised and what is compared: variance-preserving diffusion and rectified flow.
+"""Training objectives, how latents are noised and what the loss compares: variance-preserving and rectified flow.
 
-Time runs in the field's unit, 0 .. 1000. Levels are float64 on the CPU (a handful of numbers a step) and
+Timesteps are 0 .. 1000, as in diffusers and sd-scripts. Levels are float64 on the CPU (a few numbers per step) and
 take the dtype and device of what they multiply, so that no formula loses precision before it is used.
 """
 
@@ -14,12 +14,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-Grid = Callable[[Any, int, int], None]  # gives a diffusers scheduler its levels; steps, tokens
+TimestepGrid = Callable[[Any, int, int], None]  # (scheduler, steps, tokens): sets a diffusers scheduler's timesteps
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """Shape facts of a latent; `tokens` serves resolution-dependent shifts, in training and in sampling."""
+    """Shape and scale of a family's latents."""
 
     channels: int
     downscale: int
@@ -29,15 +29,15 @@ class LatentSpec:
     size_multiple: int
 
     def tokens(self, shape: Sequence[int]) -> int:
-        """Number of tokens the denoiser sees for a latent (..., h, w)."""
+        """Number of the denoiser's tokens for a latent (..., h, w); resolution-dependent shifts use it."""
         return (shape[-2] // self.patch) * (shape[-1] // self.patch)
 
 
 @dataclass(frozen=True)
 class Level:
-    """Each sample's place on the noise axis, (B,); all that losses and weightings may ask."""
+    """Noise levels of a batch, each (B,): x_t = alpha x0 + sigma noise."""
 
-    t: Tensor  # 0 .. 1000 (variance preserving: a whole index below 1000; flow: 1000 sigma)
+    t: Tensor  # 0 .. 1000 (variance preserving: an integer below 1000; flow: 1000 sigma)
     alpha: Tensor
     sigma: Tensor
 
@@ -47,7 +47,7 @@ class Level:
 
 
 class Objective(Protocol):
-    """How an image is noised and what is compared."""
+    """How latents are noised and what the loss compares."""
 
     @property
     def predicts(self) -> Literal["epsilon", "v", "velocity"]: ...
@@ -63,39 +63,39 @@ class Objective(Protocol):
         ...
 
     def image_error(self, level: Level, snr: Tensor) -> Tensor:
-        """(B,): squared error of the image for each squared error of the estimate; `snr` kept from 0 and infinity."""
+        """(B,): squared error of the image per squared error of the estimate; `snr` is finite and above 0."""
         ...
 
     def scheduler_options(self) -> dict[str, Any]:
-        """What a diffusers scheduler must be told to sample with this objective."""
+        """Arguments of a diffusers scheduler that samples with this objective."""
         ...
 
     def set_timesteps(self, scheduler: Any, steps: int, latents: LatentSpec, shape: Sequence[int]) -> None:
-        """Give a diffusers scheduler the time grid that the family's own pipeline uses."""
+        """Set a diffusers scheduler's timesteps as the family's own pipeline does."""
         ...
 
-    def at_shift(self, shift: float) -> Objective | None:
-        """The same with its time grid moved by `shift` instead of the family's own; None: it has no such grid."""
+    def with_shift(self, shift: float) -> Objective | None:
+        """The same with `shift` instead of the family's own in its time grid; None where the grid has no shift."""
         ...
 
-    def first_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
-        """Standard normal noise at the strength with which the scheduler starts."""
+    def scale_initial_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
+        """Standard normal noise -> the scheduler's first x."""
         ...
 
-    def scheduler_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
-        """What the model sees of the scheduler's x at time t."""
+    def scale_model_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+        """The scheduler's x at time t -> the model's input."""
         ...
 
 
-def ending_in_noise(alphas_cumprod: Tensor) -> Tensor:
-    """(1000,) -> the same with nothing left of the image at the end, and the beginning where it was.
+def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """(1000,) -> the same with the last value 0 and the first unchanged (Lin et al. 2024, alg. 1).
 
-    Taken through single alphas, as samplers do, so that their float32 values are met.
+    Goes through single alphas as diffusers' schedulers do, to match their float32 values.
     """
     root = alphas_cumprod.sqrt()
     first, last = root[0].clone(), root[-1].clone()
-    kept = ((root - last) * (first / (first - last))) ** 2
-    alphas = torch.cat([kept[:1], kept[1:] / kept[:-1]])
+    rescaled = ((root - last) * (first / (first - last))) ** 2
+    alphas = torch.cat([rescaled[:1], rescaled[1:] / rescaled[:-1]])
     betas = 1 - alphas
     return torch.cumprod(1 - betas, 0)
 
@@ -108,10 +108,7 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving:
-    """DDPM (Ho et al. 2020, eq. 4) with 1000 scaled-linear betas; epsilon or v (Salimans & Ho 2022, sec. 4).
-
-    `zero_terminal_snr` moves and stretches sqrt(alphas_cumprod) so that its last value is 0 (Lin et al. 2024, alg. 1).
-    """
+    """DDPM (Ho et al. 2020, eq. 4) with 1000 scaled-linear betas; epsilon or v (Salimans & Ho 2022, sec. 4)."""
 
     predicts: Literal["epsilon", "v"] = "epsilon"
     beta_start: float = 0.00085
@@ -120,14 +117,14 @@ class VariancePreserving:
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
-        """(1000,) float64; betas are taken in float32 as every published checkpoint was trained with."""
+        """(1000,) float64; betas are float32, as every published checkpoint was trained with."""
         betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, 1000, dtype=torch.float32) ** 2
-        kept = torch.cumprod(1 - betas, 0)
-        return (ending_in_noise(kept) if self.zero_terminal_snr else kept).double()
+        alphas_cumprod = torch.cumprod(1 - betas, 0)
+        return (rescale_zero_terminal_snr(alphas_cumprod) if self.zero_terminal_snr else alphas_cumprod).double()
 
     def level(self, t: Tensor) -> Level:
-        kept = self.alphas_cumprod[t.long()]
-        return Level(t=t, alpha=kept.sqrt(), sigma=(1 - kept).sqrt())
+        alphas_cumprod = self.alphas_cumprod[t.long()]
+        return Level(t=t, alpha=alphas_cumprod.sqrt(), sigma=(1 - alphas_cumprod).sqrt())
 
     def add_noise(self, x0: Tensor, noise: Tensor, level: Level) -> Tensor:
         return per_sample(level.alpha, x0) * x0 + per_sample(level.sigma, x0) * noise
@@ -152,7 +149,7 @@ class VariancePreserving:
             "prediction_type": "v_prediction" if self.predicts == "v" else "epsilon",
         }
         if self.zero_terminal_snr:
-            # Only v tells anything about the picture where nothing is left of it.
+            # At SNR 0 only a v prediction says anything about the image.
             spacing = {"timestep_spacing": "trailing"} if self.predicts == "v" else {}
             options |= {"rescale_betas_zero_snr": True, **spacing}
         return options
@@ -160,29 +157,29 @@ class VariancePreserving:
     def set_timesteps(self, scheduler: Any, steps: int, latents: LatentSpec, shape: Sequence[int]) -> None:
         scheduler.set_timesteps(steps)
 
-    def at_shift(self, shift: float) -> Objective | None:
+    def with_shift(self, shift: float) -> Objective | None:
         return None
 
-    def first_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
+    def scale_initial_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
         return noise * scheduler.init_noise_sigma
 
-    def scheduler_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+    def scale_model_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
         return scheduler.scale_model_input(x, t)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RectifiedFlow:
-    """x_sigma = (1 - sigma) x0 + sigma noise; the model gives the velocity noise - x0 (Liu et al. 2022, eq. 1).
+    """x_sigma = (1 - sigma) x0 + sigma noise; the model predicts the velocity noise - x0 (Liu et al. 2022, eq. 1).
 
     `space` is where prediction and target are compared: "raw" the velocity itself, "additive" velocity + x_sigma
     (the same loss), "sigma_scaled" the image x_sigma - sigma v (the velocity loss times sigma^2).
     """
 
     space: Literal["raw", "additive", "sigma_scaled"] = "raw"
-    grid: Grid  # the family's time grid
-    grid_at: Callable[[float], Grid] | None = None  # and the one with another shift
-    usual_sampling: str = "sigma"  # the family's density of timesteps where the options name none
-    usual_shift: float = 3.0  # and its shift
+    grid: TimestepGrid  # the family's sampling timesteps
+    make_grid: Callable[[float], TimestepGrid] | None = None  # shift -> those with another shift
+    default_sampling: str = "sigma"  # the family's timestep density where the options name none
+    default_shift: float = 3.0  # and its shift
     predicts: Literal["velocity"] = "velocity"
 
     def level(self, t: Tensor) -> Level:
@@ -212,11 +209,11 @@ class RectifiedFlow:
     def set_timesteps(self, scheduler: Any, steps: int, latents: LatentSpec, shape: Sequence[int]) -> None:
         self.grid(scheduler, steps, latents.tokens(shape))
 
-    def at_shift(self, shift: float) -> Objective | None:
-        return replace(self, grid=self.grid_at(shift)) if self.grid_at else None
+    def with_shift(self, shift: float) -> Objective | None:
+        return replace(self, grid=self.make_grid(shift)) if self.make_grid else None
 
-    def first_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
+    def scale_initial_noise(self, scheduler: Any, noise: Tensor) -> Tensor:
         return noise
 
-    def scheduler_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+    def scale_model_input(self, scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
         return x

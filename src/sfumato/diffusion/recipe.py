@@ -1,4 +1,4 @@
-"""The interchangeable formulas of one run, chosen from the options once before it starts."""
+"""The formulas of one run, chosen once from the options: timesteps, noise, loss, weighting."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sfumato.diffusion.weightings import Weighting, make_weighting
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """`noise` and `perturb` are called per SAMPLE with that sample's own generator, on the CPU."""
+    """`noise` and `perturb` are called per sample with that sample's own generator, on the CPU."""
 
     timestep: Timestep  # uniform numbers (B,) and the latents' shape (C, h, w) -> t (B,)
-    stratified: bool = False  # whether those numbers are spread evenly over the samples
+    stratified: bool = False  # whether those numbers are stratified over the samples instead of independent
     noise: Noise  # latent (C, h, w) -> noise
-    perturb: Noise | None = None  # noise -> what only the noised image sees
+    perturb: Noise | None = None  # noise -> the noise of the model's input alone
     loss: Loss  # estimate, target -> elementwise
     weighting: Weighting  # (B,)
-    outside_mask: float = 0.0  # weight of the loss to what the model said before training, where masks leave off
-    uncertainty: Uncertainty | None = None  # a weighting that learns, in the place of all others
-    guidance: float | None = None  # embedded guidance during training
+    outside_mask: float = 0.0  # weight, outside the masks, of the loss to the untrained model's prediction
+    uncertainty: Uncertainty | None = None  # a learned weighting in place of `weighting`
+    guidance: float | None = None  # embedded guidance scale during training
 
     def timesteps(self, rng: Randomness, ids: Tensor, shape: Sequence[int], latents: LatentSpec) -> Tensor:
         """(B,) t in 0 .. 1000 for latents (C, h, w); a function of the samples' ids alone."""
-        u = rng.spread("timestep", ids) if self.stratified else rng.uniform("timestep", ids)
+        u = rng.stratified_uniform("timestep", ids) if self.stratified else rng.uniform("timestep", ids)
         return self.timestep(u, shape, latents)
 
 

@@ -1,50 +1,51 @@
-"""Timestep densities: flat functions that take uniform numbers to t in 0 .. 1000, all in float64.
+"""Timestep densities: flat functions that map uniform numbers to t in 0 .. 1000, in float64.
 
-A uniform number is the place of a sample in the density, and so says with how much noise it trains: drawn for each
-sample by itself, or spread evenly over the samples. For flows a base density on (0, 1) is moved towards noise by a
-shift, and squeezed between --min_timestep and --max_timestep.
+The uniform number of a sample is its quantile in the density: independent per sample, or stratified. For flows a base
+density on (0, 1) is moved towards noise by a shift and scaled to --min_timestep .. --max_timestep.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sfumato.common.registry import Registry
 from sfumato.config import NoiseOptions
-from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow
+from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow, TimestepGrid
 
+Sigma = TypeVar("Sigma", float, Tensor)
 Timestep = Callable[[Tensor, Sequence[int], LatentSpec], Tensor]  # u (B,) in [0, 1), latent shape (C, h, w) -> t (B,)
 Density = Callable[[Tensor, NoiseOptions, int], Tensor]  # u, options with a shift, tokens -> sigma in [0, 1]
-FLOW: Registry[Density] = Registry("timestep sampling")
-WHOLE = frozenset({"whole_steps"})  # densities whose t is a whole number
+FLOW_DENSITIES: Registry[Density] = Registry("timestep sampling")
+INTEGER_DENSITIES = frozenset({"whole_steps"})  # t is rounded down to an integer
 
 
 def make_density(noise: NoiseOptions, objective: Objective) -> Timestep:
-    """Uniform numbers -> t, float32, with the options bound."""
+    """The density that the options name: uniform numbers -> t, float32."""
     minimum = noise.min_timestep or 0
     maximum = 1000 if noise.max_timestep is None else noise.max_timestep
     if not isinstance(objective, RectifiedFlow):
         return lambda u, shape, latents: uniform_index(u, minimum, maximum).float()
-    name = noise.timestep_sampling or objective.usual_sampling
-    density = FLOW.get(name)
+    name = noise.timestep_sampling or objective.default_sampling
+    density = FLOW_DENSITIES.get(name)
     if noise.discrete_flow_shift is None:
-        noise = noise.model_copy(update={"discrete_flow_shift": objective.usual_shift})
+        noise = noise.model_copy(update={"discrete_flow_shift": objective.default_shift})
 
     def timestep(u: Tensor, shape: Sequence[int], latents: LatentSpec) -> Tensor:
         t = minimum + density(u, noise, latents.tokens(shape)) * (maximum - minimum)
-        return (torch.floor(t) if name in WHOLE else t).float()
+        return (torch.floor(t) if name in INTEGER_DENSITIES else t).float()
 
     return timestep
 
 
-def quantiles(noise: NoiseOptions, count: int) -> list[int]:
-    """`count` times that cut --min_timestep to --max_timestep into equal parts, rounded down; fewer where they meet.
+def timestep_quantiles(noise: NoiseOptions, count: int) -> list[int]:
+    """`count` timesteps that divide --min_timestep .. --max_timestep into equal parts, rounded down, without repeats.
 
-    Without limits four of them are 200, 400, 600, 800, where the field validates.
+    Four of them are 200, 400, 600, 800 by default.
     """
     minimum = noise.min_timestep or 0
     maximum = 1000 if noise.max_timestep is None else noise.max_timestep
@@ -54,62 +55,62 @@ def quantiles(noise: NoiseOptions, count: int) -> list[int]:
 
 
 def uniform_index(u: Tensor, minimum: int, maximum: int) -> Tensor:
-    """A whole index, uniform in [minimum, maximum); an empty range gives the last one."""
+    """An integer, uniform in [minimum, maximum); maximum - 1 where that range is empty."""
     return torch.floor(minimum + u * (maximum - minimum)).clamp(max=maximum - 1)
 
 
-@FLOW.register("sigma")
+@FLOW_DENSITIES.register("sigma")
 def sigma(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
-    """A density over a table of 1000 levels, shifted: more u is more noise, for every family alike."""
-    return shifted(table_level(scheme_density(u, noise)), shift_of(noise))
+    """--weighting_scheme's density over a table of 1000 levels, shifted; larger u is more noise for every family."""
+    return shift_sigma(table_level(scheme_density(u, noise)), flow_shift(noise))
 
 
-@FLOW.register("whole_steps")
+@FLOW_DENSITIES.register("whole_steps")
 def whole_steps(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
-    """--weighting_scheme's density, moved by --training_shift; t is rounded down."""
-    return shifted(scheme_density(u, noise), noise.training_shift)
+    """--weighting_scheme's density, shifted by --training_shift; t is rounded down."""
+    return shift_sigma(scheme_density(u, noise), noise.training_shift)
 
 
-@FLOW.register("uniform")
+@FLOW_DENSITIES.register("uniform")
 def uniform(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
     return u
 
 
-@FLOW.register("sigmoid")
+@FLOW_DENSITIES.register("sigmoid")
 def sigmoid(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
     return torch.sigmoid(noise.sigmoid_scale * normal(u))
 
 
-@FLOW.register("shift")
+@FLOW_DENSITIES.register("shift")
 def shift(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
-    return shifted(sigmoid(u, noise, tokens), shift_of(noise))
+    return shift_sigma(sigmoid(u, noise, tokens), flow_shift(noise))
 
 
-@FLOW.register("flux_shift")
+@FLOW_DENSITIES.register("flux_shift")
 def flux_shift(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
-    """The more tokens an image has, the more noise it needs (Esser et al. 2024, sec. 5.3.2)."""
-    return shifted(sigmoid(u, noise, tokens), math.exp(resolution_mu(tokens)))
+    """Shifted by resolution: more tokens, more noise (Esser et al. 2024, sec. 5.3.2)."""
+    return shift_sigma(sigmoid(u, noise, tokens), math.exp(resolution_mu(tokens)))
 
 
-@FLOW.register("nextdit_shift")
+@FLOW_DENSITIES.register("nextdit_shift")
 def nextdit_shift(u: Tensor, noise: NoiseOptions, tokens: int) -> Tensor:
-    """Uniform, moved as by flux_shift; --sigmoid_scale has no say."""
-    return shifted(u, math.exp(resolution_mu(tokens)))
+    """Uniform, shifted as by flux_shift; --sigmoid_scale has no effect."""
+    return shift_sigma(u, math.exp(resolution_mu(tokens)))
 
 
 def normal(u: Tensor) -> Tensor:
-    """The standard normal number of which a share u of all is smaller; at 0 that is -inf, whose sigmoid is 0."""
+    """The standard normal quantile of u; -inf at 0, whose sigmoid is 0."""
     return torch.special.ndtri(u)
 
 
-def shift_of(noise: NoiseOptions) -> float:
-    """--discrete_flow_shift, which `make_density` has filled in where the user did not."""
+def flow_shift(noise: NoiseOptions) -> float:
+    """--discrete_flow_shift; `make_density` sets it to the family's default where it is None."""
     assert noise.discrete_flow_shift is not None
     return noise.discrete_flow_shift
 
 
 def table_level(u: Tensor) -> Tensor:
-    """u in [0, 1] -> the level 1/1000, 2/1000 .. 1 whose place it falls on."""
+    """u in [0, 1] -> the entry of the table 1/1000, 2/1000 .. 1 at that quantile."""
     return (torch.floor(u * 1000) + 1).clamp(1, 1000) / 1000
 
 
@@ -122,9 +123,18 @@ def scheme_density(u: Tensor, noise: NoiseOptions) -> Tensor:
     return u
 
 
-def shifted(sigma: Tensor, shift: float) -> Tensor:
+def shift_sigma(sigma: Sigma, shift: float) -> Sigma:
     """s sigma / (1 + (s - 1) sigma) (Esser et al. 2024, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def make_time_grid(sigmas: Callable[[int, int], Sequence[float]]) -> TimestepGrid:
+    """A grid of a family's sampling from its falling sigmas; sigmas: steps, tokens -> one for each step."""
+
+    def set_timesteps(scheduler: Any, steps: int, tokens: int) -> None:
+        scheduler.set_timesteps(sigmas=list(sigmas(steps, tokens)))
+
+    return set_timesteps
 
 
 def resolution_mu(tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Model families: one file or folder each; importing this package makes all of them known."""
+"""Model families, one module each; `register_families` makes all of them known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 
-def register_all() -> None:
+def register_families() -> None:
     """Import every family module, which registers itself; none of them imports a network library for that."""
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_"):

@@ -1,4 +1,4 @@
-"""CLIP's text tower: configuration, key map and encoding, shared by the families that read text with it."""
+"""CLIP's text encoder as OpenAI published it: configuration, key map, tokens and encoding."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.config import ModelOptions
-from sfumato.data.prompt_weighting import Pieces, of_tokens, plain
-from sfumato.errors import UserError
-from sfumato.families._file_kinds import CLIP, Found, require
-from sfumato.families.source import Source, Weights, find_path
-from sfumato.formats.keymap import KeyMap, Rule
+from sfumato.data.batch import Tensors
+from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
+from sfumato.families._file_kinds import CLIP_ENCODER, ShapeTable, require_kind
+from sfumato.families._tokenizers import CLIP_LENGTH, check_vocabulary_size
+from sfumato.families.part import Network, PartSpec
+from sfumato.families.source import Source, Weights, find_path, select_fields
+from sfumato.formats.keymap import KeyMap, KeyRule
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig
@@ -25,22 +27,40 @@ TARGETS = (
     *(f"encoder.layers.{{n}}.mlp.{name}" for name in ("fc1", "fc2")),
 )
 BLOCKS = ("encoder.layers.{n}",)
-DROP = ("{*}embeddings.position_ids",)
-FILE_KEYS = KeyMap(  # with or without the `text_model.` level; projections that other programs save along are left out
-    [Rule("text_model.{*}", ("{*}",)), Rule("{*}", ("{*}",))],
-    (*DROP, "text_projection{*}", "logit_scale"),
+UNUSED_KEYS = ("{*}embeddings.position_ids",)
+CLIP_FILE_KEYS = KeyMap(  # with or without the `text_model.` level; a projection that other programs save is dropped
+    [KeyRule("text_model.{*}", ("{*}",)), KeyRule("{*}", ("{*}",))],
+    (*UNUSED_KEYS, "text_projection{*}", "logit_scale"),
 )
-LENGTH = 77  # positions, start and end token included
-CHUNK = LENGTH - 2  # tokens of text among them; longer captions are read in several chunks
+CLIP_FIELDS = (  # of a published config.json; the token ids there are often wrong
+    *("vocab_size", "hidden_size", "projection_dim", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps"),
+)
+PENULTIMATE = 2  # the layer from the end that later models read, without the final norm
+CHUNK_LENGTH = CLIP_LENGTH - 2  # tokens between begin and end token; longer captions are encoded in several chunks
 
 
 def key_map() -> KeyMap:
-    """transformers 4's `text_model.` level, which checkpoints and adapter names keep and the module lost."""
-    return KeyMap([Rule("text_model.{*}", ("{*}",))], DROP)
+    """Removes the `text_model.` level of transformers 4, which checkpoints and adapter names keep."""
+    return KeyMap([KeyRule("text_model.{*}", ("{*}",))], UNUSED_KEYS)
+
+
+def spec(name: str, prefix: str, adapter_prefix: str, file_map: KeyMap | None = None) -> PartSpec:
+    """prefix: of its keys in a checkpoint. file_map: the checkpoint's keys where they are not those of `key_map`."""
+    names = key_map()
+    return PartSpec(
+        name=name,
+        key_map=file_map or names,
+        key_prefix=prefix,
+        adapter_map=names,
+        adapter_prefix=adapter_prefix,
+        targets=TARGETS,
+        blocks=BLOCKS,
+    )
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]], *, activation: str = "quick_gelu") -> dict[str, Any]:
-    """CLIPTextConfig from our names and shapes; every published tower has heads of 64 channels."""
+    """CLIPTextConfig from our names and shapes; every published encoder has heads of 64 channels."""
     vocabulary, width = shapes["embeddings.token_embedding.weight"]
     layers = {key.split(".")[2] for key in shapes if key.startswith("encoder.layers.")}
     return {
@@ -55,50 +75,51 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]], *, activation: str =
     }
 
 
-def read_config(source: Source, weights: Weights, *, activation: str = "quick_gelu") -> dict[str, Any]:
-    """From the file or folder of a lone tower, with or without the `text_model.` level; UserError where it is none."""
-    shapes = weights.shapes()
-    plain = Found(source.path, {name.removeprefix("text_model."): shape for name, shape in shapes.items()})
-    require(CLIP, plain, weights.file.header.tensors, source.path)
+def read_clip_config(source: Source, weights: Weights, *, activation: str = "quick_gelu") -> dict[str, Any]:
+    """From the file or folder of an encoder, with or without the `text_model.` level. Raises UserError for others."""
+    names = {name.removeprefix("text_model."): shape for name, shape in weights.read_shapes().items()}
+    shapes = ShapeTable(source.path, names)
+    require_kind(CLIP_ENCODER, shapes, weights.file.header.tensors, source.path)
     if source.is_folder:
-        return config_of_folder(source.config("."))
-    return config_from_shapes(plain, activation=activation)
+        return select_fields(source.read_config("."), CLIP_FIELDS)
+    return config_from_shapes(shapes, activation=activation)
 
 
-def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What CLIPTextConfig needs of a published config.json; the token ids there are often wrong and not used."""
-    wanted = ("vocab_size", "hidden_size", "projection_dim", "intermediate_size", "num_hidden_layers")
-    wanted += ("num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps")
-    return {name: config[name] for name in wanted if name in config}
+def read_clip(source: Source, folder: str, spec: PartSpec) -> Network:
+    """The encoder in a checkpoint's file, its keys under the spec's prefix, or in a folder of a diffusers model."""
+    if source.is_folder:
+        weights = Weights(file=source.open_weights(folder), key_map=CLIP_FILE_KEYS)
+        config = select_fields(source.read_config(folder), CLIP_FIELDS)
+    else:
+        weights = Weights(file=source.file, key_map=CLIP_FILE_KEYS, prefix=spec.key_prefix)
+        config = config_from_shapes(weights.read_shapes()) | source.read_config(folder)
+    return Network(spec=spec, config=config, weights=weights)
 
 
-def tokenizer_folders(source: Source, model: ModelOptions, names: Sequence[str]) -> list[Path | None]:
-    """For each encoder --tokenizer's value, else the folder of that name beside the checkpoint or inside the model.
+def find_tokenizer_folders(source: Source, model: ModelOptions, names: Sequence[str]) -> list[Path | None]:
+    """For each encoder --tokenizer's value, else the folder of that name in the model or beside the checkpoint.
 
-    None stands for the vocabulary that ships with the program.
+    None: the vocabulary that ships with the program.
     """
     beside = source.path if source.is_folder else source.path.parent
-    found = [beside / name if (beside / name).is_dir() else None for name in names]
+    defaults = [beside / name if (beside / name).is_dir() else None for name in names]
     given = [find_path(folder) for folder in model.tokenizer[: len(names)]]
-    return [*given, *found[len(given) :]]
+    return [*given, *defaults[len(given) :]]
 
 
-def chunks_of(model: ModelOptions) -> int:
-    """How many chunks of 75 tokens --max_token_length asks for."""
-    return (model.max_token_length or CHUNK) // CHUNK
+def count_chunks(model: ModelOptions) -> int:
+    """Chunks of 75 tokens in --max_token_length."""
+    return (model.max_token_length or CHUNK_LENGTH) // CHUNK_LENGTH
 
 
 def check_vocabulary(tokenizer: Any, encoder: Any) -> None:
-    """A tokenizer of another model would give ids beyond the embedding table, or the wrong words."""
+    """Raise UserError where the tokenizer and the encoder have vocabularies of different sizes."""
     rows = encoder.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) != rows:
-        raise UserError(
-            f"the tokenizer knows {len(tokenizer)} tokens, the text encoder {rows}",
-            fix="give the folder of the checkpoint's own tokenizer with --tokenizer",
-        )
+    check_vocabulary_size(len(tokenizer), rows, owner="the checkpoint")
 
 
-def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+def make_config(config: Mapping[str, Any]) -> CLIPTextConfig:
+    """With the token ids that the vocabulary's size implies."""
     from transformers import CLIPTextConfig
 
     last = config["vocab_size"] - 1  # the true end token; published configurations often say 2
@@ -108,78 +129,92 @@ def text_config(config: Mapping[str, Any]) -> CLIPTextConfig:
 def build(config: Mapping[str, Any]) -> nn.Module:
     from transformers import CLIPTextModel
 
-    return CLIPTextModel(text_config(config))
+    return CLIPTextModel(make_config(config))
 
 
-def states(tower: Any, ids: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
-    """(B, 77) ids -> (B, 77, D) twice: the `layer`-th block's output from the end, and the last one's after its norm.
+def encode_states(tower: Any, ids: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+    """(B, 77) ids -> (B, 77, D) twice: the output of the `layer`-th block from the end, and of the last with its norm.
 
-    `tower` is a CLIPTextModel.
+    tower: a CLIPTextModel.
     """
     output = tower(input_ids=ids, output_hidden_states=True)
     return output.hidden_states[-layer], output.last_hidden_state
 
 
-def hidden_states(encoder: Any, ids: Tensor, *, layer: int) -> Tensor:
+def encode_tokens(encoder: Any, ids: Tensor, *, layer: int) -> Tensor:
     """(B, 77) ids -> (B, 77, D): the output of the `layer`-th block from the end, then the final norm."""
     if layer == 1:
         return encoder(input_ids=ids).last_hidden_state
-    return encoder.final_layer_norm(states(encoder, ids, layer=layer)[0])
+    return encoder.final_layer_norm(encode_states(encoder, ids, layer=layer)[0])
 
 
-def pooled(encoder: Any, ids: Tensor, end: int) -> Tensor:
+def encode_pooled(encoder: Any, ids: Tensor, end: int) -> Tensor:
     """(B, 77) ids -> (B, D): the final state of the first end token."""
-    return at_first_end(hidden_states(encoder, ids, layer=1), ids, end)
+    return take_at_end(encode_tokens(encoder, ids, layer=1), ids, end)
 
 
-def at_first_end(last: Tensor, ids: Tensor, end: int) -> Tensor:
-    """(B, 77, D) -> (B, D) at the first end token, found by its id and not as the highest one."""
-    place = (ids == end).int().argmax(dim=1)
-    return last[torch.arange(len(last), device=last.device), place]
+def take_at_end(last: Tensor, ids: Tensor, end: int) -> Tensor:
+    """(B, 77, D) -> (B, D) at the first token with the id `end`, which need not be the highest id."""
+    positions = (ids == end).int().argmax(dim=1)
+    return last[torch.arange(len(last), device=last.device), positions]
 
 
-def token_ids(tokenizer: Any, captions: Sequence[str], device: torch.device, *, chunks: int = 1) -> Tensor:
-    """(B * chunks, 77) ids, the chunks of a caption one after the other, cut and padded as in training."""
-    words = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=CHUNK * chunks).input_ids
+def tokenize(tokenizer: Any, captions: Sequence[str], device: torch.device, *, chunks: int = 1) -> Tensor:
+    """(B * chunks, 77) ids, the chunks of a caption one after the other, cut and padded."""
+    length = CHUNK_LENGTH * chunks
+    tokens = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=length)
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows = [row for ids in words for row in chunk_rows(ids, chunks, begin, end, pad)]
+    rows: list[list[int]] = []
+    for ids in tokens.input_ids:
+        rows += iterate_chunks(ids, chunks, begin, end, pad)
     return torch.tensor(rows, device=device)
 
 
-def token_weights(tokenizer: Any, pieces: Pieces, *, chunks: int) -> Tensor:
-    """(75 * chunks + 2,) weights at the positions of `join_chunks`; 1 where no word of the text stands."""
+def make_clip_weights(tokenizer: Any, pieces: WeightedText, *, chunks: int) -> Tensor:
+    """(75 * chunks + 2,) weights at the positions of `join_chunks`; 1 for begin, end and padding."""
     tokens = tokenizer(
-        plain(pieces), add_special_tokens=False, truncation=True, max_length=CHUNK * chunks, return_offsets_mapping=True
+        strip_weights(pieces),
+        add_special_tokens=False,
+        truncation=True,
+        max_length=CHUNK_LENGTH * chunks,
+        return_offsets_mapping=True,
     )
-    weights = of_tokens(pieces, [end for _, end in tokens.offset_mapping])
-    return torch.tensor([1.0, *weights, *[1.0] * (CHUNK * chunks - len(weights)), 1.0])
+    weights = compute_token_weights(pieces, [end for _, end in tokens.offset_mapping])
+    return torch.tensor([1.0, *weights, *[1.0] * (CHUNK_LENGTH * chunks - len(weights)), 1.0])
 
 
-def weighted(hidden: Tensor, weights: Tensor) -> Tensor:
-    """(L, D) scaled around its mean, by (L,) weights.
+def apply_prompt_weights(tokenizer: Any, features: Tensors, pieces: WeightedText, *, chunks: int = 1) -> Tensors:
+    """One caption's features with its tokens scaled by their weights."""
+    hidden = features["hidden"]
+    weights = make_clip_weights(tokenizer, pieces, chunks=chunks)[: len(hidden)]
+    return {**features, "hidden": scale_tokens(hidden, weights)}
 
-    The field multiplies and then brings the mean of the whole back by one factor, which is nearly the same as long as
-    that mean is far from zero, and goes wrong where it is not.
+
+def scale_tokens(hidden: Tensor, weights: Tensor) -> Tensor:
+    """(L, D) scaled around its mean by (L,) weights.
+
+    sd-scripts multiplies and then rescales everything to the old mean, which is nearly the same where the mean is far
+    from zero and unstable where it is near.
     """
     return hidden + (weights.to(hidden) - 1)[:, None] * (hidden - hidden.mean())  # where the weight is 1: unchanged
 
 
-def chunk_rows(ids: Sequence[int], chunks: int, begin: int, end: int, pad: int) -> Iterator[list[int]]:
-    """Each chunk of 75 as a text of its own: begin, tokens, end, padding; what lies beyond the caption is empty."""
-    for start in range(0, CHUNK * chunks, CHUNK):
-        part = ids[start : start + CHUNK]
-        yield [begin, *part, end, *[pad] * (CHUNK - len(part))]
+def iterate_chunks(ids: Sequence[int], chunks: int, begin: int, end: int, pad: int) -> Iterator[list[int]]:
+    """Each chunk of 75 as a text of its own: begin, tokens, end, padding; chunks beyond the caption are empty texts."""
+    for start in range(0, CHUNK_LENGTH * chunks, CHUNK_LENGTH):
+        part = ids[start : start + CHUNK_LENGTH]
+        yield [begin, *part, end, *[pad] * (CHUNK_LENGTH - len(part))]
 
 
 def join_chunks(hidden: Tensor, chunks: int) -> Tensor:
-    """(B * chunks, 77, D) -> (B, 75 * chunks + 2, D): the first begin, every chunk's inside, the last position."""
+    """(B * chunks, 77, D) -> (B, 75 * chunks + 2, D): the first begin, the text positions, the last position."""
     if chunks == 1:
         return hidden
     rows = hidden.unflatten(0, (-1, chunks))
     return torch.cat([rows[:, 0, :1], rows[:, :, 1:-1].flatten(1, 2), rows[:, -1, -1:]], dim=1)
 
 
-def fingerprint(tokenizer: Any, *, layer: int, chunks: int) -> str:
-    """What features depend on besides the encoder's weights: the tokenizer, the layer, the length."""
+def fingerprint_clip(tokenizer: Any, *, layer: int, chunks: int) -> str:
+    """What features depend on besides the weights: tokenizer, layer, length."""
     words = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    return f"tokenizer {words}, padding {tokenizer.pad_token_id}, layer {layer}, {CHUNK * chunks} tokens"
+    return f"tokenizer {words}, padding {tokenizer.pad_token_id}, layer {layer}, {CHUNK_LENGTH * chunks} tokens"

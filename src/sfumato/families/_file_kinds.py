@@ -1,4 +1,4 @@
-"""What a file of weights holds, told by its keys: to refuse the wrong file for an option, saying what it is."""
+"""What a file of weights contains, by its keys; errors for a wrong file say what it is instead."""
 
 from __future__ import annotations
 
@@ -8,84 +8,105 @@ from typing import Any
 
 from sfumato.errors import UserError
 
-CLIP = "CLIP text encoder"
-T5 = "T5 text encoder"
-GEMMA2 = "Gemma 2 text encoder"
+CLIP_ENCODER = "CLIP text encoder"
+T5_ENCODER = "T5 text encoder"
+GEMMA2_ENCODER = "Gemma 2 text encoder"
 AUTOENCODER = "autoencoder"
-NEEDED: dict[str, tuple[str, ...]] = {  # kind -> our names, without which it is none
-    CLIP: ("embeddings.token_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
-    T5: ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
-    GEMMA2: ("embed_tokens.weight", "layers.0.pre_feedforward_layernorm.weight", "layers.0.self_attn.q_proj.weight"),
+_REQUIRED_NAMES: dict[str, tuple[str, ...]] = {  # kind -> our names that every file of it has
+    CLIP_ENCODER: ("embeddings.token_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    T5_ENCODER: ("shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    GEMMA2_ENCODER: (
+        "embed_tokens.weight",
+        "layers.0.pre_feedforward_layernorm.weight",
+        "layers.0.self_attn.q_proj.weight",
+    ),
     AUTOENCODER: ("encoder.conv_in.weight", "decoder.conv_in.weight"),
 }
-FURTHER: dict[str, tuple[str, ...]] = {  # what else files hold -> endings of keys
+_OTHER_KINDS: dict[str, tuple[str, ...]] = {  # what other files contain -> endings of keys
     "OpenCLIP text encoder": ("transformer.resblocks.0.attn.in_proj_weight",),
     "part of a T5 text encoder": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
     "language model": ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight"),
 }
-DENOISERS = (  # endings of keys, each of another kind of image model's transformer or UNet
+_DENOISER_KEYS = (  # endings of keys, one for each kind of image model's transformer or UNet
     *("double_blocks.0.img_attn.qkv.weight", "joint_blocks.0.x_block.attn.qkv.weight", "cap_embedder.1.weight"),
     *("transformer_blocks.0.attn.to_q.weight", "layers.0.attn.to_q.weight", "input_blocks.0.0.weight"),
     "down_blocks.0.resnets.0.time_emb_proj.weight",
 )
-WIDTH, LATENT = "its width is {}", "its latents have {} channels"
-ADAPTERS = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".alpha", ".dora_scale")
+WIDTH_FAULT, CHANNELS_FAULT = "its width is {}", "its latents have {} channels"
+_ADAPTER_KEYS = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".alpha", ".dora_scale")
 
 
-def describe(keys: Collection[str]) -> str:
-    """What the keys are those of, as part of a sentence; empty where nothing fits."""
+def describe_keys(keys: Collection[str]) -> str:
+    """What has these keys, as part of a sentence; empty where that is unknown."""
     if not keys:
         return "an empty file"
-    if any(key.endswith(ADAPTERS) for key in keys):
+    if any(key.endswith(_ADAPTER_KEYS) for key in keys):
         return "an adapter (LoRA or the like)"
-    kinds = (NEEDED | FURTHER).items()
-    kind = next((kind for kind, wanted in kinds if all(_has(keys, ending) for ending in wanted)), "")
-    if any(_has(keys, ending) for ending in DENOISERS):
+    kind = ""
+    for name, endings in (_REQUIRED_NAMES | _OTHER_KINDS).items():
+        if all(_has_ending(keys, ending) for ending in endings):
+            kind = name
+            break
+    if any(_has_ending(keys, ending) for ending in _DENOISER_KEYS):
         return "a whole image model" if kind else "the denoiser of an image model"
     article = "" if not kind or kind.startswith("part") else "an " if kind[0] in "aO" else "a "
     return article + kind
 
 
-def require(kind: str, names: Collection[str], keys: Collection[str], place: object) -> None:
-    """Raise UserError unless `names` (ours) are those of the kind; `keys` are the file's own, `place` its path."""
-    if all(name in names for name in NEEDED[kind]):
+def require_kind(kind: str, names: Collection[str], keys: Collection[str], place: object) -> None:
+    """Raise UserError unless `names` (ours) are those of the kind. keys: of the file. place: its path."""
+    if all(name in names for name in _REQUIRED_NAMES[kind]):
         return
-    found = describe(keys)
+    actual = describe_keys(keys)
     raise UserError(
-        f"{place} holds no {kind}" + (f"; it is {found}" if found else ""), fix=f"give the file or folder of the {kind}"
+        f"{place} is no {kind}" + (f" but {actual}" if actual else ""),
+        code="network-kind-mismatch",
+        fix=f"give the file or folder of the {kind}",
     )
 
 
 @contextmanager
-def told_of(option: str) -> Iterator[None]:
-    """Have what is wrong with an option's file begin with the option; "" for none."""
+def option_context(option: str) -> Iterator[None]:
+    """Put the option before the message of a UserError about its file; "" for no option."""
     try:
         yield
     except UserError as error:
         if not option:
             raise
-        raise UserError(f"--{option}: {error.what}", fix=error.fix) from error
+        raise UserError(f"--{option}: {error.what}", code=error.code, fix=error.fix) from error
 
 
-def check_width(option: str, place: object, what: str, found: int, wanted: int) -> None:
-    """Raise UserError where a network's numbers do not fit the model. what: such as WIDTH."""
+def make_missing_error(option: str, place: object) -> UserError:
+    """The error for a network that neither its option nor the model provides. place: the model's path or name."""
+    return UserError(
+        f"--{option} is missing: {place} holds no such network", code="network-file-missing", fix=f"--{option} FILE"
+    )
+
+
+def check_network_size(option: str, place: object, what: str, found: int, wanted: int) -> None:
+    """Raise UserError where a network's size does not fit the model. what: WIDTH_FAULT or CHANNELS_FAULT."""
     if found != wanted:
         raise UserError(
-            f"--{option}: {place} is made for another model: {what.format(found)}, this one takes {wanted}",
+            f"--{option}: {place} is for another model: {what.format(found)}, this model expects {wanted}",
+            code="network-size-mismatch",
             fix=f"give the --{option} that this model was trained with",
         )
 
 
-class Found(dict[str, Any]):
-    """Key -> shape of what a file holds; to ask for one that is missing is a UserError that names it."""
+class ShapeTable(dict[str, Any]):
+    """Key -> shape of a file's tensors; a key that is missing raises UserError with its name."""
 
     def __init__(self, place: object, content: dict[str, Any]) -> None:
         super().__init__(content)
         self.place = place
 
     def __missing__(self, key: str) -> Sequence[int]:
-        raise UserError(f"{self.place} lacks {key}", fix="download it again, or choose another version of it")
+        raise UserError(
+            f"{self.place} lacks {key}",
+            code="network-key-missing",
+            fix="download it again, or choose another version of it",
+        )
 
 
-def _has(keys: Collection[str], ending: str) -> bool:
+def _has_ending(keys: Collection[str], ending: str) -> bool:
     return ending in keys or any(key.endswith("." + ending) for key in keys)

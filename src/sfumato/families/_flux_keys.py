@@ -1,75 +1,75 @@
-"""FLUX.1's transformer: key map, configuration, and where adapters go."""
+"""FLUX.1's transformer: key map, configuration, adapter targets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sfumato.families._flux_parts import Transformer, keep_time_exact
-from sfumato.families.base import PartSpec
-from sfumato.formats.keymap import KeyMap, Rule
+from sfumato.common.quiet_imports import without_bitsandbytes
+from sfumato.families._flux_files import Transformer
+from sfumato.families._flux_parts import keep_time_exact
+from sfumato.families.part import PartSpec
+from sfumato.formats.keymap import KeyMap, KeyRule
 
 DOUBLE, SINGLE = "transformer_blocks.{n}.", "single_transformer_blocks.{n}."
-BLOCK_RULES = (  # and what stands before and after the blocks
-    Rule("img_in", ("x_embedder",)),
-    Rule("txt_in", ("context_embedder",)),
-    Rule("final_layer.linear", ("proj_out",)),
-    Rule("double_blocks.{n}.img_attn.qkv", tuple(f"{DOUBLE}attn.to_{x}" for x in "qkv")),
-    Rule("double_blocks.{n}.txt_attn.qkv", tuple(f"{DOUBLE}attn.add_{x}_proj" for x in "qkv")),
-    Rule("double_blocks.{n}.img_attn.norm.query_norm.scale", (f"{DOUBLE}attn.norm_q.weight",)),
-    Rule("double_blocks.{n}.img_attn.norm.key_norm.scale", (f"{DOUBLE}attn.norm_k.weight",)),
-    Rule("double_blocks.{n}.txt_attn.norm.query_norm.scale", (f"{DOUBLE}attn.norm_added_q.weight",)),
-    Rule("double_blocks.{n}.txt_attn.norm.key_norm.scale", (f"{DOUBLE}attn.norm_added_k.weight",)),
-    Rule("double_blocks.{n}.img_attn.proj", (f"{DOUBLE}attn.to_out.0",)),
-    Rule("double_blocks.{n}.txt_attn.proj", (f"{DOUBLE}attn.to_add_out",)),
-    Rule("double_blocks.{n}.img_mlp.0", (f"{DOUBLE}ff.net.0.proj",)),
-    Rule("double_blocks.{n}.img_mlp.2", (f"{DOUBLE}ff.net.2",)),
-    Rule("double_blocks.{n}.txt_mlp.0", (f"{DOUBLE}ff_context.net.0.proj",)),
-    Rule("double_blocks.{n}.txt_mlp.2", (f"{DOUBLE}ff_context.net.2",)),
-    Rule("single_blocks.{n}.linear1", (*(f"{SINGLE}attn.to_{x}" for x in "qkv"), f"{SINGLE}proj_mlp")),
-    Rule("single_blocks.{n}.linear2", (f"{SINGLE}proj_out",)),
-    Rule("single_blocks.{n}.norm.query_norm.scale", (f"{SINGLE}attn.norm_q.weight",)),
-    Rule("single_blocks.{n}.norm.key_norm.scale", (f"{SINGLE}attn.norm_k.weight",)),
+BLOCK_RULES = (  # and the layers before and after the blocks
+    KeyRule("img_in", ("x_embedder",)),
+    KeyRule("txt_in", ("context_embedder",)),
+    KeyRule("final_layer.linear", ("proj_out",)),
+    KeyRule("double_blocks.{n}.img_attn.qkv", tuple(f"{DOUBLE}attn.to_{x}" for x in "qkv")),
+    KeyRule("double_blocks.{n}.txt_attn.qkv", tuple(f"{DOUBLE}attn.add_{x}_proj" for x in "qkv")),
+    KeyRule("double_blocks.{n}.img_attn.norm.query_norm.scale", (f"{DOUBLE}attn.norm_q.weight",)),
+    KeyRule("double_blocks.{n}.img_attn.norm.key_norm.scale", (f"{DOUBLE}attn.norm_k.weight",)),
+    KeyRule("double_blocks.{n}.txt_attn.norm.query_norm.scale", (f"{DOUBLE}attn.norm_added_q.weight",)),
+    KeyRule("double_blocks.{n}.txt_attn.norm.key_norm.scale", (f"{DOUBLE}attn.norm_added_k.weight",)),
+    KeyRule("double_blocks.{n}.img_attn.proj", (f"{DOUBLE}attn.to_out.0",)),
+    KeyRule("double_blocks.{n}.txt_attn.proj", (f"{DOUBLE}attn.to_add_out",)),
+    KeyRule("double_blocks.{n}.img_mlp.0", (f"{DOUBLE}ff.net.0.proj",)),
+    KeyRule("double_blocks.{n}.img_mlp.2", (f"{DOUBLE}ff.net.2",)),
+    KeyRule("double_blocks.{n}.txt_mlp.0", (f"{DOUBLE}ff_context.net.0.proj",)),
+    KeyRule("double_blocks.{n}.txt_mlp.2", (f"{DOUBLE}ff_context.net.2",)),
+    KeyRule("single_blocks.{n}.linear1", (*(f"{SINGLE}attn.to_{x}" for x in "qkv"), f"{SINGLE}proj_mlp")),
+    KeyRule("single_blocks.{n}.linear2", (f"{SINGLE}proj_out",)),
+    KeyRule("single_blocks.{n}.norm.query_norm.scale", (f"{SINGLE}attn.norm_q.weight",)),
+    KeyRule("single_blocks.{n}.norm.key_norm.scale", (f"{SINGLE}attn.norm_k.weight",)),
 )
 MODULATION_RULES = (
-    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), "swap"),
-    *(
-        Rule(f"{original}.{layer}", (f"time_text_embed.{ours}.linear_{number}",))
-        for original, ours in (
-            ("time_in", "timestep_embedder"),
-            ("vector_in", "text_embedder"),
-            ("guidance_in", "guidance_embedder"),
-        )
-        for layer, number in (("in_layer", 1), ("out_layer", 2))
-    ),
-    Rule("double_blocks.{n}.img_mod.lin", (f"{DOUBLE}norm1.linear",)),
-    Rule("double_blocks.{n}.txt_mod.lin", (f"{DOUBLE}norm1_context.linear",)),
-    Rule("single_blocks.{n}.modulation.lin", (f"{SINGLE}norm.linear",)),
+    KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), "swap"),
+    KeyRule("time_in.in_layer", ("time_text_embed.timestep_embedder.linear_1",)),
+    KeyRule("time_in.out_layer", ("time_text_embed.timestep_embedder.linear_2",)),
+    KeyRule("vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)),
+    KeyRule("vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)),
+    KeyRule("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
+    KeyRule("guidance_in.out_layer", ("time_text_embed.guidance_embedder.linear_2",)),
+    KeyRule("double_blocks.{n}.img_mod.lin", (f"{DOUBLE}norm1.linear",)),
+    KeyRule("double_blocks.{n}.txt_mod.lin", (f"{DOUBLE}norm1_context.linear",)),
+    KeyRule("single_blocks.{n}.modulation.lin", (f"{SINGLE}norm.linear",)),
 )
-KEYS = KeyMap((*BLOCK_RULES, *MODULATION_RULES))
-IN_TARGETS = (  # img, time, vector, guidance, txt
+FLUX_KEYS = KeyMap((*BLOCK_RULES, *MODULATION_RULES))
+_IN_TARGETS = (  # img, time, vector, guidance, txt
     "x_embedder",
     "time_text_embed.timestep_embedder.{*}",
     "time_text_embed.text_embedder.{*}",
     "time_text_embed.guidance_embedder.{*}",
     "context_embedder",
 )
-BLOCK_KINDS = {
-    **{f"{x}_{kind}_dim": f"double_blocks.{{n}}.{x}_{kind}.{{*}}" for kind in ("attn", "mlp") for x in ("img", "txt")},
+BLOCK_RANK_KINDS = {
+    **{f"{x}_attn_dim": f"double_blocks.{{n}}.{x}_attn.{{*}}" for x in ("img", "txt")},
+    **{f"{x}_mlp_dim": f"double_blocks.{{n}}.{x}_mlp.{{*}}" for x in ("img", "txt")},
     "single_dim": "single_blocks.{n}.linear{n}",
 }
-MODULATION_KINDS = {
+MODULATION_RANK_KINDS = {
     **{f"{x}_mod_dim": f"double_blocks.{{n}}.{x}_mod.{{*}}" for x in ("img", "txt")},
     "single_mod_dim": "single_blocks.{n}.modulation.{*}",
 }
 
 
 def spec(prefix: str) -> PartSpec:
-    return part(prefix, KEYS, IN_TARGETS, BLOCK_KINDS | MODULATION_KINDS)
+    return make_part_spec(prefix, FLUX_KEYS, _IN_TARGETS, BLOCK_RANK_KINDS | MODULATION_RANK_KINDS)
 
 
-def part(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds: Mapping[str, str]) -> PartSpec:
-    """A transformer of two kinds of blocks, adapted inside them."""
+def make_part_spec(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds: Mapping[str, str]) -> PartSpec:
+    """Of a transformer with two kinds of blocks, which are adapted. kinds: PartSpec.rank_kinds."""
     return PartSpec(
         name="denoiser",
         key_map=keys,
@@ -78,40 +78,40 @@ def part(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds: Mapping[
         adapter_prefix="lora_unet",
         targets=(DOUBLE + "{*}", SINGLE + "{*}"),
         extra_targets={"in_dims": in_targets},
-        kinds=kinds,
-        choices={"train_blocks": {"double": "double_blocks.{*}", "single": "single_blocks.{*}"}},
-        counted={
+        rank_kinds=kinds,
+        block_choices={"train_blocks": {"double": "double_blocks.{*}", "single": "single_blocks.{*}"}},
+        block_indices={
             "train_double_block_indices": "double_blocks.{n}.{*}",
             "train_single_block_indices": "single_blocks.{n}.{*}",
         },
         blocks=(DOUBLE[:-1], SINGLE[:-1]),
-        rows=rows,
+        row_split=split_flux_rows,
     )
 
 
-def rows(original: str, shape: Sequence[int]) -> list[int]:
-    """How a stacked weight falls apart, from its shape alone: q, k, v of the width, the rest is the MLP's."""
+def split_flux_rows(original: str, shape: Sequence[int]) -> list[int]:
+    """Rows of the layers in a stacked weight: q, k, v, and where there are more rows the MLP's."""
     if original.endswith("linear1.weight"):
         width = shape[1]
         return [width, width, width, shape[0] - 3 * width]
-    if original.endswith("linear1.bias"):  # the MLP is four times as wide as the model
+    if original.endswith("linear1.bias"):  # of the model's width; the MLP's is four times that
         return [shape[0] // 7] * 3 + [shape[0] - 3 * (shape[0] // 7)]
     return [shape[0] // 3] * 3
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """FluxTransformer2DModel's configuration; any number of blocks, guidance where its embedder is there."""
-    return block_config(shapes) | {
+    """FluxTransformer2DModel's configuration from original keys and shapes."""
+    return make_block_config(shapes) | {
         "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
         "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
     }
 
 
-def block_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What the blocks and the layers around them say."""
+def make_block_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What the shapes of the blocks and the layers around them imply."""
 
-    def count(kind: str) -> int:
-        return len({key.split(".")[1] for key in shapes if key.startswith(kind)})
+    def count(prefix: str) -> int:
+        return len({key.split(".")[1] for key in shapes if key.startswith(prefix)})
 
     width, channels = shapes["img_in.weight"]
     (head,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
@@ -127,18 +127,19 @@ def block_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+    with without_bitsandbytes():
+        from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
     network: Any = FluxTransformer2DModel.from_config(dict(config))
     keep_time_exact(network)
     return network
 
 
-TRANSFORMER = Transformer(
-    kind="FluxTransformer2DModel",
-    marks=("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
-    keys=KEYS,
-    rows=rows,
+FLUX_TRANSFORMER = Transformer(
+    class_name="FluxTransformer2DModel",
+    required_keys=("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
+    keys=FLUX_KEYS,
+    row_split=split_flux_rows,
     spec=spec,
     config=config_from_shapes,
 )

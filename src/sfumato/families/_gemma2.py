@@ -8,22 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.data.prompt_weighting import Pieces, of_tokens, plain
+from sfumato.data.batch import Tensors
+from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
+from sfumato.families._file_kinds import GEMMA2_ENCODER, WIDTH_FAULT, check_network_size, option_context, require_kind
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
-from sfumato.formats.keymap import KeyMap, Rule, identity
+from sfumato.families._text_features import cut_to_mask, multiply_by_weights
+from sfumato.families.part import Network, PartSpec
+from sfumato.families.source import Source, Weights, select_fields
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
-HEAD = 256  # channels of a head, in every published size of which images are made
-LENGTH = 256  # tokens of a caption, unless told otherwise
+_HEAD_CHANNELS = 256  # in every published size that an image model uses
+GEMMA2_LENGTH = 256  # tokens of a caption by default
 TARGETS = (
     *(f"layers.{{n}}.self_attn.{x}_proj" for x in "qkvo"),
     *(f"layers.{{n}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 BLOCKS = ("layers.{n}",)
-SPIECE = "spiece_model"  # the tokenizer's own file, byte by byte, inside the weights' file
-FILE_KEYS = KeyMap(  # with or without the level of the causal language model, whose last layer is the embedding again
-    [Rule("model.{*}", ("{*}",)), Rule("{*}", ("{*}",))], drop=("lm_head.weight", SPIECE, "logit_scale")
+TOKENIZER_KEY = "spiece_model"  # in a file of weights: the bytes of the tokenizer's file
+GEMMA2_FILE_KEYS = KeyMap(  # with or without the level of the causal language model, whose last layer is tied
+    [KeyRule("model.{*}", ("{*}",)), KeyRule("{*}", ("{*}",))],
+    drop=("lm_head.weight", TOKENIZER_KEY, "logit_scale"),
 )
-WANTED = (
+GEMMA2_FIELDS = (  # of a published config.json
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_activation", "max_position_embeddings", "rms_norm_eps"),
     *("rope_parameters", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"),
@@ -31,15 +37,23 @@ WANTED = (
 )
 
 
-def adapter_map() -> KeyMap:
-    """Adapter files have the names of the bare model."""
-    return identity()
-
-
-def is_one(names: Mapping[str, Any] | Sequence[str]) -> bool:
-    """Whether names of ours are Gemma 2's: no other model of the kind has norms on both sides of both its halves."""
+def is_gemma2(names: Mapping[str, Any] | Sequence[str]) -> bool:
+    """Whether names of ours are Gemma 2's; no similar model has norms before and after both attention and MLP."""
     wanted = ("embed_tokens.weight", "layers.0.pre_feedforward_layernorm.weight", "layers.0.self_attn.q_proj.weight")
     return all(name in names for name in wanted) and "layers.0.self_attn.q_norm.weight" not in names
+
+
+def spec(prefix: str) -> PartSpec:
+    """prefix: of its keys in a checkpoint."""
+    return PartSpec(
+        name="gemma2",
+        key_map=GEMMA2_FILE_KEYS,
+        key_prefix=prefix,
+        adapter_map=make_identity_map(),
+        adapter_prefix="lora_te",
+        targets=TARGETS,
+        blocks=BLOCKS,
+    )
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -52,44 +66,69 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "hidden_size": width,
         "intermediate_size": shapes[first + "mlp.up_proj.weight"][0],
         "num_hidden_layers": len(layers),
-        "num_attention_heads": shapes[first + "self_attn.q_proj.weight"][0] // HEAD,
-        "num_key_value_heads": shapes[first + "self_attn.k_proj.weight"][0] // HEAD,
-        "head_dim": HEAD,
-        "query_pre_attn_scalar": HEAD,
+        "num_attention_heads": shapes[first + "self_attn.q_proj.weight"][0] // _HEAD_CHANNELS,
+        "num_key_value_heads": shapes[first + "self_attn.k_proj.weight"][0] // _HEAD_CHANNELS,
+        "head_dim": _HEAD_CHANNELS,
+        "query_pre_attn_scalar": _HEAD_CHANNELS,
     }
 
 
-def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in WANTED if name in config}
+def read_gemma2(source: Source, prefix: str, *, width: int) -> Network:
+    """From a file or folder of the encoder, or a file with the whole model. prefix: of its keys there.
+
+    width: that the model expects. Raises UserError for other networks and sizes.
+    """
+    with option_context("gemma2"):
+        weights = Weights(file=source.open_lone(), key_map=GEMMA2_FILE_KEYS, prefix=source.find_prefix(prefix))
+        shapes = weights.read_shapes()
+        names = shapes if is_gemma2(shapes) else {}
+        require_kind(GEMMA2_ENCODER, names, weights.file.header.tensors, source.path)
+        if source.is_folder and (source.path / "config.json").is_file():
+            config = select_fields(source.read_config("."), GEMMA2_FIELDS)
+        else:
+            config = config_from_shapes(shapes)
+    check_network_size("gemma2", source.path, WIDTH_FAULT, config["hidden_size"], width)
+    return Network(spec=spec(prefix), config=config, weights=weights, option="gemma2")
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """Attention is written out: torch's fast one cannot bound the scores as the model was trained with."""
+    """With eager attention: torch's fused one has no soft cap of the scores, which the model was trained with."""
     from transformers import Gemma2Config, Gemma2Model
 
     return Gemma2Model(Gemma2Config(**{**config, "attn_implementation": "eager"}))
 
 
-def token_ids(
+def tokenize(
     tokenizer: GemmaTokenizer, captions: Sequence[str], length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(B, L) ids and (B, L) bool mask of the tokens that are not padding; L is the longest caption's, at most length.
+    """(B, L) ids and (B, L) bool mask of the tokens that are not padding; L: of the longest caption, at most `length`.
 
-    Words see only what stands before them, so that padding behind them changes nothing.
+    Attention is causal, so padding after the text changes nothing.
     """
-    ids = [torch.tensor(tokenizer.ids(caption, length)) for caption in captions]
-    found = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad)
-    real = torch.tensor([len(each) for each in ids])
-    mask = torch.arange(found.shape[1])[None, :] < real[:, None]
-    return found.to(device), mask.to(device)
+    rows = [torch.tensor(tokenizer.encode(caption, length)) for caption in captions]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
+    return ids.to(device), mask.to(device)
 
 
-def hidden_states(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, L) ids and bool mask -> (B, L, D): what goes into the last layer."""
-    found = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-    return found.hidden_states[-2]
+def encode_tokens(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, L) ids and bool mask -> (B, L, D): the input of the last layer."""
+    output = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return output.hidden_states[-2]
 
 
-def token_weights(tokenizer: GemmaTokenizer, pieces: Pieces, length: int) -> Tensor:
-    """(L,) weights of the tokens that `token_ids` gives; 1 for the begin token."""
-    return torch.tensor([1.0, *of_tokens(pieces, tokenizer.ends(plain(pieces), length))])
+def encode_gemma2(encoder: Any, tokenizer: GemmaTokenizer, captions: Sequence[str], length: int) -> list[Tensors]:
+    """hidden (L, D) and mask (L,) of each caption, without padding."""
+    ids, mask = tokenize(tokenizer, captions, length, encoder.device)
+    return cut_to_mask(encode_tokens(encoder, ids, mask), mask)
+
+
+def apply_prompt_weights(tokenizer: GemmaTokenizer, features: Tensors, pieces: WeightedText, length: int) -> Tensors:
+    """One caption's features multiplied by the weights of its tokens."""
+    return multiply_by_weights(features, make_gemma2_weights(tokenizer, pieces, length))
+
+
+def make_gemma2_weights(tokenizer: GemmaTokenizer, pieces: WeightedText, length: int) -> Tensor:
+    """(L,) weights of the tokens of `tokenize`; 1 for the begin token."""
+    return torch.tensor([1.0, *compute_token_weights(pieces, tokenizer.find_ends(strip_weights(pieces), length))])

@@ -1,20 +1,23 @@
-"""Lumina-Image 2.0's transformer: key map, configuration, and where adapters go."""
+"""Lumina-Image 2.0's transformer: key map, configuration, adapter targets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.errors import UserError
-from sfumato.families.base import PartSpec
-from sfumato.formats.keymap import KeyMap, Rule
+from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
+from sfumato.families.source import Source, Weights, drop_private_fields
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
-STACKS = ("layers", "noise_refiner", "context_refiner")  # the last is not modulated by time
+_STACKS = ("layers", "noise_refiner", "context_refiner")  # the last without modulation
 PATCH = 2
-MULTIPLE = 256  # the feed-forward layers' usual width is the next multiple of this from four times the model's on
+_MULTIPLE = 256  # the MLP's width is four times the model's, rounded up to a multiple of this
 
 
-def _block(stack: str) -> list[Rule]:
+def _make_block_rules(stack: str) -> list[KeyRule]:
     plain = stack == "context_refiner"
     names = {
         "attention.out": "attn.to_out.0",
@@ -28,32 +31,32 @@ def _block(stack: str) -> list[Rule]:
     }
     names |= {} if plain else {"adaLN_modulation.1": "norm1.linear"}
     at = f"{stack}.{{n}}."
-    qkv = Rule(at + "attention.qkv", tuple(f"{at}attn.to_{x}" for x in "qkv"))
-    return [qkv, *(Rule(at + original, (at + ours,)) for original, ours in names.items())]
+    qkv = KeyRule(at + "attention.qkv", tuple(f"{at}attn.to_{x}" for x in "qkv"))
+    return [qkv, *(KeyRule(at + original, (at + ours,)) for original, ours in names.items())]
 
 
-RULES = (
-    Rule("x_embedder", ("x_embedder",)),
-    Rule("cap_embedder.{n}", ("time_caption_embed.caption_embedder.{n}",)),
-    Rule("t_embedder.mlp.0", ("time_caption_embed.timestep_embedder.linear_1",)),
-    Rule("t_embedder.mlp.2", ("time_caption_embed.timestep_embedder.linear_2",)),
-    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear_1",)),
-    Rule("final_layer.linear", ("norm_out.linear_2",)),
-    *(rule for stack in STACKS for rule in _block(stack)),
+_RULES = (
+    KeyRule("x_embedder", ("x_embedder",)),
+    KeyRule("cap_embedder.{n}", ("time_caption_embed.caption_embedder.{n}",)),
+    KeyRule("t_embedder.mlp.0", ("time_caption_embed.timestep_embedder.linear_1",)),
+    KeyRule("t_embedder.mlp.2", ("time_caption_embed.timestep_embedder.linear_2",)),
+    KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear_1",)),
+    KeyRule("final_layer.linear", ("norm_out.linear_2",)),
+    *chain.from_iterable(_make_block_rules(stack) for stack in _STACKS),
 )
-KEYS = KeyMap(RULES, drop=("norm_final.{*}",))  # a norm that published files have and nothing uses
-EMBEDDERS = (  # x, t, cap
+LUMINA_KEYS = KeyMap(_RULES, drop=("norm_final.{*}",))  # a norm in published files that is not used
+_EMBEDDERS = (  # x, t, cap
     "x_embedder",
     "time_caption_embed.timestep_embedder.{*}",
     "time_caption_embed.caption_embedder.1",
 )
-KINDS = {  # overlap: the first that is given decides
+_RANK_KINDS = {  # where they overlap, the first one that is given decides
     "attn_dim": "{*}.attention.{*}",
     "mlp_dim": "{*}.feed_forward.{*}",
     "mod_dim": "{*}.adaLN_modulation.{*}",
     "refiner_dim": "noise_refiner.{*}|context_refiner.{*}",
 }
-CHOICES = {
+_BLOCK_CHOICES = {
     "transformer": "layers.{*}|final_layer.{*}",
     "refiners": "noise_refiner.{*}|context_refiner.{*}",
     "noise_refiner": "noise_refiner.{*}",
@@ -64,38 +67,40 @@ CHOICES = {
 def spec(prefix: str) -> PartSpec:
     return PartSpec(
         name="denoiser",
-        key_map=KEYS,
+        key_map=LUMINA_KEYS,
         key_prefix=prefix,
-        adapter_map=KEYS,
+        adapter_map=LUMINA_KEYS,
         adapter_prefix="lora_unet",
-        targets=(*(f"{stack}.{{n}}.{{*}}" for stack in STACKS), "norm_out.{*}"),
-        extra_targets={"embedder_dims": EMBEDDERS},
-        kinds=KINDS,
-        choices={"train_blocks": CHOICES},
-        counted={"train_block_indices": "layers.{n}.{*}"},
-        blocks=tuple(f"{stack}.{{n}}" for stack in STACKS),
-        rows=rows,
+        targets=(*(f"{stack}.{{n}}.{{*}}" for stack in _STACKS), "norm_out.{*}"),
+        extra_targets={"embedder_dims": _EMBEDDERS},
+        rank_kinds=_RANK_KINDS,
+        block_choices={"train_blocks": _BLOCK_CHOICES},
+        block_indices={"train_block_indices": "layers.{n}.{*}"},
+        blocks=tuple(f"{stack}.{{n}}" for stack in _STACKS),
+        row_split=split_lumina_rows,
     )
 
 
-def rows(original: str, shape: Sequence[int]) -> list[int]:
-    """How a stacked weight falls apart: q has as many rows as the model is wide, k and v share the rest."""
+def split_lumina_rows(original: str, shape: Sequence[int]) -> list[int]:
+    """Rows of q, k, v in a stacked weight: q has the model's width, k and v share the rest."""
     stacked, width = shape
     return [width, *[(stacked - width) // 2] * 2]
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Lumina2Transformer2DModel's configuration; any width, any number of blocks."""
+    """Lumina2Transformer2DModel's configuration from original keys and shapes."""
 
     def count(stack: str) -> int:
         return len({key.split(".")[1] for key in shapes if key.startswith(stack + ".")})
 
     width, patch = shapes["x_embedder.weight"]
     (head,) = shapes["layers.0.attention.q_norm.weight"]
-    _, shared, _ = rows("", shapes["layers.0.attention.qkv.weight"])
-    refiners = {count(stack) for stack in STACKS[1:]}
+    _, shared, _ = split_lumina_rows("", shapes["layers.0.attention.qkv.weight"])
+    refiners = {count(stack) for stack in _STACKS[1:]}
     if len(refiners) > 1:
-        raise UserError("the checkpoint has unequal numbers of noise and context refiners")
+        raise UserError(
+            "the checkpoint has different numbers of noise and context refiners", code="refiner-counts-differ"
+        )
     return {
         "in_channels": patch // PATCH**2,
         "hidden_size": width,
@@ -105,22 +110,30 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "num_kv_heads": shared // head,
         "cap_feat_dim": shapes["cap_embedder.1.weight"][1],
         "axes_dim_rope": [head // 3] * 3,
-        **_feed_forward(width, shapes["layers.0.feed_forward.w1.weight"][0]),
+        **_make_feed_forward_config(width, shapes["layers.0.feed_forward.w1.weight"][0]),
     }
 
 
-def _feed_forward(width: int, inner: int) -> dict[str, Any]:
-    """The two numbers from which the network works out `inner`: the usual ones, or a pair that gives just that."""
-    if inner == -(-4 * width // MULTIPLE) * MULTIPLE:
-        return {"multiple_of": MULTIPLE, "ffn_dim_multiplier": None}
+def _make_feed_forward_config(width: int, inner: int) -> dict[str, Any]:
+    """The arguments from which the network computes `inner`: the published ones, or a pair that gives it exactly."""
+    if inner == -(-4 * width // _MULTIPLE) * _MULTIPLE:
+        return {"multiple_of": _MULTIPLE, "ffn_dim_multiplier": None}
     return {"multiple_of": 1, "ffn_dim_multiplier": (inner + 0.5) / (4 * width)}  # it rounds down
 
 
-def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+def read_lumina_transformer(source: Source) -> Network:
+    """From a folder, or a file in original names."""
+    if source.is_folder:
+        config = drop_private_fields(source.read_config("transformer"))
+        weights = Weights(file=source.open_weights("transformer"), key_map=make_identity_map())
+        return Network(spec=spec(""), config=config, weights=weights)
+    prefix = source.find_prefix(DENOISER_PREFIX)
+    weights = Weights(file=source.file, key_map=LUMINA_KEYS, prefix=prefix, row_split=split_lumina_rows)
+    return Network(spec=spec(prefix), config=config_from_shapes(source.strip_prefix(prefix)), weights=weights)
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer2DModel
+    with without_bitsandbytes():
+        from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer2DModel
 
     return Lumina2Transformer2DModel.from_config(dict(config))

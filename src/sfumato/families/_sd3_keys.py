@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's transformer: key map, configuration, and where adapters go."""
+"""Stable Diffusion 3's transformer: key map, configuration, adapter targets."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sfumato.families._sd3_patches import Patches
-from sfumato.families.base import PartSpec
-from sfumato.formats.keymap import KeyMap, Rule
+from sfumato.common.quiet_imports import without_bitsandbytes
+from sfumato.families._sd3_patches import SD3PatchEmbed
+from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
+from sfumato.families.source import Source, Weights, drop_private_fields
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
-HEAD = 64  # channels of a head in every published model
-BLOCK = "transformer_blocks.{n}."
-EMBEDDERS = (
-    Rule("pos_embed", ("pos_embed.pos_embed",)),
-    Rule("x_embedder.proj", ("pos_embed.proj",)),
-    Rule("context_embedder", ("context_embedder",)),
-    *(
-        Rule(f"{original}.mlp.{layer}", (f"time_text_embed.{ours}.linear_{number}",))
-        for original, ours in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
-        for layer, number in ((0, 1), (2, 2))
-    ),
-    Rule("final_layer.linear", ("proj_out",)),
-    Rule("final_layer.adaLN_modulation.1", ("norm_out.linear",), "swap"),
+_HEAD_CHANNELS = 64  # in every published model
+_BLOCK = "transformer_blocks.{n}."
+_EMBEDDER_RULES = (
+    KeyRule("pos_embed", ("pos_embed.pos_embed",)),
+    KeyRule("x_embedder.proj", ("pos_embed.proj",)),
+    KeyRule("context_embedder", ("context_embedder",)),
+    KeyRule("t_embedder.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
+    KeyRule("t_embedder.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
+    KeyRule("y_embedder.mlp.0", ("time_text_embed.text_embedder.linear_1",)),
+    KeyRule("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
+    KeyRule("final_layer.linear", ("proj_out",)),
+    KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), "swap"),
 )
-EMBEDDER_TARGETS = (  # context, t, x, y, final_mod, final_linear
+_EMBEDDER_TARGETS = (  # context, t, x, y, final_mod, final_linear
     "context_embedder",
     "time_text_embed.timestep_embedder.{*}",
     "pos_embed.proj",
@@ -33,54 +34,52 @@ EMBEDDER_TARGETS = (  # context, t, x, y, final_mod, final_linear
     "norm_out.linear",
     "proj_out",
 )
-KINDS = {
-    f"{option}_{kind}_dim": "|".join(f"joint_blocks.{{n}}.{side}.{layer}.{{*}}" for layer in layers)
-    for option, side in (("context", "context_block"), ("x", "x_block"))
-    for kind, layers in (("attn", ("attn", "attn2")), ("mlp", ("mlp",)), ("mod", ("adaLN_modulation",)))
+_CONTEXT, _X = "joint_blocks.{n}.context_block.", "joint_blocks.{n}.x_block."
+_RANK_KINDS = {
+    "context_attn_dim": f"{_CONTEXT}attn.{{*}}|{_CONTEXT}attn2.{{*}}",
+    "context_mlp_dim": f"{_CONTEXT}mlp.{{*}}",
+    "context_mod_dim": f"{_CONTEXT}adaLN_modulation.{{*}}",
+    "x_attn_dim": f"{_X}attn.{{*}}|{_X}attn2.{{*}}",
+    "x_mlp_dim": f"{_X}mlp.{{*}}",
+    "x_mod_dim": f"{_X}adaLN_modulation.{{*}}",
 }
 
 
 def key_map(blocks: int) -> KeyMap:
-    """The last of `blocks` ends the text's way: its context norm has scale and shift in the other order."""
+    """Original names <-> diffusers'. The last of `blocks` has scale and shift of its context norm swapped."""
     last = blocks - 1
-    final = Rule(
+    final = KeyRule(
         f"joint_blocks.{last}.context_block.adaLN_modulation.1",
         (f"transformer_blocks.{last}.norm1_context.linear",),
         "swap",
     )
-    picture, text = "joint_blocks.{n}.x_block.", "joint_blocks.{n}.context_block."
+    to_qkv, add_qkv = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
     return KeyMap(
         [
-            *EMBEDDERS,
+            *_EMBEDDER_RULES,
             final,
-            *_attention(picture + "attn", BLOCK + "attn", ("to_q", "to_k", "to_v"), "to_out.0", "norm_{}"),
-            *_attention(picture + "attn2", BLOCK + "attn2", ("to_q", "to_k", "to_v"), "to_out.0", "norm_{}"),
-            *_attention(
-                text + "attn",
-                BLOCK + "attn",
-                ("add_q_proj", "add_k_proj", "add_v_proj"),
-                "to_add_out",
-                "norm_added_{}",
-            ),
-            *_rest(picture, BLOCK + "ff.", BLOCK + "norm1.linear"),
-            *_rest(text, BLOCK + "ff_context.", BLOCK + "norm1_context.linear"),
+            *_make_attention_rules(_X + "attn", _BLOCK + "attn", to_qkv, "to_out.0", "norm_{}"),
+            *_make_attention_rules(_X + "attn2", _BLOCK + "attn2", to_qkv, "to_out.0", "norm_{}"),
+            *_make_attention_rules(_CONTEXT + "attn", _BLOCK + "attn", add_qkv, "to_add_out", "norm_added_{}"),
+            *_make_other_rules(_X, _BLOCK + "ff.", _BLOCK + "norm1.linear"),
+            *_make_other_rules(_CONTEXT, _BLOCK + "ff_context.", _BLOCK + "norm1_context.linear"),
         ]
     )
 
 
-def _attention(original: str, ours: str, inputs: Iterable[str], output: str, norm: str) -> list[Rule]:
+def _make_attention_rules(original: str, ours: str, inputs: Iterable[str], output: str, norm: str) -> list[KeyRule]:
     return [
-        Rule(f"{original}.qkv", tuple(f"{ours}.{name}" for name in inputs)),
-        Rule(f"{original}.proj", (f"{ours}.{output}",)),
-        *(Rule(f"{original}.ln_{name}", (f"{ours}.{norm.format(name)}",)) for name in "qk"),
+        KeyRule(f"{original}.qkv", tuple(f"{ours}.{name}" for name in inputs)),
+        KeyRule(f"{original}.proj", (f"{ours}.{output}",)),
+        *(KeyRule(f"{original}.ln_{name}", (f"{ours}.{norm.format(name)}",)) for name in "qk"),
     ]
 
 
-def _rest(original: str, feed_forward: str, modulation: str) -> list[Rule]:
+def _make_other_rules(original: str, feed_forward: str, modulation: str) -> list[KeyRule]:
     return [
-        Rule(original + "mlp.fc1", (feed_forward + "net.0.proj",)),
-        Rule(original + "mlp.fc2", (feed_forward + "net.2",)),
-        Rule(original + "adaLN_modulation.1", (modulation,)),
+        KeyRule(original + "mlp.fc1", (feed_forward + "net.0.proj",)),
+        KeyRule(original + "mlp.fc2", (feed_forward + "net.2",)),
+        KeyRule(original + "adaLN_modulation.1", (modulation,)),
     ]
 
 
@@ -92,71 +91,86 @@ def spec(prefix: str, blocks: int) -> PartSpec:
         key_prefix=prefix,
         adapter_map=keys,
         adapter_prefix="lora_unet",
-        targets=(BLOCK + "{*}",),
-        extra_targets={"emb_dims": EMBEDDER_TARGETS},
-        kinds=KINDS,
-        counted={"train_block_indices": "joint_blocks.{n}.{*}"},
-        blocks=(BLOCK[:-1],),
-        tables=("pos_embed.pos_embed",),
+        targets=(_BLOCK + "{*}",),
+        extra_targets={"emb_dims": _EMBEDDER_TARGETS},
+        rank_kinds=_RANK_KINDS,
+        block_indices={"train_block_indices": "joint_blocks.{n}.{*}"},
+        blocks=(_BLOCK[:-1],),
+        constant_tensors=("pos_embed.pos_embed",),
     )
 
 
-def block_count(keys: Iterable[str], start: str) -> int:
+def count_blocks(keys: Iterable[str], start: str) -> int:
     """Blocks of the transformer whose keys start with `start` and a number."""
     return len({key[len(start) :].split(".")[0] for key in keys if key.startswith(start)})
 
 
-def blocks_of_adapter(shapes: Mapping[str, Sequence[int]]) -> int:
-    """How many blocks a model has, told by the last one's context norm, whose adapter is a third as high as others'.
+def count_adapter_blocks(shapes: Mapping[str, Sequence[int]]) -> int:
+    """The number of blocks of an adapter file's model; 0 where the file does not adapt the last block's context norm.
 
-    0 where the file has none. shapes: name in an adapter file -> shape of the weight that it changes.
+    That norm has a third of the rows of the others. shapes: name in the file -> shape of the weight that it changes.
     """
     norm = re.compile(r"lora_unet_joint_blocks_(\d+)_context_block_adaLN_modulation_1")
-    found = ((norm.fullmatch(name), shape) for name, shape in shapes.items())
-    return next((1 + int(match[1]) for match, shape in found if match and shape[0] == 2 * shape[1]), 0)
+    for name, shape in shapes.items():
+        match = norm.fullmatch(name)
+        if match and shape[0] == 2 * shape[1]:
+            return 1 + int(match[1])
+    return 0
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """SD3Transformer2DModel's configuration from our names and shapes; any number of blocks, of one or two attentions.
+    """SD3Transformer2DModel's configuration from our names and shapes, without the resolution of its training.
 
-    The size of the pictures it was trained with is not in a checkpoint; only the table of positions, which is, would
-    be made from it.
+    Only the table of positions depends on that, which checkpoints contain.
     """
     width, channels, patch, _ = shapes["pos_embed.proj.weight"]
     joined, text = shapes["context_embedder.weight"]
-    pairs = {int(key.split(".")[1]) for key in shapes if key.startswith("transformer_blocks.") and ".attn2." in key}
+    dual = {int(key.split(".")[1]) for key in shapes if key.startswith("transformer_blocks.") and ".attn2." in key}
     return {
         "patch_size": patch,
         "in_channels": channels,
         "out_channels": shapes["proj_out.weight"][0] // patch**2,
-        "num_layers": block_count(shapes, "transformer_blocks."),
-        "attention_head_dim": HEAD,
-        "num_attention_heads": width // HEAD,
+        "num_layers": count_blocks(shapes, "transformer_blocks."),
+        "attention_head_dim": _HEAD_CHANNELS,
+        "num_attention_heads": width // _HEAD_CHANNELS,
         "joint_attention_dim": text,
         "caption_projection_dim": joined,
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
         "pos_embed_max_size": math.isqrt(shapes["pos_embed.pos_embed"][1]),
-        "dual_attention_layers": sorted(pairs),
+        "dual_attention_layers": sorted(dual),
         "qk_norm": "rms_norm" if "transformer_blocks.0.attn.norm_q.weight" in shapes else None,
     }
 
 
-def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+def read_sd3_transformer(source: Source) -> Network:
+    """From a folder, or a file in original or diffusers' names."""
+    if source.is_folder:
+        config = drop_private_fields(source.read_config("transformer"))
+        weights = Weights(file=source.open_weights("transformer"), key_map=make_identity_map())
+        return Network(spec=spec(DENOISER_PREFIX, config["num_layers"]), config=config, weights=weights)
+    prefix = source.find_prefix(DENOISER_PREFIX)
+    blocks = count_blocks(source.shapes, prefix + "joint_blocks.")
+    if blocks:
+        weights = Weights(file=source.file, key_map=key_map(blocks), prefix=prefix)
+    else:  # diffusers' names
+        blocks = count_blocks(source.shapes, prefix + "transformer_blocks.")
+        weights = Weights(file=source.file, key_map=make_identity_map(), prefix=prefix)
+    return Network(spec=spec(prefix, blocks), config=config_from_shapes(weights.read_shapes()), weights=weights)
 
 
-def kind_of(config: Mapping[str, Any]) -> str:
-    """The field's name of the model: medium, 5-medium (some blocks attend twice) or 5-large."""
+def get_version(config: Mapping[str, Any]) -> str:
+    """sd-scripts' name of the model: medium, 5-medium (some blocks have two attentions) or 5-large."""
     if config["dual_attention_layers"]:
         return "5-medium"
     return "5-large" if config["qk_norm"] else "medium"
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """The table of positions stands on the meta device: checkpoints hold it, and making it costs gigabytes."""
-    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    """With the table of positions on the meta device: checkpoints contain it, and computing it takes gigabytes."""
+    with without_bitsandbytes():
+        from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     network: Any = SD3Transformer2DModel.from_config({**config, "pos_embed_max_size": 1})
     network.register_to_config(pos_embed_max_size=config["pos_embed_max_size"])
-    network.pos_embed = Patches(network.pos_embed.proj, size=config["pos_embed_max_size"])
+    network.pos_embed = SD3PatchEmbed(network.pos_embed.proj, size=config["pos_embed_max_size"])
     return network

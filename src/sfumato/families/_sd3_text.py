@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's text encoders: CLIP-L, CLIP-G and T5-XXL, each in the checkpoint, in a file or in a folder."""
+"""Stable Diffusion 3's text encoders (CLIP-L, CLIP-G, T5-XXL): in the checkpoint, a file or a folder; features."""
 
 from __future__ import annotations
 
@@ -11,193 +11,187 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions
 from sfumato.data.batch import Tensors
-from sfumato.errors import UserError
-from sfumato.families import _clip, _open_clip, _t5
-from sfumato.families._file_kinds import WIDTH, check_width, told_of
-from sfumato.families.base import Component, Network, PartSpec
+from sfumato.errors import Problems, UserError
+from sfumato.families import _clip, _open_clip, _t5, _vae
+from sfumato.families._file_kinds import (
+    CHANNELS_FAULT,
+    WIDTH_FAULT,
+    check_network_size,
+    make_missing_error,
+    option_context,
+)
+from sfumato.families._text_features import cut_to_mask
+from sfumato.families.blueprint import Component
+from sfumato.families.part import Network, PartSpec
 from sfumato.families.source import Source, Weights, find_path
-from sfumato.formats.keymap import KeyMap, Rule, identity
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
-LAYER = 2  # from the end: both CLIP towers are read before their last layer, without the final norm
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 PROJECTION = "text_projection.weight"
 PROJECTED_KEYS = KeyMap(  # with or without the `text_model.` level
-    [Rule("text_model.{*}", ("text_model.{*}",)), Rule(PROJECTION, (PROJECTION,)), Rule("{*}", ("text_model.{*}",))],
-    (*_clip.DROP, "logit_scale"),
+    [
+        KeyRule("text_model.{*}", ("text_model.{*}",)),
+        KeyRule(PROJECTION, (PROJECTION,)),
+        KeyRule("{*}", ("text_model.{*}",)),
+    ],
+    (*_clip.UNUSED_KEYS, "logit_scale"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where one encoder lies."""
+class EncoderLocation:
+    """Where one encoder is."""
 
     option: str  # a file or folder of its own
     prefix: str  # in the checkpoint
     folder: str  # in a diffusers model
-    adapter_prefix: str
 
 
-PLACES = {
-    "clip_l": Place(
-        option="clip_l",
-        prefix="text_encoders.clip_l.transformer.",
-        folder="text_encoder",
-        adapter_prefix="lora_te1",
-    ),
-    "clip_g": Place(
-        option="clip_g",
-        prefix="text_encoders.clip_g.transformer.",
-        folder="text_encoder_2",
-        adapter_prefix="lora_te2",
-    ),
-    "t5": Place(
-        option="t5xxl",
-        prefix="text_encoders.t5xxl.transformer.",
-        folder="text_encoder_3",
-        adapter_prefix="lora_te3",
-    ),
+ENCODER_LOCATIONS = {
+    "clip_l": EncoderLocation(option="clip_l", prefix="text_encoders.clip_l.transformer.", folder="text_encoder"),
+    "clip_g": EncoderLocation(option="clip_g", prefix="text_encoders.clip_g.transformer.", folder="text_encoder_2"),
+    "t5": EncoderLocation(option="t5xxl", prefix="text_encoders.t5xxl.transformer.", folder="text_encoder_3"),
 }
-
-COMPONENTS = {
+ADAPTER_PREFIXES = {"clip_l": "lora_te1", "clip_g": "lora_te2"}
+TEXT_COMPONENTS = {
     name: Component(
-        folder=place.folder, key_map=identity() if name == "t5" else _clip.key_map(), takes_lora=name != "t5"
+        folder=location.folder,
+        key_map=make_identity_map() if name == "t5" else _clip.key_map(),
+        takes_lora=name != "t5",
     )
-    for name, place in PLACES.items()
+    for name, location in ENCODER_LOCATIONS.items()
 }
 
 
-def read(name: str, source: Source, model: ModelOptions) -> Network | None:
+def read_others(
+    source: Source, model: ModelOptions, denoiser: Network, scaling: Mapping[str, Any]
+) -> dict[str, Network]:
+    """Text encoders and autoencoder; T5 is optional, since the model was trained with zeros in its place, too.
+
+    scaling: of the autoencoder. Raises UserError that names all that are missing.
+    """
+    problems = Problems()
+    networks: dict[str, Network] = {}
+    for name in ENCODER_LOCATIONS:
+        with problems.catch():
+            network = read_encoder(name, source, model)
+            if network is None and name != "t5":
+                raise make_missing_error(ENCODER_LOCATIONS[name].option, source.name)
+            networks |= {name: network} if network else {}
+    with problems.catch():
+        networks["vae"] = _vae.find_vae(source, model, scaling)
+    problems.raise_all()
+    check_encoders(denoiser, networks)
+    vae = networks["vae"]
+    channels = vae.config["latent_channels"]
+    check_network_size("vae", vae.weights.file.header.path, CHANNELS_FAULT, channels, denoiser.config["in_channels"])
+    return networks
+
+
+def read_encoder(name: str, source: Source, model: ModelOptions) -> Network | None:
     """The encoder that the option names, else the checkpoint's own; None where there is neither."""
-    place = PLACES[name]
+    location = ENCODER_LOCATIONS[name]
     given = {"clip_l": model.clip_l, "clip_g": model.clip_g, "t5": model.t5xxl}[name]
     if given:
-        with told_of(place.option):
-            return replace(_read(name, Source(find_path(given))), option=place.option)
+        with option_context(location.option):
+            return replace(_read(name, Source(find_path(given))), option=location.option)
     if source.is_folder:
-        return _read(name, Source(source.path / place.folder)) if source.has(place.folder) else None
-    return _read(name, source) if any(key.startswith(place.prefix) for key in source.shapes) else None
+        folder = location.folder
+        return _read(name, Source(source.path / folder)) if source.has_network(folder) else None
+    return _read(name, source) if source.find_prefix(location.prefix) else None
 
 
-def check(denoiser: Network, found: Mapping[str, Network]) -> None:
-    """Raise UserError where the encoders are not those that the transformer was trained with."""
-    clip_l, clip_g = (found[name].config for name in ("clip_l", "clip_g"))
+def check_encoders(denoiser: Network, networks: Mapping[str, Network]) -> None:
+    """Raise UserError where the encoders' sizes are not those that the transformer was trained with."""
+    clip_l, clip_g = (networks[name].config for name in ("clip_l", "clip_g"))
     pooled = sum(config["projection_dim"] for config in (clip_l, clip_g))
     if clip_l["hidden_size"] > clip_g["hidden_size"]:
-        raise UserError("--clip_l is wider than --clip_g", fix="swap the two files")
+        raise UserError("--clip_l is wider than --clip_g", code="clip-encoders-swapped", fix="swap the two files")
     if pooled != denoiser.config["pooled_projection_dim"]:
         widths = f"{clip_l['projection_dim']} + {clip_g['projection_dim']}"
         raise UserError(
-            f"--clip_l and --clip_g are not those of this model: their pooled vectors have {widths} numbers, "
-            f"{denoiser.config['pooled_projection_dim']} are expected",
+            f"--clip_l and --clip_g are for another model: their pooled vectors have {widths} numbers, expected "
+            f"{denoiser.config['pooled_projection_dim']}",
+            code="clip-pooled-size-mismatch",
             fix="give CLIP-L and CLIP-G",
         )
-    if "t5" in found:
-        place, width = found["t5"].weights.file.header.path, found["t5"].config["d_model"]
-        check_width("t5xxl", place, WIDTH, width, denoiser.config["joint_attention_dim"])
-
-
-def missing(name: str, source: Source) -> UserError:
-    option = PLACES[name].option
-    return UserError(f"--{option} is missing: {source.name} holds no such text encoder", fix=f"--{option} FILE")
+    if "t5" in networks:
+        t5 = networks["t5"]
+        path, width = t5.weights.file.header.path, t5.config["d_model"]
+        check_network_size("t5xxl", path, WIDTH_FAULT, width, denoiser.config["joint_attention_dim"])
 
 
 def _read(name: str, source: Source) -> Network:
-    file = source.component()
-    prefixed = any(key.startswith(PLACES[name].prefix) for key in file.header.tensors)
-    prefix = PLACES[name].prefix if prefixed else ""
+    file = source.open_lone()
+    prefixed = any(key.startswith(ENCODER_LOCATIONS[name].prefix) for key in file.header.tensors)
+    prefix = ENCODER_LOCATIONS[name].prefix if prefixed else ""
     if name == "t5":
-        weights = Weights(file=file, key_map=_t5.key_map(), prefix=prefix, tied=_t5.TIED)
-        config = _t5.read_config(source, weights)
-        return Network(spec=t5_spec(), config=config, weights=weights)
+        weights = Weights(file=file, key_map=_t5.key_map(), prefix=prefix, tied=_t5.TIED_WEIGHTS)
+        config = _t5.read_t5_config(source, weights)
+        return Network(spec=make_spec(name), config=config, weights=weights)
     projected = prefix + PROJECTION in file.header.tensors
-    weights = Weights(file=file, key_map=PROJECTED_KEYS if projected else _clip.FILE_KEYS, prefix=prefix)
-    config = _clip.read_config(source, weights, activation=ACTIVATIONS[name])
+    weights = Weights(file=file, key_map=PROJECTED_KEYS if projected else _clip.CLIP_FILE_KEYS, prefix=prefix)
+    config = _clip.read_clip_config(source, weights, activation=ACTIVATIONS[name])
     if projected and not source.is_folder:
-        config["projection_dim"] = weights.shapes()[PROJECTION][0]
-    return Network(spec=clip_spec(name, projected=projected), config=config, weights=weights)
+        config["projection_dim"] = weights.read_shapes()[PROJECTION][0]
+    return Network(spec=make_spec(name, projected=projected), config=config, weights=weights)
 
 
-def clip_spec(name: str, *, projected: bool) -> PartSpec:
-    """A file without a projection means the identity; its encoder is built without one."""
-    names = identity() if projected else _clip.key_map()
-    return PartSpec(
-        name=name,
-        key_map=PROJECTED_KEYS if projected else names,
-        key_prefix=PLACES[name].prefix,
-        adapter_map=names,
-        adapter_prefix=PLACES[name].adapter_prefix,
-        targets=_open_clip.TARGETS if projected else _clip.TARGETS,
-        blocks=_open_clip.BLOCKS if projected else _clip.BLOCKS,
-    )
+def make_spec(name: str, *, projected: bool = False) -> PartSpec:
+    """projected: whether the file of a CLIP encoder has a projection; without one its encoder is built without, too."""
+    prefix = ENCODER_LOCATIONS[name].prefix
+    if name == "t5":
+        return _t5.spec(prefix)
+    if projected:
+        return _open_clip.projected_spec(name, prefix, ADAPTER_PREFIXES[name], PROJECTED_KEYS)
+    return _clip.spec(name, prefix, ADAPTER_PREFIXES[name])
 
 
-def t5_spec() -> PartSpec:
-    return PartSpec(
-        name="t5",
-        key_map=_t5.key_map(),
-        key_prefix=PLACES["t5"].prefix,
-        adapter_map=_t5.key_map(),
-        adapter_prefix=PLACES["t5"].adapter_prefix,
-        targets=_t5.TARGETS,
-        blocks=_t5.BLOCKS,
-        opt_in="train_t5xxl",
-    )
-
-
-def builder(network: Network) -> Any:
-    """What builds the encoder from its configuration."""
+def choose_builder(network: Network) -> Any:
+    """The function that builds the encoder from its configuration."""
     if network.spec.name == "t5":
         return _t5.build
     return _open_clip.build_projected if network.spec.targets == _open_clip.TARGETS else _clip.build
 
 
-def clip_features(encoder: nn.Module, tokenizer: Any, captions: Sequence[str], *, masked: bool) -> list[Tensors]:
-    """hidden (77, D) and pooled (P,) of each caption; `masked`: hidden and a mask up to the end token alone.
+def find_t5_device(name: str) -> torch.device:
+    """Raises UserError for a name that is no device and for a device that this machine lacks."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise UserError(
+            f"--t5xxl_device {name}: this machine has no such device", code="t5-device-missing", fix="cpu, or cuda:0"
+        ) from error
 
-    Padding stands behind the end token, where no other token of CLIP can see it.
+
+def encode_clip(encoder: Any, tokenizer: Any, captions: Sequence[str], *, masked: bool) -> list[Tensors]:
+    """hidden (77, D) and pooled (P,) of each caption; masked: hidden up to the end token, and a mask.
+
+    Attention is causal, so no token sees the padding after the end token.
     """
-    tower: Any = encoder
     end = tokenizer.eos_token_id
-    ids = _clip.token_ids(tokenizer, captions, tower.device)
-    if "text_projection" in dict(tower.named_children()):
-        hidden, pooled = _open_clip.hidden_and_pooled(tower, ids, end, layer=LAYER)
+    ids = _clip.tokenize(tokenizer, captions, encoder.device)
+    if "text_projection" in dict(encoder.named_children()):
+        hidden, pooled = _open_clip.encode_hidden_and_pooled(encoder, ids, end, layer=_clip.PENULTIMATE)
     else:
-        hidden, last = _clip.states(tower, ids, layer=LAYER)
-        pooled = _clip.at_first_end(last, ids, end)
-    lengths = ((ids == end).int().argmax(dim=1) + 1).tolist() if masked else [None] * len(ids)
-    return [
-        {"pooled": vector, **cut(states, length)}
-        for states, vector, length in zip(hidden, pooled, lengths, strict=True)
-    ]
+        hidden, last = _clip.encode_states(encoder, ids, layer=_clip.PENULTIMATE)
+        pooled = _clip.take_at_end(last, ids, end)
+    rows: list[Tensors] = [{"hidden": row} for row in hidden]
+    if masked:
+        ends = (ids == end).int().argmax(dim=1)
+        rows = cut_to_mask(hidden, torch.arange(ids.shape[1], device=ids.device) <= ends[:, None])
+    return [{"pooled": vector, **row} for vector, row in zip(pooled, rows, strict=True)]
 
 
-def t5_features(
-    encoder: nn.Module, tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool
-) -> list[Tensors]:
-    """hidden (length, D) of each caption; `masked`: padding is not attended to and cut off, a mask tells how much."""
-    tower: Any = encoder
-    ids, real = _t5.token_ids(tokenizer, captions, length, tower.device)
-    hidden = _t5.hidden_states(tower, ids, real if masked else None)
-    lengths = real.sum(1).tolist() if masked else [None] * len(ids)
-    return [cut(states, number) for states, number in zip(hidden, lengths, strict=True)]
-
-
-def cut(hidden: Tensor, length: int | None) -> Tensors:
-    """All of (L, D), or its first rows and the mask that says so once it is padded again."""
-    if length is None:
-        return {"hidden": hidden}
-    return {"hidden": hidden[:length], "mask": torch.ones(length, dtype=torch.bool, device=hidden.device)}
-
-
-def filled(features: Mapping[str, Tensor], length: int) -> Tensor:
-    """(B, length, D): what was padding is zeros, whatever stands there; so is what was cut off."""
+def pad_features(features: Mapping[str, Tensor], length: int) -> Tensor:
+    """(B, length, D) with zeros where the mask is False and where padding was cut."""
     hidden = features["hidden"]
     if "mask" in features:
         hidden = hidden.masked_fill(~features["mask"][..., None], 0)
     return nn.functional.pad(hidden, (0, 0, 0, length - hidden.shape[1]))
 
 
-def joined(clip: Sequence[Tensor], t5: Tensor) -> Tensor:
-    """(B, 77, D_l), (B, 77, D_g), (B, L, D) -> (B, 77 + L, D): CLIP's side by side, filled up with zeros, then T5's."""
+def join_features(clip: Sequence[Tensor], t5: Tensor) -> Tensor:
+    """(B, 77, D_l), (B, 77, D_g), (B, L, D) -> (B, 77 + L, D): both CLIPs' channels, zero-padded to D, then T5's."""
     text = torch.cat(list(clip), dim=-1)
     return torch.cat([nn.functional.pad(text, (0, t5.shape[-1] - text.shape[-1])), t5.to(text)], dim=1)

@@ -1,4 +1,4 @@
-"""T5's encoder: configuration, key map and encoding, shared by the families that read text with it."""
+"""T5's text encoder: configuration, key map, tokens and encoding."""
 
 from __future__ import annotations
 
@@ -8,26 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.data.prompt_weighting import Pieces, of_tokens, plain
-from sfumato.families._file_kinds import T5, require
-from sfumato.families.source import Source, Weights
-from sfumato.formats.keymap import KeyMap, Rule
+from sfumato.data.batch import Tensors
+from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
+from sfumato.families._file_kinds import T5_ENCODER, require_kind
+from sfumato.families._text_features import cut_to_mask, multiply_by_weights
+from sfumato.families.part import PartSpec
+from sfumato.families.source import Source, Weights, select_fields
+from sfumato.formats.keymap import KeyMap, KeyRule
 
 TARGETS = (
     *(f"encoder.block.{{n}}.layer.{{n}}.SelfAttention.{name}" for name in ("q", "k", "v", "o")),
     *(f"encoder.block.{{n}}.layer.{{n}}.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
 )
 BLOCKS = ("encoder.block.{n}",)
-TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+T5_FIELDS = (  # of a published config.json
+    *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets"),
+    *("feed_forward_proj", "layer_norm_epsilon"),
+)
+TIED_WEIGHTS = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
 def key_map() -> KeyMap:
-    """Files agree on the names; the tied embedding and a decoder, where one was saved along, are left out."""
-    return KeyMap([Rule("{*}", ("{*}",))], drop=("encoder.embed_tokens.weight", "decoder.{*}", "lm_head.weight"))
+    """Files have the module's names; drops the tied embedding and the decoder."""
+    return KeyMap([KeyRule("{*}", ("{*}",))], drop=("encoder.embed_tokens.weight", "decoder.{*}", "lm_head.weight"))
+
+
+def spec(prefix: str) -> PartSpec:
+    """prefix: of its keys in a checkpoint."""
+    names = key_map()
+    return PartSpec(
+        name="t5",
+        key_map=names,
+        key_prefix=prefix,
+        adapter_map=names,
+        adapter_prefix="lora_te3",
+        targets=TARGETS,
+        blocks=BLOCKS,
+        opt_in="train_t5xxl",
+    )
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """T5Config of a v1.1 encoder (gated GELU); heads are read off the relative position table."""
+    """T5Config of a v1.1 encoder (gated GELU); the number of heads is a side of the position table."""
     vocabulary, width = shapes["shared.weight"]
     layers = {key.split(".")[2] for key in shapes if key.startswith("encoder.block.")}
     first = "encoder.block.0.layer.0.SelfAttention."
@@ -44,17 +66,11 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     }
 
 
-def read_config(source: Source, weights: Weights) -> dict[str, Any]:
-    """From the file or folder of an encoder; raises UserError where it is none."""
-    shapes = weights.shapes()
-    require(T5, shapes, weights.file.header.tensors, source.path)
-    return config_of_folder(source.config(".")) if source.is_folder else config_from_shapes(shapes)
-
-
-def config_of_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
-    wanted += ("feed_forward_proj", "layer_norm_epsilon")
-    return {name: config[name] for name in wanted if name in config}
+def read_t5_config(source: Source, weights: Weights) -> dict[str, Any]:
+    """From the file or folder of an encoder. Raises UserError for others."""
+    shapes = weights.read_shapes()
+    require_kind(T5_ENCODER, shapes, weights.file.header.tensors, source.path)
+    return select_fields(source.read_config("."), T5_FIELDS) if source.is_folder else config_from_shapes(shapes)
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -63,19 +79,32 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return T5EncoderModel(T5Config(**config, dropout_rate=0.0, use_cache=False, is_encoder_decoder=False))
 
 
-def hidden_states(encoder: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, L) ids and bool mask -> (B, L, D); None: padding is attended to, as the models were trained with."""
+def encode_tokens(encoder: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L) ids and bool mask -> (B, L, D); mask None: attention sees padding, as in training."""
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
-def token_weights(tokenizer: Any, pieces: Pieces, length: int) -> Tensor:
-    """(length,) weights of the tokens, as `token_ids` places them; 1 for the end and for padding."""
-    tokens = tokenizer(plain(pieces), truncation=True, max_length=length, return_offsets_mapping=True)
-    weights = of_tokens(pieces, [end for _, end in tokens.offset_mapping])
+def encode_t5(encoder: Any, tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool) -> list[Tensors]:
+    """hidden (length, D) of each caption; masked: attention does not see padding, which is cut, and a mask is added."""
+    ids, mask = tokenize(tokenizer, captions, length, encoder.device)
+    hidden = encode_tokens(encoder, ids, mask if masked else None)
+    return cut_to_mask(hidden, mask) if masked else [{"hidden": row} for row in hidden]
+
+
+def apply_prompt_weights(tokenizer: Any, features: Tensors, pieces: WeightedText) -> Tensors:
+    """One caption's features multiplied by the weights of its tokens."""
+    weights = make_t5_weights(tokenizer, pieces, len(features["hidden"]))
+    return multiply_by_weights(features, weights)
+
+
+def make_t5_weights(tokenizer: Any, pieces: WeightedText, length: int) -> Tensor:
+    """(length,) weights of the tokens of `tokenize`; 1 for end and padding."""
+    tokens = tokenizer(strip_weights(pieces), truncation=True, max_length=length, return_offsets_mapping=True)
+    weights = compute_token_weights(pieces, [end for _, end in tokens.offset_mapping])
     return torch.tensor(weights + [1.0] * (length - len(weights)))
 
 
-def token_ids(tokenizer: Any, captions: Sequence[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def tokenize(tokenizer: Any, captions: Sequence[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, L) ids and (B, L) bool mask of the tokens that are not padding."""
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return tokens.input_ids.to(device), tokens.attention_mask.bool().to(device)

@@ -1,31 +1,34 @@
-"""The UNet of Stable Diffusion: its configuration and key map, read off a checkpoint, and what it predicts."""
+"""The UNet of Stable Diffusion: key map, configuration, and what a checkpoint predicts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
+from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
-from sfumato.families._file_kinds import LATENT, check_width
-from sfumato.families.base import Component, Network, PartSpec, Pipeline
+from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size
+from sfumato.families.blueprint import Component, Pipeline
+from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, read_json
-from sfumato.formats.keymap import KeyMap, Rule, identity
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
-PREFIX = "model.diffusion_model."  # inside whole checkpoints
-PLACES = ("down_blocks.{n}", "mid_block", "up_blocks.{n}")
-LAYERS = (  # of a transformer
+_LEVELS = ("down_blocks.{n}", "mid_block", "up_blocks.{n}")
+_TRANSFORMER_LAYERS = (
     *("proj_in", "proj_out"),
-    *(f"transformer_blocks.{{n}}.attn{i}.to_{name}" for i in (1, 2) for name in ("q", "k", "v", "out.0")),
+    *(f"transformer_blocks.{{n}}.attn1.to_{name}" for name in ("q", "k", "v", "out.0")),
+    *(f"transformer_blocks.{{n}}.attn2.to_{name}" for name in ("q", "k", "v", "out.0")),
     *(f"transformer_blocks.{{n}}.ff.net.{name}" for name in ("0.proj", "2")),
 )
-TARGETS = tuple(f"{place}.attentions.{{n}}.{layer}" for place in PLACES for layer in LAYERS)
-CONVOLUTIONS = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")  # and what else stands between them
+TARGETS = tuple(f"{block}.attentions.{{n}}.{layer}" for block, layer in product(_LEVELS, _TRANSFORMER_LAYERS))
+_RESNET_LAYERS = ("conv1", "conv2", "time_emb_proj", "conv_shortcut")  # and linear layers between them
 CONV_TARGETS = (
-    *(f"{place}.resnets.{{n}}.{layer}" for place in PLACES for layer in CONVOLUTIONS),
+    *(f"{block}.resnets.{{n}}.{layer}" for block, layer in product(_LEVELS, _RESNET_LAYERS)),
     "down_blocks.{n}.downsamplers.{n}.conv",
     "up_blocks.{n}.upsamplers.{n}.conv",
 )
@@ -38,8 +41,8 @@ BLOCKS = (
     "up_blocks.{n}.attentions.{n}",
 )
 LOSS_OPTIONS = {"debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}  # no flow has them
-HEAD = 64  # channels of an attention head from Stable Diffusion 2 on
-RESNET = {
+_HEAD_CHANNELS = 64  # channels of an attention head from Stable Diffusion 2 on
+_RESNET_NAMES = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -47,7 +50,7 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-ENDS = {
+_OUTER_LAYERS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "label_emb.0.0": "add_embedding.linear_1",
@@ -60,88 +63,92 @@ ENDS = {
 
 def key_map(config: Mapping[str, Any]) -> KeyMap:
     """Original (LDM) names <-> diffusers names of the UNet with this diffusers configuration."""
-    rules = [Rule(original, (ours,)) for original, ours in ENDS.items()]
+    rules = [KeyRule(original, (ours,)) for original, ours in _OUTER_LAYERS.items()]
     levels = len(config["block_out_channels"])
     layers = config["layers_per_block"]
     index = 1
-    for level, kind in enumerate(config["down_block_types"]):
+    for level, block_type in enumerate(config["down_block_types"]):
+        attention = "CrossAttn" in block_type
         for layer in range(layers):
-            rules += _block(f"input_blocks.{index}", f"down_blocks.{level}", layer, attention="CrossAttn" in kind)
+            rules += _make_block_rules(f"input_blocks.{index}", f"down_blocks.{level}", layer, attention=attention)
             index += 1
         if level < levels - 1:
-            rules.append(Rule(f"input_blocks.{index}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",)))
+            rules.append(KeyRule(f"input_blocks.{index}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",)))
             index += 1
-    rules += _resnet("middle_block.0", "mid_block.resnets.0") + _resnet("middle_block.2", "mid_block.resnets.1")
-    rules.append(Rule("middle_block.1.{*}", ("mid_block.attentions.0.{*}",)))
-    for level, kind in enumerate(config["up_block_types"]):
+    rules += _make_resnet_rules("middle_block.0", "mid_block.resnets.0")
+    rules += _make_resnet_rules("middle_block.2", "mid_block.resnets.1")
+    rules.append(KeyRule("middle_block.1.{*}", ("mid_block.attentions.0.{*}",)))
+    for level, block_type in enumerate(config["up_block_types"]):
+        attention = "CrossAttn" in block_type
         for layer in range(layers + 1):
             block = level * (layers + 1) + layer
-            attention = "CrossAttn" in kind
-            rules += _block(f"output_blocks.{block}", f"up_blocks.{level}", layer, attention=attention)
+            rules += _make_block_rules(f"output_blocks.{block}", f"up_blocks.{level}", layer, attention=attention)
             if layer == layers and level < levels - 1:
-                place = f"output_blocks.{block}.{2 if attention else 1}.conv"
-                rules.append(Rule(place, (f"up_blocks.{level}.upsamplers.0.conv",)))
+                upsampler = f"output_blocks.{block}.{2 if attention else 1}.conv"
+                rules.append(KeyRule(upsampler, (f"up_blocks.{level}.upsamplers.0.conv",)))
     return KeyMap(rules)
 
 
-def _block(original: str, ours: str, layer: int, *, attention: bool) -> list[Rule]:
-    rules = _resnet(f"{original}.0", f"{ours}.resnets.{layer}")
+def _make_block_rules(original: str, ours: str, layer: int, *, attention: bool) -> list[KeyRule]:
+    rules = _make_resnet_rules(f"{original}.0", f"{ours}.resnets.{layer}")
     if attention:
-        rules.append(Rule(f"{original}.1.{{*}}", (f"{ours}.attentions.{layer}.{{*}}",)))
+        rules.append(KeyRule(f"{original}.1.{{*}}", (f"{ours}.attentions.{layer}.{{*}}",)))
     return rules
 
 
-def _resnet(original: str, ours: str) -> list[Rule]:
-    return [Rule(f"{original}.{theirs}", (f"{ours}.{name}",)) for theirs, name in RESNET.items()]
+def _make_resnet_rules(original: str, ours: str) -> list[KeyRule]:
+    return [KeyRule(f"{original}.{theirs}", (f"{ours}.{name}",)) for theirs, name in _RESNET_NAMES.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stages:
-    """How the field counts a UNet's blocks: ordered patterns on original keys, and which of them an argument counts."""
+class LrBlocks:
+    """How sd-scripts numbers a UNet's blocks for learning rates: PartSpec.lr_blocks and lr_block_ranges."""
 
     patterns: tuple[str, ...]
-    sections: Mapping[str, range]
+    ranges: Mapping[str, range]
 
 
-def spec(map_: KeyMap, adapter_map: KeyMap, stages: Stages, aliases: tuple[KeyMap, ...] = ()) -> PartSpec:
+def spec(file_map: KeyMap, adapter_map: KeyMap, lr_blocks: LrBlocks, aliases: tuple[KeyMap, ...] = ()) -> PartSpec:
     return PartSpec(
         name="denoiser",
-        key_map=map_,
-        key_prefix=PREFIX,
+        key_map=file_map,
+        key_prefix=DENOISER_PREFIX,
         adapter_map=adapter_map,
         adapter_aliases=aliases,
         adapter_prefix="lora_unet",
         targets=TARGETS,
         conv_targets=CONV_TARGETS,
-        stages=stages.patterns,
-        sections=stages.sections,
+        lr_blocks=lr_blocks.patterns,
+        lr_block_ranges=lr_blocks.ranges,
         blocks=BLOCKS,
     )
 
 
-def network(
+def read_unet(
     source: Source, spec: Callable[[KeyMap], PartSpec], complete: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Network:
-    """The denoiser of a checkpoint or a folder; `complete` adds what the shapes in a single file do not say."""
+    """The denoiser of a file or folder. complete: adds to the configuration what the shapes of a file do not say."""
     if source.is_folder:
-        config = source.config("unet")
+        config = source.read_config("unet")
         return Network(
-            spec=spec(key_map(config)), config=config, weights=Weights(file=source.weights("unet"), key_map=identity())
+            spec=spec(key_map(config)),
+            config=config,
+            weights=Weights(file=source.open_weights("unet"), key_map=make_identity_map()),
         )
-    inside = {key[len(PREFIX) :]: shape for key, shape in source.shapes.items() if key.startswith(PREFIX)}
-    config = config_from_shapes(inside)
-    config = config | complete(config) | source.config("unet")
-    map_ = key_map(config)
-    return Network(spec=spec(map_), config=config, weights=Weights(file=source.file, key_map=map_, prefix=PREFIX))
+    config = config_from_shapes(source.strip_prefix(DENOISER_PREFIX))
+    config = config | complete(config) | source.read_config("unet")
+    names = key_map(config)
+    weights = Weights(file=source.file, key_map=names, prefix=DENOISER_PREFIX)
+    return Network(spec=spec(names), config=config, weights=weights)
 
 
-def heads_of_64(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How many heads each level has; diffusers calls that attention_head_dim."""
-    return {"attention_head_dim": [max(1, channels // HEAD) for channels in config["block_out_channels"]]}
+def count_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of heads of each level, which diffusers calls attention_head_dim."""
+    return {"attention_head_dim": [max(1, channels // _HEAD_CHANNELS) for channels in config["block_out_channels"]]}
 
 
-def pipeline(name: str, text: Mapping[str, Component], *, tokenizers: tuple[str, ...], **more: Any) -> Pipeline:
-    """The folder layout that diffusers has for models of this line; `text`: the text encoders' folders."""
+def make_pipeline(name: str, text: Mapping[str, Component], *, tokenizers: tuple[str, ...], **more: Any) -> Pipeline:
+    """The layout of models with a UNet. text: the text encoders' folders."""
     return Pipeline(
         name=name,
         networks={"denoiser": Component(folder="unet"), "vae": Component(folder="vae"), **text},
@@ -152,55 +159,65 @@ def pipeline(name: str, text: Mapping[str, Component], *, tokenizers: tuple[str,
     )
 
 
+def make_v2_error(source: Source, version: str) -> UserError:
+    """The error for --v2 with a checkpoint of another version."""
+    return UserError(f"--v2: {source.name} is {version}", code="v2-version-mismatch", fix="remove --v2")
+
+
 def check_channels(source: Source, denoiser: Network, vae: Network) -> None:
-    """Inpainting and similar variants see more than the noisy picture, which nothing here would give them."""
-    sees, latent = denoiser.config["in_channels"], vae.config["latent_channels"]
-    if vae.option and sees == denoiser.config["out_channels"]:
-        check_width(vae.option, vae.weights.file.header.path, LATENT, latent, sees)
-    if sees != latent:
+    """Raise UserError for variants with further input channels (inpainting, depth) and for another model's VAE."""
+    channels, latent = denoiser.config["in_channels"], vae.config["latent_channels"]
+    if vae.option and channels == denoiser.config["out_channels"]:
+        check_network_size(vae.option, vae.weights.file.header.path, CHANNELS_FAULT, latent, channels)
+    if channels != latent:
         raise UserError(
-            f"{source.name} is a variant whose denoiser takes {sees} channels instead of {latent} (inpainting, depth "
-            "or the like), which is not supported",
+            f"{source.name}: denoisers with {channels} input channels instead of {latent} (inpainting, depth) are not "
+            "supported",
+            code="denoiser-variant-unsupported",
             fix="start from the plain text-to-image checkpoint",
         )
 
 
-def objective(source: Source, model: ModelOptions, noise: NoiseOptions) -> tuple[VariancePreserving, tuple[str, ...]]:
-    """What the options say that is predicted and how it is noised, and notes where that does not fit.
+def read_objective(
+    source: Source, model: ModelOptions, noise: NoiseOptions
+) -> tuple[VariancePreserving, tuple[str, ...]]:
+    """The objective of the options, and notes where the checkpoint declares another.
 
-    Raises UserError where the checkpoint says v and --v_parameterization is missing: training on noise would ruin it.
+    Raises UserError where the checkpoint declares v and --v_parameterization is missing: training would ruin it.
     """
-    told, asked_v, notes = told_prediction(source), model.v_parameterization, []
-    if told == "v" and not asked_v:
-        raise UserError(f"{source.name} says that it predicts v", fix="--v_parameterization")
-    if told == "epsilon" and asked_v:
-        notes.append(f"--v_parameterization: {source.name} says that it predicts noise; it is trained to predict v")
-    if noise.zero_terminal_snr and not asked_v:
-        notes.append("--zero_terminal_snr: a model that predicts noise learns nothing from pure noise; v would")
-    if told_zero_terminal_snr(source) and not noise.zero_terminal_snr:
-        notes.append(f"{source.name} says that its noise schedule ends in pure noise, --zero_terminal_snr is not given")
-    made = VariancePreserving(predicts="v" if asked_v else "epsilon", zero_terminal_snr=noise.zero_terminal_snr)
-    return made, tuple(notes)
+    declared, use_v, notes = read_prediction_type(source), model.v_parameterization, []
+    if declared == "v" and not use_v:
+        raise UserError(
+            f"{source.name} declares v prediction", code="v-parameterization-missing", fix="--v_parameterization"
+        )
+    if declared == "epsilon" and use_v:
+        notes.append(f"--v_parameterization: {source.name} declares noise prediction; it is trained to predict v")
+    if noise.zero_terminal_snr and not use_v:
+        notes.append("--zero_terminal_snr: a model that predicts noise learns nothing from pure noise, unlike with v")
+    if declares_zero_terminal_snr(source) and not noise.zero_terminal_snr:
+        notes.append(f"{source.name} declares zero terminal SNR, but --zero_terminal_snr is not given")
+    objective = VariancePreserving(predicts="v" if use_v else "epsilon", zero_terminal_snr=noise.zero_terminal_snr)
+    return objective, tuple(notes)
 
 
-def told_prediction(source: Source) -> Literal["epsilon", "v"] | None:
-    """What a checkpoint says of itself: a folder's scheduler, a file's model spec or its marker tensor."""
+def read_prediction_type(source: Source) -> Literal["epsilon", "v"] | None:
+    """What a checkpoint declares: in a folder's scheduler, a file's metadata or its marker tensor."""
     if source.is_folder:
-        named = _scheduler(source).get("prediction_type")
+        declared = _read_scheduler(source).get("prediction_type")
     else:
-        named = "v" if "v_pred" in source.shapes else source.file.header.metadata.get("modelspec.prediction_type")
+        declared = "v" if "v_pred" in source.shapes else source.file.header.metadata.get("modelspec.prediction_type")
     known: dict[Any, Literal["epsilon", "v"]] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
-    return known.get(named)
+    return known.get(declared)
 
 
-def told_zero_terminal_snr(source: Source) -> bool:
-    """Whether a checkpoint says that its schedule ends in pure noise: a folder's scheduler, a file's marker tensor."""
+def declares_zero_terminal_snr(source: Source) -> bool:
+    """Whether a checkpoint declares zero terminal SNR: in a folder's scheduler, or by a file's marker tensor."""
     if source.is_folder:
-        return bool(_scheduler(source).get("rescale_betas_zero_snr"))
+        return bool(_read_scheduler(source).get("rescale_betas_zero_snr"))
     return "ztsnr" in source.shapes
 
 
-def _scheduler(source: Source) -> dict[str, Any]:
+def _read_scheduler(source: Source) -> dict[str, Any]:
     path = source.path / "scheduler" / "scheduler_config.json"
     return read_json(path) if path.is_file() else {}
 
@@ -208,20 +225,20 @@ def _scheduler(source: Source) -> dict[str, Any]:
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """diffusers' UNet2DConditionModel configuration from the shapes of original keys (prefix removed).
 
-    Number of heads and norm groups leave no trace in shapes; the family fills them in.
+    The number of heads is not in the shapes; the family adds it.
     """
     channels, crossed, depths = [], [], []
     count = 1 + max(int(m[1]) for key in shapes if (m := re.match(r"input_blocks\.(\d+)\.", key)))
-    here: list[int] = []
+    starts_level = True
     for index in range(1, count):
         if f"input_blocks.{index}.0.op.weight" in shapes:
-            here = []
+            starts_level = True
             continue
-        if not here:
+        if starts_level:
             channels.append(shapes[f"input_blocks.{index}.0.out_layers.3.weight"][0])
             crossed.append(f"input_blocks.{index}.1.norm.weight" in shapes)
-            depths.append(max(1, _depth(shapes, f"input_blocks.{index}.1.")))
-        here.append(index)
+            depths.append(max(1, _count_transformer_blocks(shapes, f"input_blocks.{index}.1.")))
+        starts_level = False
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in crossed]
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(crossed)]
     to_k = next(shape for key, shape in shapes.items() if key.endswith("attn2.to_k.weight"))
@@ -236,12 +253,12 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "cross_attention_dim": to_k[1],
         "use_linear_projection": len(projection) == 2,
         "transformer_layers_per_block": depths,
-        **_size_conditioning(shapes),
+        **_make_size_conditioning(shapes),
     }
 
 
-def _size_conditioning(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """The vector of pooled text and sizes, where the checkpoint has a layer for it."""
+def _make_size_conditioning(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Configuration of the embedding of pooled text and sizes, where the checkpoint has one."""
     if "label_emb.0.0.weight" not in shapes:
         return {}
     return {
@@ -250,12 +267,13 @@ def _size_conditioning(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     }
 
 
-def _depth(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
-    found = {m[1] for key in shapes if (m := re.match(re.escape(prefix) + r"transformer_blocks\.(\d+)\.", key))}
-    return len(found)
+def _count_transformer_blocks(shapes: Mapping[str, Sequence[int]], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"transformer_blocks\.(\d+)\.")
+    return len({match[1] for key in shapes if (match := pattern.match(key))})
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    with without_bitsandbytes():
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel.from_config(dict(config))

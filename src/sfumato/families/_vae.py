@@ -9,66 +9,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sfumato.common.quiet_imports import without_bitsandbytes
+from sfumato.config import ModelOptions
 from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
-from sfumato.families._file_kinds import AUTOENCODER, Found, require, told_of
-from sfumato.families.base import Network, PartSpec
-from sfumato.families.source import Source, Weights, find_path, read_json, weight_file
+from sfumato.families._file_kinds import AUTOENCODER, ShapeTable, option_context, require_kind
+from sfumato.families.part import Network, PartSpec
+from sfumato.families.source import Source, Weights, find_path, find_weight_file, read_json
 from sfumato.formats.checkpoint import open_checkpoint
-from sfumato.formats.keymap import KeyMap, Rule, identity
+from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
-RESNET = {
+_RESNET_NAMES = {
     "norm1": "norm1",
     "conv1": "conv1",
     "norm2": "norm2",
     "conv2": "conv2",
     "nin_shortcut": "conv_shortcut",
 }
-PREFIX = "first_stage_model."  # inside whole checkpoints
-OLD_NAMES = KeyMap(  # diffusers' own first names for the attention layers, still in published folders
+VAE_PREFIX = "first_stage_model."  # of its keys in checkpoints of Stable Diffusion
+OLD_NAMES = KeyMap(  # diffusers' earlier names of attention layers, still in published folders
     [
-        Rule("{*}.query", ("{*}.to_q",)),
-        Rule("{*}.key", ("{*}.to_k",)),
-        Rule("{*}.value", ("{*}.to_v",)),
-        Rule("{*}.proj_attn", ("{*}.to_out.0",)),
-        Rule("{*}", ("{*}",)),
+        KeyRule("{*}.query", ("{*}.to_q",)),
+        KeyRule("{*}.key", ("{*}.to_k",)),
+        KeyRule("{*}.value", ("{*}.to_v",)),
+        KeyRule("{*}.proj_attn", ("{*}.to_out.0",)),
+        KeyRule("{*}", ("{*}",)),
     ]
 )
-ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
 def key_map(levels: int) -> KeyMap:
-    """Original (LDM) names <-> diffusers' AutoencoderKL; decoder levels count the other way round."""
-    rules = [
-        Rule(f"{side}.{end}", (f"{side}.{end}",)) for side in ("encoder", "decoder") for end in ("conv_in", "conv_out")
-    ]
-    rules += [Rule(f"{side}.norm_out", (f"{side}.conv_norm_out",)) for side in ("encoder", "decoder")]
-    rules += [Rule(name, (name,)) for name in ("quant_conv", "post_quant_conv")]
+    """Original (LDM) names <-> diffusers' AutoencoderKL; decoder levels are numbered in reverse."""
+    rules = [KeyRule(name, (name,)) for name in ("quant_conv", "post_quant_conv")]
     for side in ("encoder", "decoder"):
+        rules += [KeyRule(f"{side}.{name}", (f"{side}.{name}",)) for name in ("conv_in", "conv_out")]
+        rules.append(KeyRule(f"{side}.norm_out", (f"{side}.conv_norm_out",)))
         for block in (1, 2):
-            rules += _resnet(f"{side}.mid.block_{block}", f"{side}.mid_block.resnets.{block - 1}")
-        for theirs, ours in ATTENTION.items():
+            rules += _make_resnet_rules(f"{side}.mid.block_{block}", f"{side}.mid_block.resnets.{block - 1}")
+        for theirs, ours in _ATTENTION_NAMES.items():
             op = "squeeze" if theirs != "norm" else ""
-            rules.append(Rule(f"{side}.mid.attn_1.{theirs}", (f"{side}.mid_block.attentions.0.{ours}",), op))
+            rules.append(KeyRule(f"{side}.mid.attn_1.{theirs}", (f"{side}.mid_block.attentions.0.{ours}",), op))
     for level in range(levels):
         original = levels - 1 - level
-        rules += _resnet(f"encoder.down.{level}.block.{{n}}", f"encoder.down_blocks.{level}.resnets.{{n}}")
-        rules += _resnet(f"decoder.up.{original}.block.{{n}}", f"decoder.up_blocks.{level}.resnets.{{n}}")
+        rules += _make_resnet_rules(f"encoder.down.{level}.block.{{n}}", f"encoder.down_blocks.{level}.resnets.{{n}}")
+        rules += _make_resnet_rules(f"decoder.up.{original}.block.{{n}}", f"decoder.up_blocks.{level}.resnets.{{n}}")
         rules.append(
-            Rule(f"encoder.down.{level}.downsample.conv", (f"encoder.down_blocks.{level}.downsamplers.0.conv",))
+            KeyRule(f"encoder.down.{level}.downsample.conv", (f"encoder.down_blocks.{level}.downsamplers.0.conv",))
         )
-        rules.append(Rule(f"decoder.up.{original}.upsample.conv", (f"decoder.up_blocks.{level}.upsamplers.0.conv",)))
+        rules.append(KeyRule(f"decoder.up.{original}.upsample.conv", (f"decoder.up_blocks.{level}.upsamplers.0.conv",)))
     return KeyMap(rules)
 
 
-def _resnet(original: str, ours: str) -> list[Rule]:
-    return [Rule(f"{original}.{theirs}", (f"{ours}.{name}",)) for theirs, name in RESNET.items()]
+def _make_resnet_rules(original: str, ours: str) -> list[KeyRule]:
+    return [KeyRule(f"{original}.{theirs}", (f"{ours}.{name}",)) for theirs, name in _RESNET_NAMES.items()]
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """AutoencoderKL configuration from the shapes of original keys; scaling is the family's."""
+    """AutoencoderKL configuration from the shapes of original keys, without the scaling of the latents."""
     levels = 1 + max(int(m[1]) for key in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", key)))
     blocks = {m[1] for key in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", key))}
     return {
@@ -84,7 +84,7 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     }
 
 
-def latent_spec(config: Mapping[str, Any], *, patch: int, size_multiple: int) -> LatentSpec:
+def make_latent_spec(config: Mapping[str, Any], *, patch: int, size_multiple: int) -> LatentSpec:
     return LatentSpec(
         channels=config["latent_channels"],
         downscale=2 ** (len(config["block_out_channels"]) - 1),
@@ -95,72 +95,90 @@ def latent_spec(config: Mapping[str, Any], *, patch: int, size_multiple: int) ->
     )
 
 
-def spec(map_: KeyMap) -> PartSpec:
-    return PartSpec(name="vae", key_map=map_, key_prefix=PREFIX, adapter_map=identity(), adapter_prefix="")
+def spec(names: KeyMap) -> PartSpec:
+    return PartSpec(
+        name="vae", key_map=names, key_prefix=VAE_PREFIX, adapter_map=make_identity_map(), adapter_prefix=""
+    )
 
 
-def network(source: Source, prefix: str, fixed: Mapping[str, Any]) -> Network:
-    """The autoencoder inside a checkpoint: original names under `prefix`, or the `vae` folder of a diffusers model."""
+def find_vae(source: Source, model: ModelOptions, scaling: Mapping[str, Any]) -> Network:
+    """The autoencoder that --vae names, else the one in the checkpoint."""
+    return read_vae_option(model.vae, scaling) if model.vae else read_vae(source, VAE_PREFIX, scaling)
+
+
+def read_vae(source: Source, prefix: str, scaling: Mapping[str, Any]) -> Network:
+    """The autoencoder of a checkpoint, its keys under `prefix`, or of a diffusers model or its `vae` folder.
+
+    scaling: the entries of the configuration that only the family knows. Raises UserError where there is none.
+    """
     if source.is_folder:
-        folder = source.path / "vae" if source.has("vae") else source.path
-        config = {**fixed, **read_json(folder / "config.json")}
-        weights = Weights(file=open_checkpoint(weight_file(folder)), key_map=OLD_NAMES)
-        require(AUTOENCODER, weights.shapes(), weights.file.header.tensors, folder)
+        folder = source.path / "vae" if source.has_network("vae") else source.path
+        config = {**scaling, **read_json(folder / "config.json")}
+        weights = Weights(file=open_checkpoint(find_weight_file(folder)), key_map=OLD_NAMES)
+        require_kind(AUTOENCODER, weights.read_shapes(), weights.file.header.tensors, folder)
         return Network(spec=spec(key_map(len(config["block_out_channels"]))), config=config, weights=weights)
-    inside = {key[len(prefix) :]: shape for key, shape in source.shapes.items() if key.startswith(prefix)}
-    if "encoder.conv_in.weight" not in inside:
-        raise UserError(f"{source.path} holds no autoencoder", fix="give one with --vae FILE")
-    inside = Found(source.path, inside)
-    if any(key.startswith("encoder.down_blocks.") for key in inside):
-        return _with_our_names(source, inside, prefix, fixed)
-    config = config_from_shapes(inside) | dict(fixed) | source.config("vae")
-    map_ = key_map(len(config["block_out_channels"]))
-    return Network(spec=spec(map_), config=config, weights=Weights(file=source.file, key_map=map_, prefix=prefix))
+    shapes = ShapeTable(source.path, source.strip_prefix(prefix))
+    if "encoder.conv_in.weight" not in shapes:
+        raise UserError(
+            f"{source.path} holds no autoencoder", code="autoencoder-missing", fix="give one with --vae FILE"
+        )
+    if any(key.startswith("encoder.down_blocks.") for key in shapes):
+        return _read_diffusers_file(source, prefix, scaling)
+    config = config_from_shapes(shapes) | dict(scaling) | source.read_config("vae")
+    names = key_map(len(config["block_out_channels"]))
+    return Network(spec=spec(names), config=config, weights=Weights(file=source.file, key_map=names, prefix=prefix))
 
 
-def _with_our_names(
-    source: Source, inside: Mapping[str, Sequence[int]], prefix: str, fixed: Mapping[str, Any]
-) -> Network:
+def _read_diffusers_file(source: Source, prefix: str, scaling: Mapping[str, Any]) -> Network:
     """A single file in diffusers' names, taken out of its folder."""
     weights = Weights(file=source.file, key_map=OLD_NAMES, prefix=prefix)
-    shapes = weights.shapes()
-    map_ = key_map(len({key.split(".")[2] for key in shapes if key.startswith("encoder.down_blocks.")}))
-    config = config_from_shapes({map_.locate(name).original: shape for name, shape in shapes.items()}) | dict(fixed)
-    return Network(spec=spec(map_), config=config, weights=weights)
+    shapes = weights.read_shapes()
+    names = key_map(len({key.split(".")[2] for key in shapes if key.startswith("encoder.down_blocks.")}))
+    config = config_from_shapes(names.rename_shapes(shapes, source.path)) | dict(scaling)
+    return Network(spec=spec(names), config=config, weights=weights)
 
 
-def replacement(given: str | Path, fixed: Mapping[str, Any], *, option: str = "vae") -> Network:
-    """What the option names: a folder, or a file with or without the prefix that whole checkpoints use.
+def read_vae_option(given: str | Path, scaling: Mapping[str, Any], *, option: str = "vae") -> Network:
+    """The autoencoder in a folder, or in a file with or without the prefix of whole checkpoints.
 
-    Raises UserError where it is no autoencoder, or says of itself that it is another model's.
+    Raises UserError where it is no autoencoder, or its configuration is that of another model's.
     """
-    with told_of(option):
+    with option_context(option):
         source = Source(find_path(str(given)))
         path = source.path
-        prefix = PREFIX if any(key.startswith(PREFIX) for key in source.shapes) else ""
+        prefix = source.find_prefix(VAE_PREFIX)
         if not source.is_folder:
-            inside = [key[len(prefix) :] for key in source.shapes if key.startswith(prefix)]
-            require(AUTOENCODER, inside, source.shapes, path)
-        found = network(source, prefix, fixed)
-        for name, usual in fixed.items():
-            if found.config[name] != usual:
+            require_kind(AUTOENCODER, source.strip_prefix(prefix), source.shapes, path)
+        network = read_vae(source, prefix, scaling)
+        for name, expected in scaling.items():
+            if network.config[name] != expected:
                 raise UserError(
-                    f"{path} is the autoencoder of another model: its {name} is {found.config[name]}, "
-                    f"that of this model {usual}",
+                    f"{path} is the autoencoder of another model: its {name} is {network.config[name]}, "
+                    f"expected {expected}",
+                    code="autoencoder-scaling-mismatch",
                     fix=f"give the --{option} that this model was trained with",
                 )
-    return replace(found, option=option)
+    return replace(network, option=option)
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    with without_bitsandbytes():
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL.from_config(dict(config))
 
 
-def precision(dtype: torch.dtype, *, whole: bool = False) -> torch.dtype:
-    """The model's dtype, except that float16 overflows inside published autoencoders; `whole`: no half at all."""
-    return torch.float32 if dtype == torch.float16 or (whole and dtype == torch.bfloat16) else dtype
+def load(network: Network, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Build the autoencoder and read its weights; in float32 where `dtype` would overflow or --no_half_vae is given."""
+    return network.load(build, dtype=choose_dtype(dtype, no_half=model.no_half_vae), device=device)
+
+
+def choose_dtype(dtype: torch.dtype, *, no_half: bool = False) -> torch.dtype:
+    """The model's dtype, but float32 instead of float16, which overflows in published autoencoders.
+
+    no_half: float32 instead of bfloat16, too.
+    """
+    return torch.float32 if dtype == torch.float16 or (no_half and dtype == torch.bfloat16) else dtype
 
 
 def encode(vae: Any, latents: LatentSpec, pixels: Tensor, noise: Tensor) -> Tensor:
@@ -172,5 +190,6 @@ def encode(vae: Any, latents: LatentSpec, pixels: Tensor, noise: Tensor) -> Tens
 
 
 def decode(vae: Any, latents: LatentSpec, z: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> (B, 3, H, W)."""
     weight = next(vae.parameters())
     return vae.decode((z / latents.scale + latents.shift).to(weight.dtype), return_dict=False)[0]

@@ -10,48 +10,41 @@ from torch import Tensor, nn
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
-from sfumato.data.prompt_weighting import Pieces
-from sfumato.errors import UserError
+from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
-from sfumato.families.base import FAMILIES, Blueprint, Component, Family, Network, Part, PartSpec, Room, Sampling
+from sfumato.families.base import FAMILIES, Family, TokenBudget
+from sfumato.families.blueprint import Blueprint, Component, Sampling
+from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
 from sfumato.families.source import Source, Weights
-from sfumato.formats.keymap import KeyMap, identity
+from sfumato.formats.keymap import KeyMap, make_identity_map
 
-UNET = _unet.PREFIX
-CLIP = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L
-OPEN_CLIP = "cond_stage_model.model."  # 2.x: OpenCLIP's ViT-H
-OPEN_CLIP_LAYERS = 24  # of which the model was trained without the last
-PIPELINE = _unet.pipeline(
+CLIP_PREFIX = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L
+OPEN_CLIP_PREFIX = "cond_stage_model.model."  # 2.x: OpenCLIP's ViT-H
+_OPEN_CLIP_LAYERS = 24  # in files; the model was trained without the last
+_PIPELINE = _unet.make_pipeline(
     "StableDiffusionPipeline",
     {"clip": Component(folder="text_encoder", key_map=_clip.key_map())},
     tokenizers=("tokenizer",),
     absent=("safety_checker", "feature_extractor", "image_encoder"),
     options={"requires_safety_checker": False},
 )
-STAGES = _unet.Stages(  # 25: twelve blocks down, the middle as one, twelve up
+_LR_BLOCKS = _unet.LrBlocks(  # 25: twelve down, the middle, twelve up
     patterns=(
         *(f"input_blocks.{i}.{{*}}" for i in range(12)),
         "middle_block.{*}",
         *(f"output_blocks.{i}.{{*}}" for i in range(12)),
     ),
-    sections={"down_lr_weight": range(12), "mid_lr_weight": range(12, 13), "up_lr_weight": range(13, 25)},
+    ranges={"down_lr_weight": range(12), "mid_lr_weight": range(12, 13), "up_lr_weight": range(13, 25)},
 )
 
 
-def unet_spec(key_map: KeyMap) -> PartSpec:
-    return _unet.spec(key_map, identity(), STAGES)  # adapter files of this family keep diffusers' names
+def _unet_spec(key_map: KeyMap) -> PartSpec:
+    """Adapter files of this family have diffusers' names."""
+    return _unet.spec(key_map, make_identity_map(), _LR_BLOCKS)
 
 
-def clip_spec(key_map: KeyMap, prefix: str) -> PartSpec:
-    return PartSpec(
-        name="clip",
-        key_map=key_map,
-        key_prefix=prefix,
-        adapter_map=_clip.key_map(),
-        adapter_prefix="lora_te",
-        targets=_clip.TARGETS,
-        blocks=_clip.BLOCKS,
-    )
+def _clip_spec(prefix: str = CLIP_PREFIX, file_map: KeyMap | None = None) -> PartSpec:
+    return _clip.spec("clip", prefix, "lora_te", file_map)
 
 
 @FAMILIES.register("sd")
@@ -65,36 +58,34 @@ class StableDiffusion(Family):
         | _unet.LOSS_OPTIONS
     )
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
-    components = PIPELINE.networks
+    components = _PIPELINE.networks
 
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
         self.clip_layer = model.clip_skip or 1
-        self.chunks = _clip.chunks_of(model)
+        self.chunks = _clip.count_chunks(model)
         source = blueprint.source
-        folder = _clip.tokenizer_folders(source, model, ("tokenizer",))[0]
-        told = {} if source.is_folder else source.config("tokenizer")
-        pad_with_zero = is_version_2(source)
-        self.tokenizer: Any = _tokenizers.clip_tokenizer(folder, pad_with_zero=pad_with_zero, merges=told.get("merges"))
+        folder = _clip.find_tokenizer_folders(source, model, ("tokenizer",))[0]
+        merges = None if source.is_folder else source.read_config("tokenizer").get("merges")
+        self.tokenizer: Any = _tokenizers.load_clip_tokenizer(folder, pad_with_zero=is_version_2(source), merges=merges)
         _clip.check_vocabulary(self.tokenizer, self.parts["clip"].module)
 
     @classmethod
     def detect(cls, source: Source) -> bool:
         if source.is_folder:
-            return source.has("unet") and not source.config("unet").get("addition_embed_type")
-        text = any(key.startswith((CLIP, OPEN_CLIP)) for key in source.shapes)
-        return UNET + "input_blocks.0.0.weight" in source.shapes and text
+            return source.has_network("unet") and not source.read_config("unet").get("addition_embed_type")
+        has_text = any(key.startswith((CLIP_PREFIX, OPEN_CLIP_PREFIX)) for key in source.shapes)
+        return DENOISER_PREFIX + "input_blocks.0.0.weight" in source.shapes and has_text
 
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         second = is_version_2(source)
         if model.v2 and not second:
-            raise UserError(f"{source.name} is Stable Diffusion 1.x", fix="leave --v2 out")
-        fixed = {"scaling_factor": 0.18215}
-        vae = _vae.replacement(model.vae, fixed) if model.vae else _vae.network(source, _vae.PREFIX, fixed)
-        denoiser = _unet.network(source, unet_spec, _unet.heads_of_64 if second else _eight_heads)
+            raise _unet.make_v2_error(source, "Stable Diffusion 1.x")
+        vae = _vae.find_vae(source, model, {"scaling_factor": 0.18215})
+        denoiser = _unet.read_unet(source, _unet_spec, _unet.count_heads if second else _set_eight_heads)
         _unet.check_channels(source, denoiser, vae)
-        objective, notes = _unet.objective(source, model, noise)
+        objective, notes = _unet.read_objective(source, model, noise)
         v = objective.predicts == "v"
         return Blueprint(
             source=source,
@@ -103,10 +94,10 @@ class StableDiffusion(Family):
             architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip", "vae"),
-            pipeline=PIPELINE,
+            pipeline=_PIPELINE,
             networks={"denoiser": denoiser, "clip": _read_clip(source), "vae": vae},
             objective=objective,
-            latents=_vae.latent_spec(vae.config, patch=1, size_multiple=64),
+            latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=64),
             metadata={"ss_v2": second},
             notes=notes,
         )
@@ -115,80 +106,65 @@ class StableDiffusion(Family):
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
         builders = {"denoiser": _unet.build, "clip": _clip.build}
         parts = blueprint.load(builders, dtype=dtype, device=device)
-        vae_dtype = _vae.precision(dtype, whole=model.no_half_vae)
-        vae = blueprint.networks["vae"].load(_vae.build, dtype=vae_dtype, device=device)
+        vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
         return cls(blueprint, parts, vae, model)
 
-    def tokenizers_in_order(self) -> Sequence[Any]:
+    def list_tokenizers(self) -> Sequence[Any]:
         return (self.tokenizer,)
 
     @classmethod
-    def adapted(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
-        return {"denoiser": unet_spec(identity()), "clip": clip_spec(_clip.key_map(), CLIP)}
+    def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
+        return {"denoiser": _unet_spec(make_identity_map()), "clip": _clip_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module
-        ids = _clip.token_ids(self.tokenizer, captions, encoder.device, chunks=self.chunks)
-        hidden = _clip.hidden_states(encoder, ids, layer=self.clip_layer)
-        return [{"hidden": one} for one in _clip.join_chunks(hidden, self.chunks)]
+        ids = _clip.tokenize(self.tokenizer, captions, encoder.device, chunks=self.chunks)
+        hidden = _clip.encode_tokens(encoder, ids, layer=self.clip_layer)
+        return [{"hidden": row} for row in _clip.join_chunks(hidden, self.chunks)]
 
-    def weigh(self, part: str, features: Tensors, pieces: Pieces) -> Tensors:
-        weights = _clip.token_weights(self.tokenizer, pieces, chunks=self.chunks)
-        return {**features, "hidden": _clip.weighted(features["hidden"], weights)}
+    def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
+        return _clip.apply_prompt_weights(self.tokenizer, features, pieces, chunks=self.chunks)
 
-    def room(self, part: str, captions: Sequence[str]) -> Room:
-        return Room(_tokenizers.lengths(self.tokenizer, captions), _clip.CHUNK * self.chunks)
+    def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
+        return TokenBudget(_tokenizers.count_tokens(self.tokenizer, captions), _clip.CHUNK_LENGTH * self.chunks)
 
     def text_fingerprint(self, part: str) -> str:
-        return _clip.fingerprint(self.tokenizer, layer=self.clip_layer, chunks=self.chunks)
+        return _clip.fingerprint_clip(self.tokenizer, layer=self.clip_layer, chunks=self.chunks)
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         return {"encoder_hidden_states": features["clip"]["hidden"]}
 
-    def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        return _vae.encode(self.vae, self.latents, pixels, noise)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return _vae.decode(self.vae, self.latents, latents)
-
-    def inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
+    def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         weight = next(self.denoiser.parameters())
         text = conditioning["encoder_hidden_states"].to(weight.dtype)
         return {"sample": noisy.to(weight.dtype), "timestep": t.to(noisy.device), "encoder_hidden_states": text}
 
-    def output(self, raw: Tensor, noisy: Tensor) -> Tensor:
-        return raw
-
 
 def is_version_2(source: Source) -> bool:
-    """2.x reads OpenCLIP's text; in a folder, where encoders share their names, the activation tells."""
+    """Whether the text encoder is OpenCLIP's; in a folder, where the names are the same, by its activation."""
     if not source.is_folder:
-        return any(key.startswith(OPEN_CLIP) for key in source.shapes)
-    return source.config("text_encoder").get("hidden_act") == "gelu"
+        return any(key.startswith(OPEN_CLIP_PREFIX) for key in source.shapes)
+    return source.read_config("text_encoder").get("hidden_act") == "gelu"
 
 
-def _eight_heads(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attention_head_dim": 8}  # diffusers' name for the number of heads
+def _set_eight_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of heads, which diffusers calls attention_head_dim."""
+    return {"attention_head_dim": 8}
 
 
 def _read_clip(source: Source) -> Network:
+    if not is_version_2(source):
+        return _clip.read_clip(source, "text_encoder", _clip_spec())
     if source.is_folder:
-        config = _clip.config_of_folder(source.config("text_encoder"))
-        weights = Weights(file=source.weights("text_encoder"), key_map=_clip.FILE_KEYS)
-        second = is_version_2(source)
-        key_map = _open_clip.key_map(projected=False) if second else _clip.key_map()
-        return Network(spec=clip_spec(key_map, OPEN_CLIP if second else CLIP), config=config, weights=weights)
-    if is_version_2(source):
-        key_map = _open_clip.key_map(projected=False, unused=_unused_layer(source))
-        weights = Weights(file=source.file, key_map=key_map, prefix=OPEN_CLIP)
-        config = _open_clip.config_from_shapes(weights.shapes()) | source.config("text_encoder")
-        return Network(spec=clip_spec(key_map, OPEN_CLIP), config=config, weights=weights)
-    weights = Weights(file=source.file, key_map=_clip.FILE_KEYS, prefix=CLIP)
-    config = _clip.config_from_shapes(weights.shapes()) | source.config("text_encoder")
-    return Network(spec=clip_spec(_clip.key_map(), CLIP), config=config, weights=weights)
+        key_map = _open_clip.key_map(projected=False)
+        return _clip.read_clip(source, "text_encoder", _clip_spec(OPEN_CLIP_PREFIX, key_map))
+    key_map = _open_clip.key_map(projected=False, unused=_find_unused_layer(source))
+    weights = Weights(file=source.file, key_map=key_map, prefix=OPEN_CLIP_PREFIX)
+    config = _open_clip.config_from_shapes(weights.read_shapes()) | source.read_config("text_encoder")
+    return Network(spec=_clip_spec(OPEN_CLIP_PREFIX, key_map), config=config, weights=weights)
 
 
-def _unused_layer(source: Source) -> int | None:
-    """The last layer, which the model was trained without; a file made from a folder may lack it already."""
-    layers = _open_clip.layer_count(list(source.shapes), OPEN_CLIP)
-    return None if layers == OPEN_CLIP_LAYERS - 1 else layers - 1
+def _find_unused_layer(source: Source) -> int | None:
+    """The index of the last layer, which the model was trained without; None in a file made from a folder."""
+    layers = _open_clip.count_layers(list(source.shapes), OPEN_CLIP_PREFIX)
+    return None if layers == _OPEN_CLIP_LAYERS - 1 else layers - 1

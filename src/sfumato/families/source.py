@@ -1,4 +1,4 @@
-"""Where a model's weights come from: single files and diffusers folders, seen through their headers first."""
+"""The files of a model: single checkpoints and diffusers folders, their headers and their weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfumato.common.text import list_some
 from sfumato.config import ModelOptions
 from sfumato.errors import UserError
-from sfumato.families._file_kinds import Found
-from sfumato.formats.checkpoint import DTYPES, PickledFile, TensorFile, open_checkpoint
+from sfumato.families._file_kinds import ShapeTable, make_missing_error, option_context
+from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, PickledFile, TensorFile, open_checkpoint
 from sfumato.formats.keymap import KeyMap
 
 Shapes = dict[str, torch.Size]
@@ -28,14 +29,14 @@ HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "safety_checker/*")
 
 @dataclass(frozen=True)
 class Source:
-    """What the user pointed at: one checkpoint file, or a folder in diffusers' layout."""
+    """A checkpoint file or a folder in diffusers' layout."""
 
     path: Path
-    hub_name: str = ""  # owner/name, when the folder is the hub's cache
+    hub_name: str = ""  # owner/name where the folder is in the hub's cache
 
     @property
     def name(self) -> str:
-        """What to call it in reports."""
+        """Its name in messages."""
         return self.hub_name or self.path.name
 
     @cached_property
@@ -44,7 +45,7 @@ class Source:
 
     @cached_property
     def file(self) -> Checkpoint:
-        """The single file; raises UserError when it is missing or broken."""
+        """The single file. Raises UserError where it is missing or damaged."""
         return open_checkpoint(self.path)
 
     @cached_property
@@ -54,43 +55,56 @@ class Source:
             return {}
         return {name: info.shape for name, info in self.file.header.tensors.items()}
 
-    def config(self, network: str) -> dict[str, Any]:
-        """A network's configuration: the folder's config.json, or what the single file's metadata says of it."""
+    def find_prefix(self, prefix: str) -> str:
+        """The prefix where keys of the single file start with it, else an empty text."""
+        return prefix if any(key.startswith(prefix) for key in self.shapes) else ""
+
+    def strip_prefix(self, prefix: str) -> dict[str, tuple[int, ...]]:
+        """Key without the prefix -> shape, for the keys of the single file that start with it."""
+        return {key[len(prefix) :]: shape for key, shape in self.shapes.items() if key.startswith(prefix)}
+
+    def read_config(self, network: str) -> dict[str, Any]:
+        """A network's configuration: the folder's config.json, or the entry in the single file's metadata."""
         if not self.is_folder:
             return json.loads(self.file.header.metadata.get("sfumato.config", "{}")).get(network, {})
         return read_json(self.path / network / "config.json")
 
-    def component(self) -> Checkpoint:
-        """The weights when the source is a single network: the file itself, or the folder's weight file."""
-        return open_checkpoint(weight_file(self.path)) if self.is_folder else self.file
+    def open_lone(self) -> Checkpoint:
+        """The weights of a source that is a single network: the file itself, or the folder's weight file."""
+        return open_checkpoint(find_weight_file(self.path)) if self.is_folder else self.file
 
-    def has(self, network: str) -> bool:
+    def has_network(self, network: str) -> bool:
+        """Whether this is a folder with one of this name for the network."""
         return self.is_folder and (self.path / network / "config.json").is_file()
 
-    def weights(self, network: str) -> Checkpoint:
+    def open_weights(self, network: str) -> Checkpoint:
         """The weights of one network inside the folder."""
-        return open_checkpoint(weight_file(self.path / network))
+        return open_checkpoint(find_weight_file(self.path / network))
 
 
 def open_source(model: ModelOptions) -> Source:
-    """The checkpoint that the options name; raises UserError when none is named or there is nothing."""
+    """The checkpoint that the options name. Raises UserError where they name none or it does not exist."""
     if model.pretrained_model_name_or_path is None:
-        raise UserError("no base model is given", fix="--pretrained_model_name_or_path FILE_OR_FOLDER")
+        raise UserError(
+            "no base model is given",
+            code="base-model-missing",
+            fix="--pretrained_model_name_or_path FILE_OR_FOLDER",
+        )
     name = model.pretrained_model_name_or_path
     path = find_path(name)
     return Source(path, hub_name="" if Path(name).exists() else name)
 
 
 def find_path(name: str) -> Path:
-    """A file or folder as it is; a name on the hub (owner/name) becomes its folder in the hub's cache.
+    """The path of a file or folder, or the folder in the hub's cache for a name on the hub (owner/name).
 
-    What the cache lacks is downloaded, unless HF_HUB_OFFLINE is set. Raises UserError where there is nothing.
+    Downloads what the cache lacks unless HF_HUB_OFFLINE is set. Raises UserError where nothing is found.
     """
     path = Path(name)
     if path.exists():
         return path
     if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist", code="model-path-missing")
     from huggingface_hub import snapshot_download
 
     try:
@@ -98,58 +112,85 @@ def find_path(name: str) -> Path:
     except (OSError, ValueError) as error:  # not found, no access, no connection, a malformed name
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{name} is neither a file or folder here nor a model that the hub gave ({reason})",
+            f"{name} is no file or folder, and the hub did not provide a model of this name ({reason})",
+            code="hub-model-unavailable",
             fix="give the path of a checkpoint, or download the model first",
         ) from error
 
 
-def weight_file(folder: Path) -> Path:
-    """The weight file of a network saved by diffusers or transformers."""
+def find_component(source: Source, option: str, given: str | None, folder: str, prefix: str = "") -> Source:
+    """The file or folder of a network: what its option names, else the folder in a diffusers model.
+
+    Else the checkpoint itself where it has keys with `prefix`. Raises UserError where there is none.
+    """
+    if given:
+        with option_context(option):
+            return Source(find_path(given))
+    if source.has_network(folder):
+        return Source(source.path / folder)
+    if prefix and source.find_prefix(prefix):
+        return source
+    raise make_missing_error(option, source.path)
+
+
+def find_weight_file(folder: Path) -> Path:
+    """The weight file of a network saved by diffusers or transformers. Raises UserError where there is none."""
     for name in ("diffusion_pytorch_model", "model"):
         for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors"):
             if (folder / (name + ending)).is_file():
                 return folder / (name + ending)
-    raise UserError(f"{folder} holds no .safetensors weights")
+    raise UserError(f"{folder} holds no .safetensors weights", code="network-folder-without-weights")
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is missing or is not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
+        raise UserError(f"{path} does not exist", code="model-config-missing") from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
+        raise UserError(f"{path} is not valid JSON ({error})", code="model-json-invalid") from error
+
+
+def select_fields(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+    """The given fields of a published config.json, where it has them."""
+    return {name: config[name] for name in fields if name in config}
+
+
+def drop_private_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of diffusers without the entries about itself, e.g. _class_name."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The entries of one network inside a file, and the key map that leads from them to the module."""
+    """The tensors of one network inside a file, and the key map from their keys to the module's names."""
 
     file: Checkpoint
     key_map: KeyMap
     prefix: str = ""
-    rows: Callable[[str, Sequence[int]], Sequence[int]] | None = None  # stacked original key, shape -> rows of each
-    tied: Mapping[str, str] = field(default_factory=dict)  # our names that share another's tensor
+    row_split: Callable[[str, Sequence[int]], Sequence[int]] | None = None  # PartSpec.row_split
+    tied: Mapping[str, str] = field(default_factory=dict)  # our name -> the name whose tensor it shares
 
-    def originals(self) -> Iterator[str]:
-        """Keys without the prefix, those dropped on purpose left out."""
+    def original_keys(self) -> Iterator[str]:
+        """Keys without the prefix, except those that the key map drops."""
         for key in self.file.header.tensors:
-            if key.startswith(self.prefix) and not self.key_map.drops(key[len(self.prefix) :]):
+            if key.startswith(self.prefix) and not self.key_map.is_dropped(key[len(self.prefix) :]):
                 yield key[len(self.prefix) :]
 
-    def shapes(self) -> Shapes:
-        """Our name -> shape, from the header alone; raises UserError for keys that no rule covers.
+    def read_shapes(self) -> Shapes:
+        """Our name -> shape, from the header alone.
 
-        So does asking for a name that is not there.
+        Raises UserError for keys that no rule covers; looking up a name that is missing raises one, too.
         """
         shapes: Shapes = {}
         unknown: list[str] = []
-        for original in self.originals():
-            found = self.key_map.ours(original)
-            if found is None:
+        for original in self.original_keys():
+            ours = self.key_map.find_ours(original)
+            if ours is None:
                 unknown.append(original)
                 continue
-            names, op = found
+            names, op = ours
             shape = torch.Size(self.file.header.tensors[self.prefix + original].shape)
             if not shape:
                 continue
@@ -157,64 +198,75 @@ class Weights:
                 shape = shape[:2]
             if op == "transpose":
                 shape = shape[::-1]
-            rows = [shape[0]] if len(names) == 1 else self._rows(original, shape, len(names))
+            rows = [shape[0]] if len(names) == 1 else self._split_rows(original, shape, len(names))
             shapes |= {name: torch.Size((n, *shape[1:])) for name, n in zip(names, rows, strict=True)}
         if unknown:
-            some = ", ".join(unknown[:5])
-            raise UserError(f"{self.file.header.path} holds {len(unknown)} keys of no known place: {some}")
-        return Found(self.file.header.path, shapes)
+            raise UserError(
+                f"{self.file.header.path} has {len(unknown)} unknown keys: {list_some(unknown)}",
+                code="network-keys-unknown",
+            )
+        return ShapeTable(self.file.header.path, shapes)
 
     @cached_property
-    def places(self) -> dict[str, str]:
-        """Our name -> the key without prefix that holds it, alone or stacked with others."""
-        found = ((original, self.key_map.ours(original)) for original in self.originals())
-        return {name: original for original, ours in found if ours for name in ours[0]}
+    def stored_keys(self) -> dict[str, str]:
+        """Our name -> the key without prefix of its tensor, which may be stacked with others."""
+        keys: dict[str, str] = {}
+        for original in self.original_keys():
+            ours = self.key_map.find_ours(original)
+            keys |= dict.fromkeys(ours[0], original) if ours else {}
+        return keys
 
-    def empty(self, name: str) -> torch.Tensor:
-        """One of our tensors without its values: the type and shape that it has in the file."""
-        stored = self.file.header.tensors[self.prefix + self.places[name]]
-        return torch.empty(self.shapes()[name], dtype=DTYPES[stored.dtype], device="meta")
+    def make_empty(self, name: str) -> torch.Tensor:
+        """A tensor on the meta device with the dtype and shape that one of our names has in the file."""
+        stored = self.file.header.tensors[self.prefix + self.stored_keys[name]]
+        return torch.empty(self.read_shapes()[name], dtype=SAFETENSORS_DTYPES[stored.dtype], device="meta")
 
     def read(self, name: str) -> torch.Tensor:
-        """One of our tensors as the file has it."""
-        original = self.places[name]
-        pieces = self.key_map.split(original, self.file.read(self.prefix + original), self.shapes())
+        """The tensor of one of our names, in the file's dtype."""
+        original = self.stored_keys[name]
+        pieces = self.key_map.split(original, self.file.read(self.prefix + original), self.read_shapes())
         return next(piece for ours, piece in pieces if ours == name)
 
-    def _rows(self, original: str, shape: torch.Size, count: int) -> Sequence[int]:
-        if self.rows is not None:
-            return self.rows(original, shape)
+    def _split_rows(self, original: str, shape: torch.Size, count: int) -> Sequence[int]:
+        if self.row_split is not None:
+            return self.row_split(original, shape)
         return [shape[0] // count] * count
 
-    def fill(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Put the file's tensors into a module that stands on the meta device, one tensor at a time."""
+    def fill_module(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Read the file's tensors one at a time into a module on the meta device.
+
+        Raises UserError where the file lacks tensors, has further ones, or one has another shape.
+        """
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         state: dict[str, torch.Tensor] = {}
-        for original in self.originals():
+        for original in self.original_keys():
             tensor = self.file.read(self.prefix + original, dtype=dtype, device=device)
-            names = self.key_map.ours(original)
+            names = self.key_map.find_ours(original)
             if names is None or not set(names[0]) <= set(expected):
                 raise UserError(
-                    f"{self.file.header.path}: {self.prefix + original} has no place in {type(module).__name__}"
+                    f"{self.file.header.path}: {type(module).__name__} has no tensor for {self.prefix + original}",
+                    code="network-key-unexpected",
                 )
             for name, piece in self.key_map.split(original, tensor, expected):
                 if piece.shape != expected[name]:
                     raise UserError(
                         f"{self.file.header.path}: {self.prefix + original} has shape {tuple(piece.shape)}, "
-                        f"{tuple(expected[name])} is expected"
+                        f"expected {tuple(expected[name])}",
+                        code="network-shape-mismatch",
                     )
                 state[name] = piece
         state |= {name: state[other] for name, other in self.tied.items() if name in expected and other in state}
         missing = [name for name in expected if name not in state]
         if missing:
             raise UserError(
-                f"{self.file.header.path} lacks {len(missing)} tensors, for example {', '.join(missing[:5])}"
+                f"{self.file.header.path} lacks {len(missing)} tensors: {list_some(missing)}",
+                code="network-tensors-missing",
             )
         module.load_state_dict(state, assign=True)
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a network without storage for its parameters, but with its buffers: no throwaway initialisation."""
+    """Build a network with its parameters on the meta device and its buffers in memory, without initialization."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

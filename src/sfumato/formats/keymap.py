@@ -1,4 +1,4 @@
-"""Key maps: one table of rules per network, read in both directions; a key without a rule is an error."""
+"""Key maps: one table of rules per network, between original keys and ours, those of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sfumato.errors import UserError
+from sfumato.common.text import list_some
+from sfumato.errors import InternalError, UserError
 
 Op = Literal["", "swap", "transpose", "squeeze"]
-HOLES = {"{n}": r"(\d+)", "{*}": r"(.+)"}
-HOLE = re.compile(r"\{n\}|\{\*\}")
-TAIL = r"(?P<tail>|\.weight|\.bias)"  # a rule that names a module covers the module's parameters
+PLACEHOLDERS = {"{n}": r"(\d+)", "{*}": r"(.+)"}
+PLACEHOLDER = re.compile(r"\{n\}|\{\*\}")
+PARAMETER_SUFFIX = r"(?P<suffix>|\.weight|\.bias)"  # a rule that names a module covers the module's parameters
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """One pattern ({n}: a number, {*}: any path). Several names in `ours` are stacked along rows in the original.
 
     `op` turns the original into ours: "swap" exchanges the halves of the rows, "transpose" a matrix,
@@ -34,8 +36,8 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one of our names lies in the original layout: the index-th of `siblings` stacked along rows."""
+class KeyLocation:
+    """The original key of one of our names: the index-th of `siblings`, which are stacked along rows."""
 
     original: str
     index: int
@@ -44,139 +46,163 @@ class Place:
 
 
 class KeyMap:
-    """A table of rules, read both ways. `drop` matches original keys that have no counterpart on purpose."""
+    """A table of rules, read in both directions. `drop` matches original keys that have no counterpart here."""
 
-    def __init__(self, rules: Sequence[Rule], drop: Sequence[str] = ()) -> None:
+    def __init__(self, rules: Sequence[KeyRule], drop: Sequence[str] = ()) -> None:
         self.rules = tuple(rules)
-        self._from_original = _Table([(rule.original, rule, 0) for rule in rules])
-        self._from_ours = _Table([(name, rule, i) for rule in rules for i, name in enumerate(rule.ours)])
-        self._drop = [pattern(text) for text in drop]
+        self._from_original = _RuleTable([(rule.original, rule, 0) for rule in rules])
+        names: list[tuple[str, KeyRule, int]] = []
+        for rule in rules:
+            names += [(name, rule, i) for i, name in enumerate(rule.ours)]
+        self._from_ours = _RuleTable(names)
+        self._drop = [compile_pattern(text) for text in drop]
 
-    def drops(self, original: str) -> bool:
+    def is_dropped(self, original: str) -> bool:
         """Whether the key is known to have no counterpart here (a position table, a training buffer)."""
         return any(regex.fullmatch(original) for regex in self._drop)
 
-    def locate(self, ours: str) -> Place:
-        """Raises UserError when no rule covers the name."""
-        hit = self._from_ours.find(ours)
-        if hit is None:
-            raise UserError(f"no rule of the key map covers {ours!r}")
-        siblings = tuple(hit.fill(name) for name in hit.rule.ours)
-        return Place(original=hit.fill(hit.rule.original), index=hit.index, siblings=siblings, op=hit.rule.op)
+    def find_original(self, ours: str) -> KeyLocation | None:
+        """Where one of our names lies in the original layout; None where no rule covers it."""
+        match = self._from_ours.find(ours)
+        if match is None:
+            return None
+        siblings = tuple(match.expand(name) for name in match.rule.ours)
+        original = match.expand(match.rule.original)
+        return KeyLocation(original=original, index=match.index, siblings=siblings, op=match.rule.op)
 
-    def ours(self, original: str) -> tuple[tuple[str, ...], Op] | None:
-        """Our names behind an original key, in row order, and the operation between; None when no rule covers it."""
-        hit = self._from_original.find(original)
-        return (tuple(hit.fill(name) for name in hit.rule.ours), hit.rule.op) if hit else None
+    def locate(self, ours: str) -> KeyLocation:
+        """The same for a name that must have a rule: InternalError where it has none."""
+        location = self.find_original(ours)
+        if location is None:
+            raise InternalError(f"no rule of the key map covers {ours!r}")
+        return location
+
+    def find_ours(self, original: str) -> tuple[tuple[str, ...], Op] | None:
+        """Our names behind an original key, in row order, and the operation between; None where no rule covers it."""
+        match = self._from_original.find(original)
+        return (tuple(match.expand(name) for name in match.rule.ours), match.rule.op) if match else None
 
     def split(self, original: str, tensor: Tensor, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-        """Our entries inside one original tensor; rows are views, so nothing is copied but a swap or transpose."""
-        found = self.ours(original)
-        if found is None:
-            raise UserError(f"no rule of the key map covers {original!r}")
-        names, op = found
-        tensor = _apply(op, tensor)
+        """Our entries inside one original tensor; rows are views, so that only a swap or transpose copies.
+
+        Raises UserError where the tensor has other rows than `shapes`, InternalError where no rule covers the key.
+        """
+        names, op = self._require_ours(original)
+        tensor = _apply_op(op, tensor)
         rows = [shapes[name][0] if shapes[name] else 1 for name in names]
         if len(names) > 1 and sum(rows) != tensor.shape[0]:
-            raise UserError(f"{original!r} has {tensor.shape[0]} rows where {' + '.join(map(str, rows))} are expected")
+            raise UserError(
+                f"{original!r} has {tensor.shape[0]} rows where {' + '.join(map(str, rows))} are expected",
+                code="stacked-rows-mismatch",
+            )
         pieces = tensor.split(rows) if len(names) > 1 else (tensor,)
         yield from zip(names, pieces, strict=True)
 
-    def to_ours(self, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """A whole state dict in our names; raises UserError for keys that no rule covers, all named at once."""
-        unknown = [key for key in state if self.ours(key) is None and not self.drops(key)]
-        if unknown:
-            raise UserError(f"no rule of the key map covers {_some(unknown)}")
-        kept = (key for key in state if not self.drops(key))
-        return {name: piece for key in kept for name, piece in self.split(key, state[key], shapes)}
+    def rename_shapes(self, shapes: Mapping[str, Sequence[int]], path: Path) -> dict[str, Sequence[int]]:
+        """Original key -> shape of a file that has our names; UserError for a name that no rule covers."""
+        renamed: dict[str, Sequence[int]] = {}
+        for name, shape in shapes.items():
+            location = self.find_original(name)
+            if location is None:
+                raise UserError(f"{path} holds the unknown key {name!r}", code="diffusers-key-unknown")
+            renamed[location.original] = shape
+        return renamed
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A whole state dict in original names; raises UserError where one of several stacked tensors is missing."""
+        """A state dict in original names; InternalError where one of several stacked tensors is missing."""
         originals = dict.fromkeys(self.locate(name).original for name in state)
         return {original: self.build(original, state) for original in originals}
 
     def build(self, original: str, state: Mapping[str, Tensor]) -> Tensor:
-        """One original tensor out of ours; raises UserError where one of several stacked tensors is missing."""
-        found = self.ours(original)
-        if found is None:
-            raise UserError(f"no rule of the key map covers {original!r}")
-        names, op = found
-        pieces = {i: state[name] for i, name in enumerate(names) if name in state}
-        return _join(Place(original, 0, names, op), pieces)
+        """One original tensor out of ours; InternalError where one of several stacked tensors is missing."""
+        names, op = self._require_ours(original)
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise InternalError(f"{original!r} also needs {list_some(missing)}")
+        pieces = [state[name] for name in names]
+        return _undo_op(op, torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+
+    def _require_ours(self, original: str) -> tuple[tuple[str, ...], Op]:
+        ours = self.find_ours(original)
+        if ours is None:
+            raise InternalError(f"no rule of the key map covers {original!r}")
+        return ours
 
 
-def identity(prefix: str = "", drop: Sequence[str] = ()) -> KeyMap:
-    """The map of a network whose names differ from the original by a prefix at most."""
-    return KeyMap([Rule(prefix + "{*}", ("{*}",))], drop)
+def make_identity_map(prefix: str = "", drop: Sequence[str] = ()) -> KeyMap:
+    """The map of a network whose names are the original ones without a prefix."""
+    return KeyMap([KeyRule(prefix + "{*}", ("{*}",))], drop)
 
 
 @dataclass(frozen=True)
-class _Hit:
-    """A rule that matched a name: what the holes held and which parameter of the module was meant."""
+class _Match:
+    """A rule that matches a name: the values of its placeholders and the parameter of the module that was meant."""
 
-    rule: Rule
+    rule: KeyRule
     index: int
-    holes: tuple[str, ...]
-    tail: str
+    values: tuple[str, ...]
+    suffix: str  # .weight, .bias or nothing
 
-    def fill(self, text: str) -> str:
-        pieces = HOLE.split(text)
-        return "".join(piece + hole for piece, hole in zip(pieces, (*self.holes, ""), strict=True)) + self.tail
+    def expand(self, text: str) -> str:
+        """The pattern with the values in place of its placeholders."""
+        pieces = PLACEHOLDER.split(text)
+        return "".join(piece + value for piece, value in zip(pieces, (*self.values, ""), strict=True)) + self.suffix
 
 
-class _Table:
-    """Patterns with the rules they stand in; the first that matches wins. Answers are kept: names repeat a lot."""
+class _RuleTable:
+    """Patterns with their rules; the first that matches wins. Answers are cached, since names repeat a lot."""
 
-    def __init__(self, rows: Sequence[tuple[str, Rule, int]]) -> None:
-        self._rows: dict[str, list[tuple[re.Pattern[str], Rule, int]]] = defaultdict(list)
+    def __init__(self, rows: Sequence[tuple[str, KeyRule, int]]) -> None:
+        self._rows: dict[str, list[tuple[re.Pattern[str], KeyRule, int]]] = defaultdict(list)
         for text, rule, index in rows:
-            self._rows[_head(text)].append((_with_tail(text), rule, index))
-        self._known: dict[str, _Hit | None] = {}
+            self._rows[_first_component(text)].append((_compile_rule(text), rule, index))
+        self._cache: dict[str, _Match | None] = {}
 
-    def find(self, name: str) -> _Hit | None:
-        if name not in self._known:
-            self._known[name] = self._search(name)
-        return self._known[name]
+    def find(self, name: str) -> _Match | None:
+        if name not in self._cache:
+            self._cache[name] = self._search(name)
+        return self._cache[name]
 
-    def _search(self, name: str) -> _Hit | None:
-        for head in (name.partition(".")[0], ""):  # rules are filed under their first path component
-            for regex, rule, index in self._rows.get(head, ()):
+    def _search(self, name: str) -> _Match | None:
+        for first in (name.partition(".")[0], ""):  # rules are filed under their first path component
+            for regex, rule, index in self._rows.get(first, ()):
                 match = regex.fullmatch(name)
                 if match:
-                    tail = match.groupdict().get("tail")
-                    holes = match.groups() if tail is None else match.groups()[:-1]
-                    return _Hit(rule, index, holes, tail or "")
+                    suffix = match.groupdict().get("suffix")
+                    values = match.groups() if suffix is None else match.groups()[:-1]
+                    return _Match(rule, index, values, suffix or "")
         return None
 
 
-def pattern(text: str) -> re.Pattern[str]:
-    """A pattern with {n} and {*} as a regular expression over whole names."""
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """A pattern with {n} and {*} as a regular expression for whole names."""
     body = re.escape(text)
-    for hole, meaning in HOLES.items():
-        body = body.replace(re.escape(hole), meaning)
+    for placeholder, expression in PLACEHOLDERS.items():
+        body = body.replace(re.escape(placeholder), expression)
     return re.compile(body)
 
 
 def matches(alternatives: str, name: str) -> bool:
     """Whether a whole name fits one of the patterns of a|b."""
-    return any(each.fullmatch(name) for each in compiled(alternatives))
+    return any(regex.fullmatch(name) for regex in compile_alternatives(alternatives))
 
 
 @cache
-def compiled(alternatives: str) -> tuple[re.Pattern[str], ...]:
-    return tuple(pattern(each) for each in alternatives.split("|")) if alternatives else ()
+def compile_alternatives(alternatives: str) -> tuple[re.Pattern[str], ...]:
+    return tuple(compile_pattern(text) for text in alternatives.split("|")) if alternatives else ()
 
 
-def _head(text: str) -> str:
+def _first_component(text: str) -> str:
     first = text.partition(".")[0]
     return "" if "{" in first else first
 
 
-def _with_tail(text: str) -> re.Pattern[str]:
-    return pattern(text) if text.endswith("{*}") else re.compile(pattern(text).pattern + TAIL)
+def _compile_rule(text: str) -> re.Pattern[str]:
+    regex = compile_pattern(text)
+    return regex if text.endswith("{*}") else re.compile(regex.pattern + PARAMETER_SUFFIX)
 
 
-def _apply(op: Op, tensor: Tensor) -> Tensor:
+def _apply_op(op: Op, tensor: Tensor) -> Tensor:
     if op == "swap":
         first, second = tensor.chunk(2)
         return torch.cat([second, first])
@@ -187,20 +213,7 @@ def _apply(op: Op, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _undo(op: Op, tensor: Tensor) -> Tensor:
+def _undo_op(op: Op, tensor: Tensor) -> Tensor:
     if op == "squeeze":
         return tensor[:, :, None, None] if tensor.ndim == 2 else tensor
-    return _apply(op, tensor)  # swap and transpose undo themselves
-
-
-def _join(place: Place, pieces: Mapping[int, Tensor]) -> Tensor:
-    missing = [name for i, name in enumerate(place.siblings) if i not in pieces]
-    if missing:
-        raise UserError(f"{place.original!r} needs {_some(missing)} too")
-    ordered = [pieces[i] for i in range(len(pieces))]
-    return _undo(place.op, torch.cat(ordered) if len(ordered) > 1 else ordered[0])
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return _apply_op(op, tensor)  # swap and transpose undo themselves

@@ -1,55 +1,76 @@
-"""Adapter files: names on disk <-> groups of layers; nothing unmatched passes silently."""
+"""Adapter files: reading, writing, and matching their names to layer groups; an unmatched name is an error."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from sfumato.common.text import list_some
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import open_checkpoint
+from sfumato.formats.checkpoint_writer import write_safetensors
+from sfumato.formats.hashes import add_hashes
+from sfumato.formats.pickled import is_pickled, write_pickle
 
-T = TypeVar("T")
-GUESSES = {
+TensorsByGroup = dict[str, dict[str, Tensor]]  # group name -> suffix -> tensor
+SOURCE_HINTS = {
     "lora_A.": "diffusers or PEFT",
     "lora_B.": "diffusers or PEFT",
     "hada_": "LyCORIS (LoHa)",
     "lokr_": "LyCORIS (LoKr)",
-    "oft_blocks": "the field's OFT",
+    "oft_blocks": "the kohya OFT",
     "dora_scale": "a DoRA trainer",
 }
 
 
-def read_adapter_file(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Group name -> suffix -> tensor of a file in the field's naming (`<name>.lora_down.weight`)."""
+def read_adapter_file(path: Path) -> TensorsByGroup:
+    """The tensors of a file in the kohya format (`<name>.lora_down.weight`)."""
+    entries: dict[str, dict[str, Tensor]] = defaultdict(dict)
     with open_checkpoint(path) as file:
-        entries: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key in file.header.tensors:
             name, _, suffix = key.partition(".")
             entries[name][suffix] = file.read(key)
     return dict(entries)
 
 
-def renamed(path: Path, found: Mapping[str, T], aliases: Mapping[str, str]) -> dict[str, T]:
-    """`found` with names of a further layout replaced by ours; a layer under both names is a UserError."""
-    result = {aliases.get(name, name): entries for name, entries in found.items()}
-    if len(result) < len(found):
-        twice = next(name for name in found if name in aliases and aliases[name] in found)
-        raise UserError(f"{path} has the layer {aliases[twice]} a second time, as {twice}")
-    return result
+def write_adapter_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> None:
+    """A safetensors file with sd-scripts' two hashes, or the tensors alone in a pickled one, as `path` ends."""
+    if is_pickled(path):
+        write_pickle(path, tensors, dtype=dtype)
+    else:
+        write_safetensors(path, tensors, add_hashes(metadata, tensors, dtype=dtype), dtype=dtype)
 
 
-def check_names(path: Path, found: Mapping[str, Mapping[str, Tensor]], known: Iterable[str]) -> None:
-    """Every name in the file must belong to a layer; else say which do not and where the file seems to come from."""
-    unmatched = sorted(set(found) - set(known))
+def apply_aliases(path: Path, entries: TensorsByGroup, aliases: Mapping[str, str]) -> TensorsByGroup:
+    """The entries with names of another layout replaced by ours; a layer under both names is a UserError."""
+    renamed: dict[str, dict[str, Tensor]] = {}
+    for name, tensors in entries.items():
+        ours = aliases.get(name, name)
+        if ours in renamed or (ours != name and ours in entries):
+            raise UserError(f"{path} holds the layer {ours} twice, also as {name}", code="adapter-layer-twice")
+        renamed[ours] = tensors
+    return renamed
+
+
+def check_names(path: Path, entries: Mapping[str, Mapping[str, Tensor]], known: Iterable[str]) -> None:
+    """Raise UserError for names that belong to no layer, with the program that the file seems to come from."""
+    unmatched = sorted(set(entries) - set(known))
     if not unmatched:
         return
-    keys = [f"{name}.{suffix}" for name in unmatched for suffix in found[name]]
-    guess = next((who for mark, who in GUESSES.items() if any(mark in key for key in keys)), None)
+    keys: list[str] = []
+    for name in unmatched:
+        keys += [f"{name}.{suffix}" for suffix in entries[name]]
+    text = " ".join(keys)
+    sources = [source for mark, source in SOURCE_HINTS.items() if mark in text]
+    fix = f"the file looks like one of {sources[0]}" if sources else "it was made for another model or other layers"
     raise UserError(
-        f"{path}: {len(unmatched)} of {len(found)} names fit no layer of this model, for example {', '.join(keys[:5])}",
-        fix=f"the file looks like one of {guess}" if guess else "it was made for another model or other layers",
+        f"{path}: {len(unmatched)} of {len(entries)} names match no layer of this model, e.g. {list_some(keys)}",
+        code="adapter-names-unmatched",
+        fix=fix,
     )

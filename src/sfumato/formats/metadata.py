@@ -1,36 +1,36 @@
-"""What a saved file says of its training: the field's ss_ and model-spec keys. Names of files, never paths."""
+"""Metadata of saved files: sd-scripts' ss_ keys and the model spec's keys. They hold names of files, never paths."""
 
 from __future__ import annotations
 
 import base64
 import json
 import mimetypes
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from sfumato import __version__
+from sfumato.common.text import strip_paths
 from sfumato.config import Config, ModelOptions
 from sfumato.errors import UserError
-from sfumato.formats.hashes import model_hash, sha256_of
+from sfumato.formats.hashes import calculate_model_hash, calculate_sha256
 
 PROGRAM = f"sfumato {__version__}"
-EMA = "sfumato.ema"  # which running average of the weights a file holds, as JSON
-MINIMUM = (
+EMA_KEY = "sfumato.ema"  # which EMA of the weights a file holds, as JSON
+MINIMUM_KEYS = (
     "ss_v2",
     "ss_base_model_version",
     "ss_network_module",
     "ss_network_dim",
     "ss_network_alpha",
     "ss_network_args",
-    EMA,
+    EMA_KEY,
 )
-# Keys whose value is the option of the same name, ss_ taken off.
-SAME = (
+# Keys whose value is the option of the same name without ss_.
+SAME_NAMES = (
     "learning_rate", "gradient_checkpointing", "gradient_accumulation_steps",
     "lr_warmup_steps", "lr_scheduler", "mixed_precision", "full_fp16", "v2", "clip_skip",
     "max_token_length", "cache_latents", "lowram", "noise_offset", "multires_noise_iterations",
@@ -41,17 +41,14 @@ SAME = (
     "fp8_base_unet", "validation_seed", "validation_split", "max_validation_steps", "validate_every_n_epochs",
     "validate_every_n_steps", "resize_interpolation",
 )  # fmt: skip
-TABLES = (  # written as JSON, the others as Python writes them
+JSON_KEYS = (  # written as JSON, the others as Python writes them
     "ss_datasets", "ss_tag_frequency", "ss_dataset_dirs", "ss_reg_dataset_dirs", "ss_bucket_info", "ss_network_args",
 )  # fmt: skip
-ROOT = r"(?:file://|~\w*|[A-Za-z]:)?[/\\](?!/)"
-PATH = re.compile(rf"(?:^|(?<=[\s=,;:'\"\[({{])){ROOT}[^\s,;'\"\])}}]*[^\s,;'\"\])}}/\\][/\\]?")
-ONE_PATH = re.compile(rf"{ROOT}[^,;'\"]*")  # may hold spaces
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What the options do not say of a run; everything here is known before the first step."""
+class TrainingFacts:
+    """What the metadata says of a run beyond its options; known before the first step."""
 
     session_id: int
     started_at: float  # Unix time
@@ -64,34 +61,34 @@ class Facts:
     method: Mapping[str, Any]  # ss_ keys about what is trained
 
 
-def training_metadata(config: Config, facts: Facts) -> dict[str, str]:
+def make_training_metadata(config: Config, facts: TrainingFacts) -> dict[str, str]:
     """All ss_ keys that are known before training; values are texts as Python writes them, tables JSON.
 
-    Raises UserError for a thumbnail that cannot be read, so that it is not found out at the first save.
+    Raises UserError for a thumbnail that cannot be read, long before the first save needs it.
     """
-    _thumbnail(config.metadata.metadata_thumbnail)
+    _read_thumbnail(config.metadata.metadata_thumbnail)
     values: dict[str, Any] = {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
         "ss_output_name": config.save.output_name,
-        **{f"ss_{name}": config.value(name) for name in SAME},
+        **{f"ss_{name}": config.value(name) for name in SAME_NAMES},
         "ss_debiased_estimation": config.loss.debiased_estimation_loss,
         "ss_num_epochs": facts.epochs,
         "ss_max_train_steps": facts.total_steps,
         "ss_base_model_version": facts.base_model_version,
         "ss_seed": config.loop.seed,
         "ss_sd_scripts_commit_hash": PROGRAM,
-        "ss_optimizer": without_paths(facts.optimizer),
+        "ss_optimizer": strip_paths(facts.optimizer),
         **facts.data,
         **facts.family,
         **facts.method,
     }
     if config.cache.cache_text_encoder_outputs and config.cache.text_cache_variants > 1:
         values["ss_text_cache_variants"] = config.cache.text_cache_variants
-    return {name: json.dumps(value) if name in TABLES else str(value) for name, value in values.items()}
+    return {name: json.dumps(value) if name in JSON_KEYS else str(value) for name, value in values.items()}
 
 
-def adapter_metadata(config: Config, *, default_rank: int) -> dict[str, Any]:
+def make_adapter_metadata(config: Config, *, default_rank: int) -> dict[str, Any]:
     """The keys that only adapter files have."""
     network, optim = config.network, config.optim
     dim = network.network_dim or default_rank
@@ -108,44 +105,48 @@ def adapter_metadata(config: Config, *, default_rank: int) -> dict[str, Any]:
         arguments = {**network.network_args}
         if network.network_dropout is not None:
             arguments["dropout"] = network.network_dropout
-        values["ss_network_args"] = {name: without_paths(str(value)) for name, value in arguments.items()}
+        values["ss_network_args"] = {name: strip_paths(str(value)) for name, value in arguments.items()}
     return values
 
 
-def named_file(kind: str, given: str | Path | None) -> dict[str, str]:
-    """Name and hashes of the checkpoint ("sd_model") or of --vae ("vae"); {} where none was given.
+def describe_file(kind: str, source: str | Path | None) -> dict[str, str]:
+    """Name and hashes of the checkpoint ("sd_model") or of --vae ("vae"); {} for None.
 
-    Hashes only of what lies here. Takes about a second per 1.5 GB the first time in a process.
+    Hashes only of local files. Takes about a second per 1.5 GB the first time in a process.
     """
-    if given is None:
+    if source is None:
         return {}
-    path = Path(given)
+    path = Path(source)
     if not path.exists():
-        return {f"ss_{kind}_name": without_paths(str(given))}  # a name on the hub stays whole
+        return {f"ss_{kind}_name": strip_paths(str(source))}  # a name on the hub stays as it is
     name = path.resolve().name if path.name in ("", "..") else path.name
-    return {f"ss_{kind}_name": name, f"ss_{kind}_hash": model_hash(path), f"ss_new_{kind}_hash": sha256_of(path)}
+    return {
+        f"ss_{kind}_name": name,
+        f"ss_{kind}_hash": calculate_model_hash(path),
+        f"ss_new_{kind}_hash": calculate_sha256(path),
+    }
 
 
-def named_files(model: ModelOptions) -> dict[str, str]:
+def describe_files(model: ModelOptions) -> dict[str, str]:
     """Names and hashes of the checkpoint and of --vae."""
-    return named_file("sd_model", model.pretrained_model_name_or_path) | named_file("vae", model.vae)
+    return describe_file("sd_model", model.pretrained_model_name_or_path) | describe_file("vae", model.vae)
 
 
-def at_save(metadata: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
-    """The same with what is known only when a file is written."""
+def add_save_facts(metadata: Mapping[str, str], *, step: int, epoch: int) -> dict[str, str]:
+    """The metadata with what is known only when a file is written."""
     now = {"ss_training_finished_at": str(time.time()), "ss_steps": str(step), "ss_epoch": str(epoch)}
     return {**metadata, **now}
 
 
-def minimum(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What --no_metadata keeps: the keys that programs need to use the file."""
-    return {name: metadata[name] for name in MINIMUM if name in metadata}
+def keep_minimum(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The keys that --no_metadata keeps, those that programs need to use the file."""
+    return {name: metadata[name] for name in MINIMUM_KEYS if name in metadata}
 
 
-def modelspec(
+def make_modelspec(
     config: Config, *, architecture: str, implementation: str, prediction_type: str, resolution: tuple[int, int]
 ) -> dict[str, str]:
-    """The model-spec 1.0.1 keys. prediction_type: "epsilon", "v", or "" for flows, which it has no word for."""
+    """The keys of model spec 1.0.1. prediction_type: "epsilon", "v", or "" for flow models (no word there)."""
     options, noise = config.metadata, config.noise
     values = {
         "sai_model_spec": "1.0.1",
@@ -161,8 +162,8 @@ def modelspec(
         "license": options.metadata_license,
         "tags": options.metadata_tags,
         "usage_hint": options.metadata_usage_hint,
-        "thumbnail": _thumbnail(options.metadata_thumbnail),
-        "merged_from": options.metadata_merged_from and without_paths(options.metadata_merged_from),
+        "thumbnail": _read_thumbnail(options.metadata_thumbnail),
+        "merged_from": options.metadata_merged_from and strip_paths(options.metadata_merged_from),
         "trigger_phrase": options.metadata_trigger_phrase,
         "preprocessor": options.metadata_preprocessor,
         "is_negative_embedding": options.metadata_is_negative_embedding,
@@ -174,20 +175,15 @@ def modelspec(
     return {f"modelspec.{name}": value for name, value in values.items() if value}
 
 
-def without_paths(text: str) -> str:
-    """The text with every absolute path in it, or one from a home folder, cut down to its last name."""
-    if ONE_PATH.fullmatch(text):
-        return PureWindowsPath(text).name or text  # it knows both kinds of slashes
-    return PATH.sub(lambda found: PureWindowsPath(found[0]).name, text)
-
-
 @lru_cache(maxsize=4)
-def _thumbnail(given: str | None) -> str | None:
-    """A data URL as it is, or a picture file made into one; read once, for all saves of a run."""
-    if given is None or given.startswith("data:"):
-        return given
-    kind = mimetypes.guess_type(given)[0] or "image/jpeg"
+def _read_thumbnail(source: str | None) -> str | None:
+    """A data URL as it is, or an image file as one; read once, for all saves of a run."""
+    if source is None or source.startswith("data:"):
+        return source
+    kind = mimetypes.guess_type(source)[0] or "image/jpeg"
     try:
-        return f"data:{kind};base64," + base64.b64encode(Path(given).read_bytes()).decode()
+        return f"data:{kind};base64," + base64.b64encode(Path(source).read_bytes()).decode()
     except OSError as error:
-        raise UserError(f"--metadata_thumbnail: cannot read {given} ({error.strerror})") from error
+        raise UserError(
+            f"--metadata_thumbnail: cannot read {source} ({error.strerror})", code="thumbnail-unreadable"
+        ) from error

@@ -1,4 +1,4 @@
-"""Checkpoints as torch pickles them, for programs that read nothing else: plain dicts of tensors, nothing to run."""
+"""Pickled checkpoints, for programs that read nothing else: plain dicts of tensors, without code to run."""
 
 from __future__ import annotations
 
@@ -12,37 +12,42 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sfumato.common import files
-from sfumato.formats.checkpoint import room_for
+from sfumato.formats.checkpoint_writer import catch_disk_full
 
-ENDINGS = {"ckpt": ".ckpt", "pt": ".pt"}  # --save_model_as -> what such a file's name ends in
+PICKLE_SUFFIXES = {"ckpt": ".ckpt", "pt": ".pt"}  # --save_model_as -> suffix
+
+
+def get_file_suffix(save_model_as: str | None) -> str:
+    """The suffix of files saved in one piece."""
+    return PICKLE_SUFFIXES.get(save_model_as or "", ".safetensors")
 
 
 def is_pickled(path: Path) -> bool:
-    return path.suffix in ENDINGS.values()
+    return path.suffix in PICKLE_SUFFIXES.values()
 
 
-def write_flat(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
-    """Nothing but tensors, as the field keeps adapters. dtype: what floating-point tensors become in the file."""
-    found = {
+def write_pickle(path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
+    """Write the tensors alone, as sd-scripts writes adapters. dtype: of floating-point tensors; None keeps theirs."""
+    state = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).clone().contiguous()
         for name, tensor in tensors.items()
     }
-    with room_for(path), files.atomic(path) as temporary:
-        torch.save(found, temporary)
+    with catch_disk_full(path), files.write_atomically(path) as temporary:
+        torch.save(state, temporary)
 
 
 @contextmanager
-def repacked(path: Path, metadata: Mapping[str, str]) -> Iterator[Path]:
-    """A place for a safetensors file, which becomes a whole model's pickled file at `path` in the end.
+def convert_to_pickle(path: Path, metadata: Mapping[str, str]) -> Iterator[Path]:
+    """Yield a path for the safetensors file of a model, and turn that file into a pickled one at `path` afterwards.
 
-    It is mapped and not read, so that the model is never in memory a second time. Metadata stand beside the tensors,
-    where the field looks for the epoch and the step.
+    The file is mapped, not read: there is no second copy of the model in memory. The metadata lies beside the tensors,
+    where sd-scripts looks for the epoch and the step.
     """
-    place = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    safetensors_path = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield place
+        yield safetensors_path
         counts = {"epoch": int(metadata.get("ss_epoch", 0)), "global_step": int(metadata.get("ss_steps", 0))}
-        with room_for(path), files.atomic(path) as temporary:
-            torch.save({"state_dict": load_file(place), **counts, **metadata}, temporary)
+        with catch_disk_full(path), files.write_atomically(path) as temporary:
+            torch.save({"state_dict": load_file(safetensors_path), **counts, **metadata}, temporary)
     finally:
-        place.unlink(missing_ok=True)
+        safetensors_path.unlink(missing_ok=True)

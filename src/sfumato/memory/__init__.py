@@ -1,1 +1,1 @@
-"""Doing with less memory: each written once, over the repeated blocks of a part."""
+"""Saving memory: gradient checkpointing and the allocator of main memory."""

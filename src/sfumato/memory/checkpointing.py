@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sfumato.formats.keymap import pattern
+from sfumato.formats.keymap import compile_pattern
 
 
 def checkpoint_blocks(module: nn.Module, blocks: Sequence[str]) -> int:
@@ -17,8 +17,10 @@ def checkpoint_blocks(module: nn.Module, blocks: Sequence[str]) -> int:
     Non-reentrant, so keyword arguments, nested outputs and adapters inside the blocks all work; the global
     generators are replayed, an adapter's dropout included.
     """
-    patterns = [pattern(block) for block in blocks]
-    found = [each for path, each in module.named_modules() if any(p.fullmatch(path) for p in patterns)]
-    for block in found:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return len(found)
+    patterns = [compile_pattern(block) for block in blocks]
+    count = 0
+    for path, block in module.named_modules():
+        if any(pattern.fullmatch(path) for pattern in patterns):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            count += 1
+    return count

@@ -1,4 +1,4 @@
-"""The names and values of --network_args: each is checked, and one that would have no effect is refused."""
+"""The arguments of --network_args: names and values are checked, and those without effect are errors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 
 from sfumato.common.names import PLANNED_NETWORK_ARGS
 from sfumato.common.registry import did_you_mean
-from sfumato.config.values import as_tuple, whole
+from sfumato.config.values import parse_whole_number, to_tuple
 from sfumato.errors import Problems, UserError
-from sfumato.families.base import PartSpec
+from sfumato.families.part import PartSpec
 
 Reader = Callable[[Any], Any]  # raises ValueError
 Indices = frozenset[int] | None  # None: all
-PAIR = re.compile(r"(.+?)=([^=,]+)(?:,|$)")  # a comma that does not follow a value belongs to the expression
+PAIR = re.compile(r"(.+?)=([^=,]+)(?:,|$)")  # a comma that follows no value belongs to the expression
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterArgs:
-    """What --network_args asks for, each value of its right type; None and empty: not given."""
+    """The parsed values of --network_args; None and empty: not given."""
 
     conv_dim: int | None = None
     conv_alpha: float | None = None
@@ -38,105 +38,142 @@ class AdapterArgs:
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
     verbose: bool = False
-    split_qkv: bool = False  # each layer behind a name has matrices of its own
-    kinds: Mapping[str, int] = field(default_factory=dict)  # the rest by the names that the model's parts give them
+    split_qkv: bool = False  # each layer of a group has matrices of its own
+    # The names of the rest come from the model's parts.
+    rank_kinds: Mapping[str, int] = field(default_factory=dict)
     extra_targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    choices: Mapping[str, str] = field(default_factory=dict)
-    counted: Mapping[str, Indices] = field(default_factory=dict)
-    sections: Mapping[str, Any] = field(default_factory=dict)
+    block_choices: Mapping[str, str] = field(default_factory=dict)
+    block_indices: Mapping[str, Indices] = field(default_factory=dict)
+    lr_block_factors: Mapping[str, Any] = field(default_factory=dict)
     opted_in: Mapping[str, bool] = field(default_factory=dict)
 
     @property
-    def convolutions(self) -> bool:
-        """Whether the layers that only convolution ranks reach are adapted, too."""
+    def has_convolutions(self) -> bool:
+        """Whether the convolutions that only conv_dim adapts are adapted."""
         return self.conv_dim is not None or self.conv_block_dims is not None
 
     @property
-    def sets_ranks(self) -> tuple[str, ...]:
-        """The arguments given that decide about ranks, which --dim_from_weights takes from the file."""
+    def rank_arguments(self) -> tuple[str, ...]:
+        """The given arguments that set ranks, which --dim_from_weights takes from the file instead."""
         plain = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
         given = [name for name in (*plain, "network_reg_dims") if vars(self)[name] not in (None, ())]
-        return (*given, *self.kinds, *self.extra_targets, *self.choices, *self.counted)
+        return (*given, *self.rank_kinds, *self.extra_targets, *self.block_choices, *self.block_indices)
 
 
 def read_args(given: Mapping[str, Any], specs: Iterable[PartSpec]) -> AdapterArgs:
     """Check --network_args against what the parts of a model offer; every fault is raised at once."""
-    known = readers(tuple(specs))
+    known = list_readers(tuple(specs))
     problems = Problems()
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in given.items():
         with problems.catch():
             if name not in known:
-                raise unknown(name, known)
+                raise make_unknown_argument_error(name, known)
             table, reader = known[name]
-            place = found.setdefault(table, {}) if table else found
-            place[name] = told(name, reader, value)
+            values = fields.setdefault(table, {}) if table else fields
+            values[name] = read_argument(name, reader, value)
     problems.raise_all()
-    args = AdapterArgs(**found)
+    args = AdapterArgs(**fields)
     check_partners(args)
     return args
 
 
-def readers(specs: Sequence[PartSpec]) -> dict[str, tuple[str, Reader]]:
-    """Name -> the table of AdapterArgs that holds it ("" for a field of its own), and how its value is read."""
-    plain = dict(EVERYWHERE)
+def list_readers(specs: Sequence[PartSpec]) -> dict[str, tuple[str, Reader]]:
+    """Name -> the table of AdapterArgs that holds it ("" for a field of its own), and the reader of its value."""
+    common = dict(COMMON_ARGS)
     if any(spec.conv_targets for spec in specs):
-        plain |= CONVOLUTIONS
-    if any(spec.stages and spec.sections for spec in specs):
-        plain |= STAGES
-    if any(len(rule.ours) > 1 for spec in specs for rule in spec.adapter_map.rules):
-        plain |= FUSED
-    found: dict[str, tuple[str, Reader]] = {name: ("", reader) for name, reader in plain.items()}
+        common |= CONVOLUTION_ARGS
+    if any(spec.lr_blocks and spec.lr_block_ranges for spec in specs):
+        common |= BLOCK_ARGS
+    if any(has_fused_layers(spec) for spec in specs):
+        common |= FUSED_ARGS
+    known: dict[str, tuple[str, Reader]] = {name: ("", reader) for name, reader in common.items()}
     for spec in specs:
-        found |= dict.fromkeys(spec.kinds, ("kinds", read_rank))
-        found |= dict.fromkeys(spec.extra_targets, ("extra_targets", read_ranks))
-        found |= {name: ("choices", partial(read_choice, known=("all", *of))) for name, of in spec.choices.items()}
-        found |= dict.fromkeys(spec.counted, ("counted", read_indices))
-        found |= dict.fromkeys(spec.sections, ("sections", as_it_is))
-        found |= {spec.opt_in: ("opted_in", read_flag)} if spec.opt_in else {}
-    return found
+        known |= dict.fromkeys(spec.rank_kinds, ("rank_kinds", read_rank))
+        known |= dict.fromkeys(spec.extra_targets, ("extra_targets", read_ranks))
+        for name, choices in spec.block_choices.items():
+            known[name] = ("block_choices", partial(read_choice, known=("all", *choices)))
+        known |= dict.fromkeys(spec.block_indices, ("block_indices", read_indices))
+        known |= dict.fromkeys(spec.lr_block_ranges, ("lr_block_factors", keep_value))
+        if spec.opt_in:
+            known[spec.opt_in] = ("opted_in", read_flag)
+    return known
 
 
-def unknown(name: str, known: Iterable[str]) -> UserError:
+def has_fused_layers(spec: PartSpec) -> bool:
+    """Whether several layers share one name in adapter files."""
+    return any(len(rule.ours) > 1 for rule in spec.adapter_map.rules)
+
+
+def make_unknown_argument_error(name: str, known: Iterable[str]) -> UserError:
     if name in PLANNED_NETWORK_ARGS:
-        return UserError(f"--network_args {name} is not available yet (comes with {PLANNED_NETWORK_ARGS[name]})")
-    if name in {**EVERYWHERE, **CONVOLUTIONS, **STAGES, **FUSED}:
-        return UserError(f"--network_args {name} has no effect: this model has nothing of the kind", fix="leave it out")
-    return UserError(f"--network_args: this model's adapters do not take {name!r}", fix=did_you_mean(name, known))
+        return UserError(
+            f"--network_args {name} is not implemented yet (comes with {PLANNED_NETWORK_ARGS[name]})",
+            code="network-arg-not-implemented",
+        )
+    if name in {**COMMON_ARGS, **CONVOLUTION_ARGS, **BLOCK_ARGS, **FUSED_ARGS}:
+        return UserError(
+            f"--network_args {name} has no effect: this model has no layers or blocks for it",
+            code="network-arg-without-effect",
+            fix=f"remove {name}",
+        )
+    return UserError(
+        f"--network_args: this model's adapters have no argument {name!r}",
+        code="network-arg-unknown",
+        fix=did_you_mean(name, known),
+    )
 
 
-def told(name: str, reader: Reader, value: Any) -> Any:
+def make_frozen_part_error(name: str) -> UserError:
+    return UserError(
+        f"--network_args {name} has no effect: its part does not train",
+        code="network-arg-of-frozen-part",
+        fix=f"remove {name}",
+    )
+
+
+def read_argument(name: str, reader: Reader, value: Any) -> Any:
     try:
         return reader(value)
     except ValueError as error:
-        raise UserError(f"--network_args {name}={value}: {error}") from error
+        raise UserError(f"--network_args {name}={value}: {error}", code="network-arg-invalid") from error
 
 
 def check_partners(args: AdapterArgs) -> None:
-    """Arguments that only say more about another one."""
+    """Raise UserError for arguments that only say more about another one, where that is missing."""
     problems = Problems()
-    if args.conv_alpha is not None and not args.convolutions:
-        problems.add("--network_args conv_alpha has no effect without conv_dim", fix="give conv_dim, or leave it out")
-    if args.conv_block_alphas is not None and not args.convolutions:
-        problems.add("--network_args conv_block_alphas has no effect without conv_block_dims or conv_dim")
-    if args.block_lr_zero_threshold is not None and not args.sections:
-        problems.add("--network_args block_lr_zero_threshold has no effect: no block has a rate of its own")
+    if args.conv_alpha is not None and not args.has_convolutions:
+        problems.add(
+            "--network_args conv_alpha has no effect without conv_dim",
+            code="conv-alpha-without-dim",
+            fix="give conv_dim, or remove conv_alpha",
+        )
+    if args.conv_block_alphas is not None and not args.has_convolutions:
+        problems.add(
+            "--network_args conv_block_alphas has no effect without conv_block_dims or conv_dim",
+            code="conv-block-alphas-without-dims",
+        )
+    if args.block_lr_zero_threshold is not None and not args.lr_block_factors:
+        problems.add(
+            "--network_args block_lr_zero_threshold has no effect: no block has a learning rate of its own",
+            code="lr-threshold-without-blocks",
+        )
     problems.raise_all()
 
 
 def read_rank(value: Any) -> int:
-    rank = whole(value)
+    rank = parse_whole_number(value)
     if rank is None or rank < 0:
         raise ValueError("a rank is a whole number, 0 for no adapter")
     return rank
 
 
 def read_ranks(value: Any) -> tuple[int, ...]:
-    return tuple(read_rank(each) for each in as_tuple(value))
+    return tuple(read_rank(item) for item in to_tuple(value))
 
 
 def read_numbers(value: Any) -> tuple[float, ...]:
-    return tuple(read_number(each) for each in as_tuple(value))
+    return tuple(read_number(item) for item in to_tuple(value))
 
 
 def read_number(value: Any) -> float:
@@ -171,50 +208,50 @@ def read_choice(value: Any, known: Iterable[str]) -> str:
 
 
 def read_indices(value: Any) -> Indices:
-    """Of 0,2,5-7, a number, all or none; the configuration has already made None of none."""
+    """Indices from 0,2,5-7, a number, all or none; the configuration has already turned none into None."""
     if value is None or value == "all":
         return frozenset() if value is None else None
-    found: set[int] = set()
-    for each in str(value).split(",") if isinstance(value, str) else as_tuple(value):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(each))
+    indices: set[int] = set()
+    for item in value.split(",") if isinstance(value, str) else to_tuple(value):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
         if not match:
-            raise ValueError("numbers and ranges are expected, as 0,2,5-7, or all or none")
-        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return frozenset(found)
+            raise ValueError("numbers and ranges are expected, e.g. 0,2,5-7, or all or none")
+        indices |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(indices)
 
 
-def read_pairs(value: Any, kind: Reader) -> tuple[tuple[re.Pattern[str], Any], ...]:
-    """Of expression=value,expression=value: regular expressions that are searched in adapter names."""
+def read_pairs(value: Any, reader: Reader) -> tuple[tuple[re.Pattern[str], Any], ...]:
+    """Pairs from expression=value,expression=value: regular expressions that are searched in adapter names."""
     text = str(value).strip()
-    found = list(PAIR.finditer(text))
-    if "".join(match[0] for match in found) != text:
-        raise ValueError("pairs are expected, as blocks_1_=4,blocks_2_=8")
-    pairs = []
-    for match in found:
+    matches = list(PAIR.finditer(text))
+    if "".join(match[0] for match in matches) != text:
+        raise ValueError("pairs are expected, e.g. blocks_1_=4,blocks_2_=8")
+    pairs: list[tuple[re.Pattern[str], Any]] = []
+    for match in matches:
         try:
-            pairs.append((re.compile(match[1].strip()), kind(float(match[2]))))
+            pairs.append((re.compile(match[1].strip()), reader(float(match[2]))))
         except re.error as error:
-            raise ValueError(f"{match[1]!r} is no regular expression ({error})") from error
+            raise ValueError(f"{match[1]!r} is not a regular expression ({error})") from error
     return tuple(pairs)
 
 
-def as_it_is(value: Any) -> Any:
+def keep_value(value: Any) -> Any:
     return value
 
 
-EVERYWHERE: dict[str, Reader] = {
+COMMON_ARGS: dict[str, Reader] = {
     "rank_dropout": read_chance,
     "module_dropout": read_chance,
-    "network_reg_dims": partial(read_pairs, kind=read_rank),
-    "network_reg_lrs": partial(read_pairs, kind=read_number),
+    "network_reg_dims": partial(read_pairs, reader=read_rank),
+    "network_reg_lrs": partial(read_pairs, reader=read_number),
     "loraplus_lr_ratio": read_ratio,
     "loraplus_unet_lr_ratio": read_ratio,
     "loraplus_text_encoder_lr_ratio": read_ratio,
     "verbose": read_flag,
 }
-CONVOLUTIONS: dict[str, Reader] = {"conv_dim": read_rank, "conv_alpha": read_number}
-FUSED: dict[str, Reader] = {"split_qkv": read_flag}
-STAGES: dict[str, Reader] = {
+CONVOLUTION_ARGS: dict[str, Reader] = {"conv_dim": read_rank, "conv_alpha": read_number}
+FUSED_ARGS: dict[str, Reader] = {"split_qkv": read_flag}
+BLOCK_ARGS: dict[str, Reader] = {
     "block_dims": read_ranks,
     "block_alphas": read_numbers,
     "conv_block_dims": read_ranks,

@@ -1,4 +1,4 @@
-"""Which layers get an adapter, and of which rank and alpha: from the options and each layer's place in the model."""
+"""Which layers get an adapter, and its rank and alpha: from the options and the layer's position in the model."""
 
 from __future__ import annotations
 
@@ -7,141 +7,192 @@ from dataclasses import dataclass
 
 from sfumato.config import NetworkOptions
 from sfumato.errors import UserError
-from sfumato.families.base import PartSpec
+from sfumato.families.part import PartSpec
 from sfumato.formats.groups import LayerGroup, is_pointwise
-from sfumato.formats.keymap import compiled, matches
-from sfumato.methods.adapter_args import AdapterArgs
+from sfumato.formats.keymap import compile_alternatives, matches
+from sfumato.methods.adapter_args import AdapterArgs, make_frozen_part_error
 
 DEFAULT_RANK = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """The rule of one run; `specs` by part name."""
+class AdapterRanks:
+    """The ranks of one run; `specs` by part name."""
 
     network: NetworkOptions
     args: AdapterArgs
     specs: Mapping[str, PartSpec]
 
-    def considered(self, group: LayerGroup) -> bool:
-        """Whether the layer is of the usual ones, or of those that the arguments add."""
+    def is_target(self, group: LayerGroup) -> bool:
+        """Whether the layer is adapted by default, or is one that the arguments add."""
         spec, path = self.specs[group.part], group.paths[0]
-        added = [target for option in self.args.extra_targets for target in spec.extra_targets.get(option, ())]
-        added += spec.conv_targets if self.args.convolutions else ()
-        return any(matches(target, path) for target in (*spec.targets, *added))
+        targets = [*spec.targets]
+        for option in self.args.extra_targets:
+            targets += spec.extra_targets.get(option, ())
+        if self.args.has_convolutions:
+            targets += spec.conv_targets
+        return any(matches(target, path) for target in targets)
 
     def check(self, groups: Sequence[LayerGroup]) -> None:
-        """Refuse lists of the wrong length, and what has no effect on these layers, those of the parts that train."""
+        """Raise UserError for arguments that have no effect on `groups`, those of the parts that train."""
         check_lengths(self.args, tuple(self.specs.values()))
-        groups = [group for group in groups if self.considered(group)]
-        if self.args.convolutions and all(is_pointwise(group.layers[0]) for group in groups):
-            raise UserError("--network_args conv_dim has no effect: no convolution trains", fix="leave it out")
-        if self.args.split_qkv and not any(len(group.layers) > 1 and self.of(group) for group in groups):
-            raise UserError("--network_args split_qkv has no effect: no fused layer trains", fix="leave it out")
+        groups = [group for group in groups if self.is_target(group)]
+        if self.args.has_convolutions and all(is_pointwise(group.layers[0]) for group in groups):
+            raise UserError(
+                "--network_args conv_dim has no effect: no convolution trains",
+                code="conv-dim-without-convolution",
+                fix="remove conv_dim",
+            )
+        if self.args.split_qkv and not any(len(group.layers) > 1 and self.find_rank(group) for group in groups):
+            raise UserError(
+                "--network_args split_qkv has no effect: no fused layer trains",
+                code="split-qkv-without-fused-layer",
+                fix="remove split_qkv",
+            )
         for expression, _ in (*self.args.network_reg_dims, *self.args.network_reg_lrs):
             if not any(expression.search(group.name) for group in groups):
-                raise UserError(f"--network_args: the expression {expression.pattern!r} matches no adapter name")
-        parts = [self.specs[part] for part in {group.part for group in groups}]
-        for table in ("kinds", "extra_targets", "choices", "counted"):
-            for option in vars(self.args)[table]:
-                if not any(option in vars(spec)[table] for spec in parts):
-                    raise UserError(
-                        f"--network_args {option} has no effect: its part does not train", fix="leave it out"
-                    )
-        for option, wanted in self.args.counted.items():
-            highest = max((n for group in groups if (n := self._number(option, group)) is not None), default=-1)
-            if wanted and max(wanted) > highest:
                 raise UserError(
-                    f"--network_args {option}: there is no block {max(wanted)}",
-                    fix=f"they are counted from 0 to {highest}",
+                    f"--network_args: the expression {expression.pattern!r} matches no adapter name",
+                    code="network-arg-expression-unmatched",
                 )
-        for option, ranks in self.args.extra_targets.items():
-            for place, rank in enumerate(ranks):
-                targets = [spec.extra_targets[option][place] for spec in parts if option in spec.extra_targets]
-                if rank and not any(matches(target, group.paths[0]) for target in targets for group in groups):
-                    raise UserError(
-                        f"--network_args {option}: number {place + 1} is for a layer that this model does not have",
-                        fix="write 0 in its place",
-                    )
-        for option in self.args.kinds:
-            if not any(matches(self.specs[g.part].kinds.get(option, ""), self.name(g)) for g in groups):
-                raise UserError(f"--network_args {option} has no effect: this model has no layer of the kind")
+        parts = {group.part for group in groups}
+        specs = [self.specs[part] for part in parts]
+        self._check_parts(specs)
+        self._check_indices(groups)
+        self._check_extra_targets(groups, specs)
+        self._check_rank_kinds(groups)
 
-    def of(self, group: LayerGroup) -> tuple[int, float] | None:
-        """Rank and alpha of a group's adapter, or None where it gets none."""
-        rank, alpha = self._rank(group) if self.considered(group) else (0, 0.0)
+    def _check_parts(self, specs: Sequence[PartSpec]) -> None:
+        """Each argument must belong to a part that trains."""
+        offered: set[str] = set()
+        for spec in specs:
+            offered.update(spec.rank_kinds, spec.extra_targets, spec.block_choices, spec.block_indices)
+        args = self.args
+        for option in (*args.rank_kinds, *args.extra_targets, *args.block_choices, *args.block_indices):
+            if option not in offered:
+                raise make_frozen_part_error(option)
+
+    def _check_indices(self, groups: Sequence[LayerGroup]) -> None:
+        for option, indices in self.args.block_indices.items():
+            blocks = [self._find_block(option, group) for group in groups]
+            highest = max((block for block in blocks if block is not None), default=-1)
+            if indices and max(indices) > highest:
+                raise UserError(
+                    f"--network_args {option}: there is no block {max(indices)}",
+                    code="block-index-too-high",
+                    fix=f"the blocks are counted from 0 to {highest}",
+                )
+
+    def _check_extra_targets(self, groups: Sequence[LayerGroup], specs: Sequence[PartSpec]) -> None:
+        paths = [group.paths[0] for group in groups]
+        for option, ranks in self.args.extra_targets.items():
+            for i, rank in enumerate(ranks):
+                targets = "|".join(spec.extra_targets[option][i] for spec in specs if option in spec.extra_targets)
+                if rank and not any(matches(targets, path) for path in paths):
+                    raise UserError(
+                        f"--network_args {option}: number {i + 1} is for a layer that this model does not have",
+                        code="rank-for-missing-layer",
+                        fix="write 0 instead",
+                    )
+
+    def _check_rank_kinds(self, groups: Sequence[LayerGroup]) -> None:
+        for option in self.args.rank_kinds:
+            if not any(matches(self.specs[g.part].rank_kinds.get(option, ""), self.find_name(g)) for g in groups):
+                raise UserError(
+                    f"--network_args {option} has no effect: this model has no such layer",
+                    code="rank-kind-without-layer",
+                )
+
+    def find_rank(self, group: LayerGroup) -> tuple[int, float] | None:
+        """Rank and alpha of a group's adapter; None where it gets none."""
+        rank, alpha = self._choose_rank(group) if self.is_target(group) else (0, 0.0)
         return (rank, alpha or rank) if rank else None
 
-    def _rank(self, group: LayerGroup) -> tuple[int, float]:
-        """The last expression that matches, else the block selection, further layers, kinds, stages, the plain rank."""
+    def _choose_rank(self, group: LayerGroup) -> tuple[int, float]:
+        """From the last expression that matches, else block selection, extra targets, kinds, blocks, the plain rank."""
         alpha = self.network.network_alpha
-        expressions = [rank for expression, rank in self.args.network_reg_dims if expression.search(group.name)]
-        if expressions:
-            return expressions[-1], alpha
-        if not self._selected(group):
+        matching = [rank for expression, rank in self.args.network_reg_dims if expression.search(group.name)]
+        if matching:
+            return matching[-1], alpha
+        if not self._is_selected(group):
             return 0, alpha
-        spec, name = self.specs[group.part], self.name(group)
+        spec, name = self.specs[group.part], self.find_name(group)
         for option, ranks in self.args.extra_targets.items():
             for target, rank in zip(spec.extra_targets.get(option, ()), ranks, strict=False):  # lengths are checked
                 if matches(target, group.paths[0]):
                     return rank, alpha
-        for option, layers in spec.kinds.items():  # where they overlap, in the part's order
-            if option in self.args.kinds and matches(layers, name):
-                return self.args.kinds[option], alpha
-        stage = stage_of(spec, group) if spec.stages else None
-        return self._pointwise(stage) if is_pointwise(group.layers[0]) else self._convolution(stage)
+        for option, layers in spec.rank_kinds.items():  # where they overlap, in the part's order
+            if option in self.args.rank_kinds and matches(layers, name):
+                return self.args.rank_kinds[option], alpha
+        block = find_lr_block(spec, group) if spec.lr_blocks else None
+        return self._linear_rank(block) if is_pointwise(group.layers[0]) else self._convolution_rank(block)
 
-    def _pointwise(self, stage: int | None) -> tuple[int, float]:
+    def _linear_rank(self, block: int | None) -> tuple[int, float]:
         rank, alpha = self.network.network_dim or DEFAULT_RANK, self.network.network_alpha
-        if stage is None:
+        if block is None:
             return rank, alpha
         dims, alphas = self.args.block_dims, self.args.block_alphas
-        return rank if dims is None else dims[stage], alpha if alphas is None else alphas[stage]
+        return rank if dims is None else dims[block], alpha if alphas is None else alphas[block]
 
-    def _convolution(self, stage: int | None) -> tuple[int, float]:
+    def _convolution_rank(self, block: int | None) -> tuple[int, float]:
         rank = self.args.conv_dim or 0
         alpha = 1.0 if self.args.conv_alpha is None else self.args.conv_alpha
-        if stage is None:
+        if block is None:
             return rank, alpha
         dims, alphas = self.args.conv_block_dims, self.args.conv_block_alphas
-        return rank if dims is None else dims[stage], alpha if alphas is None else alphas[stage]
+        return rank if dims is None else dims[block], alpha if alphas is None else alphas[block]
 
-    def _selected(self, group: LayerGroup) -> bool:
-        """A choice leaves out what only its other values stand for; a list of numbers leaves out the other blocks."""
-        spec, name = self.specs[group.part], self.name(group)
-        for option, value in self.args.choices.items():
-            known = spec.choices.get(option, {})
-            if value in known and not matches(known[value], name) and any(matches(p, name) for p in known.values()):
+    def _is_selected(self, group: LayerGroup) -> bool:
+        """Whether the block arguments select the group.
+
+        A choice skips what only its other values select; a list of indices skips the other blocks.
+        """
+        spec, name = self.specs[group.part], self.find_name(group)
+        for option, value in self.args.block_choices.items():
+            choices = spec.block_choices.get(option, {})
+            is_other = any(matches(patterns, name) for patterns in choices.values())
+            if value in choices and is_other and not matches(choices[value], name):
                 return False
-        for option, wanted in self.args.counted.items():
-            number = self._number(option, group)
-            if wanted is not None and number is not None and number not in wanted:
+        for option, indices in self.args.block_indices.items():
+            block = self._find_block(option, group)
+            if indices is not None and block is not None and block not in indices:
                 return False
         return True
 
-    def _number(self, option: str, group: LayerGroup) -> int | None:
-        """Which of the blocks that the option counts holds the group."""
-        blocks = compiled(self.specs[group.part].counted.get(option, ""))
-        return next((int(found[1]) for each in blocks if (found := each.fullmatch(self.name(group)))), None)
+    def _find_block(self, option: str, group: LayerGroup) -> int | None:
+        """The index of the group's block among those that the option counts."""
+        name = self.find_name(group)
+        for pattern in compile_alternatives(self.specs[group.part].block_indices.get(option, "")):
+            match = pattern.fullmatch(name)
+            if match:
+                return int(match[1])
+        return None
 
-    def name(self, group: LayerGroup) -> str:
+    def find_name(self, group: LayerGroup) -> str:
         """The group's name in adapter files with dots and without the part's prefix."""
         return self.specs[group.part].adapter_map.locate(group.paths[0]).original
 
 
-def stage_of(spec: PartSpec, group: LayerGroup) -> int | None:
-    """The place of a group's layers among the part's stages."""
-    return spec.stage(group.paths[0])
+def find_lr_block(spec: PartSpec, group: LayerGroup) -> int | None:
+    """The index of a group's layers among the part's blocks for learning rates."""
+    return spec.lr_block_index(group.paths[0])
 
 
 def check_lengths(args: AdapterArgs, specs: Sequence[PartSpec]) -> None:
-    stages = max(len(spec.stages) for spec in specs)
-    lists = {"block_dims": args.block_dims, "block_alphas": args.block_alphas}
-    lists |= {"conv_block_dims": args.conv_block_dims, "conv_block_alphas": args.conv_block_alphas}
-    wanted = {name: (values, stages) for name, values in lists.items() if values is not None}
+    """Raise UserError for lists of another length than the model needs."""
+    blocks = max(len(spec.lr_blocks) for spec in specs)
+    check_length("block_dims", args.block_dims, blocks)
+    check_length("block_alphas", args.block_alphas, blocks)
+    check_length("conv_block_dims", args.conv_block_dims, blocks)
+    check_length("conv_block_alphas", args.conv_block_alphas, blocks)
     for spec in specs:
-        given = args.extra_targets.items()
-        wanted |= {name: (ranks, len(spec.extra_targets[name])) for name, ranks in given if name in spec.extra_targets}
-    for name, (values, count) in wanted.items():
-        if len(values) != count:
-            raise UserError(f"--network_args {name} has {len(values)} numbers, this model needs {count}")
+        for option, targets in spec.extra_targets.items():
+            check_length(option, args.extra_targets.get(option), len(targets))
+
+
+def check_length(option: str, values: Sequence[float] | None, count: int) -> None:
+    if values is not None and len(values) != count:
+        raise UserError(
+            f"--network_args {option} has {len(values)} numbers, this model needs {count}",
+            code="network-arg-wrong-length",
+        )

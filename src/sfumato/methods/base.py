@@ -1,4 +1,4 @@
-"""The contract of training methods."""
+"""The interface of training methods."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from sfumato.common.registry import Registry
 from sfumato.data.batch import Extras, Tensors
-from sfumato.families.base import Blueprint, Family
+from sfumato.families.base import Family
+from sfumato.families.blueprint import Blueprint
 from sfumato.optim.groups import ParameterGroup
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """What a method would train in one part, told before any weight is read."""
+class TrainablePart:
+    """What a method would train in one part; known before any weight is read."""
 
     part: str
     modules: int
@@ -28,51 +29,53 @@ class Planned:
 
 
 class Method(Protocol):
-    """What is trained."""
+    """What is trained, how it is saved, and the model's prediction with it."""
 
-    kind: str  # what modelspec.architecture says after the model's name: "/lora", "" for a whole model
-    reader: str  # the option of `sfumato generate` that takes what `write` has written
-    modules: nn.ModuleDict  # all that trains; out of training mode while previews are made
+    modelspec_suffix: str  # follows the model's name in modelspec.architecture: "/lora", "" for a whole model
+    generate_option: str  # the option of `sfumato generate` for a file that `write` wrote
+    modules: nn.ModuleDict  # everything that trains; in eval mode while samples are made
     live_text: frozenset[str]  # encoders that train and so may not be cached
 
-    def plan(self, blueprint: Blueprint) -> list[Planned]:
-        """What `prepare` will train, from the checkpoint's headers."""
+    def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
+        """What `prepare` will train, from the checkpoint's headers. Raises UserError for options that do not match."""
         ...
 
-    def own_weights(self, blueprint: Blueprint) -> Collection[str]:
+    def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         """The networks whose own weights train; they are loaded in float32, or in bfloat16 with --full_bf16."""
         ...
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
-        """Freeze, thaw, attach; a family without the needed slot is a UserError that lists those with it."""
+        """Freeze the model, make trainable what trains, and return the optimizer's parameter groups."""
         ...
 
-    def caption(self, text: str) -> str: ...
+    def rewrite_caption(self, text: str) -> str:
+        """A caption as it is encoded."""
+        ...
 
     def before_step(self, step: int) -> None:
-        """Before the optimizer step with this index, counted from 0 over all resumed runs."""
+        """Called before the optimizer step with this index, counted from 0 over all resumed runs."""
         ...
 
-    def begin(self, model: Family, extras: Extras) -> None:
-        """Before text is encoded; sets state that stays until the next begin, so recomputation in backward meets it."""
+    def set_batch(self, model: Family, extras: Extras) -> None:
+        """Called before text is encoded; what it sets stays until the next call, as recomputation needs it."""
         ...
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor: ...
 
-    def without(self) -> AbstractContextManager[None]:
-        """The model as it was before training; UserError at once where that is gone."""
+    def disabled(self) -> AbstractContextManager[None]:
+        """A context with the model as it was before training; UserError at once where it no longer exists."""
         ...
 
     def after_step(self) -> Mapping[str, Tensor]:
-        """After each optimizer step; series name -> value for the curves, 0-d and on the device."""
+        """Called after each optimizer step; metric -> value, 0-d and on the device."""
         ...
 
-    def state(self) -> Tensors:
-        """What training has changed, and `load_state` brings back."""
+    def state_dict(self) -> Tensors:
+        """The trained weights, for a saved state."""
         ...
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the weights of a saved state; UserError where they are of other parts or layers."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load the weights of a saved state; UserError where they are of other parts or layers."""
         ...
 
     def metadata(self) -> Mapping[str, Any]:
@@ -80,19 +83,19 @@ class Method(Protocol):
         ...
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        """About how many bytes `write` will write."""
+        """About how many bytes `write` writes."""
         ...
 
-    def ending(self, blueprint: Blueprint) -> str:
-        """What follows a save's name: ".safetensors", or nothing where it is a folder."""
+    def file_suffix(self, blueprint: Blueprint) -> str:
+        """The end of a saved file's name: ".safetensors", or nothing for a folder."""
         ...
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        """The output, whole or not at all. dtype: of its floating-point tensors; None keeps them as they are."""
+        """Write the output, complete or not at all. dtype: of its floating-point tensors; None keeps theirs."""
         ...
 
     def report(self) -> list[str]:
-        """After the first step: what was asked to train and did not."""
+        """Called after the first step; a line for each fault, e.g. weights that should train and got no gradient."""
         ...
 
 

@@ -1,1 +1,1 @@
-"""How weights move: optimizers, learning rate schedules."""
+"""Optimizers, learning-rate schedules and EMA."""

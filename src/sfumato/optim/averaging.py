@@ -1,4 +1,4 @@
-"""Schedule-free optimizers train on one set of weights and stand for another, their running average."""
+"""Evaluation weights of schedule-free optimizers, which train one set of weights and average them into another."""
 
 from __future__ import annotations
 
@@ -7,39 +7,48 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 
 @runtime_checkable
-class Averaging(Protocol):
-    """What a schedule-free optimizer offers besides its steps (Defazio et al. 2024)."""
+class ScheduleFreeOptimizer(Protocol):
+    """The modes of a schedule-free optimizer (Defazio et al. 2024)."""
 
     def train(self) -> None:
         """Put the weights in place on which gradients are taken."""
         ...
 
     def eval(self) -> None:
-        """Put the average in place: what is worth saving, sampling from and validating."""
+        """Put the average in place, for saving, samples and validation."""
         ...
 
 
-@contextmanager
-def averaged(optimizer: Optimizer) -> Iterator[None]:
-    """For a while the weights are what the optimizer stands for; nothing changes for other optimizers.
+def list_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of all groups, in order."""
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
 
-    Going to the average and back rounds, and training would notice, so the weights wait in main memory and come back
-    bit for bit.
+
+@contextmanager
+def eval_weights(optimizer: Optimizer) -> Iterator[None]:
+    """Within, the weights of a schedule-free optimizer are their average; other optimizers change nothing.
+
+    Switching to the average and back rounds, which would change training, so the weights are copied to main memory and
+    restored bit for bit.
     """
-    if not isinstance(optimizer, Averaging):
+    if not isinstance(optimizer, ScheduleFreeOptimizer):
         yield
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    waiting = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    parameters = list_parameters(optimizer)
+    copies = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     optimizer.eval()
     try:
         yield
     finally:
         optimizer.train()
         with torch.no_grad():
-            for parameter, weights in zip(parameters, waiting, strict=True):
+            for parameter, weights in zip(parameters, copies, strict=True):
                 parameter.copy_(weights)

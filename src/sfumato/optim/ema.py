@@ -1,12 +1,13 @@
-"""Running averages of the trained weights, saved beside them. Training never sees them.
+"""EMA of the trained weights, saved beside them. Training itself is not affected.
 
-Two shapes. The plain one keeps a fixed share at every step. The power function (Karras et al. 2024, "Analyzing and
-Improving the Training Dynamics of Diffusion Models", sec. 3.1) grows with training: its width is a share of all steps
-so far, and from saves of two such averages any other width can be made afterwards (`sfumato ema`).
+Two profiles. The exponential one has a constant decay. The power-function profile (Karras et al. 2024, "Analyzing and
+Improving the Training Dynamics of Diffusion Models", sec. 3.1) grows with training: its width is relative to all steps
+so far, and any other width can be reconstructed from saves of two of them (`sfumato ema`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,42 +20,44 @@ from torch import Tensor, nn
 
 from sfumato.config import EmaOptions
 
+log = logging.getLogger(__name__)
 
-class Shape(Protocol):
-    """How much of the past an average keeps."""
+
+class EmaProfile(Protocol):
+    """How the weights of past steps count in an EMA."""
 
     @property
     def suffix(self) -> str:
-        """What follows a save's name in the name of the average's file."""
+        """Appended to a save's name to name the EMA's file."""
         ...
 
-    def kept(self, step: int) -> float:
-        """The share of the average that stays when the weights after this step, counted from 1, join it."""
+    def decay(self, step: int) -> float:
+        """The decay applied after this step, counted from 1."""
         ...
 
     def facts(self) -> dict[str, float]:
-        """What tells the average from others, plain numbers."""
+        """The profile's parameters, plain numbers."""
         ...
 
 
 @dataclass(frozen=True)
-class Plain:
-    """The same share at every step; less in the first ones, so that what was there before is soon forgotten."""
+class ExponentialProfile:
+    """A constant decay, smaller in the first steps so that the initial weights are soon forgotten."""
 
-    decay: float
+    max_decay: float
     suffix = "-ema"
 
-    def kept(self, step: int) -> float:
-        """min(decay, (1 + n) / (10 + n)) after n steps; the first leaves nothing of the weights before training."""
-        return 0.0 if step == 1 else min(self.decay, step / (9 + step))
+    def decay(self, step: int) -> float:
+        """min(max_decay, (1 + n) / (10 + n)) after n earlier steps; 0 at the first, as in diffusers."""
+        return 0.0 if step == 1 else min(self.max_decay, step / (9 + step))
 
     def facts(self) -> dict[str, float]:
-        return {"decay": self.decay}
+        return {"decay": self.max_decay}
 
 
 @dataclass(frozen=True)
-class Power:
-    """The weights after step s count in proportion to s^gamma; sigma_rel is the deviation of that over all steps."""
+class PowerProfile:
+    """The weights after step s count in proportion to s^gamma; sigma_rel is its standard deviation over all steps."""
 
     sigma_rel: float
 
@@ -64,9 +67,9 @@ class Power:
 
     @cached_property
     def gamma(self) -> float:
-        return gamma_of(self.sigma_rel)
+        return gamma_from_sigma_rel(self.sigma_rel)
 
-    def kept(self, step: int) -> float:
+    def decay(self, step: int) -> float:
         """beta(t) = (1 - 1/t)^(gamma + 1): 0 at the first step."""
         return (1 - 1 / step) ** (self.gamma + 1)
 
@@ -74,51 +77,53 @@ class Power:
         return {"sigma_rel": self.sigma_rel}
 
 
-def gamma_of(sigma_rel: float) -> float:
-    """The exponent with this relative width: sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), for widths below
-    0.289 it has one root above 0."""
-    over = sigma_rel**-2
-    return float(np.polynomial.Polynomial([12 - over, 16 - over, 7, 1]).roots().real.max())
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
+    """The exponent gamma of a relative width: sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+
+    For widths below 0.289 it has one positive root (Karras et al. 2024, alg. 2).
+    """
+    inverse_square = sigma_rel**-2
+    return float(np.polynomial.Polynomial([12 - inverse_square, 16 - inverse_square, 7, 1]).roots().real.max())
 
 
-class Average:
-    """One running average of some parameters, in float32. It begins with what they are now."""
+class Ema:
+    """The EMA of some parameters, in float32, initialized to their current values."""
 
-    def __init__(self, shape: Shape, parameters: Sequence[nn.Parameter], *, on_cpu: bool = False) -> None:
-        self.shape, self.parameters = shape, parameters
+    def __init__(self, profile: EmaProfile, parameters: Sequence[nn.Parameter], *, on_cpu: bool = False) -> None:
+        self.profile, self.parameters = profile, parameters
         self.steps = 0
-        self.weights = [whole(parameter, "cpu" if on_cpu else parameter.device) for parameter in parameters]
+        self.weights = [copy_float32(parameter, "cpu" if on_cpu else parameter.device) for parameter in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer step."""
         self.steps += 1
-        new = 1 - self.shape.kept(self.steps)
+        weight = 1 - self.profile.decay(self.steps)
         pairs = list(zip(self.weights, self.parameters, strict=True))
-        if all(alike(average, parameter) for average, parameter in pairs):
-            torch._foreach_lerp_(self.weights, list(self.parameters), new)  # pyright: ignore[reportPrivateImportUsage]
+        if all(same_format(average, parameter) for average, parameter in pairs):
+            torch._foreach_lerp_(self.weights, list(self.parameters), weight)  # pyright: ignore[reportPrivateImportUsage]
             return
         for average, parameter in pairs:  # one copy in float32, or on the other device, at a time
-            average.lerp_(parameter.to(average), new)
+            average.lerp_(parameter.to(average), weight)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """For a while the parameters are the average; they come back bit for bit.
+    def apply(self) -> Iterator[None]:
+        """Within, the parameters are the EMA; afterwards they are restored bit for bit.
 
-        Where both have one dtype they change places, so that only one tensor at a time needs room of its own.
+        Where both have the same dtype they are swapped, so that only one tensor at a time needs extra memory.
         """
         undo: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         try:
             for parameter, average in zip(self.parameters, self.weights, strict=True):
-                undo.append((parameter, average, put(parameter, average)))
+                undo.append((parameter, average, swap_in(parameter, average)))
             yield
         finally:
-            for parameter, average, waiting in undo:
-                take_back(parameter, average, waiting)
+            for parameter, average, copied in undo:
+                swap_back(parameter, average, copied)
 
     def facts(self) -> dict[str, float]:
-        """What a file of the average says of it."""
-        return {**self.shape.facts(), "steps": self.steps}
+        """What the metadata of its file says of it."""
+        return {**self.profile.facts(), "steps": self.steps}
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, "weights": self.weights}
@@ -131,8 +136,8 @@ class Average:
 
 
 @torch.no_grad()
-def put(parameter: nn.Parameter, average: Tensor) -> Tensor | None:
-    """Give a parameter its average; where its dtype cannot hold that, what it was is given back to be kept."""
+def swap_in(parameter: nn.Parameter, average: Tensor) -> Tensor | None:
+    """Swap a parameter with its average; where the dtypes differ, return the old weights instead."""
     weights = parameter.to("cpu" if parameter.dtype != average.dtype else average.device, copy=True)
     parameter.copy_(average)
     if parameter.dtype != average.dtype:
@@ -142,60 +147,62 @@ def put(parameter: nn.Parameter, average: Tensor) -> Tensor | None:
 
 
 @torch.no_grad()
-def take_back(parameter: nn.Parameter, average: Tensor, waiting: Tensor | None) -> None:
-    """Undo `put`."""
-    if waiting is None:
-        put(parameter, average)
+def swap_back(parameter: nn.Parameter, average: Tensor, copied: Tensor | None) -> None:
+    """Undo `swap_in`, which returned `copied`."""
+    if copied is None:
+        swap_in(parameter, average)
     else:
-        parameter.copy_(waiting)
+        parameter.copy_(copied)
 
 
-def whole(parameter: Tensor, device: torch.device | str) -> Tensor:
-    """A copy in float32, or in what the parameter has if that is wider."""
+def copy_float32(parameter: Tensor, device: torch.device | str) -> Tensor:
+    """A copy in float32, or in the parameter's dtype if that is wider."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return parameter.detach().to(device=device, dtype=dtype, copy=True)
 
 
-def alike(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.device == other.device
+def same_format(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device
 
 
-class Averages:
-    """The averages of one run, the plain one first; often none."""
+class EmaSet:
+    """All EMAs of one run, the exponential one first; often none."""
 
     def __init__(self, options: EmaOptions, parameters: Sequence[nn.Parameter]) -> None:
-        shapes: list[Shape] = [] if options.ema_decay is None else [Plain(options.ema_decay)]
-        shapes += [Power(width) for width in options.ema_sigma_rel]
+        profiles: list[EmaProfile] = [] if options.ema_decay is None else [ExponentialProfile(options.ema_decay)]
+        profiles += [PowerProfile(width) for width in options.ema_sigma_rel]
         self.options = options
-        self.all = [Average(shape, parameters, on_cpu=options.ema_on_cpu) for shape in shapes]
+        self.averages = [Ema(profile, parameters, on_cpu=options.ema_on_cpu) for profile in profiles]
 
-    def __iter__(self) -> Iterator[Average]:
-        return iter(self.all)
+    def __iter__(self) -> Iterator[Ema]:
+        return iter(self.averages)
 
     @property
     def suffixes(self) -> list[str]:
-        return [average.shape.suffix for average in self.all]
+        return [average.profile.suffix for average in self.averages]
 
     def update(self) -> None:
         """After each optimizer step."""
-        for average in self.all:
+        for average in self.averages:
             average.update()
 
     @property
-    def evaluated(self) -> Average | None:
-        """The one with which samples are made and the model is validated; None for the weights themselves."""
-        return self.all[0] if self.all and self.options.evaluate_with_ema else None
+    def eval_ema(self) -> Ema | None:
+        """The EMA that samples and validation use; None for the weights themselves."""
+        return self.averages[0] if self.averages and self.options.evaluate_with_ema else None
 
-    def shown(self) -> AbstractContextManager[None]:
-        """Within, the model is what is evaluated."""
-        return self.evaluated.in_place() if self.evaluated else nullcontext()
+    def using_ema(self) -> AbstractContextManager[None]:
+        """Within, the parameters are those of `eval_ema`."""
+        return self.eval_ema.apply() if self.eval_ema else nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        return {average.shape.suffix: average.state_dict() for average in self.all}
+        return {average.profile.suffix: average.state_dict() for average in self.averages}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
-        """Take over the saved ones; the suffixes of those that the state lacks, which begin with the weights of now."""
-        for average in self.all:
-            if average.shape.suffix in state:
-                average.load_state_dict(state[average.shape.suffix])
-        return [suffix for suffix in self.suffixes if suffix not in state]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load the saved EMAs; one that the state lacks starts at the current weights, with a warning."""
+        for ema in self.averages:
+            suffix = ema.profile.suffix
+            if suffix in state:
+                ema.load_state_dict(state[suffix])
+            else:
+                log.warning("the saved state has no %s: it starts with the saved weights", suffix.removeprefix("-"))

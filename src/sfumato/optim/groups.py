@@ -10,9 +10,9 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterGroup:
-    """`name` is what logs and reports show."""
+    """A parameter group of the optimizer."""
 
-    name: str
+    name: str  # in logs and reports
     parameters: Sequence[nn.Parameter]
     learning_rate: float
-    decays: bool = True  # whether the optimizer's weight decay is meant for it
+    decays: bool = True  # whether the optimizer's weight decay applies

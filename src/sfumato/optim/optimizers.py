@@ -1,4 +1,4 @@
-"""Optimizers: the field's names as rows, any of torch's by its name, any other by its dotted path."""
+"""Optimizers: a table of sd-scripts' names, any class of torch by its name, any other by its dotted path."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sfumato.common.registry import Registry, bind
+from sfumato.common.registry import Registry, bind_arguments
 from sfumato.config import OptimOptions
 from sfumato.errors import UserError
-from sfumato.optim.averaging import Averaging
-from sfumato.optim.classes import find_class, needs_more
+from sfumato.optim.averaging import ScheduleFreeOptimizer, list_parameters
+from sfumato.optim.classes import find_class, required_arguments
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -25,140 +25,195 @@ NESTEROV = {"momentum": 0.9, "nesterov": True}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """Where an optimizer's class lives and what is special about it; imported only when it is asked for."""
+class OptimizerEntry:
+    """Where an optimizer's class is and what is special about it; imported only when it is chosen."""
 
     path: str
-    package: str = ""  # what pip installs; empty where sfumato itself needs it
-    usual: Mapping[str, Any] = field(default_factory=dict)  # arguments unless the user says otherwise
-    one_rate: bool = False  # finds its own rate, and multiplies it by one number for all groups
-    note: str = ""  # a line for the log
+    package: str = ""  # what pip installs; empty for a dependency of sfumato
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # arguments unless the user says otherwise
+    self_tuned_lr: bool = False  # finds a learning rate, and multiplies it by one factor for all groups
+    note: str = ""  # a warning
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The optimizer of one run, its arguments checked, before there are parameters."""
+class OptimizerChoice:
+    """The optimizer of one run with its checked arguments, before there are parameters."""
 
     name: str
-    row: Row
-    kind: Any  # the class
+    entry: OptimizerEntry
+    optimizer_class: Any
     arguments: Mapping[str, Any]
 
 
-OPTIMIZERS: Registry[Row] = Registry("optimizer")
+OPTIMIZERS: Registry[OptimizerEntry] = Registry("optimizer")
 
 
-def row(name: str, path: str, package: str = "", **facts: Any) -> None:
-    OPTIMIZERS.register(name)(Row(path=path, package=package, **facts))
+def register_optimizer(name: str, path: str, package: str = "", **facts: Any) -> None:
+    OPTIMIZERS.register(name)(OptimizerEntry(path=path, package=package, **facts))
 
 
-row("AdamW", "torch.optim.AdamW")
-row("SGDNesterov", "torch.optim.SGD", usual=NESTEROV)
-row("AdaFactor", "transformers.optimization.Adafactor")
-row("Lion", "lion_pytorch.Lion", "lion-pytorch")
-row("AdamW8bit", "bitsandbytes.optim.AdamW8bit", "bitsandbytes")
-row("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes")
-row("PagedAdamW", "bitsandbytes.optim.PagedAdamW", "bitsandbytes")
-row("PagedAdamW32bit", "bitsandbytes.optim.PagedAdamW32bit", "bitsandbytes")
-row("Lion8bit", "bitsandbytes.optim.Lion8bit", "bitsandbytes")
-row("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit", "bitsandbytes")
-row(
-    "SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", "bitsandbytes", usual=NESTEROV,
-    note="SGDNesterov8bit: bitsandbytes takes the argument nesterov and computes plain momentum",
+register_optimizer("AdamW", "torch.optim.AdamW")
+register_optimizer("SGDNesterov", "torch.optim.SGD", defaults=NESTEROV)
+register_optimizer("AdaFactor", "transformers.optimization.Adafactor")
+register_optimizer("Lion", "lion_pytorch.Lion", "lion-pytorch")
+register_optimizer("AdamW8bit", "bitsandbytes.optim.AdamW8bit", "bitsandbytes")
+register_optimizer("PagedAdamW8bit", "bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes")
+register_optimizer("PagedAdamW", "bitsandbytes.optim.PagedAdamW", "bitsandbytes")
+register_optimizer("PagedAdamW32bit", "bitsandbytes.optim.PagedAdamW32bit", "bitsandbytes")
+register_optimizer("Lion8bit", "bitsandbytes.optim.Lion8bit", "bitsandbytes")
+register_optimizer("PagedLion8bit", "bitsandbytes.optim.PagedLion8bit", "bitsandbytes")
+register_optimizer(
+    "SGDNesterov8bit", "bitsandbytes.optim.SGD8bit", "bitsandbytes", defaults=NESTEROV,
+    note="SGDNesterov8bit: bitsandbytes accepts the argument nesterov but computes plain momentum",
 )  # fmt: skip
-row("Prodigy", "prodigyopt.Prodigy", "prodigyopt", one_rate=True)
-row("DAdaptation", "dadaptation.experimental.dadapt_adam_preprint.DAdaptAdamPreprint", "dadaptation", one_rate=True)
-row(
+register_optimizer("Prodigy", "prodigyopt.Prodigy", "prodigyopt", self_tuned_lr=True)
+register_optimizer(
+    "DAdaptation", "dadaptation.experimental.dadapt_adam_preprint.DAdaptAdamPreprint", "dadaptation", self_tuned_lr=True
+)
+register_optimizer(
     "DAdaptAdamPreprint", "dadaptation.experimental.dadapt_adam_preprint.DAdaptAdamPreprint", "dadaptation",
-    one_rate=True,
+    self_tuned_lr=True,
 )  # fmt: skip
-row("DAdaptAdaGrad", "dadaptation.DAdaptAdaGrad", "dadaptation", one_rate=True)
-row("DAdaptAdam", "dadaptation.DAdaptAdam", "dadaptation", one_rate=True)
-row("DAdaptAdan", "dadaptation.DAdaptAdan", "dadaptation", one_rate=True)
-row("DAdaptAdanIP", "dadaptation.experimental.dadapt_adan_ip.DAdaptAdanIP", "dadaptation", one_rate=True)
-row("DAdaptLion", "dadaptation.DAdaptLion", "dadaptation", one_rate=True)
-row("DAdaptSGD", "dadaptation.DAdaptSGD", "dadaptation", one_rate=True)
-row("AdamWScheduleFree", "schedulefree.AdamWScheduleFree", "schedulefree")
-row("RAdamScheduleFree", "schedulefree.RAdamScheduleFree", "schedulefree")
-row("SGDScheduleFree", "schedulefree.SGDScheduleFree", "schedulefree")
+register_optimizer("DAdaptAdaGrad", "dadaptation.DAdaptAdaGrad", "dadaptation", self_tuned_lr=True)
+register_optimizer("DAdaptAdam", "dadaptation.DAdaptAdam", "dadaptation", self_tuned_lr=True)
+register_optimizer("DAdaptAdan", "dadaptation.DAdaptAdan", "dadaptation", self_tuned_lr=True)
+register_optimizer(
+    "DAdaptAdanIP", "dadaptation.experimental.dadapt_adan_ip.DAdaptAdanIP", "dadaptation", self_tuned_lr=True
+)
+register_optimizer("DAdaptLion", "dadaptation.DAdaptLion", "dadaptation", self_tuned_lr=True)
+register_optimizer("DAdaptSGD", "dadaptation.DAdaptSGD", "dadaptation", self_tuned_lr=True)
+register_optimizer("AdamWScheduleFree", "schedulefree.AdamWScheduleFree", "schedulefree")
+register_optimizer("RAdamScheduleFree", "schedulefree.RAdamScheduleFree", "schedulefree")
+register_optimizer("SGDScheduleFree", "schedulefree.SGDScheduleFree", "schedulefree")
 
 
-def choose(optim: OptimOptions) -> Choice:
+def choose_optimizer(optim: OptimOptions) -> OptimizerChoice:
     """Find the class and check the names of its arguments, without any parameter; UserError for what cannot work."""
     name = optim.optimizer
-    known = OPTIMIZERS.get(name) if name in OPTIMIZERS else Row(path=name)
+    entry = OPTIMIZERS.get(name) if name in OPTIMIZERS else OptimizerEntry(path=name)
     option = "--optimizer_type"
-    kind = find_class(
-        known.path, option=option, home=torch.optim, base=Optimizer, package=known.package, more=OPTIMIZERS.names
+    optimizer_class = find_class(
+        entry.path,
+        option=option,
+        default_module=torch.optim,
+        base=Optimizer,
+        package=entry.package,
+        extra_names=OPTIMIZERS.names,
     )
-    if not (inspect.isclass(kind) and issubclass(kind, Optimizer)):
-        raise UserError(f"{option} {name} is not an optimizer")
-    if needs_more(kind.step):
-        raise UserError(f"{option} {name} computes the loss several times a step, which training here does not do")
+    if not (inspect.isclass(optimizer_class) and issubclass(optimizer_class, Optimizer)):
+        raise UserError(f"{option} {name} is not an optimizer", code="optimizer-not-a-class")
+    if required_arguments(optimizer_class.step):
+        raise UserError(
+            f"{option} {name} computes the loss several times per step, which is not supported",
+            code="optimizer-needs-closure",
+        )
     if "lr" in optim.optimizer_args:
-        raise UserError("--optimizer_args: lr is given by --learning_rate, --unet_lr and --text_encoder_lr")
-    given = bind(kind, optim.optimizer_args, where=f"--optimizer_args: {name}")
+        raise UserError(
+            "--optimizer_args: lr is not an argument here",
+            code="optimizer-args-lr",
+            fix="give --learning_rate, --unet_lr or --text_encoder_lr",
+        )
+    arguments = bind_arguments(optimizer_class, optim.optimizer_args, where=f"--optimizer_args: {name}")
     if optim.relative_step:
-        given["relative_step"] = True
-    return Choice(name=name, row=known, kind=kind, arguments=dict(known.usual) | given)
+        arguments["relative_step"] = True
+    return OptimizerChoice(
+        name=name, entry=entry, optimizer_class=optimizer_class, arguments=dict(entry.defaults) | arguments
+    )
 
 
 def make_optimizer(optim: OptimOptions, groups: Sequence[ParameterGroup]) -> Optimizer:
-    """The optimizer that the options name, over the method's groups, each with its own rate."""
-    choice = choose(optim)
-    rates = [group.learning_rate for group in groups]
-    if choice.row.one_rate and len(set(rates)) > 1:
-        log.warning("%s knows one rate for all: %g of %s", choice.name, rates[0], groups[0].name)
-        rates = [rates[0]] * len(rates)
-    rows = [{"params": list(group.parameters), "name": group.name} for group in groups]
-    if "weight_decay" in inspect.signature(choice.kind).parameters:
-        still = {"weight_decay": 0.0}
-        rows = [each | ({} if group.decays else still) for each, group in zip(rows, groups, strict=True)]
+    """The optimizer that the options name, over the method's groups, each with its own learning rate."""
+    choice = choose_optimizer(optim)
+    if choice.entry.note:
+        log.warning("%s", choice.entry.note)
     arguments = dict(choice.arguments)
-    if not optim.relative_step:
-        rows = [each | {"lr": rate} for each, rate in zip(rows, rates, strict=True)]
-        arguments["lr"] = rates[0]
-    if choice.kind is torch.optim.AdamW:
-        devices = {parameter.device.type for group in groups for parameter in group.parameters}
+    lrs = [] if optim.relative_step else learning_rates(choice, groups)
+    if lrs:
+        arguments["lr"] = lrs[0]
+    if choice.optimizer_class is torch.optim.AdamW:
+        devices: set[str] = set()
+        for group in groups:
+            devices.update(parameter.device.type for parameter in group.parameters)
         arguments.setdefault("fused", devices <= FUSED_DEVICES)
-    if choice.row.note:
-        log.warning("%s", choice.row.note)
-    return build(choice, rows, arguments)
+    return construct_optimizer(choice, param_groups(choice, groups, lrs), arguments)
 
 
-def build(choice: Choice, rows: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Optimizer:
+def learning_rates(choice: OptimizerChoice, groups: Sequence[ParameterGroup]) -> list[float]:
+    """Of each group; that of the first for all where the optimizer has one factor for all groups."""
+    lrs = [group.learning_rate for group in groups]
+    if choice.entry.self_tuned_lr and len(set(lrs)) > 1:
+        message = "%s has one learning rate for all parts: using %g of %s, ignoring the others"
+        log.warning(message, choice.name, lrs[0], groups[0].name)
+        return [lrs[0]] * len(lrs)
+    return lrs
+
+
+def param_groups(
+    choice: OptimizerChoice, groups: Sequence[ParameterGroup], lrs: Sequence[float]
+) -> list[dict[str, Any]]:
+    """torch's parameter groups; `lrs` is empty where the optimizer sets its own."""
+    takes_weight_decay = "weight_decay" in inspect.signature(choice.optimizer_class).parameters
+    rows: list[dict[str, Any]] = []
+    for number, group in enumerate(groups):
+        row: dict[str, Any] = {"params": list(group.parameters), "name": group.name}
+        if takes_weight_decay and not group.decays:
+            row["weight_decay"] = 0.0
+        if lrs:
+            row["lr"] = lrs[number]
+        rows.append(row)
+    return rows
+
+
+def construct_optimizer(choice: OptimizerChoice, rows: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Optimizer:
+    """UserError where the class refuses its arguments."""
     try:
-        optimizer: Optimizer = choice.kind(rows, **arguments)
+        optimizer: Optimizer = choice.optimizer_class(rows, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{choice.name} cannot be made of these arguments: {error}", fix="--optimizer_args") from error
-    if isinstance(optimizer, Averaging):
+        raise UserError(
+            f"--optimizer_type {choice.name} refuses its arguments: {error}",
+            code="optimizer-arguments-refused",
+            fix="check --optimizer_args",
+        ) from error
+    if isinstance(optimizer, ScheduleFreeOptimizer):
         optimizer.train()
     return optimizer
 
 
-def restore(optimizer: Optimizer, saved: Mapping[str, Any], name: str) -> None:
-    """Take over a saved state; arguments keep what this run was told, also where the saved run was told otherwise.
+def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], name: str) -> None:
+    """Load a saved state, but keep this run's arguments; UserError where the state does not fit.
 
     name: the class of the saved optimizer, as `class_name` gives it.
     """
     if name != class_name(optimizer):
         raise UserError(
             f"the state was saved with {name}, this run has {class_name(optimizer)}",
+            code="resume-optimizer-mismatch",
             fix="give the optimizer of the saved run, or start without --resume",
         )
-    if [len(group["params"]) for group in saved["param_groups"]] != [len(g["params"]) for g in optimizer.param_groups]:
-        raise UserError("the state was saved with other parts or layers in training", fix="start without --resume")
-    told = {argument for kind in type(optimizer).__mro__ for argument in inspect.signature(kind.__init__).parameters}
-    fresh = [{key: group[key] for key in told & set(group) - {"params", "lr"}} for group in optimizer.param_groups]
+    if group_sizes(saved["param_groups"]) != group_sizes(optimizer.param_groups):
+        raise UserError(
+            "the state was saved with other parts or layers in training",
+            code="resume-parameters-mismatch",
+            fix="train the same parts, or start without --resume",
+        )
+    names: set[str] = set()
+    for base in type(optimizer).__mro__:
+        names.update(inspect.signature(base.__init__).parameters)
+    names -= {"params", "lr"}
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(saved))
-    for group, arguments in zip(optimizer.param_groups, fresh, strict=True):
-        group.update(arguments)
-    keep_precision(optimizer, saved["state"])
+    for group, arguments in zip(optimizer.param_groups, before, strict=True):
+        group.update({key: arguments[key] for key in names & set(arguments)})
+    restore_precision(optimizer, saved["state"])
 
 
-def keep_precision(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
-    """Loading gives the state each parameter's own dtype; what was saved in a wider one comes back as it was."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def group_sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
+def restore_precision(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
+    """Undo the cast of the loaded state to each parameter's dtype: give it its saved dtype again."""
+    parameters = list_parameters(optimizer)
     for number, values in saved.items():
         state = optimizer.state[parameters[number]]
         for name, value in values.items():
@@ -167,10 +222,11 @@ def keep_precision(optimizer: Optimizer, saved: Mapping[int, Mapping[str, Any]])
 
 
 def class_name(optimizer: Optimizer) -> str:
+    """The dotted name of its class."""
     return f"{type(optimizer).__module__}.{type(optimizer).__name__}"
 
 
-def describe(optimizer: Optimizer, options: Mapping[str, Any]) -> str:
+def describe_optimizer(optimizer: Optimizer, options: Mapping[str, Any]) -> str:
     """module.Class(argument=value,...) as ss_optimizer records it."""
     arguments = ",".join(f"{name}={value}" for name, value in options.items())
     return class_name(optimizer) + (f"({arguments})" if arguments else "")

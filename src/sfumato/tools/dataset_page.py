@@ -1,9 +1,9 @@
-"""A dataset as one page that needs no other file: faults, numbers, buckets, tags, and pictures after the crop."""
+"""A dataset as one page that needs no other file: faults, numbers, buckets, tags, and images after the crop."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
@@ -11,12 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from sfumato.data.find.inspect import DatasetFindings, SubsetFindings
+from sfumato.data.find.inspect import DatasetInspection, SubsetInspection
 from sfumato.data.plans import DataPlan
+from sfumato.tools.dataset_text import format_repeats
 
-SIDE = 320  # longest side of a picture on the page, in pixels
-QUALITY = 78
-LISTED = 100  # files that a list names
+THUMBNAIL_SIDE = 320  # longest side of an image on the page, in pixels
+THUMBNAIL_QUALITY = 78
+MAX_LISTED_FILES = 100  # that a row names
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #5d6670; --line: #dfe3e8; --paper: #fff; --card: #f6f7f9;
@@ -64,73 +65,74 @@ details { margin: 0; } details ul { margin: .2rem 0; padding-left: 1.4rem; } sum
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """One picture of a sheet."""
+class PageImage:
+    """One image of the page with its text."""
 
-    picture: Image.Image
+    image: Image.Image
     title: str
     facts: str
     caption: str
 
 
-def page(
+def render_dataset_page(
     plan: DataPlan,
-    found: Sequence[DatasetFindings],
-    sheets: Sequence[Sequence[Sequence[Shown]]],
+    datasets: Sequence[DatasetInspection],
+    images: Sequence[Sequence[Sequence[PageImage]]],
     *,
     faults: Sequence[str] = (),
     notes: Sequence[str] = (),
-    samples: Sequence[Shown] = (),
+    samples: Sequence[PageImage] = (),
 ) -> str:
-    """The whole page. sheets: the pictures of each dataset's subsets. samples: what the first steps are trained on."""
+    """The page as HTML. images: of each subset of each dataset. samples: what the first steps are trained on."""
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Dataset</title><style>{STYLE}</style></head><body><h1>Dataset</h1>",
-        *overview(plan, found),
-        *fault_list(faults),
+        *render_overview(plan, datasets),
+        *render_faults(faults),
     ]
     if notes:
-        parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
-    for dataset, subsets in zip(found, sheets, strict=True):
-        parts += of_dataset(dataset, alone=len(found) == 1)
-        for subset, pictures in zip(dataset.subsets, subsets, strict=True):
-            parts += of_subset(subset, pictures)
+        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+        parts.append(f'<ul class="notes">{items}</ul>')
+    for dataset, dataset_images in zip(datasets, images, strict=True):
+        parts += render_dataset(dataset, alone=len(datasets) == 1)
+        for subset, subset_images in zip(dataset.subsets, dataset_images, strict=True):
+            parts += render_subset(subset, subset_images)
     if samples:
         parts.append("<h2>What the first steps are trained on</h2>")
-        parts += sheet(samples)
+        parts += render_images(samples)
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def overview(plan: DataPlan, found: Sequence[DatasetFindings]) -> Iterator[str]:
-    subsets = [subset for dataset in found for subset in dataset.subsets]
+def render_overview(plan: DataPlan, datasets: Sequence[DatasetInspection]) -> Iterator[str]:
+    """A tile per number; those of faults in red where they are above 0."""
+    subsets: list[SubsetInspection] = []
+    for dataset in datasets:
+        subsets += dataset.subsets
     tiles = {
         "images": sum(len(subset.plan.items) for subset in subsets),
         "samples per epoch": plan.samples_per_epoch,
         "batches per epoch": plan.batches_per_epoch,
-        "held out": plan.num_validation_images,
+        "validation images": plan.num_validation_images,
         "unreadable": sum(len(subset.no_images) + len(subset.damaged) for subset in subsets),
         "empty captions": sum(len(subset.empty) for subset in subsets),
     }
-    shown = "".join(
-        f"<div><dt>{name}</dt><dd{bad(name, count)}>{count:,}</dd></div>"
-        for name, count in tiles.items()
-        if count or name != "held out"
-    )
-    yield f'<dl class="tiles">{shown}</dl>'
+    html = ""
+    for name, count in tiles.items():
+        bad = ' class="bad"' if count and name in ("unreadable", "empty captions") else ""
+        if count or name != "validation images":
+            html += f"<div><dt>{name}</dt><dd{bad}>{count:,}</dd></div>"
+    yield f'<dl class="tiles">{html}</dl>'
 
 
-def bad(name: str, count: int) -> str:
-    return ' class="bad"' if count and name in ("unreadable", "empty captions") else ""
-
-
-def fault_list(faults: Sequence[str]) -> Iterator[str]:
+def render_faults(faults: Sequence[str]) -> Iterator[str]:
     if faults:
         items = "".join(f"<li>{escape(fault)}</li>" for fault in faults)
         yield f'<section class="faults"><strong>Training would stop here</strong><ul>{items}</ul></section>'
 
 
-def of_dataset(dataset: DatasetFindings, *, alone: bool) -> Iterator[str]:
+def render_dataset(dataset: DatasetInspection, *, alone: bool) -> Iterator[str]:
+    """The heading of a dataset and the table of its buckets."""
     settings = dataset.plan.settings
     width, height = settings.resolution
     name = "Buckets" if alone else escape(dataset.name.capitalize())
@@ -146,68 +148,75 @@ def of_dataset(dataset: DatasetFindings, *, alone: bool) -> Iterator[str]:
     yield f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
 
 
-def of_subset(subset: SubsetFindings, pictures: Sequence[Shown]) -> Iterator[str]:
-    settings = subset.plan.settings
-    kind = ", regularisation" if settings.is_reg else ""
+def render_subset(subset: SubsetInspection, images: Sequence[PageImage]) -> Iterator[str]:
+    """The facts about a subset, its tags and its images."""
+    kind = ", regularization" if subset.plan.settings.is_reg else ""
     yield f"<h3>{escape(subset.name)}{kind}</h3><table><tbody>"
-    count = len(subset.plan.items)
-    yield row("images", f"{count:,}, {times(settings.num_repeats)} each: {subset.plan.samples:,} samples per epoch")
-    yield from files("not images", dict.fromkeys(subset.no_images, ""))
-    yield from files("damaged", {Path(path).name: why for path, why in subset.damaged.items()})
-    endings = ", ".join(f"{number:,} {escape(ending)}" for ending, number in subset.endings.items())
-    yield row("caption files", endings or "none")
-    if subset.class_tokens:
-        yield row("from class_tokens", f"{subset.class_tokens:,}: {escape(settings.class_tokens or '')}")
-    yield from files("empty captions", dict.fromkeys((Path(path).name for path in subset.empty), ""))
-    if subset.masks:
-        yield row("masks", escape(subset.masks))
-    for name, tokens in subset.tokens.items():
-        cut = f'<span class="bad">{tokens.over:,} of {count:,} captions are cut</span>' if tokens.over else ""
-        longest = f"<details><summary>the longest has {tokens.longest} of {tokens.limit}</summary>"
-        yield row(f"tokens ({escape(name)})", f"{cut}{longest}{escape(tokens.caption)}</details>")
+    yield from render_facts(subset)
     yield "</tbody></table>"
     if subset.tags:
         chips = "".join(f"<li>{escape(tag)}<b>{number:,}</b></li>" for tag, number in subset.tags)
         more = subset.distinct_tags - len(subset.tags)
         chips += f"<li>and {more:,} more</li>" if more else ""
         yield f'<h4>Tags</h4><ul class="tags">{chips}</ul>'
-    if pictures:
-        yield f"<h4>As the model sees them ({len(pictures)} of {count})</h4>"
-        yield from sheet(pictures)
+    if images:
+        yield f"<h4>As the model sees them ({len(images)} of {len(subset.plan.items)})</h4>"
+        yield from render_images(images)
 
 
-def times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"
+def render_facts(subset: SubsetInspection) -> Iterator[str]:
+    """The rows of a subset's table."""
+    settings, count = subset.plan.settings, len(subset.plan.items)
+    repeats = format_repeats(settings.num_repeats)
+    yield render_row("images", f"{count:,}, {repeats} each: {subset.plan.num_samples:,} samples per epoch")
+    yield from render_files("not images", dict.fromkeys(subset.no_images, ""))
+    yield from render_files("damaged", {Path(path).name: reason for path, reason in subset.damaged.items()})
+    counts = subset.caption_extensions.items()
+    extensions = ", ".join(f"{number:,} {escape(extension)}" for extension, number in counts)
+    yield render_row("caption files", extensions or "none")
+    if subset.class_tokens:
+        yield render_row("from class_tokens", f"{subset.class_tokens:,}: {escape(settings.class_tokens or '')}")
+    yield from render_files("empty captions", dict.fromkeys((Path(path).name for path in subset.empty), ""))
+    if subset.masks:
+        yield render_row("masks", escape(subset.masks))
+    for name, tokens in subset.tokens.items():
+        cut = f'<span class="bad">{tokens.over:,} of {count:,} captions are cut</span>' if tokens.over else ""
+        longest = f"<details><summary>the longest has {tokens.longest} of {tokens.limit}</summary>"
+        yield render_row(f"tokens ({escape(name)})", f"{cut}{longest}{escape(tokens.caption)}</details>")
 
 
-def row(name: str, value: str) -> str:
+def render_row(name: str, value: str) -> str:
     return f"<tr><th>{name}</th><td>{value}</td></tr>"
 
 
-def files(name: str, found: dict[str, str]) -> Iterator[str]:
-    """A row with a list that opens; nothing where there is nothing."""
-    if found:
-        items = "".join(f"<li>{escape(f'{file} {why}'.strip())}</li>" for file, why in list(found.items())[:LISTED])
-        more = f"<li>and {len(found) - LISTED:,} more</li>" if len(found) > LISTED else ""
-        opened = " open" if len(found) <= 5 else ""
-        summary = f'<summary class="bad">{len(found):,}</summary>'
-        yield row(name, f"<details{opened}>{summary}<ul>{items}{more}</ul></details>")
+def render_files(name: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    """A row with a list that unfolds, of files and what is wrong with each; nothing where there are none."""
+    if not reasons:
+        return
+    items = ""
+    for file, reason in list(reasons.items())[:MAX_LISTED_FILES]:
+        items += f"<li>{escape(f'{file} {reason}'.strip())}</li>"
+    count = len(reasons)
+    more = f"<li>and {count - MAX_LISTED_FILES:,} more</li>" if count > MAX_LISTED_FILES else ""
+    unfolded = " open" if count <= 5 else ""
+    summary = f'<summary class="bad">{count:,}</summary>'
+    yield render_row(name, f"<details{unfolded}>{summary}<ul>{items}{more}</ul></details>")
 
 
-def sheet(pictures: Sequence[Shown]) -> Iterator[str]:
+def render_images(images: Sequence[PageImage]) -> Iterator[str]:
     yield '<div class="sheet">'
-    for shown in pictures:
-        small = shown.picture.copy()
-        small.thumbnail((SIDE, SIDE))
-        about = f"<strong>{escape(shown.title)}</strong><span>{escape(shown.facts)}</span>"
-        text = f'<p title="{escape(shown.caption)}">{escape(shown.caption) or "<em>empty caption</em>"}</p>'
-        image = f'<img src="{embedded(small)}" width="{small.width}" height="{small.height}" alt="" loading="lazy">'
-        yield f"<figure>{image}<figcaption>{about}{text}</figcaption></figure>"
+    for entry in images:
+        small = entry.image.copy()
+        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        facts = f"<strong>{escape(entry.title)}</strong><span>{escape(entry.facts)}</span>"
+        caption = f'<p title="{escape(entry.caption)}">{escape(entry.caption) or "<em>empty caption</em>"}</p>'
+        image = f'<img src="{embed_image(small)}" width="{small.width}" height="{small.height}" alt="" loading="lazy">'
+        yield f"<figure>{image}<figcaption>{facts}{caption}</figcaption></figure>"
     yield "</div>"
 
 
-def embedded(picture: Image.Image) -> str:
-    """The picture itself as an address."""
+def embed_image(image: Image.Image) -> str:
+    """The image as a data URL."""
     buffer = BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

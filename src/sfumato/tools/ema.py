@@ -1,8 +1,8 @@
-"""`sfumato ema`: a power-function average of any width out of saved ones, by least squares.
+"""`sfumato ema`: reconstructs a power-function EMA of any width from saved ones, by least squares.
 
-An average is a weighted sum of the weights of all steps, so a weighted sum of saved averages is one, too. Its weights
-over the steps are brought as near as they come to those of the wanted average (Karras et al. 2024, "Analyzing and
-Improving the Training Dynamics of Diffusion Models", sec. 3.2).
+An EMA is a weighted sum of the weights of all steps, and so is a weighted sum of saved EMAs. The coefficients bring its
+profile over the steps as near as possible to the wanted one (Karras et al. 2024, "Analyzing and Improving the Training
+Dynamics of Diffusion Models", sec. 3.2).
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.formats.checkpoint import DTYPES, TensorFile, write_safetensors, write_stream
-from sfumato.formats.hashes import HASHES, with_hashes
+from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, TensorFile
+from sfumato.formats.checkpoint_writer import write_safetensors, write_stream
+from sfumato.formats.hashes import HASH_KEYS, add_hashes
 from sfumato.formats.header import read_header
-from sfumato.formats.metadata import EMA
-from sfumato.optim.ema import Power, gamma_of
+from sfumato.formats.metadata import EMA_KEY
+from sfumato.optim.ema import PowerProfile, gamma_from_sigma_rel
 
-MADE = "sfumato.ema_made"  # in a file that is such a sum: of what
+RECONSTRUCTED_EMA = "sfumato.ema_made"  # metadata key of such a file: its width, and the files it was made from
+TRAIN_FIX = "train with --ema_sigma_rel 0.05 0.1"
 Numbers = NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
-    """A file that holds a power average."""
+class SavedEma:
+    """A file that holds a power-function EMA."""
 
     path: Path
     run: str  # --output_name
@@ -40,92 +42,107 @@ class Saved:
     sigma_rel: float
 
 
-def make_average(
-    places: Sequence[Path], sigma_rel: float, *, name: str | None = None, output: Path | None = None
+def reconstruct_ema(
+    paths: Sequence[Path], sigma_rel: float, *, name: str | None = None, output: Path | None = None
 ) -> str:
-    """Write the average that a run would have at its last saved step; what was done, in a line."""
-    saved = of_one_run([each for each in find(places) if name in (None, each.run)])
-    last = max(saved, key=lambda each: each.steps)
-    output = output or last.path.with_name(f"{last.run}{Power(sigma_rel).suffix}.safetensors")
-    if output.resolve() in {each.path.resolve() for each in saved}:
-        raise UserError(f"{output.name} is there already, saved by the run itself", fix="give another --output")
-    steps, gammas = [each.steps for each in saved], [gamma_of(each.sigma_rel) for each in saved]
-    shares, error = fit(steps, gammas, last.steps, gamma_of(sigma_rel))
-    write_sum(output, {each.path: share for each, share in zip(saved, shares, strict=True)}, last.path, sigma_rel)
-    return f"{output}: {len(saved)} files, step {last.steps}; its shape is met to {error:.2%}"
+    """Write the EMA of width `sigma_rel` that a run would have at its last saved step; one line that says so."""
+    saved = select_run([ema for ema in find_saved_emas(paths) if name in (None, ema.run)])
+    last = max(saved, key=lambda ema: ema.steps)
+    output = output or last.path.with_name(f"{last.run}{PowerProfile(sigma_rel).suffix}.safetensors")
+    if output.resolve() in {ema.path.resolve() for ema in saved}:
+        raise UserError(
+            f"{output.name} exists already, saved by the run itself",
+            code="ema-output-is-input",
+            fix="give another --output",
+        )
+    steps, gammas = [ema.steps for ema in saved], [gamma_from_sigma_rel(ema.sigma_rel) for ema in saved]
+    solution, error = solve_coefficients(steps, gammas, last.steps, gamma_from_sigma_rel(sigma_rel))
+    coefficients = {ema.path: coefficient for ema, coefficient in zip(saved, solution, strict=True)}
+    write_weighted_sum(output, coefficients, last.path, sigma_rel)
+    return f"{output}: {len(saved)} files, step {last.steps}, relative error of the profile {error:.2%}"
 
 
-def find(places: Iterable[Path]) -> Iterator[Saved]:
-    """The files that hold power averages; a file that was named and holds none is a UserError."""
-    for place in places:
-        for path in sorted(place.glob("*.safetensors")) if place.is_dir() else [place]:
-            facts = json.loads(read_header(path).metadata.get(EMA, "{}"))
+def find_saved_emas(paths: Iterable[Path]) -> Iterator[SavedEma]:
+    """The files that hold power-function EMAs; a file that was named and holds none is a UserError."""
+    for path in paths:
+        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+            facts = json.loads(read_header(file).metadata.get(EMA_KEY, "{}"))
             if "sigma_rel" in facts:
-                yield Saved(path=path, run=facts["of"], steps=facts["steps"], sigma_rel=facts["sigma_rel"])
-            elif not place.is_dir():
-                raise UserError(f"{path} holds no power-function average", fix="train with --ema_sigma_rel 0.05 0.1")
+                yield SavedEma(path=file, run=facts["of"], steps=facts["steps"], sigma_rel=facts["sigma_rel"])
+            elif not path.is_dir():
+                raise UserError(f"{file} holds no power-function EMA", code="file-without-power-ema", fix=TRAIN_FIX)
 
 
-def of_one_run(saved: Sequence[Saved]) -> list[Saved]:
+def select_run(saved: Sequence[SavedEma]) -> list[SavedEma]:
     """One file of each width and step."""
     if not saved:
-        raise UserError(
-            "no safetensors file of a power-function average was found", fix="train with --ema_sigma_rel 0.05 0.1"
-        )
-    runs = sorted({each.run for each in saved})
+        raise UserError("no safetensors file with a power-function EMA found", code="power-ema-missing", fix=TRAIN_FIX)
+    runs = sorted({ema.run for ema in saved})
     if len(runs) > 1:
-        raise UserError(f"averages of several runs: {', '.join(runs)}", fix="choose one with --name")
-    return list({(each.steps, each.sigma_rel): each for each in saved if each.steps}.values())
+        raise UserError(
+            f"EMAs of several runs: {', '.join(runs)}", code="ema-run-ambiguous", fix="choose one with --name"
+        )
+    return list({(ema.steps, ema.sigma_rel): ema for ema in saved if ema.steps}.values())
 
 
-def fit(steps: Sequence[int], gammas: Sequence[float], step: int, gamma: float) -> tuple[Numbers, float]:
-    """The share of each saved average in the wanted one, and how far off their sum stays, relative to it (L2).
+def solve_coefficients(steps: Sequence[int], gammas: Sequence[float], step: int, gamma: float) -> tuple[Numbers, float]:
+    """The coefficient of each saved EMA, and the error of their sum relative to the wanted profile (L2 norm).
 
-    The shares add up to 1, which the paper does not ask for: what is the same in all of them stays what it is, and in
+    The coefficients sum to 1, which the paper does not ask for: what is equal in all EMAs stays as it is, and in
     fine-tuning that is nearly everything.
     """
-    times, powers = np.array(steps) / step, np.array(gammas)  # 1 is the wanted step
-    inside = overlap(times[:, None], powers[:, None], times[None], powers[None])
-    wanted = overlap(times, powers, np.array(1.0), np.array(gamma))
+    times, powers = np.array(steps) / step, np.array(gammas)  # time 1 is the wanted step
+    saved = correlate_profiles(times[:, None], powers[:, None], times[None], powers[None])
+    wanted = correlate_profiles(times, powers, np.array(1.0), np.array(gamma))
     ones = np.ones((len(times), 1))
-    system = np.block([[inside, ones], [ones.T, np.zeros((1, 1))]])
-    shares = np.linalg.lstsq(system, np.append(wanted, 1.0), rcond=None)[0][:-1]
-    norm = overlap(*(np.array(each) for each in (1.0, gamma, 1.0, gamma)))
-    left = norm - 2 * shares @ wanted + shares @ inside @ shares
-    return shares, float(np.sqrt(max(left, 0.0) / norm))
+    system = np.block([[saved, ones], [ones.T, np.zeros((1, 1))]])
+    coefficients = np.linalg.lstsq(system, np.append(wanted, 1.0), rcond=None)[0][:-1]
+    norm = correlate_profiles(np.array(1.0), np.array(gamma), np.array(1.0), np.array(gamma))
+    residual = norm - 2 * coefficients @ wanted + coefficients @ saved @ coefficients
+    return coefficients, float(np.sqrt(max(residual, 0.0) / norm))
 
 
-def overlap(time: Numbers, gamma: Numbers, other_time: Numbers, other_gamma: Numbers) -> Numbers:
+def correlate_profiles(time: Numbers, gamma: Numbers, other_time: Numbers, other_gamma: Numbers) -> Numbers:
     """The integral of the product of two profiles p(s) = (gamma + 1) s^gamma / time^(gamma + 1), 0 <= s <= time."""
     early, late = np.minimum(time, other_time), np.maximum(time, other_time)  # the product ends where the earlier does
     late_gamma = np.where(time < other_time, other_gamma, gamma)
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * (early / late) ** late_gamma / late
 
 
-def write_sum(output: Path, shares: Mapping[Path, float], like: Path, sigma_rel: float) -> None:
-    """The weighted sum of files, tensor by tensor, in the dtypes of one of them; what is no number is copied."""
+def write_weighted_sum(output: Path, coefficients: Mapping[Path, float], like: Path, sigma_rel: float) -> None:
+    """The weighted sum of files, tensor by tensor, in the dtypes of the file `like`; integer tensors are its own."""
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(TensorFile(path)) for path in shares}
-        header = opened[like].header
-        for path, file in opened.items():
-            if {n: i.shape for n, i in file.header.tensors.items()} != {n: i.shape for n, i in header.tensors.items()}:
-                raise UserError(f"{path} has other tensors than {like}, so they are not of one run")
+        files = {path: stack.enter_context(TensorFile(path)) for path in coefficients}
+        header = files[like].header
+        check_same_tensors(files, like)
 
         def make(name: str) -> Tensor:
-            base = opened[like].read(name)
+            base = files[like].read(name)
             if not base.is_floating_point():
                 return base
             start = base.float()
             total = start.clone()
-            for path, share in shares.items():  # as changes, so that what is the same in all keeps its bits
-                total += share * (opened[path].read(name, dtype=torch.float32) - start)
+            for path, coefficient in coefficients.items():  # sums differences, so what is equal in all keeps its bits
+                total += coefficient * (files[path].read(name, dtype=torch.float32) - start)
             return total.to(base.dtype)
 
-        specs = {name: (DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
-        made = json.dumps({"sigma_rel": sigma_rel, "of": sorted(path.name for path in shares)})
-        metadata = {key: text for key, text in header.metadata.items() if key != EMA} | {MADE: made}
-        if HASHES[0] not in metadata:
+        specs = {name: (SAFETENSORS_DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
+        facts = json.dumps({"sigma_rel": sigma_rel, "of": sorted(path.name for path in coefficients)})
+        metadata = {key: text for key, text in header.metadata.items() if key != EMA_KEY} | {RECONSTRUCTED_EMA: facts}
+        if HASH_KEYS[0] not in metadata:
             write_stream(output, specs, make, metadata)
             return
         tensors = {name: make(name) for name in specs}  # an adapter is small, and its hashes come before its tensors
-        write_safetensors(output, tensors, with_hashes(metadata, tensors))
+        write_safetensors(output, tensors, add_hashes(metadata, tensors))
+
+
+def check_same_tensors(files: Mapping[Path, TensorFile], like: Path) -> None:
+    """UserError where a file has not the names and shapes of the file `like`."""
+    shapes = {name: info.shape for name, info in files[like].header.tensors.items()}
+    for path, file in files.items():
+        if {name: info.shape for name, info in file.header.tensors.items()} != shapes:
+            raise UserError(
+                f"{path} has other tensors than {like}: they are not of one run",
+                code="ema-tensors-differ",
+                fix="give the files of one run",
+            )

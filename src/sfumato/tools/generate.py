@@ -1,4 +1,4 @@
-"""`sfumato generate`: pictures of prompts, by a model alone or with adapter files."""
+"""`sfumato generate`: images of prompts, by a model alone or with adapter files."""
 
 from __future__ import annotations
 
@@ -15,117 +15,122 @@ import torch
 from sfumato.common.files import check_writable
 from sfumato.config import Config
 from sfumato.config.prompts import Prompt
-from sfumato.config.schema import vocabulary
-from sfumato.config.secrets import secrets_of
+from sfumato.config.secrets import collect_secrets
 from sfumato.errors import Problems
-from sfumato.families import register_all
-from sfumato.families.base import Family, find_family
-from sfumato.families.encoding import FrozenText
-from sfumato.families.source import open_source
-from sfumato.methods.attached import Attached
-from sfumato.sample import Picture, fill_in, generate_together, together, without_effect
-from sfumato.track.console import set_up
-from sfumato.training.image_metadata import OTHERS, command, recipe, save_picture
-from sfumato.training.run import DTYPES
+from sfumato.families.base import Family
+from sfumato.families.detection import describe_model
+from sfumato.families.encoding import FrozenTextEncoders
+from sfumato.methods.inference_adapters import InferenceAdapters
+from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
+from sfumato.tools.ignored_options import describe_ignored_options
+from sfumato.track.console import configure_logging
+from sfumato.training.image_metadata import OTHER_OPTIONS, generate_command, image_metadata, save_image
+from sfumato.training.run import MIXED_PRECISION
 
 log = logging.getLogger(__name__)
-THEMES = ("run", "model", "samples", "log")  # what is read of the vocabulary
-OPTIONS = (*OTHERS, "network_weights", "seed", "resolution")  # and of other themes
+# The options that generating uses: all of these groups, and single ones of others.
+GENERATE_THEMES = ("run", "model", "samples", "log")
+GENERATE_OPTIONS = (*OTHER_OPTIONS, "network_weights", "seed", "resolution")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to make."""
+class GenerateRequest:
+    """Which images to make with what."""
 
     config: Config
     prompts: Sequence[Prompt]
-    networks: Sequence[tuple[Path, float]]  # adapter files and their strengths
+    networks: Sequence[tuple[Path, float]]  # adapter files and their multipliers
     outdir: Path
     float32_parts: Sequence[str] = ()  # kept in float32 whatever --mixed_precision says, as in training
 
 
-def generate_pictures(asked: Request) -> list[Path]:
-    """Make and save every picture; the files, in the order of the prompts."""
-    config = asked.config
-    set_up(config.log, secrets=secrets_of(config))
-    for line in (*(f"note: {note}" for note in config.notes), *idle(config)):
+def generate_images(request: GenerateRequest) -> list[Path]:
+    """Make and save every image; the files, in the order of the prompts."""
+    config = request.config
+    configure_logging(config.log, secrets=collect_secrets(config))
+    ignored = describe_ignored_options(config, themes=GENERATE_THEMES, options=GENERATE_OPTIONS, purpose="images")
+    for line in (*(f"note: {note}" for note in config.notes), *ignored):
         log.info("%s", line)
-    check_writable(asked.outdir, option="--outdir")
-    model = load(asked)
-    base = config.network.base_weights
-    strengths = (*config.network.base_weights_multiplier, *[1.0] * len(base))
-    adapters = Attached(model, asked.networks, base=list(zip(base, strengths, strict=False)))
-    adapters.live_text |= set(asked.float32_parts) & {*model.text_parts}
-    pictures = list(numbered(asked, model))
+    check_writable(request.outdir, option="--outdir")
+    model = load_requested_model(request)
+    adapters = make_adapters(request, model)
+    images = list(make_image_requests(request, model))
     if config.model.enable_scaled_pos_embed:
-        model.expect([config.buckets.resolution] if config.buckets.resolution else sizes_of(pictures))
-    paths = free_names(asked.outdir, pictures)
-    frozen, dtype = FrozenText(model), DTYPES[config.memory.mixed_precision]
-    for group in together(list(zip(pictures, paths, strict=True)), config.samples.sample_batch_size or 1):
+        resolution = config.buckets.resolution
+        model.set_resolutions([resolution] if resolution else [(image.width, image.height) for image in images])
+    paths = choose_file_names(request.outdir, images)
+    frozen, dtype = FrozenTextEncoders(model), MIXED_PRECISION[config.memory.mixed_precision]
+    for group in group_requests(list(zip(images, paths, strict=True)), config.samples.sample_batch_size or 1):
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            images = generate_together(model, adapters, [picture for picture, _ in group], frozen)
-        for image, (picture, path) in zip(images, group, strict=True):
-            save_picture(path, image, {**recipe(picture), "command": remade(asked, model, picture)})
+            batch = generate_batch(model, adapters, [image for image, _ in group], frozen)
+        for pixels, (image, path) in zip(batch, group, strict=True):
+            save_image(path, pixels, {**image_metadata(image), "command": make_command(request, model, image)})
             log.info("%s", path)
     return paths
 
 
-def load(asked: Request) -> Family:
-    """The model, in the dtypes that training has it in."""
-    config, problems = asked.config, Problems()
-    register_all()
-    source = open_source(config.model)
-    family = find_family(config.model.model_type or config.run.family, source)
-    blueprint = family.read(source, config.model, config.noise)
+def load_requested_model(request: GenerateRequest) -> Family:
+    """The model, in the dtypes of training."""
+    config, problems = request.config, Problems()
+    family, blueprint = describe_model(config)
     for note in blueprint.notes:
         log.info("note: %s", note)
-    for name in (name for name in asked.float32_parts if name not in blueprint.networks):
-        problems.add(f"--float32_parts: this model has no part {name}", fix=f"one of {', '.join(blueprint.networks)}")
+    for name in (name for name in request.float32_parts if name not in blueprint.networks):
+        problems.add(
+            f"--float32_parts: this model has no part {name}",
+            code="float32-part-unknown",
+            fix=f"one of {', '.join(blueprint.networks)}",
+        )
     problems.raise_all()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blueprint = blueprint.with_dtype(asked.float32_parts, torch.float32)
-    return family.load(blueprint, config.model, dtype=DTYPES[config.memory.mixed_precision], device=device)
+    blueprint = blueprint.with_dtype(request.float32_parts, torch.float32)
+    return family.load(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
 
 
-def numbered(asked: Request, model: Family) -> Iterator[Picture]:
-    """The recipes; pictures without a seed of their own count on from --seed, or from one drawn."""
-    samples, seed = asked.config.samples, asked.config.loop.seed
+def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:
+    """The adapter files of the request on top of those of --base_weights, whose missing multipliers are 1."""
+    network = request.config.network
+    multipliers = (*network.base_weights_multiplier, *[1.0] * len(network.base_weights))
+    base = list(zip(network.base_weights, multipliers, strict=False))
+    adapters = InferenceAdapters(model, request.networks, base=base)
+    adapters.live_text |= set(request.float32_parts) & {*model.text_parts}
+    return adapters
+
+
+def make_image_requests(request: GenerateRequest, model: Family) -> Iterator[ImageRequest]:
+    """One per prompt; those without a seed of their own get --seed, or a random one, plus their index."""
+    samples, seed = request.config.samples, request.config.loop.seed
     first = random.SystemRandom().randrange(2**32) if seed is None else seed
-    for number, prompt in enumerate(asked.prompts):
-        given = (first + number) % 2**32
-        picture = fill_in(prompt, model, sampler=samples.sample_sampler, seed=given, weighted=samples.prompt_weighting)
-        for line in (*prompt.notes, *without_effect(prompt, picture, model)):
+    for index, prompt in enumerate(request.prompts):
+        image = make_request(
+            prompt,
+            model,
+            sampler=samples.sample_sampler,
+            seed=(first + index) % 2**32,
+            weighted=samples.prompt_weighting,
+        )
+        for line in (*prompt.notes, *list_ignored(prompt, image, model)):
             log.warning("%s", line)
-        yield picture
+        yield image
 
 
-def sizes_of(pictures: Sequence[Picture]) -> list[tuple[int, int]]:
-    return [(picture.width, picture.height) for picture in pictures]
+def make_command(request: GenerateRequest, model: Family, image: ImageRequest) -> str:
+    """The command that makes one image alone."""
+    options: dict[str, object] = {}
+    if request.networks:
+        options["network_weights"] = [path for path, _ in request.networks]
+        multipliers = [multiplier for _, multiplier in request.networks]
+        options["network_mul"] = multipliers if set(multipliers) != {1.0} else None
+    if request.float32_parts:
+        options["float32_parts"] = list(request.float32_parts)
+    return generate_command(request.config, image, model.sampling, options)
 
 
-def remade(asked: Request, model: Family, picture: Picture) -> str:
-    """The command for one picture alone."""
-    more: dict[str, object] = {}
-    if asked.networks:
-        more["network_weights"] = [path for path, _ in asked.networks]
-        strengths = [strength for _, strength in asked.networks]
-        more["network_mul"] = strengths if set(strengths) != {1.0} else None
-    if asked.float32_parts:
-        more["float32_parts"] = list(asked.float32_parts)
-    return command(asked.config, picture, model.sampling, more)
-
-
-def free_names(folder: Path, pictures: Sequence[Picture]) -> list[Path]:
-    """im_TIME_000_SEED.png and so on, none of which is there yet."""
-    stamp, found, numbers = time.strftime("%Y%m%d%H%M%S"), [], count()
-    for picture in pictures:
-        names = (folder / f"im_{stamp}_{number:03d}_{picture.seed}.png" for number in numbers)
-        found.append(next(path for path in names if not path.exists()))
-    return found
-
-
-def idle(config: Config) -> list[str]:
-    """A line about options that only training reads: the same configuration file serves both."""
-    known = vocabulary()
-    names = [n for n in known if config.changed(n) and known[n].theme not in THEMES and n not in OPTIONS]
-    return [f"note: no effect on pictures: {', '.join(f'--{name}' for name in names)}"] if names else []
+def choose_file_names(folder: Path, images: Sequence[ImageRequest]) -> list[Path]:
+    """im_TIME_000_SEED.png and so on, of files that do not exist yet."""
+    stamp, numbers = time.strftime("%Y%m%d%H%M%S"), count()
+    paths = []
+    for image in images:
+        names = (folder / f"im_{stamp}_{number:03d}_{image.seed}.png" for number in numbers)
+        paths.append(next(path for path in names if not path.exists()))
+    return paths

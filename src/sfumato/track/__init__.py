@@ -1,1 +1,1 @@
-"""What a run tells: messages, progress, curves."""
+"""What a run reports: messages, progress, metrics, charts and the hub."""

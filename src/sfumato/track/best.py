@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(kw_only=True)
 class Best:
-    """Plain numbers, None before the first validation; a saved state holds them."""
+    """The best validation so far; None before the first one. A saved state holds these fields by their names."""
 
-    asked: str = ""  # of which images at which times, in words; losses of other ones cannot be compared
+    conditions: str = ""  # describes the images and timesteps; losses over other ones are not comparable
     loss: float | None = None
     step: int = 0
-    before: float | None = None  # the loss of the model as it was before the first step
+    before: float | None = None  # the loss before the first step
 
-    def beaten_by(self, loss: float) -> bool:
+    def reset(self, conditions: str) -> None:
+        """Start over with losses of other images or timesteps."""
+        self.conditions, self.loss, self.step, self.before = conditions, None, 0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def is_beaten_by(self, loss: float) -> bool:
         return math.isfinite(loss) and (self.loss is None or loss < self.loss)
 
     def __str__(self) -> str:

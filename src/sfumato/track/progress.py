@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of training: a bar on a terminal, otherwise a line from time to time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 log = logging.getLogger(__name__)
-QUIET_SECONDS = 10.0  # between two lines where there is no terminal, or a tenth of the run if that is sooner
-REDRAWS = 4.0  # of the bar, per second
-RECENT = 50  # steps that the speed is taken from
+LINE_SECONDS = 10.0  # between two lines without a terminal, or a tenth of the run if that is sooner
+REFRESH_RATE = 4.0  # of the bar, per second
+RECENT_STEPS = 50  # over which the speed is measured
 
 
 class Progress:
-    """Shows step, loss, rate, seconds per step and time left; reads python numbers only, so it never waits."""
+    """Shows step, loss, learning rate, seconds per step and time left; takes plain numbers, so it never waits."""
 
     def __init__(
         self,
@@ -35,14 +35,14 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.clock = total, clock
-        self.last = self.told_step = start
-        self.seconds: deque[float] = deque(maxlen=RECENT)  # each recent step's
-        self.now = self.told = clock()
+        self.last = self.line_step = start
+        self.seconds: deque[float] = deque(maxlen=RECENT_STEPS)  # of each recent step
+        self.now = self.line_time = clock()
         self.bar = _bar(total, start) if visible and not plain and sys.stderr.isatty() else None
         self.lines = visible and self.bar is None
 
     def __enter__(self) -> Self:
-        self.now = self.told = self.clock()
+        self.now = self.line_time = self.clock()
         if self.bar:
             self.bar.start()
         return self
@@ -53,8 +53,8 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, step: int, loss: float, rate: float) -> None:
-        """After a step, counted from 1; `loss` is the average that is worth showing."""
+    def advance(self, step: int, loss: float, lr: float) -> None:
+        """Call after a step, counted from 1; `loss` is the average."""
         now = self.clock()
         if step > self.last:
             self.seconds.append((now - self.now) / (step - self.last))
@@ -62,7 +62,7 @@ class Progress:
         if not self.bar and not self._due():
             return
         pace = self.seconds_per_step
-        facts = f"loss {loss:.4f}  rate {rate:.2e}  {pace:.2f} s/it  {duration(pace * (self.total - step))} left"
+        facts = f"loss {loss:.4f}  lr {lr:.2e}  {pace:.2f} s/it  {format_duration(pace * (self.total - step))} left"
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, facts=facts)
         else:
@@ -70,16 +70,16 @@ class Progress:
 
     @property
     def seconds_per_step(self) -> float:
-        """The middle of the recent steps' times, so that a pause for previews does not count."""
+        """The median of the recent steps, so that a pause for samples does not count."""
         return statistics.median(self.seconds) if self.seconds else 0.0
 
     def _due(self) -> bool:
-        """Whether a line is due: never one for each step, and the last step always has one."""
-        waited, steps = self.now - self.told, self.last - self.told_step
-        tenth = self.last * 10 // self.total > self.told_step * 10 // self.total
-        due = self.last == self.total or (steps > 1 and (waited >= QUIET_SECONDS or (tenth and waited >= 1)))
+        """Whether a line is due; the last step always has one."""
+        waited, steps = self.now - self.line_time, self.last - self.line_step
+        tenth = self.last * 10 // self.total > self.line_step * 10 // self.total
+        due = self.last == self.total or (steps > 1 and (waited >= LINE_SECONDS or (tenth and waited >= 1)))
         if due and self.lines:
-            self.told, self.told_step = self.now, self.last
+            self.line_time, self.line_step = self.now, self.last
         return due and self.lines
 
 
@@ -91,12 +91,12 @@ def _bar(total: int, start: int) -> Bar:
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
         TimeElapsedColumn(),
     )  # fmt: skip
-    bar = Bar(*columns, console=terminal(), refresh_per_second=REDRAWS)
+    bar = Bar(*columns, console=terminal(), refresh_per_second=REFRESH_RATE)
     bar.add_task("training", total=total, completed=start, facts="")
     return bar
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """1:02:03, or 2:03 below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

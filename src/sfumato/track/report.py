@@ -1,4 +1,4 @@
-"""report.html: one page that tells a run, written while it runs and made again from its files at any time."""
+"""NAME.report.html: one page about a run, updated while it runs; it can be rebuilt from the run's files."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.common import files
+from sfumato.common.text import strip_paths
 from sfumato.errors import UserError
-from sfumato.formats.metadata import without_paths
-from sfumato.track.report_curves import Curves
-from sfumato.track.report_facts import EMPTY, ENDING, Remembered, forget, read_description, write_description
-from sfumato.track.report_page import page
+from sfumato.track.report_curves import METRICS_SUFFIX, Curves
+from sfumato.track.report_facts import (
+    DESCRIPTION_SUFFIX,
+    EMPTY_DESCRIPTION,
+    WarningCollector,
+    read_description,
+    stop_collecting,
+    write_description,
+)
+from sfumato.track.report_page import render_page
 from sfumato.track.report_samples import Thumbnails
 
 log = logging.getLogger(__name__)
-SECONDS = 30.0  # between two writings, unless something was saved or drawn
-SHARE, SHARE_AT_SAVES = 0.01, 0.05  # of the time that writing may take
+UPDATE_SECONDS = 30.0  # between two updates, unless something was saved or sampled
+MAX_SHARE, MAX_SHARE_AT_SAVES = 0.01, 0.05  # of the run's time that writing may take
 
 
 class Report:
-    """Writes NAME.report.html, and what it needs beside the journal file into NAME.report.json."""
+    """Writes NAME.report.html, and NAME.report.json with what it shows besides the metrics file."""
 
     def __init__(
         self,
@@ -30,69 +37,69 @@ class Report:
         description: Mapping[str, Any],
         *,
         start: int,
-        warnings: Remembered,
+        warnings: WarningCollector,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder, self.clock, self.warnings = folder, clock, warnings
         self.name = str(description["name"])
-        before = earlier(folder, self.name) if start else {}
+        before = read_earlier(folder, self.name) if start else {}
         self.description = dict(description)
         self.earlier_warnings: list[dict[str, Any]] = before.get("warnings", [])
         now = time.time()
         self.session: dict[str, Any] = {
             "started": now, "updated": now, "start": start, "step": start, "seconds_per_step": 0.0, "state": "running",
         }  # fmt: skip
-        kept = [each for each in before.get("sessions", []) if each["start"] < start]
-        self.description["sessions"] = [*kept, self.session]
-        self.curves, self.thumbnails = Curves(folder / f"{self.name}.run.jsonl"), Thumbnails()
+        earlier = [session for session in before.get("sessions", []) if session["start"] < start]
+        self.description["sessions"] = [*earlier, self.session]
+        self.curves, self.thumbnails = Curves(folder / f"{self.name}{METRICS_SUFFIX}"), Thumbnails()
         self.written, self.cost = -1e9, 0.0
         self.broken = False
         warnings.step = start
 
     def advance(self, step: int, seconds_per_step: float) -> None:
-        """After a step was written into the journal file; writes the page where it is time to."""
+        """Call after a step was written to the metrics file; updates the page when it is due."""
         self.session["step"], self.session["seconds_per_step"] = step, seconds_per_step
         self.warnings.step = step
-        if self.clock() - self.written >= max(SECONDS, self.cost / SHARE):
+        if self.clock() - self.written >= max(UPDATE_SECONDS, self.cost / MAX_SHARE):
             self.write()
 
     def publish(self) -> None:
-        """Something was saved or drawn."""
-        if self.clock() - self.written >= self.cost / SHARE_AT_SAVES:
+        """Call after something was saved or sampled."""
+        if self.clock() - self.written >= self.cost / MAX_SHARE_AT_SAVES:
             self.write()
 
     def close(self, error: BaseException | None, *, total: int) -> None:
-        """The last word: finished, stopped in good order, or why not."""
-        forget(self.warnings)
+        """Write the last update: finished, stopped, or failed with the error."""
+        stop_collecting(self.warnings)
         if error is None:
             self.session["state"] = "finished" if self.session["step"] >= total else "stopped"
         elif isinstance(error, KeyboardInterrupt):
             self.session["state"] = "stopped"
         else:
             self.session["state"] = "failed"
-            self.session["error"] = without_paths(f"{error}" if isinstance(error, UserError) else repr(error))
+            self.session["error"] = strip_paths(f"{error}" if isinstance(error, UserError) else repr(error))
         self.write()
 
     def write(self) -> None:
-        """Both files; where that fails, once a warning and never again."""
+        """Write both files; after a failure, which is logged once, do nothing."""
         if self.broken:
             return
-        began = self.clock()
+        start = self.clock()
         self.session["updated"] = time.time()
-        self.description["warnings"] = [*self.earlier_warnings, *self.warnings.told()]
+        self.description["warnings"] = [*self.earlier_warnings, *self.warnings.entries()]
         try:
-            write_description(self.folder / f"{self.name}{ENDING}", self.description)
+            write_description(self.folder / f"{self.name}{DESCRIPTION_SUFFIX}", self.description)
             write_page(self.folder, self.description, self.curves, self.thumbnails)
         except OSError as error:
             self.broken = True
-            log.warning("the report cannot be written any more: %s", error)
+            log.warning("cannot write the report: %s; it is not updated any more", error)
         self.written = self.clock()
-        self.cost = self.written - began
+        self.cost = self.written - start
 
 
-def earlier(folder: Path, name: str) -> dict[str, Any]:
-    """The description of the run that is resumed; {} where there is none that can be read."""
-    path = folder / f"{name}{ENDING}"
+def read_earlier(folder: Path, name: str) -> dict[str, Any]:
+    """The description of the run that is resumed; {} where there is none or it is unreadable."""
+    path = folder / f"{name}{DESCRIPTION_SUFFIX}"
     try:
         return read_description(path) if path.is_file() else {}
     except UserError:
@@ -102,9 +109,9 @@ def earlier(folder: Path, name: str) -> dict[str, Any]:
 def write_page(folder: Path, description: Mapping[str, Any], curves: Curves, thumbnails: Thumbnails) -> Path:
     curves.read()
     sessions, name = description["sessions"], description["name"]
-    whole = sessions and sessions[0]["start"] == 0  # else the beginning of the run was not told of
-    since = time.strftime("%Y%m%d%H%M%S", time.localtime(sessions[0]["started"])) if whole else ""
-    grid = thumbnails.grid(
+    has_first = sessions and sessions[0]["start"] == 0  # else samples from before the first session may be its own
+    since = time.strftime("%Y%m%d%H%M%S", time.localtime(sessions[0]["started"])) if has_first else ""
+    grid = thumbnails.make_grid(
         folder / "sample",
         name,
         steps_per_epoch=description["steps_per_epoch"],
@@ -112,22 +119,30 @@ def write_page(folder: Path, description: Mapping[str, Any], curves: Curves, thu
         since=since,
     )
     path = folder / f"{name}.report.html"
-    files.write_text(path, page(description, curves, grid))
+    files.write_text(path, render_page(description, curves, grid))
     return path
 
 
-def remake(folder: Path, name: str | None) -> Path:
-    """The page anew from the files of a run; gives its path. UserError where there is no such run, or several."""
+def rebuild_report(folder: Path, name: str | None) -> Path:
+    """Write the page again from the files of a run; returns its path. UserError without exactly one run to choose."""
+    name = find_run_name(folder, name)
+    path = folder / f"{name}{DESCRIPTION_SUFFIX}"  # missing after a run with --no_report, unlike its curves
+    description = read_description(path) if path.is_file() else {**EMPTY_DESCRIPTION, "name": name}
+    return write_page(folder, description, Curves(folder / f"{name}{METRICS_SUFFIX}"), Thumbnails())
+
+
+def find_run_name(folder: Path, name: str | None) -> str:
+    """`name`, or that of the only run in the folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
-    names = sorted({path.name.removesuffix(end) for end in (ENDING, ".run.jsonl") for path in folder.glob(f"*{end}")})
+        raise UserError(f"{folder} is not a folder", code="report-folder-missing")
+    names: set[str] = set()
+    for suffix in (METRICS_SUFFIX, DESCRIPTION_SUFFIX):
+        names.update(path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}"))
     if not names:
-        raise UserError(f"{folder} holds no run", fix="give the --output_dir of a run")
+        raise UserError(f"{folder} holds no run", code="report-without-run", fix="give the --output_dir of a run")
+    advice = f"--name with one of {', '.join(sorted(names))}"
     if name is None and len(names) > 1:
-        raise UserError(f"{folder} holds several runs", fix=f"--name with one of {', '.join(names)}")
-    chosen = name or names[0]
-    if chosen not in names:
-        raise UserError(f"{folder} holds no run {chosen!r}", fix=f"there is {', '.join(names)}")
-    path = folder / f"{chosen}{ENDING}"  # not there after a run with --no_report; its curves are
-    description = read_description(path) if path.is_file() else {**EMPTY, "name": chosen}
-    return write_page(folder, description, Curves(folder / f"{chosen}.run.jsonl"), Thumbnails())
+        raise UserError(f"{folder} holds several runs", code="report-run-ambiguous", fix=advice)
+    if name is not None and name not in names:
+        raise UserError(f"{folder} holds no run {name!r}", code="report-run-unknown", fix=advice)
+    return name or next(iter(names))

@@ -1,4 +1,4 @@
-"""The run's own journal file as curves: read on from where it was read before, thinned out, sorted by noise level."""
+"""The curves of a run, read from its metrics file, and its losses by noise level."""
 
 from __future__ import annotations
 
@@ -7,74 +7,73 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-POINTS = 1000  # of a curve, at most
+METRICS_SUFFIX = ".run.jsonl"
 LEVELS = 10  # bins of t in 0 .. 1000
-TIMESTEPS, SAMPLES = "timesteps", "loss/samples"  # the names of the lists in a line
+TIMESTEPS, SAMPLE_LOSSES = "timesteps", "loss/samples"  # the names of the lists in a line
 
 
 class Curves:
-    """Every series of a `.run.jsonl`, in memory; `read` takes in the whole lines that were added since."""
+    """Every series of a `.run.jsonl` in memory; `read` adds the complete lines that are new."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._forget()
+        self._reset()
 
     def read(self) -> None:
-        """Nothing where there is no file. A torn line is passed over; one without its end waits for it."""
+        """Does nothing where there is no file. A broken line is skipped; an incomplete last one is read later."""
         if not self.path.is_file():
             return
         if self.path.stat().st_size < self.offset:
-            self._forget()
+            self._reset()
         with self.path.open("rb") as file:
             file.seek(self.offset)
             content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        for line in whole.splitlines():
-            self._take(line)
+        complete = content[: content.rfind(b"\n") + 1]
+        self.offset += len(complete)
+        for line in complete.splitlines():
+            self._add_line(line)
 
     def xy(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a series where it has any."""
+        """Steps and finite values of a series."""
         values = np.asarray(self.series.get(name, ()), dtype=np.float64)
         steps = np.asarray(self.steps, dtype=np.float64)[: len(values)]
-        known = np.isfinite(values)
-        return steps[known], values[known]
+        finite = np.isfinite(values)
+        return steps[finite], values[finite]
 
-    def lost(self) -> list[int]:
+    def nonfinite_steps(self) -> list[int]:
         """The steps whose loss was not finite."""
-        return list(self.lost_steps)
+        return list(self.skipped_steps)
 
     @property
     def last(self) -> int:
         return self.steps[-1] if self.steps else 0
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.offset = 0
         self.steps: array[int] = array("q")
-        self.lost_steps: array[int] = array("q")
+        self.skipped_steps: array[int] = array("q")
         self.series: dict[str, array[float]] = {}
         self.level_steps: array[int] = array("q")  # one entry for each sample
         self.level_t, self.level_losses = array("d"), array("d")
 
-    def _take(self, line: bytes) -> None:
-        row = parsed(line)
+    def _add_line(self, line: bytes) -> None:
+        row = parse_metrics(line)
         if row is None:
             return
         step = row.pop("step")
-        timesteps, losses = row.pop(TIMESTEPS, []), row.pop(SAMPLES, [])
+        timesteps, losses = row.pop(TIMESTEPS, []), row.pop(SAMPLE_LOSSES, [])
         for t, loss in zip(timesteps, losses, strict=False):
             if is_number(t) and is_number(loss):
                 self.level_steps.append(step)
                 self.level_t.append(t)
                 self.level_losses.append(loss)
         if not is_number(row.get("loss/current", 0.0)):
-            self.lost_steps.append(step)
+            self.skipped_steps.append(step)
         for name, value in row.items():
             series = self.series.setdefault(name, array("d"))
             series.extend([math.nan] * (len(self.steps) - len(series)))
@@ -82,37 +81,24 @@ class Curves:
         self.steps.append(step)
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """One line's row; None for anything else."""
+def parse_metrics(line: bytes) -> dict[str, Any] | None:
+    """The row of one step; None for a line that is none."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         return None
-    lists = (row.get(TIMESTEPS, []), row.get(SAMPLES, []))
-    return row if all(isinstance(each, list) for each in lists) else None
+    lists = (row.get(TIMESTEPS, []), row.get(SAMPLE_LOSSES, []))
+    return row if all(isinstance(item, list) for item in lists) else None
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def thinned(x: np.ndarray, y: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many points: of each stretch its lowest and its highest, so that no peak is lost."""
-    if len(x) <= most:
-        return x, y
-    edges = np.linspace(0, len(x), most // 2 + 1).astype(int)
-    kept: list[int] = []
-    for start, end in pairwise(edges.tolist()):
-        piece = y[start:end]
-        low, high = start + int(piece.argmin()), start + int(piece.argmax())
-        kept += sorted({low, high})
-    return x[kept], y[kept]
-
-
 @dataclass(frozen=True, kw_only=True)
-class Level:
+class LevelLoss:
     """A tenth of the timesteps: mean loss of its samples in the first and in the last third of the steps."""
 
     low: int
@@ -123,8 +109,8 @@ class Level:
     late_count: int
 
 
-def by_level(curves: Curves) -> Sequence[Level]:
-    """Loss by noise level; empty where no line tells of samples, or all are of one step."""
+def loss_by_level(curves: Curves) -> Sequence[LevelLoss]:
+    """Loss by noise level; empty where no line has samples, or all are of one step."""
     steps = np.asarray(curves.level_steps, dtype=np.int64)
     if len(steps) == 0 or steps[0] == steps[-1]:
         return ()
@@ -133,12 +119,13 @@ def by_level(curves: Curves) -> Sequence[Level]:
     first, third = int(steps[0]), (int(steps[-1]) - int(steps[0]) + 1) / 3
     early, late = steps < first + third, steps >= first + 2 * third
     width = 1000 // LEVELS
-    levels = []
+    levels: list[LevelLoss] = []
     for i in range(LEVELS):
-        there = bins == i
-        (before, count_before), (after, count_after) = mean(losses[there & early]), mean(losses[there & late])
+        in_bin = bins == i
+        before, count_before = mean_and_count(losses[in_bin & early])
+        after, count_after = mean_and_count(losses[in_bin & late])
         levels.append(
-            Level(
+            LevelLoss(
                 low=i * width, high=(i + 1) * width, early=before, early_count=count_before,
                 late=after, late_count=count_after,
             )
@@ -146,5 +133,5 @@ def by_level(curves: Curves) -> Sequence[Level]:
     return levels
 
 
-def mean(values: np.ndarray) -> tuple[float, int]:
+def mean_and_count(values: np.ndarray) -> tuple[float, int]:
     return (float(values.mean()) if len(values) else math.nan), len(values)

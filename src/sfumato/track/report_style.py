@@ -30,15 +30,15 @@ p { margin: 0; }
 a { color: inherit; }
 a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; }
 header .over { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; }
-header .what { color: var(--soft); margin-top: 4px; }
+header .subtitle { color: var(--soft); margin-top: 4px; }
 .state {
   font-size: 13px; font-weight: 600; padding: 2px 11px; border-radius: 99px; border: 1px solid currentColor;
   color: var(--soft);
 }
 .state.finished { color: var(--good); } .state.running { color: var(--c1); }
 .state.stopped, .state.silent { color: var(--warn); } .state.failed { color: var(--bad); }
-.way { height: 6px; background: var(--line); border-radius: 99px; overflow: hidden; margin: 18px 0 16px; }
-.way i { display: block; height: 100%; background: var(--c0); border-radius: 99px; }
+.progress { height: 6px; background: var(--line); border-radius: 99px; overflow: hidden; margin: 18px 0 16px; }
+.progress i { display: block; height: 100%; background: var(--c0); border-radius: 99px; }
 dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(138px, 1fr)); gap: 14px 20px; margin: 0; }
 dl.facts dt { font-size: 12.5px; color: var(--soft); }
 dl.facts dd { margin: 0; font-size: 18px; font-weight: 560; font-variant-numeric: tabular-nums; line-height: 1.35; }
@@ -53,22 +53,22 @@ figcaption { display: flex; flex-wrap: wrap; gap: 2px 18px; align-items: baselin
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; margin: 0; padding: 0; list-style: none; font-size: 13px;
   color: var(--soft); }
 .legend i { display: inline-block; width: 16px; height: 3px; border-radius: 2px; margin-right: 6px;
-  vertical-align: middle; background: var(--colour); }
+  vertical-align: middle; background: var(--color); }
 .legend i.limit { height: 0; border-top: 2px dashed var(--soft); }
 .legend i.bad { width: 3px; height: 10px; background: var(--bad); }
 .legend i.faint { opacity: .4; }
-.c0 { --colour: var(--c0); } .c1 { --colour: var(--c1); } .c2 { --colour: var(--c2); } .c3 { --colour: var(--c3); }
-.c4 { --colour: var(--c4); } .c5 { --colour: var(--c5); } .c6 { --colour: var(--c6); } .c7 { --colour: var(--c7); }
+.c0 { --color: var(--c0); } .c1 { --color: var(--c1); } .c2 { --color: var(--c2); } .c3 { --color: var(--c3); }
+.c4 { --color: var(--c4); } .c5 { --color: var(--c5); } .c6 { --color: var(--c6); } .c7 { --color: var(--c7); }
 .plot { position: relative; height: 210px; margin: 0 10px 30px 50px; touch-action: pan-y; }
 .wide .plot { height: 290px; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: hidden; pointer-events: none; }
 .plot svg * { vector-effect: non-scaling-stroke; fill: none; }
 .plot .grid { stroke: var(--line); stroke-width: 1; }
-.plot .line { stroke: var(--colour); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
+.plot .line { stroke: var(--color); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .plot .faint { stroke-width: 1; opacity: .38; }
 .plot .limit { stroke: var(--soft); stroke-width: 1.5; stroke-dasharray: 5 4; }
 .plot .bad { stroke: var(--bad); stroke-width: 2; }
-.plot .bar { fill: var(--colour); }
+.plot .bar { fill: var(--color); }
 .plot span { position: absolute; font-size: 12px; line-height: 1; color: var(--soft); white-space: nowrap;
   font-variant-numeric: tabular-nums; pointer-events: none; }
 .plot span.y { right: 100%; margin-right: 8px; transform: translateY(-50%); }
@@ -141,10 +141,10 @@ for (const plot of document.querySelectorAll(".plot[data-x]")) {
     const box = plot.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * 1000;
     if (x < 0 || x > 1000 || !lines.length) return hide();
     const nearest = points => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-    const found = lines.map(line => [line.name, nearest(line.points)]);
-    const place = found[0][1][0] / 1000;
+    const points = lines.map(line => [line.name, nearest(line.points)]);
+    const place = points[0][1][0] / 1000;
     tip.replaceChildren(...["step " + Math.round(left + place * (right - left)).toLocaleString("en"),
-      ...found.map(([name, point]) => name + "  " + Number((high - point[1] / 1000 * (high - low)).toPrecision(3)))]
+      ...points.map(([name, point]) => name + "  " + Number((high - point[1] / 1000 * (high - low)).toPrecision(3)))]
       .map(text => Object.assign(document.createElement("div"), {textContent: text})));
     hair.style.left = place * 100 + "%";
     tip.style.left = place < .5 ? "calc(" + place * 100 + "% + 10px)" : "auto";

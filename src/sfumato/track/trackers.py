@@ -1,4 +1,4 @@
-"""Curves: one JSON object per step always, TensorBoard and wandb where they are asked for."""
+"""Trackers of a run's metrics: always a file of JSON lines, TensorBoard and wandb with --log_with."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from sfumato.common import files
+from sfumato.common.text import EMPTY, strip_paths
 from sfumato.config import LogOptions
 from sfumato.errors import UserError
-from sfumato.formats.metadata import without_paths
 
 log = logging.getLogger(__name__)
-Value = float | Sequence[float]  # a list is for the journal file alone
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+Value = float | Sequence[float]  # lists are for the JSON lines alone
 SECTIONS = ("wandb", "tensorboard")  # of --log_tracker_config
-PROJECT = "network_train"  # the field's name where --log_tracker_name gives none
-DISCREET = {  # wandb's settings against sending the command line, paths, user, host, messages and source
+PROJECT = "network_train"  # sd-scripts' default of --log_tracker_name
+WANDB_PRIVACY = {  # settings that keep command line, paths, user, host, console output and source from wandb
     "x_disable_meta": True,
     "x_disable_machine_info": True,
     "disable_git": True,
@@ -34,7 +32,7 @@ DISCREET = {  # wandb's settings against sending the command line, paths, user, 
 
 
 class Tracker(Protocol):
-    """Where a step's numbers go, by the names of the field's series: loss/average, lr/unet, ..."""
+    """A destination of a step's metrics, by sd-scripts' names of series: loss/average, lr/unet, ..."""
 
     def log(self, step: int, values: Mapping[str, Value]) -> None: ...
 
@@ -42,15 +40,15 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """One line per step, written at once; a resumed run takes back the lines of steps that it does again.
+    """One line per step, written immediately; a resumed run removes the lines of steps that it repeats.
 
-    Numbers that JSON lacks (nan, inf) become null. A full disk costs lines, never the run.
+    nan and inf become null. A full disk loses lines, but does not stop the run.
     """
 
     def __init__(self, path: Path, start: int) -> None:
         self.path, self.torn, self.warned = path, False, False
-        kept = [line for line in _lines(path) if _step(line) <= start] if start else []
-        files.write_text(path, "".join(line + "\n" for line in kept))
+        lines = [line for line in _read_lines(path) if _parse_step(line) <= start] if start else []
+        files.write_text(path, "".join(line + "\n" for line in lines))
         self.file = path.open("ab", buffering=0)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
@@ -61,32 +59,36 @@ class JsonLines:
         self.file.close()
 
     def _write(self, line: str) -> None:
-        """A torn line is ended by the next, so that it spoils none but itself."""
+        """The next line ends a torn one, so that only the torn one is lost."""
         content = (("\n" if self.torn else "") + line + "\n").encode()
-        written, why = 0, "no room"
+        written, why = 0, "disk full"
         try:
             written = self.file.write(content)
         except OSError as error:
             why = error.strerror or why
         if written < len(content) and not self.warned:
-            log.warning("%s could not be written (%s); training goes on", self.path, why)
+            log.warning("cannot write %s (%s); training goes on", self.path, why)
             self.warned = True
         if written:
             self.torn = written < len(content)
 
 
 class TensorBoard:
-    """Event files for TensorBoard; a resumed run hides the events of the steps that it does again."""
+    """Event files for TensorBoard; a resumed run hides the events of the steps that it repeats."""
 
-    def __init__(self, folder: Path, start: int, arguments: Mapping[str, Any] = NOTHING) -> None:
-        writer = _import("torch.utils.tensorboard.writer", "TensorBoard", "tensorboard").SummaryWriter
-        given = {"purge_step": start + 1 if start else None, "flush_secs": 30, **arguments}
+    def __init__(self, folder: Path, start: int, arguments: Mapping[str, Any] = EMPTY) -> None:
+        writer = _import_tracker("torch.utils.tensorboard.writer", "TensorBoard", "tensorboard").SummaryWriter
+        settings = {"purge_step": start + 1 if start else None, "flush_secs": 30, **arguments}
         try:
-            self.writer = writer(str(folder), **given)
+            self.writer = writer(str(folder), **settings)
         except TypeError as error:
-            raise UserError(f"--log_tracker_config: [tensorboard] {error}") from error
+            raise UserError(
+                f"--log_tracker_config: [tensorboard] {error}", code="tensorboard-arguments-refused"
+            ) from error
         except OSError as error:
-            raise UserError(f"--logging_dir: cannot write into {folder} ({error.strerror})") from error
+            raise UserError(
+                f"--logging_dir: cannot write to {folder} ({error.strerror})", code="logging-dir-not-writable"
+            ) from error
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         for name, value in values.items():
@@ -101,26 +103,27 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run at wandb, which learns the curves and `facts` and nothing else: no command line, code, host or messages.
+    """A run at wandb, which gets the metrics and `facts` alone: no command line, code, host or console output.
 
-    Raises OSError for whatever wandb refuses or loses, so that a journal goes on without it.
+    Raises OSError for any failure of wandb, so that training goes on without it.
     """
 
     def __init__(
-        self, options: LogOptions, folder: Path, facts: Mapping[str, str], arguments: Mapping[str, Any] = NOTHING
+        self, options: LogOptions, folder: Path, facts: Mapping[str, str], arguments: Mapping[str, Any] = EMPTY
     ) -> None:
-        wandb = _import("wandb", "wandb", "wandb")
-        self.failures = (wandb.Error, RuntimeError, ValueError, TimeoutError)  # TypeError: a wrong name in the file
-        key = options.wandb_api_key
-        settings = {**DISCREET, **arguments.get("settings", {})} | ({"api_key": key.get_secret_value()} if key else {})
-        given = {"project": options.log_tracker_name or PROJECT, "dir": str(folder), "config": dict(facts), **arguments}
+        wandb = _import_tracker("wandb", "wandb", "wandb")
+        self.failures = (wandb.Error, RuntimeError, ValueError, TimeoutError)  # not TypeError: a wrong name in the file
+        settings = {**WANDB_PRIVACY, **arguments.get("settings", {})}
+        if options.wandb_api_key:
+            settings["api_key"] = options.wandb_api_key.get_secret_value()
+        init = {"project": options.log_tracker_name or PROJECT, "dir": str(folder), "config": dict(facts), **arguments}
         if options.wandb_run_name:
-            given["name"] = options.wandb_run_name
+            init["name"] = options.wandb_run_name
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            self.run = wandb.init(**{**given, "settings": wandb.Settings(**settings)})
+            self.run = wandb.init(**{**init, "settings": wandb.Settings(**settings)})
         except TypeError as error:
-            raise UserError(f"--log_tracker_config: [wandb] {error}") from error
+            raise UserError(f"--log_tracker_config: [wandb] {error}", code="wandb-arguments-refused") from error
         except self.failures as error:
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
@@ -138,90 +141,99 @@ class Wandb:
 
 
 def check_trackers(options: LogOptions) -> None:
-    """Raise UserError for what would keep trackers from starting: a missing package or folder, a faulty TOML file."""
+    """Raise UserError for what would keep trackers from starting: a missing package or option, an invalid TOML file."""
     if options.log_with in ("tensorboard", "all") and options.logging_dir is None:
-        raise UserError(f"--log_with {options.log_with} needs a folder", fix="--logging_dir FOLDER")
-    if _wants_board(options):
-        _import("torch.utils.tensorboard.writer", "TensorBoard", "tensorboard")
-    if _wants_wandb(options):
-        _import("wandb", "wandb", "wandb")
-    tracker_arguments(options)
+        raise UserError(
+            f"--log_with {options.log_with} needs a folder", code="tracker-folder-missing", fix="--logging_dir FOLDER"
+        )
+    if _uses_tensorboard(options):
+        _import_tracker("torch.utils.tensorboard.writer", "TensorBoard", "tensorboard")
+    if _uses_wandb(options):
+        _import_tracker("wandb", "wandb", "wandb")
+    read_tracker_config(options)
 
 
 def make_trackers(
     options: LogOptions, output: Path, name: str, start: int, facts: Mapping[str, str]
 ) -> Sequence[Tracker]:
-    """run.jsonl in the output folder always; TensorBoard and wandb under --logging_dir; wandb without it in the output.
+    """Always NAME.run.jsonl in the output folder; TensorBoard and wandb in --logging_dir, which for wandb is optional.
 
-    `facts`: what --log_config writes. They must hold no secrets; absolute paths in them are cut down to names here.
+    facts: what --log_config writes, without secrets; absolute paths in them are cut to names here.
     """
     check_trackers(options)
-    public = {key: without_paths(value) for key, value in facts.items()} if options.log_config else {}
-    arguments, folder = tracker_arguments(options), log_folder(options, options.logging_dir or output)
+    public = {key: strip_paths(value) for key, value in facts.items()} if options.log_config else {}
+    arguments, folder = read_tracker_config(options), choose_log_folder(options, options.logging_dir or output)
     trackers: list[Tracker] = [JsonLines(output / f"{name}.run.jsonl", start)]
-    if _wants_board(options):
-        board = TensorBoard(folder, start, arguments.get("tensorboard", NOTHING))
+    if _uses_tensorboard(options):
+        board = TensorBoard(folder, start, arguments.get("tensorboard", EMPTY))
         if public:
             board.text("options", "\n".join(f"    {key} = {value}" for key, value in public.items()))
         trackers.append(board)
-    if _wants_wandb(options):
-        place = folder.parent if options.logging_dir else output
+    if _uses_wandb(options):
+        wandb_folder = folder.parent if options.logging_dir else output
         try:
-            trackers.append(Wandb(options, place, public, arguments.get("wandb", NOTHING)))
+            trackers.append(Wandb(options, wandb_folder, public, arguments.get("wandb", EMPTY)))
         except OSError as error:
-            log.warning("wandb could not be started, training goes on without it: %s", error)
+            log.warning("cannot start wandb: %s; training goes on", error)
     return trackers
 
 
-def tracker_arguments(options: LogOptions) -> Mapping[str, Mapping[str, Any]]:
-    """The sections of --log_tracker_config: what is handed to wandb.init and to TensorBoard's SummaryWriter."""
+def read_tracker_config(options: LogOptions) -> Mapping[str, Mapping[str, Any]]:
+    """The sections of --log_tracker_config: arguments of wandb.init and of TensorBoard's SummaryWriter."""
     path = options.log_tracker_config
     if path is None:
         return {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"--log_tracker_config: cannot read {path} ({error.strerror})") from error
+        raise UserError(
+            f"--log_tracker_config: cannot read {path} ({error.strerror})", code="tracker-config-unreadable"
+        ) from error
     except ValueError as error:  # neither TOML nor UTF-8
-        raise UserError(f"--log_tracker_config: {path}: {error}") from error
+        raise UserError(f"--log_tracker_config: {path}: {error}", code="tracker-config-invalid") from error
     for key, value in table.items():
         if key not in SECTIONS or not isinstance(value, dict):
-            raise UserError(f"--log_tracker_config: {path}: {key} is neither [wandb] nor [tensorboard]")
+            raise UserError(
+                f"--log_tracker_config: {path}: {key} is neither [wandb] nor [tensorboard]",
+                code="tracker-config-section-unknown",
+            )
     return table
 
 
-def log_folder(options: LogOptions, root: Path) -> Path:
-    """This run's folder: --log_prefix and the time, and in it the tracker's name, as the field lays them out."""
+def choose_log_folder(options: LogOptions, root: Path) -> Path:
+    """The run's folder as in sd-scripts: --log_prefix with the time, and in it --log_tracker_name."""
     stamp = (options.log_prefix or "") + time.strftime("%Y%m%d%H%M%S")
     return root / stamp / (options.log_tracker_name or PROJECT)
 
 
-def _wants_board(options: LogOptions) -> bool:
+def _uses_tensorboard(options: LogOptions) -> bool:
     return options.log_with in ("tensorboard", "all") or (options.log_with is None and options.logging_dir is not None)
 
 
-def _wants_wandb(options: LogOptions) -> bool:
+def _uses_wandb(options: LogOptions) -> bool:
     return options.log_with in ("wandb", "all")
 
 
-def _import(module: str, what: str, package: str) -> Any:
-    """A module that is only there where the user installed it."""
+def _import_tracker(module: str, what: str, package: str) -> Any:
+    """A module of an optional package; UserError where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{what} is not installed", fix=f"pip install {package}") from error
+        raise UserError(
+            f"{what} is not installed", code="tracker-package-missing", fix=f"pip install {package}"
+        ) from error
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of an earlier run's file; a torn last one is left out."""
+def _read_lines(path: Path) -> list[str]:
+    """The complete lines of an earlier run's file, without a torn last one."""
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def _step(line: str) -> float:
-    """The step that a line is about; infinity where it is torn."""
+def _parse_step(line: str) -> float:
+    """The step of a line; infinity where it is torn."""
     try:
         row: Any = json.loads(line)
         return row["step"]

@@ -1,4 +1,4 @@
-"""From a data plan to batches: the caches of what does not train, filled once, and the loader over them."""
+"""Filling the caches of what does not train: latents, masks, text; each entry is made once."""
 
 from __future__ import annotations
 
@@ -16,76 +16,31 @@ from torch import nn
 from sfumato.config import Config
 from sfumato.data.cache.entries import (
     ContentHashes,
-    Counts,
-    Filling,
-    LatentNames,
+    FillCounts,
+    FillOptions,
+    LatentKeys,
     Store,
     TensorCache,
-    TextNames,
+    TextKeys,
     fill_latents,
     fill_text,
-    latent_places,
+    list_latent_items,
 )
-from sfumato.data.cache.references import Use
+from sfumato.data.cache.references import CacheReference
 from sfumato.data.cache.store import DiskStore, MemoryStore
-from sfumato.data.find.index import default_cache_dir
-from sfumato.data.loader import Loader, TextFeatures
-from sfumato.data.masks import MaskNames, fill_masks, mask_places
-from sfumato.data.order import Order
+from sfumato.data.find.index import get_default_cache_dir
+from sfumato.data.loader import TextFeatures
+from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
 from sfumato.data.plans import DataPlan, SubsetPlan
-from sfumato.data.split import validation_order
-from sfumato.data.variants import captions_to_cache, longest_form
+from sfumato.data.variants import list_captions_to_cache
 from sfumato.families.base import Family
-from sfumato.families.encoding import cut_captions, encode_captions, encode_images, fingerprint
-from sfumato.methods.base import Method
-from sfumato.track.jobs import Job
+from sfumato.families.encoding import encode_captions, encode_images, fingerprint_network
+from sfumato.track.progress_task import ProgressTask
 
 log = logging.getLogger(__name__)
-COUNTED = 5000  # captions whose tokens are counted before training
 
 
-def make_loader(
-    config: Config, data: DataPlan, total: int, model: Family, method: Method, at: PartialState, *, began: int = 0
-) -> Loader:
-    """Fill the caches that are asked for and open the loader; networks whose output is cached are put away.
-
-    began: what the step with the first data is called.
-    """
-    assert config.loop.seed is not None
-    accumulation = config.loop.gradient_accumulation_steps
-    order = Order(data, seed=config.loop.seed, accumulation=accumulation, rank=at.process_index, began=began)
-    tell_of_cut_captions(config, data, model, method)
-    caches = fill(config, data, model, at, live_text=method.live_text, rewrite=method.caption)
-    return Loader(
-        order,
-        names=caches.names,
-        masks=caches.masks,
-        max_train_steps=total,
-        latents=caches.latents,
-        text=caches.text,
-        variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
-        text_dropout=text_dropout(config, model),
-        workers=workers_of(config),
-    )
-
-
-def make_held_out(config: Config, data: DataPlan, loader: Loader, at: PartialState) -> Loader | None:
-    """The held-out images out of the same caches, without any dropout of text; None where there are none."""
-    if not data.validation:
-        return None
-    return Loader(
-        validation_order(config, data, rank=at.process_index),
-        names=loader.names,
-        masks=loader.masks,
-        max_train_steps=loader.max_train_steps,
-        latents=loader.latents,
-        text=loader.text,
-        variants=loader.variants,
-        workers=loader.workers,
-    )
-
-
-def fill(
+def fill_caches(
     config: Config,
     data: DataPlan,
     model: Family,
@@ -95,153 +50,142 @@ def fill(
     rewrite: Callable[[str], str] = str,
     machine: tuple[int, int] = (0, 1),
 ) -> Caches:
-    """Make what is missing of the caches that are asked for; networks whose output is cached are put away.
+    """Make what is missing of the caches that are asked for; networks whose output is cached leave the device.
 
-    live_text: encoders that train and are left out. rewrite: what the method makes of a caption before it is encoded.
+    live_text: encoders that train, which are not cached. rewrite: the method's change of a caption before encoding.
     machine: which of how many machines without a common store this is.
     """
     cache = config.cache
     disk = open_store(config) if cache.cache_latents_to_disk or cache.cache_text_encoder_outputs_to_disk else None
     on_disk = disk if disk and cache.cache_latents_to_disk else MemoryStore()
-    task = Task(config=config, data=data, model=model, at=at, machine=machine)
-    names = latent_names(model, on_disk)
-    masks = MaskNames(downscale=model.latents.downscale, hashes=names.hashes)
-    caches = Caches(names=names, masks=masks)
+    task = CacheJob(config=config, data=data, model=model, processes=at, machine=machine)
+    names = make_latent_keys(model, on_disk)
+    masks = MaskKeys(downscale=model.latents.downscale, hashes=names.hashes)
+    caches = Caches(latent_keys=names, masks=masks)
     if cache.cache_latents:
         caches.latents = TensorCache(on_disk)
-        caches.counts["latents"] = task.latents(caches.latents, names)
-        if mask_places(data):
-            caches.counts["masks"] = task.masks(caches.latents, masks)
-        put_away(model.vae, config)
+        caches.counts["latents"] = task.fill_latents(caches.latents, names)
+        if list_mask_items(data):
+            caches.counts["masks"] = task.fill_masks(caches.latents, masks)
+        release_network(model.vae, config)
     if cache.cache_text_encoder_outputs:
         store = disk if disk and cache.cache_text_encoder_outputs_to_disk else MemoryStore()
-        captions = [rewrite(caption) for caption in captions_to_cache(data, variants=cache.text_cache_variants)]
-        for part in (part for part in model.text_parts if part not in live_text):
-            names = text_names(config, model, part)
-            caches.text[part] = TextFeatures(cache=TensorCache(store), names=names, rewrite=rewrite)
-            caches.counts[f"text of {part}"] = task.text(caches.text[part], part, captions)
-            put_away(model.parts[part].module, config)
+        captions = [rewrite(caption) for caption in list_captions_to_cache(data, variants=cache.text_cache_variants)]
+        for part in model.text_parts:
+            if part in live_text:
+                continue
+            names = make_text_keys(config, model, part)
+            caches.text[part] = TextFeatures(cache=TensorCache(store), keys=names, rewrite=rewrite)
+            caches.counts[f"text of {part}"] = task.fill_text(caches.text[part], part, captions)
+            release_network(model.parts[part].module, config)
     return caches
 
 
-def put_away(module: nn.Module, config: Config) -> None:
-    """A network whose output is cached leaves the device; its weights go altogether where no preview will ask."""
+def release_network(module: nn.Module, config: Config) -> None:
+    """A network whose output is cached leaves the device; its weights are freed where no preview needs them."""
     module.to("cpu" if config.samples.sample_prompts else "meta")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class CacheJob:
     """Filling caches for one plan with one model."""
 
     config: Config
     data: DataPlan
     model: Family
-    at: PartialState
+    processes: PartialState
     machine: tuple[int, int]
 
-    def latents(self, cache: TensorCache, names: LatentNames) -> Counts:
+    def fill_latents(self, cache: TensorCache, names: LatentKeys) -> FillCounts:
         chunk = self.config.cache.vae_batch_size
-        with self.job("latents", "images") as progress:
+        with self.start_progress("latents", "images") as progress:
             counts = fill_latents(
                 cache,
                 names,
-                latent_places(self.data),
+                list_latent_items(self.data),
                 lambda pixels, seeds: encode_images(self.model, pixels, seeds, vae_batch_size=chunk),
                 batch_size=chunk,
-                workers=workers_of(self.config),
-                how=self.how("latents", names.fingerprint, cache.store, progress),
+                workers=count_workers(self.config),
+                options=self.fill_options("latents", names.fingerprint, cache.store, progress),
             )
-        return self.told("latents", counts, cache.store)
+        return self.report_counts("latents", counts, cache.store)
 
-    def masks(self, cache: TensorCache, names: MaskNames) -> Counts:
-        with self.job("masks", "images") as progress:
-            how = self.how("masks", str(names.downscale), cache.store, progress)
-            counts = fill_masks(cache, names, mask_places(self.data), workers=workers_of(self.config), how=how)
-        return self.told("masks", counts, cache.store)
+    def fill_masks(self, cache: TensorCache, names: MaskKeys) -> FillCounts:
+        with self.start_progress("masks", "images") as progress:
+            how = self.fill_options("masks", str(names.downscale), cache.store, progress)
+            items = list_mask_items(self.data)
+            counts = fill_masks(cache, names, items, workers=count_workers(self.config), options=how)
+        return self.report_counts("masks", counts, cache.store)
 
-    def text(self, features: TextFeatures, part: str, captions: Sequence[str]) -> Counts:
+    def fill_text(self, features: TextFeatures, part: str, captions: Sequence[str]) -> FillCounts:
         kind, store = f"text of {part}", features.cache.store
-        with self.job(kind, "captions") as progress:
+        with self.start_progress(kind, "captions") as progress:
             counts = fill_text(
                 features.cache,
-                features.names,
+                features.keys,
                 captions,
                 partial(encode_captions, self.model, part, weighted=self.config.captions.weighted_captions),
                 batch_size=self.config.cache.text_encoder_batch_size or 1,
-                how=self.how(kind, features.names.fingerprint, store, progress),
+                options=self.fill_options(kind, features.keys.fingerprint, store, progress),
             )
-        return self.told(kind, counts, store)
+        return self.report_counts(kind, counts, store)
 
-    def how(self, kind: str, encoder: str, store: Store, progress: Job) -> Filling:
-        folder = store.folder if self.at.is_main_process and isinstance(store, DiskStore) else None
-        return Filling(
-            rank=self.at.process_index,
-            processes=self.at.num_processes,
+    def fill_options(self, kind: str, encoder: str, store: Store, progress: ProgressTask) -> FillOptions:
+        folder = store.folder if self.processes.is_main_process and isinstance(store, DiskStore) else None
+        return FillOptions(
+            rank=self.processes.process_index,
+            processes=self.processes.num_processes,
             machine=self.machine[0],
             machines=self.machine[1],
             check=not self.config.cache.skip_cache_check,
-            use=use_of(self.data, kind, encoder, folder) if folder else None,
+            reference=describe_cache_use(self.data, kind, encoder, folder) if folder else None,
             progress=progress,
         )
 
-    def job(self, what: str, unit: str) -> Job:
-        return Job(what, unit, plain=self.config.log.console_log_simple, visible=self.at.is_main_process)
+    def start_progress(self, what: str, unit: str) -> ProgressTask:
+        plain, visible = self.config.log.console_log_simple, self.processes.is_main_process
+        return ProgressTask(what, unit, plain=plain, visible=visible)
 
-    def told(self, kind: str, counts: Counts, store: Store) -> Counts:
-        log.info("%s: %d found in the cache, %d made", kind, counts.found, counts.encoded)
-        if self.at.num_processes > 1 and not store.shared and counts.encoded:
-            log.info("%s: each process made all of them; a cache on disk would have shared the work", kind)
+    def report_counts(self, kind: str, counts: FillCounts, store: Store) -> FillCounts:
+        log.info("%s: %d found in the cache, %d encoded", kind, counts.existing, counts.created)
+        if self.processes.num_processes > 1 and not store.shared and counts.created:
+            log.info("%s: each process encoded all of them; a cache on disk would have shared the work", kind)
         return counts
 
 
-def tell_of_cut_captions(config: Config, data: DataPlan, model: Family, method: Method) -> None:
-    """Some thousands of captions, evenly chosen: counting all of millions would take minutes."""
-    subsets = [subset for dataset in (*data.datasets, *data.validation) for subset in dataset.subsets]
-    total = sum(len(subset.items) for subset in subsets)
-    every = -(-total // COUNTED)
-    chosen = ((subset, place) for subset in subsets for place in range(0, len(subset.items), every))
-    some = dict.fromkeys(longest_form(subset.items.row(place), subset) for subset, place in chosen)
-    line = cut_captions(model, [method.caption(each) for each in some], weighted=config.captions.weighted_captions)
-    if line:
-        log.warning("%s%s", line, f" (looked at one in {every})" if every > 1 else "")
-
-
-def text_dropout(config: Config, model: Family) -> dict[str, float]:
-    """Text encoder -> chance to be left out, of those that this model has and whose rate it reads."""
-    rates = config.captions.text_dropout
-    return {part: rates[part] for part in model.text_parts if part in rates and f"{part}_dropout_rate" in model.options}
-
-
-def latent_names(model: Family, hashes: Store) -> LatentNames:
-    return LatentNames(
-        fingerprint=fingerprint(model.vae, type(model).name),
+def make_latent_keys(model: Family, hashes: Store) -> LatentKeys:
+    return LatentKeys(
+        fingerprint=fingerprint_network(model.vae, type(model).name),
         dtype=torch.promote_types(next(model.vae.parameters()).dtype, torch.float32),
         hashes=ContentHashes(hashes),
     )
 
 
-def text_names(config: Config, model: Family, part: str) -> TextNames:
+def make_text_keys(config: Config, model: Family, part: str) -> TextKeys:
     facts = (part, model.text_fingerprint(part), *(("emphasis",) if config.captions.weighted_captions else ()))
-    return TextNames(fingerprint=fingerprint(model.parts[part].module, *facts))
+    return TextKeys(fingerprint=fingerprint_network(model.parts[part].module, *facts))
 
 
-def use_of(data: DataPlan, kind: str, encoder: str, cache: Path) -> Use:
+def describe_cache_use(data: DataPlan, kind: str, encoder: str, cache: Path) -> CacheReference:
     """What the entries are for."""
     datasets = (*data.datasets, *data.validation)
-    places = {place for dataset in datasets for subset in dataset.subsets for place in places_of(subset)}
+    folders: set[str] = set()
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            folders |= list_image_folders(subset)
     sizes = {f"{dataset.settings.resolution[0]}x{dataset.settings.resolution[1]}" for dataset in datasets}
-    return Use(
+    return CacheReference(
         cache=cache,
-        kind=kind,
-        places=tuple(sorted(places)),
-        encoder=encoder,
+        content_type=kind,
+        sources=tuple(sorted(folders)),
+        fingerprint=encoder,
         sizes=tuple(sorted(sizes)) if kind in ("latents", "masks") else (),
     )
 
 
-def places_of(subset: SubsetPlan) -> set[str]:
-    """The folders and archives that the pictures lie in."""
-    pictures = subset.items.pictures
+def list_image_folders(subset: SubsetPlan) -> set[str]:
+    """The folders and archives that hold the images."""
+    pictures = subset.items.images
     if "" in pictures.origins:
         return {os.path.dirname(path) for path in pictures.paths()}  # noqa: PTH120 -- strings, for many thousands
     return {os.path.abspath(origin) for origin in pictures.origins}  # noqa: PTH100
@@ -252,25 +196,28 @@ def open_store(config: Config) -> DiskStore:
 
 
 def cache_folder(config: Config) -> Path:
-    return config.cache.cache_dir or default_cache_dir()
+    return config.cache.cache_dir or get_default_cache_dir()
 
 
-def workers_of(config: Config) -> int:
+def count_workers(config: Config) -> int:
     return min(config.loader.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
 @dataclass(kw_only=True)
 class Caches:
-    """What was filled."""
+    """The caches of a run and what filling them did."""
 
-    names: LatentNames
-    masks: MaskNames
+    latent_keys: LatentKeys
+    masks: MaskKeys
     latents: TensorCache | None = None
     text: dict[str, TextFeatures] = field(default_factory=dict)
-    counts: dict[str, Counts] = field(default_factory=dict)  # "latents", "masks", "text of clip_l"
+    counts: dict[str, FillCounts] = field(default_factory=dict)  # "latents", "masks", "text of clip_l"
 
     def close(self) -> None:
-        """Let go of the stores; nothing can be read any more."""
-        caches = [self.latents, *(features.cache for features in self.text.values())]
-        for store in {id(cache.store): cache.store for cache in caches if cache is not None}.values():
+        """Close the stores; nothing can be read any more."""
+        stores: dict[int, Store] = {}  # by identity: caches share them
+        for cache in (self.latents, *(features.cache for features in self.text.values())):
+            if cache is not None:
+                stores[id(cache.store)] = cache.store
+        for store in stores.values():
             store.close()

@@ -1,58 +1,55 @@
-"""Why a step gave something that is not finite: which pictures, at which timesteps, and where it began."""
+"""Why a step gave something that is not finite: which images, at which timesteps, and in which module it began."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sfumato.data.batch import Batch
+from sfumato.common.text import list_some
 from sfumato.data.loader import Step
-from sfumato.training.nonfinite import bad_gradients, first_bad_module
+from sfumato.loss import training_loss
+from sfumato.training.latents import load_latents
+from sfumato.training.nonfinite import list_nonfinite_gradients, record_nonfinite_outputs
 from sfumato.training.run import Run
 
 MOST_NAMES = 4
 
 
-def explain(run: Run, step: Step, loss: Callable[[Run, Batch, int], Tensor]) -> str:
-    """Go through the step's pictures again, with an eye on every module. Its gradients are lost afterwards."""
-    networks = networks_of(run)
-    gradients = bad_gradients(networks)
+def diagnose_nonfinite(run: Run, step: Step) -> str:
+    """Run the step's forward pass again and look at every module's output. The step's gradients are lost."""
+    networks: dict[str, nn.Module] = {"method": run.method.modules}
+    networks |= {name: part.module for name, part in run.model.parts.items()}
+    gradients = list_nonfinite_gradients(networks)
     run.optimizer.zero_grad(set_to_none=True)
-    found = [f"{names_of(run, step)} at t = {timesteps_of(run, step)}"]
-    with first_bad_module(networks) as modules, torch.no_grad():
-        for micro, batch in enumerate(step.batches):
-            run.randomness.seed_modules(step.index, micro, run.processes.process_index)
+    facts = [f"{name_images(run, step)} at t = {name_timesteps(run, step)}"]
+    with record_nonfinite_outputs(networks) as modules, torch.no_grad():
+        for micro_step, batch in enumerate(step.batches):
+            run.context.randomness.seed_modules(step.index, micro_step, run.processes.process_index)
             with run.autocast():
-                loss(run, batch, step.real_samples)
+                training_loss(run.context, batch, load_latents(run, batch), step.real_samples)
     if modules:
-        found.append(f"the first module with such an output is {modules[0]}")
+        facts.append(f"the first module with such an output is {modules[0]}")
     elif gradients:
-        found.append(f"the loss is finite, the gradient of {gradients[0]} is not")
-    return "; ".join(found)
+        facts.append(f"the loss is finite, the gradient of {gradients[0]} is not")
+    return "; ".join(facts)
 
 
-def networks_of(run: Run) -> dict[str, nn.Module]:
-    return {"method": run.method.modules, **{name: part.module for name, part in run.model.parts.items()}}
+def name_images(run: Run, step: Step) -> str:
+    """File names of this process's images."""
+    planned = next(run.loader.sampler.steps(step.index))
+    names: list[str] = []
+    for batch in planned.batches:
+        names += [PurePath(sample.item.image.path).name for sample in batch.samples]
+    return list_some(names, MOST_NAMES)
 
 
-def names_of(run: Run, step: Step) -> str:
-    """Names of the picture files of this process."""
-    planned = next(run.loader.order.steps(step.index))
-    names = [PurePath(sample.item.picture.path).name for batch in planned.batches for sample in batch.samples]
-    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-
-
-def timesteps_of(run: Run, step: Step) -> str:
-    values = [
-        run.recipe.timesteps(run.randomness, batch.ids, run.latents(batch).shape[1:], run.model.latents)
-        for batch in step.batches
-    ]
-    return ", ".join(f"{t:.0f}" for t in _flat(values[:MOST_NAMES]))
-
-
-def _flat(values: list[Tensor]) -> Iterator[float]:
-    for each in values:
-        yield from each.tolist()[:MOST_NAMES]
+def name_timesteps(run: Run, step: Step) -> str:
+    """The first timesteps of the first micro-batches, as whole numbers."""
+    context, names = run.context, []
+    for batch in step.batches[:MOST_NAMES]:
+        shape = load_latents(run, batch).shape[1:]
+        t = context.recipe.timesteps(context.randomness, batch.ids, shape, context.model.latents)
+        names += [f"{value:.0f}" for value in t.tolist()[:MOST_NAMES]]
+    return ", ".join(names)

@@ -17,24 +17,24 @@ log = logging.getLogger(__name__)
 class Interrupt:
     """Whether the user asked to stop."""
 
-    asked: bool = False
+    requested: bool = False
 
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Turn SIGINT and SIGTERM into a wish that the loop reads between steps."""
+    """Turn SIGINT and SIGTERM into a request that the loop reads between steps."""
     interrupt = Interrupt()
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if interrupt.asked:
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        if interrupt.requested:
             raise KeyboardInterrupt
-        interrupt.asked = True
+        interrupt.requested = True
         log.warning("stopping after this step and saving the state; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield interrupt
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupt
     finally:

@@ -12,135 +12,114 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from sfumato import plan
 from sfumato.config import Config
-from sfumato.data.batch import Batch
-from sfumato.data.cache.entries import not_finite
 from sfumato.data.loader import Loader
-from sfumato.diffusion.randomness import Randomness
-from sfumato.diffusion.recipe import Recipe
 from sfumato.families.base import Family
-from sfumato.families.encoding import FrozenText, encode_images
-from sfumato.formats.metadata import modelspec
-from sfumato.formats.outputs import Plan as SavePlan
+from sfumato.loss import LossContext
+from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.base import Method
-from sfumato.optim.ema import Averages
-from sfumato.optim.rates import Rates
-from sfumato.optim.rounding import Rounding
+from sfumato.optim.ema import EmaSet
+from sfumato.plan import RunPlan
 from sfumato.track.best import Best
 from sfumato.track.hub import Hub
-from sfumato.track.journal import Journal
-from sfumato.training.nonfinite import Health, Proof
-from sfumato.training.start_point import Beginning
+from sfumato.track.metrics_logger import MetricsLogger
+from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
+from sfumato.training.optimizer_setup import OptimizerSetup
+from sfumato.training.run_state import RunState
+from sfumato.training.start_point import StartPoint
 
 log = logging.getLogger(__name__)
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
 class Run:
     """One training run, ready for its next step."""
 
-    config: Config
+    plan: RunPlan
+    start: StartPoint
+    state: RunState
     processes: PartialState
-    outlook: plan.Outlook
-    model: Family
-    method: Method
-    recipe: Recipe
-    randomness: Randomness
-    optimizer: Optimizer
-    rates: Rates
-    rounding: Rounding | None  # where weights are in bfloat16
-    scaler: GradScaler  # does nothing but in fp16
-    parameters: Sequence[nn.Parameter]  # of the method
-    averages: Averages
-    health: Health
-    proof: Proof
+    context: LossContext
+    optimization: OptimizerSetup
+    nonfinite_guard: NonfiniteGuard
+    training_check: TrainingCheck
     loader: Loader
-    held_out: Loader | None  # the images of validation
+    validation_loader: Loader | None
     best: Best
-    frozen_text: FrozenText
-    journal: Journal
+    metrics: MetricsLogger
     hub: Hub
-    saves: SavePlan
-    output: Path
     metadata: dict[str, str]  # ss_ keys that are known before training
-    named_files: Future[dict[str, str]]  # those of the checkpoint and --vae, hashed while training goes on
-    begun: Beginning
-    total: int
-    steps_per_epoch: int
-    told: set[str] = field(default_factory=set)  # warnings that are not repeated
-    lost: list[str] = field(default_factory=list)  # why saves failed, one line each
+    file_hashes: Future[dict[str, str]]  # of the checkpoint and --vae, computed while training goes on
+    warned: set[str] = field(default_factory=set)  # warnings that are not repeated
+    failed_saves: list[str] = field(default_factory=list)  # why saves failed, one line each
+
+    @property
+    def config(self) -> Config:
+        return self.plan.config
+
+    @property
+    def model(self) -> Family:
+        return self.context.model
+
+    @property
+    def method(self) -> Method:
+        return self.context.method
 
     @property
     def device(self) -> torch.device:
-        assert self.processes.device is not None
-        return self.processes.device
+        return self.context.device
 
     @property
-    def start(self) -> int:
-        """Steps called done before the first one."""
-        return self.begun.step
+    def optimizer(self) -> Optimizer:
+        return self.optimization.optimizer
+
+    @property
+    def scaler(self) -> GradScaler:
+        return self.optimization.scaler
+
+    @property
+    def ema(self) -> EmaSet:
+        return self.optimization.ema
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Of the method."""
+        return self.optimization.parameters
+
+    @property
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Everything that gets a gradient: the method's parameters, and the learned weights of the loss."""
+        uncertainty = self.optimization.uncertainty
+        return [*self.parameters, *(uncertainty.parameters() if uncertainty else ())]
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.processes.is_main_process
 
-    @property
-    def epochs(self) -> int:
-        return -(-self.total // self.steps_per_epoch)
+    def output_path(self, name: str) -> Path:
+        """The file or folder of an output."""
+        return self.plan.output_dir / (name + self.method.file_suffix(self.model.blueprint))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = DTYPES[self.config.memory.mixed_precision]
+        dtype = MIXED_PRECISION[self.config.memory.mixed_precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    @property
-    def learning(self) -> list[nn.Parameter]:
-        """Everything that gets a gradient: the method's parameters, and those of a loss that learns."""
-        more = self.recipe.uncertainty
-        return [*self.parameters, *(more.parameters() if more else ())]
-
-    def take_step(self, step: int) -> None:
-        """The optimizer's own step, left out where float16 has overflowed."""
-        if self.rounding is None:
+    def take_optimizer_step(self, step: int) -> None:
+        """The optimizer's own step; skipped where float16 has overflowed."""
+        if self.optimization.bf16_stepper is None:
             self.scaler.step(self.optimizer)
         else:
-            self.rounding.step(step)
-
-    def latents(self, batch: Batch, source: Loader | None = None) -> Tensor:
-        """Cached latents, or the autoencoder's, made exactly as the cache makes them.
-
-        source: what the batch came from, where that is not training; its pictures are named where one is no good.
-        """
-        if batch.latents is not None:
-            return batch.latents.to(self.device, non_blocking=True)
-        assert batch.pixels is not None
-        chunk = self.config.cache.vae_batch_size
-        found = encode_images(self.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=chunk)
-        if not torch.isfinite(found).all():
-            bad = batch.ids[~torch.isfinite(found).flatten(1).all(1).cpu()]
-            raise not_finite((source or self.loader).order.pictures(bad.tolist()))
-        return found
-
-    def modelspec(self) -> dict[str, str]:
-        kind = {"epsilon": "epsilon", "v": "v", "velocity": ""}[self.model.objective.predicts]
-        return modelspec(
-            self.config,
-            architecture=self.outlook.blueprint.architecture + self.method.kind,
-            implementation=self.outlook.blueprint.implementation,
-            prediction_type=kind,
-            resolution=self.outlook.data.datasets[0].settings.resolution,
-        )
+            self.optimization.bf16_stepper.step(step)
 
     def warn_once(self, lines: Iterable[str]) -> None:
-        """Warn of what was not yet warned of in this run."""
-        new = [line for line in dict.fromkeys(lines) if line not in self.told]
-        self.told.update(new)
+        """Log the warnings that this run has not logged before."""
+        new = [line for line in dict.fromkeys(lines) if line not in self.warned]
+        self.warned.update(new)
         self.warn(new)
 
     def warn(self, lines: Sequence[str]) -> None:

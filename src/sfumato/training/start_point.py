@@ -1,52 +1,48 @@
-"""Where a run begins: at step 0, where a saved state ends, or at the step that --initial_step or --initial_epoch names.
+"""Where a run starts: at step 0, where a saved state ends, or at the step that --initial_step or --initial_epoch names.
 
-A run knows three places, which are usually the same: what its next step is called (files, curves, moments to save,
-captions that change with the steps), how far it is in the data, and how far in the schedule of learning rates.
+A run has three positions, which are usually the same: the number of its next step (files, curves, when to save,
+captions that change with the steps), its position in the data, and its position in the learning-rate schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass
 
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan
-from sfumato.plan import named_step
+from sfumato.plan import requested_first_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
+class StartPoint:
     """In optimizer steps."""
 
-    step: int = 0  # called done before the first one
-    data: int = 0  # what the step with the first data is called, or would be
-    schedule: int = 0  # the same of the first step of the learning rates
+    step: int = 0  # that count as done before the first one
+    data: int = 0  # the number of the step with the first data
+    schedule: int = 0  # the number of the first step of the learning-rate schedule
 
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Self:
-        """Of a state that goes on, {} for a fresh run; states of runs that began at 0 need not say so."""
-        return cls(step=state.get("step", 0), **state.get("began", {}))
-
-    def state(self) -> dict[str, int]:
-        """What a later state needs besides its step."""
-        return {"data": self.data, "schedule": self.schedule}
+    def counters(self, step: int) -> dict[str, int]:
+        """What a state saved after `step` keeps, from which a resumed run starts."""
+        return {**asdict(self), "step": step}
 
 
-def beginning(config: Config, data: DataPlan, state: Mapping[str, Any]) -> Beginning:
-    """--initial_step gives the next step another name; data and rates go on where they were, unless
+def find_start_point(config: Config, data: DataPlan, counters: Mapping[str, int]) -> StartPoint:
+    """--initial_step gives the next step another number; data and learning rates go on where they were, unless
     --skip_until_initial_step asks for the data of that step.
+
+    counters: of the saved state, {} for a fresh run.
     """
-    saved, named = Beginning.of(state), named_step(config, data)
-    if named is None:
+    saved, first = StartPoint(**counters), requested_first_step(config, data)
+    if first is None:
         return saved
-    moved = named - saved.step
-    whose = 0 if config.loop.skip_until_initial_step else saved.data + moved
-    return Beginning(step=named, data=whose, schedule=saved.schedule + moved)
+    moved = first - saved.step
+    data_start = 0 if config.loop.skip_until_initial_step else saved.data + moved
+    return StartPoint(step=first, data=data_start, schedule=saved.schedule + moved)
 
 
-def told(begun: Beginning) -> str:
-    """One line for a run that begins elsewhere than its data or its learning rates."""
-    data = f"with the data of step {begun.step - begun.data + 1}"
-    rates = f"the learning rates stand at their step {begun.step - begun.schedule + 1}"
-    return f"the next step is called {begun.step + 1}; it goes on {data}, and {rates}"
+def describe_start(start: StartPoint) -> str:
+    """One line for a run that starts elsewhere than its data or its learning-rate schedule."""
+    data = f"with the data of step {start.step - start.data + 1}"
+    schedule = f"the learning-rate schedule is at its step {start.step - start.schedule + 1}"
+    return f"the next step has number {start.step + 1}; it goes on {data}, and {schedule}"

@@ -1,54 +1,52 @@
 """The validation loss: the held-out images with the same times and noise at every validation of a run.
 
-Every image is seen at a few times that cut the trained range into equal parts, each time with noise of its own, which
-is a function of the validation seed and the image's place among the held-out ones. So two validations differ by the
-weights alone, and their numbers by far less than those of training, where times and noise are drawn anew at each step.
+Every image is used at a few timesteps that divide the trained range into equal parts, each with its own noise, which
+is a function of the validation seed and the image's index among the held-out ones. So two validations differ by the
+weights alone, and far less than training losses, whose timesteps and noise change at each step.
 
 The loss is that of each sample before weighting, as in "loss by noise level": --min_snr_gamma and the like say what
 training should attend to, not how well the model does, and with them runs could not be compared. For the same reason
-nothing is subtracted from the training loss, which is weighted and taken at other times. The input is not perturbed.
+no difference to the training loss is shown, which is weighted and has other timesteps. The input is not perturbed.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 
 import torch
 import torch.distributed as distributed
-from torch import Tensor
 
-from sfumato.config.validation import LEVELS
-from sfumato.data.batch import Batch
-from sfumato.data.order import HeldOut
+from sfumato.config.evaluation import VALIDATION_LEVELS
+from sfumato.data.batch_sampler import ValidationSampler
 from sfumato.diffusion.randomness import Randomness
-from sfumato.diffusion.timesteps import quantiles
-from sfumato.track.best import Best
+from sfumato.diffusion.timesteps import timestep_quantiles
+from sfumato.loss import sample_losses
+from sfumato.training.evaluation import eval_mode
+from sfumato.training.latents import load_latents
 from sfumato.training.run import Run
-from sfumato.training.saving import at_rest, average_facts, kept_going, output_path, save_output
+from sfumato.training.saving import ema_metadata, save_output, survive_failed_save
 
 log = logging.getLogger(__name__)
-SERIES = "loss/validation/"  # the field's names for its curves begin with it
-Losses = Callable[[Run, Batch, Tensor, Tensor, Tensor, Tensor], Tensor]  # as train.sample_losses
+SERIES = "loss/validation/"  # as sd-scripts names its curves
 
 
-def validation_due(run: Run, step: int, losses: Losses) -> None:
-    """Before the first step, once in a while, and after the last: measure, tell, and keep the best model so far."""
-    if run.held_out is None or not is_due(run, step):
+def run_due_validation(run: Run, step: int) -> None:
+    """Before the first step, once in a while, and after the last: measure, report, and keep the best model so far."""
+    if run.validation_loader is None or not is_due(run, step):
         return
-    times = quantiles(run.config.noise, LEVELS)
-    start_anew_if_changed(run, times)
-    with at_rest(run):
-        by_level = measure(run, times, losses)
+    times = timestep_quantiles(run.config.noise, VALIDATION_LEVELS)
+    reset_best_if_changed(run, times)
+    with eval_mode(run):
+        by_level = measure_validation_loss(run, times)
         loss = sum(by_level) / len(by_level)
-        tell(run, step, loss, dict(zip(times, by_level, strict=True)))
+        report_validation_loss(run, step, loss, dict(zip(times, by_level, strict=True)))
         if step == 0:
             run.best.before = loss
-        elif run.best.beaten_by(loss) and save_best(run, step, loss):
+        elif run.best.is_beaten_by(loss) and save_best(run, step, loss):
             run.best.loss, run.best.step = loss, step
-    run.journal.publish()
-    if step == run.total and str(run.best):
+    run.metrics.publish()
+    if step == run.plan.total_steps and str(run.best):
         log.info("%s", run.best)
 
 
@@ -56,55 +54,55 @@ def is_due(run: Run, step: int) -> bool:
     """After this step, counted from 1; 0 is before the first."""
     options = run.config.validation
     by_steps, by_epochs = options.validate_every_n_steps, options.every_n_epochs
-    if step in (0, run.total) or (by_steps is not None and step % by_steps == 0):
+    if step in (0, run.plan.total_steps) or (by_steps is not None and step % by_steps == 0):
         return True
-    return by_epochs is not None and step % (by_epochs * run.steps_per_epoch) == 0
+    return by_epochs is not None and step % (by_epochs * run.plan.steps_per_epoch) == 0
 
 
-def start_anew_if_changed(run: Run, times: list[int]) -> None:
-    """A resumed run that validates in another way cannot compare its losses with those before."""
-    order, before = order_of(run), run.best.asked
-    now = f"{order.samples} of {order.ids} images at t {', '.join(map(str, times))}, seed {order.seed}"
+def reset_best_if_changed(run: Run, times: list[int]) -> None:
+    """Losses of other images or timesteps, before a run was resumed, cannot be compared."""
+    sampler, before = validation_sampler(run), run.best.conditions
+    now = f"{sampler.num_samples} of {sampler.num_ids} images at t {', '.join(map(str, times))}, seed {sampler.seed}"
     if before not in ("", now):
         log.warning("validation was with %s, now it is with %s; the best so far no longer counts", before, now)
-        run.best = Best()
-    run.best.asked = now
+        run.best.reset(now)
+    run.best.conditions = now
 
 
-def order_of(run: Run) -> HeldOut:
-    assert run.held_out is not None
-    assert isinstance(run.held_out.order, HeldOut)
-    return run.held_out.order
+def validation_sampler(run: Run) -> ValidationSampler:
+    assert run.validation_loader is not None
+    assert isinstance(run.validation_loader.sampler, ValidationSampler)
+    return run.validation_loader.sampler
 
 
-@torch.no_grad()  # not in inference mode: what is remembered of the text serves training, too
-def measure(run: Run, times: list[int], losses: Losses) -> list[float]:
+@torch.no_grad()  # not in inference mode: remembered text features serve training, too
+def measure_validation_loss(run: Run, times: list[int]) -> list[float]:
     """The mean loss at each time, the same for any number of processes: each puts its samples into one table."""
-    held_out, order = run.held_out, order_of(run)
-    assert held_out is not None
-    randomness = Randomness(order.seed)
-    table = torch.zeros(order.ids, len(times), device=run.device)
-    for step in held_out.steps():
+    loader, sampler = run.validation_loader, validation_sampler(run)
+    assert loader is not None
+    randomness = Randomness(sampler.seed)
+    table = torch.zeros(sampler.num_ids, len(times), device=run.device)
+    for step in loader.steps():
         (batch,) = step.batches
-        x0, real = run.latents(batch, held_out), batch.weight > 0
+        x0, real = load_latents(run, batch, loader), batch.weight > 0
         for column, t in enumerate(times):
             noise = randomness.per_sample(
-                f"validation noise {column}", batch.ids, lambda draw, i, x0=x0: run.recipe.noise(draw, x0[i])
+                f"validation noise {column}", batch.ids, lambda draw, i, x0=x0: run.context.recipe.noise(draw, x0[i])
             ).to(x0)
             with run.autocast():
-                found = losses(run, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
-            table[batch.ids[real].to(run.device), column] = found[real.to(run.device)].to(table)
+                losses = sample_losses(run.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
+            table[batch.ids[real].to(run.device), column] = losses[real.to(run.device)].to(table)
     if run.processes.num_processes > 1:
         distributed.all_reduce(table)
-    return (table.cpu().double().sum(0) / order.samples).tolist()
+    return (table.cpu().double().sum(0) / sampler.num_samples).tolist()
 
 
-def tell(run: Run, step: int, loss: float, by_level: dict[int, float]) -> None:
+def report_validation_loss(run: Run, step: int, loss: float, by_level: dict[int, float]) -> None:
     """One line, and the curves."""
     values = {f"{SERIES}step_average": loss, **{f"{SERIES}t{t}": value for t, value in by_level.items()}}
-    if step and step % run.steps_per_epoch == 0:
+    if step and step % run.plan.steps_per_epoch == 0:
         values[f"{SERIES}epoch_average"] = loss
-    run.journal.add(step, values)
+    run.metrics.log_values(step, values)
     levels = "  ".join(f"t {t}: {value:.4f}" for t, value in by_level.items())
     when = f"after step {step}" if step else "before training"
     log.info("validation %s: loss %.4f  (%s)", when, loss, levels)
@@ -113,13 +111,13 @@ def tell(run: Run, step: int, loss: float, by_level: dict[int, float]) -> None:
 
 
 def save_best(run: Run, step: int, loss: float) -> bool:
-    """Put this model in the place of the best one before; False where that failed, so that the older one counts."""
+    """Replace the best model before with this one; False where that failed, so that the older one counts."""
     if not run.config.validation.save_best or not run.is_main:
         return True
-    path, lost = output_path(run, f"{run.saves.name}-best"), len(run.lost)
+    path, failed = run.output_path(f"{run.plan.saves.name}-best"), len(run.failed_saves)
     run.hub.finish(path)
-    with kept_going(run, path, step):
-        facts = average_facts(run, run.averages.evaluated)
+    with survive_failed_save(run, path, step):
+        facts = ema_metadata(run, run.ema.eval_ema)
         save_output(run, path, step, {"ss_validation_loss": f"{loss:.6g}", **facts})
         run.hub.upload(path)
-    return len(run.lost) == lost
+    return len(run.failed_saves) == failed

@@ -1,1 +1,1 @@
-"""Encoders' outputs, kept by the content they were made from."""
+"""Caches of encoder outputs, keyed by the content that they are made from."""

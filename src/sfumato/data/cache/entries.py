@@ -1,4 +1,4 @@
-"""Encoders' outputs kept by the content they were made from; knows no model, encoders come as plain functions."""
+"""Caches of encoder outputs: their keys, and filling what is missing; the encoders are passed in as functions."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from torch import Tensor
 
 from sfumato.data.batch import Tensors
 from sfumato.data.buckets import Size
-from sfumato.data.cache.references import Use, remember
-from sfumato.data.cache.store import KEY, DiskStore, MemoryStore
-from sfumato.data.find.image_table import Picture
-from sfumato.data.images import Pixels, Plane, Transform, content_hash, prepare, prepare_with_alpha
+from sfumato.data.cache.references import CacheReference, write_reference
+from sfumato.data.cache.shards import KEY_BYTES
+from sfumato.data.cache.store import DiskStore, MemoryStore
+from sfumato.data.find.image_table import ImageRow
+from sfumato.data.images import Mask, Pixels, Transform, hash_content, prepare_pixels, prepare_with_alpha
 from sfumato.data.plans import DataPlan
 from sfumato.errors import UserError
 
 Store = MemoryStore | DiskStore
 EncodeImages = Callable[[Tensor, Sequence[int]], Tensor]  # (B, 3, H, W) in [-1, 1], noise seeds -> (B, C, h, w)
 EncodeText = Callable[[Sequence[str]], Sequence[Mapping[str, Tensor]]]  # captions -> features of each
-Progress = Callable[[int, int], None]  # done, total
+FillProgress = Callable[[int, int], None]  # done, total
 
 LATENTS = "latents"
-PATIENCE = 60.0  # seconds without news from other processes, after which their share is done here
+PEER_TIMEOUT = 60.0  # seconds without new entries from other processes, after which their share is created here
 
 
-def key_of(kind: str, *facts: str | bytes) -> bytes:
-    """The name of an entry: a hash of all that its content depends on."""
-    digest = hashlib.blake2b(kind.encode(), digest_size=KEY)
+def make_key(content_type: str, *facts: str | bytes) -> bytes:
+    """The cache key of an entry: a hash of everything that its content depends on."""
+    digest = hashlib.blake2b(content_type.encode(), digest_size=KEY_BYTES)
     for fact in facts:
         data = fact.encode("utf-8", "surrogatepass") if isinstance(fact, str) else fact
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.digest()
 
 
-def seed_of_entry(key: bytes) -> int:
-    """The seed of the noise with which an autoencoder's posterior is drawn, so that it is the same cached or not."""
+def make_entry_seed(key: bytes) -> int:
+    """The seed of the noise of the autoencoder's posterior, so that it is the same with and without a cache."""
     return int.from_bytes(key[:8], "little") >> 1
 
 
@@ -52,138 +53,154 @@ def to_tensor(pixels: Sequence[Pixels]) -> Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
 
 
-def latent_places(plan: DataPlan) -> list[Place]:
-    """Everything that training can ask for, mirrored images included, once each."""
-    found: dict[Place, None] = {}
-    for _, subset, item in plan.used():
+def list_latent_items(plan: DataPlan) -> list[CacheItem]:
+    """Every image that training can use, including flipped ones, without duplicates."""
+    items: dict[CacheItem, None] = {}
+    for _, subset, item in plan.iterate_used():
         rules = subset.settings.images
         for flip in (False, True) if rules.flip_aug else (False,):
-            found[Place(item.picture, item.transform(rules, flip=flip))] = None
-    return list(found)
+            items[CacheItem(item.image, item.center_transform(rules, flip=flip))] = None
+    return list(items)
 
 
 def fill_latents(
     cache: TensorCache,
-    names: LatentNames,
-    places: Sequence[Place],
+    latent_keys: LatentKeys,
+    items: Sequence[CacheItem],
     encode: EncodeImages,
     *,
     batch_size: int = 1,
     workers: int = 2,
-    how: Filling | None = None,
-) -> Counts:
-    """Encode what is missing, in batches of one size; images are read and resized while the encoder works.
+    options: FillOptions | None = None,
+) -> FillCounts:
+    """Encode the missing images, in batches of one size; images are read and resized while the encoder works.
 
-    Several processes share the work and each returns once everything is there. UserError names the image that cannot
-    be read or whose latents are not finite.
+    Several processes share the work, and each returns when all entries exist. UserError if an image cannot be read or
+    its latents are not finite.
     """
-    how = how or Filling()
+    options = options or FillOptions()
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-cache") as pool:
-        parts = [places[i : i + 200] for i in range(0, len(places), 200)]
-        keys = [key for part in pool.map(lambda part: [names.key(place) for place in part], parts) for key in part]
-        wanted = dict(zip(keys, places, strict=True))
-        if how.use:
-            remember(how.use, [*wanted, *{names.hashes.key(place.picture) for place in places}])
+        keys = make_item_keys(latent_keys, items, pool)
+        items_by_key = dict(zip(keys, items, strict=True))
+        if options.reference:
+            hash_keys = {latent_keys.hashes.make_key(item.image) for item in items}
+            write_reference(options.reference, [*items_by_key, *hash_keys])
 
-        def write(batch: Sequence[tuple[bytes, Place]], latents: Tensor) -> None:
-            for (key, place), one in zip(batch, stored(latents, names.dtype), strict=True):
-                if not torch.isfinite(one).all():
-                    raise not_finite([place.picture])
-                cache.put(key, {LATENTS: one})
+        def write(batch: Sequence[tuple[bytes, CacheItem]], latents: Tensor) -> None:
+            for (key, item), tensor in zip(batch, convert_for_storage(latents, latent_keys.dtype), strict=True):
+                if not torch.isfinite(tensor).all():
+                    raise make_not_finite_error([item.image])
+                cache.put(key, {LATENTS: tensor})
 
         def make(missing: Sequence[bytes]) -> Iterator[int]:
             with ThreadPoolExecutor(1, thread_name_prefix="sfumato-write") as writer:
-                before: Future[None] | None = None
-                for batch, pixels in decoded(same_size(missing, wanted, batch_size), pool, workers):
-                    latents = encode(pixels, [seed_of_entry(key) for key, _ in batch])
-                    if before is not None:
-                        before.result()  # raises what went wrong; at most one batch waits to be written
-                    before = writer.submit(write, batch, latents)
+                writing: Future[None] | None = None  # at most one batch at a time; its result raises its errors
+                for batch, pixels in decode_ahead(batch_by_size(missing, items_by_key, batch_size), pool, workers):
+                    latents = encode(pixels, [make_entry_seed(key) for key, _ in batch])
+                    if writing is not None:
+                        writing.result()
+                    writing = writer.submit(write, batch, latents)
                     yield len(batch)
-                if before is not None:
-                    before.result()
+                if writing is not None:
+                    writing.result()
 
-        return share_work(cache, list(wanted), make, how)
+        return share_work(cache, list(items_by_key), make, options)
 
 
-def not_finite(pictures: Sequence[Picture]) -> UserError:
-    """What to say of pictures of which the autoencoder makes nothing that is finite, in float32 neither."""
-    names = ", ".join(picture.path for picture in pictures[:4]) or "a picture"
+def make_item_keys(latent_keys: LatentKeys, items: Sequence[CacheItem], pool: ThreadPoolExecutor) -> list[bytes]:
+    """The keys of all items, in order; made by threads, since a new image file is read for its hash."""
+    chunks = [items[start : start + 200] for start in range(0, len(items), 200)]
+    keys: list[bytes] = []
+    for chunk_keys in pool.map(lambda chunk: [latent_keys.make_key(item) for item in chunk], chunks):
+        keys += chunk_keys
+    return keys
+
+
+def make_not_finite_error(images: Sequence[ImageRow]) -> UserError:
+    """The error for images whose latents contain NaN or inf even if the autoencoder runs in float32."""
+    names = ", ".join(image.path for image in images[:4]) or "an image"
     return UserError(
-        f"the latents of {names} are not finite, in float32 neither",
-        fix="the autoencoder is damaged or another model's; --vae names one to use in its place",
+        f"the latents of {names} contain NaN or inf, even in float32",
+        code="latents-not-finite",
+        fix="the autoencoder is damaged or belongs to another model; give another one with --vae",
     )
 
 
 def fill_text(
     cache: TensorCache,
-    names: TextNames,
+    text_keys: TextKeys,
     captions: Sequence[str],
     encode: EncodeText,
     *,
     batch_size: int = 1,
-    how: Filling | None = None,
-) -> Counts:
-    """Encode the missing captions, by default each on its own, so that nothing depends on its neighbours.
+    options: FillOptions | None = None,
+) -> FillCounts:
+    """Encode the missing captions, by default one at a time, so that no result depends on the rest of its batch.
 
-    Work is shared as above.
+    Processes share the work like in `fill_latents`.
     """
-    how = how or Filling()
-    wanted = {names.key(caption): caption for caption in captions}
-    if how.use:
-        remember(how.use, list(wanted))
+    options = options or FillOptions()
+    captions_by_key = {text_keys.make_key(caption): caption for caption in captions}
+    if options.reference:
+        write_reference(options.reference, list(captions_by_key))
 
     def make(missing: Sequence[bytes]) -> Iterator[int]:
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
-            for key, features in zip(keys, encode([wanted[key] for key in keys]), strict=True):
-                cache.put(key, {name: stored(tensor, names.dtype) for name, tensor in features.items()})
+            encoded = encode([captions_by_key[key] for key in keys])
+            for key, features in zip(keys, encoded, strict=True):
+                tensors: Tensors = {}
+                for name, tensor in features.items():
+                    tensors[name] = convert_for_storage(tensor, text_keys.dtype)
+                cache.put(key, tensors)
             yield len(keys)
 
-    return share_work(cache, list(wanted), make, how)
+    return share_work(cache, list(captions_by_key), make, options)
 
 
 def share_work(
-    cache: TensorCache, keys: Sequence[bytes], make: Callable[[Sequence[bytes]], Iterator[int]], how: Filling
-) -> Counts:
-    """Make the missing entries, each process those that its rank falls to, and wait until the others have made theirs.
+    cache: TensorCache, keys: Sequence[bytes], make: Callable[[Sequence[bytes]], Iterator[int]], options: FillOptions
+) -> FillCounts:
+    """Create the missing entries of this process's share, and wait until the other processes have created theirs.
 
-    Waiting looks at the store itself, so no collective call can time out; what a dead process owes is made here.
-    Processes that share a store all read every entry where it is checked, so that each knows what is to be made anew.
+    Waiting polls the store, so that no collective call can time out; the share of a dead process is created here. With
+    options.check every process reads every entry, so that all of them know which are damaged.
     """
-    keys = [key for key in keys if falls_to(key[:4], how.machine, how.machines)]
-    if how.check:
+    keys = [key for key in keys if belongs_to_part(key[:4], options.machine, options.machines)]
+    if options.check:
         cache.store.check(keys)
-    missing = cache.missing(keys)
-    alone = how.processes == 1 or not cache.store.shared
-    mine = missing if alone else [key for key in missing if falls_to(key[-4:], how.rank, how.processes)]
-    encoded = counted(make(mine), len(mine), how.progress)
-    left = [] if alone else absent(cache, missing)
-    patience = time.monotonic() + PATIENCE
+    missing = cache.find_missing(keys)
+    alone = options.processes == 1 or not cache.store.shared
+    own_share = (
+        missing if alone else [key for key in missing if belongs_to_part(key[-4:], options.rank, options.processes)]
+    )
+    created = run_and_report(make(own_share), len(own_share), options.progress)
+    left = [] if alone else list_missing(cache, missing)
+    deadline = time.monotonic() + PEER_TIMEOUT
     while left:
-        if time.monotonic() > patience:
-            encoded += counted(make(left), len(left), how.progress)
+        if time.monotonic() > deadline:
+            created += run_and_report(make(left), len(left), options.progress)
             break
         time.sleep(0.1)
-        before, left = len(left), absent(cache, left)
-        if len(left) < before:
-            patience = time.monotonic() + PATIENCE
+        count, left = len(left), list_missing(cache, left)
+        if len(left) < count:
+            deadline = time.monotonic() + PEER_TIMEOUT
     cache.store.flush()
-    return Counts(found=len(keys) - len(missing), encoded=encoded)
+    return FillCounts(existing=len(keys) - len(missing), created=created)
 
 
-def falls_to(bits: bytes, part: int, parts: int) -> bool:
+def belongs_to_part(bits: bytes, part: int, parts: int) -> bool:
     return int.from_bytes(bits, "little") % parts == part
 
 
-def absent(cache: TensorCache, keys: Sequence[bytes]) -> list[bytes]:
-    """What is missing after a look at what other processes have put."""
+def list_missing(cache: TensorCache, keys: Sequence[bytes]) -> list[bytes]:
+    """The keys that are still missing after reading what other processes have added."""
     cache.store.refresh()
-    return cache.missing(keys)
+    return cache.find_missing(keys)
 
 
-def counted(work: Iterator[int], total: int, progress: Progress | None) -> int:
-    """Run the work and report it; the number of entries made."""
+def run_and_report(work: Iterator[int], total: int, progress: FillProgress | None) -> int:
+    """Run the work, which yields counts of created entries, and report its progress; returns the number of entries."""
     done = 0
     for more in work:
         done += more
@@ -192,32 +209,32 @@ def counted(work: Iterator[int], total: int, progress: Progress | None) -> int:
     return done
 
 
-def same_size(
-    keys: Sequence[bytes], places: Mapping[bytes, Place], batch_size: int
-) -> Iterator[list[tuple[bytes, Place]]]:
-    """Batches of one bucket each; only the last of a bucket is short."""
-    by_bucket: defaultdict[Size, list[tuple[bytes, Place]]] = defaultdict(list)
+def batch_by_size(
+    keys: Sequence[bytes], items: Mapping[bytes, CacheItem], batch_size: int
+) -> Iterator[list[tuple[bytes, CacheItem]]]:
+    """Batches of one bucket each; only the last batch of a bucket is smaller."""
+    by_bucket: defaultdict[Size, list[tuple[bytes, CacheItem]]] = defaultdict(list)
     for key in keys:
-        by_bucket[places[key].transform.bucket].append((key, places[key]))
+        by_bucket[items[key].transform.bucket].append((key, items[key]))
     for size in sorted(by_bucket):
         group = by_bucket[size]
         for start in range(0, len(group), batch_size):
             yield group[start : start + batch_size]
 
 
-def decoded(
-    batches: Iterator[list[tuple[bytes, Place]]], pool: ThreadPoolExecutor, workers: int
-) -> Iterator[tuple[list[tuple[bytes, Place]], Tensor]]:
-    """Each batch with its pixels; at least the next two are decoded meanwhile, in the order given."""
-    waiting: deque[tuple[list[tuple[bytes, Place]], Future[Tensor]]] = deque()
+def decode_ahead(
+    batches: Iterator[list[tuple[bytes, CacheItem]]], pool: ThreadPoolExecutor, workers: int
+) -> Iterator[tuple[list[tuple[bytes, CacheItem]], Tensor]]:
+    """Each batch with its pixels, in order; at least the next two are decoded in the background."""
+    waiting: deque[tuple[list[tuple[bytes, CacheItem]], Future[Tensor]]] = deque()
     while True:
         pending = sum(len(batch) for batch, _ in waiting)
         while len(waiting) < 3 or pending < 2 * max(workers, 1):
             batch = next(batches, None)
             if batch is None:
                 break
-            parts = [pool.submit(place.pixels) for _, place in batch]
-            waiting.append((batch, pool.submit(joined, parts)))  # begun after its parts were, so they never wait for it
+            parts = [pool.submit(item.read_pixels) for _, item in batch]
+            waiting.append((batch, pool.submit(join_pixels, parts)))  # after its parts, so it never blocks them
             pending += len(batch)
         if not waiting:
             return
@@ -225,14 +242,14 @@ def decoded(
         yield batch, pixels.result()
 
 
-def joined(parts: Sequence[Future[Pixels]]) -> Tensor:
+def join_pixels(parts: Sequence[Future[Pixels]]) -> Tensor:
     return to_tensor([part.result() for part in parts])
 
 
-def stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """On the CPU, in the dtype that is kept; whole numbers and masks stay what they are."""
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to("cpu", wanted)
+def convert_for_storage(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor on the CPU, floating-point ones in `dtype`; other tensors and None keep theirs."""
+    stored_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", stored_dtype)
 
 
 class TensorCache:
@@ -242,101 +259,101 @@ class TensorCache:
         self.store = store
 
     def get(self, key: bytes) -> Tensors | None:
-        """The entry's tensors, on the CPU; None where it is missing or damaged."""
+        """The entry's tensors, on the CPU; None if it is missing or damaged."""
         content = self.store.get(key)
         return None if content is None else load(content)
 
     def put(self, key: bytes, tensors: Tensors) -> None:
-        # clones, since a view would be written with all that it is a view of
+        # clones, because a view would be written with the whole tensor that it belongs to
         self.store.put(
             key, save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
         )
 
-    def missing(self, keys: Sequence[bytes]) -> list[bytes]:
-        return self.store.missing(keys)
+    def find_missing(self, keys: Sequence[bytes]) -> list[bytes]:
+        return self.store.find_missing(keys)
 
 
 class ContentHashes:
-    """Content hashes of image files, remembered in a store by path, size and modification time."""
+    """Content hashes of image files, stored by path, size and modification time."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._known: dict[tuple[str, int, int], bytes] = {}
+        self._hashes: dict[tuple[str, int, int], bytes] = {}
 
-    def key(self, picture: Picture) -> bytes:
-        """The name under which the hash is remembered."""
-        return key_of("content", picture.path, str(picture.bytes), str(picture.mtime_ns))
+    def make_key(self, image: ImageRow) -> bytes:
+        """The key under which the hash is stored."""
+        return make_key("content", image.path, str(image.byte_count), str(image.mtime_ns))
 
-    def of(self, picture: Picture) -> bytes:
-        """UserError where the file cannot be read."""
-        facts = (picture.path, picture.bytes, picture.mtime_ns)
-        if facts not in self._known:
-            name = self.key(picture)
-            remembered = self.store.get(name)
-            if remembered is None:
-                remembered = content_hash(picture.read())
-                if picture.is_unchanged():
-                    self.store.put(name, remembered)
-            self._known[facts] = remembered
-        return self._known[facts]
+    def hash_image(self, image: ImageRow) -> bytes:
+        """The content hash, from the store if the file is unchanged; UserError if it cannot be read."""
+        facts = (image.path, image.byte_count, image.mtime_ns)
+        if facts not in self._hashes:
+            key = self.make_key(image)
+            content = self.store.get(key)
+            if content is None:
+                content = hash_content(image.read())
+                if image.is_unchanged():
+                    self.store.put(key, content)
+            self._hashes[facts] = content
+        return self._hashes[facts]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentNames:
-    """Names latents: what they depend on besides the image."""
+class LatentKeys:
+    """Cache keys of latents: what they depend on besides the image."""
 
     fingerprint: str  # of the encoder: its weights and whatever changes its output
-    dtype: torch.dtype  # they are kept in
+    dtype: torch.dtype  # of the stored latents
     hashes: ContentHashes
 
-    def key(self, place: Place, data: bytes | None = None) -> bytes:
-        """data: the file's bytes where they are at hand, so that it need not be read again."""
-        content = self.hashes.of(place.picture) if data is None else content_hash(data)
-        return key_of(LATENTS, self.fingerprint, str(self.dtype), place.transform.name(place.picture.size), content)
+    def make_key(self, item: CacheItem, data: bytes | None = None) -> bytes:
+        """data: the file's bytes if they are already in memory."""
+        content = self.hashes.hash_image(item.image) if data is None else hash_content(data)
+        return make_key(LATENTS, self.fingerprint, str(self.dtype), item.transform.cache_name(item.image.size), content)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextNames:
-    """Names the features of one text encoder."""
+class TextKeys:
+    """Cache keys of the features of one text encoder."""
 
     fingerprint: str
-    dtype: torch.dtype | None = None  # floating features are kept in; None for the encoder's own
+    dtype: torch.dtype | None = None  # of stored floating-point features; None for the encoder's own
 
-    def key(self, caption: str) -> bytes:
-        return key_of("text", self.fingerprint, str(self.dtype), caption)
+    def make_key(self, caption: str) -> bytes:
+        return make_key("text", self.fingerprint, str(self.dtype), caption)
 
 
-class Place(NamedTuple):
-    """One image as one bucket sees it."""
+class CacheItem(NamedTuple):
+    """One image and its transform."""
 
-    picture: Picture
+    image: ImageRow
     transform: Transform
 
-    def pixels(self, data: bytes | None = None) -> Pixels:
-        """uint8 (H, W, 3); UserError names the file where it is damaged."""
-        data = self.picture.read() if data is None else data
-        return prepare(data, self.transform, size=self.picture.size, path=self.picture.path)
+    def read_pixels(self, data: bytes | None = None) -> Pixels:
+        """uint8 (H, W, 3); UserError if the file is damaged."""
+        data = self.image.read() if data is None else data
+        return prepare_pixels(data, self.transform, size=self.image.size, path=self.image.path)
 
-    def pixels_with_alpha(self, data: bytes) -> tuple[Pixels, Plane]:
-        """The same with the alpha channel, uint8 (H, W)."""
-        return prepare_with_alpha(data, self.transform, size=self.picture.size, path=self.picture.path)
+    def read_pixels_with_alpha(self, data: bytes) -> tuple[Pixels, Mask]:
+        """The pixels, and the alpha channel as uint8 (H, W)."""
+        return prepare_with_alpha(data, self.transform, size=self.image.size, path=self.image.path)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filling:
-    """How the work of filling is shared, checked and told. Machines share no store and do not wait for each other."""
+class FillOptions:
+    """How filling a cache is shared, checked and reported. Machines share no store and do not wait for each other."""
 
     rank: int = 0
     processes: int = 1  # of one machine, or of several with a common store
     machine: int = 0
     machines: int = 1
-    check: bool = False  # whether what is there is read once, and made anew where it is damaged
-    use: Use | None = None  # what the entries are for, remembered so that pruning keeps them
-    progress: Progress | None = None
+    check: bool = False  # whether to read the existing entries once, and create damaged ones again
+    reference: CacheReference | None = None  # who needs the entries, stored so that pruning keeps them
+    progress: FillProgress | None = None
 
 
-class Counts(NamedTuple):
-    """What filling a cache did."""
+class FillCounts(NamedTuple):
+    """Numbers of entries after filling a cache."""
 
-    found: int  # entries that were there
-    encoded: int  # entries made by this process
+    existing: int  # that existed before
+    created: int  # by this process

@@ -1,4 +1,4 @@
-"""Looking after a cache folder: what lies in it, whether it is whole, and dropping what nobody needs."""
+"""Maintenance of a cache folder: what it contains, whether it is intact, and pruning what nobody needs."""
 
 from __future__ import annotations
 
@@ -14,51 +14,52 @@ from typing import NamedTuple
 from safetensors import SafetensorError, deserialize
 
 from sfumato.data.cache.entries import LATENTS
-from sfumato.data.cache.references import KnownUse
-from sfumato.data.cache.store import BEFORE, DiskStore, Place, Writer, read_at, records
+from sfumato.data.cache.references import StoredReference
+from sfumato.data.cache.shards import HEADER_BYTES, RecordLocation, ShardWriter, read_at, scan_records
+from sfumato.data.cache.store import DiskStore
 from sfumato.data.find.headers import BINARY
 from sfumato.data.masks import MASK
 from sfumato.errors import UserError
 
-HASHES, MASKS, TEXT, DAMAGED, AGAIN, TORN = "content hashes", "masks", "text features", "damaged", "repeated", "torn"
-HASH = 20  # bytes of a content hash
-HEAD = 4096  # bytes of a record that tell its kind: 8 of length, then names and shapes as JSON
-KEPT = (LATENTS, MASKS, TEXT, HASHES)  # kinds of records that are of use
+HASHES, MASKS, TEXT, DAMAGED, REPEATED, TORN = "content hashes", "masks", "text features", "damaged", "repeated", "torn"
+HASH_BYTES = 20  # of a content hash
+PREFIX_BYTES = 4096  # of a record that show its type: 8 bytes of length, then names and shapes as JSON
+USEFUL_TYPES = (LATENTS, MASKS, TEXT, HASHES)
 
 
-def survey(store: DiskStore, *, read: bool, progress: Callable[[int], None] | None = None) -> Iterator[Record]:
-    """Every record of every shard; the second of a key is "repeated", and a shard's torn end counts as one, too.
+def read_records(store: DiskStore, *, check: bool, progress: Callable[[int], None] | None = None) -> Iterator[Record]:
+    """Every record of every shard; the second one of a key is "repeated", and the torn end of a shard is one, too.
 
-    read: check each record's content against its checksum, and that it holds what its kind should. progress is called
-    with the bytes of each.
+    check: whether to check each record's content against its checksum and the format of its type. progress is called
+    with the bytes of each record.
     """
     seen: set[bytes] = set()
-    for name in shard_names(store):
-        with opened(store, name) as (descriptor, size):
+    for name in list_store_shards(store):
+        with open_shard(store, name) as (descriptor, size):
             end = 0
-            for header, offset in records(descriptor, 0, size, threading.RLock()):
+            for header, offset in scan_records(descriptor, 0, size, threading.RLock()):
                 if offset > end:
-                    yield Record(b"", Place(name, end, offset - end), DAMAGED)
-                end = offset + BEFORE + header.length
-                count = header.length if read else min(header.length, HEAD)
-                content = read_at(descriptor, offset + BEFORE, count, threading.RLock())
-                kind = kind_of(content, header.length)
-                if read and not whole(content, header.crc, kind):
-                    kind = DAMAGED
+                    yield Record(b"", RecordLocation(name, end, offset - end), DAMAGED)
+                end = offset + HEADER_BYTES + header.length
+                count = header.length if check else min(header.length, PREFIX_BYTES)
+                content = read_at(descriptor, offset + HEADER_BYTES, count, threading.RLock())
+                content_type = classify_record(content, header.length)
+                if check and not is_intact(content, header.crc, content_type):
+                    content_type = DAMAGED
                 elif header.key in seen:
-                    kind = AGAIN
+                    content_type = REPEATED
                 else:
                     seen.add(header.key)
-                yield Record(header.key, Place(name, offset, header.length), kind)
+                yield Record(header.key, RecordLocation(name, offset, header.length), content_type)
                 if progress is not None:
-                    progress(BEFORE + header.length)
+                    progress(HEADER_BYTES + header.length)
             if end < size:
-                yield Record(b"", Place(name, end, size - end), TORN)
+                yield Record(b"", RecordLocation(name, end, size - end), TORN)
 
 
-def kind_of(content: bytes, length: int) -> str:
-    """What a record holds, told from its first bytes."""
-    if length == HASH:
+def classify_record(content: bytes, length: int) -> str:
+    """The content type of a record, from its first bytes."""
+    if length == HASH_BYTES:
         return HASHES
     end = 8 + int.from_bytes(content[:8], "little")
     try:
@@ -70,10 +71,10 @@ def kind_of(content: bytes, length: int) -> str:
     return MASKS if names.keys() - {"__metadata__"} == {MASK} else TEXT
 
 
-def whole(content: bytes, crc: int, kind: str) -> bool:
+def is_intact(content: bytes, crc: int, content_type: str) -> bool:
     if zlib.crc32(content) != crc:
         return False
-    if kind == HASHES:
+    if content_type == HASHES:
         return True
     try:
         deserialize(content)
@@ -82,22 +83,22 @@ def whole(content: bytes, crc: int, kind: str) -> bool:
     return True
 
 
-def prune(store: DiskStore, found: Iterable[Record], keep: Callable[[Record], bool]) -> int:
-    """Rewrite the shards without the records, of those that `survey` read, not to be kept; gives the bytes set free.
+def prune(store: DiskStore, records: Iterable[Record], keep: Callable[[Record], bool]) -> int:
+    """Rewrite the shards without the records that `keep` refuses; returns the number of bytes freed.
 
-    Only where no other program has the store open: UserError. What is kept is on disk in its new place before the old
-    shard goes, so a kill at any moment loses nothing.
+    records: all of them, from `read_records`. UserError if another program has the store open. The new shard is on disk
+    before the old one is deleted, so that nothing is lost if the process is killed.
     """
     refuse_in_use(store)
-    by_shard: dict[str, list[Record]] = {name: [] for name in shard_names(store)}
-    for record in found:
-        by_shard[record.place.shard].append(record)
+    by_shard: dict[str, list[Record]] = {name: [] for name in list_store_shards(store)}
+    for record in records:
+        by_shard[record.location.shard].append(record)
     freed = 0
-    for name, lying in by_shard.items():
-        kept = [record for record in lying if record.kind in KEPT and keep(record)]
-        if len(kept) < len(lying) or not lying:
+    for name, shard_records in by_shard.items():
+        kept = [record for record in shard_records if record.content_type in USEFUL_TYPES and keep(record)]
+        if len(kept) < len(shard_records) or not shard_records:
             size = (store.shards / name).stat().st_size
-            freed += size - (moved(store, name, kept) if kept else 0)
+            freed += size - (move_records(store, name, kept) if kept else 0)
             store.forget_shard(name)
             (store.shards / name).unlink()
     store.refresh()
@@ -105,18 +106,23 @@ def prune(store: DiskStore, found: Iterable[Record], keep: Callable[[Record], bo
 
 
 def refuse_in_use(store: DiskStore) -> None:
-    """From here on no other program can open the store until this one closes it; UserError where one has it open."""
-    if not store.alone():
-        raise UserError(f"the cache {store.folder} is in use by another program", fix="prune when that has ended")
+    """Lock the store until it is closed; UserError if another program has it open."""
+    if not store.lock_exclusively():
+        raise UserError(
+            f"the cache {store.folder} is in use by another program",
+            code="cache-in-use",
+            fix="prune it when that program has ended",
+        )
 
 
-def moved(store: DiskStore, name: str, kept: list[Record]) -> int:
-    """Copy records of a shard into a new one; its bytes. A failure leaves no half of it."""
-    writer = Writer(store.shards)
+def move_records(store: DiskStore, name: str, kept: list[Record]) -> int:
+    """Copy records of a shard into a new one, which is deleted on failure; returns its size in bytes."""
+    writer = ShardWriter(store.shards)
     try:
-        with opened(store, name) as (descriptor, _):
+        with open_shard(store, name) as (descriptor, _):
             for record in kept:
-                content = read_at(descriptor, record.place.offset + BEFORE, record.place.length, threading.RLock())
+                start = record.location.offset + HEADER_BYTES
+                content = read_at(descriptor, start, record.location.length, threading.RLock())
                 writer.append(record.key, content)
         writer.sync()
     except (UserError, OSError):
@@ -127,22 +133,24 @@ def moved(store: DiskStore, name: str, kept: list[Record]) -> int:
     return writer.end
 
 
-def needed(uses: Collection[KnownUse]) -> frozenset[bytes]:
-    return frozenset().union(*(use.keys for use in uses))
+def collect_keys(references: Collection[StoredReference]) -> frozenset[bytes]:
+    """The keys that any of the references needs."""
+    return frozenset().union(*(stored.keys for stored in references))
 
 
-def tally(found: Iterable[Record]) -> dict[str, Amount]:
-    """Records and bytes by kind."""
+def count_records(records: Iterable[Record]) -> dict[str, RecordTotals]:
+    """Content type -> numbers of records and bytes."""
     counts, sizes = Counter[str](), Counter[str]()
-    for record in found:
-        counts[record.kind] += 1
-        sizes[record.kind] += record.place.length + (BEFORE if record.key else 0)
-    return {kind: Amount(counts[kind], sizes[kind]) for kind in (*KEPT, AGAIN, DAMAGED, TORN) if counts[kind]}
+    for record in records:
+        counts[record.content_type] += 1
+        sizes[record.content_type] += record.location.length + (HEADER_BYTES if record.key else 0)
+    types = (*USEFUL_TYPES, REPEATED, DAMAGED, TORN)
+    return {name: RecordTotals(counts[name], sizes[name]) for name in types if counts[name]}
 
 
 @contextmanager
-def opened(store: DiskStore, name: str) -> Iterator[tuple[int, int]]:
-    """A shard's descriptor for reading, and its size."""
+def open_shard(store: DiskStore, name: str) -> Iterator[tuple[int, int]]:
+    """(descriptor for reading, size in bytes) of a shard."""
     descriptor = os.open(store.shards / name, os.O_RDONLY | BINARY)
     try:
         yield descriptor, os.fstat(descriptor).st_size
@@ -150,20 +158,20 @@ def opened(store: DiskStore, name: str) -> Iterator[tuple[int, int]]:
         os.close(descriptor)
 
 
-def shard_names(store: DiskStore) -> list[str]:
+def list_store_shards(store: DiskStore) -> list[str]:
     return sorted(path.name for path in store.shards.glob("*.shard"))
 
 
 class Record(NamedTuple):
-    """One record as it lies on disk; the key is empty for bytes that belong to none."""
+    """One record on disk; the key is empty for bytes that belong to none."""
 
     key: bytes
-    place: Place
-    kind: str
+    location: RecordLocation
+    content_type: str
 
 
-class Amount(NamedTuple):
-    """How many, and how large."""
+class RecordTotals(NamedTuple):
+    """The number of records, and their size."""
 
     records: int
     bytes: int

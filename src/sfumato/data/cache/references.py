@@ -1,7 +1,7 @@
-"""Who needs which cache entries: a small file for each dataset and encoder, written when its caches are filled.
+"""Cache references: files that list the entries which a dataset needs from an encoder, written when caches are filled.
 
-Filling the same again, with pictures or captions changed since, replaces the file. Pruning keeps what any use needs
-whose pictures' folders are still there.
+Filling again with changed images or captions replaces the file. Pruning keeps the entries of every reference whose
+image folders still exist.
 """
 
 from __future__ import annotations
@@ -15,69 +15,79 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sfumato.common import files
-from sfumato.errors import UserError
+from sfumato.data.cache.shards import KEY_BYTES, make_write_error
 
-KEY = 20  # bytes
-ENDING = ".use"
+REFERENCE_SUFFIX = ".use"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
-    """One dataset's entries of one kind."""
+class CacheReference:
+    """The entries of one type that one dataset needs."""
 
     cache: Path  # the cache's folder
-    kind: str  # "latents", "text of clip_l"
-    places: tuple[str, ...]  # absolute paths of the pictures' folders or archives
-    encoder: str  # its fingerprint
+    content_type: str  # "latents", "text of clip_l"
+    sources: tuple[str, ...]  # absolute paths of the folders or archives of the images
+    fingerprint: str  # of the encoder
     sizes: tuple[str, ...] = ()  # the training sizes
 
     @property
     def path(self) -> Path:
-        facts = json.dumps([self.kind, self.places, self.encoder, self.sizes])
+        facts = json.dumps([self.content_type, self.sources, self.fingerprint, self.sizes])
         name = hashlib.blake2b(facts.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-        return self.cache / "uses" / f"{name}{ENDING}"
+        return self.cache / "uses" / f"{name}{REFERENCE_SUFFIX}"
 
 
-def remember(use: Use, keys: Sequence[bytes]) -> None:
-    """Write down what the use needs now. UserError where the cache cannot be written."""
-    head = {"kind": use.kind, "places": use.places, "encoder": use.encoder, "sizes": use.sizes, "keys": len(keys)}
+def write_reference(reference: CacheReference, keys: Sequence[bytes]) -> None:
+    """Write the keys that are needed now; UserError if the cache cannot be written."""
+    header = {
+        "kind": reference.content_type,
+        "places": reference.sources,
+        "encoder": reference.fingerprint,
+        "sizes": reference.sizes,
+        "keys": len(keys),
+    }
     try:
-        files.write_bytes(use.path, json.dumps(head).encode() + b"\n" + b"".join(keys))
+        files.write_bytes(reference.path, json.dumps(header).encode() + b"\n" + b"".join(keys))
     except OSError as error:
-        fix = "free disk space, or give another --cache_dir"
-        raise UserError(f"cannot write into the cache {use.cache} ({error.strerror})", fix=fix) from error
+        raise make_write_error(reference.cache, error) from error
 
 
-def known_uses(cache: Path) -> list[KnownUse]:
-    """Every use that is remembered, the latest first; a file that is not whole is passed over."""
-    found = []
-    for path in (cache / "uses").glob(f"*{ENDING}"):
+def read_references(cache: Path) -> list[StoredReference]:
+    """Every stored reference, the latest first; files that are not intact are skipped."""
+    references: list[StoredReference] = []
+    for path in (cache / "uses").glob(f"*{REFERENCE_SUFFIX}"):
         try:
-            data = path.read_bytes()
-            line, _, rest = data.partition(b"\n")
-            head = json.loads(line)
-            if len(rest) == head["keys"] * KEY:
-                use = Use(
-                    cache=cache, kind=head["kind"], places=tuple(head["places"]), encoder=head["encoder"],
-                    sizes=tuple(head["sizes"]),
-                )  # fmt: skip
-                keys = frozenset(rest[i : i + KEY] for i in range(0, len(rest), KEY))
-                found.append(KnownUse(use, keys, path.stat().st_mtime, path))
+            line, _, rest = path.read_bytes().partition(b"\n")
+            header = json.loads(line)
+            if len(rest) == header["keys"] * KEY_BYTES:
+                reference = CacheReference(
+                    cache=cache,
+                    content_type=header["kind"],
+                    sources=tuple(header["places"]),
+                    fingerprint=header["encoder"],
+                    sizes=tuple(header["sizes"]),
+                )
+                keys = frozenset(rest[start : start + KEY_BYTES] for start in range(0, len(rest), KEY_BYTES))
+                references.append(StoredReference(reference, keys, path.stat().st_mtime, path))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return sorted(found, key=lambda each: -each.renewed)
+    return sorted(references, key=lambda stored: -stored.updated)
 
 
-def still_current(uses: Iterable[KnownUse], *, unused_days: float | None = None) -> list[KnownUse]:
-    """The uses whose pictures' folders are all there, and that were renewed within `unused_days`."""
+def select_current(references: Iterable[StoredReference], *, unused_days: float | None = None) -> list[StoredReference]:
+    """The references whose image folders all exist and that were updated within `unused_days`."""
     oldest = time.time() - unused_days * 86400 if unused_days is not None else float("-inf")
-    return [each for each in uses if each.renewed >= oldest and all(Path(place).exists() for place in each.use.places)]
+    current: list[StoredReference] = []
+    for stored in references:
+        if stored.updated >= oldest and all(Path(source).exists() for source in stored.reference.sources):
+            current.append(stored)
+    return current
 
 
-class KnownUse(NamedTuple):
-    """A use as it was found."""
+class StoredReference(NamedTuple):
+    """A reference as it is stored in the cache."""
 
-    use: Use
+    reference: CacheReference
     keys: frozenset[bytes]
-    renewed: float  # Unix time of the last filling
+    updated: float  # Unix time of the last filling
     path: Path

@@ -1,4 +1,4 @@
-"""The captions of image files: which text file belongs to which image, and what becomes of images without any."""
+"""The captions of image files: which text file belongs to which image, and what happens to images without one."""
 
 from __future__ import annotations
 
@@ -10,168 +10,207 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.data.captions import of_file
+from sfumato.common.text import list_some
+from sfumato.data.captions import parse_caption_file
+from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import read_captions
-from sfumato.data.find.image_table import Column, Texts
+from sfumato.data.find.image_table import IntColumn, TextColumn
 from sfumato.data.find.index import Index
-from sfumato.data.find.policy import TOLD, Policy, some, told_of_memory
-from sfumato.data.find.report import Report
+from sfumato.data.find.policy import MAX_LISTED_FAULTS, Policy, report_unsaved_index
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
 
-OTHER_ENDINGS = (".txt", ".caption", ".json")  # looked for where the subset has no file with the configured ending
+FALLBACK_EXTENSIONS = (".txt", ".caption", ".json")  # tried where no file has the configured extension
 
 
-def captions_beside(
-    names: Sequence[str], pairing: Pairing, folder: str, subset: SubsetSettings, policy: Policy, report: Report
-) -> Wanted:
+def load_caption_files(
+    names: Sequence[str], pairing: Pairing, folder: str, subset: SubsetSettings, policy: Policy, findings: Findings
+) -> CaptionTable:
     """The captions of these images, from the files that were paired with them."""
-    captions = read_captions(folder, pairing.files, Index(policy.cache_dir, ("captions", folder, pairing.ending)))
-    told_of_memory(captions.saved, policy, report)
-    if np.array_equal(pairing.of_image, np.arange(len(captions.texts))):
+    captions = read_captions(folder, pairing.files, Index(policy.cache_dir, ("captions", folder, pairing.extension)))
+    report_unsaved_index(captions.saved, policy, findings)
+    if np.array_equal(pairing.file_index, np.arange(len(captions.texts))):
         contents = iter(captions.texts)  # faster than one by one
     else:
-        contents = (captions.texts.row(file) if file >= 0 else "" for file in pairing.of_image.tolist())
-    unread = np.flatnonzero(np.isin(pairing.of_image, list(captions.faults))).tolist()
-    faults = {place: captions.faults[int(pairing.of_image[place])] for place in unread}
-    texts = read_contents(contents, repeat(pairing.ending), lambda at: f"{folder}/{pairing.file(at)}", subset, faults)
+        contents = (captions.texts.get_row(file) if file >= 0 else "" for file in pairing.file_index.tolist())
+    unread = np.flatnonzero(np.isin(pairing.file_index, list(captions.faults))).tolist()
+    faults = {row: captions.faults[int(pairing.file_index[row])] for row in unread}
+
+    def get_path(row: int) -> str:
+        return f"{folder}/{pairing.get_file(row)}"
+
+    texts = parse_captions(contents, repeat(pairing.extension), get_path, subset, faults)
     what = f"({subset.caption_extension} file beside them)"
-    return with_captions(names, texts, faults, what, subset, policy, report, empty=pairing.has_file)
+    return fill_missing_captions(names, texts, faults, what, subset, policy, findings, empty=pairing.has_file)
 
 
-def paired(names: Sequence[str], others: Mapping[str, str], subset: SubsetSettings, report: Report) -> Pairing:
-    """With the configured ending, or with another if no image has that one."""
-    found = with_ending(names, others, subset.caption_extension)
-    if found.files:
-        return found
-    rest = [with_ending(names, others, ending) for ending in OTHER_ENDINGS if ending != subset.caption_extension]
-    best = max(rest, key=lambda pairing: len(pairing.files))
+def pair_caption_files(
+    names: Sequence[str], others: Mapping[str, str], subset: SubsetSettings, findings: Findings
+) -> Pairing:
+    """By the configured extension, or by another one if no image has a file with that one."""
+    configured = pair_by_extension(names, others, subset.caption_extension)
+    if configured.files:
+        return configured
+    fallbacks = [extension for extension in FALLBACK_EXTENSIONS if extension != subset.caption_extension]
+    pairings = [pair_by_extension(names, others, extension) for extension in fallbacks]
+    best = max(pairings, key=lambda pairing: len(pairing.files))
     if best.files:
-        report.note(
-            f"{subset.where}: no {subset.caption_extension} files; took the {best.count} {best.ending} files "
-            f"as captions (--caption_extension {best.ending} says so)"
+        findings.note(
+            f"{subset.where}: no {subset.caption_extension} files; took the {best.count} {best.extension} files "
+            f"as captions (same as --caption_extension {best.extension})"
         )
     return best
 
 
-def with_ending(names: Sequence[str], others: Mapping[str, str], ending: str) -> Pairing:
+def pair_by_extension(names: Sequence[str], others: Mapping[str, str], extension: str) -> Pairing:
     files: list[str] = []
-    of_image = np.full(len(names), -1)
-    for place, name in enumerate(names):
+    file_index = np.full(len(names), -1)
+    for row, name in enumerate(names):
         stem = name[: name.rfind(".")]
-        file = others.get(stem + ending)
+        file = others.get(stem + extension)
         if file is None and stem.count("_") >= 4:  # name_cx_cy_w_h, as face detectors write
-            file = others.get(stem.rsplit("_", 4)[0] + ending)
+            file = others.get(stem.rsplit("_", 4)[0] + extension)
         if file is not None:
-            of_image[place] = len(files)
+            file_index[row] = len(files)
             files.append(file)
-    return Pairing(ending=ending, files=files, of_image=of_image)
+    return Pairing(extension=extension, files=files, file_index=file_index)
 
 
-def read_contents(
+def parse_captions(
     contents: Iterable[str],
-    endings: Iterable[str],
-    name_of: Callable[[int], str],
+    extensions: Iterable[str],
+    get_path: Callable[[int], str],
     subset: SubsetSettings,
     faults: dict[int, UserError],
 ) -> Iterator[str]:
-    """The captions in caption files with these endings; what cannot be understood is added to the faults, by place."""
+    """The captions in the contents of caption files. extensions: of each file.
+
+    Adds what is wrong with a file to `faults`, by row. get_path: row -> the file, for messages.
+    """
     several, separator = subset.rules.enable_wildcard, subset.rules.caption_separator
-    for place, (content, ending) in enumerate(zip(contents, endings, strict=False)):
-        if ending != ".json" or not content:
-            yield of_file(content, several_lines=several)
+    for row, (content, extension) in enumerate(zip(contents, extensions, strict=False)):
+        if extension != ".json" or not content:
+            yield parse_caption_file(content, several_lines=several)
             continue
         caption = ""
         try:
-            caption = of_json(content, name_of(place), separator=separator, several_lines=several)
+            caption = parse_json_caption(content, get_path(row), separator=separator, several_lines=several)
         except UserError as error:
-            faults[place] = error
+            faults[row] = error
         yield caption
 
 
-def of_json(text: str, path: str, *, separator: str, several_lines: bool) -> str:
-    """The caption in a JSON file: a text, or an object with `caption`, `tags` or both; UserError for anything else."""
+def parse_json_caption(text: str, path: str, *, separator: str, several_lines: bool) -> str:
+    """The caption in a JSON file: a string, or an object with `caption`, `tags` or both. UserError for others."""
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}", fix="mend or remove it") from error
+        raise UserError(
+            f"{path} is not valid JSON: {error}", code="caption-file-invalid-json", fix="fix or remove it"
+        ) from error
     if isinstance(content, str):
-        return of_file(content, several_lines=several_lines)
+        return parse_caption_file(content, several_lines=several_lines)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no caption", fix='write {"caption": "..."}')
-    return of_fields(content, path, separator=separator, several_lines=several_lines)
+        raise UserError(f"{path} holds no caption", code="caption-file-no-caption", fix='write {"caption": "..."}')
+    return join_caption_fields(content, path, separator=separator, several_lines=several_lines)
 
 
-def of_fields(content: Mapping[str, Any], where: str, *, separator: str, several_lines: bool) -> str:
-    """Caption, separator and tags; with several lines the tags follow each of them. UserError names a wrong type."""
+def join_caption_fields(content: Mapping[str, Any], where: str, *, separator: str, several_lines: bool) -> str:
+    """Caption, separator and tags; with several lines the tags follow each line. UserError for a wrong type."""
     caption, tags = content.get("caption"), content.get("tags")
     if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
         tags = f"{separator} ".join(str(tag) for tag in tags)
     for name, value in (("caption", caption), ("tags", tags)):
         if value is not None and not isinstance(value, str):
-            raise UserError(f"{where}: {name} is {json.dumps(value)[:40]}, not a text", fix="put it in quotes")
+            raise UserError(
+                f"{where}: {name} is {json.dumps(value)[:40]}, not a string",
+                code="caption-field-wrong-type",
+                fix="put it in quotes",
+            )
     caption, tags = str(caption or ""), str(tags or "")
     if not several_lines:
-        return of_file(separator.join(part for part in (caption, tags) if part), several_lines=False)
+        return parse_caption_file(separator.join(part for part in (caption, tags) if part), several_lines=False)
     tags = separator.join(line.strip() for line in tags.splitlines() if line.strip())
-    lines = of_file(caption, several_lines=True).split("\n") if caption.strip() else []
-    return "\n".join(f"{line}{separator}{tags}" if tags else line for line in lines) if lines else tags
+    lines = parse_caption_file(caption, several_lines=True).split("\n") if caption.strip() else []
+    if not lines:
+        return tags
+    return "\n".join(f"{line}{separator}{tags}" if tags else line for line in lines)
 
 
-def with_captions(
+def fill_missing_captions(
     names: Sequence[str],
     texts: Iterator[str],
     faults: Mapping[int, UserError],
     what: str,
     subset: SubsetSettings,
     policy: Policy,
-    report: Report,
+    findings: Findings,
     *,
     empty: Callable[[int], bool],
-) -> Wanted:
-    """Give images without a caption the class tokens, or do with them what --on_missing_caption says.
+) -> CaptionTable:
+    """Give images without a caption the class tokens, or apply --on_missing_caption to them.
 
-    faults: of captions that cannot be read, by place; may grow while the texts are taken. what: where a caption was
-    looked for. empty: whether there was one, but nothing in it.
+    faults: of captions that cannot be read, by row; may grow while `texts` is consumed. what: where captions were
+    looked for. empty: row -> whether there is a caption file without text.
     """
     missing: list[int] = []
-    spare = subset.class_tokens or ""
+    fallback = subset.class_tokens or ""
 
-    def each() -> Iterator[str]:
-        for place, text in enumerate(texts):
-            if not text and place not in faults:
-                missing.append(place)
-            yield text or spare
+    def fill_texts() -> Iterator[str]:
+        for row, text in enumerate(texts):
+            if not text and row not in faults:
+                missing.append(row)
+            yield text or fallback
 
-    captions = Texts.of(each())
-    told = list({id(fault): fault for fault in faults.values()}.values())
-    report.problems.found.extend(told[:TOLD])
-    if len(told) > TOLD:
-        report.problems.add(f"{subset.where}: {len(told) - TOLD} more captions are wrong like those named")
-    keep = np.arange(len(captions))
-    if missing and told_of_missing([names[place] for place in missing], len(names), what, subset, policy, report,
-                                   sum(empty(place) for place in missing)):  # fmt: skip
-        keep = np.setdiff1d(keep, missing)
-        report.left_out[subset.where] |= {names[place] for place in missing}
-    return Wanted(captions=captions, keep=keep)
+    captions = TextColumn.encode(fill_texts())
+    report_bad_captions(faults, subset, findings)
+    rows = np.arange(len(captions))
+    if missing:
+        missing_names = [names[row] for row in missing]
+        empty_count = sum(empty(row) for row in missing)
+        if report_missing_captions(missing_names, len(names), what, subset, policy, findings, empty_count):
+            rows = np.setdiff1d(rows, missing)
+            findings.skipped_names[subset.where] |= set(missing_names)
+    return CaptionTable(captions=captions, kept_rows=rows)
 
 
-def told_of_missing(
-    missing: Sequence[str], images: int, where: str, subset: SubsetSettings, policy: Policy, report: Report, empty: int
+def report_bad_captions(faults: Mapping[int, UserError], subset: SubsetSettings, findings: Findings) -> None:
+    """One problem per fault, up to a limit; a file that several images share is reported once."""
+    distinct = list({id(fault): fault for fault in faults.values()}.values())
+    findings.problems.found.extend(distinct[:MAX_LISTED_FAULTS])
+    if len(distinct) > MAX_LISTED_FAULTS:
+        findings.problems.add(
+            f"{subset.where}: {len(distinct) - MAX_LISTED_FAULTS} more captions are wrong",
+            code="more-bad-captions",
+            fix="fix the ones listed first",
+        )
+
+
+def report_missing_captions(
+    missing: Sequence[str],
+    images: int,
+    where: str,
+    subset: SubsetSettings,
+    policy: Policy,
+    findings: Findings,
+    empty: int,
 ) -> bool:
-    """Say what becomes of the images without a caption; whether they are left out."""
+    """Report what happens to the images without a caption; returns whether they are skipped."""
     what = f"{len(missing)} of {images} images have no caption {where}"
     if empty:
         what += f", {empty} of them an empty {'file' if subset.metadata_file is None else 'entry'}"
     if subset.class_tokens:
-        report.note(f"{subset.where}: {what}; they take the class tokens {subset.class_tokens!r}")
+        findings.note(f"{subset.where}: {what}; they get the class tokens {subset.class_tokens!r}")
     elif policy.on_missing_caption == "error":
-        fix = "write them, give class_tokens, or set --on_missing_caption empty (or skip)"
-        report.problems.add(f"{subset.where}: {what}: {some(missing)}", fix=fix)
+        findings.problems.add(
+            f"{subset.where}: {what}: {list_some(missing)}",
+            code="captions-missing",
+            fix="write them, give class_tokens, or set --on_missing_caption empty (or skip)",
+        )
     elif policy.on_missing_caption == "empty":
-        report.note(f"{subset.where}: {what}; they train with an empty caption: {some(missing)}")
+        findings.note(f"{subset.where}: {what}; they train with an empty caption: {list_some(missing)}")
     else:
-        report.note(f"{subset.where}: {what}; they are left out: {some(missing)}")
+        findings.note(f"{subset.where}: {what}; they are skipped: {list_some(missing)}")
         return True
     return False
 
@@ -180,24 +219,25 @@ def told_of_missing(
 class Pairing:
     """Which caption file belongs to which image."""
 
-    ending: str
-    files: list[str]  # one that several images share appears as often
-    of_image: Column  # place in `files`, -1 for none
+    extension: str
+    files: list[str]  # a file that several images share appears once for each
+    file_index: IntColumn  # for each image, -1 for none
 
     @property
     def count(self) -> int:
+        """Distinct files."""
         return len(set(self.files))
 
-    def has_file(self, place: int) -> bool:
-        return bool(self.of_image[place] >= 0)
+    def has_file(self, row: int) -> bool:
+        return bool(self.file_index[row] >= 0)
 
-    def file(self, place: int) -> str:
-        return self.files[self.of_image[place]]
+    def get_file(self, row: int) -> str:
+        return self.files[self.file_index[row]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """A caption for every image, and the places of those that are not left out."""
+class CaptionTable:
+    """A caption for every image, and the rows of the images that are not skipped."""
 
-    captions: Texts
-    keep: Column
+    captions: TextColumn
+    kept_rows: IntColumn

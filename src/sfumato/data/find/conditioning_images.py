@@ -1,4 +1,4 @@
-"""Which mask or control image belongs to which picture: the one of the same name in another folder."""
+"""Which mask or control image belongs to which image: the one of the same name in another folder."""
 
 from __future__ import annotations
 
@@ -10,102 +10,131 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.config.paths import neighbour
-from sfumato.data.find.folders import list_below, list_folder, read_images
-from sfumato.data.find.image_table import Column, Pictures
+from sfumato.common.text import list_some
+from sfumato.config.paths import suggest_path
+from sfumato.data.find.findings import Findings
+from sfumato.data.find.folders import list_folder, list_recursively, read_images
+from sfumato.data.find.image_table import ImageTable, IntColumn
 from sfumato.data.find.index import Index
-from sfumato.data.find.policy import Policy, some, usable
-from sfumato.data.find.report import Report
+from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
-from sfumato.data.find.verify_images import undamaged
-
-FIX = "each picture needs exactly one, of its name and shape"
+from sfumato.data.find.verify_images import find_decodable
 
 
-def with_conditioning(pictures: Pictures, subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
-    """The pictures that have a partner, each with it; all of them where none are asked for.
+def attach_conditioning_images(
+    images: ImageTable, subset: SubsetSettings, policy: Policy, findings: Findings
+) -> ImageTable:
+    """The images that have a conditioning image, each with it; all images where the subset has no such folder.
 
-    Faults go to the report's problems: a picture without a partner, two of one name, one of another shape.
+    Adds a problem for an image without one, for two of the same name and for one of another shape.
     """
-    if subset.conditioning_data_dir is None or not len(pictures):
-        return pictures
+    if subset.conditioning_data_dir is None or not len(images):
+        return images
     folder = os.path.abspath(subset.conditioning_data_dir)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
     try:
-        names = images_in(folder)
+        names = list_images(folder)
     except OSError as error:
-        what = f"{subset.where}: conditioning_data_dir {folder} cannot be read ({error.strerror})"
-        report.problems.add(what, fix=neighbour(Path(folder)))
-        return pictures
-    images = read_images(folder, names, Index(policy.cache_dir, ("images", folder)))
+        findings.problems.add(
+            f"{subset.where}: conditioning_data_dir {folder} cannot be read ({error.strerror})",
+            code="conditioning-folder-unreadable",
+            fix=suggest_path(Path(folder)),
+        )
+        return images
+    headers = read_images(folder, names, Index(policy.cache_dir, ("images", folder)))
     where = f"{subset.where}: {folder}"
-    good = usable(images, where, policy, report)
-    good = good[undamaged(images.pictures(folder, good), where, policy, report)]
-    partners = partners_of(pictures, names)
-    alone = pictures.take(np.flatnonzero(partners < 0)).names
-    refuse(alone, f"{subset.where}: %d pictures have no image of the same name in {folder}", report)
-    counts = Counter(map(stem_of, names))
-    doubled = [name for name in names if counts[stem_of(name)] > 1]
-    refuse(doubled, f"{subset.where}: %d images in {folder} have the name of another one there", report)
-    kept = np.flatnonzero(np.isin(partners, good))
-    found = pictures.take(kept).paired_with(images.pictures(folder, partners[kept]))
-    unlike = found.take(np.flatnonzero(~same_shape(found)))
-    refuse(unlike.names, f"{subset.where}: %d pictures have another shape than their image in {folder}", report)
-    return found
+    valid = select_valid_images(headers, where, policy, findings)
+    valid = valid[find_decodable(headers.make_table(folder, valid), where, policy, findings)]
+    partners = match_by_stem(images, names)
+    rows = np.flatnonzero(np.isin(partners, valid))
+    paired = images.take(rows).with_conditioning(headers.make_table(folder, partners[rows]))
+    check_partner_names(images.take(np.flatnonzero(partners < 0)).names, names, subset, folder, findings)
+    misshapen = paired.take(np.flatnonzero(~compare_shapes(paired))).names
+    if len(misshapen):
+        findings.problems.add(
+            f"{subset.where}: the conditioning image in {folder} has another shape than the image for "
+            f"{len(misshapen)} images: {list_some(misshapen)}",
+            code="conditioning-image-shape-mismatch",
+            fix="give each image a conditioning image of its own shape",
+        )
+    return paired
 
 
-def partners_of(pictures: Pictures, names: Sequence[str]) -> Column:
-    """The place in `names` of each picture's partner, -1 for none.
+def check_partner_names(
+    unmatched: Sequence[str], names: Sequence[str], subset: SubsetSettings, folder: str, findings: Findings
+) -> None:
+    """unmatched: images without a conditioning image. names: of the conditioning images."""
+    if len(unmatched):
+        findings.problems.add(
+            f"{subset.where}: {len(unmatched)} images have no image of the same name in {folder}: "
+            f"{list_some(unmatched)}",
+            code="conditioning-image-missing",
+            fix="give each image one conditioning image of its name",
+        )
+    counts = Counter(map(strip_extension, names))
+    repeated = [name for name in names if counts[strip_extension(name)] > 1]
+    if repeated:
+        findings.problems.add(
+            f"{subset.where}: {len(repeated)} images in {folder} differ only in their extension: {list_some(repeated)}",
+            code="conditioning-image-ambiguous",
+            fix="keep one conditioning image per name",
+        )
 
-    Folders below count as part of the name, unless no two pictures have the same one without them.
+
+def match_by_stem(images: ImageTable, names: Sequence[str]) -> IntColumn:
+    """For each image the index of its conditioning image in `names`, -1 for none.
+
+    Subfolders count as part of the name, unless no two images have the same name without them.
     """
-    stems = [stem_of(name) for name in pictures.names]
-    last = [each.replace(os.sep, "/").rpartition("/")[2] for each in stems]
-    by_stem = {stem_of(name): place for place, name in enumerate(names)}
-    if len(set(last)) == len(last) and not set(stems) <= set(by_stem):
-        stems = last
-    return np.array([by_stem.get(each, -1) for each in stems], np.int64)
+    stems = [strip_extension(name) for name in images.names]
+    last_parts = [strip_folders(stem) for stem in stems]
+    by_stem = {strip_extension(name): index for index, name in enumerate(names)}
+    if len(set(last_parts)) == len(last_parts) and not set(stems) <= set(by_stem):
+        stems = last_parts
+    return np.array([by_stem.get(stem, -1) for stem in stems], np.int64)
 
 
-def same_shape(pictures: Pictures) -> NDArray[np.bool_]:
-    """For each whether its partner is it made larger or smaller, but for the rounding of a side to whole pixels."""
-    other = pictures.conditioning
+def compare_shapes(images: ImageTable) -> NDArray[np.bool_]:
+    """For each image whether its conditioning image has its shape: equal sides to a pixel after scaling."""
+    other = images.conditioning
     assert other is not None
-    swap = pictures.widths > other.widths
-    short = [np.where(swap, theirs, ours) for ours, theirs in sides(pictures, other)]
-    long = [np.where(swap, ours, theirs) for ours, theirs in sides(pictures, other)]
-    fits = [np.abs(short[i] * long[1 - i] / long[i] - short[1 - i]) <= 1 for i in (0, 1)]
-    return fits[0] | fits[1]
+    swap = images.widths > other.widths
+    pairs = [(images.widths, other.widths), (images.heights, other.heights)]
+    short = [np.where(swap, theirs, ours) for ours, theirs in pairs]
+    long = [np.where(swap, ours, theirs) for ours, theirs in pairs]
+    matches = [np.abs(short[i] * long[1 - i] / long[i] - short[1 - i]) <= 1 for i in (0, 1)]
+    return matches[0] | matches[1]
 
 
-def sides(pictures: Pictures, other: Pictures) -> list[tuple[Column, Column]]:
-    return [(pictures.widths, other.widths), (pictures.heights, other.heights)]
-
-
-def refuse_spare(found: Iterable[tuple[SubsetSettings, Pictures]], report: Report) -> None:
-    """A conditioning image that belongs to no picture of any subset is a fault: its picture was meant to be there."""
+def check_unmatched_images(subsets: Iterable[tuple[SubsetSettings, ImageTable]], findings: Findings) -> None:
+    """A conditioning image that belongs to no image of any subset is a problem: its image is missing."""
     stems: defaultdict[Path, set[str]] = defaultdict(set)
-    first: dict[Path, str] = {}
-    for subset, pictures in found:
+    labels: dict[Path, str] = {}
+    for subset, images in subsets:
         folder = subset.conditioning_data_dir
-        if folder is not None and folder.is_dir() and len(pictures):
-            first.setdefault(folder, subset.where)
-            for name in map(stem_of, (*pictures.names, *report.left_out[subset.where])):
-                stems[folder] |= {name, name.replace(os.sep, "/").rpartition("/")[2]}
+        if folder is not None and folder.is_dir() and len(images):
+            labels.setdefault(folder, subset.where)
+            for stem in map(strip_extension, (*images.names, *findings.skipped_names[subset.where])):
+                stems[folder] |= {stem, strip_folders(stem)}
     for folder, known in stems.items():
-        spare = [name for name in images_in(os.path.abspath(folder)) if stem_of(name) not in known]  # noqa: PTH100
-        refuse(spare, f"{first[folder]}: %d images in {folder} have no picture of the same name", report)
+        names = list_images(os.path.abspath(folder))  # noqa: PTH100
+        unmatched = [name for name in names if strip_extension(name) not in known]
+        if unmatched:
+            findings.problems.add(
+                f"{labels[folder]}: {len(unmatched)} images in {folder} have no training image of the same name: "
+                f"{list_some(unmatched)}",
+                code="conditioning-image-unmatched",
+                fix="remove them, or add the training images",
+            )
 
 
-def images_in(folder: str) -> list[str]:
-    """The images directly in the folder, else those below it."""
-    return list_folder(folder).images or list_below(folder).images
+def list_images(folder: str) -> list[str]:
+    """The images directly in the folder, else those in its subfolders."""
+    return list_folder(folder).images or list_recursively(folder).images
 
 
-def refuse(names: Sequence[str], what: str, report: Report) -> None:
-    """One fault for all of them, the first few named."""
-    if len(names):
-        report.problems.add(f"{what % len(names)}: {some(names)}", fix=FIX)
-
-
-def stem_of(name: str) -> str:
+def strip_extension(name: str) -> str:
     return name[: name.rfind(".")]
+
+
+def strip_folders(name: str) -> str:
+    return name.replace(os.sep, "/").rpartition("/")[2]

@@ -1,7 +1,7 @@
-"""What is remembered of a folder or an archive between runs: sizes of images and texts of caption files, in columns.
+"""The dataset index: sizes and caption texts of a folder or an archive, stored between runs in columns.
 
-An entry counts only while its file has the size and modification time that were remembered, so nothing can be stale.
-The files lie in the cache folder, never among the pictures; losing one costs time only.
+An entry is used only while its file has the stored size and modification time, so it is never stale. The files are in
+the cache folder, never among the images; deleting one costs time only.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.data.find.image_table import Texts
+from sfumato.data.find.image_table import TextColumn
 
-VERSION = 3  # of the file's form, and of how sizes and captions are read
-DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+INDEX_VERSION = 3  # of the file format, and of how sizes and captions are read
+LOAD_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Columns = dict[str, NDArray[Any]]
 
 
-def default_cache_dir() -> Path:
+def get_default_cache_dir() -> Path:
     """`sfumato` in the user's cache folder: %LOCALAPPDATA%, $XDG_CACHE_HOME or ~/.cache."""
     if sys.platform == "win32" and os.environ.get("LOCALAPPDATA"):
         return Path(os.environ["LOCALAPPDATA"]) / "sfumato"
@@ -36,46 +36,47 @@ def default_cache_dir() -> Path:
 
 
 class Index(NamedTuple):
-    """Where one table of columns is remembered."""
+    """The index file of one folder or archive."""
 
     cache_dir: Path
-    about: tuple[str, ...]  # kind of table, folder or archive, and what else tells tables apart
+    key: tuple[str, ...]  # kind of table, folder or archive, and whatever else distinguishes tables
 
     @property
     def path(self) -> Path:
-        name = hashlib.blake2b("\0".join(self.about).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        name = hashlib.blake2b("\0".join(self.key).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
         return self.cache_dir / "folders" / f"{name}.npz"
 
     def load(self) -> Columns | None:
-        """None where nothing is remembered, or where the file is damaged or of another version."""
+        """The stored columns; None where there are none, or where the file is damaged or of another version."""
         try:
             with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 columns = {name: file[name] for name in file.files}
-                return columns if columns.pop("head").tobytes() == self._head() else None
-        except DAMAGED:
+                return columns if columns.pop("head").tobytes() == self._make_head() else None
+        except LOAD_ERRORS:
             return None
 
     def save(self, columns: Mapping[str, NDArray[Any]]) -> bool:
-        """Write the table whole; False where the cache folder cannot be written."""
+        """Write the file and replace the old one; False where the cache folder cannot be written."""
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **{"head": np.frombuffer(self._head(), np.uint8), **columns})
-            os.replace(temporary, self.path)  # not synced to disk: what is torn is not read, and costs only time
+                head = np.frombuffer(self._make_head(), np.uint8)
+                np.savez(file, allow_pickle=False, **{"head": head, **columns})
+            os.replace(temporary, self.path)  # not synced to disk: a torn file is not read, and costs only time
         except OSError:
             temporary.unlink(missing_ok=True)
             return False
         return True
 
-    def _head(self) -> bytes:
-        return json.dumps(["sfumato folder index", VERSION, *self.about]).encode()
+    def _make_head(self) -> bytes:
+        return json.dumps(["sfumato folder index", INDEX_VERSION, *self.key]).encode()
 
 
-def packed(name: str, texts: Texts) -> Columns:
-    """Two columns that hold texts."""
+def pack_texts(name: str, texts: TextColumn) -> Columns:
+    """A text column as two arrays."""
     return {f"{name} block": np.frombuffer(texts.block, np.uint8), f"{name} ends": texts.ends}
 
 
-def unpacked(name: str, columns: Columns) -> Texts:
-    return Texts(columns[f"{name} block"], columns[f"{name} ends"])
+def unpack_texts(name: str, columns: Columns) -> TextColumn:
+    return TextColumn(columns[f"{name} block"], columns[f"{name} ends"])

@@ -1,4 +1,4 @@
-"""A dataset looked at more closely than at every start: each file decoded, each caption counted. Writes nothing."""
+"""A close look at a dataset: every file decoded, every caption tokenized. Writes nothing."""
 
 from __future__ import annotations
 
@@ -9,107 +9,112 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.data.buckets import Size
-from sfumato.data.find.verify_images import Progress, faults_of
+from sfumato.data.find.data_rows import count_enlarged
+from sfumato.data.find.verify_images import DecodeCallback, decode_all
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
-from sfumato.data.prompt_weighting import parse, plain
-from sfumato.data.ss_metadata import tags
-from sfumato.data.variants import longest_form
-from sfumato.errors import UserError
+from sfumato.data.prompt_weighting import parse_weights, strip_weights
+from sfumato.data.ss_metadata import count_tags
+from sfumato.data.variants import make_longest_variant
 
-ENDINGS = (".txt", ".caption", ".json")  # of caption files, besides the configured one
+CAPTION_EXTENSIONS = (".txt", ".caption", ".json")  # besides the configured one
 COMMON_TAGS = 40
 
-CountTokens = Callable[[Sequence[str]], list[int]]  # captions -> tokens of each, begin and end not counted
+CountTokens = Callable[[Sequence[str]], list[int]]  # captions -> tokens of each, without begin and end
 
 
-def inspect(
+def inspect_plan(
     plan: DataPlan,
     tokenizers: Mapping[str, tuple[CountTokens, int]],
     *,
     weighted: bool = False,
     decoding: bool = True,
     workers: int = 2,
-    progress: Progress | None = None,
-) -> list[DatasetFindings]:
-    """What there is in every dataset of a plan that was made with faults left out.
+    progress: DecodeCallback | None = None,
+) -> list[DatasetInspection]:
+    """Inspects every dataset of a plan that was made with faulty images skipped.
 
-    tokenizers: name -> how tokens are counted, and how many the model takes. weighted: brackets in captions are no
-    words. decoding: read every picture to its last byte, not only its header.
+    tokenizers: name -> (counts tokens, how many the model takes). weighted: captions have weights in brackets.
+    decoding: decode every image completely, not only its header.
     """
-    used = {item.picture.path: item.picture for _, _, item in plan.used()}
-    asked = list(used.values()) if decoding else []
-    faults = zip(asked, faults_of(asked, workers=workers, progress=progress), strict=True)
-    broken = {picture.path: reason(fault, picture.path) for picture, fault in faults if fault is not None}
-    return [
-        DatasetFindings(
-            name=f"dataset {i}" if len(plan.datasets) > 1 else "dataset",
-            plan=dataset,
-            subsets=[
-                of_subset(subset, tokenizers, broken, bad_images(plan, subset), weighted=weighted)
-                for subset in dataset.subsets
-            ],
-            enlarged=enlarged(dataset),
-        )
-        for i, dataset in enumerate(plan.datasets, 1)
-    ]
+    used = {item.image.path: item.image for _, _, item in plan.iterate_used()}
+    images = list(used.values()) if decoding else []
+    damaged: dict[str, str] = {}
+    for image, fault in zip(images, decode_all(images, workers=workers, progress=progress), strict=True):
+        if fault is not None:
+            damaged[image.path] = fault.what.removeprefix(image.path).strip()
+    inspections: list[DatasetInspection] = []
+    for i, dataset in enumerate(plan.datasets, 1):
+        subsets: list[SubsetInspection] = []
+        for subset in dataset.subsets:
+            bad = list_bad_images(plan, subset)
+            subsets.append(inspect_subset(subset, tokenizers, damaged, bad, weighted=weighted))
+        name = f"dataset {i}" if len(plan.datasets) > 1 else "dataset"
+        enlarged = count_enlarged(dataset)
+        inspections.append(DatasetInspection(name=name, plan=dataset, subsets=subsets, enlarged=enlarged))
+    return inspections
 
 
-def of_subset(
+def inspect_subset(
     subset: SubsetPlan,
     tokenizers: Mapping[str, tuple[CountTokens, int]],
-    broken: Mapping[str, str],
+    damaged: Mapping[str, str],
     bad: Sequence[str],
     *,
     weighted: bool,
-) -> SubsetFindings:
+) -> SubsetInspection:
+    """damaged: path -> fault, of images that cannot be decoded. bad: faults of images without a valid header."""
     items = list(subset.items)
-    paths = [item.picture.path for item in items]
-    damaged = {path: broken[path] for path in paths if path in broken}
-    captions = [longest_form(item, subset) for item in items]
-    captions = [plain(parse(caption)) for caption in captions] if weighted else captions
-    frequencies = Counter(tags(subset))
-    return SubsetFindings(
+    paths = [item.image.path for item in items]
+    captions = [make_longest_variant(item, subset) for item in items]
+    if weighted:
+        captions = [strip_weights(parse_weights(caption)) for caption in captions]
+    tokens: dict[str, TokenStatistics] = {}
+    if captions:
+        tokens = {name: measure_captions(captions, count, limit) for name, (count, limit) in tokenizers.items()}
+    tags = Counter(count_tags(subset))
+    return SubsetInspection(
         plan=subset,
         no_images=bad,
-        damaged=damaged,
-        endings=caption_endings(paths, subset.settings.caption_extension),
-        empty=[item.picture.path for item in items if not item.picture.caption],
-        class_tokens=sum(1 for item in items if item.picture.caption == subset.settings.class_tokens),
-        masks=masks_of(items, subset),
-        tags=frequencies.most_common(COMMON_TAGS),
-        distinct_tags=len(frequencies),
-        tokens={name: counted(captions, count, limit) for name, (count, limit) in tokenizers.items() if captions},
+        damaged={path: damaged[path] for path in paths if path in damaged},
+        caption_extensions=count_caption_files(paths, subset.settings.caption_extension),
+        empty=[item.image.path for item in items if not item.image.caption],
+        class_tokens=sum(1 for item in items if item.image.caption == subset.settings.class_tokens),
+        masks=describe_masks(items, subset),
+        tags=tags.most_common(COMMON_TAGS),
+        distinct_tags=len(tags),
+        tokens=tokens,
     )
 
 
-def bad_images(plan: DataPlan, subset: SubsetPlan) -> list[str]:
-    """The image files of a subset, masks among them, that cannot be trained on, each with the reason."""
-    where, place = subset.settings.where, os.path.abspath(subset.settings.place)  # noqa: PTH100 -- as pictures are named
-    found = [(name, line) for name, lines in plan.bad_images.items() for line in lines]
-    return [
-        line.removeprefix(f"{place}{os.sep}") for name, line in found if name == where or name.startswith(f"{where}: ")
-    ]
+def list_bad_images(plan: DataPlan, subset: SubsetPlan) -> list[str]:
+    """The faults of a subset's image files, masks included, that cannot be trained on."""
+    where = subset.settings.where
+    prefix = os.path.abspath(subset.settings.source) + os.sep  # noqa: PTH100 -- same form as the images' paths
+    faults: list[str] = []
+    for name, lines in plan.bad_images.items():
+        if name == where or name.startswith(f"{where}: "):
+            faults += [line.removeprefix(prefix) for line in lines]
+    return faults
 
 
-def reason(error: UserError, path: str) -> str:
-    return error.what.removeprefix(path).strip()
-
-
-def caption_endings(paths: Sequence[str], configured: str) -> dict[str, int]:
-    """How many pictures have a file of their own name with each ending beside them."""
-    wanted = list(dict.fromkeys((configured, *ENDINGS)))
-    beside: dict[str, set[str]] = {}
-    counts = dict.fromkeys(wanted, 0)
+def count_caption_files(paths: Sequence[str], configured: str) -> dict[str, int]:
+    """Extension of caption files -> how many images have a file of their own name with it."""
+    extensions = list(dict.fromkeys((configured, *CAPTION_EXTENSIONS)))
+    folder_names: dict[str, set[str]] = {}
+    counts = dict.fromkeys(extensions, 0)
     for path in paths:
         folder, name = os.path.split(path)
-        if folder not in beside:
-            beside[folder] = {each.name for each in Path(folder).iterdir()} if Path(folder).is_dir() else set()
-        for ending in wanted:
-            counts[ending] += name[: name.rfind(".")] + ending in beside[folder]
-    return {ending: count for ending, count in counts.items() if count}
+        if folder not in folder_names:
+            is_folder = Path(folder).is_dir()  # else an archive
+            folder_names[folder] = {file.name for file in Path(folder).iterdir()} if is_folder else set()
+        stem = name[: name.rfind(".")]
+        for extension in extensions:
+            counts[extension] += stem + extension in folder_names[folder]
+    return {extension: count for extension, count in counts.items() if count}
 
 
-def masks_of(items: Sequence[Item], subset: SubsetPlan) -> str:
+def describe_masks(items: Sequence[Item], subset: SubsetPlan) -> str:
+    """Where a subset's masks or control images come from; "" where there are none."""
     rules = subset.settings.images
     paired = sum(item.conditioning is not None for item in items)
     if paired:
@@ -118,26 +123,16 @@ def masks_of(items: Sequence[Item], subset: SubsetPlan) -> str:
     return "the alpha channel of each image that has one" if rules.alpha_mask else ""
 
 
-def counted(captions: Sequence[str], count: CountTokens, limit: int) -> Tokens:
+def measure_captions(captions: Sequence[str], count: CountTokens, limit: int) -> TokenStatistics:
     lengths = count(captions)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     over = sum(length > limit for length in lengths)
-    return Tokens(limit=limit, over=over, longest=lengths[longest], caption=captions[longest])
-
-
-def enlarged(dataset: DatasetPlan) -> Counter[Size]:
-    """Images of each bucket that are made larger than they are."""
-    found: Counter[Size] = Counter()
-    for subset in dataset.subsets:
-        for item in subset.items:
-            (width, height), (old_width, old_height) = item.choice.resized, item.size
-            found[item.choice.bucket] += width > old_width or height > old_height
-    return found
+    return TokenStatistics(limit=limit, over=over, longest=lengths[longest], caption=captions[longest])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """How captions fit one tokenizer."""
+class TokenStatistics:
+    """Caption lengths in tokens of one tokenizer."""
 
     limit: int
     over: int  # captions that are cut
@@ -146,30 +141,30 @@ class Tokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubsetFindings:
-    """One folder."""
+class SubsetInspection:
+    """One subset."""
 
     plan: SubsetPlan
-    no_images: Sequence[str]  # files that look like images and cannot be trained on, each with the reason
-    damaged: Mapping[str, str]  # pictures that have a header and cannot be decoded -> why
-    endings: Mapping[str, int]  # ending of caption files -> pictures that have one
-    empty: Sequence[str]  # pictures whose caption is empty
-    class_tokens: int  # pictures whose caption is the class tokens
+    no_images: Sequence[str]  # faults of files with an image extension that have no valid image header
+    damaged: Mapping[str, str]  # images with a valid header that cannot be decoded -> fault
+    caption_extensions: Mapping[str, int]  # extension of caption files -> images that have one
+    empty: Sequence[str]  # images with an empty caption
+    class_tokens: int  # images whose caption is the class tokens
     masks: str  # where they come from; "" where there are none
     tags: Sequence[tuple[str, int]]  # the most frequent
     distinct_tags: int
-    tokens: Mapping[str, Tokens]
+    tokens: Mapping[str, TokenStatistics]  # by tokenizer
 
     @property
     def name(self) -> str:
-        return str(self.plan.settings.place)
+        return str(self.plan.settings.source)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetFindings:
-    """Folders that share batches."""
+class DatasetInspection:
+    """Subsets that share batches."""
 
     name: str
     plan: DatasetPlan
-    subsets: Sequence[SubsetFindings]
-    enlarged: Mapping[Size, int]
+    subsets: Sequence[SubsetInspection]
+    enlarged: Mapping[Size, int]  # images of each bucket that are enlarged

@@ -1,4 +1,4 @@
-"""Pictures that are named one by one: by a metadata file, or by a class of the user's own."""
+"""Images that are named one by one, in a metadata file or by a dataset class of the user."""
 
 from __future__ import annotations
 
@@ -15,68 +15,89 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.data.find.caption_files import of_fields, with_captions
-from sfumato.data.find.folders import list_below, list_folder, read_images
-from sfumato.data.find.image_table import Pictures, Texts, path_of
+from sfumato.common.text import list_some
+from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields
+from sfumato.data.find.findings import Findings
+from sfumato.data.find.folders import list_folder, list_recursively, read_images
+from sfumato.data.find.image_table import ImageTable, TextColumn, join_path
 from sfumato.data.find.index import Index
-from sfumato.data.find.policy import Policy, some, usable
-from sfumato.data.find.report import Report
+from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
 
-SPACE = re.compile(r"[ \t\n\r]*")
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
 DECODER = json.JSONDecoder()
+OBJECT_FIX = 'write {"image.png": {"caption": "..."}}'
+SAMPLE_FIX = 'yield {"image": path, "caption": text}'
 
 
-def of_metadata(
-    file: Path, subset: SubsetSettings, policy: Policy, report: Report, *, beside: bool = False
-) -> Pictures:
+def load_metadata_images(
+    file: Path, subset: SubsetSettings, policy: Policy, findings: Findings, *, beside: bool = False
+) -> ImageTable:
     """The images that a metadata file names, with its captions: a JSON object by image, or JSON lines.
 
-    beside: the images lie beside the file, whatever folders it names.
+    beside: the images are in the file's folder, whatever folders it names.
     """
-    named = Named(str(file), subset)
-    with report.problems.catch():
-        for where, key, fields in entries_of(file):
-            named.add(where, re.split(r"[/\\]", key)[-1] if beside else key, fields)
-        if not named.keys:
-            raise UserError(f"{subset.where}: {file} names no images", fix='write {"image.png": {"caption": "..."}}')
-    return of_names(named, policy, report)
+    images = NamedImages(str(file), subset)
+    with findings.problems.catch():
+        for where, key, fields in read_entries(file):
+            images.add(where, re.split(r"[/\\]", key)[-1] if beside else key, fields)
+        if not images.keys:
+            raise UserError(f"{subset.where}: {file} names no images", code="metadata-without-images", fix=OBJECT_FIX)
+    return load_named_images(images, policy, findings)
 
 
-def entries_of(file: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(where, image, its fields), one after the other; UserError names the line of a fault."""
+def read_entries(file: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(place for messages, image, its fields), one by one. UserError names the line of a fault."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror})", fix="check metadata_file or --in_json") from error
+        raise UserError(
+            f"{file} cannot be read ({error.strerror})",
+            code="metadata-file-unreadable",
+            fix="check metadata_file or --in_json",
+        ) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{file}, line {line}, is not UTF-8", fix="save it as UTF-8") from error
-    lines = file.suffix.lower() == ".jsonl"
-    for where, key, fields in entries_of_lines(file, text) if lines else entries_of_object(file, text):
+        raise UserError(
+            f"{file}, line {line}, is not UTF-8", code="metadata-not-utf8", fix="save it as UTF-8"
+        ) from error
+    is_lines = file.suffix.lower() == ".jsonl"
+    for where, key, fields in parse_json_lines(file, text) if is_lines else parse_json_object(file, text):
         if not isinstance(fields, dict):
-            raise UserError(f"{where} is {json.dumps(fields)[:40]}, not an object", fix='write {"caption": "..."}')
+            raise UserError(
+                f"{where} is {json.dumps(fields)[:40]}, not an object",
+                code="metadata-entry-not-object",
+                fix='write {"caption": "..."}',
+            )
         yield where, key, fields
 
 
-def entries_of_lines(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
-    for number, line in enumerate(lines_of(text), 1):
+def parse_json_lines(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
+    for number, line in enumerate(iterate_lines(text), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
             fields = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{where}, is not valid JSON: {error}", fix="write one object a line") from error
+            raise UserError(
+                f"{where}, is not valid JSON: {error}",
+                code="metadata-line-invalid-json",
+                fix="write one object per line",
+            ) from error
         key = fields.get("image_path") if isinstance(fields, dict) else None
         if not isinstance(key, str):
-            raise UserError(f"{where}, has no image_path", fix='write {"image_path": "...", "caption": "..."}')
+            raise UserError(
+                f"{where}, has no image_path",
+                code="metadata-line-without-image",
+                fix='write {"image_path": "...", "caption": "..."}',
+            )
         yield where, key, fields
 
 
-def lines_of(text: str) -> Iterator[str]:
-    """One at a time: all lines at once, or an io.StringIO, take several times the memory of the text."""
+def iterate_lines(text: str) -> Iterator[str]:
+    """One line at a time: all at once, or an io.StringIO, take several times the memory of the text."""
     start = 0
     while start < len(text):
         end = text.find("\n", start)
@@ -85,139 +106,163 @@ def lines_of(text: str) -> Iterator[str]:
         start = end + 1
 
 
-def entries_of_object(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
+def parse_json_object(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
     """The members of one large object, one at a time, so that only one is in memory."""
 
-    def skip(place: int) -> int:
-        return SPACE.match(text, place).end()  # pyright: ignore[reportOptionalMemberAccess]
+    def skip_space(position: int) -> int:
+        return JSON_SPACE.match(text, position).end()  # pyright: ignore[reportOptionalMemberAccess]
 
-    def wrong(place: int, what: str) -> UserError:
-        line = text.count("\n", 0, place) + 1
-        return UserError(f"{file}, line {line}, is not valid JSON: {what}", fix="mend the line named")
+    def make_error(position: int, what: str) -> UserError:
+        line = text.count("\n", 0, position) + 1
+        return UserError(
+            f"{file}, line {line}, is not valid JSON: {what}", code="metadata-invalid-json", fix="fix that line"
+        )
 
-    place = skip(0)
-    if text[place : place + 1] != "{":
-        raise UserError(f"{file} does not hold a JSON object", fix='write {"image.png": {"caption": "..."}}')
-    place = skip(place + 1)
-    while text[place : place + 1] != "}":
+    position = skip_space(0)
+    if text[position : position + 1] != "{":
+        raise UserError(f"{file} does not hold a JSON object", code="metadata-not-an-object", fix=OBJECT_FIX)
+    position = skip_space(position + 1)
+    while text[position : position + 1] != "}":
         try:
-            key, after = DECODER.raw_decode(text, place)
-            colon = skip(after)
+            key, after = DECODER.raw_decode(text, position)
+            colon = skip_space(after)
             if not isinstance(key, str) or text[colon : colon + 1] != ":":
-                raise wrong(colon, "a name in quotes and a colon are expected")
-            fields, after = DECODER.raw_decode(text, skip(colon + 1))
+                raise make_error(colon, "a name in quotes and a colon are expected")
+            fields, after = DECODER.raw_decode(text, skip_space(colon + 1))
         except json.JSONDecodeError as error:
-            raise wrong(error.pos, error.msg) from error
+            raise make_error(error.pos, error.msg) from error
         yield f"{file}: {key}", key, fields
-        place = skip(after)
-        if text[place : place + 1] == ",":
-            place = skip(place + 1)
-        elif text[place : place + 1] != "}":
-            raise wrong(place, "a comma or the closing brace is expected")
+        position = skip_space(after)
+        if text[position : position + 1] == ",":
+            position = skip_space(position + 1)
+        elif text[position : position + 1] != "}":
+            raise make_error(position, "a comma or the closing brace is expected")
 
 
-def of_plugin(subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
+def load_plugin_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
     """The images that an instance of --dataset_class yields, as {"image": path, "caption": text}."""
     assert subset.dataset_class
-    named = Named(subset.dataset_class, subset)
-    fix = 'yield {"image": path, "caption": text}'
-    with report.problems.catch():
-        for number, sample in enumerate(instance_of(subset.dataset_class, subset.plugin_facts)):
+    images = NamedImages(subset.dataset_class, subset)
+    with findings.problems.catch():
+        for number, sample in enumerate(create_instance(subset.dataset_class, subset.class_arguments)):
             where = f"{subset.dataset_class}, sample {number}"
-            known = isinstance(sample, Mapping) and set(sample) <= {"image", "caption", "tags"}
-            if not known or not isinstance(sample.get("image"), str | Path):
-                raise UserError(f"{where} is {sample!r:.60}", fix=fix)
-            named.add(where, os.path.abspath(sample["image"]), sample)  # noqa: PTH100
-        if not named.keys:
-            raise UserError(f"{subset.dataset_class} yields no images", fix=fix)
-    return of_names(named, policy, report)
+            is_known = isinstance(sample, Mapping) and set(sample) <= {"image", "caption", "tags"}
+            if not is_known or not isinstance(sample.get("image"), str | Path):
+                raise UserError(f"{where} is {sample!r:.60}", code="dataset-class-bad-sample", fix=SAMPLE_FIX)
+            images.add(where, os.path.abspath(sample["image"]), sample)  # noqa: PTH100
+        if not images.keys:
+            raise UserError(f"{subset.dataset_class} yields no images", code="dataset-class-no-images", fix=SAMPLE_FIX)
+    return load_named_images(images, policy, findings)
 
 
-def instance_of(name: str, facts: Mapping[str, Any]) -> Any:
-    """An instance of the class package.module.Class, made with those of the facts that it asks for by name."""
-    module, _, kind = name.rpartition(".")
+def create_instance(name: str, arguments: Mapping[str, Any]) -> Any:
+    """An instance of the class package.module.Class, made with those of the arguments that it takes by name."""
+    module, _, class_name = name.rpartition(".")
     if os.getcwd() not in sys.path:  # noqa: PTH109
         sys.path.append(os.getcwd())  # noqa: PTH109 -- as for a script that is started here
     try:
-        found = vars(import_module(module))[kind] if module else None
+        dataset_class = vars(import_module(module))[class_name] if module else None
     except (ImportError, KeyError) as error:
-        raise UserError(f"--dataset_class: {name} is not found ({error})", fix="give package.module.Class") from error
-    if not inspect.isclass(found) or "__iter__" not in dir(found):
-        fix = 'write a class whose __iter__ yields {"image": path, "caption": text}'
-        raise UserError(f"--dataset_class: {name} is no class that yields samples", fix=fix)
-    wanted = inspect.signature(found).parameters.values()
-    unknown = [each.name for each in wanted if each.name not in facts and each.default is each.empty]
+        raise UserError(
+            f"--dataset_class: {name} cannot be imported ({error})",
+            code="dataset-class-not-found",
+            fix="give package.module.Class",
+        ) from error
+    if not inspect.isclass(dataset_class) or "__iter__" not in dir(dataset_class):
+        raise UserError(
+            f"--dataset_class: {name} is no class that yields samples",
+            code="dataset-class-not-iterable",
+            fix='write a class whose __iter__ yields {"image": path, "caption": text}',
+        )
+    parameters = inspect.signature(dataset_class).parameters.values()
+    unknown: list[str] = []
+    for parameter in parameters:
+        if parameter.name not in arguments and parameter.default is parameter.empty:
+            unknown.append(parameter.name)
     if unknown:
         raise UserError(
-            f"--dataset_class: {name} asks for {', '.join(unknown)}", fix=f"it is given {', '.join(facts)} by name"
+            f"--dataset_class: {name} requires {', '.join(unknown)}",
+            code="dataset-class-unknown-argument",
+            fix=f"it can take {', '.join(arguments)} by name",
         )
-    return found(**{each.name: facts[each.name] for each in wanted if each.name in facts})
+    names = [parameter.name for parameter in parameters if parameter.name in arguments]
+    return dataset_class(**{key: arguments[key] for key in names})
 
 
-def of_names(named: Named, policy: Policy, report: Report) -> Pictures:
-    """The pictures of these names, in their order."""
+def load_named_images(named: NamedImages, policy: Policy, findings: Findings) -> ImageTable:
+    """The images with these names, in their order."""
     subset, where = named.subset, named.where
-    if named.again:
-        what = f"{len(named.again)} images are named more than once and the first entry counts: {some(named.again)}"
-        report.note(f"{where}: {what}")
-    captions = Texts.of(named.captions)
+    if named.repeated:
+        findings.note(
+            f"{where}: {len(named.repeated)} images are named more than once and the first entry counts: "
+            f"{list_some(named.repeated)}"
+        )
+    captions = TextColumn.encode(named.captions)
     named.captions.clear()  # of a million, they and the set take 200 MB
     named.seen.clear()
-    base, places = located(named.keys, subset.image_dir)
-    lost = [key for key, place in zip(named.keys, places, strict=True) if place is None]
-    if lost:
-        what = f"{subset.where}: {len(lost)} of {len(places)} images that {where} names are not there: {some(lost)}"
-        report.problems.add(what, fix="check image_dir" if subset.image_dir else "give image_dir")
-    there = np.array([i for i, place in enumerate(places) if place is not None], np.int64)
-    names = [place for place in places if place is not None]
-    del places
+    base, paths = locate_images(named.keys, subset.image_dir)
+    missing = [key for key, path in zip(named.keys, paths, strict=True) if path is None]
+    if missing:
+        findings.problems.add(
+            f"{subset.where}: {len(missing)} of {len(paths)} images that {where} names are missing: "
+            f"{list_some(missing)}",
+            code="metadata-images-missing",
+            fix="check image_dir" if subset.image_dir else "give image_dir",
+        )
+    present = np.array([row for row, path in enumerate(paths) if path is not None], np.int64)
+    names = [path for path in paths if path is not None]
+    del paths
     images = read_images(base, names, Index(policy.cache_dir, ("images", base, where)))
-    good = usable(images, subset.where, policy, report)
-    rows = there[good]
-    if len(good) < len(names):
-        names = [names[place] for place in good]
-    faults = {place: named.faults[row] for place, row in enumerate(rows.tolist()) if row in named.faults}
-    texts = (captions.row(row) for row in rows.tolist())
-    wanted = with_captions(names, texts, faults, f"in {where}", subset, policy, report, empty=lambda place: False)
-    return images.pictures(base, good).captioned(wanted.captions, wanted.keep)
+    valid = select_valid_images(images, subset.where, policy, findings)
+    rows = present[valid]
+    if len(valid) < len(names):
+        names = [names[row] for row in valid]
+    faults = {index: named.faults[row] for index, row in enumerate(rows.tolist()) if row in named.faults}
+    texts = (captions.get_row(row) for row in rows.tolist())
+    table = fill_missing_captions(
+        names, texts, faults, f"in {where}", subset, policy, findings, empty=lambda _index: False
+    )
+    return images.make_table(base, valid).with_captions(table.captions, table.kept_rows)
 
 
-def located(keys: Sequence[str], image_dir: Path | None) -> tuple[str, list[str | None]]:
-    """The folder and each image's path below it, None where it is not there.
+def locate_images(keys: Sequence[str], image_dir: Path | None) -> tuple[str, list[str | None]]:
+    """The folder and each image's path below it, None where the image is missing.
 
-    A key is a path from the folder, with or without its ending, or one from the current folder, or a whole path. Where
-    not all lie in the folder, paths are whole and the folder is "".
+    A key is a path relative to the folder, with or without its extension, one relative to the current folder, or an
+    absolute path. Where not all images are in the folder, paths are absolute and the folder is "".
     """
     folder = os.path.abspath(image_dir) if image_dir else ""  # noqa: PTH100
-    inside = Names(folder, below=True) if folder else None
-    found = [inside.find(key) if inside else None for key in keys]
-    if all(found):
-        return folder, found
-    listings: dict[str, Names] = {}
+    folder_names = FolderNames(folder, below=True) if folder else None
+    inside = [folder_names.find(key) if folder_names else None for key in keys]
+    if all(inside):
+        return folder, inside
+    listings: dict[str, FolderNames] = {}
 
-    def outside(path: str) -> str | None:
+    def find_outside(path: str) -> str | None:
         parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
         if parent not in listings:
-            listings[parent] = Names(parent)
-        found = listings[parent].find(name)
-        return found and os.path.join(parent, found)  # noqa: PTH118
+            listings[parent] = FolderNames(parent)
+        file = listings[parent].find(name)
+        return file and os.path.join(parent, file)  # noqa: PTH118
 
-    whole = [
-        path_of(folder, name) if name else outside(key) or outside(os.path.join(folder, key))  # noqa: PTH118
-        for key, name in zip(keys, found, strict=True)
-    ]
-    within = folder + os.sep
-    if folder and all(path is None or path.startswith(within) for path in whole):
-        return folder, [path and path[len(within) :] for path in whole]
-    return "", whole
+    absolute: list[str | None] = []
+    for key, name in zip(keys, inside, strict=True):
+        if name:
+            absolute.append(join_path(folder, name))
+        else:
+            absolute.append(find_outside(key) or find_outside(os.path.join(folder, key)))  # noqa: PTH118
+    prefix = folder + os.sep
+    if folder and all(path is None or path.startswith(prefix) for path in absolute):
+        return folder, [path and path[len(prefix) :] for path in absolute]
+    return "", absolute
 
 
-class Names:
-    """The images of a folder, found by name, and where there is none of that name, by the name without its ending."""
+class FolderNames:
+    """The images of a folder, found by name, or by the name without its extension."""
 
     def __init__(self, folder: str, *, below: bool = False) -> None:
         try:
-            images = list_folder(folder).images + (list_below(folder).images if below else [])
+            images = list_folder(folder).images + (list_recursively(folder).images if below else [])
         except OSError:
             images = []
         self.images = dict(zip(images, images, strict=True))
@@ -230,8 +275,8 @@ class Names:
         return self.images.get(key) or self.images.get(key.replace("\\", "/")) or self.by_stem.get(key)
 
 
-class Named:
-    """Names and captions as they come in, one by one."""
+class NamedImages:
+    """Names and captions, collected one by one."""
 
     def __init__(self, where: str, subset: SubsetSettings) -> None:
         self.where = where
@@ -239,16 +284,19 @@ class Named:
         self.keys: list[str] = []
         self.captions: list[str] = []
         self.seen: set[str] = set()
-        self.again: list[str] = []
-        self.faults: dict[int, UserError] = {}  # by place
+        self.repeated: list[str] = []
+        self.faults: dict[int, UserError] = {}  # by index in `keys`
 
     def add(self, where: str, key: str, fields: Mapping[str, Any]) -> None:
+        """where: for messages."""
         if key in self.seen:
-            self.again.append(key)
+            self.repeated.append(key)
             return
         caption, rules = "", self.subset.rules
         try:
-            caption = of_fields(fields, where, separator=rules.caption_separator, several_lines=rules.enable_wildcard)
+            caption = join_caption_fields(
+                fields, where, separator=rules.caption_separator, several_lines=rules.enable_wildcard
+            )
         except UserError as error:
             self.faults[len(self.keys)] = error
         self.seen.add(key)

@@ -1,4 +1,4 @@
-"""What to do about faults in the data, and how they are told."""
+"""How faults in the data are handled and reported."""
 
 from __future__ import annotations
 
@@ -7,59 +7,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sfumato.data.find.folders import Images
-from sfumato.data.find.image_table import Column
-from sfumato.data.find.report import Report
+from sfumato.data.find.findings import Findings
+from sfumato.data.find.folders import ImageHeaders
+from sfumato.data.find.image_table import IntColumn
 from sfumato.errors import UserError
 
-NAMED = 5  # how many files a message names
-TOLD = 20  # how many faults of one kind in one subset are told one by one
-ALL = "`sfumato dataset inspect` names them all"
+MAX_FAULTS_IN_NOTE = 5
+MAX_LISTED_FAULTS = 20  # of one kind in one subset, each an error of its own
+INSPECT_HINT = "`sfumato dataset inspect` lists all of them"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What to do about faults, and where sizes and captions are remembered."""
+    """What happens to faulty images and captions, and where the dataset index is stored."""
 
     on_missing_caption: Literal["error", "empty", "skip"]
     on_bad_image: Literal["error", "skip"]
     cache_dir: Path
-    decoding: bool = False  # whether bad images are looked for to their last byte, not only in their headers
+    decoding: bool = False  # whether images are decoded completely to find bad ones, not only their headers
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few, for a message."""
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+def select_valid_images(images: ImageHeaders, where: str, policy: Policy, findings: Findings) -> IntColumn:
+    """Rows of the valid images; reports the others."""
+    bad = [(images.names.get_row(row), fault) for row, fault in images.faults.items()]
+    report_bad_images(bad, where, policy, findings)
+    report_unsaved_index(images.saved, policy, findings)
+    return images.valid_rows
 
 
-def usable(images: Images, where: str, policy: Policy, report: Report) -> Column:
-    """Places of the good images; the others are a problem each, or one note where they are to be left out."""
-    told_of_bad([(images.names.row(place), fault) for place, fault in images.faults.items()], where, policy, report)
-    told_of_memory(images.saved, policy, report)
-    return images.usable
+def report_unsaved_index(saved: bool, policy: Policy, findings: Findings) -> None:
+    line = f"cannot write the dataset index to {policy.cache_dir}; it will be rebuilt at every start"
+    if not saved and line not in findings.notes:
+        findings.note(line)
 
 
-def told_of_memory(saved: bool, policy: Policy, report: Report) -> None:
-    line = f"sizes and captions cannot be remembered: {policy.cache_dir} cannot be written"
-    if not saved and line not in report.notes:
-        report.note(line)
+def report_bad_images(bad: Sequence[tuple[str, UserError]], where: str, policy: Policy, findings: Findings) -> None:
+    """One problem per image, up to a limit; one note where bad images are skipped.
 
-
-def told_of_bad(bad: Sequence[tuple[str, UserError]], where: str, policy: Policy, report: Report) -> None:
-    """A problem each, as far as they are few enough to read, or one note where they are left out.
-
-    bad: the names of pictures, and what is wrong with each.
+    bad: (image name, what is wrong with it). where: the subset.
     """
     if not bad:
         return
     faults = [fault for _, fault in bad]
-    report.left_out[where] |= {name for name, _ in bad}
-    report.bad_images[where] += [error.what for error in faults]
+    findings.skipped_names[where] |= {name for name, _ in bad}
+    findings.bad_images[where] += [fault.what for fault in faults]
     if policy.on_bad_image == "skip":
-        first = "; ".join(error.what for error in faults[:NAMED])
-        more = f"; {len(faults) - NAMED} more: {ALL}" if len(faults) > NAMED else ""
-        report.note(f"{where}: {len(faults)} bad images are left out: {first}{more}")
+        first = "; ".join(fault.what for fault in faults[:MAX_FAULTS_IN_NOTE])
+        more = f"; {len(faults) - MAX_FAULTS_IN_NOTE} more: {INSPECT_HINT}" if len(faults) > MAX_FAULTS_IN_NOTE else ""
+        findings.note(f"{where}: {len(faults)} bad images are skipped: {first}{more}")
         return
-    report.problems.found.extend(faults[:TOLD])
-    if len(faults) > TOLD:
-        report.problems.add(f"{where}: images: {len(faults) - TOLD} more are bad like those named", fix=ALL)
+    findings.problems.found.extend(faults[:MAX_LISTED_FAULTS])
+    if len(faults) > MAX_LISTED_FAULTS:
+        findings.problems.add(
+            f"{where}: {len(faults) - MAX_LISTED_FAULTS} more bad images", code="more-bad-images", fix=INSPECT_HINT
+        )

@@ -1,71 +1,99 @@
-"""The pictures of one subset, from wherever they come; every fault is told, none is passed over."""
+"""The images of one subset, from a folder, a metadata file, archives or a dataset class."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.config.paths import neighbour
-from sfumato.data.find.caption_files import captions_beside, paired
-from sfumato.data.find.folders import Listing, list_below, list_folder, read_images, what_is_there
-from sfumato.data.find.image_table import Pictures
+from sfumato.common.text import list_some
+from sfumato.config.paths import suggest_path
+from sfumato.data.find.caption_files import load_caption_files, pair_caption_files
+from sfumato.data.find.findings import Findings
+from sfumato.data.find.folders import Listing, describe_listing, list_folder, list_recursively, read_images
+from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.index import Index
-from sfumato.data.find.metadata_source import of_metadata, of_plugin
-from sfumato.data.find.policy import Policy, some, usable
-from sfumato.data.find.report import Report
-from sfumato.data.find.settings import REMEMBERED, SubsetSettings
-from sfumato.data.find.tar_source import are_shards, of_shards
+from sfumato.data.find.metadata_source import load_metadata_images, load_plugin_images
+from sfumato.data.find.policy import Policy, select_valid_images
+from sfumato.data.find.settings import METADATA_CACHE_NAME, SubsetSettings
+from sfumato.data.find.tar_source import is_archive_path, load_archive_images
+from sfumato.errors import UserError
 
 
-def pictures_of(subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
-    """All pictures of the subset, each with its caption.
+def load_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
+    """All images of the subset, each with its caption.
 
-    Faults go to the report's problems; what remains is returned, so that later stages can find theirs, too.
+    Adds what is wrong to the problems; returns what is left, so that later stages can add theirs.
     """
     if subset.dataset_class:
-        return of_plugin(subset, policy, report)
+        return load_plugin_images(subset, policy, findings)
     if subset.metadata_file is not None:
-        return of_metadata(subset.metadata_file, subset, policy, report)
-    if are_shards(subset.place):
-        return of_shards(subset, policy, report)
-    if subset.cache_info and (subset.place / REMEMBERED).is_file():
-        report.note(f"{subset.where}: images and captions are what {REMEMBERED} in it says, as cache_info asks for")
-        return of_metadata(subset.place / REMEMBERED, subset, policy, report, beside=True)
-    return of_folder(subset, policy, report)
+        return load_metadata_images(subset.metadata_file, subset, policy, findings)
+    if is_archive_path(subset.source):
+        return load_archive_images(subset, policy, findings)
+    if subset.cache_info and (subset.source / METADATA_CACHE_NAME).is_file():
+        findings.note(f"{subset.where}: images and captions are those of its {METADATA_CACHE_NAME} (cache_info)")
+        return load_metadata_images(subset.source / METADATA_CACHE_NAME, subset, policy, findings, beside=True)
+    return load_folder_images(subset, policy, findings)
 
 
-def of_folder(subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
-    """The pictures in a folder, sorted by name."""
-    folder = os.path.abspath(subset.place)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
-    listing = look_in(folder, subset, report)
+def refuse_cache_among_images(subsets: Sequence[SubsetSettings], cache_dir: Path) -> None:
+    cache = cache_dir.resolve()
+    for subset in subsets:
+        for folder in (subset.image_dir, subset.conditioning_data_dir):
+            if folder is None:
+                continue
+            if is_archive_path(folder):
+                inside = cache == folder.parent.resolve()
+            else:
+                inside = cache.is_relative_to(folder.resolve())
+            if inside:
+                raise UserError(
+                    f"--cache_dir {cache_dir} is inside the image folder {folder}, where nothing is ever written",
+                    code="cache-dir-among-images",
+                    fix="give another --cache_dir, or remove the option",
+                )
+
+
+def load_folder_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
+    """The images in a folder, sorted by name."""
+    folder = os.path.abspath(subset.source)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
+    listing = find_images(folder, subset, findings)
     if listing is None:
-        return Pictures.of([])
-    images = read_images(folder, listing.images, Index(policy.cache_dir, ("images", folder)))
-    good = usable(images, subset.where, policy, report)
-    pictures = images.pictures(folder, good)
-    pairing = paired(pictures.names, listing.others, subset, report)
-    del listing, images  # a million names take some 100 MB
-    wanted = captions_beside(pictures.names, pairing, folder, subset, policy, report)
-    return pictures.captioned(wanted.captions, wanted.keep)
+        return ImageTable.from_rows([])
+    headers = read_images(folder, listing.images, Index(policy.cache_dir, ("images", folder)))
+    images = headers.make_table(folder, select_valid_images(headers, subset.where, policy, findings))
+    pairing = pair_caption_files(images.names, listing.others, subset, findings)
+    del listing, headers  # a million names take some 100 MB
+    table = load_caption_files(images.names, pairing, folder, subset, policy, findings)
+    return images.with_captions(table.captions, table.kept_rows)
 
 
-def look_in(folder: str, subset: SubsetSettings, report: Report) -> Listing | None:
-    """The images directly in the folder; where there are none, all in the folders below; None with a fault told."""
+def find_images(folder: str, subset: SubsetSettings, findings: Findings) -> Listing | None:
+    """The images directly in the folder, else all in its subfolders; None and a problem where there are none."""
     try:
         listing = list_folder(folder)
     except OSError as error:
-        report.problems.add(f"{subset.where}: {folder} cannot be read ({error.strerror})", fix=neighbour(Path(folder)))
+        findings.problems.add(
+            f"{subset.where}: {folder} cannot be read ({error.strerror})",
+            code="subset-folder-unreadable",
+            fix=suggest_path(Path(folder)),
+        )
         return None
-    below = list_below(folder) if listing.folders else None
+    below = list_recursively(folder) if listing.folders else None
     if listing.images:
         if below and below.images:
-            report.note(
-                f"{subset.where}: {folder} holds images itself, so the {len(below.images)} in the folders below it "
-                f"({some(below.images)}) are left out"
+            findings.note(
+                f"{subset.where}: {folder} holds images itself, so the {len(below.images)} in its subfolders "
+                f"({list_some(below.images)}) are skipped"
             )
         return listing
     if below and below.images:
-        report.note(f"{subset.where}: the {len(below.images)} images in the folders below {folder} are taken")
+        findings.note(f"{subset.where}: using the {len(below.images)} images in the subfolders of {folder}")
         return below
-    report.problems.add(f"{subset.where}: no images in {folder}; {what_is_there(listing)}", fix="check the path")
+    findings.problems.add(
+        f"{subset.where}: no images in {folder}; {describe_listing(listing)}",
+        code="subset-without-images",
+        fix="check the path",
+    )
     return None

@@ -1,4 +1,4 @@
-"""Pictures in tar archives, as large data sets come: shards/{000..099}.tar; read where they lie, never unpacked."""
+"""Images in tar archives, the shards of large datasets: shards/{000..099}.tar; read in place, never unpacked."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from sfumato.data.find.caption_files import OTHER_ENDINGS, read_contents, with_captions
-from sfumato.data.find.folders import decoded, is_image
-from sfumato.data.find.headers import BINARY, header_at
-from sfumato.data.find.image_table import Column, Pictures, Texts
-from sfumato.data.find.index import Columns, Index, packed, unpacked
-from sfumato.data.find.policy import Policy, some, told_of_bad, told_of_memory
-from sfumato.data.find.report import Report
+from sfumato.common.text import list_some
+from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_captions, parse_captions
+from sfumato.data.find.findings import Findings
+from sfumato.data.find.folders import decode_caption, is_image
+from sfumato.data.find.headers import BINARY, read_image_header
+from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn
+from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
+from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
 
@@ -26,202 +27,240 @@ BRACES = re.compile(r"\{([^{}]+)\}")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def are_shards(place: Path) -> bool:
-    return place.name.lower().endswith((".tar", *COMPRESSED))
+def is_archive_path(path: Path) -> bool:
+    return path.name.lower().endswith((".tar", *COMPRESSED))
 
 
-def of_shards(subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
-    """The pictures of all archives, each with the caption that has its name."""
-    paths = expanded(os.path.abspath(subset.place))  # noqa: PTH100
+def load_archive_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
+    """The images of all archives, each with the caption of the same name."""
+    paths = expand_braces(os.path.abspath(subset.source))  # noqa: PTH100
     missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113
     if missing:
-        what = f"{subset.where}: {len(missing)} of {len(paths)} archives are not there: {some(missing)}"
-        report.problems.add(what, fix="check image_dir")
+        findings.problems.add(
+            f"{subset.where}: {len(missing)} of {len(paths)} archives are missing: {list_some(missing)}",
+            code="archives-missing",
+            fix="check image_dir",
+        )
     shards: list[Shard] = []
     for path in paths:
         if path not in missing:
-            with report.problems.catch():
-                shards.append(shard_of(path, subset, policy, report))
+            with findings.problems.catch():
+                shards.append(load_shard(path, subset, policy, findings))
     shards = [shard for shard in shards if len(shard.names)]
     if not shards:
-        if not missing and not report.problems.found:
-            report.problems.add(f"{subset.where}: no images in {subset.place}", fix="check image_dir")
-        return Pictures.of([])
-    return joined(shards, subset, policy, report)
+        if not missing and not findings.problems.found:
+            findings.problems.add(
+                f"{subset.where}: no images in {subset.source}", code="archives-without-images", fix="check image_dir"
+            )
+        return ImageTable.from_rows([])
+    return join_shards(shards, subset, policy, findings)
 
 
-def expanded(pattern: str) -> list[str]:
-    """{000..099} and {a,b} written out, in order."""
+def expand_braces(pattern: str) -> list[str]:
+    """All texts that {000..099} and {a,b} stand for, in order."""
     parts = BRACES.split(pattern)
-    choices = [choices_of(part) if place % 2 else [part] for place, part in enumerate(parts)]
-    return ["".join(each) for each in product(*choices)]
+    choices = [expand_brace(part) if position % 2 else [part] for position, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in product(*choices)]
 
 
-def choices_of(braces: str) -> list[str]:
-    first, dots, last = braces.partition("..")
+def expand_brace(content: str) -> list[str]:
+    first, dots, last = content.partition("..")
     if dots and first.isdigit() and last.isdigit():
         step = 1 if int(first) <= int(last) else -1
-        return [str(each).zfill(len(first)) for each in range(int(first), int(last) + step, step)]
-    return braces.split(",")
+        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + step, step)]
+    return content.split(",")
 
 
-def shard_of(path: str, subset: SubsetSettings, policy: Policy, report: Report) -> Shard:
-    """What is in an archive: remembered while its size and time are the same."""
-    endings = list(dict.fromkeys((subset.caption_extension, *OTHER_ENDINGS)))
-    index = Index(policy.cache_dir, ("archive", path, *endings))
-    facts = os.stat(path)  # noqa: PTH116
-    now = np.array([facts.st_size, facts.st_mtime_ns], np.int64)
+def load_shard(path: str, subset: SubsetSettings, policy: Policy, findings: Findings) -> Shard:
+    """The contents of an archive, from the index while its size and time are the same."""
+    extensions = list(dict.fromkeys((subset.caption_extension, *FALLBACK_EXTENSIONS)))
+    index = Index(policy.cache_dir, ("archive", path, *extensions))
+    stat = os.stat(path)  # noqa: PTH116
+    identity = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
     known = index.load()
-    if known is None or not np.array_equal(known["facts"], now):
-        known = {"facts": now, **read_archive(path, endings)}
-        told_of_memory(index.save(known), policy, report)
+    if known is None or not np.array_equal(known["facts"], identity):
+        known = {"facts": identity, **read_archive(path, extensions)}
+        report_unsaved_index(index.save(known), policy, findings)
     if not known["ended"].all():
-        report.note(f"{subset.where}: {path} ends without the mark of an archive's end; it may have been cut short")
+        findings.note(f"{subset.where}: {path} has no end-of-archive marker; it may have been cut short")
     columns = {name: known[name] for name in ("offsets", "byte_counts", "widths", "heights", "endings")}
-    texts = {name: unpacked(name, known) for name in ("names", "texts", "faults")}
-    return Shard(path=path, mtime_ns=facts.st_mtime_ns, endings=endings, columns=columns, **texts)
+    texts = {name: unpack_texts(name, known) for name in ("names", "texts", "faults")}
+    return Shard(path=path, mtime_ns=stat.st_mtime_ns, extensions=extensions, columns=columns, **texts)
 
 
-def read_archive(path: str, endings: Sequence[str]) -> Columns:
-    """Walk over the archive once; UserError where it cannot be read at any place."""
+def read_archive(path: str, extensions: Sequence[str]) -> Columns:
+    """The columns of an archive, read once from start to end. UserError where it is compressed or damaged."""
     if path.lower().endswith(COMPRESSED):
-        fix = "unpack it, so that a picture can be read without all before it"
-        raise UserError(f"{path} is compressed", fix=fix)
+        raise UserError(
+            f"{path} is compressed", code="archive-compressed", fix="decompress it to .tar, for access to single images"
+        )
     images: list[tuple[str, int, int]] = []
-    captions: dict[str, tuple[int, int, int]] = {}
+    captions: dict[str, tuple[int, int, int]] = {}  # stem -> (index of the extension, offset, size)
     try:
         with tarfile.open(path, "r:") as archive:
-            for name, offset, size in members_of(archive):
-                stem, ending = os.path.splitext(name)  # noqa: PTH122
+            for name, offset, size in list_members(archive):
+                stem, extension = os.path.splitext(name)  # noqa: PTH122
                 if is_image(name):
                     images.append((name, offset, size))
-                elif ending in endings and (endings.index(ending), 0, 0) < captions.get(stem, (len(endings), 0, 0)):
-                    captions[stem] = (endings.index(ending), offset, size)
-            ended = ends_well(archive)
+                elif extension in extensions:
+                    rank = extensions.index(extension)
+                    if stem not in captions or rank <= captions[stem][0]:  # of repeated members the last counts
+                        captions[stem] = (rank, offset, size)
+            ended = check_end(archive)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is no tar archive, or is damaged ({error})", fix="make it anew") from error
+        raise UserError(
+            f"{path} is no tar archive, or is damaged ({error})", code="archive-damaged", fix="create it again"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})", fix="check image_dir") from error
-    return {"ended": np.array([ended]), **columns_of(path, images, captions)}
+        raise UserError(
+            f"{path} cannot be read ({error.strerror})", code="archive-unreadable", fix="check image_dir"
+        ) from error
+    return {"ended": np.array([ended]), **read_columns(path, images, captions)}
 
 
-def members_of(archive: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every plain file in the archive; hidden ones are passed over."""
+def list_members(archive: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every plain file in the archive, without hidden ones."""
     for member in archive:
         if member.isreg() and not member.issparse() and not member.name.rpartition("/")[2].startswith("."):
             yield member.name, member.offset_data, member.size
         vars(archive)["members"].clear()  # it would keep them all
 
 
-def ends_well(archive: tarfile.TarFile) -> bool:
-    """Whether the members read are all: the mark of the end follows the last. False where nothing follows it.
+def check_end(archive: tarfile.TarFile) -> bool:
+    """Whether the end-of-archive marker follows the last member; False where the file ends there.
 
-    TarError where anything else does: the reader takes a damaged header for the end and says nothing.
+    TarError where anything else follows: the reader silently takes a damaged header for the end.
     """
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     block = archive.fileobj.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
-        raise tarfile.ReadError(f"byte {archive.offset} should begin a file in it, and does not")
+        raise tarfile.ReadError(f"no file header at byte {archive.offset}")
     return bool(block)
 
 
-def columns_of(
+def read_columns(
     path: str, images: Sequence[tuple[str, int, int]], captions: Mapping[str, tuple[int, int, int]]
 ) -> Columns:
-    widths, heights, chosen = (np.zeros(len(images), np.int64) for _ in range(3))
+    """Sizes and captions of an archive's images.
+
+    images: (name, offset, size in bytes). captions: stem -> (index of the extension, offset, size in bytes).
+    """
+    widths, heights, extensions = (np.zeros(len(images), np.int64) for _ in range(3))
     faults, texts = [""] * len(images), [""] * len(images)
     descriptor = os.open(path, os.O_RDONLY | BINARY)
     try:
-        for place, (name, offset, size) in enumerate(images):
-            chosen[place] = -1
-            ending, start, length = captions.get(name[: name.rfind(".")], (-1, 0, 0))
+        for row, (name, offset, size) in enumerate(images):
+            extensions[row] = -1
+            extension, start, length = captions.get(name[: name.rfind(".")], (-1, 0, 0))
             try:
-                header = header_at(descriptor, f"{path}/{name}", size, offset)
-                widths[place], heights[place] = header.width, header.height
-                if ending >= 0:
+                header = read_image_header(descriptor, f"{path}/{name}", size, offset)
+                widths[row], heights[row] = header.width, header.height
+                if extension >= 0:
                     os.lseek(descriptor, start, os.SEEK_SET)
-                    texts[place] = decoded(os.read(descriptor, length), f"the caption of {path}/{name}")
-                    chosen[place] = ending
+                    texts[row] = decode_caption(os.read(descriptor, length), f"the caption of {path}/{name}")
+                    extensions[row] = extension
             except UserError as error:
-                faults[place] = str(error)
+                faults[row] = str(error)
     finally:
         os.close(descriptor)
     numbers = np.array([image[1:] for image in images], np.int64).reshape(len(images), 2)
     return {
-        **packed("names", Texts.of(image[0] for image in images)),
-        **packed("texts", Texts.of(texts)),
-        **packed("faults", Texts.of(faults)),
-        "offsets": numbers[:, 0], "byte_counts": numbers[:, 1],
-        "widths": widths, "heights": heights, "endings": chosen,
-    }  # fmt: skip
+        **pack_texts("names", TextColumn.encode(image[0] for image in images)),
+        **pack_texts("texts", TextColumn.encode(texts)),
+        **pack_texts("faults", TextColumn.encode(faults)),
+        "offsets": numbers[:, 0],
+        "byte_counts": numbers[:, 1],
+        "widths": widths,
+        "heights": heights,
+        "endings": extensions,
+    }
 
 
-def joined(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy, report: Report) -> Pictures:
-    """One after the other, without those that cannot be used."""
-    faults = [
-        (name, UserError(fault))
-        for shard in shards
-        for name, fault in zip(shard.names, shard.faults, strict=True)
-        if fault
-    ]
-    told_of_bad(faults, subset.where, policy, report)
-    good = [np.array([place for place, fault in enumerate(shard.faults) if not fault], np.int64) for shard in shards]
-    names = Texts.of(shard.names.row(place) for shard, places in zip(shards, good, strict=True) for place in places)
-    counts = [len(places) for places in good]
-
-    def column(name: str) -> Column:
-        return np.concatenate([shard.columns[name][places] for shard, places in zip(shards, good, strict=True)])
-
-    told_of_endings(shards, good, subset, report)
-    kinds = [*shards[0].endings, ""]  # the last for no caption
-    endings = column("endings")
-    contents = (shard.texts.row(place) for shard, places in zip(shards, good, strict=True) for place in places)
+def join_shards(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
+    """The valid images of all archives, in order."""
+    report_shard_faults(shards, subset, policy, findings)
+    valid = [shard.find_valid_rows() for shard in shards]
+    counts = [len(rows) for rows in valid]
+    names = join_texts([shard.names for shard in shards], valid)
     origin = np.repeat(np.arange(len(shards)), counts)
-    unread: dict[int, UserError] = {}
-    texts = read_contents(
-        contents,
-        (kinds[ending] for ending in endings.tolist()),
-        lambda place: f"the caption of {shards[origin[place]].path}/{names.row(place)}",
-        subset,
-        unread,
-    )
+    extensions = join_columns("endings", shards, valid)
+    report_fallback_extensions(extensions, shards[0].extensions, subset, findings)
+
+    def get_caption_name(row: int) -> str:
+        return f"the caption of {shards[origin[row]].path}/{names.get_row(row)}"
+
+    contents = iterate_rows([shard.texts for shard in shards], valid)
+    extension_names = [*shards[0].extensions, ""]  # the last for -1: no caption
+    caption_extensions = (extension_names[extension] for extension in extensions.tolist())
+    faults: dict[int, UserError] = {}
+    texts = parse_captions(contents, caption_extensions, get_caption_name, subset, faults)
     what = f"({subset.caption_extension} file in the archive)"
-    wanted = with_captions(
-        names, texts, unread, what, subset, policy, report, empty=lambda place: bool(endings[place] >= 0)
+    table = fill_missing_captions(
+        names, texts, faults, what, subset, policy, findings, empty=lambda row: bool(extensions[row] >= 0)
     )
-    pictures = Pictures(
+    images = ImageTable(
         origins=tuple(shard.path for shard in shards),
         origin=origin,
         names=names,
         mtimes=np.repeat(np.array([shard.mtime_ns for shard in shards], np.int64), counts),
-        offsets=column("offsets"),
-        byte_counts=column("byte_counts"),
-        widths=column("widths"),
-        heights=column("heights"),
-        captions=wanted.captions,
+        offsets=join_columns("offsets", shards, valid),
+        byte_counts=join_columns("byte_counts", shards, valid),
+        widths=join_columns("widths", shards, valid),
+        heights=join_columns("heights", shards, valid),
+        captions=table.captions,
     )
-    return pictures if len(wanted.keep) == len(pictures) else pictures.take(wanted.keep)
+    return images if len(table.kept_rows) == len(images) else images.take(table.kept_rows)
 
 
-def told_of_endings(shards: Sequence[Shard], good: Sequence[Column], subset: SubsetSettings, report: Report) -> None:
-    """Say where captions were taken from other files than the configured ones."""
-    chosen = np.concatenate([shard.columns["endings"][places] for shard, places in zip(shards, good, strict=True)])
-    for place, ending in enumerate(shards[0].endings[1:], 1):
-        count = int((chosen == place).sum())
+def report_shard_faults(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy, findings: Findings) -> None:
+    bad: list[tuple[str, UserError]] = []
+    for shard in shards:
+        for name, fault in zip(shard.names, shard.faults, strict=True):
+            if fault:
+                bad.append((name, UserError(fault, code="archived-image-invalid")))
+    report_bad_images(bad, subset.where, policy, findings)
+
+
+def join_columns(name: str, shards: Sequence[Shard], rows: Sequence[IntColumn]) -> IntColumn:
+    """The column of all shards, only the given rows of each."""
+    return np.concatenate([shard.columns[name][wanted] for shard, wanted in zip(shards, rows, strict=True)])
+
+
+def iterate_rows(columns: Sequence[TextColumn], rows: Sequence[IntColumn]) -> Iterator[str]:
+    """The texts of all columns, only the given rows of each."""
+    for column, wanted in zip(columns, rows, strict=True):
+        for row in wanted:
+            yield column.get_row(row)
+
+
+def join_texts(columns: Sequence[TextColumn], rows: Sequence[IntColumn]) -> TextColumn:
+    return TextColumn.encode(iterate_rows(columns, rows))
+
+
+def report_fallback_extensions(
+    used: IntColumn, extensions: Sequence[str], subset: SubsetSettings, findings: Findings
+) -> None:
+    """Report captions that are from files without the configured extension. used: index into `extensions`."""
+    for index, extension in enumerate(extensions[1:], 1):
+        count = int((used == index).sum())
         if count:
-            wanted = shards[0].endings[0]
-            report.note(f"{subset.where}: {count} captions are from {ending} files, for want of {wanted} files")
+            findings.note(
+                f"{subset.where}: {count} captions are from {extension} files, because there is no {extensions[0]} file"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What is in one archive, a row for each image."""
+    """The contents of one archive, a row per image."""
 
     path: str
     mtime_ns: int
-    endings: list[str]  # of caption files, the wanted one first
-    columns: Columns  # endings: which of them the caption has, -1 for no caption
-    names: Texts
-    texts: Texts
-    faults: Texts  # empty where the image can be used
+    extensions: list[str]  # of caption files, the configured one first
+    columns: Columns  # endings: index of the caption's extension, -1 for no caption
+    names: TextColumn
+    texts: TextColumn
+    faults: TextColumn  # "" where the image is valid
+
+    def find_valid_rows(self) -> IntColumn:
+        return np.array([row for row, fault in enumerate(self.faults) if not fault], np.int64)

@@ -1,4 +1,4 @@
-"""Which pictures can be decoded to their last byte: found out once for each file and remembered."""
+"""Which images decode completely: checked once per file and stored in the dataset index."""
 
 from __future__ import annotations
 
@@ -10,71 +10,72 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from sfumato.data.find.image_table import Column, Picture, Pictures
+from sfumato.data.find.findings import Findings
+from sfumato.data.find.image_table import ImageRow, ImageTable, IntColumn
 from sfumato.data.find.index import Index
-from sfumato.data.find.policy import Policy, told_of_bad, told_of_memory
-from sfumato.data.find.report import Report
-from sfumato.data.images import decode
+from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
+from sfumato.data.images import decode_image
 from sfumato.errors import UserError
 
 log = logging.getLogger(__name__)
-MANY = 1000  # pictures that are worth a line beforehand
+MIN_LOGGED = 1000  # images to decode, from which on a line is logged first
 
-Progress = Callable[[int, int], None]
+DecodeCallback = Callable[[int, int], None]  # images decoded, images in all
 
 
-def undamaged(pictures: Pictures, where: str, policy: Policy, report: Report) -> Column:
-    """Places of the pictures to keep: all of them, unless bad ones are to be left out wherever their damage lies.
+def find_decodable(images: ImageTable, where: str, policy: Policy, findings: Findings) -> IntColumn:
+    """Rows of the images to keep: all of them, unless the policy asks for decoding; then those without damage.
 
-    Headers do not tell of damage in the midst of a picture. The default policy leaves it to the step that needs the
-    picture; whoever wants bad pictures left out does not want to be stopped there.
+    Headers do not show damage in the middle of a file. By default the step that needs the image reports it; with
+    --on_bad_image skip the run must not stop there.
     """
-    places = np.arange(len(pictures))
-    if not policy.decoding or not len(pictures):
-        return places
-    about = (where,) if "" in pictures.origins else pictures.origins
-    index = Index(policy.cache_dir, ("decoded", *about))
-    names = np.fromiter(map(digest, pictures), np.uint64, len(pictures))
+    rows = np.arange(len(images))
+    if not policy.decoding or not len(images):
+        return rows
+    origins = (where,) if "" in images.origins else images.origins
+    index = Index(policy.cache_dir, ("decoded", *origins))
+    hashes = np.fromiter(map(hash_row, images), np.uint64, len(images))
     known = index.load()
-    unknown = places if known is None else np.flatnonzero(~np.isin(names, known["names"]))
+    unknown = rows if known is None else np.flatnonzero(~np.isin(hashes, known["names"]))
     if not len(unknown):
-        return places
-    if len(unknown) > MANY:
-        log.info("%s: decoding %d pictures once, since bad ones are to be left out", where, len(unknown))
-    asked = [pictures.row(place) for place in unknown.tolist()]
-    faults = faults_of(asked, workers=os.cpu_count() or 1)
+        return rows
+    if len(unknown) > MIN_LOGGED:
+        log.info("%s: decoding %d images once, because bad images are skipped", where, len(unknown))
+    faults = decode_all([images.get_row(row) for row in unknown.tolist()], workers=os.cpu_count() or 1)
     damaged = unknown[[fault is not None for fault in faults]]
-    good = np.setdiff1d(places, damaged)
-    told_of_memory(index.save({"names": names[good]}), policy, report)
-    bad = [
-        (pictures.names.row(place), fault)
-        for place, fault in zip(unknown.tolist(), faults, strict=True)
-        if fault is not None
-    ]
-    told_of_bad(bad, where, policy, report)
+    good = np.setdiff1d(rows, damaged)
+    report_unsaved_index(index.save({"names": hashes[good]}), policy, findings)
+    bad: list[tuple[str, UserError]] = []
+    for row, fault in zip(unknown.tolist(), faults, strict=True):
+        if fault is not None:
+            bad.append((images.names.get_row(row), fault))
+    report_bad_images(bad, where, policy, findings)
     return good
 
 
-def digest(picture: Picture) -> int:
-    """Stands for the very file, or the very place in an archive."""
-    facts = f"{picture.path}\0{picture.bytes}\0{picture.mtime_ns}\0{picture.offset}"
-    return int.from_bytes(hashlib.blake2b(facts.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def hash_row(image: ImageRow) -> int:
+    """64 bits that identify a file by path, size and time, and by its position in an archive."""
+    identity = f"{image.path}\0{image.byte_count}\0{image.mtime_ns}\0{image.offset}"
+    digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
-def faults_of(pictures: Sequence[Picture], *, workers: int, progress: Progress | None = None) -> list[UserError | None]:
-    """What is wrong with the pixels of each picture, None where nothing is."""
+def decode_all(
+    images: Sequence[ImageRow], *, workers: int, progress: DecodeCallback | None = None
+) -> list[UserError | None]:
+    """What is wrong with the pixels of each image, None where nothing is."""
 
-    def look(picture: Picture) -> UserError | None:
+    def check_image(image: ImageRow) -> UserError | None:
         try:
-            decode(picture.read(), picture.path)
+            decode_image(image.read(), image.path)
         except UserError as error:
             return error
         return None
 
-    found = []
+    faults: list[UserError | None] = []
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-decode") as pool:
-        for done, fault in enumerate(pool.map(look, pictures), 1):
-            found.append(fault)
+        for count, fault in enumerate(pool.map(check_image, images), 1):
+            faults.append(fault)
             if progress is not None:
-                progress(done, len(pictures))
-    return found
+                progress(count, len(images))
+    return faults

@@ -1,0 +1,63 @@
+"""`sfumato dataset inspect`: what is in a dataset, and what training would refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sfumato.cli.exits import run_guarded
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Options, option
+from sfumato.config.command import CommandLine, read_command
+from sfumato.config.load import load_command_config
+from sfumato.config.values import FilePath
+
+if TYPE_CHECKING:
+    from sfumato.config import Config
+
+INSPECTION_SKIPS = ("model-missing", "output-missing", "resolution-missing")  # rules
+DEFAULT_BUCKETS = {"resolution": (1024, 1024), "enable_bucket": True}
+
+
+class DatasetInspectOptions(Options):
+    """Shows of each folder how many images, captions and tags there are, which files are damaged or have no caption,
+    which captions are truncated, and how images fall into buckets. Changes nothing. Takes the options of
+    `sfumato train` about data, --resolution above all; --tokenizer or a model's folder counts that model's tokens,
+    else CLIP's are counted.
+    """
+
+    dataset: FilePath | None = option(None, "a folder of images, or a .toml or .json dataset file", positional=True)
+    html: FilePath | None = option(None, "write a page with images as the model sees them; it needs no other file")
+    pictures: int = option(48, "how many images of each folder the page shows", ge=0)
+    headers_only: bool = option(False, "do not decode every image, which finds damage but is slow for many")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato dataset inspect`."""
+    if asks_for_help(argv):
+        print(command_help("sfumato dataset inspect", DatasetInspectOptions), end="")
+        return 0
+    line = read_command(argv, DatasetInspectOptions)
+    options = line.options(DatasetInspectOptions)
+    config = make_inspect_config(line)
+    from sfumato.tools.dataset_inspect import inspect_dataset
+
+    def run() -> None:
+        inspect_dataset(
+            config, html=options.html, images_per_subset=options.pictures, decoding=not options.headers_only
+        )
+
+    return run_guarded(run, debug=config.log.debug)
+
+
+def make_inspect_config(line: CommandLine) -> Config:
+    """The config, with the dataset that the command names, and a resolution where none is given."""
+    dataset = line.options(DatasetInspectOptions).dataset
+    if dataset is not None:
+        name = "dataset_config" if dataset.suffix in (".toml", ".json") else "train_data_dir"
+        line.set_option(name, dataset, place="DATASET")
+    config = load_command_config(line, skip_rules=INSPECTION_SKIPS)
+    if config.dataset.dataset_config is None and config.buckets.resolution is None:
+        print("no --resolution given: buckets are those of 1024")
+        return load_command_config(line, defaults=DEFAULT_BUCKETS, skip_rules=INSPECTION_SKIPS)
+    return config

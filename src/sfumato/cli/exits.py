@@ -1,0 +1,49 @@
+"""Exit codes, and the last line of a command that failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from sfumato.errors import InternalError, SeveralErrors, UserError
+
+INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
+
+
+def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
+    """Call `run`; gives its exit code, 0 for None. A failure becomes an exit code and a last line on stderr.
+
+    debug: show the traceback of what the user can fix, too.
+    """
+    try:
+        return run() or 0
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        report_error(error)
+        return USER_ERROR
+    except InternalError as error:
+        traceback.print_exc()
+        report_error(error)
+        return INTERNAL_ERROR
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # nobody reads our output any more, e.g. `sfumato train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def report_error(error: UserError | InternalError) -> None:
+    """One line for each fault, and a last line that sums them up."""
+    if isinstance(error, SeveralErrors):
+        for fault in error.errors:
+            print(f"- {join_lines(fault)}", file=sys.stderr)
+    print(f"error: {join_lines(error)}", file=sys.stderr)
+
+
+def join_lines(error: Exception) -> str:
+    """The text of an error as one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,41 @@
+"""`sfumato lora export`: a LoRA file under the names of another program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Metavar, Options, option
+from sfumato.config.command import read_options
+from sfumato.config.values import FilePath
+
+
+class LoraExportOptions(Options):
+    """Writes a LoRA that was trained here, or by another program in kohya format, under the names of diffusers, so that
+    a pipeline's load_lora_weights gives the same images. It needs no model. Metadata is kept.
+    """
+
+    source: FilePath = option(None, "the LoRA file to read", positional=True, required=True)
+    target: FilePath = option(None, "the file to write", positional=True, required=True)
+    to: Literal["diffusers"] = option(None, "the program whose names the new file has", required=True)
+    without: Annotated[str, Metavar("PART,PART")] = option(
+        "", "parts to remove, e.g. t5, for which diffusers loads no LoRA"
+    )
+    family: str | None = option(None, "the model family of the LoRA, where its names do not say it")
+    save_precision: Literal["float", "fp16", "bf16"] | None = option(
+        None, "precision of the new file; that of the LoRA by default"
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato lora export`."""
+    if asks_for_help(argv):
+        print(command_help("sfumato lora export", LoraExportOptions), end="")
+        return 0
+    options = read_options(argv, LoraExportOptions)
+    from sfumato.tools.export_lora import export_lora
+
+    parts = [part for part in options.without.split(",") if part]
+    export_lora(options.source, options.target, family=options.family, without=parts, precision=options.save_precision)
+    return 0

@@ -1,0 +1,65 @@
+"""`sfumato train`, and the same under the names of scripts: options to a config, and the config to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sfumato.cli.exits import run_guarded
+from sfumato.cli.help import asks_for_help, training_help
+from sfumato.common.text import EMPTY
+
+if TYPE_CHECKING:
+    from sfumato.config import Config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato train`."""
+    return run_training(argv, program="sfumato train", summary="Trains an adapter, or the whole model, on your images.")
+
+
+def run_training(
+    argv: Sequence[str],
+    *,
+    program: str,
+    summary: str,
+    defaults: Mapping[str, Any] = EMPTY,
+    absent: Mapping[str, str] = EMPTY,
+) -> int:
+    """Train with the options of a command line; gives the exit code. For the arguments see `read_run_config`."""
+    config = read_run_config(argv, program=program, summary=summary, defaults=defaults, absent=absent)
+    if config is None:
+        return 0
+    if config.dataset.debug_dataset:
+        from sfumato.tools.dataset_inspect import show_dataset
+
+        return run_guarded(lambda: show_dataset(config), debug=config.log.debug)
+    from sfumato.train import train
+
+    return run_guarded(lambda: train(config), debug=config.log.debug)
+
+
+def read_run_config(
+    argv: Sequence[str],
+    *,
+    program: str,
+    summary: str,
+    defaults: Mapping[str, Any] = EMPTY,
+    absent: Mapping[str, str] = EMPTY,
+) -> Config | None:
+    """The config of a command line; None where it only asks for help or for its file to be written.
+
+    program, summary: for the help. defaults: values that a script sets. absent: options that it does not have.
+    """
+    if asks_for_help(argv):
+        print(training_help(program, summary, absent=absent), end="")
+        return None
+    from sfumato.config import load_config
+
+    config = load_config(argv, defaults=defaults, absent=absent)
+    if config.run.output_config:
+        from sfumato.config.write import write_config
+
+        print(f"options written to {write_config(config)}")
+        return None
+    return config

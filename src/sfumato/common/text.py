@@ -1,0 +1,27 @@
+"""Small texts that several messages share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import PureWindowsPath
+from types import MappingProxyType
+from typing import Any
+
+EMPTY: MappingProxyType[str, Any] = MappingProxyType({})  # a default for mappings that nobody changes
+PATH_ROOT = r"(?:file://|~\w*|[A-Za-z]:)?[/\\](?!/)"
+PATH_PATTERN = re.compile(rf"(?:^|(?<=[\s=,;:'\"\[({{])){PATH_ROOT}[^\s,;'\"\])}}]*[^\s,;'\"\])}}/\\][/\\]?")
+WHOLE_PATH_PATTERN = re.compile(rf"{PATH_ROOT}[^,;'\"]*")  # may hold spaces
+
+
+def list_some(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def strip_paths(text: str) -> str:
+    """The text with every absolute or home-relative path in it reduced to its last component."""
+    if WHOLE_PATH_PATTERN.fullmatch(text):
+        return PureWindowsPath(text).name or text  # it knows both kinds of slashes
+    return PATH_PATTERN.sub(lambda match: PureWindowsPath(match[0]).name, text)

@@ -1,0 +1,94 @@
+"""The files of FLUX.1 and models made from it: the transformer in any layout, T5, the autoencoder, tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.families import _t5, _tokenizers, _vae
+from sfumato.families._file_kinds import CHANNELS_FAULT, WIDTH_FAULT, check_network_size, option_context
+from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec, RowSplit
+from sfumato.families.source import Source, Weights, drop_private_fields
+from sfumato.formats.keymap import KeyMap, make_identity_map
+
+FLUX_VAE_SCALING = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # which the autoencoder's file does not contain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """How the files of one transformer are recognized and read."""
+
+    class_name: str  # in diffusers
+    required_keys: tuple[str, ...]  # original keys that together no other model has
+    keys: KeyMap
+    row_split: RowSplit
+    spec: Callable[[str], PartSpec]  # from the prefix of its keys
+    config: Callable[[Mapping[str, Sequence[int]]], dict[str, Any]]  # from original keys' shapes
+
+    def is_in(self, source: Source) -> bool:
+        """Whether a file in original or diffusers' names, or a folder of diffusers, contains this transformer."""
+        if source.is_folder:
+            folder = _find_folder(source)
+            return folder != "" and source.read_config(folder).get("_class_name") == self.class_name
+        shapes = source.strip_prefix(source.find_prefix(DENOISER_PREFIX))
+        return all(key in shapes for key in self.required_keys) or self._has_diffusers_names(shapes)
+
+    def read(self, source: Source) -> Network:
+        """The transformer of a source for which `is_in` is true."""
+        if source.is_folder:
+            folder = _find_folder(source)
+            config = drop_private_fields(source.read_config(folder))
+            return self._make_diffusers_network(source.open_weights(folder), config)
+        prefix = source.find_prefix(DENOISER_PREFIX)
+        shapes = source.strip_prefix(prefix)
+        if self._has_diffusers_names(shapes):
+            config = self.config(self.keys.rename_shapes(shapes, source.path))
+            return self._make_diffusers_network(source.file, config)
+        weights = Weights(file=source.file, key_map=self.keys, prefix=prefix, row_split=self.row_split)
+        return Network(spec=self.spec(prefix), config=self.config(shapes), weights=weights)
+
+    def _has_diffusers_names(self, shapes: Mapping[str, Sequence[int]]) -> bool:
+        ours = [self.keys.find_ours(key) for key in self.required_keys]
+        return all(names is not None and names[0][0] in shapes for names in ours)
+
+    def _make_diffusers_network(self, file: Any, config: dict[str, Any]) -> Network:
+        return Network(spec=self.spec(""), config=config, weights=Weights(file=file, key_map=make_identity_map()))
+
+
+def _find_folder(source: Source) -> str:
+    """The transformer's folder in a whole model, "." where the source is that folder, else an empty text."""
+    return next((name for name in ("transformer", ".") if source.has_network(name)), "")
+
+
+def read_t5(source: Source, denoiser: Network) -> Network:
+    """Raises UserError for a file of another kind, and for an encoder of another width than the model's."""
+    with option_context("t5xxl"):
+        weights = Weights(file=source.open_lone(), key_map=_t5.key_map(), tied=_t5.TIED_WEIGHTS)
+        config = _t5.read_t5_config(source, weights)
+    check_network_size("t5xxl", source.path, WIDTH_FAULT, config["d_model"], denoiser.config["joint_attention_dim"])
+    return Network(spec=_t5.spec(""), config=config, weights=weights, option="t5xxl")
+
+
+def read_flux_vae(source: Source, denoiser: Network) -> Network:
+    """Raises UserError for a file of another kind, and for latents of another size than the model's."""
+    vae = _vae.read_vae_option(source.path, FLUX_VAE_SCALING, option="ae")
+    check_network_size(
+        "ae", source.path, CHANNELS_FAULT, vae.config["latent_channels"], denoiser.config["in_channels"] // 4
+    )
+    return vae
+
+
+def find_tokenizer_folder(source: Source, given: str | None, name: str) -> Path | None:
+    """--tokenizer's value, else the folder of that name in the diffusers model or beside the checkpoint."""
+    if given:
+        return Path(given)
+    beside = source.path if source.is_folder else source.path.parent
+    return beside / name if (beside / name).is_dir() else None
+
+
+def find_t5_tokenizer(source: Source, given: str | None, name: str) -> Any:
+    """From `find_tokenizer_folder`, else from the hub's cache."""
+    folder = find_tokenizer_folder(source, given, name) or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
+    return _tokenizers.load_t5_tokenizer(folder)

@@ -1,0 +1,88 @@
+"""What a checkpoint's headers say about a model, before any weight is read, and its place in diffusers' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from sfumato.diffusion.objective import LatentSpec, Objective
+from sfumato.families.part import Builder, Network, Part
+from sfumato.families.source import Source
+from sfumato.formats.keymap import KeyMap, make_identity_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The defaults of `generate` and of samples while training."""
+
+    width: int
+    height: int
+    steps: int
+    scale: float  # classifier-free guidance
+    guidance: float | None  # embedded guidance
+    size_multiple: int
+    cfg_trunc_ratio: float = 1.0  # classifier-free guidance only while 1 - t / 1000 is below it
+    renorm_cfg: float = 0.0  # largest norm of a guided prediction, in norms of the prompt's; 0: no limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A network as a folder inside a model folder of diffusers."""
+
+    folder: str
+    key_map: KeyMap = field(default_factory=make_identity_map)  # weights in that folder <-> module
+    takes_lora: bool = True  # whether diffusers' pipeline loads LoRA for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """What a model folder of diffusers says beyond the networks."""
+
+    name: str  # diffusers' class
+    networks: Mapping[str, Component]  # by part name
+    scheduler: str  # diffusers' class
+    scheduler_options: Mapping[str, Any]  # beside those of the objective
+    tokenizers: tuple[str, ...]  # folders, in the order of the text encoders
+    absent: tuple[str, ...] = ()  # arguments of the class that this model has nothing for
+    options: Mapping[str, Any] = field(default_factory=dict)  # further entries of model_index.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What a checkpoint's headers say, before any weight is read."""
+
+    source: Source
+    title: str  # "Stable Diffusion 1.x", for reports
+    base_model_version: str  # ss_base_model_version in adapter files
+    architecture: str  # modelspec.architecture
+    networks: Mapping[str, Network]  # by part name; the autoencoder under "vae"
+    text_parts: tuple[str, ...]
+    objective: Objective
+    latents: LatentSpec
+    checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
+    pipeline: Pipeline | None = None  # None: whole models are always saved as one file
+    implementation: str = "diffusers"  # modelspec.implementation
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
+    notes: tuple[str, ...] = ()  # warnings before the first step; errors with --strict
+
+    def in_file(self, part: str) -> bool:
+        """Whether a network is in the model's own checkpoint, or would be in a single file of it."""
+        if self.source.is_folder:
+            return part in self.checkpoint
+        return self.networks[part].weights.file is self.source.file
+
+    def with_dtype(self, parts: Collection[str], dtype: torch.dtype) -> Blueprint:
+        """A copy that loads some networks in a dtype of their own."""
+        changed = {name: replace(self.networks[name], dtype=dtype) for name in parts}
+        return replace(self, networks={**self.networks, **changed})
+
+    def load(self, builders: Mapping[str, Builder], *, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
+        """Build the networks named in `builders` and read their weights; part name -> Part."""
+        parts: dict[str, Part] = {}
+        for name, build in builders.items():
+            network = self.networks[name]
+            parts[name] = Part(spec=network.spec, module=network.load(build, dtype=dtype, device=device))
+        return parts

@@ -1,0 +1,22 @@
+"""From the options of the base model to its family and blueprint: the only way to a model."""
+
+from __future__ import annotations
+
+from sfumato.config import Config
+from sfumato.families import register_families
+from sfumato.families.base import Family, find_family
+from sfumato.families.blueprint import Blueprint
+from sfumato.families.source import Source, open_source
+
+
+def describe_model(config: Config) -> tuple[type[Family], Blueprint]:
+    """Find the checkpoint, its family, and what its headers say; UserError where a file is of another kind."""
+    family, source = detect_family(config)
+    return family, family.read(source, config.model, config.noise)
+
+
+def detect_family(config: Config) -> tuple[type[Family], Source]:
+    """The family that the options name, or the one whose checkpoint it is."""
+    register_families()
+    source = open_source(config.model)
+    return find_family(config.model.model_type or config.run.family, source), source

@@ -1,0 +1,55 @@
+"""The adapter options of a run, combined and checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sfumato.config import Config
+from sfumato.errors import UserError
+from sfumato.families.blueprint import Blueprint
+from sfumato.families.part import PartSpec
+from sfumato.methods.adapter_args import AdapterArgs, read_args
+from sfumato.methods.adapter_learning_rates import (
+    AdapterLearningRates,
+    find_opted_out,
+    list_ignored_learning_rates,
+    read_adapter_learning_rates,
+)
+from sfumato.methods.adapter_ranks import AdapterRanks
+from sfumato.methods.trained_parts import check_text_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """Which layers are adapted, with which ranks, at which learning rates."""
+
+    args: AdapterArgs
+    specs: Mapping[str, PartSpec]  # of every part that can be adapted, trained or not
+    ranks: AdapterRanks
+    learning_rates: AdapterLearningRates
+    notes: tuple[str, ...]  # of options that have no effect
+
+
+def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettings:
+    """Raises UserError for options that do not match the model or would have no effect."""
+    specs = {name: network.spec for name, network in blueprint.networks.items() if network.spec.targets}
+    args = read_args(config.network.network_args, specs.values())
+    if config.network.dim_from_weights and args.rank_arguments:
+        names = ", ".join(args.rank_arguments)
+        raise UserError(
+            f"--network_args {names} has no effect: --dim_from_weights takes ranks from the file",
+            code="rank-args-with-dim-from-weights",
+            fix=f"remove {names}",
+        )
+    learning_rates = read_adapter_learning_rates(config.network, config.optim, args, specs, blueprint.text_parts)
+    fix = "--network_train_unet_only, or remove --cache_text_encoder_outputs"
+    check_text_cache(config, learning_rates.parts.keys(), blueprint, fix)
+    opted_out = find_opted_out(specs, args, blueprint.text_parts)
+    return AdapterSettings(
+        args=args,
+        specs=specs,
+        ranks=AdapterRanks(network=config.network, args=args, specs=specs),
+        learning_rates=learning_rates,
+        notes=tuple(list_ignored_learning_rates(config.optim, specs, blueprint.text_parts, opted_out)),
+    )

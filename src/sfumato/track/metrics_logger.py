@@ -1,0 +1,134 @@
+"""Logging of each step's metrics: to the trackers, the terminal and the report."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from sfumato.common.text import EMPTY
+from sfumato.track.progress import Progress
+from sfumato.track.report import Report
+from sfumato.track.report_curves import SAMPLE_LOSSES, TIMESTEPS
+from sfumato.track.trackers import Tracker, Value
+
+log = logging.getLogger(__name__)
+Samples = Sequence[tuple[Tensor, Tensor]]  # t and loss of each sample, (B,) for every micro-batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """The metrics of one step, counted from 1."""
+
+    step: int
+    loss: Tensor
+    learning_rates: Mapping[str, float]  # by parameter group
+    curves: Mapping[str, Tensor | float]  # further values by series name
+    samples: Samples
+
+
+class MetricsLogger:
+    """Logs each step's loss one step late, so that reading it never waits for the device."""
+
+    def __init__(
+        self, trackers: Sequence[Tracker], progress: Progress, *, window: int, report: Report | None = None
+    ) -> None:
+        self.trackers, self.progress, self.report = list(trackers), progress, report
+        self.window = window  # steps of an epoch, over which loss/average runs
+        self.losses: deque[float] = deque(maxlen=window)
+        self.pending: StepMetrics | None = None
+
+    def __enter__(self) -> Self:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.flush()
+        self.progress.__exit__(kind, error, trace)
+        for tracker in self.trackers:
+            with suppress(OSError):  # already logged when it was written
+                tracker.close()
+        if self.report:
+            self.report.close(error, total=self.progress.total)
+
+    def log_step(
+        self,
+        step: int,
+        loss: Tensor,
+        learning_rates: Mapping[str, float],
+        curves: Mapping[str, Tensor] = EMPTY,
+        samples: Samples = (),
+    ) -> None:
+        """Call after a step, counted from 1."""
+        self.flush()
+        self.pending = StepMetrics(step=step, loss=loss, learning_rates=learning_rates, curves=curves, samples=samples)
+
+    def log_values(self, step: int, values: Mapping[str, float]) -> None:
+        """What was measured after this step; joins the step's own metrics, or is written alone before the first."""
+        if self.pending is not None and self.pending.step == step:
+            self.pending = replace(self.pending, curves={**self.pending.curves, **values})
+            return
+        self.flush()
+        self._write(step, values)
+
+    def publish(self) -> None:
+        """Call after something was saved or sampled: updates the report."""
+        self.flush()
+        if self.report:
+            self.report.publish()
+
+    def flush(self) -> None:
+        """Write the pending step; before anything is saved, so that a state has every loss."""
+        if self.pending is None:
+            return
+        metrics, self.pending = self.pending, None
+        current = float(metrics.loss)
+        if math.isfinite(current):  # skipped steps do not count in the average
+            self.losses.append(current)
+        average = sum(self.losses) / max(1, len(self.losses))
+        values: dict[str, Value] = {"loss/current": current, "loss/average": average}
+        if metrics.step % self.window == 0:
+            values["loss/epoch_average"] = average
+        values |= {f"lr/{name}": lr for name, lr in metrics.learning_rates.items()}
+        values |= {name: float(value) for name, value in metrics.curves.items()}
+        values |= list_samples(metrics.samples)
+        self._write(metrics.step, values)
+        self.progress.advance(metrics.step, average, max(metrics.learning_rates.values(), default=0.0))
+        if self.report:
+            self.report.advance(metrics.step, self.progress.seconds_per_step)
+
+    def _write(self, step: int, values: Mapping[str, Value]) -> None:
+        """To every tracker; one that fails is removed, and training goes on."""
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(step, values)
+            except OSError as error:
+                log.warning("cannot write to %s: %s; training goes on", type(tracker).__name__, error)
+                self.trackers.remove(tracker)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses.extend(state.get("losses", []))
+
+
+def list_samples(samples: Samples) -> dict[str, list[float]]:
+    """This process's samples for the metrics file, in few digits, without padding samples, whose loss is nan."""
+    timesteps: list[float] = []
+    losses: list[float] = []
+    for t, loss in samples:
+        for timestep, value in zip(t.tolist(), loss.tolist(), strict=True):
+            if math.isfinite(value):
+                timesteps.append(round(timestep, 1))
+                losses.append(float(f"{value:.4g}"))
+    return {TIMESTEPS: timesteps, SAMPLE_LOSSES: losses} if losses else {}

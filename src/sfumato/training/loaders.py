@@ -1,0 +1,89 @@
+"""The loaders of a run: over the caches, which are filled first, for training and for validation."""
+
+from __future__ import annotations
+
+import logging
+
+from accelerate import PartialState
+
+from sfumato.config import Config
+from sfumato.data.batch_sampler import BatchSampler
+from sfumato.data.loader import Loader
+from sfumato.data.plans import DataPlan
+from sfumato.data.split import make_validation_sampler
+from sfumato.data.variants import make_longest_variant
+from sfumato.families.base import Family
+from sfumato.families.encoding import describe_cut_captions
+from sfumato.methods.base import Method
+from sfumato.plan import RunPlan
+from sfumato.training.caching import count_workers, fill_caches
+
+log = logging.getLogger(__name__)
+COUNTED = 5000  # captions whose tokens are counted before training
+
+
+def make_loader(plan: RunPlan, model: Family, processes: PartialState, *, first_step: int = 0) -> Loader:
+    """Fill the caches that are asked for and open the loader; networks whose output is cached leave the device.
+
+    first_step: the number of the step with the first data.
+    """
+    config, data, method = plan.config, plan.data, plan.method
+    order = BatchSampler(
+        data,
+        seed=plan.seed,
+        accumulation=config.loop.gradient_accumulation_steps,
+        rank=processes.process_index,
+        first_step=first_step,
+    )
+    report_cut_captions(config, data, model, method)
+    caches = fill_caches(config, data, model, processes, live_text=method.live_text, rewrite=method.rewrite_caption)
+    return Loader(
+        order,
+        latent_keys=caches.latent_keys,
+        mask_keys=caches.masks,
+        max_train_steps=plan.total_steps,
+        latents=caches.latents,
+        text=caches.text,
+        variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
+        text_dropout=text_dropout_rates(config, model),
+        workers=count_workers(config),
+    )
+
+
+def make_validation_loader(plan: RunPlan, loader: Loader, processes: PartialState) -> Loader | None:
+    """The held-out images from the same caches, without any text dropout; None where there are none."""
+    if not plan.data.validation:
+        return None
+    return Loader(
+        make_validation_sampler(plan.config, plan.data, rank=processes.process_index),
+        latent_keys=loader.latent_keys,
+        mask_keys=loader.mask_keys,
+        max_train_steps=loader.max_train_steps,
+        latents=loader.latents,
+        text=loader.text,
+        variants=loader.variants,
+        workers=loader.workers,
+    )
+
+
+def report_cut_captions(config: Config, data: DataPlan, model: Family, method: Method) -> None:
+    """Warn of captions that are longer than the encoders read.
+
+    At most some thousands are counted, evenly chosen: counting all of millions would take minutes.
+    """
+    subsets = [subset for dataset in (*data.datasets, *data.validation) for subset in dataset.subsets]
+    total = sum(len(subset.items) for subset in subsets)
+    every = -(-total // COUNTED)
+    captions: dict[str, None] = {}  # each once, in order
+    for subset in subsets:
+        for row in range(0, len(subset.items), every):
+            captions[method.rewrite_caption(make_longest_variant(subset.items.get_row(row), subset))] = None
+    line = describe_cut_captions(model, list(captions), weighted=config.captions.weighted_captions)
+    if line:
+        log.warning("%s%s", line, f" (looked at one in {every})" if every > 1 else "")
+
+
+def text_dropout_rates(config: Config, model: Family) -> dict[str, float]:
+    """Text encoder -> chance to be left out, of those that this model has and whose rate it reads."""
+    rates = config.captions.text_dropout
+    return {part: rates[part] for part in model.text_parts if part in rates and f"{part}_dropout_rate" in model.options}

@@ -1,0 +1,71 @@
+"""The optimizer and what surrounds it: schedule, scaler, bfloat16 steps, EMA; all of it is part of the state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from sfumato.config import Config
+from sfumato.diffusion.uncertainty import UNCERTAINTY_GROUP, Uncertainty, make_uncertainty
+from sfumato.optim.bf16_stepper import Bf16Stepper, make_bf16_stepper
+from sfumato.optim.ema import EmaSet
+from sfumato.optim.groups import ParameterGroup
+from sfumato.optim.lr_schedule import LrSchedule, make_lr_schedule
+from sfumato.optim.optimizers import make_optimizer
+from sfumato.plan import RunPlan
+from sfumato.training.run_state import OptimizerState, RunState, ScalerState, UncertaintyState
+from sfumato.training.start_point import StartPoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSetup:
+    """What takes the steps."""
+
+    optimizer: Optimizer
+    lr_schedule: LrSchedule
+    scaler: GradScaler  # does nothing but in fp16
+    bf16_stepper: Bf16Stepper | None  # where weights are in bfloat16
+    parameters: list[nn.Parameter]  # of the method
+    uncertainty: Uncertainty | None  # learned weights of the loss
+    ema: EmaSet
+
+
+def set_up_optimizer(
+    plan: RunPlan, groups: Sequence[ParameterGroup], start: StartPoint, state: RunState, device: torch.device
+) -> OptimizerSetup:
+    """Make everything and add it to the state; a resumed run goes on with what was saved."""
+    config = plan.config
+    state.add("weights", plan.method)
+    uncertainty = make_uncertainty(config.loss, plan.seed, device)
+    state.add("uncertainty", UncertaintyState(uncertainty))
+    optimizer = make_optimizer(config.optim, [*groups, *uncertainty_groups(config, uncertainty)])
+    lr_schedule = make_lr_schedule(config.optim, optimizer, plan.total_steps - start.schedule)
+    scaler = GradScaler(device.type, enabled=config.memory.mixed_precision == "fp16")
+    state.add("optimizer", OptimizerState(optimizer))
+    state.add("lr_schedule", lr_schedule)
+    state.add("scaler", ScalerState(scaler))
+    parameters = [parameter for group in groups for parameter in group.parameters]
+    return OptimizerSetup(
+        optimizer=optimizer,
+        lr_schedule=lr_schedule,
+        scaler=scaler,
+        bf16_stepper=make_bf16_stepper(config.memory, optimizer, plan.seed),
+        parameters=parameters,
+        uncertainty=uncertainty,
+        ema=state.add("ema", EmaSet(config.ema, parameters)),
+    )
+
+
+def uncertainty_groups(config: Config, uncertainty: Uncertainty | None) -> Iterator[ParameterGroup]:
+    """It has its own learning rate and no weight decay."""
+    if uncertainty:
+        learning_rate, parameters = config.loss.uncertainty_lr, list(uncertainty.parameters())
+        yield ParameterGroup(name=UNCERTAINTY_GROUP, parameters=parameters, learning_rate=learning_rate, decays=False)

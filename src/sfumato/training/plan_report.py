@@ -1,0 +1,83 @@
+"""What a plan says, as lines: for `sfumato plan`, and in the log before the first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from sfumato.common import files
+from sfumato.config import Config
+from sfumato.data.find.data_rows import make_data_rows
+from sfumato.data.plans import DataPlan
+from sfumato.data.split import make_validation_sampler
+from sfumato.formats.save_schedule import describe_retention
+from sfumato.plan import RunPlan, count_steps, requested_first_step
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+log = logging.getLogger(__name__)
+
+
+def report_plan(plan: RunPlan, processes: PartialState) -> None:
+    """The same tables that `sfumato plan` prints, before anything is loaded."""
+    if plan.config.processes.ddp_timeout is not None and processes.num_processes == 1:
+        log.info("note: --ddp_timeout has no effect: there is one process")
+    saves = describe_retention(plan.saves, states=plan.config.save.save_state)
+    for line in (*data_lines(plan.config, plan.data), *model_lines(plan), *saves):
+        log.info("%s", line)
+    log.info("seed %d", plan.seed)
+    if processes.is_main_process:
+        draw_timesteps(plan)
+
+
+def dataset_lines(config: Config, data: DataPlan) -> Iterator[str]:
+    """The dataset table: subsets, buckets, batches."""
+    rows = make_data_rows(
+        data, accumulation=config.loop.gradient_accumulation_steps, validation=make_validation_sampler(config, data)
+    )
+    for group, members in groupby(rows, key=lambda row: row[0]):
+        yield group
+        yield from (f"  {name:<32} {value}" for _, name, value in members)
+
+
+def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
+    """The dataset table, steps, and what was noticed on the way."""
+    yield from dataset_lines(config, data)
+    if data.batches_per_epoch:
+        total = count_steps(config, data)
+        epochs = -(-total // data.count_steps_per_epoch(config.loop.gradient_accumulation_steps))
+        yield "run"
+        first = requested_first_step(config, data)
+        since = f", of which {first} count as done" if first else ""
+        yield f"  {'steps':<32} {total}, over {epochs} epochs{since}"
+    yield from (f"note: {note}" for note in (*config.notes, *data.notes))
+
+
+def model_lines(plan: RunPlan) -> Iterator[str]:
+    """What trains, with how many parameters at which learning rate."""
+    yield "model"
+    yield f"  {'checkpoint':<32} {plan.blueprint.source.name}, {plan.blueprint.title}"
+    yield f"  {'part':<20}{'layers':>10}{'parameters':>14}{'learning rate':>16}"
+    for part in plan.parts:
+        yield f"  {part.part:<20}{part.modules:>10,}{part.parameters:>14,}{part.learning_rate:>16.3g}"
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def draw_timesteps(plan: RunPlan) -> None:
+    """The chart that --plot_timesteps asks for."""
+    config, blueprint, buckets = plan.config, plan.blueprint, plan.data.buckets
+    path = config.run.plot_timesteps
+    if path is None:
+        return
+    from sfumato.diffusion.recipe import make_recipe
+    from sfumato.track.timestep_plot import draw_timestep_plot, measure_timesteps
+
+    recipe = make_recipe(config.noise, config.loss, blueprint.objective, config.model.guidance_scale)
+    found = measure_timesteps(recipe, blueprint.objective, blueprint.latents, buckets)
+    width, height = next(iter(buckets))
+    sizes = f"images of {len(buckets)} sizes" if len(buckets) > 1 else f"images of {width}x{height}"
+    with files.write_atomically(path) as temporary:
+        draw_timestep_plot(found, subtitle=f"{blueprint.title}, {sizes}").save(temporary, "PNG", optimize=True)

@@ -1,0 +1,111 @@
+"""Previews: sample images of the prompts, made while training. Called by the loop between steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from sfumato.common.seeds import seed_of
+from sfumato.common.text import strip_paths
+from sfumato.config.prompts import Prompt, read_prompts
+from sfumato.errors import UserError
+from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
+from sfumato.training.evaluation import eval_mode
+from sfumato.training.image_metadata import generate_command, image_metadata, save_image
+from sfumato.training.run import Run
+
+log = logging.getLogger(__name__)
+# What may be raised where prompts meet samplers and networks of others; none of it is worth a run.
+PREVIEW_FAULTS = (UserError, OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
+
+
+def save_due_previews(run: Run, step: int) -> None:
+    """The previews that are due after this step, counted from 1; --sample_every_n_epochs takes precedence."""
+    samples, steps_per_epoch = run.config.samples, run.plan.steps_per_epoch
+    if samples.sample_every_n_epochs:
+        epoch = step // steps_per_epoch
+        if step % steps_per_epoch == 0 and epoch % samples.sample_every_n_epochs == 0:
+            save_previews(run, step, f"e{epoch:06d}")
+    elif samples.sample_every_n_steps and step % samples.sample_every_n_steps == 0:
+        save_previews(run, step, f"{step:06d}")
+
+
+def save_previews(run: Run, step: int, label: str) -> None:
+    """One of every prompt; the file is read again each time. A failure is a warning, training goes on."""
+    path = run.config.samples.sample_prompts
+    if path is None or not run.is_main:
+        return
+    try:
+        with eval_mode(run):
+            previews: list[tuple[ImageRequest, Path]] = []
+            for number, prompt in enumerate(read_prompts(path)):
+                previews.append(prepare_preview(run, prompt, number, step, label))
+            for group in group_requests(previews, run.config.samples.sample_batch_size or 1):
+                save_preview_group(run, group, step)
+    except PREVIEW_FAULTS as error:
+        log.warning("no previews after step %d: %s", step, error, exc_info=run.config.log.debug)
+    run.metrics.publish()
+
+
+def prepare_preview(run: Run, prompt: Prompt, number: int, step: int, label: str) -> tuple[ImageRequest, Path]:
+    """A preview's request and its file; options of the prompt that are ignored are reported once."""
+    samples = run.config.samples
+    seed = seed_of(run.plan.seed, "preview", step, number) & 0xFFFFFFFF
+    request = make_request(
+        prompt, run.model, sampler=samples.sample_sampler, seed=seed, weighted=samples.prompt_weighting
+    )
+    run.warn_once((*prompt.notes, *list_ignored(prompt, request, run.model)))
+    given_seed = "" if prompt.seed is None else f"_{prompt.seed}"
+    now = time.strftime("%Y%m%d%H%M%S")
+    name = f"{run.plan.saves.name}_{label}_{number:02d}_{now}{given_seed}.png"
+    return request, run.plan.output_dir / "sample" / name
+
+
+def save_preview_group(run: Run, group: Sequence[tuple[ImageRequest, Path]], step: int) -> None:
+    """PNGs that carry their requests, and the command that makes them again."""
+    with run.autocast():
+        images = generate_batch(run.model, run.method, [request for request, _ in group], run.context.text)
+    for image, (request, path) in zip(images, group, strict=True):
+        save_image(path, image, image_metadata(request) | describe_origin(run, request, step))
+
+
+def describe_origin(run: Run, request: ImageRequest, step: int) -> dict[str, str]:
+    """When a preview was made and of what: the model, the file of this moment, and the command that uses both.
+
+    Files by their names, or as the user gave them where that is relative; never an absolute path.
+    """
+    file, note = find_weights_file(run, step)
+    more: dict[str, object] = {run.method.generate_option: file} if file else {}
+    if run.config.memory.mixed_precision != "no" and not run.config.memory.full_bf16:
+        more |= {"float32_parts": sorted(run.method.full_precision_parts(run.model.blueprint)) or None}
+    if run.config.model.enable_scaled_pos_embed:
+        more["resolution"] = run.config.buckets.resolution
+    text = {
+        "step": str(step),
+        "epoch": str(-(-step // run.plan.steps_per_epoch)),
+        "model": run.plan.blueprint.source.name,
+        "trained": strip_paths(file),
+        "command": generate_command(run.config, request, run.model.sampling, more),
+        "note": note,
+    }
+    return {name: value for name, value in text.items() if value}
+
+
+def find_weights_file(run: Run, step: int) -> tuple[str, str]:
+    """The file with the weights of a preview after this step, and a note where that file differs from them."""
+    plan = run.plan
+    if step == 0:
+        given = run.config.network.network_weights
+        return str(given) if given else "", ""
+    ends_epoch = step % plan.steps_per_epoch == 0
+    at_epoch = plan.saves.name_at_epoch(step // plan.steps_per_epoch, plan.epochs) if ends_epoch else None
+    name = plan.saves.name if step == plan.total_steps else plan.saves.name_at_step(step) or at_epoch
+    precision = run.config.save.save_precision
+    note = f"the file is in {precision}, this preview was made before the weights were rounded" if precision else ""
+    if name is None:
+        name = f"{plan.saves.name}-step{step:08d}"
+        note = "nothing was saved after this step; a save would have that name"
+    suffix = run.ema.eval_ema.profile.suffix if run.ema.eval_ema else ""
+    return str(run.output_path(name + suffix)), note

@@ -1,0 +1,33 @@
+"""This process alone, or its place among those that a launcher started."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+from sfumato.errors import UserError
+
+
+def start_processes(timeout_minutes: int | None = None) -> PartialState:
+    """Join the other processes; a launch in which they do not find each other is refused.
+
+    timeout_minutes: how long each waits for the others; None for torch's own limit.
+    """
+    limits = {} if timeout_minutes is None else {"timeout": timedelta(minutes=timeout_minutes)}
+    processes = PartialState(cpu=not torch.cuda.is_available(), **limits)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != processes.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but they do not know of each other",
+            code="processes-not-joined",
+            fix="launch with torchrun --nproc_per_node N",
+        )
+    return processes
+
+
+def device_of(processes: PartialState) -> torch.device:
+    assert processes.device is not None
+    return processes.device

@@ -1,0 +1,92 @@
+"""What a run reports, set up: messages, metrics, the report page, the metadata of its files."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+import torch
+from accelerate import PartialState
+from torch.optim import Optimizer
+
+from sfumato.config import Config
+from sfumato.config.listing import public_options
+from sfumato.config.secrets import collect_secrets
+from sfumato.data.ss_metadata import build_ss_metadata as data_metadata
+from sfumato.formats.metadata import TrainingFacts, make_training_metadata
+from sfumato.optim.optimizers import describe_optimizer
+from sfumato.plan import RunPlan
+from sfumato.track.console import configure_logging
+from sfumato.track.hub import Hub
+from sfumato.track.metrics_logger import MetricsLogger
+from sfumato.track.progress import Progress
+from sfumato.track.report import Report
+from sfumato.track.report_facts import WarningCollector, collect_warnings, describe_run
+from sfumato.track.trackers import make_trackers
+
+log = logging.getLogger(__name__)
+
+
+def start_logging(config: Config, processes: PartialState) -> WarningCollector:
+    """Messages to where the options say, without secrets; warnings are collected for the report page."""
+    configure_logging(config.log, main_process=processes.is_main_process, secrets=collect_secrets(config))
+    return collect_warnings()
+
+
+def make_hub(config: Config) -> Hub:
+    return Hub(config.hub, collect_secrets(config))
+
+
+def make_metrics_logger(
+    plan: RunPlan, processes: PartialState, start: int, warnings: WarningCollector
+) -> MetricsLogger:
+    """Progress everywhere; trackers and the report page on the main process alone. start: steps that are done."""
+    config, is_main = plan.config, processes.is_main_process
+    progress = Progress(plan.total_steps, start, plain=config.log.console_log_simple, visible=is_main)
+    report = make_report(plan, processes, start, warnings) if is_main and config.log.report else None
+    trackers = ()
+    if is_main:
+        options = public_options(config)
+        trackers = make_trackers(config.log, plan.output_dir, config.save.output_name, start, options)
+    return MetricsLogger(trackers, progress, window=plan.steps_per_epoch, report=report)
+
+
+def make_report(plan: RunPlan, processes: PartialState, start: int, warnings: WarningCollector) -> Report:
+    """The page that shows the run while it goes on."""
+    description = describe_run(
+        plan.config,
+        plan.data,
+        options=public_options(plan.config),
+        model=plan.blueprint.title,
+        checkpoint=plan.blueprint.source.name,
+        trained_parts=[(part.part, part.modules, part.parameters, part.learning_rate) for part in plan.parts],
+        total=plan.total_steps,
+        device=name_devices(processes),
+        notes=plan.notes,
+    )
+    return Report(plan.output_dir, description, start=start, warnings=warnings)
+
+
+def name_devices(processes: PartialState) -> str:
+    """For instance "2 × NVIDIA H100", or "CPU"."""
+    device, number = processes.device, processes.num_processes
+    assert device is not None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return f"{number} × {name}" if number > 1 else name
+
+
+def make_run_metadata(plan: RunPlan, optimizer: Optimizer) -> dict[str, str]:
+    """The ss_ keys that are known before training; hashes of the named files excepted."""
+    facts = TrainingFacts(
+        session_id=random.SystemRandom().randrange(2**32),
+        started_at=time.time(),
+        total_steps=plan.total_steps,
+        epochs=plan.epochs,
+        base_model_version=plan.blueprint.base_model_version,
+        optimizer=describe_optimizer(optimizer, plan.config.optim.optimizer_args),
+        data=data_metadata(plan.data),
+        family=plan.blueprint.metadata,
+        method=plan.method.metadata(),
+    )
+    return make_training_metadata(plan.config, facts)

@@ -1,0 +1,80 @@
+"""sd-scripts' scripts: names, options, defaults."""
+
+from __future__ import annotations
+
+import pytest
+
+from compat.helpers import ROOT, THEIR_OPTIONS
+from sfumato.common.names import OPTION_ALIASES, PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
+from sfumato.compat.scripts import SCRIPTS, SHARED_OPTIONS, find_script, list_absent_options, load_script_options
+from sfumato.config import load_config
+from sfumato.config.schema import vocabulary
+from sfumato.errors import SeveralErrors, UserError
+
+SAME = {"save_model_as", "guidance_scale"}  # None means what the scripts say, or the family knows better
+
+
+def theirs(script: str) -> set[str]:
+    options = THEIR_OPTIONS[SCRIPTS[script].method]
+    return {name for name, entry in options.items() if entry["scripts"] == "all" or script in entry["scripts"]}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_has_the_options_that_it_has_in_sd_scripts(name):
+    assert SCRIPTS[name].options == (theirs(name) - set(OPTION_ALIASES)) | SHARED_OPTIONS
+    known = {*THEIR_OPTIONS["adapter"], *THEIR_OPTIONS["full"]} - set(OPTION_ALIASES)
+    assert set(list_absent_options(SCRIPTS[name])) == (known | {"family", "method"}) - SCRIPTS[name].options
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_sets_the_defaults_in_which_it_differs(name):
+    for option in theirs(name) - set(OPTION_ALIASES) - SAME:
+        given = THEIR_OPTIONS[SCRIPTS[name].method][option]["default"]
+        default = given["by script"][name] if isinstance(given, dict) else given
+        ours = SCRIPTS[name].defaults.get(option, vocabulary()[option].default)
+        assert ours == default or default is None, option
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_presets_are_options_of_the_right_type(name):
+    with pytest.raises(SeveralErrors) as raised:
+        load_config([], defaults=SCRIPTS[name].presets)
+    codes = [error.code for error in raised.value.errors if error.code != "option-not-implemented"]
+    assert codes == ["model-missing", "data-missing", "output-missing"]
+
+
+def test_the_table_names_every_script():
+    assert set(load_script_options()) == {"every script", *THEIR_OPTIONS, *SCRIPTS}
+
+
+@pytest.mark.parametrize("name", ["train_network", "train_network.py"])
+def test_find_script(name):
+    assert find_script(name) is SCRIPTS["train_network"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("hunyuan_image_train_network", "script-not-implemented", "available: train_network"),
+        ("sd3_train.py", "script-not-implemented", "sd3_train is not implemented yet"),
+        ("train_controlnet", "script-not-implemented", "train_control_net is not implemented yet"),
+        ("train_textual_inversion_XTI", "script-retired", "train_textual_inversion takes its place"),
+        ("train_netwrk", "script-unknown", "did you mean 'train_network'?"),
+    ],
+)
+def test_what_is_not_there(name, code, words):
+    with pytest.raises(UserError) as raised:
+        find_script(name)
+    assert raised.value.code == code
+    assert words in str(raised.value)
+
+
+def test_names_of_scripts_do_not_overlap():
+    assert not set(SCRIPTS) & set(PLANNED_SCRIPTS)
+    assert not set(RETIRED_SCRIPTS) & {*PLANNED_SCRIPTS, *SCRIPTS}
+    assert set(SCRIPT_ALIASES.values()) <= {*PLANNED_SCRIPTS, *SCRIPTS}
+
+
+def test_every_available_script_has_a_launcher():
+    names = {path.stem for path in (ROOT / "launchers").glob("*.py")}
+    assert names >= set(SCRIPTS)

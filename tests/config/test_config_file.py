@@ -1,0 +1,146 @@
+"""The configuration file: free sections, exact keys, and values of the right type."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_sections_are_free(load, write):
+    config = load(write('seed = 1\n[anything]\nnetwork_dim = 8\n["two words"]\nnetwork_args = ["conv_dim=4"]\n'))
+    assert (config.loop.seed, config.network.network_dim, config.network.network_args) == (1, 8, {"conv_dim": 4})
+    assert config.sources["network_dim"] == "run.toml"
+
+
+def test_types_come_from_toml(load, write):
+    config = load(
+        write(
+            "learning_rate = 1\ntext_encoder_lr = 1e-4\nlr_warmup_steps = 0.1\nlr_scheduler = 'cosine'\n"
+            "resolution = [512, 768]\ncache_latents = true\nmax_train_steps = 10\nvae = 'some/vae'\n"
+        )
+    )
+    assert config.optim.learning_rate == 1.0
+    assert config.optim.text_encoder_lr == (1e-4,)
+    assert config.optim.lr_warmup_steps == 0.1
+    assert config.cache.cache_latents
+    assert config.model.vae == "some/vae"
+
+
+def test_the_ending_is_added(load, write, tmp_path):
+    write("seed = 3")
+    assert load(f"--config_file {tmp_path / 'run'}").loop.seed == 3
+
+
+def test_a_byte_order_mark_is_skipped(load, tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbfseed = 3\r\ncaption_prefix = 'fa\xc3\xa7ade'\r\n")
+    config = load(f"--config_file {tmp_path / 'run.toml'}")
+    assert (config.loop.seed, config.captions.caption_prefix) == (3, "façade")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "value"),
+    [
+        ("network_dmi = 8", "option-unknown", "run.toml:1: network_dmi is not an option — did you mean network_dim?"),
+        ("[a]\n\nnetwork_di = 8", "option-abbreviated", "run.toml:3: network_di"),
+        ("seed = 1\n[b]\nseed = 2", "config-key-given-twice", "run.toml:3: seed"),
+        (
+            "[a]\ncaption_extension = '.a'\n[b]\ncaption_extention = '.b'",
+            "config-key-given-twice",
+            "run.toml:4: caption_extention",
+        ),
+        ("seed = 1\nseed = 2", "config-file-invalid-toml", "a key is given twice (at line 2"),
+        ("[a]\n[a]", "config-file-invalid-toml", "a section is given twice"),
+        ("seed = 'x'", "option-type-wrong", "run.toml:1: seed: 'x'"),
+        ("seed = '1'", "option-type-wrong", "run.toml:1: seed: '1'"),
+        ("seed = true", "option-type-wrong", "run.toml:1: seed: True"),
+        ("network_dim = 8.0", "option-type-wrong", "run.toml:1: network_dim: 8.0"),
+        ("learning_rate = true", "option-type-wrong", "run.toml:1: learning_rate: True"),
+        ("cache_latents = 'yes'", "option-type-wrong", "run.toml:1: cache_latents: 'yes'"),
+        ("cache_latents = 2", "option-type-wrong", "run.toml:1: cache_latents: 2"),
+        ("output_name = 7", "option-type-wrong", "run.toml:1: output_name: 7"),
+        ("network_args = 4", "option-value-malformed", "run.toml:1: network_args: has '4'"),
+        ("lr_scheduler = 'cosin'", "option-choice-unknown", "run.toml:1: lr_scheduler: 'cosin' is not one of constant"),
+        ("config_file = 'x'", "config-key-command-line-only", "run.toml:1: config_file"),
+        ("[[datasets]]\nresolution = 5", "config-section-nested", "--dataset_config"),
+        ("[a]\n[a.b]\nseed = 1", "config-section-nested", "run.toml:1: b "),
+        ("vae = ''", "option-value-malformed", "run.toml:1: vae: ''"),
+        ('vae = "C:\\models\\x"', "config-file-invalid-toml", "write \\\\ for one backslash"),
+        ("cache_latents = True", "config-file-invalid-toml", "true and false in lower case"),
+        ("seed 1", "config-file-invalid-toml", "run.toml: "),
+    ],
+)
+def test_faults_name_file_line_and_key(faults, codes_of, write, text, code, value):
+    option = write(text)
+    assert codes_of(option) == [code]
+    assert value in faults(option)[0]
+
+
+def test_a_file_that_is_not_utf8(faults, codes_of, tmp_path):
+    (tmp_path / "run.toml").write_bytes("seed = 1\ncaption_prefix = 'façade'".encode("latin-1"))
+    assert codes_of(f"--config_file {tmp_path / 'run.toml'}") == ["config-file-not-utf8"]
+    assert "run.toml:2:" in faults(f"--config_file {tmp_path / 'run.toml'}")[0]
+
+
+def test_a_missing_file_is_the_only_fault(faults, codes_of, write, tmp_path):
+    """It may hold what is required, so nothing else is reported as missing."""
+    write("seed = 1")
+    assert codes_of(f"--config_file {tmp_path / 'runn.toml'}") == ["config-file-missing"]
+    assert faults(f"--config_file {tmp_path / 'runn.toml'}")[0].endswith(f"did you mean {tmp_path / 'run.toml'}?")
+
+
+def test_keys_of_front_ends_are_reported_and_ignored(load, write):
+    config = load(write("noise_offset_type = 'Original'\nepoch = 1"))
+    assert [note.split(":")[2] for note in config.notes] == [" noise_offset_type is ignored", " epoch is ignored"]
+
+
+def test_a_file_as_a_front_end_writes_it(load, write):
+    """Defaults of options that are not implemented yet, 75 tokens, 1 for true, no compiler: all are accepted."""
+    config = load(
+        write(
+            """
+            bucket_no_upscale = true
+            bucket_reso_steps = 64
+            caption_extension = ".txt"
+            clip_skip = 1
+            dynamo_backend = "no"
+            enable_bucket = true
+            huber_c = 0.1
+            huber_scale = 1
+            huber_schedule = "snr"
+            learning_rate = 0.0001
+            loss_type = "l2"
+            lr_scheduler = "cosine"
+            lr_scheduler_args = []
+            lr_scheduler_num_cycles = 1
+            lr_scheduler_power = 1
+            lr_warmup_steps = 160
+            max_bucket_reso = 2048
+            max_data_loader_n_workers = 0
+            max_grad_norm = 1
+            max_timestep = 1000
+            max_token_length = 75
+            max_train_steps = 1600
+            mixed_precision = "bf16"
+            multires_noise_discount = 0.3
+            network_alpha = 1
+            network_args = []
+            network_module = "networks.lora"
+            noise_offset_type = "Original"
+            optimizer_args = []
+            optimizer_type = "AdamW8bit"
+            persistent_data_loader_workers = 1
+            prior_loss_weight = 1
+            resolution = "512,512"
+            save_every_n_epochs = 1
+            save_model_as = "safetensors"
+            text_encoder_lr = [0.0001]
+            train_batch_size = 1
+            unet_lr = 0.0001
+            vae_batch_size = 4
+            wandb_run_name = "last"
+            """
+        )
+    )
+    assert config.model.max_token_length is None
+    assert config.memory.dynamo_backend == "inductor"
+    assert config.loader.persistent_data_loader_workers is True
+    assert len(config.notes) == 3  # the front end's key, the name for wandb, threads that are always kept

@@ -1,0 +1,224 @@
+"""load_config: precedence, all faults at once, what is not implemented yet, secrets."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sfumato.config import Config, load_config
+from sfumato.config.schema import vocabulary
+from sfumato.errors import SeveralErrors
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+def test_precedence(load, write):
+    file = write("network_dim = 2\nseed = 2\nclip_skip = 2")
+    config = load([file, "--network_dim", "1"], defaults={"clip_skip": 3, "keep_tokens": 3, "seed": 3})
+    found = {name: (config.value(name), config.source(name)) for name in ("network_dim", "seed", "keep_tokens")}
+    assert found == {"network_dim": (1, "command line"), "seed": (2, "run.toml"), "keep_tokens": (3, "launcher")}
+    assert config.source("max_grad_norm") == "default"
+    assert set(config.sources) == set(vocabulary())
+
+
+def test_a_default_given_on_the_command_line_takes_precedence_over_the_file(load, write):
+    config = load([write("cache_latents = true\nmax_train_steps = 5"), "--no_cache_latents", "--max_train_steps=1600"])
+    assert (config.cache.cache_latents, config.loop.max_train_steps) == (False, 1600)
+
+
+def test_values_have_their_types(load):
+    config = load(
+        "--text_encoder_lr 1e-4 1e-5 --network_args conv_dim=4 algo=x --optimizer_args betas=0.9,0.999"
+        " --lr_scheduler cosine --lr_warmup_steps 10% --resolution 512,768 --tokenizer a/b c/d"
+    )
+    assert config.optim.text_encoder_lr == (1e-4, 1e-5)
+    assert config.network.network_args == {"conv_dim": 4, "algo": "x"}
+    assert config.optim.optimizer_args == {"betas": (0.9, 0.999)}
+    assert config.optim.lr_warmup_steps == 0.1
+    assert config.buckets.resolution == (512, 768)
+    assert config.model.tokenizer == ("a/b", "c/d")
+    assert isinstance(config.save.output_dir, Path)
+
+
+def test_a_fault_inside_a_list_is_reported(faults, codes_of):
+    assert codes_of("--text_encoder_lr 1e-4 -1") == ["option-out-of-range"]
+    assert faults("--text_encoder_lr 1e-4 -1")[0].startswith("--text_encoder_lr: '-1' is below 0")
+    assert codes_of("--text_encoder_lr 1e-4 x") == ["option-type-wrong"]
+    assert faults("--text_encoder_lr 1e-4 x")[0].startswith("--text_encoder_lr: 'x'")
+    found = faults("--learning_rate nan --max_grad_norm inf")
+    assert [text.partition(" is not")[0] for text in found] == ["--learning_rate: 'nan'", "--max_grad_norm: 'inf'"]
+
+
+def test_all_faults_at_once(write, tmp_path):
+    with pytest.raises(SeveralErrors) as raised:
+        load_config(
+            [
+                write("nettwork_dim = 4\nseed = 'x'"), "--sed", "3", "--learning_rate", "fast",
+                "--fp8_base", "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights", "--max_train_steps", "0",
+                "--save_model_as", "ckp", "--lr_scheduler", "sine",
+            ]
+        )  # fmt: skip
+    texts = [str(error) for error in raised.value.errors]
+    wanted = {
+        "--sed": "option-unknown",
+        "run.toml:1: nettwork_dim": "option-unknown",
+        "run.toml:2: seed: 'x'": "option-type-wrong",
+        "--learning_rate: 'fast'": "option-type-wrong",
+        "--lr_scheduler: 'sine'": "option-choice-unknown",
+        "--max_train_steps: '0'": "option-out-of-range",
+        "--fp8_base": "option-not-implemented",
+        "--save_model_as: 'ckp'": "option-choice-unknown",
+        "no.safetensors": "path-missing",
+        "--dim_from_weights": "dim-from-weights-without-file",
+        "--pretrained_model_name_or_path": "model-missing",
+        "--train_data_dir": "data-missing",
+        "--output_dir": "output-missing",
+    }
+    for part, code in wanted.items():
+        assert [error.code for error in raised.value.errors if part in str(error)] == [code], part
+    assert len(texts) == len(wanted)
+    assert str(raised.value).startswith(f"{len(wanted)} problems, listed above; the first: {texts[0]}")
+
+
+def test_one_fault_is_not_reported_twice(tmp_path):
+    """A misspelt or mistyped option is not called missing, too."""
+    argv = ["--pretrained_model_name_or_pat", "a/b", "--train_data_dirr", str(tmp_path), "--output_dirr", "x"]
+    with pytest.raises(SeveralErrors) as raised:
+        load_config([*argv, "--resolution", "big"])
+    assert len(raised.value.errors) == 4
+
+
+def test_what_is_not_implemented_yet_is_refused_unless_it_is_the_default(faults, codes_of, load):
+    assert codes_of("--fp8_base") == ["option-not-implemented"]
+    assert "fp8 weights" in faults("--fp8_base")[0]
+    assert codes_of("--network_module networks.oft") == ["option-value-malformed"]
+    assert "the other adapters" in faults("--network_module networks.oft")[0]
+    assert load("--loss_type l2 --huber_c 0.1 --no_fp8_base --max_token_length 75").loss.loss_type == "l2"
+
+
+VALUES = {"X": "0.123", "N": "7", "TEXT": "x", "PATH": "x/y", "X,X": "1,2", "NAME=VALUE ...": "a=1", "N|X%": "10%"}
+
+
+@pytest.mark.parametrize("name", [name for name, option in vocabulary().items() if option.facts.planned])
+def test_every_planned_option_is_refused(faults, codes_of, name):
+    option = vocabulary()[name]
+    other = [choice for choice in option.choices if choice != str(option.default)]
+    value = other[0] if other else VALUES.get(option.metavar.removesuffix(" ..."), VALUES.get(option.metavar, "150"))
+    argv = [option.flag] if option.arity == "flag" else [option.flag, value]
+    assert codes_of(argv) == ["option-not-implemented"]
+    (text,) = faults(argv)
+    assert option.flag in text
+    assert option.facts.planned in text
+
+
+def test_an_option_that_the_script_does_not_have(faults, codes_of, write):
+    absent = {"clip_l": "it belongs to another script", "seed": "no dice"}
+    argv = ["--clip_l", "x", write("seed = 1")]
+    assert codes_of(argv, absent=absent) == ["option-of-another-script"] * 2
+    first, second = faults(argv, absent=absent)
+    assert first.startswith("--clip_l ")
+    assert first.endswith("it belongs to another script")
+    assert second.startswith("run.toml:1: seed ")
+    assert second.endswith("no dice")
+
+
+def test_what_includes_what(load):
+    config = load("--cache_latents_to_disk --cache_text_encoder_outputs_to_disk")
+    assert config.cache.cache_latents
+    assert config.cache.cache_text_encoder_outputs
+    assert config.source("cache_latents") == "--cache_latents_to_disk"
+
+
+def test_sampling_periods_below_one_are_noted_and_ignored(load):
+    config = load("--sample_every_n_steps 0 --sample_every_n_epochs -1")
+    assert config.samples.sample_every_n_steps is config.samples.sample_every_n_epochs is None
+    assert len(config.notes) == 2
+
+
+def test_no_effect_is_a_note_or_with_strict_an_error(load, codes_of):
+    (note,) = load("--sdpa").notes
+    assert note.startswith("--sdpa has no effect")
+    assert codes_of("--sdpa --strict") == ["option-without-effect"]
+    assert codes_of("--save_last_n_steps 5 --strict") == ["keep-steps-unused"]
+    assert not codes_of("--strict --seed 1 --seed 2")
+
+
+SECRET = "canary-3f9a"
+
+
+@pytest.mark.parametrize("name", [name for name, option in vocabulary().items() if option.secret])
+def test_secrets_are_nowhere(load, faults, write, name):
+    """On the command line, in the file, misspelt, of the wrong type or with too many words: the value is not shown."""
+    for argv in ([f"--{name}", SECRET], [f"--{name}={SECRET}"], [write(f"{name} = '{SECRET}'")]):
+        assert SECRET not in " ".join([*faults(argv), *load(argv).notes])
+    for argv in (
+        [f"--{name}", "x", SECRET],
+        [f"--{name}x", SECRET],
+        [f"--{name[:-2]}", SECRET],
+        [write(f"{name} = ['{SECRET}']")],
+        [write(f"{name}x = '{SECRET}'")],
+        [write(f"{name} = {SECRET}")],
+    ):
+        found = faults(argv)
+        assert found
+        assert SECRET not in " ".join(found)
+
+
+def test_secrets_are_not_in_the_repr():
+    config = Config.model_validate({"hub": {"huggingface_token": SECRET}, "log": {"wandb_api_key": SECRET}})
+    assert SECRET not in repr(config) + str(config) + str(config.model_dump()) + config.model_dump_json()
+    assert config.log.wandb_api_key is not None
+    assert config.log.wandb_api_key.get_secret_value() == SECRET
+
+
+def test_a_secret_on_the_command_line_is_warned_about(load, write):
+    assert load([write(f"wandb_api_key = '{SECRET}'"), "--log_with", "wandb"]).notes == ()
+    (note,) = load(f"--wandb_api_key {SECRET} --log_with wandb").notes
+    assert "--wandb_api_key is on the command line" in note
+    assert SECRET not in note
+
+
+def test_paths(faults, load, tmp_path, monkeypatch):
+    (tmp_path / "weights.safetensors").touch()
+    wrong, right = tmp_path / "weight.safetensors", tmp_path / "weights.safetensors"
+    assert faults(f"--network_weights {wrong}") == [
+        f"--network_weights: {wrong} does not exist — did you mean {right}?",
+    ]
+    assert faults(f"--network_weights {tmp_path}")[0].endswith("is a folder, not a file")
+    assert faults(f"--reg_data_dir {tmp_path / 'weights.safetensors'}")[0].endswith("is a file, not a folder")
+    assert "the folder nowhere does not exist either" in faults("--sample_prompts nowhere/p.txt --sample_at_first")[0]
+    assert load("--vae owner/name").model.vae == "owner/name"
+    for missing in (
+        "./owner/name",
+        "name",
+        "a/b/c",
+        "owner/name.safetensors",
+        "/owner/name",
+        "C:\\x\\y",
+        "owner/name/",
+    ):
+        assert "does not exist" in faults(["--vae", missing])[0]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("--network_weights ~/weights.safetensors").network.network_weights == tmp_path / "weights.safetensors"
+
+
+def test_torch_is_not_imported():
+    program = (
+        "import sys; from sfumato.config import load_config; from sfumato.errors import UserError\n"
+        "try: load_config(['--seed', 'x'])\n"
+        "except UserError: pass\n"
+        "sys.exit(str(sorted({'torch', 'diffusers', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
+    )
+    assert (done.stderr.strip(), done.returncode) == ("", 1)
+
+
+def test_a_config_pickles_and_compares(load):
+    config = load("--network_args a=1 --seed 1")
+    assert pickle.loads(pickle.dumps(config)) == config != load("--seed 1")

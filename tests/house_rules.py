@@ -1,0 +1,242 @@
+"""The rules that test_house.py holds the package to, as functions over syntax trees, and their reviewed exceptions."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "sfumato"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# From the bottom up: a file may import from its own folder and from the rows above its own, never from its own row's
+# other names or from below.
+LAYERS = (
+    ("errors",),
+    ("common",),
+    ("config",),
+    ("data", "diffusion"),
+    ("formats",),
+    ("adapters", "families"),
+    ("optim",),
+    ("memory", "methods", "track"),
+    ("sample",),
+    ("loss",),
+    ("plan",),
+    ("training",),
+    ("train",),
+    ("tools", "demo"),
+    ("cli",),
+    ("compat",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+
+TOP_LEVEL = {"train", "loss", "sample", "plan", "errors"}
+MOST_IMPORTS = 15
+READING_LIST = (
+    "README.md", "src/sfumato/train.py", "src/sfumato/families/base.py", "src/sfumato/families/sdxl.py",
+    "src/sfumato/methods/adapter.py", "src/sfumato/adapters/lora.py",
+)  # fmt: skip
+LONGEST_TEST_FILE = 400
+# What several modules may define under one name: each module's logger, and implementations of one protocol.
+SHARED_NAMES = {"log"}
+PROTOCOLS = (  # files -> names that each of them may define
+    (
+        r"families/_\w+\.py",
+        {
+            "build", "config_from_shapes", "read_config", "key_map", "spec",
+            "TARGETS", "BLOCKS", "tokenize", "encode_tokens", "apply_prompt_weights",
+        },
+    ),
+    (r"demo/toy_\w+\.py", {"write", "write_folder", "make_networks", "single_file", "single_files"}),
+    (r"cli/\w+\.py|compat/launch\.py", {"main"}),
+)  # fmt: skip
+
+NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names.py is old option names as data
+# What the field named after a family though others use it: an option and two keys of adapter files.
+OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
+ALLOWED_FAMILY_NAMES = {("config/model.py", "flux"), ("config/model.py", "chroma")}  # the choices of --model_type
+MAY_PRINT = {"cli", "plan", "demo", "tools"}
+ALLOWED_GETATTR = {("data/find/headers.py", "getattr(os, 'O_BINARY', 0)")}  # for what only some systems' libraries have
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LAUNCHER = 450, 80, 3
+
+TORCH_FREE = (
+    "errors.py", "common/*.py", "config/*.py", "data/find/*.py", "data/captions.py", "data/buckets.py",
+    "data/images.py", "data/prompt_weighting.py", "data/variants.py", "data/cache/references.py",
+    "cli/*.py", "plan.py", "training/plan_report.py", "tools/plan.py",
+)  # fmt: skip
+HEAVY = ("torch", "diffusers", "transformers", "accelerate")
+
+IMPORT_NAMES = {  # where they differ
+    "pillow": "PIL", "protobuf": "google", "huggingface-hub": "huggingface_hub", "pillow-jxl-plugin": "pillow_jxl",
+}  # fmt: skip
+
+
+def relative_name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def layer_of(path: Path) -> str:
+    """The row's name that a file belongs to: its folder below the package, or its own name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def family_names() -> set[str]:
+    """The modules that register a family."""
+    modules = (path for path in (PACKAGE / "families").glob("[a-z]*.py"))
+    return {path.stem for path in modules if "@FAMILIES.register(" in path.read_text(encoding="utf-8")}
+
+
+@cache
+def parsed_file(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import anywhere in the tree; relative ones are made whole."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            if node.args and isinstance(node.args[0], ast.Constant):
+                yield node.lineno, str(node.args[0].value)
+
+
+def imports_upwards(tree: ast.Module, *, layer: str, package: str = "sfumato") -> Iterator[str]:
+    for line, module in imports(tree, package):
+        root, _, rest = module.partition(".")
+        other = rest.partition(".")[0]
+        if root == "sfumato" and other != layer and RANK.get(other, -1) >= RANK.get(layer, len(LAYERS)):
+            yield f"{line}: {layer} imports {module}"
+
+
+def family_words(text: str, families: set[str]) -> set[str]:
+    words = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])", text)
+    return {word.lower() for word in words} & families
+
+
+def names_a_family(tree: ast.Module, *, families: set[str], allowed: set[str]) -> Iterator[str]:
+    """Identifiers and string literals with a family's name as a word; docstrings may cite papers."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        for text in identifiers(node) if not isinstance(node, ast.Constant) else [node.value]:
+            if isinstance(text, str) and id(node) not in docstrings and text not in allowed:
+                for family in family_words(text, families):
+                    yield f"{getattr(node, 'lineno', 0)}: {text!r} names {family}"
+
+
+def identifiers(node: ast.AST) -> list[str | None]:
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=name):
+            return [name]
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Import(names=aliases):
+            return [text for alias in aliases for text in (alias.name, alias.asname)]
+        case ast.ImportFrom(module=module, names=aliases):
+            return [module, *(text for alias in aliases for text in (alias.name, alias.asname))]
+        case _:
+            return []
+
+
+def long_functions(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > LONGEST_FUNCTION:
+                yield f"{node.lineno}: {node.name} has {length} lines"
+
+
+def broad_excepts(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            for kind in caught:
+                if kind is None or ast.unparse(kind).split(".")[-1] in ("Exception", "BaseException"):
+                    yield f"{node.lineno}: catches everything"
+
+
+def prints(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield f"{node.lineno}: print()"
+
+
+def stubs(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "NotImplementedError":
+            yield f"{node.lineno}: NotImplementedError"
+
+
+def getattr_with_default(tree: ast.Module, *, allowed: set[str]) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
+            if len(node.args) == 3 and ast.unparse(node) not in allowed:
+                yield f"{node.lineno}: {ast.unparse(node)}"
+
+
+def leftovers(text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.search(r"\b(TODO|FIXME|XXX)\b", line):
+            yield f"{number}: {line.strip()}"
+
+
+def code_lines(text: str) -> int:
+    """Lines that are neither blank, comment nor the file's docstring."""
+    body = ast.parse(text).body
+    told = {line for node in body[:1] if ast.get_docstring(ast.parse(text)) for line in _span(node)}
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for number, line in lines if line.strip() and not line.lstrip().startswith("#") and number not in told)
+
+
+def _span(node: ast.stmt) -> range:
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+def own_modules(tree: ast.Module) -> set[str]:
+    """The modules of the package that a file imports, in functions too."""
+    modules: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sfumato":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                modules.add(inner if is_module(inner) else str(node.module))
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "sfumato"}
+    return modules
+
+
+def is_module(dotted: str) -> bool:
+    path = PACKAGE.parent.joinpath(*dotted.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """Functions, classes and constants that a module defines at its top level."""
+    for node in tree.body:
+        names: list[str] = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def is_protocol(name: str, files: list[str]) -> bool:
+    """Whether all homes of a name implement one protocol, whose names they have in common."""
+    return any(name in names and all(re.match(pattern, file) for file in files) for pattern, names in PROTOCOLS)
+
+
+def everywhere(rule: Callable[[Path], Iterator[str]], *, unless: frozenset[str] = frozenset()) -> list[str]:
+    """What a rule finds in the package's files, each with its place."""
+    return [f"{relative_name(path)}:{fault}" for path in FILES if layer_of(path) not in unless for fault in rule(path)]

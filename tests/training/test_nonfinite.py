@@ -1,0 +1,180 @@
+"""Nothing that is not finite reaches the weights, and what was asked to train does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sfumato.train
+from families.toys import ToyShelf
+from sfumato.config import load_config
+from sfumato.errors import UserError
+from sfumato.train import train_step
+from sfumato.training.nonfinite import PATIENCE, NonfiniteGuard, TrainingCheck, record_nonfinite_outputs
+from sfumato.training.run import Run
+from sfumato.training.setup_run import build_run
+from toy_runs import make_arguments, make_images, read_metrics, read_weights
+
+NAN = float("nan")
+Toy = Mapping[str, Path]
+
+
+@pytest.fixture(scope="module")
+def toy(toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths("sd")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+def opened(toy: Toy, images: Path, output: Path, **options: Any) -> Run:
+    run = build_run(load_config(make_arguments(toy, images, output, network_train_unet_only=True, **options)))
+    assert run is not None
+    return run
+
+
+def spoil(run: Run, calls: set[int]) -> None:
+    """Some calls of one module of the denoiser give NaN."""
+    module = run.model.denoiser.get_submodule("mid_block.resnets.0")
+    count = 0
+
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return output * NAN if count in calls else output
+
+    module.register_forward_hook(hook)
+
+
+def trained(run: Run) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in run.method.state_dict().items()}
+
+
+def test_a_nonfinite_step_is_skipped_and_diagnosed(
+    toy: Toy, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = opened(toy, images, tmp_path)
+    spoil(run, {2, 3})  # the second step, and the same when it is explained
+    steps = run.loader.steps(0)
+    train_step(run, next(steps))
+    before = trained(run)
+    bad = next(steps)
+    taken = train_step(run, bad)
+    assert not torch.isfinite(taken.loss)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained(run).items())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    planned = next(run.loader.sampler.steps(1))
+    name = Path(planned.batches[0].samples[0].item.image.path).name
+    assert "step 2 skipped" in line
+    assert name in line
+    assert "the first module with such an output is denoiser.mid_block.resnets.0" in line
+    assert torch.isfinite(train_step(run, next(steps)).loss)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in trained(run).items())
+    steps.close()
+    with run.metrics:
+        pass  # closes its file
+
+
+def test_several_in_a_row_end_the_run_with_a_good_state(
+    toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(config: Any) -> Run | None:
+        run = build_run(config)
+        assert run is not None
+        if run.start.step == 0:
+            spoil(run, set(range(3, 100)))
+        return run
+
+    monkeypatch.setattr(sfumato.train, "build_run", spoiled)
+    options: dict[str, Any] = {"network_train_unet_only": True, "max_bad_steps": 2, "max_train_steps": 8}
+    with pytest.raises(UserError) as caught:
+        sfumato.train.train(load_config(make_arguments(toy, images, tmp_path, **options)))
+    folder = tmp_path / "lora-step00000004-state"
+    assert caught.value.code == "training-nonfinite"
+    assert str(folder) in str(caught.value)
+    sfumato.train.train(load_config(make_arguments(toy, images, tmp_path, resume=folder, **options)))
+    assert all(torch.isfinite(tensor).all() for tensor in read_weights(tmp_path).values())
+    found = [row["loss/average"] for row in read_metrics(tmp_path)]
+    assert all(value == value for value in found)
+
+
+def test_infinite_gradients_in_float16_are_its_scalers_to_deal_with() -> None:
+    one, infinite = torch.ones(()), torch.tensor(float("inf"))
+    health = NonfiniteGuard(limit=2)
+    assert health.allows(one, infinite, scale=65536.0)
+    assert not health.allows(one, infinite, scale=1.0)
+    assert not health.allows(infinite, one, scale=65536.0)
+    assert health.exhausted
+    assert health.allows(one, one, scale=1.0)
+    assert not health.exhausted
+
+
+# ---------------------------------------------------------------- the proof that it trains
+
+
+def optimizer_of(**groups: tuple[nn.Parameter, float]) -> torch.optim.Optimizer:
+    rows = [{"params": [parameter], "lr": rate, "name": name} for name, (parameter, rate) in groups.items()]
+    return torch.optim.SGD(rows)
+
+
+def steps(optimizer: torch.optim.Optimizer, gradients: Mapping[nn.Parameter, float], count: int) -> TrainingCheck:
+    proof = TrainingCheck(optimizer)
+    for _ in range(count):
+        for parameter, value in gradients.items():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step()
+        proof.check_step()
+    return proof
+
+
+def test_groups_that_move_are_proven() -> None:
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = optimizer_of(first=(first, 0.1), second=(second, 0.1))
+    assert steps(optimizer, {first: 1.0, second: -1.0}, 1).complete
+
+
+def test_a_group_without_gradient_is_named() -> None:
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = optimizer_of(first=(first, 0.1), second=(second, 0.1))
+    steps(optimizer, {first: 1.0}, PATIENCE - 1)
+    with pytest.raises(UserError, match=r"second .*10 steps") as caught:
+        steps(optimizer, {first: 1.0}, PATIENCE)
+    assert caught.value.code == "trained-part-without-gradient"
+
+
+def test_a_gradient_of_zeros_is_none() -> None:
+    first = nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError) as caught:
+        steps(optimizer_of(first=(first, 0.1)), {first: 0.0}, PATIENCE)
+    assert caught.value.code == "trained-part-without-gradient"
+
+
+def test_updates_that_the_precision_swallows_are_found() -> None:
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.raises(UserError) as caught:
+        steps(optimizer_of(weight=(weight, 1e-6)), {weight: 1.0}, PATIENCE)
+    assert caught.value.code == "trained-part-unchanged"
+
+
+def test_a_rate_of_zero_is_waited_for() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    assert not steps(optimizer_of(weight=(weight, 0.0)), {weight: 1.0}, 3 * PATIENCE).complete
+
+
+def test_the_first_bad_module_is_the_first_that_ran() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    with torch.no_grad():
+        net[0].bias.fill_(float("inf"))
+    with record_nonfinite_outputs({"net": net}) as found:
+        net(torch.ones(1, 2))
+    assert found[0] == "net.0"
+    with record_nonfinite_outputs({"net": net[:0]}) as found:
+        net(torch.ones(1, 2))
+    assert found == []
