@@ -141,6 +141,15 @@ def test_starting_later_gives_the_tail(first):
     assert list(islice(order.steps(first), 30 - first)) == steps[first:]
 
 
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_images_are_found_by_their_ids(first_step):
+    """Those that a later epoch really has, also where the data starts at another step than 0."""
+    sampler = BatchSampler(make_plan([[(2, 3), (1, 4)]]), seed=5, first_step=first_step)
+    step = next(sampler.steps(first_step + 2 * sampler.steps_per_epoch + 1))
+    samples = [sample for batch in step.batches for sample in batch.samples]
+    assert sampler.find_images([sample.id for sample in samples]) == [sample.item.image for sample in samples]
+
+
 def test_the_last_step_of_an_epoch_takes_what_is_left():
     plan = make_plan([[(1, 9)]], batch_size=1)
     order = BatchSampler(plan, seed=0, accumulation=4)

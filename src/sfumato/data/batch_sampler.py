@@ -57,8 +57,8 @@ class BatchSampler:
 
     def find_images(self, ids: Sequence[int]) -> list[ImageRow]:
         """The images of samples of one epoch and of this process; plans the epoch's batches to find them."""
-        epoch = ids[0] // self.samples_per_epoch
-        return select_images(islice(self.steps(epoch * self.steps_per_epoch), self.steps_per_epoch), ids)
+        first = self.first_step + ids[0] // self.samples_per_epoch * self.steps_per_epoch
+        return select_images(islice(self.steps(first), self.steps_per_epoch), ids)
 
     def _plan_epoch(self, epoch: int) -> EpochBatches:
         """Shuffle each bucket, cut it into global batches, and shuffle the batches."""
