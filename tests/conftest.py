@@ -19,15 +19,17 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+TOY_HELPERS = {"ToyShelf", "write_toy", "train_toy", "build_toy_run", "load_model"}  # what such a module imports
+
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50, database=None)
 settings.load_profile("house")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that asks for a toy model belongs to the family tier; the unit tier neither builds nor trains one."""
+    """Tests of a module that builds or trains toy models belong to the family tier; the unit tier does neither."""
     for item in items:
-        fixtures: tuple[str, ...] = getattr(item, "fixturenames", ())
-        if "toy_shelf" in fixtures and not item.get_closest_marker("full"):
+        module = getattr(item, "module", None)
+        if TOY_HELPERS & vars(module).keys() and not item.get_closest_marker("full"):
             item.add_marker(pytest.mark.family)
 
 

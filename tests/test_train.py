@@ -215,7 +215,7 @@ def test_previews_are_made_together_where_they_can_be(
 
 def test_a_failed_preview_is_a_warning(sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> torch.Tensor:
-        raise UserError("no such picture")
+        raise UserError("no such image", code="image-missing")
 
     monkeypatch.setattr("sfumato.training.previews.generate_batch", fails)
     prompts = tmp_path / "prompts.txt"

@@ -72,7 +72,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
     report.warnings.counts[EVIL], report.warnings.first[EVIL] = 1, 0
     write_sample(tmp_path, "cat_000002_00_99990101000000.png", EVIL)
     report.advance(3, 1.0)
-    report.close(UserError(EVIL), total=40)
+    report.close(UserError(EVIL, code="evil-text"), total=40)
     content = (tmp_path / "cat.report.html").read_text()
     assert "<script>alert" not in content
     page = read_page(tmp_path)
@@ -172,7 +172,7 @@ def test_warnings_are_kept_without_paths(tmp_path):
     for _ in range(3):
         logging.getLogger("sfumato.some").warning("cannot read %s", "/home/canary/private/a.png")
     logging.getLogger("sfumato.some").info("nothing to see")
-    report.close(UserError("no room in /home/canary/private"), total=4)
+    report.close(UserError("no room in /home/canary/private", code="no-room"), total=4)
     logging.getLogger("sfumato.some").warning("too late")
     content = (tmp_path / "cat.report.html").read_text() + (tmp_path / "cat.report.json").read_text()
     assert "cannot read a.png" in content

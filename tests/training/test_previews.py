@@ -58,7 +58,7 @@ def test_prompts_are_read_again_while_training(
 
 @pytest.mark.parametrize(
     "error",
-    [UserError("no such picture"), RuntimeError("shapes differ"), IndexError("past the end")],
+    [UserError("no such image", code="image-missing"), RuntimeError("shapes differ"), IndexError("past the end")],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
 def test_whatever_fails_is_a_warning(
