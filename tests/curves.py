@@ -1,7 +1,7 @@
 """Stored loss curves: five steps of every family and method at toy size, to show that a change moved no number.
 
-`make curves` trains them anew and compares: bit for bit where processor and torch are those of the stored file, else
-within 1e-5. `make curves WRITE=1` stores what it finds, for a change that is meant to move numbers.
+`make curves` trains them anew and compares: bit for bit where processor and libraries are those of the stored file,
+else within 1e-5. `make curves WRITE=1` stores what it finds, for a change that is meant to move numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from toy_runs import make_images, read_metrics, train_toy
 
 FOLDER = Path(__file__).parent / "goldens" / "curves"
 STEPS = 5
-TOLERANCE = 1e-5  # relative, on another processor or torch
+TOLERANCE = 1e-5  # relative, on another processor or with other libraries
 SERIES = ("loss/current", "grad_norm")
 FULL = {"method": "full", "network_dim": None, "learning_rate": "1e-4"}
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
@@ -59,8 +60,9 @@ CASES = {
 
 
 def machine() -> dict[str, str]:
-    """What bits may depend on besides the code."""
-    return {"processor": processor_name(), "torch": torch.__version__.partition("+")[0]}
+    """What bits may depend on besides the code: the processor and the libraries that compute."""
+    libraries = {name: version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers")}
+    return {"processor": processor_name(), **libraries}
 
 
 def processor_name() -> str:

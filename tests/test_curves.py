@@ -12,7 +12,7 @@ from families.toys import ToyShelf
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_the_curve_is_as_stored(name: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
-    """To the bit where processor and torch are those of the stored file, else within 1e-5."""
+    """To the bit where processor and libraries are those of the stored file, else within 1e-5."""
     stored = stored_curve(name)
     exact = {key: stored[key] for key in machine()} == machine()
     assert not list(differences(stored, train_case(CASES[name], toy_shelf, tmp_path), exact=exact))
