@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sfumato.common import files
 from sfumato.config import Config
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from sfumato.formats.save_schedule import SaveSchedule as SaveSchedule
     from sfumato.methods.base import Method
     from sfumato.methods.base import TrainablePart as TrainablePart
+    from sfumato.methods.model_plan import ModelPlan
 
 
 def with_seed(config: Config) -> Config:
@@ -52,7 +52,9 @@ class RunPlan:
 
 def make_run_plan(config: Config, *, processes: int) -> RunPlan:
     """Read headers and folders; every fault of model, data, method and output folder is raised at once."""
+    from sfumato.families.detection import with_base_resolution
     from sfumato.formats.save_schedule import make_save_schedule
+    from sfumato.methods.model_plan import describe_resolution, plan_model
 
     config = with_seed(config)
     problems = Problems()
@@ -60,6 +62,7 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
     with problems.catch():
         model = plan_model(config, problems)
     bucket_step = model.family.bucket_step if model else 1
+    config = with_base_resolution(model.config, model.blueprint) if model else config
     data = find_data(config, bucket_step=bucket_step, processes=processes, problems=problems)
     total_steps = count_steps(config, data)
     if model is not None:
@@ -89,32 +92,8 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
         saves=make_save_schedule(config.save, epochs),
-        notes=model.notes,
+        notes=(*model.notes, *model.remarks, *describe_resolution(model, data)),
     )
-
-
-class ModelPlan(NamedTuple):
-    """What of a run depends on the checkpoint's headers alone."""
-
-    family: type[Family]
-    blueprint: Blueprint
-    method: Method
-    parts: tuple[TrainablePart, ...]
-    notes: tuple[str, ...]
-
-
-def plan_model(config: Config, problems: Problems) -> ModelPlan:
-    """Find the family, describe the checkpoint, ask the method what will train."""
-    from sfumato.families.detection import describe_model
-    from sfumato.methods import make_method
-
-    family, blueprint = describe_model(config)
-    method = make_method(config)
-    parts = tuple(method.plan(blueprint))
-    notes = (*model_notes(config, family, blueprint), *dropout_notes(config, family, blueprint))
-    for note in notes if config.log.strict else ():
-        problems.add(note, code="checkpoint-note-strict")
-    return ModelPlan(family, blueprint, method, parts, notes)
 
 
 def check_run_options(config: Config, data: DataPlan, total_steps: int, problems: Problems) -> None:
@@ -191,20 +170,3 @@ def check_first_step(config: Config, data: DataPlan, total: int) -> None:
             code="initial-step-after-end",
             fix="raise --max_train_steps or --max_train_epochs, which count from 0",
         )
-
-
-def model_notes(config: Config, family: type[Family], blueprint: Blueprint) -> Iterator[str]:
-    """What the user should know of the checkpoint, and options that other families read and this one does not."""
-    from sfumato.families.base import FAMILIES
-
-    yield from blueprint.notes
-    read_by_some = frozenset[str]().union(*(FAMILIES.get(name).options for name in FAMILIES.names))
-    idle = sorted(name for name in read_by_some - family.options if config.is_changed(name))
-    yield from (f"--{name} has no effect on a model of the family {family.name}" for name in idle)
-
-
-def dropout_notes(config: Config, family: type[Family], blueprint: Blueprint) -> Iterator[str]:
-    """Dropout rates of text encoders that this checkpoint does not have."""
-    for option, part in ((f"{part}_dropout_rate", part) for part in config.captions.text_dropout):
-        if option in family.options and part not in blueprint.text_parts:
-            yield f"--{option} has no effect: there is no text encoder {part}"

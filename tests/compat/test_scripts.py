@@ -27,6 +27,13 @@ def test_a_script_has_the_options_that_it_has_in_sd_scripts(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_experimental_says_so(name):
+    assert ("experimental" in SCRIPTS[name].description) == name.startswith(("flux", "sd3"))
+    assert "masked_loss" in SCRIPTS[name].options
+    assert "not fully tested" in vocabulary()["masked_loss"].help
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_sets_the_defaults_in_which_it_differs(name):
     for option in theirs(name) - set(OPTION_ALIASES) - SAME:
         given = THEIR_OPTIONS[SCRIPTS[name].method][option]["default"]

@@ -12,7 +12,7 @@ from sfumato.config.load import load_command_config
 from sfumato.config.values import FilePath, FilePaths
 from sfumato.errors import SeveralErrors, UserError
 
-RULES = ("model-missing", "data-missing", "output-missing", "resolution-missing")
+RULES = ("model-missing", "data-missing", "output-missing")
 
 
 class ToolOptions(Options):

@@ -149,8 +149,11 @@ def test_every_key_is_implemented():
         (LEAST + "image_dir = 'b'\n", "dataset-file-invalid-toml", "given twice"),
         ("[general]\n[general]\n" + LEAST, "dataset-file-invalid-toml", "given twice"),
         (LEAST + 'class_tokens = "C:\\images"\n', "dataset-file-invalid-toml", "'single quotes'"),
-        (LEAST.encode() + "class_tokens = 'größe'".encode("cp1252"), "dataset-file-not-utf8", "line 5"),
+        (LEAST.encode() + "class_tokens = 'größe'".encode("cp1252"), "text-file-not-utf8", "line 5"),
         ("subsets = [", "dataset-file-invalid-toml", "set.toml"),
+        (LEAST + 'class_tokens = "D:\\sets\\Used"\n', "dataset-file-invalid-toml", "forward slashes"),
+        (LEAST.replace("'images'", '"D:\\new\\train"'), "dataset-value-malformed", "forward slashes"),
+        (LEAST.replace("'images'", '"sets\\bright"'), "dataset-value-malformed", "'single quotes'"),
     ],
 )
 def test_unreadable_files(write, content, code, value):
@@ -167,6 +170,7 @@ def test_other_kinds_of_files(write, tmp_path):
         "dataset-file-invalid-json": write("[1", "broken.json"),
         "dataset-file-unreadable": tmp_path / "none.toml",
     }
+    assert "forward slashes" in find_faults(write('{"datasets": "D:\\sets"}', "path.json"))[0].fix
     for code, path in paths.items():
         (error,) = find_faults(path)
         assert error.code == code

@@ -42,12 +42,6 @@ CASES = {
     "sage-attention-without-gradients": ("--use_sage_attn", "--use_flash_attn"),
     "initial-step-takes-precedence": ("--initial_epoch 2 --initial_step 30", "--initial_step 30"),
     "skip-without-initial-step": ("--skip_until_initial_step", "--skip_until_initial_step --initial_epoch 2"),
-    "noise-offset-with-multires-noise": ("--noise_offset 0.1 --multires_noise_iterations 6", "--noise_offset 0.1"),
-    "v-loss-weight-for-noise-prediction": (
-        "--scale_v_pred_loss_like_noise_pred",
-        "--scale_v_pred_loss_like_noise_pred --v_parameterization",
-    ),
-    "noise-loss-weight-for-v-prediction": ("--v_pred_like_loss 0.5 --v_parameterization", "--v_pred_like_loss 0.5"),
     "stratified-single-timestep": (
         "--timestep_stratified --min_timestep 500 --max_timestep 500",
         "--timestep_stratified --min_timestep 498 --max_timestep 500",
@@ -112,10 +106,6 @@ CASES = {
         "--lr_scheduler cosine_with_min_lr",
         "--lr_scheduler cosine_with_min_lr --lr_scheduler_min_lr_ratio 0.1",
     ),
-    "sampler-cannot-start-from-noise": (
-        "--zero_terminal_snr --sample_sampler k_lms",
-        "--zero_terminal_snr --sample_sampler k_euler",
-    ),
     "scheduler-type-takes-precedence": (
         "--lr_scheduler_type StepLR --lr_scheduler cosine",
         "--lr_scheduler_type StepLR",
@@ -172,10 +162,6 @@ CASES = {
         "--evaluate_with_ema --ema_decay 0.9 --validation_split 0.1",
     ),
     "full-bf16-without-bf16-precision": ("--full_bf16", "--full_bf16 --mixed_precision bf16"),
-    "full-bf16-with-schedule-free": (
-        "--full_bf16 --mixed_precision bf16 --optimizer_type AdamWScheduleFree",
-        "--mixed_precision bf16 --optimizer_type AdamWScheduleFree",
-    ),
     "stochastic-rounding-unused": (
         "--no_stochastic_rounding",
         "--no_stochastic_rounding --full_bf16 --mixed_precision bf16",
@@ -229,7 +215,6 @@ REQUIRED = {
     "model-missing": "--pretrained_model_name_or_path",
     "data-missing": "--train_data_dir",
     "output-missing": "--output_dir",
-    "resolution-missing": "--resolution",
 }
 
 

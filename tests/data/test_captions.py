@@ -155,18 +155,42 @@ def test_without_rules_one_line_stays_as_it_is(text):
 
 
 @pytest.mark.parametrize(
-    ("content", "one", "several"),
+    ("content", "lines"),
     [
-        ("a cat\n", "a cat", "a cat"),
-        ("  a cat \r\nsecond\r\n\r\n third ", "a cat", "a cat\nsecond\nthird"),
-        ("\nsecond", "", "second"),
-        ("old\rmac", "old", "old\nmac"),
-        ("", "", ""),
+        ("a cat\n", "a cat"),
+        ("  a cat \r\nsecond\r\n\r\n third ", "a cat\nsecond\nthird"),
+        ("\nsecond", "second"),
+        ("old\rmac", "old\nmac"),
+        ("", ""),
+        (" \r\n\t\n", ""),
     ],
 )
-def test_caption_files(content, one, several):
-    assert parse_caption_file(content, several_lines=False) == one
-    assert parse_caption_file(content, several_lines=True) == several
+def test_caption_files(content, lines):
+    assert parse_caption_file(content) == lines
+
+
+@pytest.mark.parametrize(
+    ("text", "separator", "options", "result"),
+    [
+        ("a box; red, round; on grass", ";", {"token_warmup_step": 10}, "a box; red, round; on grass"),
+        ("a box;red ||| on grass", ";", {"keep_tokens_separator": "|||"}, "a box; red; on grass"),
+        ("a | b | c", " | ", {"token_warmup_step": 10}, "a | b | c"),
+        ("a|b|c", "|", {"caption_tag_dropout_rate": 1.0, "keep_tokens": 2}, "a| b"),
+        ("a b c", " ", {"token_warmup_step": 10}, "a b c"),
+        ("a,b", ",", {"token_warmup_step": 10}, "a, b"),
+        ("a+b; c", ";", {"secondary_separator": "+", "token_warmup_step": 10}, "a;b; c"),
+    ],
+)
+def test_tags_are_joined_with_the_separator_that_parts_them(text, separator, options, result):
+    rules = CaptionRules(caption_separator=separator, **options)
+    assert process_caption(text, rules, Random(0), **LATE) == result
+
+
+@given(TAGS, st.sampled_from([";", "|", " / ", "。", "//"]), st.integers())
+def test_shuffling_keeps_every_tag_whatever_parts_them(tags, separator, seed):
+    rules = CaptionRules(shuffle_caption=True, caption_separator=separator)
+    got = process_caption(separator.join(tags), rules, Random(seed), **LATE).split(separator)
+    assert sorted(tag.strip() for tag in got) == sorted(tags)
 
 
 LINES = st.text(st.characters(exclude_characters="\n\r{}|,", exclude_categories=["Cs"]), max_size=8)

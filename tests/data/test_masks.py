@@ -199,13 +199,15 @@ def test_images_without_their_mask_are_an_error(find, data, name):
     assert "1." in find.messages[0] or "9.png" in find.messages[0]
 
 
-def test_masks_that_nothing_uses_and_a_loss_without_masks_are_faults(find, data):
+def test_masks_that_nothing_uses_are_a_fault_and_a_loss_without_masks_is_said(find, data):
     with pytest.raises(UserError) as error:
         find.toml(BOTH)
     assert error.value.code == "conditioning-images-unused"
+    plain = BOTH.replace(MASKS, "").replace("alpha_mask = true", "")
+    assert [note for note in find.toml(plain, "--masked_loss").notes if "--masked_loss has no effect" in note]
     with pytest.raises(UserError) as error:
-        find.toml(BOTH.replace(MASKS, "").replace("alpha_mask = true", ""), "--masked_loss")
-    assert error.value.code == "masked-loss-without-masks"
+        find.toml(plain, "--masked_loss", "--strict")
+    assert error.value.code == "data-option-without-effect"
 
 
 def test_a_folder_of_masks_from_the_command_line(find, data):

@@ -116,7 +116,9 @@ def test_a_row_of_the_table(
 ) -> None:  # fmt: skip
     """Every part of the row moves in the first step and no other is there; the rest of the text is cached."""
     toy = toy_shelf.paths(family)
-    if cached is None:
+    if family == "lumina" and not options:  # the cache alone keeps its encoder from training
+        pass
+    elif cached is None:
         with pytest.raises(UserError) as error:
             build_toy_run(toy, images, tmp_path, cache_text_encoder_outputs=True, **options)
         assert error.value.code == "text-cache-of-trained-encoders"
@@ -138,20 +140,17 @@ UNREAD = {"lumina": ("lora_te_layers_2_",)}
 @pytest.mark.parametrize(
     ("given", "rates"),
     [
-        (None, (1e-3, 1e-3, 1e-3)), (["2e-5"], (2e-5, 2e-5, 2e-5)), (["2e-5", "3e-6"], None),
-        (["2e-5", "3e-6", "4e-7"], (2e-5, 3e-6, 4e-7)),
+        (None, (1e-3, 1e-3, 1e-3)), (["2e-5"], (2e-5, 2e-5, 2e-5)), (["2e-5", "3e-6"], (2e-5, 3e-6, 3e-6)),
+        (["2e-5", "3e-6", "4e-7"], (2e-5, 3e-6, 4e-7)), (["2e-5", "3e-6", "4e-7", "1"], (2e-5, 3e-6, 4e-7)),
     ],
 )  # fmt: skip
 def test_learning_rates_of_three_text_encoders(
-    given: list[str] | None, rates: tuple[float, ...] | None, toy_shelf: ToyShelf, images: Path, tmp_path: Path
+    given: list[str] | None, rates: tuple[float, ...], toy_shelf: ToyShelf, images: Path, tmp_path: Path
 ) -> None:
-    """CLIP-L's, CLIP-G's, T5's; one for all; none: --learning_rate; a number between is not guessed at."""
+    """CLIP-L's, CLIP-G's, T5's; one for all; none: --learning_rate; the second of two is T5's, too."""
     options = {"text_encoder_lr": given, "unet_lr": "4e-4", **T5}
-    if rates is None:
-        with pytest.raises(UserError, match="text_encoder_lr"):
-            build_toy_run(toy_shelf.paths("sd3"), images, tmp_path, **options)
-        return
     found = build_toy_run(toy_shelf.paths("sd3"), images, tmp_path, **options)
+    assert any("--text_encoder_lr" in note for note in found.plan.notes) == (len(given or ()) in (2, 4))
     groups = {group["name"]: group["lr"] for group in found.optimizer.param_groups}
     assert groups == dict(zip(("denoiser", "clip_l", "clip_g", "t5"), (4e-4, *rates), strict=True))
 

@@ -114,23 +114,41 @@ def test_v2_is_checked(first: Path, second: Path) -> None:
 
 
 def test_what_the_scheduler_of_a_folder_says(folder_v: Path, toy_shelf: ToyShelf) -> None:
-    with pytest.raises(UserError) as error:
-        read(folder_v)
-    assert error.value.code == "v-parameterization-missing"
-    assert read(folder_v, v_parameterization=True).notes == ()
+    used = read(folder_v)
+    assert (used.objective.predicts, used.notes, len(used.declared)) == ("v", (), 1)
+    repeated = read(folder_v, v_parameterization=True)
+    assert (repeated.objective.predicts, repeated.notes, repeated.declared) == ("v", (), ())
+    other = read(folder_v, v_parameterization=False)
+    assert (other.objective.predicts, len(other.notes), other.declared) == ("epsilon", 1, ())
     plain = toy_shelf.paths("sd", "diffusers", "2")["pretrained_model_name_or_path"]
     (note,) = read(plain, v_parameterization=True).notes
     assert note.startswith("--v_parameterization: ")
 
 
-def test_what_the_metadata_of_a_file_says(second: Path, tmp_path: Path) -> None:
-    save_file(load_file(second), tmp_path / "v.safetensors", {"modelspec.prediction_type": "v"})
-    with pytest.raises(UserError) as error:
-        read(tmp_path / "v.safetensors")
-    assert error.value.code == "v-parameterization-missing"
-    save_file(load_file(second), tmp_path / "e.safetensors", {"modelspec.prediction_type": "epsilon"})
-    assert read(tmp_path / "e.safetensors").notes == ()
-    assert read(tmp_path / "e.safetensors", v_parameterization=True).notes
+@pytest.mark.parametrize(
+    ("metadata", "predicts"),
+    [
+        ({"modelspec.prediction_type": "v"}, "v"),
+        ({"modelspec.prediction_type": "v_prediction"}, "v"),
+        ({"modelspec.prediction_type": "epsilon"}, "epsilon"),
+        ({"modelspec.prediction_type": "something new"}, "epsilon"),
+        ({"modelspec.architecture": "stable-diffusion-v2-768-v"}, "v"),
+        ({"modelspec.architecture": "stable-diffusion-v2-512"}, "epsilon"),
+        ({"ss_base_model_version": "sd_v2_v"}, "v"),
+        ({"ss_base_model_version": "sd_v2"}, "epsilon"),
+        ({}, "epsilon"),
+    ],
+)
+def test_what_the_metadata_of_a_file_says(
+    metadata: dict[str, str], predicts: str, second: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "declared.safetensors"
+    save_file(load_file(second), path, metadata)
+    blueprint = read(path)
+    assert (blueprint.objective.predicts, blueprint.notes) == (predicts, ())
+    assert len(blueprint.declared) == (predicts == "v")
+    assert read(path, v_parameterization=True).objective.predicts == "v"
+    assert bool(read(path, v_parameterization=True).notes) == (metadata.get("modelspec.prediction_type") == "epsilon")
 
 
 def test_a_note_is_shown_and_with_strict_an_error(first: Path, images: Path, tmp_path: Path) -> None:

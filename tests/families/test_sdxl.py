@@ -205,17 +205,17 @@ def test_what_the_checkpoint_is(toy: Mapping[str, Path]) -> None:
     assert error.value.code == "v2-version-mismatch"
 
 
-def test_a_marked_v_prediction_file_wants_the_option(toy: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_marked_v_prediction_file_is_trained_by_its_marks(toy: Mapping[str, Path], tmp_path: Path) -> None:
     tensors = load_file(toy["pretrained_model_name_or_path"])
     save_file(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
-    with pytest.raises(UserError) as error:
-        read(tmp_path / "v.safetensors")
-    assert error.value.code == "v-parameterization-missing"
-    (note,) = read(tmp_path / "v.safetensors", v_parameterization=True).notes
-    assert "--zero_terminal_snr" in note
-    whole = read(tmp_path / "v.safetensors", NoiseOptions(zero_terminal_snr=True), v_parameterization=True)
-    assert whole.notes == ()
-    assert whole.objective.level(torch.tensor([999.0])).snr.item() == 0
+    marked = read(tmp_path / "v.safetensors")
+    assert (marked.objective.predicts, marked.notes, len(marked.declared)) == ("v", (), 2)
+    assert marked.objective.level(torch.tensor([999.0])).snr.item() == 0
+    repeated = read(tmp_path / "v.safetensors", NoiseOptions(zero_terminal_snr=True), v_parameterization=True)
+    assert (repeated.objective, repeated.notes, repeated.declared) == (marked.objective, (), ())
+    plain = read(tmp_path / "v.safetensors", NoiseOptions(zero_terminal_snr=False), v_parameterization=False)
+    assert (plain.objective.predicts, len(plain.notes), plain.declared) == ("epsilon", 2, ())
+    assert plain.objective.level(torch.tensor([999.0])).snr.item() > 0
 
 
 def test_clip_skip_has_no_effect_and_the_report_says_so(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:

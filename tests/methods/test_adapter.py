@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from families.toys import ToyShelf
 from sfumato.adapters.lora import LoRA
+from sfumato.config import load_config
 from sfumato.errors import UserError
+from sfumato.plan import RunPlan, make_run_plan
 from sfumato.train import train_step
-from toy_runs import SEVERAL_TOKENS, build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
+from toy_runs import (
+    SEVERAL_TOKENS,
+    build_toy_run,
+    equal_tensors,
+    make_arguments,
+    make_images,
+    read_metrics,
+    read_weights,
+    train_toy,
+)
 
 Toy = Mapping[str, Path]
 
@@ -49,6 +61,10 @@ def get_error(toy: Toy, images: Path, output: Path, **options: Any) -> UserError
     return error.value
 
 
+def make_plan(toy: Toy, images: Path, output: Path, **options: Any) -> RunPlan:
+    return make_run_plan(load_config(make_arguments(toy, images, output, **options)), processes=1)
+
+
 def prefixes(file: Mapping[str, Tensor]) -> set[str]:
     return {"_".join(name.split("_")[:2]) for name in file}
 
@@ -71,15 +87,12 @@ def test_an_encoder_that_trains_only_on_request(flux: Toy, images: Path, tmp_pat
     assert any(tensor.any() for name, tensor in file.items() if "_te3_" in name and "lora_up" in name)
 
 
-def test_a_learning_rate_without_effect_is_reported(
-    flux: Toy, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_learning_rate_without_effect_is_reported(flux: Toy, images: Path, tmp_path: Path) -> None:
     line = "the learning rate 2e-05 of t5 has no effect without --network_args train_t5xxl=True"
-    options: dict[str, Any] = {"text_encoder_lr": ["1e-5", "2e-5"], "console_log_simple": True}
-    build_toy_run(flux, images, tmp_path, **options)
-    assert line in " ".join(capfd.readouterr().err.split())
-    build_toy_run(flux, images, tmp_path, network_args=["train_t5xxl=True"], **options)
-    assert line not in " ".join(capfd.readouterr().err.split())
+    options: dict[str, Any] = {"text_encoder_lr": ["1e-5", "2e-5"]}
+    assert any(line in note for note in make_plan(flux, images, tmp_path, **options).notes)
+    asked = make_plan(flux, images, tmp_path, network_args=["train_t5xxl=True"], **options)
+    assert not any(line in note for note in asked.notes)
 
 
 def test_an_encoder_that_trains_cannot_be_cached(flux: Toy, sd: Toy, images: Path, tmp_path: Path) -> None:
@@ -154,8 +167,41 @@ def test_a_file_that_the_options_do_not_cover(sd: Toy, images: Path, first: Path
     options["dim_from_weights"] = True
     both = get_error(sd, images, tmp_path, network_args=["conv_dim=3"], **options)
     assert (both.code, "conv_dim" in both.what) == ("rank-args-with-dim-from-weights", True)
-    frozen = get_error(sd, images, tmp_path, network_train_unet_only=True, **options)
-    assert (frozen.code, "'clip'" in frozen.what) == ("weights-of-frozen-part", True)
+
+
+@pytest.mark.parametrize(
+    ("option", "trained", "other"),
+    [
+        ("network_train_unet_only", "lora_unet", "clip"),
+        ("network_train_text_encoder_only", "lora_te", "denoiser"),
+    ],
+)
+def test_weights_of_parts_that_do_not_train_are_set_aside(
+    option: str, trained: str, other: str, sd: Toy, images: Path, first: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {option: True, "network_weights": first, "dim_from_weights": True}
+    found = make_plan(sd, images, tmp_path, **options)
+    (note,) = [note for note in found.notes if str(first) in note]
+    assert f"adapters of {other}" in note
+    run = build_toy_run(sd, images, tmp_path, **options)
+    method: Any = run.method
+    tensors = method.engine.export_tensors()
+    assert prefixes(tensors) == {trained}
+    file = {name: tensor for name, tensor in read_weights(first.parent).items() if name.startswith(trained)}
+    assert set(tensors) == set(file)
+    assert all(torch.allclose(tensors[name].float(), file[name].float()) for name in file)
+
+
+def test_weights_of_parts_that_do_not_train_alone(sd: Toy, images: Path, first: Path, tmp_path: Path) -> None:
+    text = {name: tensor for name, tensor in read_weights(first.parent).items() if name.startswith("lora_te")}
+    save_file(text, tmp_path / "text.safetensors")
+    options: dict[str, Any] = {"network_weights": tmp_path / "text.safetensors"}
+    error = get_error(sd, images, tmp_path, network_train_unet_only=True, **options)
+    assert (error.code, "'clip'" in error.what) == ("weights-of-frozen-part", True)
+    whole = make_plan(sd, images, tmp_path, **options)
+    (note,) = [note for note in whole.notes if "text.safetensors" in note]
+    count = len({name.partition(".")[0] for name in text})
+    assert f"{count} of " in note
 
 
 def test_base_weights_are_merged_first(sd: Toy, images: Path, first: Path, tmp_path: Path) -> None:

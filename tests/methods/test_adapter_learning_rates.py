@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from sfumato.methods.adapter_learning_rates import (
     parse_block_factors,
     read_adapter_learning_rates,
 )
+from sfumato.methods.trained_parts import describe_text_encoder_lr, read_text_encoder_lr
 
 PLAIN: dict[str, Any] = {
     "key_map": make_identity_map(),
@@ -66,13 +68,56 @@ def test_parts() -> None:
     assert read_rates({"train_more": True}, only="text_encoder").parts == {"words": 1, "more": 1}
 
 
+def test_more_or_fewer_learning_rates_than_encoders() -> None:
+    assert read_rates({"train_more": True}, text_encoder_lr=(3.0, 4.0, 5.0)).parts == {
+        "denoiser": 1,
+        "words": 3,
+        "more": 4,
+    }
+    three, order = OptimOptions(text_encoder_lr=(3.0, 4.0)), ("first", "words", "more")
+    assert read_text_encoder_lr(three, order) == {"first": 3, "words": 4, "more": 4}
+    assert read_text_encoder_lr(OptimOptions(learning_rate=2.0), order) == dict.fromkeys(order, 2)
+    arguments = read_args({"train_more": True}, SPECS.values())
+    lacking = read_adapter_learning_rates(NetworkOptions(), three, arguments, SPECS, TEXT, lr_order=order)
+    assert (lacking.parts["words"], lacking.parts["more"]) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts", "lines"),
+    [
+        ((1.0,), TEXT, 0),
+        ((1.0, 2.0), TEXT, 0),
+        ((1.0, 2.0, 3.0), TEXT, 1),
+        ((1.0, 2.0, 3.0), ("denoiser",), 0),
+        ((1.0, 2.0, 3.0), ("words",), 1),
+    ],
+)
+def test_the_line_about_their_number(values: tuple[float, ...], parts: Sequence[str], lines: int) -> None:
+    assert len(describe_text_encoder_lr(OptimOptions(text_encoder_lr=values), TEXT, parts)) == lines
+
+
+def test_the_line_about_a_learning_rate_for_two_encoders() -> None:
+    optim, order = OptimOptions(text_encoder_lr=(1.0, 2.0)), ("first", "words", "more")
+    assert len(describe_text_encoder_lr(optim, order, order)) == 1
+    assert not describe_text_encoder_lr(optim, order, ("first", "words"))
+
+
+def test_encoders_that_do_not_train_because_they_are_cached() -> None:
+    arguments = read_args({}, SPECS.values())
+    optim = OptimOptions(learning_rate=1.0)
+    both = read_adapter_learning_rates(NetworkOptions(), optim, arguments, SPECS, TEXT, cached=("words",))
+    assert both.parts == {"denoiser": 1}
+    text = NetworkOptions(network_train_text_encoder_only=True)
+    only = read_adapter_learning_rates(text, optim, arguments, SPECS, TEXT, cached=("words",))
+    assert only.parts == {"words": 1}  # refused by the check of the cache
+
+
 @pytest.mark.parametrize(
     ("arguments", "only", "optim", "code", "detail"),
     [
         ({"train_more": True}, "unet", {}, "opt-in-of-frozen-part", "'more'"),
         ({"train_more": True}, "", {"text_encoder_lr": (1.0, 0.0)}, "opt-in-of-frozen-part", "'more'"),
         ({}, "", {"learning_rate": 0.0}, "learning-rates-all-zero", ""),
-        ({}, "", {"text_encoder_lr": (1.0, 1.0, 1.0)}, "text-encoder-lr-count", "3 values, this model has 2"),
         ({"loraplus_unet_lr_ratio": 4}, "text_encoder", {}, "network-arg-of-frozen-part", "loraplus_unet_lr_ratio"),
         (
             {"loraplus_text_encoder_lr_ratio": 4},

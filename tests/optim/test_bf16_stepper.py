@@ -17,6 +17,7 @@ from families.toys import ToyShelf
 from sfumato.config import OptimOptions, load_config
 from sfumato.formats.state import load_state
 from sfumato.optim import bf16_stepper
+from sfumato.optim.averaging import eval_weights
 from sfumato.optim.bf16_stepper import Bf16Stepper, keep_in_bfloat16, stochastic_round
 from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.optimizers import class_name, make_optimizer, restore_optimizer
@@ -305,3 +306,27 @@ def test_weights_gradients_and_file_are_in_bfloat16(
 def test_the_plan_notes_the_rounding(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     config = load_config(make_arguments(toy_shelf.paths("sd"), images, tmp_path, **LORA))
     assert any("stochastic rounding" in note for note in config.notes)
+
+
+@pytest.mark.parametrize("name", ["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"])
+def test_the_average_of_a_schedule_free_optimizer(name: str) -> None:
+    """In float32, then rounded; the weights that train come back bit for bit."""
+    pytest.importorskip("schedulefree")
+    parameter = nn.Parameter(torch.randn(50, generator=generator()))
+    group = ParameterGroup(name="x", parameters=[parameter], learning_rate=0.1)
+    keep_in_bfloat16([group])
+    optimizer = make_optimizer(OptimOptions(optimizer_type=name), [group])
+    stepper = Bf16Stepper(optimizer, seed=0, stochastic=True)
+    for step in range(8):  # the first steps of RAdam do not average
+        parameter.grad = torch.ones_like(parameter) * (step + 1)
+        stepper.step(step)
+    trained, fast = parameter.detach().clone(), optimizer.state[parameter]["z"]
+    assert (trained.dtype, fast.dtype) == (torch.bfloat16, torch.float32)
+    first = optimizer.param_groups[0]
+    beta = first["momentum"] if "momentum" in first else first["betas"][0]
+    with eval_weights(optimizer):
+        average = trained.float().lerp(fast, 1 - 1 / beta)
+        assert torch.equal(parameter, average.to(torch.bfloat16))
+        assert not torch.equal(parameter, trained)
+    assert torch.equal(parameter, trained)
+    assert first["train_mode"]

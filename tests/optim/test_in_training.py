@@ -37,9 +37,19 @@ RUNS = {
     "Prodigy": {"optimizer_type": "prodigy", "learning_rate": 1, "lr_scheduler": "cosine"},
     "AdaFactor": {"optimizer_type": "adafactor", "learning_rate": None},
     "class": {"lr_scheduler_type": "ExponentialLR", "lr_scheduler_args": "gamma=0.5"},
+    "schedule-free in bfloat16": {
+        "optimizer_type": "AdamWScheduleFree",
+        "full_bf16": True,
+        "mixed_precision": "bf16",
+    },
     "8 bits in float16": {"mixed_precision": "fp16", "optimizer_type": "AdamW8bit", "lr_scheduler": "linear"},
 }
-PACKAGES = {"schedule-free": "schedulefree", "Prodigy": "prodigyopt", "8 bits in float16": "bitsandbytes"}
+PACKAGES = {
+    "schedule-free": "schedulefree",
+    "schedule-free in bfloat16": "schedulefree",
+    "Prodigy": "prodigyopt",
+    "8 bits in float16": "bitsandbytes",
+}
 
 
 @pytest.mark.parametrize(

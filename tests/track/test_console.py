@@ -43,12 +43,12 @@ def test_levels(capsys, level):
 
 def test_a_file_instead_of_the_screen(tmp_path, capsys):
     path = tmp_path / "logs" / "run.log"
-    for word in ("größer", "again"):  # a second run appends to it
+    for word in ("größer", "again", "\udcff"):  # a second run appends to it
         configure_logging(LogOptions(console_log_file=path))
         logging.getLogger("sfumato").info(word)
     assert capsys.readouterr().err == ""
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert [line.split()[-2:] for line in lines] == [["INFO", "größer"], ["INFO", "again"]]
+    assert [line.split()[-2:] for line in lines] == [["INFO", "größer"], ["INFO", "again"], ["INFO", "\\udcff"]]
 
 
 def test_a_file_that_cannot_be_written(tmp_path):

@@ -211,7 +211,7 @@ def test_the_tracker_file_overrides_defaults_and_options_override_the_file(tmp_p
     ("content", "code", "value"),
     [
         (b"[wandb", "tracker-config-invalid", "trackers.toml"),
-        (b"\xff\xfe", "tracker-config-invalid", "trackers.toml"),
+        (b"[wandb]\n# \xe9", "text-file-not-utf8", "trackers.toml, line 2"),
         (b"x = 1", "tracker-config-section-unknown", "x is neither"),
         (b"[comet]", "tracker-config-section-unknown", "comet is neither"),
         (b"[tensorboard]\nbanana = 1", "tensorboard-arguments-refused", "banana"),

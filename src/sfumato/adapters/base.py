@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import ClassVar, Self
@@ -138,11 +138,16 @@ class AdapterEngine(nn.Module):
                 tensors[f"{adapter.group.name}.{suffix}"] = tensor.detach()
         return tensors
 
-    def report(self) -> list[str]:
-        """After the first backward: adapters whose layer never ran, and those that got no gradient."""
+    def report(self, unread: Collection[str] = ()) -> list[str]:
+        """After the first backward: adapters whose layer never ran, and those that got no gradient.
+
+        unread: adapters of layers that nothing depends on, which is no fault.
+        """
         never_run: list[str] = []
         without_gradient: list[str] = []
         for name, adapter in self.adapters.items():
+            if name in unread:
+                continue
             if name not in self._names_run:
                 never_run.append(name)
             elif is_trainable(adapter) and all(parameter.grad is None for parameter in adapter.parameters()):

@@ -15,7 +15,7 @@ from sfumato.config.values import FilePath
 if TYPE_CHECKING:
     from sfumato.config import Config
 
-INSPECTION_SKIPS = ("model-missing", "output-missing", "resolution-missing")  # rules
+INSPECTION_SKIPS = ("model-missing", "output-missing")  # rules
 DEFAULT_BUCKETS = {"resolution": (1024, 1024), "enable_bucket": True}
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from io import TextIOWrapper
 
 from sfumato.errors import InternalError, SeveralErrors, UserError
 
@@ -17,6 +18,7 @@ def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
 
     debug: show the traceback of what the user can fix, too.
     """
+    print_every_letter()
     try:
         return run() or 0
     except UserError as error:
@@ -34,6 +36,13 @@ def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
     except BrokenPipeError:  # nobody reads our output any more, e.g. `sfumato train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def print_every_letter() -> None:
+    """Let stdout and stderr write letters that their encoding lacks as \\u....; pipes on Windows lack most of them."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "surrogatepass"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def report_error(error: UserError | InternalError) -> None:

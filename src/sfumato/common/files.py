@@ -1,15 +1,50 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and reading nothing but files."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sfumato.errors import UserError
+
+DONT_WAIT = 0 if os.name == "nt" else os.O_NONBLOCK  # os.open must not wait for the other end of a named pipe
+SPECIAL_FILES = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file. OSError where it cannot be read; UserError for a named pipe, which might never end."""
+    refuse_special_file(path)
+    return path.read_bytes()
+
+
+def refuse_special_file(path: Path, *, where: str = "") -> None:
+    """UserError for a named pipe, a socket or a device; nothing for a file, a folder or what is missing.
+
+    where: for messages; the path by default.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    refuse_special_mode(mode, where or str(path))
+
+
+def refuse_special_mode(mode: int, where: str) -> None:
+    """The same for the mode of a file that is open. where: the file, for messages."""
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    what = next((words for is_kind, words in SPECIAL_FILES if is_kind(mode)), "of a special kind")
+    raise UserError(f"{where} is {what}, not a plain file", code="file-is-special", fix="give a plain file")
 
 
 @contextmanager
@@ -74,7 +109,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    write_bytes(path, content.encode())
+    """As UTF-8; the bytes of file names that are not UTF-8 are written as \\udc.., as in JSON."""
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def remove(path: Path) -> None:

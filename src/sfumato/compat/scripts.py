@@ -17,6 +17,7 @@ from sfumato.errors import UserError
 # Options that only some scripts have in sd-scripts, and that every script has here.
 SHARED_OPTIONS = frozenset(
     {"validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"}
+    | {"masked_loss", "conditioning_data_dir"}
 )
 
 
@@ -67,14 +68,14 @@ SCRIPTS = {
             name="flux_train_network",
             family="flux",
             method="adapter",
-            description="Trains an adapter for FLUX.1, or with --model_type chroma for Chroma.",
+            description="Trains an adapter for FLUX.1, or with --model_type chroma for Chroma (experimental).",
             defaults=FLUX_DEFAULTS,
         ),
         Script(
             name="sd3_train_network",
             family="sd3",
             method="adapter",
-            description="Trains an adapter for Stable Diffusion 3 and 3.5.",
+            description="Trains an adapter for Stable Diffusion 3 and 3.5 (experimental).",
             defaults={"t5xxl_max_token_length": 256},
         ),
         Script(
@@ -107,7 +108,7 @@ SCRIPTS = {
             name="flux_train",
             family="flux",
             method="full",
-            description="Trains the whole transformer of FLUX.1.",
+            description="Trains the whole transformer of FLUX.1 (experimental).",
             defaults=FLUX_DEFAULTS,
         ),
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.common.names import FOREIGN_KEYS, OPTION_ALIASES
+from sfumato.common.text_files import read_text_file
+from sfumato.config.file_syntax import suggest_toml_fix
 from sfumato.config.option_source import OptionSource, report_unknown
 from sfumato.config.schema import vocabulary
 from sfumato.errors import Problems
@@ -37,8 +39,13 @@ def read_config_file(path: Path, problems: Problems) -> OptionSource:
         problems.add(what, code="config-file-invalid-toml", fix=suggest_toml_fix(text, error))
         return source
     headings: dict[str, str] = {}
+    empty: list[str] = []
     for section, key, value in iterate_keys(table):
         name = OPTION_ALIASES.get(key, key)
+        if is_not_given(name, value):
+            if value == "":
+                empty.append(name)
+            continue
         place = f"{path.name}:{find_line(text, key, section)}: {key}"
         heading = f"[{section}]" if section else "the part above all sections"
         if name in headings:
@@ -46,22 +53,26 @@ def read_config_file(path: Path, problems: Problems) -> OptionSource:
             problems.add(f"{place} is given twice", code="config-key-given-twice", fix=fix)
         elif store_key(name, value, place, source, problems):
             headings[name] = heading
+    if empty:
+        source.notes.append(f"{path.name}: empty, so not given: {', '.join(empty)}")
     return source
 
 
+def is_not_given(name: str, value: Any) -> bool:
+    """Whether a key says what the option is without it: front ends write every option, e.g. as false or ""."""
+    option = vocabulary().get(name)
+    if option is None:
+        return False
+    return value == "" or (value is False and option.arity == "flag" and option.default is False)
+
+
 def read_config_text(path: Path, problems: Problems) -> str | None:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        problems.add(f"--config_file: cannot read {path} ({error.strerror})", code="config-file-unreadable")
-        return None
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        what = f"{path}:{line}: the file is not UTF-8"
-        problems.add(what, code="config-file-not-utf8", fix="save it in the encoding UTF-8")
-        return None
+    with problems.catch():
+        try:
+            return read_text_file(path)
+        except OSError as error:
+            problems.add(f"--config_file: cannot read {path} ({error.strerror})", code="config-file-unreadable")
+    return None
 
 
 def iterate_keys(table: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -117,14 +128,3 @@ def reword_toml_error(message: str, text: str) -> str:
     for original, replacement in replacements.items():
         message = message.replace(original, replacement)
     return message
-
-
-def suggest_toml_fix(text: str, error: tomllib.TOMLDecodeError) -> str:
-    """The usual fix for the line of a TOML error; empty if there is none."""
-    lines, number = text.splitlines(), re.search(r"line (\d+)", str(error))
-    line = lines[int(number[1]) - 1] if number and int(number[1]) <= len(lines) else ""
-    if re.search(r'"[^"]*\\', line):
-        return "in double quotes write \\\\ for one backslash, or use 'single quotes'"
-    if re.search(r"=\s*(True|False)\b", line):
-        return "TOML writes true and false in lower case"
-    return ""

@@ -74,7 +74,7 @@ class ImageOptions(Options):
         None, "crop around the face given by the file name (name_cx_cy_w_h): range of the crop's shorter side, in faces"
     )
     masked_loss: bool = option(
-        False, "weight the loss by the red channel of the mask images in --conditioning_data_dir"
+        False, "weight the loss by the red channel of the mask images in --conditioning_data_dir (not fully tested)"
     )
     alpha_mask: bool = option(False, "weight the loss by the alpha channel of the images")
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from sfumato.common.registry import did_you_mean
+from sfumato.common.text_files import read_text_file
+from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
 from sfumato.config.schema import THEMES, vocabulary
 from sfumato.config.values import FilePath
 from sfumato.errors import Problems, UserError
@@ -145,14 +147,10 @@ def remove_key(content: Any, key_path: KeyPath) -> Any:
 def parse_dataset_file(path: Path) -> dict[str, Any]:
     """The file as nested dictionaries; UserError where it cannot be read."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text_file(path)
     except OSError as error:
         what = f"{path} cannot be read ({error.strerror})"
         raise UserError(what, code="dataset-file-unreadable", fix="check --dataset_config") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        what = f"{path}, line {line}, is not UTF-8"
-        raise UserError(what, code="dataset-file-not-utf8", fix="save the file as UTF-8") from error
     if path.suffix.lower() == ".toml":
         return parse_toml(path, text)
     if path.suffix.lower() == ".json":
@@ -165,14 +163,8 @@ def parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        message = str(error)
-        if "Cannot overwrite" in message or "Cannot declare" in message:
-            fix = "a key or table is given twice there; keep one"
-        elif "Unescaped" in message or "escape" in message.lower():
-            fix = "write paths with / or in 'single quotes'"
-        else:
-            fix = "fix that line"
-        what = f"{path} is not valid TOML: {message}"
+        fix = suggest_toml_fix(text, error) or "fix that line"
+        what = f"{path} is not valid TOML: {error}"
         raise UserError(what, code="dataset-file-invalid-toml", fix=fix) from error
 
 
@@ -190,7 +182,9 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
         content = json.loads(text, object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
         what = f"{path} is not valid JSON: {error}"
-        raise UserError(what, code="dataset-file-invalid-json", fix="fix that line") from error
+        raise UserError(
+            what, code="dataset-file-invalid-json", fix=suggest_json_fix(error) or "fix that line"
+        ) from error
     if not isinstance(content, dict):
         what = f"{path} does not hold a JSON object"
         raise UserError(what, code="dataset-file-no-object", fix='start it with {"datasets": [')

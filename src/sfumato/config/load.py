@@ -98,7 +98,7 @@ def read_file_source(from_line: Mapping[str, Any], problems: Problems) -> Option
     if name is None or from_line.get("output_config"):
         return OptionSource(source="", typed=True)
     path = resolve_config_path(name)
-    if not path.is_file():
+    if not path.exists():
         problems.add(f"--config_file: {path} does not exist", code="config-file-missing", fix=suggest_path(path))
         # What is missing may well be in that file, so nothing else is called missing.
         return OptionSource(source=path.name, typed=True, suspects=set(vocabulary()) - set(from_line))

@@ -37,40 +37,6 @@ def uses_huber(config: Config) -> bool:
 
 _CONFLICTS = (
     OptionRule(
-        code="noise-offset-with-multires-noise",
-        severity="conflict",
-        options=("noise_offset", "multires_noise_iterations"),
-        is_broken=lambda c: bool(c.noise.noise_offset) and bool(c.noise.multires_noise_iterations),
-        what="--noise_offset and --multires_noise_iterations both change the brightness of an image, independently",
-        fix="remove one of them",
-    ),
-    OptionRule(
-        code="sampler-cannot-start-from-noise",
-        severity="conflict",
-        options=("zero_terminal_snr", "sample_sampler"),
-        is_broken=lambda c: (
-            c.noise.zero_terminal_snr and c.samples.sample_sampler.removeprefix("k_") in SAMPLERS_NEEDING_SIGNAL
-        ),
-        what="the sampler of --sample_sampler cannot start from pure noise, which --zero_terminal_snr requires",
-        fix="give --sample_sampler ddim, euler, euler_a, dpmsolver or dpmsolver++",
-    ),
-    OptionRule(
-        code="v-loss-weight-for-noise-prediction",
-        severity="conflict",
-        options=(ON_V, "v_parameterization"),
-        is_broken=lambda c: c.loss.scale_v_pred_loss_like_noise_pred and not c.model.v_parameterization,
-        what=f"--{ON_V} is for a model that predicts v",
-        fix="remove it, or give --v_parameterization",
-    ),
-    OptionRule(
-        code="noise-loss-weight-for-v-prediction",
-        severity="conflict",
-        options=(ON_NOISE, "v_parameterization"),
-        is_broken=lambda c: c.loss.v_pred_like_loss is not None and c.model.v_parameterization,
-        what=f"--{ON_NOISE} is for a model that predicts noise",
-        fix="remove it",
-    ),
-    OptionRule(
         code="uncertainty-with-loss-weights",
         severity="conflict",
         options=("uncertainty_weighting", "weighting_scheme", *LOSS_WEIGHTS),

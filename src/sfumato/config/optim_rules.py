@@ -158,14 +158,6 @@ _CONFLICTS = (
         what="--full_bf16 keeps weights in bfloat16, but the computation is not in bfloat16",
         fix="give --mixed_precision bf16",
     ),
-    OptionRule(
-        code="full-bf16-with-schedule-free",
-        severity="conflict",
-        options=("full_bf16", "optimizer_type"),
-        is_broken=lambda c: c.memory.full_bf16 and c.optim.schedule_free,
-        what="a schedule-free optimizer keeps its average in the weights, and bfloat16 is too coarse for it",
-        fix="remove --full_bf16, or give --optimizer_type AdamW",
-    ),
 )
 
 _UNUSED = (

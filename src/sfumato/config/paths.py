@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from sfumato.common.files import refuse_special_file
 from sfumato.common.registry import find_nearest
 from sfumato.config.base import Option
 from sfumato.config.schema import Config, vocabulary
@@ -25,6 +26,8 @@ def check_paths(config: Config, skip: Collection[str], place: Callable[[str], st
 
 
 def check_path(path: Path, option: Option, place: str, problems: Problems) -> None:
+    with problems.catch():
+        refuse_special_file(path, where=f"{place}: {path}")
     if not path.exists():
         problems.add(f"{place}: {path} does not exist", code="path-missing", fix=suggest_path(path))
     elif option.facts.path == "file" and path.is_dir():

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.common.registry import did_you_mean
+from sfumato.common.text_files import read_text_file
+from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
 from sfumato.errors import UserError
 
 SAMPLER_NAMES = (
@@ -108,16 +110,22 @@ def parse_line(line: str, *, where: str) -> Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """All prompts of a file, in order; raises UserError that names file and line or entry."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt file {path} ({error})", code="prompt-file-unreadable") from error
+        text = read_text_file(path)
+    except OSError as error:
+        what = f"cannot read the prompt file {path} ({error.strerror})"
+        raise UserError(what, code="prompt-file-unreadable") from error
     readers = {".txt": _read_txt, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
         raise UserError(f"{path}: a prompt file ends in .txt, .toml or .json", code="prompt-file-suffix")
     try:
         return readers[path.suffix.lower()](text, str(path))
     except ValueError as error:
-        raise UserError(f"{path}: {error}", code="prompt-file-invalid") from error
+        fix = ""
+        if isinstance(error, tomllib.TOMLDecodeError):
+            fix = suggest_toml_fix(text, error)
+        elif isinstance(error, json.JSONDecodeError):
+            fix = suggest_json_fix(error)
+        raise UserError(f"{path}: {error}", code="prompt-file-invalid", fix=fix) from error
 
 
 def _read_txt(text: str, where: str) -> list[Prompt]:

@@ -50,20 +50,6 @@ MODEL_RULES = (
         fix="give --output_dir",
     ),
     OptionRule(
-        code="resolution-missing",
-        severity="required",
-        options=("resolution", "train_data_dir", "in_json", "dataset_class", "dataset_config"),
-        is_broken=lambda c: (
-            (
-                c.is_changed("dataset_class")
-                or (c.is_changed("train_data_dir", "in_json") and c.dataset.dataset_config is None)
-            )
-            and c.buckets.resolution is None
-        ),
-        what="no training resolution for the images",
-        fix="give --resolution, e.g. 512 or 512,768",
-    ),
-    OptionRule(
         code="family-and-model-type-differ",
         severity="conflict",
         options=("family", "model_type"),

@@ -103,6 +103,14 @@ class Config(Options):
         """Whether any of these options differs from its default."""
         return any(self.value(name) != vocabulary()[name].default for name in names)
 
+    def with_values(self, values: Mapping[str, Any]) -> Config:
+        """A copy with these values of options, by name."""
+        themes: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            themes.setdefault(vocabulary()[name].theme, {})[name] = value
+        changed = {theme: getattr(self, theme).model_copy(update=own) for theme, own in themes.items()}
+        return self.model_copy(update=changed)
+
     def source(self, name: str) -> str:
         """Where the value of an option comes from."""
         return self.sources.get(name, "default")

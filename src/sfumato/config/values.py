@@ -14,6 +14,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, Strict
 
 from sfumato.config.base import Metavar
+from sfumato.config.file_syntax import BACKSLASH_FIX
+
+CONTROL_LETTER = re.compile(r"[\x01-\x1f]")
 
 
 def to_tuple(value: Any) -> Any:
@@ -144,9 +147,15 @@ def parse_token_length(value: Any) -> Any:
 
 
 def parse_path(value: Any) -> Any:
-    """The path with ~ expanded. An empty text is refused: it would mean the current folder."""
+    """The path with ~ expanded.
+
+    An empty text is refused, because it would mean the current folder, and so is a path that does not exist with the
+    tabs and line breaks that TOML makes of backslashes: "D:\\train\\new".
+    """
     if value == "":
         raise ValueError("is empty; remove the option, or give a path")
+    if CONTROL_LETTER.search(str(value)) and not os.path.lexists(value):
+        raise ValueError(f"has a tab, a line break or the like where a backslash was meant; {BACKSLASH_FIX}")
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  (keeps an unknown ~name)
 
 

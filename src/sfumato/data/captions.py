@@ -53,14 +53,18 @@ def has_keep_tokens_separator(text: str, rules: CaptionRules) -> bool:
 
 
 def change_tags(text: str, rules: CaptionRules, rng: Random, *, step: int, max_train_steps: int) -> str:
-    """Warmup, shuffle and dropout of the flexible tags; the fixed ones keep their places. Joined with ", "."""
+    """Warmup, shuffle and dropout of the flexible tags; the fixed ones keep their places.
+
+    Joined with the separator and a space.
+    """
     first, flexible, last = split_tags(text, rules)
     flexible = flexible[: count_tags_in_use(len(flexible), rules, step, max_train_steps)]
     if rules.shuffle_caption:
         rng.shuffle(flexible)
     if rules.caption_tag_dropout_rate > 0:
         flexible = [tag for tag in flexible if rng.random() >= rules.caption_tag_dropout_rate]
-    return ", ".join([*first, *flexible, *last])
+    separator = rules.caption_separator
+    return (separator if separator[-1:].isspace() else f"{separator} ").join([*first, *flexible, *last])
 
 
 def split_tags(text: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
@@ -93,12 +97,13 @@ def count_tags_in_use(tags: int, rules: CaptionRules, step: int, max_train_steps
     return math.floor(step * ((tags - rules.token_warmup_min) / until)) + rules.token_warmup_min
 
 
-def parse_caption_file(text: str, *, several_lines: bool) -> str:
-    """The caption in a caption file: its first line, or with wildcards all lines that are not blank."""
+def parse_caption_file(text: str) -> str:
+    """The lines of a caption file that are not blank; with wildcards one of them is chosen, else the first is used."""
+    text = text.strip()
     if "\n" not in text and "\r" not in text:
-        return text.strip()
+        return text
     lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")]
-    return "\n".join(line for line in lines if line) if several_lines else lines[0]
+    return "\n".join(line for line in lines if line)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,6 +148,12 @@ def encode_tokens(encoder: Any, ids: Tensor, *, layer: int) -> Tensor:
     return encoder.final_layer_norm(encode_states(encoder, ids, layer=layer)[0])
 
 
+def list_unread_layers(config: Mapping[str, Any], layer: int) -> list[str]:
+    """Patterns on the layers above the `layer`-th block from the end."""
+    count = config["num_hidden_layers"]
+    return [f"encoder.layers.{i}.{{*}}" for i in range(count - layer + 1, count)]
+
+
 def encode_pooled(encoder: Any, ids: Tensor, end: int) -> Tensor:
     """(B, 77) ids -> (B, D): the final state of the first end token."""
     return take_at_end(encode_tokens(encoder, ids, layer=1), ids, end)

@@ -53,6 +53,7 @@ def spec(prefix: str) -> PartSpec:
         adapter_prefix="lora_te",
         targets=TARGETS,
         blocks=BLOCKS,
+        frozen_by_cache=True,
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.config import ModelOptions, NoiseOptions
@@ -41,6 +41,7 @@ BLOCKS = (
     "up_blocks.{n}.attentions.{n}",
 )
 LOSS_OPTIONS = {"debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}  # no flow has them
+PREDICTION_TYPES: dict[Any, Literal["epsilon", "v"]] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
 _HEAD_CHANNELS = 64  # channels of an attention head from Stable Diffusion 2 on
 _RESNET_NAMES = {
     "in_layers.0": "norm1",
@@ -178,43 +179,67 @@ def check_channels(source: Source, denoiser: Network, vae: Network) -> None:
         )
 
 
-def read_objective(
-    source: Source, model: ModelOptions, noise: NoiseOptions
-) -> tuple[VariancePreserving, tuple[str, ...]]:
-    """The objective of the options, and notes where the checkpoint declares another.
+class ObjectiveFacts(NamedTuple):
+    """The objective of the options and the checkpoint, and what there is to say of it."""
 
-    Raises UserError where the checkpoint declares v and --v_parameterization is missing: training would ruin it.
-    """
-    declared, use_v, notes = read_prediction_type(source), model.v_parameterization, []
-    if declared == "v" and not use_v:
-        raise UserError(
-            f"{source.name} declares v prediction", code="v-parameterization-missing", fix="--v_parameterization"
-        )
-    if declared == "epsilon" and use_v:
-        notes.append(f"--v_parameterization: {source.name} declares noise prediction; it is trained to predict v")
-    if noise.zero_terminal_snr and not use_v:
+    objective: VariancePreserving
+    notes: tuple[str, ...]  # where the options and the checkpoint disagree
+    declared: tuple[str, ...]  # what the checkpoint declares and no option repeats
+
+
+def read_objective(source: Source, model: ModelOptions, noise: NoiseOptions) -> ObjectiveFacts:
+    """What an option says, else what the checkpoint declares, else noise prediction and the plain schedule."""
+    notes: list[str] = []
+    declared: list[str] = []
+    use_v, zero_snr = model.v_parameterization, noise.zero_terminal_snr
+    prediction, declares_zero_snr = read_prediction_type(source), read_zero_terminal_snr(source)
+    if prediction is not None and use_v != (prediction == "v"):
+        if "v_parameterization" in model.model_fields_set:
+            option, other = ("", "noise") if use_v else ("no_", "v")
+            notes.append(
+                f"--{option}v_parameterization: {source.name} declares {other} prediction; it is trained to predict "
+                + ("v" if use_v else "noise")
+            )
+        else:
+            use_v = True
+            declared.append(f"{source.name} declares v prediction, which is used (--no_v_parameterization: noise)")
+    if declares_zero_snr is not None and zero_snr != declares_zero_snr:
+        if "zero_terminal_snr" in noise.model_fields_set:
+            notes.append(
+                f"--{'' if zero_snr else 'no_'}zero_terminal_snr: {source.name} declares "
+                + ("zero terminal SNR" if declares_zero_snr else "a schedule without zero terminal SNR")
+            )
+        else:
+            zero_snr = True
+            declared.append(f"{source.name} declares zero terminal SNR, which is used (--no_zero_terminal_snr: not)")
+    if zero_snr and not use_v:
         notes.append("--zero_terminal_snr: a model that predicts noise learns nothing from pure noise, unlike with v")
-    if declares_zero_terminal_snr(source) and not noise.zero_terminal_snr:
-        notes.append(f"{source.name} declares zero terminal SNR, but --zero_terminal_snr is not given")
-    objective = VariancePreserving(predicts="v" if use_v else "epsilon", zero_terminal_snr=noise.zero_terminal_snr)
-    return objective, tuple(notes)
+    objective = VariancePreserving(predicts="v" if use_v else "epsilon", zero_terminal_snr=zero_snr)
+    return ObjectiveFacts(objective, tuple(notes), tuple(declared))
 
 
 def read_prediction_type(source: Source) -> Literal["epsilon", "v"] | None:
-    """What a checkpoint declares: in a folder's scheduler, a file's metadata or its marker tensor."""
+    """What a checkpoint declares: in a folder's scheduler, by a file's marker tensor or in its metadata."""
     if source.is_folder:
-        declared = _read_scheduler(source).get("prediction_type")
-    else:
-        declared = "v" if "v_pred" in source.shapes else source.file.header.metadata.get("modelspec.prediction_type")
-    known: dict[Any, Literal["epsilon", "v"]] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
-    return known.get(declared)
+        return PREDICTION_TYPES.get(_read_scheduler(source).get("prediction_type"))
+    metadata = source.file.header.metadata
+    if "v_pred" in source.shapes or metadata.get("ss_v_parameterization") == "True":
+        return "v"
+    if metadata.get("modelspec.architecture", "").endswith("-v"):  # stable-diffusion-v2-768-v
+        return "v"
+    if metadata.get("ss_base_model_version", "").endswith("_v"):
+        return "v"
+    return PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", "").lower())
 
 
-def declares_zero_terminal_snr(source: Source) -> bool:
-    """Whether a checkpoint declares zero terminal SNR: in a folder's scheduler, or by a file's marker tensor."""
+def read_zero_terminal_snr(source: Source) -> bool | None:
+    """Whether a checkpoint declares zero terminal SNR: in a folder's scheduler, by a file's marker, in its metadata."""
     if source.is_folder:
-        return bool(_read_scheduler(source).get("rescale_betas_zero_snr"))
-    return "ztsnr" in source.shapes
+        return _read_scheduler(source).get("rescale_betas_zero_snr")
+    if "ztsnr" in source.shapes:
+        return True
+    known = {"True": True, "False": False}
+    return known.get(source.file.header.metadata.get("ss_zero_terminal_snr", ""))
 
 
 def _read_scheduler(source: Source) -> dict[str, Any]:

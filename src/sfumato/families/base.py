@@ -44,6 +44,7 @@ class Family(ABC):
     bucket_step: ClassVar[int]  # bucket_reso_steps must be a multiple
     sampling: ClassVar[Sampling]
     options: ClassVar[frozenset[str]] = frozenset()  # which of the options that only some families read
+    sd_scripts_reads: ClassVar[frozenset[str]] = frozenset()  # options that its script reads and not every flow's does
     components: ClassVar[Mapping[str, Component]] = {}  # part name -> folder in diffusers' layout
     prompt_prefix: str = ""  # before every caption and prompt, except negative and empty ones
 
@@ -86,6 +87,10 @@ class Family(ABC):
         shapes: name in the file -> shape of the weight that it changes. Empty where the family does not support this.
         """
         return {}
+
+    def unread_layers(self, part: str) -> Sequence[str]:
+        """Patterns on the names of an encoder's last layers and weights, where its features do not depend on them."""
+        return ()
 
     def list_tokenizers(self) -> Sequence[Any]:
         """One for each text encoder; called only where the blueprint has a pipeline."""

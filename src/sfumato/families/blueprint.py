@@ -62,11 +62,18 @@ class Blueprint:
     text_parts: tuple[str, ...]
     objective: Objective
     latents: LatentSpec
+    lr_order: tuple[str, ...] = ()  # the text encoders that --text_encoder_lr counts, where the model lacks some
     checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
     pipeline: Pipeline | None = None  # None: whole models are always saved as one file
     implementation: str = "diffusers"  # modelspec.implementation
     metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
     notes: tuple[str, ...] = ()  # warnings before the first step; errors with --strict
+    declared: tuple[str, ...] = ()  # what the checkpoint says of itself and no option repeats
+
+    @property
+    def text_lr_order(self) -> tuple[str, ...]:
+        """The text encoders that the values of --text_encoder_lr are for, those that this model lacks included."""
+        return self.lr_order or self.text_parts
 
     def in_file(self, part: str) -> bool:
         """Whether a network is in the model's own checkpoint, or would be in a single file of it."""

@@ -33,6 +33,7 @@ class Chroma(Family):
     text_parts = ("t5",)
     bucket_step = 32
     options = _flux_parts.FLUX_OPTIONS
+    sd_scripts_reads = _flux_parts.READ_BY_SCRIPT
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=None, size_multiple=16)
     components = _COMPONENTS
 
@@ -58,6 +59,7 @@ class Chroma(Family):
             base_model_version="chroma",
             architecture="chroma",
             text_parts=cls.text_parts,
+            lr_order=("clip_l", "t5"),  # those of FLUX.1, whose scripts train it
             networks={
                 "denoiser": denoiser,
                 "t5": _flux_files.read_t5(find_component(source, "t5xxl", model.t5xxl, "text_encoder"), denoiser),

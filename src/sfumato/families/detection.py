@@ -6,6 +6,7 @@ from sfumato.config import Config
 from sfumato.families import register_families
 from sfumato.families.base import Family, find_family
 from sfumato.families.blueprint import Blueprint
+from sfumato.families.model_options import read_base_resolution
 from sfumato.families.source import Source, open_source
 
 
@@ -20,3 +21,9 @@ def detect_family(config: Config) -> tuple[type[Family], Source]:
     register_families()
     source = open_source(config.model)
     return find_family(config.model.model_type or config.run.family, source), source
+
+
+def with_base_resolution(config: Config, blueprint: Blueprint) -> Config:
+    """The config with the checkpoint's own resolution where none was given."""
+    base = read_base_resolution(blueprint)
+    return config if config.buckets.resolution is not None or base is None else config.with_values({"resolution": base})

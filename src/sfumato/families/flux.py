@@ -34,6 +34,7 @@ class Flux(Family):
     text_parts = ("clip_l", "t5")
     bucket_step = 32
     options = _flux_parts.FLUX_OPTIONS | {"clip_l"}
+    sd_scripts_reads = _flux_parts.READ_BY_SCRIPT
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=_DEFAULT_GUIDANCE, size_multiple=16)
     components = _COMPONENTS
 

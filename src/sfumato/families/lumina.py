@@ -56,6 +56,11 @@ class Lumina(Family):
         self.prompt_prefix = model.system_prompt + _PROMPT_START if model.system_prompt else ""
         self.tokenizer = find_tokenizer(blueprint, model)
 
+    def unread_layers(self, part: str) -> Sequence[str]:
+        if part != "gemma2":
+            return ()
+        return (f"layers.{self.blueprint.networks[part].config['num_hidden_layers'] - 1}.{{*}}", "norm.{*}")
+
     @classmethod
     def detect(cls, source: Source) -> bool:
         if source.is_folder:

@@ -41,6 +41,7 @@ class PartSpec:
     lr_block_ranges: Mapping[str, range] = field(default_factory=dict)  # down_lr_weight -> indices of `lr_blocks`
     blocks: tuple[str, ...] = ()  # patterns on the paths of the repeated blocks
     opt_in: str = ""  # the network argument without which this part does not train (train_t5xxl)
+    frozen_by_cache: bool = False  # whether it does not train where text features are cached
     constant_tensors: tuple[str, ...] = ()  # module names of tensors in the file that never train
     row_split: RowSplit | None = None  # the rows of each layer in a stacked weight; None: equal shares
 

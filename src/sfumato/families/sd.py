@@ -85,7 +85,7 @@ class StableDiffusion(Family):
         vae = _vae.find_vae(source, model, {"scaling_factor": 0.18215})
         denoiser = _unet.read_unet(source, _unet_spec, _unet.count_heads if second else _set_eight_heads)
         _unet.check_channels(source, denoiser, vae)
-        objective, notes = _unet.read_objective(source, model, noise)
+        objective, notes, declared = _unet.read_objective(source, model, noise)
         v = objective.predicts == "v"
         return Blueprint(
             source=source,
@@ -100,6 +100,7 @@ class StableDiffusion(Family):
             latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=64),
             metadata={"ss_v2": second},
             notes=notes,
+            declared=declared,
         )
 
     @classmethod
@@ -108,6 +109,10 @@ class StableDiffusion(Family):
         parts = blueprint.load(builders, dtype=dtype, device=device)
         vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    def unread_layers(self, part: str) -> Sequence[str]:
+        config = self.blueprint.networks[part].config
+        return _clip.list_unread_layers(config, self.clip_layer) if part == "clip" else ()
 
     def list_tokenizers(self) -> Sequence[Any]:
         return (self.tokenizer,)

@@ -40,6 +40,7 @@ class StableDiffusion3(Family):
         | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale", "training_shift"}
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
     )
+    sd_scripts_reads = frozenset({"min_timestep", "max_timestep", "weighting_scheme"})
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=16)
     components = _COMPONENTS
 
@@ -83,6 +84,7 @@ class StableDiffusion3(Family):
             base_model_version=version,
             architecture=f"stable-diffusion-3-{version}",
             text_parts=tuple(part for part in cls.text_parts if part in networks),
+            lr_order=cls.text_parts,
             networks=networks,
             objective=RectifiedFlow(
                 space=noise.model_prediction_type or "sigma_scaled",

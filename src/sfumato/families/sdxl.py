@@ -102,7 +102,7 @@ class StableDiffusionXL(Family):
         clip_l, clip_g = _clip.read_clip(source, "text_encoder", clip_l_spec()), _read_clip_g(source)
         denoiser = _unet.read_unet(source, _unet_spec, lambda config: _complete_config(config, clip_g))
         _unet.check_channels(source, denoiser, vae)
-        objective, notes = _unet.read_objective(source, model, noise)
+        objective, notes, declared = _unet.read_objective(source, model, noise)
         return Blueprint(
             source=source,
             title="Stable Diffusion XL" + (", predicting v" if objective.predicts == "v" else ""),
@@ -115,6 +115,7 @@ class StableDiffusionXL(Family):
             objective=objective,
             latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=32),
             notes=notes,
+            declared=declared,
         )
 
     @classmethod
@@ -123,6 +124,12 @@ class StableDiffusionXL(Family):
         parts = blueprint.load(builders, dtype=dtype, device=device)
         vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
         return cls(blueprint, parts, vae, model)
+
+    def unread_layers(self, part: str) -> Sequence[str]:
+        config = self.blueprint.networks[part].config
+        if part != "clip_l":  # the pooled vector of the other comes from its last layer
+            return ()
+        return (*_clip.list_unread_layers(config, _clip.PENULTIMATE), "final_layer_norm.{*}")
 
     def list_tokenizers(self) -> Sequence[Any]:
         return (self.tokenizers["clip_l"], self.tokenizers["clip_g"])

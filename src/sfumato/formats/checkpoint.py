@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from sfumato.common.files import refuse_special_file
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
 from sfumato.formats.header import (
@@ -57,6 +58,7 @@ def open_checkpoint(path: Path | str) -> TensorFile | PickledFile:
     Use as a context manager. Raises UserError where it is missing, damaged, or holds more than tensors.
     """
     path = Path(path)
+    refuse_special_file(path)
     is_pickled = path.suffix not in (".safetensors", ".json") and _starts_with(path, PICKLE_SIGNATURES)
     return PickledFile(path) if is_pickled else TensorFile(path)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.files import refuse_special_file
 from sfumato.common.text import list_some
 from sfumato.errors import UserError
 
@@ -41,6 +42,7 @@ def read_header(path: Path | str) -> TensorHeader:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, a safetensors file is expected", code="tensor-file-is-folder")
+    refuse_special_file(path)
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

@@ -17,6 +17,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
+from sfumato.formats.keymap import matches
 from sfumato.formats.lora import write_adapter_file
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
@@ -24,7 +25,7 @@ from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter
 from sfumato.methods.adapter_learning_rates import LORA_PLUS_SUFFIX
 from sfumato.methods.adapter_ranks import DEFAULT_RANK
 from sfumato.methods.adapter_settings import AdapterSettings, make_adapter_settings
-from sfumato.methods.base import METHODS, TrainablePart
+from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class AdapterMethod:
         self.engine = AdapterEngine()
         self.modules = nn.ModuleDict({"adapters": self.engine.adapters})
         self.live_text: frozenset[str] = frozenset()
+        self.plan_notes = PlanNotes()
+        self.unread: set[str] = set()  # adapters of layers that the model's features do not depend on
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         settings = make_adapter_settings(self.config, blueprint)
@@ -50,6 +53,8 @@ class AdapterMethod:
         for _ in self.builder.iterate_base(settings, groups):
             pass  # building one checks it
         adapters = self.builder.build(settings, groups)
+        notes, remarks = self.builder.describe_weights(adapters)
+        self.plan_notes = PlanNotes((*settings.notes, *notes), tuple(remarks))
         labels = Counter(settings.learning_rates.find_learning_rate(adapter.group).label for adapter in adapters)
         parts: list[TrainablePart] = []
         for row in settings.learning_rates.make_parameter_groups(adapters):
@@ -59,6 +64,9 @@ class AdapterMethod:
                 TrainablePart(part=row.name, modules=modules, parameters=parameters, learning_rate=row.learning_rate)
             )
         return parts
+
+    def list_notes(self, blueprint: Blueprint) -> PlanNotes:
+        return self.plan_notes
 
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         return ()
@@ -73,8 +81,11 @@ class AdapterMethod:
         adapters = {adapter.group.name: adapter for adapter in self.builder.build(settings, groups)}
         for part in settings.learning_rates.parts:
             self.engine.attach(groups[part], lambda group: adapters.get(group.name))
-        for note in settings.notes:
-            log.warning("%s", note)
+        for part in settings.learning_rates.parts:
+            unread = model.unread_layers(part)
+            self.unread |= {
+                group.name for group in groups[part] if any(matches(each, group.paths[0]) for each in unread)
+            }
         if settings.args.verbose:
             self._log_adapters(settings)
         self.live_text = frozenset(settings.learning_rates.parts) & frozenset(model.text_parts)
@@ -123,7 +134,7 @@ class AdapterMethod:
         log.debug("%s: %d tensors", path, len(tensors))
 
     def report(self) -> list[str]:
-        return self.engine.report()
+        return self.engine.report(self.unread)
 
     def _log_adapters(self, settings: AdapterSettings) -> None:
         for adapter in self.engine:

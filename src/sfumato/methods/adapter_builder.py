@@ -9,6 +9,7 @@ from pathlib import Path
 from sfumato.adapters.base import Adapter, is_trainable
 from sfumato.adapters.lora import LoRA, LoraDropout
 from sfumato.adapters.split_lora import SplitLoRA
+from sfumato.common.text import list_some
 from sfumato.config import Config
 from sfumato.diffusion.randomness import Randomness
 from sfumato.errors import UserError
@@ -32,6 +33,7 @@ class AdapterBuilder:
         strengths = chain(self.network.base_weights_multiplier, repeat(1.0))
         files = zip(self.network.base_weights, strengths, strict=False)
         self.base = [(path, strength, read_adapter_file(path)) for path, strength in files]
+        self.set_aside: dict[str, int] = {}  # part that does not train -> adapters of --network_weights for it
 
     def iterate_base(self, settings: AdapterSettings, groups: GroupsByPart) -> Iterator[tuple[Adapter, float]]:
         """The adapters that --base_weights merges into the model before training, each with its file's strength."""
@@ -94,19 +96,41 @@ class AdapterBuilder:
             )
 
     def _match_weights(self, settings: AdapterSettings, groups: GroupsByPart) -> None:
-        """Rename the entries of --network_weights to ours; each must belong to a layer of a part that trains."""
+        """Rename the entries of --network_weights to ours; those of parts that do not train are set aside.
+
+        Raises UserError where an entry belongs to no layer of the model, and where no entry is for a part that trains.
+        """
         path = self.network.network_weights
         if path is None:
             return
         self.weights = match_names(path, self.weights, settings.specs, groups)
         for part in settings.specs.keys() - settings.learning_rates.parts.keys():
             frozen = [group.name for group in groups[part] if group.name in self.weights]
-            if frozen:
+            if frozen and len(frozen) == len(self.weights):
                 raise UserError(
-                    f"{path} has {len(frozen)} adapters for the part {part!r}, which does not train in this run",
+                    f"{path}: all {len(frozen)} adapters are for the part {part!r}, which does not train in this run",
                     code="weights-of-frozen-part",
                     fix="let it train, or merge the file with --base_weights",
                 )
+            if frozen:
+                self.set_aside[part] = len(frozen)
+            self.weights = {name: entry for name, entry in self.weights.items() if name not in frozen}
+
+    def describe_weights(self, adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
+        """Lines about --network_weights: what of it is not used, and what it does not have."""
+        path = self.network.network_weights
+        if path is None:
+            return [], []
+        unused = [
+            f"{path}: {count} adapters of {part}, which does not train, are set aside: neither used nor saved"
+            for part, count in self.set_aside.items()
+        ]
+        names = [adapter.group.name for adapter in adapters]
+        new = [name for name in names if name not in self.weights]
+        start = (
+            f"{path}: {len(names) - len(new)} of {len(names)} adapters start from it; not in it: {list_some(new, 2)}"
+        )
+        return unused, [start] if new else []
 
 
 def iterate_adapters(

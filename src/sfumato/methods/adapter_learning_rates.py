@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +84,21 @@ def read_adapter_learning_rates(
     args: AdapterArgs,
     specs: Mapping[str, PartSpec],
     text_parts: Sequence[str],
+    *,
+    lr_order: Sequence[str] = (),
+    cached: Collection[str] = (),
 ) -> AdapterLearningRates:
-    """Read the learning rates of all options; UserError where nothing trains or an argument has no effect."""
+    """Read the learning rates of all options; UserError where nothing trains or an argument has no effect.
+
+    lr_order: the text encoders that --text_encoder_lr counts, where they are not `text_parts`. cached: text encoders
+    that do not train where anything else does.
+    """
     opted_out = find_opted_out(specs, args, text_parts)
-    parts = read_part_learning_rates(network, optim, text_parts, opted_out)
-    if not parts and read_part_learning_rates(network, optim, text_parts, set()):
+    text_lrs = read_text_encoder_lr(optim, lr_order or text_parts)
+    text_lrs = {part: text_lrs[part] for part in text_parts}
+    parts = read_part_learning_rates(network, optim, text_lrs, opted_out)
+    parts = {part: lr for part, lr in parts.items() if part not in cached} or parts
+    if not parts and read_part_learning_rates(network, optim, text_lrs, set()):
         names = " ".join(f"{specs[part].opt_in}=True" for part in text_parts if part in opted_out)
         raise UserError(
             "no part of the model trains: the remaining ones train only on request",
@@ -131,27 +141,27 @@ def find_opted_out(specs: Mapping[str, PartSpec], args: AdapterArgs, text_parts:
 
 
 def read_part_learning_rates(
-    network: NetworkOptions, optim: OptimOptions, text_parts: Sequence[str], opted_out: set[str]
+    network: NetworkOptions, optim: OptimOptions, text_lrs: Mapping[str, float], opted_out: set[str]
 ) -> dict[str, float]:
     """Part -> learning rate of the parts that train, those with a learning rate above 0."""
     learning_rates: dict[str, float] = {}
     if not network.network_train_text_encoder_only:
         learning_rates["denoiser"] = optim.learning_rate if optim.unet_lr is None else optim.unet_lr
     if not network.network_train_unet_only:
-        learning_rates |= dict(zip(text_parts, read_text_encoder_lr(optim, len(text_parts)), strict=True))
+        learning_rates |= text_lrs
     return {part: lr for part, lr in learning_rates.items() if lr and part not in opted_out}
 
 
 def list_ignored_learning_rates(
-    optim: OptimOptions, specs: Mapping[str, PartSpec], text_parts: Sequence[str], opted_out: set[str]
+    optim: OptimOptions, specs: Mapping[str, PartSpec], lr_order: Sequence[str], opted_out: set[str]
 ) -> list[str]:
     """A line for each learning rate of a text encoder that trains only on request, without a request for it."""
     given = optim.text_encoder_lr or ()
-    values = dict(zip(text_parts, given, strict=False)) if len(given) > 1 else {}
+    values = dict(zip(lr_order, given, strict=False)) if len(given) > 1 else {}
     return [
         f"--text_encoder_lr: the learning rate {values[part]:g} of {part} has no effect without "
         f"--network_args {specs[part].opt_in}=True"
-        for part in text_parts
+        for part in lr_order
         if part in opted_out and values.get(part)
     ]
 

@@ -17,7 +17,7 @@ from sfumato.methods.adapter_learning_rates import (
     read_adapter_learning_rates,
 )
 from sfumato.methods.adapter_ranks import AdapterRanks
-from sfumato.methods.trained_parts import check_text_cache
+from sfumato.methods.trained_parts import check_text_cache, describe_text_encoder_lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class AdapterSettings:
     specs: Mapping[str, PartSpec]  # of every part that can be adapted, trained or not
     ranks: AdapterRanks
     learning_rates: AdapterLearningRates
-    notes: tuple[str, ...]  # of options that have no effect
+    notes: tuple[str, ...]  # of options that have no effect, or another than they seem to have
 
 
 def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettings:
@@ -42,14 +42,22 @@ def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettin
             code="rank-args-with-dim-from-weights",
             fix=f"remove {names}",
         )
-    learning_rates = read_adapter_learning_rates(config.network, config.optim, args, specs, blueprint.text_parts)
+    caches_text = config.cache.cache_text_encoder_outputs
+    frozen = [part for part in blueprint.text_parts if caches_text and specs[part].frozen_by_cache]
+    learning_rates = read_adapter_learning_rates(
+        config.network, config.optim, args, specs, blueprint.text_parts, lr_order=blueprint.text_lr_order, cached=frozen
+    )
     fix = "--network_train_unet_only, or remove --cache_text_encoder_outputs"
     check_text_cache(config, learning_rates.parts.keys(), blueprint, fix)
     opted_out = find_opted_out(specs, args, blueprint.text_parts)
+    notes = list_ignored_learning_rates(config.optim, specs, blueprint.text_lr_order, opted_out)
+    notes += describe_text_encoder_lr(config.optim, blueprint.text_lr_order, learning_rates.parts)
+    if frozen and not config.network.network_train_unet_only:
+        notes += [f"--cache_text_encoder_outputs: {part} does not train, its features are cached" for part in frozen]
     return AdapterSettings(
         args=args,
         specs=specs,
         ranks=AdapterRanks(network=config.network, args=args, specs=specs),
         learning_rates=learning_rates,
-        notes=tuple(list_ignored_learning_rates(config.optim, specs, blueprint.text_parts, opted_out)),
+        notes=tuple(notes),
     )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,13 @@ class TrainablePart:
     learning_rate: float
 
 
+class PlanNotes(NamedTuple):
+    """Lines for the report before the first step."""
+
+    notes: tuple[str, ...] = ()  # options without the effect that they seem to have; errors with --strict
+    remarks: tuple[str, ...] = ()  # facts that are no fault
+
+
 class Method(Protocol):
     """What is trained, how it is saved, and the model's prediction with it."""
 
@@ -38,6 +45,10 @@ class Method(Protocol):
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         """What `prepare` will train, from the checkpoint's headers. Raises UserError for options that do not match."""
+        ...
+
+    def list_notes(self, blueprint: Blueprint) -> PlanNotes:
+        """What there is to say of the options that `plan` has read; called after it."""
         ...
 
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:

@@ -30,10 +30,11 @@ from sfumato.families.checkpoint_saving import (
     save_single_file,
 )
 from sfumato.families.diffusers_folder import is_model_folder, save_folder
+from sfumato.formats.keymap import matches
 from sfumato.formats.pickled import get_file_suffix
-from sfumato.methods.base import METHODS, TrainablePart
+from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.full_learning_rates import TrainedWeights, read_full_learning_rates
-from sfumato.methods.trained_parts import check_text_cache
+from sfumato.methods.trained_parts import check_text_cache, describe_text_encoder_lr
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class FullMethod:
         self.modules = nn.ModuleDict()
         self.live_text: frozenset[str] = frozenset()
         self.trained: list[TrainedWeights[nn.Parameter]] = []
+        self.unread: list[str] = []  # patterns on weights that the model's features do not depend on
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         learning_rates = read_full_learning_rates(self.config, blueprint)
@@ -72,6 +74,10 @@ class FullMethod:
                 )
         return parts
 
+    def list_notes(self, blueprint: Blueprint) -> PlanNotes:
+        optim, parts = self.config.optim, read_full_learning_rates(self.config, blueprint).parts
+        return PlanNotes(tuple(describe_text_encoder_lr(optim, blueprint.text_lr_order, parts)))
+
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         return read_full_learning_rates(self.config, blueprint).parts.keys()
 
@@ -81,6 +87,7 @@ class FullMethod:
         for name in learning_rates.parts:
             part = model.parts[name]
             self.modules[name] = part.module.train()
+            self.unread += [f"{name}.{layers}" for layers in model.unread_layers(name)]
             self.trained += learning_rates.select_weights(part.spec, part.module.named_parameters())
         for parameter in self._parameters().values():
             parameter.requires_grad_(True)
@@ -162,7 +169,11 @@ class FullMethod:
             save(model, path, metadata, dtype, changed=self._list_changed())
 
     def report(self) -> list[str]:
-        names = [name for name, parameter in self._parameters().items() if parameter.grad is None]
+        names = [
+            name
+            for name, parameter in self._parameters().items()
+            if parameter.grad is None and not any(matches(pattern, name) for pattern in self.unread)
+        ]
         return [f"{len(names)} weights got no gradient: {list_some(names)}"] if names else []
 
     def _saves_folder(self, blueprint: Blueprint) -> bool:

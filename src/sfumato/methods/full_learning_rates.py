@@ -79,10 +79,10 @@ def read_full_learning_rates(config: Config, blueprint: Blueprint) -> FullLearni
 def read_encoder_learning_rates(optim: OptimOptions, blueprint: Blueprint) -> dict[str, float]:
     """The learning rate of each text encoder: its own, else that of all text encoders, else the model's."""
     names = blueprint.text_parts
-    common = read_text_encoder_lr(optim, len(names))
+    common = read_text_encoder_lr(optim, blueprint.text_lr_order)
+    learning_rates = {part: common[part] for part in names}
     if optim.learning_rate_te is not None:
-        common = [optim.learning_rate_te] * len(names)
-    learning_rates = dict(zip(names, common, strict=True))
+        learning_rates = dict.fromkeys(names, optim.learning_rate_te)
     own = {"learning_rate_te1": optim.learning_rate_te1, "learning_rate_te2": optim.learning_rate_te2}
     for i, (option, lr) in enumerate(own.items()):
         if lr is not None and i >= len(names):

@@ -9,20 +9,33 @@ from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
 
 
-def read_text_encoder_lr(optim: OptimOptions, encoders: int) -> Sequence[float]:
-    """--text_encoder_lr as one learning rate for each text encoder, also for those that do not train."""
-    values = optim.text_encoder_lr
-    if not values:
-        return [optim.learning_rate] * encoders
-    if len(values) == 1:
-        return list(values) * encoders
-    if len(values) != encoders:
-        raise UserError(
-            f"--text_encoder_lr has {len(values)} values, this model has {encoders} text encoders",
-            code="text-encoder-lr-count",
-            fix="give one value, or one for each encoder",
-        )
-    return values
+def read_text_encoder_lr(optim: OptimOptions, order: Sequence[str]) -> dict[str, float]:
+    """--text_encoder_lr as one learning rate for each text encoder, also for those that do not train.
+
+    The last of several values serves every further encoder, and values beyond the last encoder are ignored: sd-scripts
+    does both. order: the encoders that the values are for.
+    """
+    values = list(optim.text_encoder_lr or (optim.learning_rate,))
+    values += values[-1:] * (len(order) - len(values))
+    return dict(zip(order, values, strict=False))
+
+
+def describe_text_encoder_lr(optim: OptimOptions, order: Sequence[str], parts: Collection[str]) -> list[str]:
+    """A line where --text_encoder_lr has more values than encoders, or several and yet fewer.
+
+    parts: those that train.
+    """
+    values = optim.text_encoder_lr or ()
+    if not set(parts) & set(order):
+        return []
+    if len(values) > len(order):
+        kept = ", ".join(f"{lr:g} for {part}" for part, lr in zip(order, values, strict=False))
+        return [f"--text_encoder_lr has {len(values)} values for {len(order)} text encoders; used: {kept}"]
+    shared = [part for part in order[max(0, len(values) - 1) :] if part in parts]
+    if len(values) > 1 and len(shared) > 1:
+        served = " and ".join(shared)
+        return [f"--text_encoder_lr has {len(values)} values for {len(order)} text encoders; the last serves {served}"]
+    return []
 
 
 def check_text_cache(config: Config, parts: Collection[str], blueprint: Blueprint, fix: str) -> None:

@@ -20,6 +20,7 @@ from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.detection import describe_model
 from sfumato.families.encoding import FrozenTextEncoders
+from sfumato.families.model_options import check_sampler
 from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
 from sfumato.tools.ignored_options import describe_ignored_options
@@ -73,7 +74,8 @@ def load_requested_model(request: GenerateRequest) -> Family:
     """The model, in the dtypes of training."""
     config, problems = request.config, Problems()
     family, blueprint = describe_model(config)
-    for note in blueprint.notes:
+    check_sampler(config, blueprint.objective)
+    for note in (*blueprint.notes, *blueprint.declared):
         log.info("note: %s", note)
     for name in (name for name in request.float32_parts if name not in blueprint.networks):
         problems.add(

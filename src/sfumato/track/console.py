@@ -71,7 +71,7 @@ def terminal() -> Console:
 def _make_file_handler(path: Path) -> logging.Handler:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = LogFile(path, encoding="utf-8")
+        handler = LogFile(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(
             f"--console_log_file: cannot write {path} ({error.strerror})", code="console-log-file-not-writable"

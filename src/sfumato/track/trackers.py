@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from sfumato.common import files
 from sfumato.common.text import EMPTY, strip_paths
+from sfumato.common.text_files import read_text_file
 from sfumato.config import LogOptions
 from sfumato.errors import UserError
 
@@ -184,12 +185,12 @@ def read_tracker_config(options: LogOptions) -> Mapping[str, Mapping[str, Any]]:
     if path is None:
         return {}
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        table = tomllib.loads(read_text_file(path))
     except OSError as error:
         raise UserError(
             f"--log_tracker_config: cannot read {path} ({error.strerror})", code="tracker-config-unreadable"
         ) from error
-    except ValueError as error:  # neither TOML nor UTF-8
+    except ValueError as error:
         raise UserError(f"--log_tracker_config: {path}: {error}", code="tracker-config-invalid") from error
     for key, value in table.items():
         if key not in SECTIONS or not isinstance(value, dict):

@@ -77,7 +77,7 @@ def test_captions_that_are_not_utf8_name_file_and_line(find, tmp_path):
     image.with_suffix(".txt").write_bytes(b"fine\n" + "größe".encode("cp1252"))
     find.attempt("--train_data_dir", tmp_path / "t", *RESOLUTION)
     (problem,) = find.problems.found
-    assert problem.code == "caption-not-utf8"
+    assert problem.code == "text-file-not-utf8"
     assert f"{image.with_suffix('.txt')}, line 2" in problem.what
 
 

@@ -68,7 +68,7 @@ def test_without_a_folder_paths_are_absolute_or_from_here(find, tmp_path, monkey
     ("fields", "one", "several"),
     [
         ({"caption": "first\nsecond", "tags": "a, b"}, "first", "first,a, b\nsecond,a, b"),
-        ({"caption": " \n one \n\n two", "tags": ""}, "", "one\ntwo"),
+        ({"caption": " \n one \n\n two", "tags": ""}, "one", "one\ntwo"),
         ({"tags": "a\nb"}, "a", "a,b"),
         ({"caption": "c", "tags": "a\nb"}, "c,a", "c,a,b"),
         ({"caption": "c", "tags": ["a", "b"]}, "c,a, b", "c,a, b"),
@@ -96,7 +96,7 @@ def test_captions_of_several_lines_and_tags(find, tmp_path, fields, one, several
         ('{"a": {"caption": "x"},\n\n "b": {"caption": }}', "metadata-invalid-json", "line 3"),
         ('{"a": 3}', "metadata-entry-not-object", "a is 3"),
         ('{"img0.png": {"caption": 3}}', "caption-field-wrong-type", "img0.png: caption is 3"),
-        ('{"img0.png": {"caption": "größe"}}'.encode("cp1252"), "metadata-not-utf8", "line 1"),
+        ('{"img0.png": {"caption": "größe"}}'.encode("cp1252"), "text-file-not-utf8", "line 1"),
         ('{"gone.png": {"caption": "x"}, "img0.png": {"caption": "y"}}', "metadata-images-missing", "1 of 2"),
         ('{"img0.png": {}, "img1.png": {"caption": "y"}}', "captions-missing", "1 of 2"),
     ],

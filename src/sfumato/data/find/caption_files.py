@@ -39,9 +39,12 @@ def load_caption_files(
     def get_path(row: int) -> str:
         return f"{folder}/{pairing.get_file(row)}"
 
-    texts = parse_captions(contents, repeat(pairing.extension), get_path, subset, faults)
+    shortened: list[int] = []
+    texts = parse_captions(contents, repeat(pairing.extension), get_path, subset, faults, shortened)
     what = f"({subset.caption_extension} file beside them)"
-    return fill_missing_captions(names, texts, faults, what, subset, policy, findings, empty=pairing.has_file)
+    table = fill_missing_captions(names, texts, faults, what, subset, policy, findings, empty=pairing.has_file)
+    report_shortened([names[row] for row in shortened], len(names), subset, findings)
+    return table
 
 
 def pair_caption_files(
@@ -82,21 +85,26 @@ def parse_captions(
     get_path: Callable[[int], str],
     subset: SubsetSettings,
     faults: dict[int, UserError],
+    shortened: list[int],
 ) -> Iterator[str]:
     """The captions in the contents of caption files. extensions: of each file.
 
-    Adds what is wrong with a file to `faults`, by row. get_path: row -> the file, for messages.
+    Adds what is wrong with a file to `faults`, by row, and the rows whose first line alone is used to `shortened`.
+    get_path: row -> the file, for messages.
     """
     several, separator = subset.rules.enable_wildcard, subset.rules.caption_separator
     for row, (content, extension) in enumerate(zip(contents, extensions, strict=False)):
         if extension != ".json" or not content:
-            yield parse_caption_file(content, several_lines=several)
-            continue
-        caption = ""
-        try:
-            caption = parse_json_caption(content, get_path(row), separator=separator, several_lines=several)
-        except UserError as error:
-            faults[row] = error
+            caption = parse_caption_file(content)
+        else:
+            caption = ""
+            try:
+                caption = parse_json_caption(content, get_path(row), separator=separator, several_lines=several)
+            except UserError as error:
+                faults[row] = error
+        if not several and "\n" in caption:
+            shortened.append(row)
+            caption = caption[: caption.index("\n")]
         yield caption
 
 
@@ -109,14 +117,14 @@ def parse_json_caption(text: str, path: str, *, separator: str, several_lines: b
             f"{path} is not valid JSON: {error}", code="caption-file-invalid-json", fix="fix or remove it"
         ) from error
     if isinstance(content, str):
-        return parse_caption_file(content, several_lines=several_lines)
+        return parse_caption_file(content)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no caption", code="caption-file-no-caption", fix='write {"caption": "..."}')
     return join_caption_fields(content, path, separator=separator, several_lines=several_lines)
 
 
 def join_caption_fields(content: Mapping[str, Any], where: str, *, separator: str, several_lines: bool) -> str:
-    """Caption, separator and tags; with several lines the tags follow each line. UserError for a wrong type."""
+    """Caption, separator and tags, in lines; several_lines: the tags follow each line. UserError for a wrong type."""
     caption, tags = content.get("caption"), content.get("tags")
     if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
         tags = f"{separator} ".join(str(tag) for tag in tags)
@@ -129,9 +137,9 @@ def join_caption_fields(content: Mapping[str, Any], where: str, *, separator: st
             )
     caption, tags = str(caption or ""), str(tags or "")
     if not several_lines:
-        return parse_caption_file(separator.join(part for part in (caption, tags) if part), several_lines=False)
+        return parse_caption_file(separator.join(part for part in (caption, tags) if part))
     tags = separator.join(line.strip() for line in tags.splitlines() if line.strip())
-    lines = parse_caption_file(caption, several_lines=True).split("\n") if caption.strip() else []
+    lines = parse_caption_file(caption).split("\n") if caption.strip() else []
     if not lines:
         return tags
     return "\n".join(f"{line}{separator}{tags}" if tags else line for line in lines)
@@ -172,6 +180,15 @@ def fill_missing_captions(
             rows = np.setdiff1d(rows, missing)
             findings.skipped_names[subset.where] |= set(missing_names)
     return CaptionTable(captions=captions, kept_rows=rows)
+
+
+def report_shortened(names: Sequence[str], images: int, subset: SubsetSettings, findings: Findings) -> None:
+    """Report captions of several lines, of which the first is used. names: of their images."""
+    if names:
+        findings.note(
+            f"{subset.where}: {len(names)} of {images} captions have several lines, and only the first line of each is "
+            f"used: {list_some(names)} (--enable_wildcard: one of the lines is chosen at random each time)"
+        )
 
 
 def report_bad_captions(faults: Mapping[int, UserError], subset: SubsetSettings, findings: Findings) -> None:

@@ -68,14 +68,10 @@ def list_ineffective_options(subset: SubsetPlan) -> Iterator[str]:
 
 
 def check_masks(subsets: Sequence[SubsetPlan], findings: Findings) -> None:
-    """--masked_loss without any mask is a problem; one subset without masks among others is a note."""
+    """Report --masked_loss without any mask, and a subset without masks among others."""
     unmasked = [subset.settings for subset in subsets if not has_masks(subset)]
     if len(unmasked) == len(subsets):
-        findings.problems.add(
-            "--masked_loss has no masks: no subset has conditioning_data_dir or alpha_mask",
-            code="masked-loss-without-masks",
-            fix="give --conditioning_data_dir or --alpha_mask",
-        )
+        findings.report_no_effect("--masked_loss has no effect: no subset has conditioning_data_dir or alpha_mask")
         return
     for settings in unmasked:
         findings.note(f"{settings.where}: no masks, so the loss covers the full area of its images")

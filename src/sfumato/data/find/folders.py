@@ -14,6 +14,8 @@ from statistics import median
 
 import numpy as np
 
+from sfumato.common.files import DONT_WAIT, refuse_special_mode
+from sfumato.common.text_files import decode_text
 from sfumato.data.find.headers import BINARY, read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn, join_path
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
@@ -95,7 +97,7 @@ def read_images(folder: str, names: list[str], index: Index) -> ImageHeaders:
 
 
 def read_captions(folder: str, names: list[str], index: Index) -> CaptionFiles:
-    """Texts, from the index where a file has not changed; empty where a file is not UTF-8."""
+    """Texts, from the index where a file has not changed; empty where a file cannot be decoded."""
     known = index.load()
     rows, columns, names_now = match_index(folder, names, known, ())
     before = TextColumn.encode(()) if known is None else unpack_texts("texts", known)
@@ -107,7 +109,7 @@ def read_captions(folder: str, names: list[str], index: Index) -> CaptionFiles:
 
     def read(descriptor: int, stat: os.stat_result, position: int) -> None:
         path = join_path(folder, names[changed[position]])
-        fresh[position] = decode_caption(os.read(descriptor, stat.st_size + 1), path)
+        fresh[position] = decode_text(os.read(descriptor, stat.st_size + 1), path)
         byte_counts[position], mtimes[position] = stat.st_size, stat.st_mtime_ns
 
     faults = read_files(folder, [names[row] for row in changed], read)
@@ -117,16 +119,6 @@ def read_captions(folder: str, names: list[str], index: Index) -> CaptionFiles:
     saved = index.save({**pack_texts("names", names_now), **pack_texts("texts", texts), **columns})
     by_row = {changed[position]: fault for position, fault in faults.items()}
     return CaptionFiles(texts=texts, faults=by_row, saved=saved)
-
-
-def decode_caption(data: bytes, path: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path}, line {line}, is not UTF-8", code="caption-not-utf8", fix="save it as UTF-8"
-        ) from error
 
 
 def match_index(
@@ -189,9 +181,11 @@ def read_files(folder: str, names: Sequence[str], read: FileReader) -> dict[int,
 
         def read_file(index: int) -> None:
             try:
-                file = os.open(prefix + names[index], os.O_RDONLY | BINARY, dir_fd=descriptor)
+                file = os.open(prefix + names[index], os.O_RDONLY | BINARY | DONT_WAIT, dir_fd=descriptor)
                 try:
-                    read(file, os.fstat(file), index)
+                    status = os.fstat(file)
+                    refuse_special_mode(status.st_mode, join_path(folder, names[index]))
+                    read(file, status, index)
                 finally:
                     os.close(file)
             except UserError as error:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from sfumato.common.text import list_some
-from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields
+from sfumato.common.text_files import read_text_file
+from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields, report_shortened
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import list_folder, list_recursively, read_images
 from sfumato.data.find.image_table import ImageTable, TextColumn, join_path
@@ -50,17 +51,12 @@ def load_metadata_images(
 def read_entries(file: Path) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """(place for messages, image, its fields), one by one. UserError names the line of a fault."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = read_text_file(file)
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror})",
             code="metadata-file-unreadable",
             fix="check metadata_file or --in_json",
-        ) from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{file}, line {line}, is not UTF-8", code="metadata-not-utf8", fix="save it as UTF-8"
         ) from error
     is_lines = file.suffix.lower() == ".jsonl"
     for where, key, fields in parse_json_lines(file, text) if is_lines else parse_json_object(file, text):
@@ -222,6 +218,7 @@ def load_named_images(named: NamedImages, policy: Policy, findings: Findings) ->
     table = fill_missing_captions(
         names, texts, faults, f"in {where}", subset, policy, findings, empty=lambda _index: False
     )
+    report_shortened(named.shortened, len(named.keys), subset, findings)
     return images.make_table(base, valid).with_captions(table.captions, table.kept_rows)
 
 
@@ -285,6 +282,7 @@ class NamedImages:
         self.captions: list[str] = []
         self.seen: set[str] = set()
         self.repeated: list[str] = []
+        self.shortened: list[str] = []  # those whose caption has several lines, of which the first is used
         self.faults: dict[int, UserError] = {}  # by index in `keys`
 
     def add(self, where: str, key: str, fields: Mapping[str, Any]) -> None:
@@ -299,6 +297,9 @@ class NamedImages:
             )
         except UserError as error:
             self.faults[len(self.keys)] = error
+        if not rules.enable_wildcard and "\n" in caption:
+            self.shortened.append(key)
+            caption = caption[: caption.index("\n")]
         self.seen.add(key)
         self.keys.append(key)
         self.captions.append(caption)

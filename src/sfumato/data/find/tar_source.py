@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from sfumato.common.text import list_some
-from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_captions, parse_captions
+from sfumato.common.text_files import decode_text
+from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_captions, parse_captions, report_shortened
 from sfumato.data.find.findings import Findings
-from sfumato.data.find.folders import decode_caption, is_image
+from sfumato.data.find.folders import is_image
 from sfumato.data.find.headers import BINARY, read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
@@ -158,7 +159,7 @@ def read_columns(
                 widths[row], heights[row] = header.width, header.height
                 if extension >= 0:
                     os.lseek(descriptor, start, os.SEEK_SET)
-                    texts[row] = decode_caption(os.read(descriptor, length), f"the caption of {path}/{name}")
+                    texts[row] = decode_text(os.read(descriptor, length), f"the caption of {path}/{name}")
                     extensions[row] = extension
             except UserError as error:
                 faults[row] = str(error)
@@ -194,11 +195,13 @@ def join_shards(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy,
     extension_names = [*shards[0].extensions, ""]  # the last for -1: no caption
     caption_extensions = (extension_names[extension] for extension in extensions.tolist())
     faults: dict[int, UserError] = {}
-    texts = parse_captions(contents, caption_extensions, get_caption_name, subset, faults)
+    shortened: list[int] = []
+    texts = parse_captions(contents, caption_extensions, get_caption_name, subset, faults, shortened)
     what = f"({subset.caption_extension} file in the archive)"
     table = fill_missing_captions(
         names, texts, faults, what, subset, policy, findings, empty=lambda row: bool(extensions[row] >= 0)
     )
+    report_shortened([names.get_row(row) for row in shortened], len(names), subset, findings)
     images = ImageTable(
         origins=tuple(shard.path for shard in shards),
         origin=origin,

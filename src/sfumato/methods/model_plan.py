@@ -1,0 +1,74 @@
+"""What of a run depends on the checkpoint's headers alone: family, options as they hold for it, and what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sfumato.config import Config
+from sfumato.data.plans import DataPlan
+from sfumato.errors import Problems
+from sfumato.families.base import Family
+from sfumato.families.blueprint import Blueprint
+from sfumato.families.detection import describe_model
+from sfumato.families.model_options import (
+    check_objective_options,
+    describe_further_options,
+    describe_idle_options,
+    read_base_resolution,
+    resolve_options,
+)
+from sfumato.methods import make_method
+from sfumato.methods.base import Method, TrainablePart
+
+
+class ModelPlan(NamedTuple):
+    """What of a run depends on the checkpoint's headers alone."""
+
+    config: Config  # as it holds for this model
+    family: type[Family]
+    blueprint: Blueprint
+    method: Method
+    parts: tuple[TrainablePart, ...]
+    notes: tuple[str, ...]  # errors with --strict
+    remarks: tuple[str, ...]  # facts that are no fault
+
+
+def plan_model(config: Config, problems: Problems) -> ModelPlan:
+    """Find the family, describe the checkpoint, ask the method what will train."""
+    family, blueprint = describe_model(config)
+    notes = (
+        *blueprint.notes,
+        *describe_idle_options(config, family, blueprint.objective),
+        *dropout_notes(config, family, blueprint),
+    )
+    remarks = (*blueprint.declared, *describe_further_options(config, family, blueprint.objective))
+    config = resolve_options(config, family, blueprint.objective)
+    check_objective_options(config, blueprint.objective, problems)
+    method = make_method(config)
+    parts = tuple(method.plan(blueprint))
+    said = method.list_notes(blueprint)
+    notes, remarks = (*notes, *said.notes), (*remarks, *said.remarks)
+    for note in notes if config.log.strict else ():
+        problems.add(note, code="checkpoint-note-strict")
+    return ModelPlan(config, family, blueprint, method, parts, notes, remarks)
+
+
+def describe_resolution(model: ModelPlan, data: DataPlan) -> Iterator[str]:
+    """A line where the checkpoint's own resolution is used, and one where training has another."""
+    base = read_base_resolution(model.blueprint)
+    if base is None:
+        return
+    name, size = model.blueprint.source.name, "x".join(map(str, base))
+    used = [dataset.settings.resolution for dataset in data.datasets]
+    if model.config.buckets.resolution is None and base in used:
+        yield f"{name} declares a resolution of {size}, which is used (--resolution: another)"
+    elif all(width * height != base[0] * base[1] for width, height in used):
+        yield f"{name} declares a resolution of {size}; no dataset has it"
+
+
+def dropout_notes(config: Config, family: type[Family], blueprint: Blueprint) -> Iterator[str]:
+    """Dropout rates of text encoders that this checkpoint does not have."""
+    for option, part in ((f"{part}_dropout_rate", part) for part in config.captions.text_dropout):
+        if option in family.options and part not in blueprint.text_parts:
+            yield f"--{option} has no effect: there is no text encoder {part}"
