@@ -147,10 +147,11 @@ def test_a_file_as_a_front_end_writes_it(load, write):
 
 def test_what_is_switched_off_or_empty_is_not_given(load, write):
     """Front ends write every option; neither counts as what the user says against a checkpoint."""
-    config = load(write("v_parameterization = false\nvae = ''\nreport = false"))
+    config = load(write("v_parameterization = false\nvae = ''\nreport = false\nmin_snr_gamma = 0\nseed = 0"))
     assert "v_parameterization" not in config.model.model_fields_set
     assert config.model.vae is None
     assert config.log.report is False  # on by default, so this says something
+    assert config.loss.min_snr_gamma is None
+    assert config.loop.seed == 0  # a value like any other
     (note,) = config.notes
-    assert "run.toml" in note
-    assert "vae" in note
+    assert all(word in note for word in ("run.toml", "vae", "min_snr_gamma"))

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sfumato.common.names import FOREIGN_KEYS, OPTION_ALIASES
 from sfumato.common.text_files import read_text_file
+from sfumato.config.base import Option
 from sfumato.config.file_syntax import suggest_toml_fix
 from sfumato.config.option_source import OptionSource, report_unknown
-from sfumato.config.schema import vocabulary
+from sfumato.config.schema import THEMES, vocabulary
 from sfumato.errors import Problems
 
 COMMAND_LINE_ONLY = {  # options that are no keys of the file
@@ -43,7 +46,7 @@ def read_config_file(path: Path, problems: Problems) -> OptionSource:
     for section, key, value in iterate_keys(table):
         name = OPTION_ALIASES.get(key, key)
         if is_not_given(name, value):
-            if value == "":
+            if value is not False:
                 empty.append(name)
             continue
         place = f"{path.name}:{find_line(text, key, section)}: {key}"
@@ -54,16 +57,27 @@ def read_config_file(path: Path, problems: Problems) -> OptionSource:
         elif store_key(name, value, place, source, problems):
             headings[name] = heading
     if empty:
-        source.notes.append(f"{path.name}: empty, so not given: {', '.join(empty)}")
+        source.notes.append(f"{path.name}: empty or 0, so not given: {', '.join(empty)}")
     return source
 
 
 def is_not_given(name: str, value: Any) -> bool:
-    """Whether a key says what the option is without it: front ends write every option, e.g. as false or ""."""
+    """Whether a key says what the option is without it: front ends write every option, as false, "" or 0."""
     option = vocabulary().get(name)
     if option is None:
         return False
-    return value == "" or (value is False and option.arity == "flag" and option.default is False)
+    if isinstance(value, bool):
+        return value is False and option.arity == "flag" and option.default is False
+    return value == "" or (value == 0 and refuses_zero(option))
+
+
+def refuses_zero(option: Option) -> bool:
+    """Whether 0 is outside the limits of a number, so that it can only mean none."""
+    try:
+        THEMES[option.theme].model_validate({option.name: 0}, strict=False)
+    except ValidationError as error:
+        return error.errors()[0]["type"] in ("greater_than", "greater_than_equal")
+    return False
 
 
 def read_config_text(path: Path, problems: Problems) -> str | None:
