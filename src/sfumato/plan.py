@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.common import files
 from sfumato.config import Config
-from sfumato.config.prompts import read_prompts
+from sfumato.config.output_checks import check_prompts, check_thumbnail
 from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems, UserError
@@ -52,7 +52,7 @@ class RunPlan:
 
 def make_run_plan(config: Config, *, processes: int) -> RunPlan:
     """Read headers and folders; every fault of model, data, method and output folder is raised at once."""
-    from sfumato.families.detection import with_base_resolution
+    from sfumato.families.detection import read_size_steps, with_base_resolution
     from sfumato.formats.save_schedule import make_save_schedule
     from sfumato.methods.model_plan import describe_resolution, plan_model
 
@@ -61,15 +61,15 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
     model = None
     with problems.catch():
         model = plan_model(config, problems)
-    bucket_step = model.family.bucket_step if model else 1
+    steps = read_size_steps(model.family if model else None)
     config = with_base_resolution(model.config, model.blueprint) if model else config
-    data = find_data(config, bucket_step=bucket_step, processes=processes, problems=problems)
+    data = find_data(config, bucket_step=steps.bucket, size_step=steps.single, processes=processes, problems=problems)
     total_steps = count_steps(config, data)
     if model is not None:
         with problems.catch():
             if data.has_preserved_samples or config.loss.masked_prior_preservation_weight:
                 model.method.disabled()
-    check_run_options(config, data, total_steps, problems)
+    notes = check_run_options(config, data, total_steps, problems)
     if model is not None and total_steps and not problems.found:
         with problems.catch():
             check_disk(config, data, total_steps, model)
@@ -92,27 +92,30 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
         saves=make_save_schedule(config.save, epochs),
-        notes=(*model.notes, *model.remarks, *describe_resolution(model, data)),
+        notes=(*model.notes, *model.remarks, *describe_resolution(model, data), *notes),
     )
 
 
-def check_run_options(config: Config, data: DataPlan, total_steps: int, problems: Problems) -> None:
-    """Optimizer, schedule, start, prompts, trackers and output folder."""
+def check_run_options(config: Config, data: DataPlan, total_steps: int, problems: Problems) -> list[str]:
+    """Optimizer, schedule, start, prompts, metadata, trackers and output folder; gives notes about them."""
     from sfumato.optim.check import check_optimizer
     from sfumato.track.trackers import check_trackers
 
     first = 0 if config.save.resume or not total_steps else requested_first_step(config, data) or 0
-    check_optimizer(config.optim, max(0, total_steps - first), problems)
+    notes = check_optimizer(config.optim, max(0, total_steps - first), problems)
     with problems.catch():
         if total_steps:
             check_first_step(config, data, total_steps)
     with problems.catch():
-        check_prompts(config)
+        notes += check_prompts(config)
+    with problems.catch():
+        check_thumbnail(config)
     with problems.catch():
         check_trackers(config.log)
     with problems.catch():
         if config.save.output_dir is not None:
             files.check_writable(config.save.output_dir, option="--output_dir")
+    return notes
 
 
 def check_disk(config: Config, data: DataPlan, total_steps: int, model: ModelPlan) -> None:
@@ -135,13 +138,6 @@ def check_disk(config: Config, data: DataPlan, total_steps: int, model: ModelPla
     what = f"{outputs} saves of {one / 1e9:.2f} GB"
     what += f" and {states} states of {state / 1e9:.2f} GB" if states else ""
     files.check_disk_space(save.output_dir, outputs * one + states * state, mine=save.output_name, what=what)
-
-
-def check_prompts(config: Config) -> None:
-    """The file of prompts is read anew for every preview, where a fault is only a warning; here it is an error."""
-    path = config.samples.sample_prompts
-    if path is not None and not read_prompts(path):
-        raise UserError(f"{path} has no prompt", code="sample-prompts-empty")
 
 
 def count_steps(config: Config, data: DataPlan) -> int:

@@ -222,3 +222,27 @@ def test_torch_is_not_imported():
 def test_a_config_pickles_and_compares(load):
     config = load("--network_args a=1 --seed 1")
     assert pickle.loads(pickle.dumps(config)) == config != load("--seed 1")
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_given(load, name):
+    config = load([f"--output_name={name}"])
+    assert (config.save.output_name, config.source("output_name")) == ("last", "default")
+    assert any("--output_name is empty" in note for note in config.notes)
+
+
+@pytest.mark.parametrize("option", ["seed=99999999999999999999999", "validation_seed=18446744073709551616"])
+def test_a_seed_beyond_64_bits_is_refused(codes_of, option):
+    assert codes_of(f"--{option}") == ["option-value-malformed"]
+
+
+@pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "a/b/escaped", "a/escaped/", " escaped", "escaped/"])
+def test_of_a_name_that_is_a_path_the_last_part_counts(load, path):
+    config = load([f"--output_name={path}"])
+    assert config.save.output_name == "escaped"
+    assert any("--output_name" in note for note in config.notes)
+
+
+@pytest.mark.parametrize("name", ["..", "a/..", "x" * 300, "a\nb"])
+def test_what_no_file_can_be_called_is_refused(codes_of, name):
+    assert codes_of([f"--output_name={name}"]) == ["option-value-malformed"]

@@ -13,6 +13,8 @@ from sfumato.config.prompts import LINE_OPTIONS, SAMPLER_NAMES, Prompt, parse_li
 from sfumato.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "prompts.json").read_text())
+# A line of options alone is a prompt there, and a tab hides an option.
+WHERE_MORE_IS_READ = {"--w 512": {"width": 512}, "a cat --w\t64": {"width": 64}}
 # Defects of the reference that are not repeated: the prompt's own first word was read as an option, the shift stayed
 # a text, a mark at the start of a file hid its first comment, and files of other endings ended in a crash.
 FIRST_WORDS = {
@@ -44,6 +46,9 @@ def test_lines(row: dict[str, Any]) -> None:
         _, *options = line.split(" --")
         names = [LINE_OPTIONS[option[0]].field for option in options]
         wanted = {"prompt": wanted["prompt"], **{name: wanted[name] for name in names}}
+    wanted |= WHERE_MORE_IS_READ.get(line, {})
+    if line == "--w 512":
+        del wanted["prompt"]
     assert list_values(parse_line(line, where="here")) == wanted
 
 
@@ -137,3 +142,74 @@ def test_the_option_offers_the_same_samplers() -> None:
     from sfumato.config.schema import vocabulary
 
     assert vocabulary()["sample_sampler"].choices == SAMPLER_NAMES
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "size"),
+    [
+        ("a cat\t--w 64\t--h 32", "a cat", (64, 32)),
+        ("a cat\u3000--w 64 --h  32", "a cat", (64, 32)),
+        ("a cat \t --w\t64 --h 32", "a cat \t", (64, 32)),
+        ("-- a cat --w 64 --h 32", "-- a cat", (64, 32)),
+        ("--cat in a box", "--cat in a box", (None, None)),
+    ],
+)
+def test_any_space_is_before_an_option(line: str, prompt: str, size: tuple[int | None, int | None]) -> None:
+    found = parse_line(line, where="here")
+    assert (found.prompt, (found.width, found.height), found.notes) == (prompt, size, ())
+
+
+def test_a_line_of_options_alone_is_an_empty_prompt_and_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("# first\na red box\n --w 384 --h 320 --d 5\n\t--n bad\n")
+    box, sized, negative = read_prompts(path)
+    assert (box.prompt, box.width, box.notes) == ("a red box", None, ())
+    assert (sized.prompt, sized.width, sized.height, sized.seed, len(sized.notes)) == ("", 384, 320, 5, 1)
+    assert (negative.prompt, negative.negative_prompt) == ("", "bad")
+    assert f"{path}:3" in sized.notes[0]
+
+
+@pytest.mark.parametrize("digits", ["18446744073709551616", "9" * 23, "9" * 5000])
+def test_a_seed_beyond_64_bits_is_ignored_in_a_line_and_refused_elsewhere(tmp_path: Path, digits: str) -> None:
+    prompt = parse_line(f"a box --d {digits} --w 64", where="here")
+    assert (prompt.seed, prompt.width, len(prompt.notes)) == (None, 64, 1)
+    if len(digits) > 4000:
+        return
+    for name, content in (
+        ("p.json", f'[{{"prompt": "a", "seed": {digits}}}]'),
+        ("p.toml", f'[[prompt.subset]]\nprompt = "a"\nseed = {digits}'),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError) as error:
+            read_prompts(tmp_path / name)
+        assert error.value.code == "prompt-seed-too-large"
+
+
+def test_the_largest_seed_is_taken() -> None:
+    assert parse_line("a --d 18446744073709551615", where="here").seed == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", ""), ("p.txt", "\n \r\n"), ("p.txt", "# a\n#b"), ("p.toml", ""), ("p.toml", "# a"),
+        ("p.json", ""), ("p.json", "[]"),
+    ],
+)  # fmt: skip
+def test_a_file_may_hold_no_prompt(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_prompts(tmp_path / name) == []
+
+
+def test_lines_end_as_in_any_program(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("a\r\nb\rc\u2028d\ne".encode())
+    assert [prompt.prompt for prompt in read_prompts(tmp_path / "p.txt")] == ["a", "b", "c\u2028d", "e"]
+
+
+def test_a_size_of_too_many_digits_is_ignored_in_a_line_and_refused_elsewhere(tmp_path: Path) -> None:
+    prompt = parse_line("a --w 99999999999999999999 --h 65536", where="here")
+    assert (prompt.width, prompt.height, len(prompt.notes)) == (None, 65536, 1)
+    (tmp_path / "p.json").write_text('[{"prompt": "a", "height": 65537}]')
+    with pytest.raises(UserError) as error:
+        read_prompts(tmp_path / "p.json")
+    assert error.value.code == "prompt-size-too-large"

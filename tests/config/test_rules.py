@@ -42,6 +42,11 @@ CASES = {
     "sage-attention-without-gradients": ("--use_sage_attn", "--use_flash_attn"),
     "initial-step-takes-precedence": ("--initial_epoch 2 --initial_step 30", "--initial_step 30"),
     "skip-without-initial-step": ("--skip_until_initial_step", "--skip_until_initial_step --initial_epoch 2"),
+    "epochs-take-precedence": ("--max_train_epochs 1 --max_train_steps 1600", "--max_train_epochs 1"),
+    "timestep-range-reversed": (
+        "--min_timestep 900 --max_timestep 100",
+        "--min_timestep 100 --max_timestep 100",
+    ),
     "stratified-single-timestep": (
         "--timestep_stratified --min_timestep 500 --max_timestep 500",
         "--timestep_stratified --min_timestep 498 --max_timestep 500",
@@ -255,7 +260,3 @@ def test_every_rule_has_its_case_and_names_real_options():
     assert sorted(names) == sorted([*CASES, *REQUIRED])
     for rule in RULES:
         assert set(rule.options) <= set(vocabulary())
-
-
-def test_epochs_take_precedence_over_steps_without_a_note(load):
-    assert load("--max_train_epochs 3 --max_train_steps 10 --strict").notes == ()

@@ -10,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.config.values import (
+    MAX_NAME_BYTES,
+    check_file_name,
+    check_seed,
     format_arguments,
     parse_arguments,
     parse_literal,
@@ -124,3 +127,54 @@ def test_format_arguments_is_the_inverse_of_parse_arguments(arguments):
 def test_whatever_is_given_is_a_value_or_a_fault(parse: Callable[[object], object], thing):
     with contextlib.suppress(ValueError):
         assert parse(thing) is not None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["weight_decay=0.01,eps=1e-08"],
+        ["weight_decay=0.01, eps=1e-08"],
+        ["betas=0.9,0.99,weight_decay=0.1"],
+        ["a=1 b=2"],
+        ["a=1;b=2"],
+        ["preset=full,algo=lora"],
+    ],
+)
+def test_several_arguments_in_one_are_refused(words):
+    with pytest.raises(ValueError, match="several arguments in one"):
+        parse_arguments(words)
+
+
+def test_commas_that_separate_nothing():
+    assert parse_arguments(["a=0.01,", "b=0.9,0.99, ", "c=x,"]) == {"a": 0.01, "b": (0.9, 0.99), "c": "x"}
+    assert parse_arguments(["a='x, b=1'", 'b="c=1,"']) == {"a": "x, b=1", "b": "c=1,"}
+    assert parse_arguments(["network_reg_dims=blocks_1_=4,blocks_2_=8"]) == {
+        "network_reg_dims": "blocks_1_=4,blocks_2_=8"
+    }
+
+
+@pytest.mark.parametrize("value", ["x, b=1", "x,", "b=1", ",", "a b=2", "c "])
+def test_texts_with_commas_are_written_so_that_they_are_read_again(value):
+    assert parse_arguments(format_arguments({"a": value})) == {"a": value}
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63, 2**64 - 1, -(2**63)])
+def test_a_seed_of_64_bits(seed):
+    assert check_seed(seed) == seed
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**22])
+def test_a_seed_beyond_64_bits(seed):
+    with pytest.raises(ValueError, match="64 bits"):
+        check_seed(seed)
+
+
+@pytest.mark.parametrize("name", ["last", "my LoRA v1.2", "名前", "a[1]*", ".hidden", "x" * MAX_NAME_BYTES])
+def test_a_file_name(name):
+    assert check_file_name(name) == name
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/..", "a\0b", "a\nb", "\udcff", "x" * 300, "名" * 60])
+def test_what_is_no_file_name(name):
+    with pytest.raises(ValueError, match=r"file name|longer"):
+        check_file_name(name)

@@ -254,3 +254,15 @@ def test_tags_are_dropped_at_the_dropout_rate_independently(rate):
         counts.update(process_caption("a, b, c, d", rules, Random(i), **LATE).split(", "))
     assert counts["a"] == 3000
     assert all(abs(counts[tag] / 3000 - (1 - rate)) < 0.03 for tag in "bcd")
+
+
+@pytest.mark.parametrize("options", [{"shuffle_caption": True}, {"caption_tag_dropout_rate": 0.5}, {"keep_tokens": 1}])
+def test_without_a_separator_commas_separate(options):
+    text = "a, b, c, d"
+    results = [
+        process_caption(
+            text, CaptionRules(caption_separator=separator, **options), Random(3), epoch=1, step=0, max_train_steps=10
+        )
+        for separator in ("", ",")
+    ]
+    assert results[0] == results[1]

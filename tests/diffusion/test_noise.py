@@ -69,6 +69,16 @@ def test_layered_noise_has_deviation_one() -> None:
     assert draw_noise(multires_noise_iterations=6, multires_noise_discount=0.3).std() == pytest.approx(1.0)
 
 
+def test_an_offset_and_layers_are_both_applied() -> None:
+    """The offset first, so that the layers rescale it, too."""
+    generator, options = Generator().manual_seed(1), NoiseOptions(noise_offset=0.5, multires_noise_iterations=3)
+    plain = noise.draw_gaussian(generator, LATENT.shape)
+    shifted = plain + noise.draw_offset(generator, LATENT, options)
+    both = noise.add_multires(shifted, generator, 3, options.multires_noise_discount)
+    assert torch.equal(draw_noise(noise_offset=0.5, multires_noise_iterations=3), both)
+    assert both.std() == pytest.approx(1.0)
+
+
 def test_only_the_input_is_perturbed() -> None:
     assert noise.make_perturb(NoiseOptions()) is None
     plain = torch.zeros(4, 64, 64)

@@ -167,12 +167,13 @@ def test_resume_with_another_optimizer_is_refused(sd: Toy, images: Path, tmp_pat
 def test_mistakes_are_reported_before_weights_are_read(sd: Toy, images: Path, tmp_path: Path) -> None:
     config = load_config(
         make_arguments(
-            sd, images, tmp_path, optimizer_args="weight_deccay=1", lr_scheduler="cosine", lr_warmup_steps=50
+            sd, images, tmp_path, optimizer_args="weight_deccay=1", lr_scheduler="polynomial",
+            lr_scheduler_args="lr_end=x",
         )
     )  # fmt: skip
     with pytest.raises(SeveralErrors) as raised:
         make_run_plan(config, processes=1)
-    argument, length = raised.value.errors
+    argument, schedule = raised.value.errors
     assert "'weight_deccay'" in str(argument)
     assert "'weight_decay'" in str(argument)
-    assert length.code == "schedule-longer-than-run"
+    assert schedule.code == "schedule-arguments-refused"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from optim.helpers import TOTAL, Bench, factors
+from optim.helpers import STEPS, TOTAL, Bench, factors
 from sfumato.config import OptimOptions
-from sfumato.errors import UserError
+from sfumato.errors import Problems, UserError
 from sfumato.formats.state import load_state, save_state
+from sfumato.optim.check import check_optimizer
 from sfumato.optim.lr_schedule import TorchSchedule, check_schedule, current_learning_rates, make_schedule_shape
 from sfumato.optim.optimizers import class_name, restore_optimizer
 
@@ -23,7 +24,6 @@ def test_schedule_free_keeps_its_learning_rate() -> None:
 
 
 MISTAKES = [  # options, the code, values in the text
-    ({"lr_warmup_steps": 60, "lr_decay_steps": 41}, "schedule-longer-than-run", ["60", "41", "100"]),
     ({"lr_scheduler_type": "StepLRR"}, "class-name-unknown", ["--lr_scheduler_type 'StepLRR'", "'StepLR'"]),
     ({"lr_scheduler_type": "no.such"}, "class-module-missing", ["--lr_scheduler_type no.such"]),
     ({"lr_scheduler_type": "ReduceLROnPlateau"}, "scheduler-not-step-based", ["ReduceLROnPlateau"]),
@@ -70,7 +70,15 @@ def test_check_needs_no_weights() -> None:
     for options, code in (
         ({"lr_scheduler": "piecewise_constant"}, "step-rules-invalid"),
         ({"lr_scheduler_type": "StepL"}, "class-name-unknown"),
-        ({"lr_scheduler": "cosine", "lr_warmup_steps": 6}, "schedule-longer-than-run"),
+        ({"lr_scheduler": "polynomial", "lr_scheduler_args": {"lr_end": "x"}}, "schedule-arguments-refused"),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 2, "lr_scheduler_args": {"decay_type": "no"}},
+            "decay-type-unknown",
+        ),
+        (
+            {"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 2, "lr_scheduler_args": {"decay_type": 5}},
+            "schedule-arguments-refused",
+        ),
     ):
         with pytest.raises(UserError) as error:
             check_schedule(OptimOptions(**options), 5)
@@ -81,6 +89,53 @@ def test_check_needs_no_weights() -> None:
     ):
         with pytest.raises(UserError, match="--lr_scheduler_args"):
             check_schedule(OptimOptions(**options), 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ({"step_size": "x"}, "scheduler-fails-later"),
+        ({"step_size": 2, "gamma": "x"}, "scheduler-fails-later"),
+        ({}, "scheduler-arguments-refused"),
+        ({"step_size": 2, "gamma": 0.5}, None),
+    ],
+)
+def test_a_class_is_tried_before_there_are_weights(arguments: dict[str, Any], code: str | None) -> None:
+    optim = OptimOptions(lr_scheduler_type="StepLR", lr_scheduler_args=arguments)
+    problems = Problems()
+    check_optimizer(optim, 5, problems)
+    assert [error.code for error in problems.found] == ([code] if code else [])
+
+
+def test_a_class_that_ends_before_the_run_is_refused() -> None:
+    arguments = {"max_lr": 0.01, "total_steps": 4}
+    problems = Problems()
+    check_optimizer(OptimOptions(lr_scheduler_type="OneCycleLR", lr_scheduler_args=arguments), 10, problems)
+    assert [error.code for error in problems.found] == ["scheduler-fails-later"]
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 6}, 1),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 5}, 0),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 5, "lr_decay_steps": 5}, 0),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 3, "lr_decay_steps": 3}, 1),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_decay_steps": 6}, 1),
+        ({"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 2, "lr_decay_steps": 3}, 0),
+        ({"lr_scheduler_type": "StepLR", "lr_scheduler_args": {"step_size": 2}}, 0),
+    ],
+)
+def test_a_warmup_longer_than_the_run_is_noted(options: dict[str, Any], count: int) -> None:
+    problems = Problems()
+    assert len(check_optimizer(OptimOptions(**options), 5, problems)) == count
+    assert not problems.found
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"])
+def test_a_run_shorter_than_its_warmup_stays_in_it(name: str) -> None:
+    lrs = factors(lr_scheduler=name, lr_warmup_steps=2 * STEPS)
+    assert lrs == pytest.approx([step / (2 * STEPS) for step in range(STEPS)])
 
 
 def test_shares_are_of_all_steps() -> None:

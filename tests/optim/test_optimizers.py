@@ -14,9 +14,10 @@ from torch import nn
 
 from optim.helpers import TOTAL, Bench
 from sfumato.config import OptimOptions
-from sfumato.errors import UserError
+from sfumato.errors import Problems, UserError
 from sfumato.formats.state import load_state, save_state
 from sfumato.optim.averaging import eval_weights
+from sfumato.optim.check import check_optimizer
 from sfumato.optim.lr_schedule import current_learning_rates
 from sfumato.optim.optimizers import OPTIMIZERS, choose_optimizer, class_name, describe_optimizer, restore_optimizer
 
@@ -290,6 +291,20 @@ def test_mistakes(options: dict[str, Any], code: str, values: list[str]) -> None
     assert error.value.code == code
     assert all(value in str(error.value) for value in values)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*CLASSES, *OTHERS])
+def test_every_optimizer_is_tried_without_a_fault(name: str) -> None:
+    skip_without(name)
+    problems = Problems()
+    check_optimizer(OptimOptions(optimizer_type=name, learning_rate=0.0), 5, problems)
+    assert not problems.found
+
+
+def test_a_value_that_the_class_refuses_is_found_beforehand() -> None:
+    problems = Problems()
+    check_optimizer(OptimOptions(optimizer_args={"weight_decay": "abc"}), 5, problems)
+    assert [error.code for error in problems.found] == ["optimizer-arguments-refused"]
 
 
 def test_an_unknown_argument_is_named() -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
 from sfumato.config.command import read_options
-from sfumato.config.values import FilePath
+from sfumato.config.values import FilePath, Seed
 
 
 class DemoOptions(Options):
     """Teaches a small model a thing it has never seen by a LoRA, and shows before and after."""
 
     output_dir: FilePath = option(Path("demo"), "the folder for everything")
-    seed: int = option(42, "seed of the training")
+    seed: Seed = option(42, "seed of the training")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import read_command
 from sfumato.config.load import load_command_config
-from sfumato.config.prompts import MAX_STEPS, Prompt, parse_line, read_prompts
+from sfumato.config.prompts import MAX_IMAGE_SIDE, MAX_STEPS, Prompt, parse_line, read_prompts
 from sfumato.config.values import FilePath, FilePaths, Floats
 from sfumato.errors import UserError
 
@@ -41,8 +41,8 @@ class GenerateOptions(Options):
     network_weights: FilePaths = option((), "adapter files")
     network_mul: Floats = option((), "their multipliers, in their order; 1 where missing")
     outdir: FilePath = option(Path("outputs"), "folder for the images")
-    W: int | None = option(None, "width", ge=1)
-    H: int | None = option(None, "height", ge=1)
+    W: int | None = option(None, "width", ge=1, le=MAX_IMAGE_SIDE)
+    H: int | None = option(None, "height", ge=1, le=MAX_IMAGE_SIDE)
     steps: int | None = option(None, "sampling steps", ge=1, le=MAX_STEPS)
     scale: float | None = option(None, "classifier-free guidance; 1 for none")
     guidance: float | None = option(None, "embedded guidance, of models that have it")

@@ -8,7 +8,7 @@ from typing import Literal
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
 from sfumato.config.command import read_options
-from sfumato.config.values import FilePath
+from sfumato.config.values import FilePath, Seed
 
 
 class ToyOptions(Options):
@@ -16,7 +16,7 @@ class ToyOptions(Options):
 
     family: str = option(None, "the model family", positional=True, required=True)
     folder: FilePath = option(None, "the folder to write into", positional=True, required=True)
-    seed: int = option(0, "seed of the weights")
+    seed: Seed = option(0, "seed of the weights")
     layout: Literal["original", "diffusers"] = option(
         "original", "the family's own files, or a folder that diffusers' pipelines read"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import stat
@@ -127,7 +128,7 @@ def check_disk_space(folder: Path, needed: int, *, mine: str, what: str) -> None
     while not place.exists() and place != place.parent:
         place = place.parent
     replaced = 0
-    for path in folder.glob(f"{mine}*"):
+    for path in folder.glob(f"{glob.escape(mine)}*"):
         replaced += sum(file.stat().st_size for file in (path, *path.rglob("*")))
     free = shutil.disk_usage(place).free
     if needed > free + replaced:

@@ -6,10 +6,15 @@ import hashlib
 import random
 import struct
 
+SEED_COUNT = 2**64  # how many different ones there are
+
 
 def seed_of(seed: int, purpose: str, *counters: int) -> int:
-    """A 63-bit seed for one purpose and place; all counters are hashed since torch's CPU generator keeps 32 bits."""
-    packed = struct.pack(f"<{len(counters) + 1}q", seed, *counters)
+    """A 63-bit seed for one purpose and place; all counters are hashed since torch's CPU generator keeps 32 bits.
+
+    seed: of 64 bits, with a sign or without; -1 and 2**64 - 1 are the same.
+    """
+    packed = struct.pack(f"<Q{len(counters)}q", seed % SEED_COUNT, *counters)
     digest = hashlib.blake2b(purpose.encode() + b"\0" + packed, digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

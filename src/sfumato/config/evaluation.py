@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath
+from sfumato.config.values import FilePath, Seed
 
 
 class SampleOptions(Options):
@@ -50,7 +50,7 @@ class ValidationOptions(Options):
     """Validation"""
 
     validation_split: float = option(0.0, "share of the images held out for validation", ge=0, le=1)
-    validation_seed: int | None = option(None, "seed of the split and of the validation noise; default: --seed, or 0")
+    validation_seed: Seed | None = option(None, "seed of the split and of the validation noise; default: --seed, or 0")
     validate_every_n_steps: int | None = option(
         None, "validate every N steps; always done before the first and after the last step", ge=1
     )

@@ -9,11 +9,13 @@ from typing import Any
 from sfumato.common.text import EMPTY
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
+from sfumato.config.environment import describe_environment
 from sfumato.config.option_source import OptionSource, check_values, refuse_absent
 from sfumato.config.option_table import group_options
 from sfumato.config.paths import check_paths, suggest_path
 from sfumato.config.rules import broken_rules
 from sfumato.config.schema import THEMES, Config, vocabulary
+from sfumato.config.values import get_last_part
 from sfumato.errors import Problems
 
 IMPLIED = {  # a switch that includes another
@@ -68,12 +70,14 @@ def load_command_config(
         notes += source.notes
     notes += find_exposed_secrets(line.source)
     notes += drop_zero_periods(values)
+    notes += clean_output_name(values, sources)
     suspects |= refuse_planned(values, places, problems)
     for switch, included in IMPLIED.items():
         if values.get(switch) and not values.get(included):
             values[included], sources[included] = True, f"--{switch}"
 
     config = build_config(values, sources, notes)
+    config = config.model_copy(update={"notes": (*config.notes, *describe_environment(config))})
     check_paths(config, suspects | list_unchecked_paths(config), lambda name: places.get(name, f"--{name}"), problems)
     config = check_rules(config, suspects, problems, skip_rules)
     problems.raise_all()
@@ -133,6 +137,23 @@ def drop_zero_periods(values: dict[str, Any]) -> list[str]:
             values[name] = None
             notes.append(f"--{name} {period} is ignored: a period is at least 1")
     return notes
+
+
+def clean_output_name(values: dict[str, Any], sources: dict[str, str]) -> list[str]:
+    """Of an --output_name that is a path the last part counts, and an empty one is not given; gives the note about it.
+
+    Otherwise files would be hidden, or lie outside --output_dir.
+    """
+    name = values.get("output_name", "last")
+    last = get_last_part(name)
+    if not last:
+        del values["output_name"]
+        sources.pop("output_name", None)
+        return [f"--output_name is empty: files are called {vocabulary()['output_name'].default!r}"]
+    if name == last:
+        return []
+    values["output_name"] = last
+    return [f"--output_name is a path: files are called {last!r} and go to --output_dir, whatever it says before"]
 
 
 def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problems: Problems) -> set[str]:

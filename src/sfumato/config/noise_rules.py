@@ -37,6 +37,16 @@ def uses_huber(config: Config) -> bool:
 
 _CONFLICTS = (
     OptionRule(
+        code="timestep-range-reversed",
+        severity="conflict",
+        options=("min_timestep", "max_timestep"),
+        is_broken=lambda c: (
+            (c.noise.min_timestep or 0) > (1000 if c.noise.max_timestep is None else c.noise.max_timestep)
+        ),
+        what="--min_timestep is above --max_timestep",
+        fix="swap the two values",
+    ),
+    OptionRule(
         code="uncertainty-with-loss-weights",
         severity="conflict",
         options=("uncertainty_weighting", "weighting_scheme", *LOSS_WEIGHTS),

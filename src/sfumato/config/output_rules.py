@@ -56,6 +56,16 @@ _UNUSED = (
         fix="give one of them",
     ),
     OptionRule(
+        code="epochs-take-precedence",
+        severity="no effect",
+        options=("max_train_steps", "max_train_epochs"),
+        is_broken=lambda c: (
+            c.loop.max_train_epochs is not None and c.source("max_train_steps") not in ("default", "launcher")
+        ),
+        what="--max_train_steps is ignored: --max_train_epochs takes precedence",
+        fix="give one of them",
+    ),
+    OptionRule(
         code="initial-step-takes-precedence",
         severity="no effect",
         options=("initial_epoch", "initial_step"),

@@ -13,6 +13,7 @@ from typing import Any
 from sfumato.common.registry import did_you_mean
 from sfumato.common.text_files import read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
+from sfumato.config.values import check_seed
 from sfumato.errors import UserError
 
 SAMPLER_NAMES = (
@@ -20,6 +21,7 @@ SAMPLER_NAMES = (
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
 MAX_STEPS = 1000
+MAX_IMAGE_SIDE = 65536  # pixels; far beyond what any model makes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +64,25 @@ def _parse_positive(text: str) -> float:
     return float(text)
 
 
+def _parse_side(text: str) -> int:
+    if int(text) > MAX_IMAGE_SIDE:
+        raise ValueError
+    return int(text)
+
+
+def _parse_seed(text: str) -> int:
+    return check_seed(int(text))
+
+
+OPTION_START = re.compile(r"\s--")  # also after a tab or a full-width space
+OPTION_PARTS = re.compile(r"(\S*)\s*(.*)", re.DOTALL)  # name and value
+LINE_END = re.compile(r"\r\n|\r|\n")
 DIGITS, DECIMAL, ANY_TEXT = re.compile(r"\d+"), re.compile(r"[\d.]+"), re.compile(r".+")
 LINE_OPTIONS = {
     "n": LineOption("negative_prompt", ANY_TEXT, str),
-    "w": LineOption("width", DIGITS, int),
-    "h": LineOption("height", DIGITS, int),
-    "d": LineOption("seed", DIGITS, int),
+    "w": LineOption("width", DIGITS, _parse_side),
+    "h": LineOption("height", DIGITS, _parse_side),
+    "d": LineOption("seed", DIGITS, _parse_seed),
     "s": LineOption("sample_steps", DIGITS, lambda text: min(max(int(text), 1), MAX_STEPS)),
     "l": LineOption("scale", DECIMAL, float),
     "g": LineOption("guidance_scale", DECIMAL, float),
@@ -83,13 +98,16 @@ def parse_line(line: str, *, where: str) -> Prompt:
     """A prompt and its ` --x value` options; names match in any case, the last value of a repeated option counts.
 
     As in sd-scripts, an invalid option is ignored and the others are used; the prompt's notes name it. The words before
-    the first option are never read as an option.
+    the first option are never read as an option. A line of options alone is an empty prompt, which is noted.
     """
-    text, *options = line.strip().split(" --")
-    values: dict[str, Any] = {"prompt": text}
+    text, *options = OPTION_START.split(line.strip())
     notes: list[str] = []
+    if text.startswith("--") and (text[2:].split() or [""])[0].lower() in LINE_OPTIONS:
+        text, options = "", [text[2:], *options]
+        notes.append(f"{where}: has options alone, so its prompt is empty; put them on the line of their prompt")
+    values: dict[str, Any] = {"prompt": text}
     for option in options:
-        name, _, value = option.partition(" ")
+        name, value = OPTION_PARTS.findall(option)[0]
         if name.lower() not in LINE_OPTIONS:
             hint = did_you_mean(name, LINE_OPTIONS) if name.isalpha() else "options are written ` --w 512`"
             notes.append(f"{where}: {f'--{option}'!r} is not an option and is ignored ({hint})")
@@ -131,7 +149,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _read_txt(text: str, where: str) -> list[Prompt]:
     """One prompt per line; a line that starts with # is a comment."""
     prompts: list[Prompt] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(LINE_END.split(text), 1):
         if line.strip() and not line.startswith("#"):
             prompts.append(parse_line(line, where=f"{where}:{number}"))
     return prompts
@@ -139,7 +157,10 @@ def _read_txt(text: str, where: str) -> list[Prompt]:
 
 def _read_toml(text: str, where: str) -> list[Prompt]:
     """[prompt] holds defaults, [[prompt.subset]] the prompts, whose values take precedence."""
-    table = tomllib.loads(text).get("prompt", {})
+    content = tomllib.loads(text)
+    if not content:
+        return []
+    table = content.get("prompt", {})
     if not isinstance(table, dict) or not isinstance(table.get("subset"), list):
         what = f"{where}: no [[prompt.subset]]"
         raise UserError(what, code="prompt-file-without-subsets", fix="write one for each image, with prompt = ...")
@@ -153,7 +174,7 @@ def _read_toml(text: str, where: str) -> list[Prompt]:
 
 def _read_json(text: str, where: str) -> list[Prompt]:
     """A list of objects and of texts, which are parsed as lines of a .txt file."""
-    entries = json.loads(text)
+    entries = json.loads(text) if text.strip() else []
     if not isinstance(entries, list) or not all(isinstance(entry, dict | str) for entry in entries):
         what = f"{where}: not a list of prompts"
         raise UserError(what, code="prompt-file-without-list", fix='write [{"prompt": "..."}, ...]')
@@ -194,9 +215,20 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
     for name in ("width", "height", "sample_steps"):
         if values.get(name, 1) < 1:
             raise UserError(f"{where}: {name} is below 1", code="prompt-value-below-one")
+    for name in ("width", "height"):
+        if (values.get(name) or 1) > MAX_IMAGE_SIDE:
+            raise UserError(f"{where}: {name} is above {MAX_IMAGE_SIDE}", code="prompt-size-too-large")
+    _check_seed(values.get("seed"), where)
     if values.get("flow_shift") is not None and not values["flow_shift"] > 0:
         raise UserError(f"{where}: flow_shift is not above 0", code="prompt-flow-shift-not-positive")
     return Prompt(**values)
+
+
+def _check_seed(seed: int | None, where: str) -> None:
+    try:
+        check_seed(seed or 0)
+    except ValueError as error:
+        raise UserError(f"{where}: seed {seed} {error}", code="prompt-seed-too-large") from None
 
 
 def _check_type(name: str, type_name: str, value: object, where: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath, parse_int_choice
+from sfumato.config.values import FilePath, Seed, parse_int_choice
 
 
 class RunOptions(Options):
@@ -33,7 +33,7 @@ class LoopOptions(Options):
     max_train_epochs: int | None = option(None, "training epochs; takes precedence over --max_train_steps", ge=1)
     gradient_accumulation_steps: int = option(1, "batches per optimizer step", ge=1)
     max_bad_steps: int = option(5, "consecutive steps with a non-finite loss or gradients before training stops", ge=1)
-    seed: int | None = option(None, "random seed; default: random, and reported")
+    seed: Seed | None = option(None, "random seed; default: random, and reported")
     initial_epoch: int | None = option(None, "epoch to start from, counted from 1; earlier ones count as done", ge=1)
     initial_step: int | None = option(
         None, "step after which training starts; takes precedence over --initial_epoch and the step of a state", ge=0

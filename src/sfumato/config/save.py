@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import SecretStr
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import Counts, FilePath
+from sfumato.config.values import Counts, FileName, FilePath
 
 ADAPTER_FILE_ONLY = "an adapter is one file; only full training saves text encoders"
 
@@ -16,7 +16,7 @@ class SaveOptions(Options):
     """Saving"""
 
     output_dir: FilePath | None = option(None, "output folder")
-    output_name: str = option("last", "name of the output files, without extension")
+    output_name: FileName = option("last", "name of the output files, without extension")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
         None, "precision of the saved file; default: as trained"
     )

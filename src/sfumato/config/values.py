@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator, Strict
 
 from sfumato.config.base import Metavar
 from sfumato.config.file_syntax import BACKSLASH_FIX
 
+NEXT_ARGUMENT = re.compile(r"[\s,;][A-Za-z_]\w*=")
+PAIR_ARGUMENTS = ("network_reg_",)  # their values are pairs expression=value
+MAX_NAME_BYTES = 160  # of 255: files add steps, endings and more
 CONTROL_LETTER = re.compile(r"[\x01-\x1f]")
 
 
@@ -99,10 +102,19 @@ def parse_arguments(value: Any) -> dict[str, Any]:
             raise ValueError(f"has {str(item)!r}, which is not of the form name=value")
         if name in arguments:
             raise ValueError(f"has {name!r} twice")
-        if re.search(r"\s[A-Za-z_]\w*=", text):
-            raise ValueError(f"has {str(item)!r}, which looks like several arguments in one; separate them")
-        arguments[name] = parse_literal(text)
+        if NEXT_ARGUMENT.search(text) and not name.startswith(PAIR_ARGUMENTS) and parse_literal(text) == text:
+            raise ValueError(
+                f"has {str(item)!r}, which looks like several arguments in one; separate them with spaces, or as texts "
+                "of a list in a file"
+            )
+        arguments[name] = parse_literal(strip_comma(text))
     return arguments
+
+
+def strip_comma(text: str) -> str:
+    """Without the comma that separated the text from a next argument."""
+    stripped = text.rstrip()
+    return stripped.rstrip(",") if stripped.endswith(",") else text
 
 
 def parse_literal(text: str) -> Any:
@@ -123,7 +135,8 @@ def format_arguments(arguments: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for name, value in arguments.items():
         text = value if isinstance(value, str) else repr(value)
-        lines.append(f"{name}={text if parse_literal(text) == value else repr(text)}")
+        is_plain = parse_literal(strip_comma(text)) == value and not NEXT_ARGUMENT.search(text)
+        lines.append(f"{name}={text if is_plain or name.startswith(PAIR_ARGUMENTS) else repr(text)}")
     return lines
 
 
@@ -134,6 +147,30 @@ def parse_whole_number(value: Any) -> int | None:
     except (TypeError, ValueError):
         return None
     return int(number) if number is not None and number.is_integer() else None
+
+
+def check_seed(seed: int) -> int:
+    """The seed, which must fit into 64 bits, with a sign or without."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError("does not fit into 64 bits; write a seed from 0 to 18446744073709551615")
+    return seed
+
+
+def check_file_name(name: str) -> str:
+    """The name, whose last part must be possible for a file, and short enough for what is added to it."""
+    last = get_last_part(name)
+    if last in (".", "..") or (os.name == "nt" and re.search(r'[:*?"<>|]', last)):
+        raise ValueError("is not a file name; give the folder with --output_dir and the name alone")
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name):
+        raise ValueError("has letters that a file name cannot have")
+    if len(last.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"is longer than {MAX_NAME_BYTES} bytes")
+    return name
+
+
+def get_last_part(name: str) -> str:
+    """Of a name that may be a path."""
+    return re.split(r"[/\\]" if os.name == "nt" else "/", name.rstrip("/" + os.sep))[-1].strip()
 
 
 def parse_int_choice(value: Any) -> Any:
@@ -181,6 +218,8 @@ LearningRateList = Annotated[
     PlainSerializer(lambda r: ",".join(map(str, r))),
     Metavar("X,X,..."),
 ]
+FileName = Annotated[str, AfterValidator(check_file_name), Metavar("TEXT")]
+Seed = Annotated[int, AfterValidator(check_seed)]
 Steps = Annotated[int | float, PlainValidator(parse_steps), Metavar("N|X%")]
 Arguments = Annotated[
     dict[str, Any], BeforeValidator(parse_arguments), PlainSerializer(format_arguments), Metavar("NAME=VALUE ...")

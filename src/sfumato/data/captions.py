@@ -63,7 +63,7 @@ def change_tags(text: str, rules: CaptionRules, rng: Random, *, step: int, max_t
         rng.shuffle(flexible)
     if rules.caption_tag_dropout_rate > 0:
         flexible = [tag for tag in flexible if rng.random() >= rules.caption_tag_dropout_rate]
-    separator = rules.caption_separator
+    separator = rules.tag_separator
     return (separator if separator[-1:].isspace() else f"{separator} ").join([*first, *flexible, *last])
 
 
@@ -73,7 +73,7 @@ def split_tags(text: str, rules: CaptionRules) -> tuple[list[str], list[str], li
     keep_tokens_separator ends the first two groups and takes precedence over keep_tokens; empty tags are removed then.
     From its third occurrence on it separates tags like caption_separator.
     """
-    comma = rules.caption_separator
+    comma = rules.tag_separator
     if has_keep_tokens_separator(text, rules):
         first, flexible, *rest = text.split(rules.keep_tokens_separator, 2)
         last = "".join(rest).replace(rules.keep_tokens_separator, comma)
@@ -123,6 +123,11 @@ class CaptionRules:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+
+    @property
+    def tag_separator(self) -> str:
+        """What stands between tags; commas where caption_separator is empty."""
+        return self.caption_separator or ","
 
     @property
     def changes_tags(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions
 from sfumato.data.batch import Tensors
 from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
+from sfumato.errors import UserError
 from sfumato.families._file_kinds import CLIP_ENCODER, ShapeTable, require_kind
 from sfumato.families._tokenizers import CLIP_LENGTH, check_vocabulary_size
 from sfumato.families.part import Network, PartSpec
@@ -110,6 +111,17 @@ def find_tokenizer_folders(source: Source, model: ModelOptions, names: Sequence[
 def count_chunks(model: ModelOptions) -> int:
     """Chunks of 75 tokens in --max_token_length."""
     return (model.max_token_length or CHUNK_LENGTH) // CHUNK_LENGTH
+
+
+def check_clip_skip(model: ModelOptions, config: Mapping[str, Any]) -> None:
+    """Raise UserError where --clip_skip counts beyond the encoder's layers."""
+    layers = config["num_hidden_layers"]
+    if (model.clip_skip or 1) > layers:
+        raise UserError(
+            f"--clip_skip {model.clip_skip} is beyond the {layers} layers of the text encoder",
+            code="clip-skip-beyond-layers",
+            fix=f"give 1 (the last layer) to {layers}; 2 is usual for models of anime images",
+        )
 
 
 def check_vocabulary(tokenizer: Any, encoder: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sfumato.config import Config
+from sfumato.data.find.bucket_settings import SizeSteps
 from sfumato.families import register_families
 from sfumato.families.base import Family, find_family
 from sfumato.families.blueprint import Blueprint
@@ -27,3 +28,10 @@ def with_base_resolution(config: Config, blueprint: Blueprint) -> Config:
     """The config with the checkpoint's own resolution where none was given."""
     base = read_base_resolution(blueprint)
     return config if config.buckets.resolution is not None or base is None else config.with_values({"resolution": base})
+
+
+def read_size_steps(family: type[Family] | None) -> SizeSteps:
+    """What sides of images must be multiples of, in pixels, with and without buckets; 1 where no model is known."""
+    if family is None:
+        return SizeSteps(bucket=1, single=1)
+    return SizeSteps(bucket=family.bucket_step, single=family.sampling.size_multiple)

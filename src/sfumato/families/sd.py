@@ -85,6 +85,8 @@ class StableDiffusion(Family):
         vae = _vae.find_vae(source, model, {"scaling_factor": 0.18215})
         denoiser = _unet.read_unet(source, _unet_spec, _unet.count_heads if second else _set_eight_heads)
         _unet.check_channels(source, denoiser, vae)
+        clip = _read_clip(source)
+        _clip.check_clip_skip(model, clip.config)
         objective, notes, declared = _unet.read_objective(source, model, noise)
         v = objective.predicts == "v"
         return Blueprint(
@@ -95,7 +97,7 @@ class StableDiffusion(Family):
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip", "vae"),
             pipeline=_PIPELINE,
-            networks={"denoiser": denoiser, "clip": _read_clip(source), "vae": vae},
+            networks={"denoiser": denoiser, "clip": clip, "vae": vae},
             objective=objective,
             latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=64),
             metadata={"ss_v2": second},

@@ -21,7 +21,7 @@ from torch import Tensor
 from sfumato.common import files
 from sfumato.errors import InternalError, UserError
 from sfumato.formats.checkpoint import CHUNK_NUMEL, DTYPE_NAMES, MAX_IO_BYTES, resolve_dtype, view_bytes
-from sfumato.formats.header import DTYPE_BITS, TensorInfo, read_header
+from sfumato.formats.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorInfo, read_header
 
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPE_BITS)}
 TRANSFER_BYTES = 16 << 20  # copied from a device at a time
@@ -91,7 +91,7 @@ def build_header(
 ) -> tuple[bytes, dict[str, TensorInfo]]:
     """The file's header as bytes, and the tensors in file order with their offsets: wide dtypes first, then by name.
 
-    Raises InternalError for a dtype that safetensors files cannot hold.
+    Raises InternalError for a dtype that safetensors files cannot hold, UserError for more metadata than they can.
     """
     for name, (dtype, _) in specs.items():
         if dtype not in DTYPE_NAMES:
@@ -106,6 +106,13 @@ def build_header(
         start = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise UserError(
+            f"the metadata and names of tensors are {len(text):,} bytes long, but a safetensors file holds "
+            f"{MAX_HEADER_BYTES:,} of them",
+            code="safetensors-header-too-long",
+            fix="shorten the metadata, e.g. its thumbnail",
+        )
     first = 8 + len(text)
     infos = {}
     for name in ordered:

@@ -66,7 +66,7 @@ def make_training_metadata(config: Config, facts: TrainingFacts) -> dict[str, st
 
     Raises UserError for a thumbnail that cannot be read, long before the first save needs it.
     """
-    _read_thumbnail(config.metadata.metadata_thumbnail)
+    read_thumbnail(config.metadata.metadata_thumbnail)
     values: dict[str, Any] = {
         "ss_session_id": facts.session_id,
         "ss_training_started_at": facts.started_at,
@@ -162,7 +162,7 @@ def make_modelspec(
         "license": options.metadata_license,
         "tags": options.metadata_tags,
         "usage_hint": options.metadata_usage_hint,
-        "thumbnail": _read_thumbnail(options.metadata_thumbnail),
+        "thumbnail": read_thumbnail(options.metadata_thumbnail),
         "merged_from": options.metadata_merged_from and strip_paths(options.metadata_merged_from),
         "trigger_phrase": options.metadata_trigger_phrase,
         "preprocessor": options.metadata_preprocessor,
@@ -176,7 +176,7 @@ def make_modelspec(
 
 
 @lru_cache(maxsize=4)
-def _read_thumbnail(source: str | None) -> str | None:
+def read_thumbnail(source: str | None) -> str | None:
     """A data URL as it is, or an image file as one; read once, for all saves of a run."""
     if source is None or source.startswith("data:"):
         return source

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from sfumato.config import OptimOptions
 from sfumato.errors import Problems
-from sfumato.optim.lr_schedule import check_schedule
-from sfumato.optim.optimizers import choose_optimizer
+from sfumato.optim.lr_schedule import check_schedule, describe_schedule
+from sfumato.optim.optimizers import try_optimizer
 
 
-def check_optimizer(optim: OptimOptions, steps: int, problems: Problems) -> None:
-    """steps: of the schedule; 0 where nobody knows them."""
+def check_optimizer(optim: OptimOptions, steps: int, problems: Problems) -> list[str]:
+    """Add what cannot work to the problems; gives what the user should know of the rest.
+
+    steps: of the schedule; 0 where nobody knows them.
+    """
+    optimizer, notes = None, []
     with problems.catch():
-        choose_optimizer(optim)
+        optimizer = try_optimizer(optim)
     with problems.catch():
         if steps:
-            check_schedule(optim, steps)
+            check_schedule(optim, steps, optimizer)
+            notes += describe_schedule(optim, steps)
+    return notes

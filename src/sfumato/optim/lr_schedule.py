@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -17,12 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sfumato.common.registry import bind_arguments
 from sfumato.config import OptimOptions
-from sfumato.config.values import resolve_steps
+from sfumato.config.values import format_arguments, resolve_steps
 from sfumato.errors import UserError
 from sfumato.optim.classes import find_class, required_arguments
 from sfumato.optim.schedules import LR_SCHEDULES, Schedule, ScheduleShape
 
 log = logging.getLogger(__name__)
+TRIED_STEPS = 5000  # of a class of torch, beforehand
 
 
 class LrSchedule(Protocol):
@@ -110,12 +111,68 @@ def make_lr_schedule(optim: OptimOptions, optimizer: Optimizer, total: int) -> L
     return flat
 
 
-def check_schedule(optim: OptimOptions, total: int) -> None:
-    """Check the schedule before there are parameters; UserError for what cannot work."""
+def check_schedule(optim: OptimOptions, total: int, optimizer: Optimizer | None = None) -> None:
+    """Check the schedule before there are parameters; UserError for what cannot work at any of its steps.
+
+    optimizer: one of the run's kind, for a class of torch's to be tried on.
+    """
     if optim.lr_scheduler_type:
         find_torch_schedule(optim)
+        if optimizer is not None and not optim.schedule_free and not optim.relative_step:
+            try_torch_schedule(optim, optimizer, total)
     elif not optim.relative_step:
-        choose_schedule(optim)(0, make_schedule_shape(optim, total))
+        schedule, shape = choose_schedule(optim), make_schedule_shape(optim, total)
+        for step in (0, 1, shape.warmup, total - shape.decay, total - 1):
+            try_schedule(schedule, max(0, min(step, total - 1)), shape, optim)
+
+
+def try_schedule(schedule: Schedule, step: int, shape: ScheduleShape, optim: OptimOptions) -> None:
+    """UserError where the schedule cannot use the values of its arguments."""
+    try:
+        schedule(step, shape)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"--lr_scheduler {optim.lr_scheduler} cannot use {' '.join(format_arguments(optim.lr_scheduler_args))}: "
+            f"{error}",
+            code="schedule-arguments-refused",
+            fix="check --lr_scheduler_args",
+        ) from error
+
+
+def try_torch_schedule(optim: OptimOptions, optimizer: Optimizer, total: int) -> None:
+    """UserError where the class refuses its arguments, at once or at a later step.
+
+    Lists may hold a value for each parameter group, whose number nobody knows yet; such arguments are not tried.
+    """
+    if any(isinstance(value, list | tuple) for value in optim.lr_scheduler_args.values()):
+        return
+    schedule = make_torch_schedule(optim, optimizer)
+    try:
+        for step in range(min(total, TRIED_STEPS)):
+            schedule.set(optimizer, step)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"--lr_scheduler_type {optim.lr_scheduler_type} fails with its arguments: {error}",
+            code="scheduler-fails-later",
+            fix="check --lr_scheduler_args",
+        ) from error
+
+
+def describe_schedule(optim: OptimOptions, total: int) -> Iterator[str]:
+    """What the user should know of a warmup or decay that does not end within the run."""
+    if optim.schedule_free or optim.relative_step or optim.lr_scheduler_type or optim.lr_scheduler == "constant":
+        return
+    shape = make_schedule_shape(optim, total)
+    decay = shape.decay if optim.lr_scheduler == "warmup_stable_decay" else 0
+    if shape.warmup > total:
+        yield f"--lr_warmup_steps ({shape.warmup}) is longer than the run: its {total} steps stay in the warmup"
+    elif decay > total:
+        yield f"--lr_decay_steps ({decay}) is longer than the run: its {total} steps are the end of the decay"
+    elif shape.warmup + decay > total:
+        yield (
+            f"--lr_warmup_steps ({shape.warmup}) and --lr_decay_steps ({decay}) overlap in {total} steps: the learning "
+            "rate jumps from the end of the warmup into the decay"
+        )
 
 
 def choose_schedule(optim: OptimOptions) -> Schedule:
@@ -129,17 +186,10 @@ def choose_schedule(optim: OptimOptions) -> Schedule:
 
 def make_schedule_shape(optim: OptimOptions, total: int) -> ScheduleShape:
     """The schedule's parameters in steps; shares are of `total`."""
-    warmup, decay = resolve_steps(optim.lr_warmup_steps, total), resolve_steps(optim.lr_decay_steps, total)
-    if warmup + decay > total:
-        raise UserError(
-            f"--lr_warmup_steps ({warmup}) and --lr_decay_steps ({decay}) do not fit into {total} steps",
-            code="schedule-longer-than-run",
-            fix="give fewer steps, or shares of all steps, e.g. 10%",
-        )
     return ScheduleShape(
         total=total,
-        warmup=warmup,
-        decay=decay,
+        warmup=resolve_steps(optim.lr_warmup_steps, total),
+        decay=resolve_steps(optim.lr_decay_steps, total),
         cycles=optim.lr_scheduler_num_cycles,
         power=optim.lr_scheduler_power,
         timescale=optim.lr_scheduler_timescale,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,16 @@ def choose_optimizer(optim: OptimOptions) -> OptimizerChoice:
     return OptimizerChoice(
         name=name, entry=entry, optimizer_class=optimizer_class, arguments=dict(entry.defaults) | arguments
     )
+
+
+def try_optimizer(optim: OptimOptions) -> Optimizer:
+    """The optimizer over a single small parameter: UserError where its class refuses its arguments."""
+    choice = choose_optimizer(optim)
+    lr = {} if optim.relative_step else {"lr": optim.learning_rate or 1.0}
+    rows: list[dict[str, Any]] = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))]}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # e.g. that this parameter is on the CPU
+        return construct_optimizer(choice, rows, {**choice.arguments, **lr})
 
 
 def make_optimizer(optim: OptimOptions, groups: Sequence[ParameterGroup]) -> Optimizer:

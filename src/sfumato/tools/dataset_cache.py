@@ -14,7 +14,7 @@ from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.detection import describe_model, with_base_resolution
+from sfumato.families.detection import describe_model, read_size_steps, with_base_resolution
 from sfumato.families.part import Builder, Network
 from sfumato.families.source import on_meta
 from sfumato.tools.ignored_options import describe_ignored_options
@@ -43,8 +43,8 @@ def fill_dataset_caches(config: Config, *, machine: tuple[int, int] = (0, 1)) ->
     with problems.catch():
         family, blueprint = describe_model(config)
     config = with_base_resolution(config, blueprint) if blueprint else config
-    step, number = family.bucket_step if family else 1, processes.num_processes
-    data = find_data(config, bucket_step=step, processes=number, problems=problems)
+    steps, number = read_size_steps(family), processes.num_processes
+    data = find_data(config, bucket_step=steps.bucket, size_step=steps.single, processes=number, problems=problems)
     problems.raise_all()
     assert family is not None
     assert blueprint is not None

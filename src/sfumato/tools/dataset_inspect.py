@@ -12,7 +12,7 @@ from sfumato.data.find.inspect import DatasetInspection, inspect_plan
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 from sfumato.plan import with_seed
-from sfumato.tools.bucket_step import read_bucket_step
+from sfumato.tools.bucket_step import SizeSteps, detect_size_steps
 from sfumato.tools.caption_tokens import load_tokenizers
 from sfumato.tools.dataset_images import load_first_samples, make_page_images
 from sfumato.tools.dataset_page import PageImage, render_dataset_page
@@ -37,10 +37,12 @@ def inspect_dataset(
     """
     config = with_seed(config)
     problems = Problems()
-    step = read_bucket_step(config, problems)
-    data = find_data(config, bucket_step=step, decoding=False, problems=problems)  # the faults and notes of training
+    steps = detect_size_steps(config, problems)
+    data = find_data(
+        config, bucket_step=steps.bucket, size_step=steps.single, decoding=False, problems=problems
+    )  # the faults and notes of training
     notes = (*config.notes, *data.notes)
-    plan = make_lenient_plan(config, step)
+    plan = make_lenient_plan(config, steps)
     datasets = inspect_datasets(config, plan, decoding=decoding)
     add_damaged_images(datasets, problems)
     samples = load_first_samples(config, plan) if first_steps and not problems.found else []
@@ -62,11 +64,11 @@ def show_dataset(config: Config) -> None:
     inspect_dataset(config, html=config.save.output_dir / f"{config.save.output_name}.dataset.html", first_steps=True)
 
 
-def make_lenient_plan(config: Config, step: int) -> DataPlan:
+def make_lenient_plan(config: Config, steps: SizeSteps) -> DataPlan:
     """The plan that skips bad images and takes missing captions as empty, so that the rest can be inspected."""
     lenient = {"on_missing_caption": "empty", "on_bad_image": "skip"}
     config = config.model_copy(update={"dataset": config.dataset.model_copy(update=lenient)})
-    return find_data(config, bucket_step=step, decoding=False, problems=Problems())
+    return find_data(config, bucket_step=steps.bucket, size_step=steps.single, decoding=False, problems=Problems())
 
 
 def inspect_datasets(config: Config, plan: DataPlan, *, decoding: bool) -> list[DatasetInspection]:

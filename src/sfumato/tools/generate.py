@@ -108,7 +108,7 @@ def make_image_requests(request: GenerateRequest, model: Family) -> Iterator[Ima
             prompt,
             model,
             sampler=samples.sample_sampler,
-            seed=(first + index) % 2**32,
+            seed=(first + index) % 2**64,
             weighted=samples.prompt_weighting,
         )
         for line in (*prompt.notes, *list_ignored(prompt, image, model)):

@@ -14,7 +14,8 @@ from sfumato.config import Config
 from sfumato.config.listing import public_options
 from sfumato.config.secrets import collect_secrets
 from sfumato.data.ss_metadata import build_ss_metadata as data_metadata
-from sfumato.formats.metadata import TrainingFacts, make_training_metadata
+from sfumato.formats.metadata import TrainingFacts, make_training_metadata, read_thumbnail
+from sfumato.formats.metadata_limit import THUMBNAIL_KEY, fit_metadata
 from sfumato.optim.optimizers import describe_optimizer
 from sfumato.plan import RunPlan
 from sfumato.track.console import configure_logging
@@ -77,7 +78,7 @@ def name_devices(processes: PartialState) -> str:
 
 
 def make_run_metadata(plan: RunPlan, optimizer: Optimizer) -> dict[str, str]:
-    """The ss_ keys that are known before training; hashes of the named files excepted."""
+    """The ss_ keys that are known before training; hashes of the named files excepted. Reports what is shortened."""
     facts = TrainingFacts(
         session_id=random.SystemRandom().randrange(2**32),
         started_at=time.time(),
@@ -89,4 +90,9 @@ def make_run_metadata(plan: RunPlan, optimizer: Optimizer) -> dict[str, str]:
         family=plan.blueprint.metadata,
         method=plan.method.metadata(),
     )
-    return make_training_metadata(plan.config, facts)
+    metadata = make_training_metadata(plan.config, facts)
+    thumbnail = read_thumbnail(plan.config.metadata.metadata_thumbnail) or ""
+    tags = {} if plan.config.save.no_metadata else metadata
+    for note in fit_metadata({**tags, THUMBNAIL_KEY: thumbnail})[1]:
+        log.warning("%s", note)
+    return metadata

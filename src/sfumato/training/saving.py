@@ -14,6 +14,7 @@ from sfumato.config.listing import public_options
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.metadata import EMA_KEY, add_save_facts, keep_minimum, make_modelspec
+from sfumato.formats.metadata_limit import fit_metadata
 from sfumato.optim.averaging import eval_weights
 from sfumato.optim.ema import Ema
 from sfumato.training.previews import save_due_previews, save_previews
@@ -98,7 +99,8 @@ def save_output(run: Run, path: Path, step: int, more: Mapping[str, str] = EMPTY
     if run.config.save.no_metadata:
         metadata = keep_minimum(metadata)
     dtype = SAVE_DTYPES[run.config.save.save_precision]
-    run.method.write(run.model, path, metadata | run_modelspec(run), dtype)
+    fitted, _ = fit_metadata(metadata | run_modelspec(run))  # reported before the first step
+    run.method.write(run.model, path, fitted, dtype)
 
 
 def run_modelspec(run: Run) -> dict[str, str]:

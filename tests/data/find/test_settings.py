@@ -112,7 +112,6 @@ def test_repeated_and_empty_subsets(find, tmp_path):
     ("dataset", "code", "values"),
     [
         ("", "dataset-resolution-missing", []),
-        ("resolution = 100", "resolution-not-multiple", ["100,100", "16", "96,96"]),
         ("resolution = 512\nenable_bucket = true\nbucket_reso_steps = 48", "bucket-step-not-multiple", ["48", "64"]),
         ("resolution = 128\nenable_bucket = true", "resolution-below-buckets", ["128", "256"]),
         ("resolution = 2048\nenable_bucket = true", "resolution-above-buckets", ["2048", "1024"]),
@@ -155,6 +154,7 @@ def test_bucket_and_prior_options_without_effect_are_reported(find, tmp_path):
         (("--resolution", 512), "resolution = 64", "", "--resolution has no effect: dataset.toml gives resolution"),
         (("--keep_tokens", 2), "resolution = 64", "keep_tokens = 0", "--keep_tokens has no effect: dataset.toml gives"),
         ((), "resolution = 64", "keep_tokens = 2", "keep_tokens has no effect without shuffle_caption"),
+        (("--shuffle_caption",), "resolution = 64", "caption_separator = ''", "caption_separator is empty"),
         ((), "resolution = 64", "token_warmup_min = 2", "token_warmup_min has no effect without token_warmup_step"),
         ((), "resolution = 64\nmin_bucket_reso = 64", "", "min_bucket_reso: no effect without enable_bucket"),
         (
@@ -173,3 +173,15 @@ def test_options_without_effect_are_reported(find, tmp_path, argv, dataset, subs
         find.toml(text, *argv, "--strict")
     assert error.value.code == "data-option-without-effect"
     assert words in error.value.what
+
+
+@pytest.mark.parametrize(
+    ("given", "step", "rounded"),
+    [("[512, 650]", 8, (512, 648)), ("[512, 650]", 16, (512, 640)), ("512", 8, (512, 512)), ("4", 8, (8, 8))],
+)
+def test_without_buckets_a_size_is_rounded_down(find, tmp_path, given, step, rounded):
+    write_images(tmp_path / "a", 1)
+    plan = find.toml(f"[[datasets]]\nresolution = {given}\n{SUBSET}a'\n", size_step=step)
+    assert plan.datasets[0].settings.resolution == rounded
+    assert list(plan.buckets) == [rounded]
+    assert any("is rounded to" in note for note in plan.notes) == (given != "512")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sfumato.config.dataset_toml import OPTION_OF_KEY
 from sfumato.config.schema import vocabulary
@@ -13,20 +12,26 @@ from sfumato.data.find.findings import Findings
 from sfumato.errors import UserError
 
 
-def make_buckets(prefix: str, values: Mapping[str, Any], bucket_step: int, findings: Findings) -> Buckets:
+class SizeSteps(NamedTuple):
+    """What sides in pixels must be multiples of."""
+
+    bucket: int
+    single: int  # without buckets
+
+
+def make_buckets(prefix: str, values: Mapping[str, Any], steps: SizeSteps, findings: Findings) -> Buckets:
     """The buckets, with limits rounded to multiples of the step. UserError where the options contradict each other.
 
-    prefix: names the dataset in messages. values: by key of the dataset file. bucket_step: sides in pixels must be
-    multiples of it.
+    prefix: names the dataset in messages. values: by key of the dataset file.
     """
     if not values["enable_bucket"]:
-        return make_single_size(prefix, values, bucket_step, findings)
+        return make_single_size(prefix, values, steps, findings)
     step = values["bucket_reso_steps"]
-    if step % bucket_step:
+    if step % steps.bucket:
         raise UserError(
-            f"{prefix}bucket_reso_steps is {step}, but this model needs a multiple of {bucket_step}",
+            f"{prefix}bucket_reso_steps is {step}, but this model needs a multiple of {steps.bucket}",
             code="bucket-step-not-multiple",
-            fix=f"set bucket_reso_steps to {-(-step // bucket_step) * bucket_step}",
+            fix=f"set bucket_reso_steps to {-(-step // steps.bucket) * steps.bucket}",
         )
     if values["bucket_no_upscale"]:
         keys = ("min_bucket_reso", "max_bucket_reso")
@@ -40,22 +45,20 @@ def make_buckets(prefix: str, values: Mapping[str, Any], bucket_step: int, findi
     return Buckets(resolution=values["resolution"], shortest=rounded[0], longest=rounded[1], step=step)
 
 
-def make_single_size(prefix: str, values: Mapping[str, Any], bucket_step: int, findings: Findings) -> Buckets:
-    """Without enable_bucket: every image is brought to the resolution."""
+def make_single_size(prefix: str, values: Mapping[str, Any], steps: SizeSteps, findings: Findings) -> Buckets:
+    """Without enable_bucket: every image is brought to the resolution, rounded down to what the model can take."""
     resolution: Size = values["resolution"]
     if values["bucket_no_upscale"] and prefix:  # on the command line, the configuration reports it
         findings.report_no_effect(f"{prefix}bucket_no_upscale has no effect without enable_bucket")
     keys = ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
     report_unused_bucket_options(prefix, values, keys, "without enable_bucket", findings)
-    multiple = math.gcd(bucket_step, 16)  # a latent of even sides; buckets are coarser by convention only
-    if any(side % multiple for side in resolution):
-        nearest = ",".join(str(max(round(side / multiple), 1) * multiple) for side in resolution)
-        raise UserError(
-            f"{prefix}resolution {resolution[0]},{resolution[1]} is not a multiple of {multiple}",
-            code="resolution-not-multiple",
-            fix=f"use {nearest}, or enable_bucket",
+    width, height = (max(side // steps.single, 1) * steps.single for side in resolution)
+    if (width, height) != resolution:
+        findings.note(
+            f"{prefix}resolution {resolution[0]},{resolution[1]} is rounded to {width},{height}: without enable_bucket "
+            f"this model takes multiples of {steps.single}"
         )
-    return Buckets(resolution=resolution, enabled=False, step=bucket_step)
+    return Buckets(resolution=(width, height), enabled=False, step=steps.bucket)
 
 
 def check_limits(prefix: str, resolution: Size, shortest: int, longest: int) -> None:

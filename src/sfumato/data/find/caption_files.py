@@ -92,7 +92,7 @@ def parse_captions(
     Adds what is wrong with a file to `faults`, by row, and the rows whose first line alone is used to `shortened`.
     get_path: row -> the file, for messages.
     """
-    several, separator = subset.rules.enable_wildcard, subset.rules.caption_separator
+    several, separator = subset.rules.enable_wildcard, subset.rules.tag_separator
     for row, (content, extension) in enumerate(zip(contents, extensions, strict=False)):
         if extension != ".json" or not content:
             caption = parse_caption_file(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.index import get_default_cache_dir
 from sfumato.data.find.policy import Policy
-from sfumato.data.find.settings import SubsetSettings, load_dataset_settings
+from sfumato.data.find.settings import SizeSteps, SubsetSettings, load_dataset_settings
 from sfumato.data.find.sources import load_images, refuse_cache_among_images
 from sfumato.data.find.verify_images import find_decodable
 from sfumato.data.plans import DataPlan, DatasetPlan
@@ -28,6 +29,7 @@ def find_data(
     config: Config,
     *,
     bucket_step: int,
+    size_step: int | None = None,
     processes: int = 1,
     control: bool = False,
     decoding: bool = True,
@@ -35,7 +37,8 @@ def find_data(
 ) -> DataPlan:
     """Read all image folders and plan what is trained at which size and how often.
 
-    bucket_step: bucket sides in pixels must be multiples of it. processes: batches are formed over all of them.
+    bucket_step: bucket sides in pixels must be multiples of it. size_step: the same without buckets; by default 16, or
+    what it shares with bucket_step. processes: batches are formed over all of them.
     control: whether the method takes control images, one per image. decoding: whether images may be decoded, once each,
     where --on_bad_image skip is given.
     Every fault is added to `problems`; the plan is complete only if there are none. Writes nothing but the dataset
@@ -48,7 +51,8 @@ def find_data(
         cache_dir=config.cache.cache_dir or get_default_cache_dir(),
         decoding=decoding and config.dataset.on_bad_image == "skip",
     )
-    datasets, validation = plan_datasets(config, bucket_step, policy, findings)
+    steps = SizeSteps(bucket=bucket_step, single=size_step or math.gcd(bucket_step, 16))
+    datasets, validation = plan_datasets(config, steps, policy, findings)
     plan = DataPlan(
         datasets=tuple(datasets),
         validation=tuple(validation),
@@ -77,7 +81,7 @@ def find_data(
 
 
 def plan_datasets(
-    config: Config, bucket_step: int, policy: Policy, findings: Findings
+    config: Config, steps: SizeSteps, policy: Policy, findings: Findings
 ) -> tuple[list[DatasetPlan], list[DatasetPlan]]:
     """The training and the validation parts of all datasets without problems."""
     seed = choose_validation_seed(config)
@@ -85,7 +89,7 @@ def plan_datasets(
     validation: list[DatasetPlan] = []
     loaded: list[tuple[SubsetSettings, ImageTable]] = []
     with findings.problems.catch(), without_garbage_collection():
-        for settings, subsets in load_dataset_settings(config, bucket_step=bucket_step, findings=findings):
+        for settings, subsets in load_dataset_settings(config, steps=steps, findings=findings):
             with findings.problems.catch():
                 refuse_cache_among_images(subsets, policy.cache_dir)
                 sources = [(subset, load_subset_images(subset, policy, findings)) for subset in subsets]

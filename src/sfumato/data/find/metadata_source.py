@@ -293,7 +293,7 @@ class NamedImages:
         caption, rules = "", self.subset.rules
         try:
             caption = join_caption_fields(
-                fields, where, separator=rules.caption_separator, several_lines=rules.enable_wildcard
+                fields, where, separator=rules.tag_separator, several_lines=rules.enable_wildcard
             )
         except UserError as error:
             self.faults[len(self.keys)] = error

@@ -23,7 +23,7 @@ from sfumato.config.dataset_toml import (
 from sfumato.data.augment import ImageRules
 from sfumato.data.buckets import Buckets, Size
 from sfumato.data.captions import CaptionRules
-from sfumato.data.find.bucket_settings import make_buckets
+from sfumato.data.find.bucket_settings import SizeSteps, make_buckets
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folder_layout import FolderSubset, list_folder_subsets
 from sfumato.errors import UserError
@@ -45,7 +45,7 @@ IMAGE_VALUES = ("flip_aug", "color_aug", "random_crop", "face_crop_aug_range", "
 
 
 def load_dataset_settings(
-    config: Config, *, bucket_step: int, findings: Findings
+    config: Config, *, steps: SizeSteps, findings: Findings
 ) -> list[tuple[DatasetSettings | None, list[SubsetSettings]]]:
     """The datasets of --dataset_config, or the one that the options make, each with its subsets.
 
@@ -55,7 +55,7 @@ def load_dataset_settings(
     for where, tables, subsets in read_datasets(config, findings):
         settings = None
         with findings.problems.catch():
-            settings = make_dataset_settings(where, tables, subsets, config, bucket_step, findings)
+            settings = make_dataset_settings(where, tables, subsets, config, steps, findings)
         datasets.append((settings, subsets))
     return datasets
 
@@ -154,7 +154,7 @@ def make_dataset_settings(
     tables: Sequence[Table],
     subsets: Sequence[SubsetSettings],
     config: Config,
-    bucket_step: int,
+    steps: SizeSteps,
     findings: Findings,
 ) -> DatasetSettings:
     """UserError where sizes are missing or contradict each other."""
@@ -169,7 +169,7 @@ def make_dataset_settings(
     return DatasetSettings(
         where=where,
         batch_size=values["batch_size"],
-        buckets=make_buckets(prefix, values, bucket_step, findings),
+        buckets=make_buckets(prefix, values, steps, findings),
         network_multiplier=1.0 if multiplier is None else multiplier,
         skip_image_resolution=values["skip_image_resolution"],
         subsets=tuple(subsets),
@@ -192,6 +192,8 @@ def list_unread_options(subset: SubsetSettings) -> Iterator[str]:
         yield "cache_info has no effect: sizes and captions are always stored in the cache folder and checked"
     for name in sorted(set(subset.custom_attributes) - {PRESERVATION_KEY}):
         yield f"custom_attributes.{name} has no effect: nothing reads it"
+    if subset.rules.changes_tags and not subset.rules.caption_separator:
+        yield "caption_separator is empty, which separates no tags; commas do"
     if subset.rules.keep_tokens and not subset.rules.changes_tags:
         yield "keep_tokens has no effect without shuffle_caption, token_warmup_step or caption_tag_dropout_rate"
     if subset.rules.token_warmup_min != 1 and not subset.rules.token_warmup_step:

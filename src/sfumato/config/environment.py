@@ -1,0 +1,33 @@
+"""Settings of accelerate's launcher that reach a run through the environment; those without effect are named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from sfumato.config.schema import Config
+
+OFF = ("", "no", "none", "false", "0")
+REASONS = {  # variable -> why it has no effect
+    "ACCELERATE_DYNAMO_BACKEND": "nothing is compiled",
+    "DYNAMO_BACKEND": "nothing is compiled",
+    "ACCELERATE_USE_FSDP": "the processes exchange gradients, and each has the whole model",
+    "ACCELERATE_USE_DEEPSPEED": "the processes exchange gradients, and each has the whole model",
+    "ACCELERATE_USE_MEGATRON_LM": "the processes exchange gradients, and each has the whole model",
+}
+OPTIONS = {  # variable -> the option that counts instead
+    "ACCELERATE_MIXED_PRECISION": "mixed_precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+}
+
+
+def describe_environment(config: Config) -> Iterator[str]:
+    """A line for each variable that accelerate's launcher has set and that this run does not heed."""
+    for name, reason in REASONS.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in OFF:
+            yield f"{name}={value} in the environment has no effect: {reason}"
+    for name, option in OPTIONS.items():
+        value, own = os.environ.get(name, ""), config.value(option)
+        if value and value.lower() != str(own):
+            yield f"{name}={value} in the environment has no effect: --{option} counts, which is {own}"
