@@ -116,7 +116,7 @@ CASES: dict[Case, tuple[str, tuple[str, ...]]] = {  # code, and what the last li
     no_captions: ("captions-missing", ("caption",)),
     unknown_option: ("option-unknown", ("--lerning_rate", "learning_rate")),
     wrong_type: ("option-type-wrong", ("max_train_steps", "many")),
-    unknown_key: ("option-abbreviated", ("options.toml", "learning_rat", "learning_rate")),
+    unknown_key: ("config-key-misspelled", ("options.toml", "learning_rat", "learning_rate")),
     unknown_dataset_key: ("dataset-key-unknown", ("data.toml", "num_repeat", "num_repeats")),
     unwritable_output: ("folder-not-writable", ("--output_dir",)),
     planned_option: ("option-not-implemented", ("--fp8_base", "fp8 weights")),

@@ -1,8 +1,13 @@
-"""The configuration file: free sections, exact keys, and values of the right type."""
+"""The configuration file: free sections, what is ignored and named, and values whose meaning is certain."""
 
 from __future__ import annotations
 
 import pytest
+
+from sfumato.common.foreign_keys import foreign_kinds
+from sfumato.config import load_config
+from sfumato.config.schema import vocabulary
+from sfumato.errors import SeveralErrors, UserError
 
 
 def test_sections_are_free(load, write):
@@ -39,29 +44,28 @@ def test_a_byte_order_mark_is_skipped(load, tmp_path):
 @pytest.mark.parametrize(
     ("text", "code", "value"),
     [
-        ("network_dmi = 8", "option-unknown", "run.toml:1: network_dmi is not an option — did you mean network_dim?"),
-        ("[a]\n\nnetwork_di = 8", "option-abbreviated", "run.toml:3: network_di"),
-        ("seed = 1\n[b]\nseed = 2", "config-key-given-twice", "run.toml:3: seed"),
-        (
-            "[a]\ncaption_extension = '.a'\n[b]\ncaption_extention = '.b'",
-            "config-key-given-twice",
-            "run.toml:4: caption_extention",
-        ),
+        ("network_dmi = 8", "config-key-misspelled", "run.toml:1: network_dmi is not an option — did you"),
+        ("[a]\n\nnetwork_di = 8", "config-key-misspelled", "run.toml:3: network_di"),
+        ("Network-Dim = 8", "config-key-misspelled", "did you mean network_dim?"),
+        ("caption_extentoin = '.a'", "config-key-misspelled", "did you mean caption_extension?"),
         ("seed = 1\nseed = 2", "config-file-invalid-toml", "a key is given twice (at line 2"),
         ("[a]\n[a]", "config-file-invalid-toml", "a section is given twice"),
         ("seed = 'x'", "option-type-wrong", "run.toml:1: seed: 'x'"),
-        ("seed = '1'", "option-type-wrong", "run.toml:1: seed: '1'"),
+        ("seed = 1.5", "option-type-wrong", "run.toml:1: seed: 1.5"),
+        ("seed = '1.5'", "option-type-wrong", "run.toml:1: seed: '1.5'"),
+        ("seed = [1, 2]", "option-type-wrong", "run.toml:1: seed: [1, 2]"),
         ("seed = true", "option-type-wrong", "run.toml:1: seed: True"),
-        ("network_dim = 8.0", "option-type-wrong", "run.toml:1: network_dim: 8.0"),
+        ("network_dim = 8.5", "option-type-wrong", "run.toml:1: network_dim: 8.5"),
+        ("max_token_length = 200", "option-choice-unknown", "run.toml:1: max_token_length: 200"),
         ("learning_rate = true", "option-type-wrong", "run.toml:1: learning_rate: True"),
-        ("cache_latents = 'yes'", "option-type-wrong", "run.toml:1: cache_latents: 'yes'"),
+        ("cache_latents = 'maybe'", "option-type-wrong", "run.toml:1: cache_latents: 'maybe'"),
         ("cache_latents = 2", "option-type-wrong", "run.toml:1: cache_latents: 2"),
-        ("output_name = 7", "option-type-wrong", "run.toml:1: output_name: 7"),
+        ("output_name = true", "option-type-wrong", "run.toml:1: output_name: True"),
         ("network_args = 4", "option-value-malformed", "run.toml:1: network_args: has '4'"),
         ("lr_scheduler = 'cosin'", "option-choice-unknown", "run.toml:1: lr_scheduler: 'cosin' is not one of constant"),
-        ("config_file = 'x'", "config-key-command-line-only", "run.toml:1: config_file"),
         ("[[datasets]]\nresolution = 5", "config-section-nested", "--dataset_config"),
         ("[a]\n[a.b]\nseed = 1", "config-section-nested", "run.toml:1: b "),
+        ("[network_args.args]\nnetwork_dim = 1", "config-section-nested", "run.toml:1: args "),
         ('vae = "C:\\models\\x"', "config-file-invalid-toml", "write \\\\ for one backslash"),
         ("cache_latents = True", "config-file-invalid-toml", "true and false in lower case"),
         ("seed 1", "config-file-invalid-toml", "run.toml: "),
@@ -86,9 +90,54 @@ def test_a_missing_file_is_the_only_fault(faults, codes_of, write, tmp_path):
     assert faults(f"--config_file {tmp_path / 'runn.toml'}")[0].endswith(f"did you mean {tmp_path / 'run.toml'}?")
 
 
-def test_keys_of_front_ends_are_reported_and_ignored(load, write):
-    config = load(write("noise_offset_type = 'Original'\nepoch = 1"))
-    assert [note.split(":")[2] for note in config.notes] == [" noise_offset_type is ignored", " epoch is ignored"]
+FOREIGN = "epoch = 1\nlowvram = true\nconv_dim = 4\ntoken_string = 'x'\nsomething_else = 3\nnum_repeats = 10\n"
+FOREIGN += "config_file = 'other.toml'\noutput_config = false\nshiny = false\nempty = ''\n"
+
+
+def test_keys_of_other_programs_are_named_in_one_line(load, write):
+    (note,) = load(write(FOREIGN)).notes
+    assert note.startswith("run.toml:")
+    kinds = dict(part.split(": ") for part in note.partition(":")[2].strip().split("\n    "))
+    assert kinds == {
+        "ignored, of a front end or accelerate": "epoch, lowvram",
+        "ignored, only in network_args": "conv_dim",
+        "ignored, of other scripts": "token_string",
+        "ignored, unknown": "something_else",
+        "ignored, only in the file of dataset_config": "num_repeats",
+        "ignored, only on the command line": "config_file",
+    }
+
+
+def test_strict_refuses_each_of_them(codes_of, write):
+    assert codes_of([write(FOREIGN), "--strict"]) == ["refused-by-strict"] * 7
+    assert codes_of([write("seed = 1.0\nvae = ''\n[x]\nseed = '2'"), "--strict"]) == ["refused-by-strict"] * 4
+    assert codes_of(write("strict = true\nepoch = 1")) == ["refused-by-strict"]
+    assert not codes_of([write("seed = 1\nlowvram = false\nlr_scheduler_args = []\nflip_aug = false"), "--strict"])
+
+
+def test_no_known_key_of_another_program_is_an_option():
+    assert not foreign_kinds().keys() & vocabulary().keys()
+
+
+def test_of_a_key_in_two_sections_the_last_counts(load, write):
+    config = load(write("seed = 1\n[b]\nseed = 2\ncaption_extension = '.a'\n[c]\ncaption_extention = '.b'"))
+    assert (config.loop.seed, config.captions.caption_extension) == (2, ".b")
+    assert config.notes == ("run.toml: read, given again, the last counts: seed, caption_extension",)
+
+
+def test_a_file_that_cannot_be_read_is_the_only_fault(tmp_path):
+    """What is missing may well be in that file."""
+    for name, text in (("run.toml", "seed 1"), ("run.json", "{"), ("run.toml", "seed = '\xff"), ("run.json", "[]")):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError) as raised:
+            load_config([f"--config_file={tmp_path / name}", "--resolution=512"])
+        assert not isinstance(raised.value, SeveralErrors)
+
+
+def test_a_section_called_like_an_option_with_arguments_holds_them(load, write):
+    config = load(write("[optimizer_args]\nweight_decay = 0.1\n[network_args]\nnetwork_dim = 8"))
+    assert config.optim.optimizer_args == {"weight_decay": 0.1}
+    assert (config.network.network_dim, config.network.network_args) == (8, {})
 
 
 def test_a_file_as_a_front_end_writes_it(load, write):

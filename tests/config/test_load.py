@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_all_faults_at_once(write, tmp_path):
     texts = [str(error) for error in raised.value.errors]
     wanted = {
         "--sed": "option-unknown",
-        "run.toml:1: nettwork_dim": "option-unknown",
+        "run.toml:1: nettwork_dim": "config-key-misspelled",
         "run.toml:2: seed: 'x'": "option-type-wrong",
         "--learning_rate: 'fast'": "option-type-wrong",
         "--lr_scheduler: 'sine'": "option-choice-unknown",
@@ -86,7 +87,7 @@ def test_all_faults_at_once(write, tmp_path):
 
 def test_one_fault_is_not_reported_twice(tmp_path):
     """A misspelt or mistyped option is not called missing, too."""
-    argv = ["--pretrained_model_name_or_pat", "a/b", "--train_data_dirr", str(tmp_path), "--output_dirr", "x"]
+    argv = ["--pretrained_model_name_or_pathh", "a/b", "--train_data_dirr", str(tmp_path), "--output_dirr", "x"]
     with pytest.raises(SeveralErrors) as raised:
         load_config([*argv, "--resolution", "big"])
     assert len(raised.value.errors) == 4
@@ -115,15 +116,18 @@ def test_every_planned_option_is_refused(faults, codes_of, name):
     assert option.facts.planned in text
 
 
-def test_an_option_that_the_script_does_not_have(faults, codes_of, write):
-    absent = {"clip_l": "it belongs to another script", "seed": "no dice"}
-    argv = ["--clip_l", "x", write("seed = 1")]
+def test_an_option_that_the_script_does_not_have(faults, codes_of, load, write):
+    absent = {"clip_l": "it belongs to another script", "seed": "no dice", "method": "the name says it"}
+    argv = ["--clip_l", "x", write("method = 'full'")]
     assert codes_of(argv, absent=absent) == ["option-of-another-script"] * 2
     first, second = faults(argv, absent=absent)
     assert first.startswith("--clip_l ")
     assert first.endswith("it belongs to another script")
-    assert second.startswith("run.toml:1: seed ")
-    assert second.endswith("no dice")
+    assert second.startswith("run.toml:1: method ")
+    assert second.endswith("the name says it")
+    config = load(write("clip_l = 'x'\nseed = 7"), absent=absent)  # one file for several scripts
+    assert (config.model.clip_l, config.loop.seed) == (None, None)
+    assert config.notes == ("run.toml: ignored, of other scripts: clip_l, seed",)
 
 
 def test_what_includes_what(load):
@@ -158,14 +162,17 @@ def test_secrets_are_nowhere(load, faults, write, name):
     for argv in (
         [f"--{name}", "x", SECRET],
         [f"--{name}x", SECRET],
-        [f"--{name[:-2]}", SECRET],
-        [write(f"{name} = ['{SECRET}']")],
+        [f"--{name}", SECRET, SECRET],
         [write(f"{name}x = '{SECRET}'")],
         [write(f"{name} = {SECRET}")],
     ):
         found = faults(argv)
         assert found
         assert SECRET not in " ".join(found)
+    for argv in ([f"--{name[:-2]}", SECRET], [write(f"{name} = ['{SECRET}', '{SECRET}']")], [write(f"{name} = 12345")]):
+        found = [*faults(argv), *(load(argv).notes if not faults(argv) else ())]
+        assert found
+        assert not {SECRET, "12345"} & set(re.findall(r"[\w-]+", " ".join(found)))
 
 
 def test_secrets_are_not_in_the_repr():

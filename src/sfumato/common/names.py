@@ -34,20 +34,6 @@ OPTION_ALIASES = {  # old spelling -> option
     "skip_latents_validity_check": "skip_cache_check",
 }
 
-# Keys that front ends write into a configuration file although no script reads them: reported, never an error.
-FOREIGN_KEYS = {  # key -> what to know about it
-    "noise_offset_type": "a front end's note of which noise options it shows",
-    "epoch": "a front end's own; the number of epochs is max_train_epochs",
-    "lowvram": "a front end's own; no trainer reads it",
-    "stop_text_encoder_training": "only full training of a whole model knows it",
-    "mem_eff_save": "only full training of a whole model knows it",
-    "single_blocks_to_swap": "replaced by blocks_to_swap",
-    "double_blocks_to_swap": "replaced by blocks_to_swap",
-    "loraplus_lr_ratio": "it counts only inside network_args",
-    "loraplus_unet_lr_ratio": "it counts only inside network_args",
-    "loraplus_text_encoder_lr_ratio": "it counts only inside network_args",
-}
-
 SCRIPT_ALIASES = {  # name in use elsewhere -> script
     "train_controlnet": "train_control_net",
     "sdxl_train_controlnet": "sdxl_train_control_net",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 from sfumato.errors import UserError
 
 T = TypeVar("T")
+SHORT_NAME, LONG_NAME = 4, 8  # letters
 
 
 def find_nearest(name: str, choices: Iterable[str]) -> str | None:
@@ -17,6 +19,42 @@ def find_nearest(name: str, choices: Iterable[str]) -> str | None:
     by_lower = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[close[0]] if close else None
+
+
+def find_misspelled(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that differs from a name by a typing error alone; None where the name may well be another word.
+
+    A typing error: other case or signs between the words, or one letter too many, too few, wrong or exchanged with its
+    neighbor; two such in names of 8 letters and more, none in names of 3 and less.
+    """
+    plain, best = spell_plainly(name), None
+    for choice in choices:
+        other = spell_plainly(choice)
+        shorter = min(len(plain), len(other))
+        allowed = 2 if shorter >= LONG_NAME else int(shorter >= SHORT_NAME)
+        if abs(len(plain) - len(other)) <= allowed:
+            distance = count_edits(plain, other)
+            if distance <= allowed and (best is None or distance < best[0]):
+                best = (distance, choice)
+    return best[1] if best else None
+
+
+def spell_plainly(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def count_edits(first: str, second: str) -> int:
+    """Letters to insert, remove, replace or exchange with a neighbor (optimal string alignment distance)."""
+    before: list[int] = []
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, 1):
+        older, before, row = before, row, [i]
+        for j, other in enumerate(second, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == second[j - 2] and first[i - 2] == other:
+                cost = min(cost, older[j - 2] + 1)
+            row.append(cost)
+    return row[-1]
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from sfumato.common.names import FOREIGN_KEYS, NETWORK_MODULES, OPTION_ALIASES, PLANNED_NETWORK_MODULES
+from sfumato.common.foreign_keys import FOREIGN_KEYS
+from sfumato.common.kohya_gui import RENAMED
+from sfumato.common.names import NETWORK_MODULES, OPTION_ALIASES, PLANNED_NETWORK_MODULES
 from sfumato.compat.scripts import SCRIPTS, load_script_options
 from sfumato.config.base import Option
 from sfumato.config.option_table import group_options
@@ -18,7 +20,13 @@ OPTIONS_PAGE_HEAD = """# Options
 Every option has one name: `--network_dim 16` on the command line, `network_dim = 16` in the file of `--config_file`,
 whose section headings are free. The command line takes precedence over the file, the file over what a script sets, and
 that over the defaults below. A switch stands alone on the command line (`--cache_latents`, off again with
-`--no_cache_latents`) and is `true` or `false` in the file. Names are never abbreviated.
+`--no_cache_latents`) and is `true` or `false` in the file. The beginning of a name is taken where only one
+option has it.
+
+The file is TOML, or JSON as the window of kohya_ss saves it. As for sd-scripts, `false`, an empty text, and a 0 that is
+no value of an option mean that it is not given; so does a key of another script or front end. `"1e-4"`, `64.0` and
+`"True"` are what they spell, and of a key in two sections the last counts. One line before the start names all of
+this. A key that is only a letter or two away from an option is an error, and `--strict` makes all of these errors.
 
 Status: **yes**: works. **later**: known and typed, refused until the named feature is implemented.
 **no effect**: accepted and reported. *Scripts*: which of sd-scripts have the option; `sfumato train` has all.
@@ -85,7 +93,8 @@ def render_names() -> str:
     modules = [f"| `{name}` | {adapter} |" for name, adapter in NETWORK_MODULES.items()]
     modules += [f"| `{name}` | later: {feature} |" for name, feature in PLANNED_NETWORK_MODULES.items()]
     aliases = [f"* `--{old}` is `--{new}`." for old, new in OPTION_ALIASES.items()]
-    foreign = [f"* `{name}`: {why}." for name, why in FOREIGN_KEYS.items()]
+    foreign = [f"* {kind}: {', '.join(f'`{key}`' for key in keys)}." for kind, keys in FOREIGN_KEYS.items()]
+    renamed = [f"`{key}` is `{option}`" for key, option in RENAMED.items()]
     return "\n".join(
         [
             "## Names in use elsewhere\n",
@@ -94,8 +103,11 @@ def render_names() -> str:
             "",
             *aliases,
             "",
-            "Keys that front ends write into the configuration file are reported and ignored:\n",
+            "Keys of other programs in the configuration file are named in one line and ignored:\n",
             *foreign,
+            "",
+            f"In a JSON file that kohya_ss saved, {', '.join(renamed)}; `LoRA_type`, `epoch`, `lr_warmup` and",
+            "the other fields mean the options that its window would start sd-scripts with.",
             "",
         ]
     )

@@ -61,7 +61,7 @@ def read_command(
     own = make_option_table({theme.__name__: theme for theme in themes}, aliases=aliases)
     table = merge_tables(own, training_table()) if training else own
     problems = Problems()
-    source = read_command_line(argv, problems, table)
+    source = read_command_line(argv, problems, table, absent, is_lenient=training)
     refuse_absent(source, absent, problems)
     values = check_values(source, problems)
     report_missing(own, source, problems)

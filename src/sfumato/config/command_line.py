@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
-from sfumato.config.option_source import OptionSource, report_unknown
+from sfumato.config.loose_keys import EMPTY_OPTION, SHORT_NAME, LooseKey
+from sfumato.config.option_source import OptionSource, list_longer_names, report_unknown
 from sfumato.config.option_table import OptionTable
 from sfumato.config.schema import training_table
 from sfumato.errors import Problems
+
+TEXTS = ("TEXT", "")  # placeholders of options for which an empty text is a value, and of switches
 
 
 class BareWords(NamedTuple):
@@ -20,10 +23,18 @@ class BareWords(NamedTuple):
     secret: bool = False  # they follow a secret, and may be one
 
 
-def read_command_line(argv: Sequence[str], problems: Problems, table: OptionTable | None = None) -> OptionSource:
+def read_command_line(
+    argv: Sequence[str],
+    problems: Problems,
+    table: OptionTable | None = None,
+    absent: Container[str] = (),
+    *,
+    is_lenient: bool = True,
+) -> OptionSource:
     """`--name`, `--name value`, `--name=value`, `--name value value` for lists, `--no_name` for switches.
 
-    table: what is known; the options of training by default.
+    table: what is known; the options of training by default. absent: options that the script does not have.
+    is_lenient: as for sd-scripts, a beginning that only one option has is its name; an empty path or number is none.
     """
     source = OptionSource(source="command line", typed=False, table=table or training_table())
     bare: list[BareWords] = []
@@ -35,7 +46,7 @@ def read_command_line(argv: Sequence[str], problems: Problems, table: OptionTabl
             following += 1
         values, words = words[:following], words[following:]
         if is_option(word):
-            bare.append(store_option(word, values, source, problems))
+            bare.append(store_option(word, values, source, problems, absent if is_lenient else None))
         else:
             bare.append(BareWords([word, *values], "at the start"))
     store_positionals(bare, source, problems)
@@ -47,14 +58,19 @@ def is_option(word: str) -> bool:
     return re.match(r"--|-[A-Za-z]|[–—]", word) is not None
 
 
-def store_option(word: str, values: list[str], source: OptionSource, problems: Problems) -> BareWords:
-    """Store one option with the words that follow it; gives those that it does not take."""
+def store_option(
+    word: str, values: list[str], source: OptionSource, problems: Problems, absent: Container[str] | None = None
+) -> BareWords:
+    """Store one option with the words that follow it; gives those that it does not take.
+
+    absent: options of other scripts, which no beginning means; None where names are whole and values are not empty.
+    """
     flag, equals, attached = word.partition("=")
     written = re.sub(r"^[-–—]+", "", flag)
     options = source.table.options
     name = source.table.aliases.get(written, written)
     off = name not in options and is_negation(name, source.table)
-    name = name.removeprefix("no_") if off else name
+    name = name.removeprefix("no_") if off else complete_name(name, flag, source, absent)
     surplus = BareWords([], "")
     if name not in options or not flag.startswith("--"):
         report_unknown(flag, written, source, problems, write="--{}")
@@ -68,6 +84,8 @@ def store_option(word: str, values: list[str], source: OptionSource, problems: P
             return surplus
         store_value(name, not off, flag, source)
         surplus = BareWords(values, f"after {flag}, which takes no value")
+    elif absent is not None and option.metavar not in TEXTS and values and not any(values):
+        source.loose.append(LooseKey(reason=EMPTY_OPTION, name=f"--{name}", place=flag))
     elif option.arity == "many":
         store_value(name, tuple(values), flag, source)
     elif not values:
@@ -77,6 +95,15 @@ def store_option(word: str, values: list[str], source: OptionSource, problems: P
         store_value(name, values[0], flag, source)
         surplus = BareWords(values[1:], f"after {flag}, which takes one value", option.secret)
     return surplus
+
+
+def complete_name(name: str, flag: str, source: OptionSource, absent: Container[str] | None) -> str:
+    """The one option that a name is the beginning of, which becomes a loose key; else the name itself."""
+    longer = [] if absent is None else list_longer_names(name, source.table, absent)
+    if name in source.table.options or len(longer) != 1 or not flag.startswith("--"):
+        return name
+    source.loose.append(LooseKey(reason=SHORT_NAME, name=f"{flag} is --{longer[0]}", place=flag))
+    return longer[0]
 
 
 def is_negation(name: str, table: OptionTable) -> bool:

@@ -1,144 +1,155 @@
-"""Reads the configuration file: TOML with free section names, whose keys are option names."""
+"""Reads the configuration file: TOML with free section names, or JSON, whose keys are option names.
+
+As in sd-scripts, a file may hold more than options: what belongs to other programs, or says nothing, is ignored. One
+line names all of it, and --strict refuses it.
+"""
 
 from __future__ import annotations
 
-import re
-import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from sfumato.common.names import FOREIGN_KEYS, OPTION_ALIASES
-from sfumato.common.text_files import read_text_file
-from sfumato.config.base import Option
-from sfumato.config.file_syntax import suggest_toml_fix
-from sfumato.config.option_source import OptionSource, report_unknown
-from sfumato.config.schema import THEMES, vocabulary
+from sfumato.common.foreign_keys import foreign_kinds
+from sfumato.common.kohya_gui import SavedForm, is_saved_form, read_saved_form
+from sfumato.common.names import OPTION_ALIASES
+from sfumato.common.registry import find_misspelled
+from sfumato.config.config_text import find_line, read_config_table
+from sfumato.config.file_values import ARGUMENTS, is_not_given, is_plain_default, read_file_value
+from sfumato.config.loose_keys import (
+    COMMAND_LINE_KEY,
+    EMPTY_KEY,
+    OTHER_NAME,
+    OTHER_VALUE,
+    REPEATED_KEY,
+    UNKNOWN_KEY,
+    LooseKey,
+)
+from sfumato.config.option_source import OptionSource
+from sfumato.config.schema import vocabulary
 from sfumato.errors import Problems
 
-COMMAND_LINE_ONLY = {  # options that are no keys of the file
-    "config_file": "a configuration file cannot name another one",
-    "output_config": "it belongs on the command line",
-}
+NOTHING = ("", None, False, 0, [])  # values of which nothing is lost if their key is ignored
+COMMAND_LINE_ONLY = ("config_file", "output_config")  # options that are no keys of the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileKey:
+    """One key of a file, as it is written."""
+
+    section: str  # empty for keys above all headings
+    name: str
+    value: Any
 
 
 def resolve_config_path(name: Path) -> Path:
-    """The path with .toml appended if it is missing."""
-    return name if name.suffix == ".toml" else name.with_name(name.name + ".toml")
+    """The path with .toml appended if it has no ending of ours, or with .json where only that file exists."""
+    if name.suffix.lower() in (".toml", ".json"):
+        return name
+    toml, json = (name.with_name(name.name + suffix) for suffix in (".toml", ".json"))
+    return json if json.exists() and not toml.exists() else toml
 
 
-def read_config_file(path: Path, problems: Problems) -> OptionSource:
-    """The values of the file in their TOML types; unknown keys, keys given twice and invalid TOML are problems."""
+def read_config_file(path: Path, problems: Problems) -> OptionSource | None:
+    """The values of the file in the options' types where their meaning is certain; None where it cannot be read.
+
+    Typing errors, values without a certain meaning and sections inside sections are problems.
+    """
+    read = read_config_table(path, problems)
+    if read is None:
+        return None
+    table, text = read
     source = OptionSource(source=path.name, typed=True)
-    text = read_config_text(path, problems)
-    if text is None:
-        return source
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        what = f"{path}: {reword_toml_error(str(error), text)}"
-        problems.add(what, code="config-file-invalid-toml", fix=suggest_toml_fix(text, error))
-        return source
-    headings: dict[str, str] = {}
-    empty: list[str] = []
-    for section, key, value in iterate_keys(table):
-        name = OPTION_ALIASES.get(key, key)
-        if is_not_given(name, value):
-            if value is not False:
-                empty.append(name)
-            continue
-        place = f"{path.name}:{find_line(text, key, section)}: {key}"
-        heading = f"[{section}]" if section else "the part above all sections"
-        if name in headings:
-            fix = f"keep one of those in {headings[name]} and in {heading}"
-            problems.add(f"{place} is given twice", code="config-key-given-twice", fix=fix)
-        elif store_key(name, value, place, source, problems):
-            headings[name] = heading
-    if empty:
-        source.notes.append(f"{path.name}: empty or 0, so not given: {', '.join(empty)}")
+    form = read_saved_form(table) if path.suffix.lower() == ".json" and is_saved_form(table) else None
+    for key in list_form_keys(form) if form else iterate_keys(table):
+        origin = form.origins.get(key.name, key.name) if form else key.name
+        place = f"{path.name}:{find_line(text, origin, key.section)}: {origin}"
+        if origin != key.name:
+            source.loose.append(LooseKey(reason=OTHER_NAME, name=f"{origin} is {key.name}", place=place))
+        store_key(key, place, source, problems)
+    if form:
+        report_form(form, path, text, source, problems)
     return source
 
 
-def is_not_given(name: str, value: Any) -> bool:
-    """Whether a key says what the option is without it: front ends write every option, as false, "" or 0."""
-    option = vocabulary().get(name)
-    if option is None:
-        return False
-    if isinstance(value, bool):
-        return value is False and option.arity == "flag" and option.default is False
-    return value == "" or (value == 0 and refuses_zero(option))
+def report_form(form: SavedForm, path: Path, text: str, source: OptionSource, problems: Problems) -> None:
+    """Add what a saved form has without effect, and refuse words that only a command line takes."""
+    for name, why in form.unused.items():
+        place = f"{path.name}:{find_line(text, name, '')}: {name}"
+        source.loose.append(LooseKey(reason=why, name=name, place=place))
+    if form.words:
+        place = f"{path.name}:{find_line(text, 'additional_parameters', '')}: additional_parameters"
+        what = f"{place} are words of a command line"
+        problems.add(what, code="config-key-with-words", fix="clear it, and append its words to the command")
 
 
-def refuses_zero(option: Option) -> bool:
-    """Whether 0 is outside the limits of a number, so that it can only mean none."""
-    try:
-        THEMES[option.theme].model_validate({option.name: 0}, strict=False)
-    except ValidationError as error:
-        return error.errors()[0]["type"] in ("greater_than", "greater_than_equal")
-    return False
+def list_form_keys(form: SavedForm) -> list[FileKey]:
+    """The keys of a saved form; what follows from several of them comes last."""
+    return [FileKey(section="", name=name, value=value) for name, value in (form.rest | form.options).items()]
 
 
-def read_config_text(path: Path, problems: Problems) -> str | None:
-    with problems.catch():
-        try:
-            return read_text_file(path)
-        except OSError as error:
-            problems.add(f"--config_file: cannot read {path} ({error.strerror})", code="config-file-unreadable")
-    return None
-
-
-def iterate_keys(table: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(section, key, value) of every key; the section is empty for keys above all headings."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            for inner_key, inner_value in value.items():
-                yield key, inner_key, inner_value
+def iterate_keys(table: dict[str, Any]) -> Iterator[FileKey]:
+    """Every key of the table and of its sections; a section that is called like an option with arguments is that."""
+    for name, value in table.items():
+        if isinstance(value, dict) and not is_argument_table(name, value):
+            for inner, inner_value in value.items():
+                yield FileKey(section=name, name=inner, value=inner_value)
         else:
-            yield "", key, value
+            yield FileKey(section="", name=name, value=value)
 
 
-def store_key(name: str, value: Any, place: str, source: OptionSource, problems: Problems) -> bool:
-    """Store one key; True if it is an option."""
+def is_argument_table(name: str, table: dict[str, Any]) -> bool:
+    """Whether e.g. [optimizer_args] holds arguments, and is not a section of options that bears this name."""
+    known = vocabulary()
+    is_section = any(key in known or isinstance(value, dict) for key, value in table.items())
+    return name in known and known[name].metavar == ARGUMENTS and not is_section
+
+
+def store_key(key: FileKey, place: str, source: OptionSource, problems: Problems) -> None:
+    """Store one key where it is an option with a value; else it becomes a loose key or a problem."""
+    name = OPTION_ALIASES.get(key.name, key.name)
+    option = vocabulary().get(name)
     if name in COMMAND_LINE_ONLY:
-        what = f"{place} cannot be given in a configuration file"
-        problems.add(what, code="config-key-command-line-only", fix=COMMAND_LINE_ONLY[name])
-    elif name in vocabulary():
-        if vocabulary()[name].arity == "flag" and type(value) is int and value in (0, 1):
-            value = bool(value)
+        if key.value:
+            source.loose.append(LooseKey(reason=COMMAND_LINE_KEY, name=name, place=place))
+    elif option is None:
+        store_other_key(key, place, source, problems)
+    elif is_not_given(option, key.value):
+        if not is_plain_default(option, key.value):
+            source.loose.append(LooseKey(reason=EMPTY_KEY, name=name, place=place))
+    else:
+        if name in source.values:
+            source.loose.append(LooseKey(reason=REPEATED_KEY, name=name, place=place))
+        value = read_file_value(option, key.value)
+        if is_changed(key.value, value):
+            is_shown = type(value) is type(key.value) and not option.secret
+            detail = f"{key.name} {key.value} is {value}" if is_shown else key.name
+            source.loose.append(LooseKey(reason=OTHER_VALUE, name=detail, place=place))
         source.values[name] = value
         source.places[name] = place
-        return True
-    elif name in FOREIGN_KEYS:
-        source.notes.append(f"{place} is ignored: {FOREIGN_KEYS[name]}")
-    elif isinstance(value, dict) or name in ("datasets", "subsets"):
+
+
+def is_changed(written: Any, value: Any) -> bool:
+    """Whether a value was read for another one; 1 is true, and a list is a tuple."""
+    if isinstance(value, bool) and not isinstance(written, str):
+        return False
+    if isinstance(written, list) and isinstance(value, tuple):
+        return False
+    return type(written) is not type(value) or written != value
+
+
+def store_other_key(key: FileKey, place: str, source: OptionSource, problems: Problems) -> None:
+    """A key that is no option: known from elsewhere, or misspelled, or unknown."""
+    if isinstance(key.value, dict) or key.name in ("datasets", "subsets"):
         what = f"{place} is a section inside a section"
         problems.add(what, code="config-section-nested", fix="datasets belong in the file of --dataset_config")
-    else:
-        report_unknown(place, name, source, problems, write="{}")
-    return False
-
-
-def find_line(text: str, key: str, section: str) -> int:
-    """Number of the line with a key of a section; 1 if it is written in an unusual way."""
-    inside = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        heading = re.match(r"\s*\[+\s*[\"']?([^\]\"']+?)[\"']?\s*\]", line)
-        if heading:
-            inside = heading[1]
-        elif inside == section and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=", line):
-            return number
-    return 1
-
-
-def reword_toml_error(message: str, text: str) -> str:
-    """A message of tomllib in the words of a user."""
-    replacements = {
-        "Cannot overwrite a value": "a key is given twice",
-        "Cannot declare": "a section is given twice: cannot declare",
-        "at end of document": f"at line {len(text.rstrip().splitlines())}",
-    }
-    for original, replacement in replacements.items():
-        message = message.replace(original, replacement)
-    return message
+        return
+    kind = foreign_kinds().get(key.name)
+    meant = None if kind else find_misspelled(key.name, [*vocabulary(), *OPTION_ALIASES])
+    if meant:
+        meant = OPTION_ALIASES.get(meant, meant)
+        source.suspects.add(meant)
+        problems.add(f"{place} is not an option", code="config-key-misspelled", fix=f"did you mean {meant}?")
+    elif key.value not in NOTHING:
+        source.loose.append(LooseKey(reason=kind or UNKNOWN_KEY, name=key.name, place=place))

@@ -183,7 +183,7 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         what = f"{path} is not valid JSON: {error}"
         raise UserError(
-            what, code="dataset-file-invalid-json", fix=suggest_json_fix(error) or "fix that line"
+            what, code="dataset-file-invalid-json", fix=suggest_json_fix(error, text) or "fix that line"
         ) from error
     if not isinstance(content, dict):
         what = f"{path} does not hold a JSON object"

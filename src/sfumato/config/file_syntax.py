@@ -24,6 +24,16 @@ def suggest_toml_fix(text: str, error: tomllib.TOMLDecodeError) -> str:
     return ""
 
 
-def suggest_json_fix(error: json.JSONDecodeError) -> str:
+def suggest_json_fix(error: json.JSONDecodeError, text: str = "") -> str:
     """The usual fix for a JSON error; empty if there is none."""
-    return JSON_BACKSLASH_FIX if "escape" in error.msg else ""
+    if "escape" in error.msg:
+        return JSON_BACKSLASH_FIX
+    before, rest = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    after_comma = rest if before.endswith(",") else rest[1:].lstrip() if rest.startswith(",") else ""
+    if after_comma[:1] in ("}", "]") and after_comma:
+        return "remove the comma after the last value"
+    if re.match(r"(True|False|None)\b", rest):
+        return "JSON writes true, false and null in lower case"
+    if rest.startswith("'"):
+        return "JSON takes double quotes alone"
+    return ""

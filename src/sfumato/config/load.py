@@ -10,6 +10,7 @@ from sfumato.common.text import EMPTY
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
 from sfumato.config.environment import describe_environment
+from sfumato.config.loose_keys import describe_loose_keys, refuse_loose_keys
 from sfumato.config.option_source import OptionSource, check_values, refuse_absent
 from sfumato.config.option_table import group_options
 from sfumato.config.paths import check_paths, suggest_path
@@ -68,6 +69,7 @@ def load_command_config(
                 sources[name] = source.source
         suspects |= source.suspects
         notes += source.notes
+    notes += report_loose_keys((file, line.source), values, problems)
     notes += find_exposed_secrets(line.source)
     notes += drop_zero_periods(values)
     notes += clean_output_name(values, sources)
@@ -104,9 +106,21 @@ def read_file_source(from_line: Mapping[str, Any], problems: Problems) -> Option
     path = resolve_config_path(name)
     if not path.exists():
         problems.add(f"--config_file: {path} does not exist", code="config-file-missing", fix=suggest_path(path))
-        # What is missing may well be in that file, so nothing else is called missing.
+        source = None
+    else:
+        source = read_config_file(path, problems)
+    if source is None:  # what is missing may well be in that file, so nothing else is called missing
         return OptionSource(source=path.name, typed=True, suspects=set(vocabulary()) - set(from_line))
-    return read_config_file(path, problems)
+    return source
+
+
+def report_loose_keys(sources: Sequence[OptionSource], values: Mapping[str, Any], problems: Problems) -> list[str]:
+    """One line for each source with keys that --strict refuses; with it, problems instead."""
+    if values.get("strict"):
+        for source in sources:
+            refuse_loose_keys(source.loose, problems)
+        return []
+    return [line for source in sources for line in describe_loose_keys(source.source, source.loose)]
 
 
 def build_config(values: Mapping[str, Any], sources: Mapping[str, str], notes: Sequence[str]) -> Config:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from sfumato.common.names import FOREIGN_KEYS
+from sfumato.common.foreign_keys import OTHER_SCRIPT
 from sfumato.common.registry import did_you_mean, find_nearest
 from sfumato.config.base import Option
+from sfumato.config.loose_keys import LooseKey
 from sfumato.config.option_table import OptionTable, group_options
 from sfumato.config.schema import training_table
 from sfumato.errors import Problems
@@ -36,14 +37,15 @@ OUT_OF_RANGE = {
     "less_than_equal": "is above {le:g}",
     "less_than": "must be below {lt:g}",
 }
+SCRIPT_NAME_OPTIONS = ("family", "method")  # what the name of a script says
 
 
 @dataclass(kw_only=True)
 class OptionSource:
     """Option values of one source.
 
-    typed: False for the texts of a command line. places: option -> where it is written. suspects: options that are
-    wrong, or missing only because of a fault that is reported already.
+    typed: False for the texts of a command line. places: option -> where it is written. loose: what only --strict
+    refuses. suspects: options that are wrong, or missing only because of a fault that is reported already.
     """
 
     source: str
@@ -52,6 +54,7 @@ class OptionSource:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    loose: list[LooseKey] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)
 
     def place(self, name: str) -> str:
@@ -124,7 +127,7 @@ def report_unknown(place: str, name: str, source: OptionSource, problems: Proble
     """Report a name that is no option, with the nearest ones. `write`: how an option is written here, e.g. "--{}"."""
     plain = name.replace("-", "_")
     options = source.table.options
-    longer = [option for option in options if plain and option.startswith(plain)]
+    longer = list_longer_names(plain, source.table)
     if plain in options:
         source.suspects.add(plain)
         problems.add(f"{place} is not an option", code="option-misspelled", fix=f"write {write.format(plain)}")
@@ -132,7 +135,7 @@ def report_unknown(place: str, name: str, source: OptionSource, problems: Proble
         source.suspects.update(longer)
         spelled = ", ".join(write.format(option) for option in longer[:6]) + (", ..." if len(longer) > 6 else "")
         problems.add(
-            f"{place} is not an option, and names are not abbreviated",
+            f"{place} is only the beginning of an option",
             code="option-abbreviated",
             fix=f"write {spelled}",
         )
@@ -147,6 +150,13 @@ def report_unknown(place: str, name: str, source: OptionSource, problems: Proble
         )
 
 
+def list_longer_names(name: str, table: OptionTable, absent: Container[str] = ()) -> list[str]:
+    """The options that a name is the beginning of, under any of their spellings, without those of other scripts."""
+    spellings = [spelling for spelling in (*table.options, *table.aliases) if name and spelling.startswith(name)]
+    longer = dict.fromkeys(table.aliases.get(spelling, spelling) for spelling in spellings)
+    return [option for option in longer if option not in absent]
+
+
 def find_nearest_option(name: str, table: OptionTable) -> str | None:
     """The option that a user most likely meant; None when nothing is near."""
     spelling = find_nearest(name, [*table.options, *table.aliases])
@@ -156,12 +166,12 @@ def find_nearest_option(name: str, table: OptionTable) -> str | None:
 def refuse_absent(source: OptionSource, absent: Mapping[str, str], problems: Problems) -> None:
     """Remove the options that this script does not have, with the reason that the script gives.
 
-    Some of them front ends write into every configuration file; there they are no fault.
+    One file may serve several scripts: there they are no fault, but for what contradicts the script's name.
     """
     for name in [name for name in source.values if name in absent]:
         del source.values[name]
-        if source.typed and name in FOREIGN_KEYS:
-            source.notes.append(f"{source.place(name)} is ignored: {FOREIGN_KEYS[name]}")
+        if source.typed and name not in SCRIPT_NAME_OPTIONS:
+            source.loose.append(LooseKey(reason=OTHER_SCRIPT, name=name, place=source.place(name)))
             continue
         source.suspects.add(name)
         problems.add(f"{source.place(name)} is not an option here", code="option-of-another-script", fix=absent[name])

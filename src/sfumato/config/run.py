@@ -18,7 +18,9 @@ class RunOptions(Options):
         "adapter", "what is trained: an adapter for the frozen model, or the full model"
     )
     config_file: FilePath | None = option(
-        None, "TOML file with options as keys; section names are free, .toml is appended if missing", path="file"
+        None,
+        "TOML or JSON file with options as keys; section names are free, .toml is appended if missing",
+        path="file",
     )
     plot_timesteps: FilePath | None = option(
         None, "plot the timestep distribution and the loss weights to a PNG file of this name"

@@ -18,10 +18,13 @@ NOT_WRITTEN = ("config_file", "output_config")
 def write_config(config: Config) -> Path:
     """Write every option that differs from its default, except secrets, to --config_file; gives its path.
 
-    Raises UserError if the file exists.
+    Raises UserError if the file exists, or is called a JSON file.
     """
     assert config.run.config_file is not None, "load_config requires it"
     path = resolve_config_path(config.run.config_file)
+    if path.suffix.lower() != ".toml":
+        what = f"--config_file: {path} cannot be written, options are written in TOML"
+        raise UserError(what, code="config-written-as-toml", fix=f"give {path.with_suffix('.toml')}")
     if path.exists():
         what = f"--config_file: {path} already exists"
         raise UserError(what, code="config-file-exists", fix="choose another name, or remove it")
