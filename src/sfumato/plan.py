@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,7 +70,8 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
         with problems.catch():
             if data.has_preserved_samples or config.loss.masked_prior_preservation_weight:
                 model.method.disabled()
-    notes = check_run_options(config, data, total_steps, problems)
+    learning_rates = {part.learning_rate for part in model.parts} if model else set[float]()
+    notes = check_run_options(config, data, total_steps, learning_rates, problems)
     if model is not None and total_steps and not problems.found:
         with problems.catch():
             check_disk(config, data, total_steps, model)
@@ -96,13 +98,15 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
     )
 
 
-def check_run_options(config: Config, data: DataPlan, total_steps: int, problems: Problems) -> list[str]:
+def check_run_options(
+    config: Config, data: DataPlan, total_steps: int, learning_rates: Collection[float], problems: Problems
+) -> list[str]:
     """Optimizer, schedule, start, prompts, metadata, trackers and output folder; gives notes about them."""
     from sfumato.optim.check import check_optimizer
     from sfumato.track.trackers import check_trackers
 
     first = 0 if config.save.resume or not total_steps else requested_first_step(config, data) or 0
-    notes = check_optimizer(config.optim, max(0, total_steps - first), problems)
+    notes = check_optimizer(config.optim, max(0, total_steps - first), problems, learning_rates)
     with problems.catch():
         if total_steps:
             check_first_step(config, data, total_steps)

@@ -191,7 +191,7 @@ def test_a_file_as_a_front_end_writes_it(load, write):
     assert config.model.max_token_length is None
     assert config.memory.dynamo_backend == "inductor"
     assert config.loader.persistent_data_loader_workers is True
-    assert len(config.notes) == 3  # the front end's key, the name for wandb, threads that are always kept
+    assert len(config.notes) == 2  # the front end's key; the name for wandb and threads that are always kept
 
 
 def test_what_is_switched_off_or_empty_is_not_given(load, write):

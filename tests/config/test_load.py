@@ -144,8 +144,9 @@ def test_sampling_periods_below_one_are_noted_and_ignored(load):
 
 
 def test_no_effect_is_a_note_or_with_strict_an_error(load, codes_of):
-    (note,) = load("--sdpa").notes
-    assert note.startswith("--sdpa has no effect")
+    (note,) = load("--sdpa --xformers --mem_eff_attn --save_last_n_steps 5").notes  # one line, by reason
+    assert note.startswith("no effect in this run:")
+    assert all(words in note for words in ("--sdpa (", "--xformers, --mem_eff_attn (", "--save_last_n_steps ("))
     assert codes_of("--sdpa --strict") == ["option-without-effect"]
     assert codes_of("--save_last_n_steps 5 --strict") == ["keep-steps-unused"]
     assert not codes_of("--strict --seed 1 --seed 2")
@@ -253,3 +254,23 @@ def test_of_a_name_that_is_a_path_the_last_part_counts(load, path):
 @pytest.mark.parametrize("name", ["..", "a/..", "x" * 300, "a\nb"])
 def test_what_no_file_can_be_called_is_refused(codes_of, name):
     assert codes_of([f"--output_name={name}"]) == ["option-value-malformed"]
+
+
+@pytest.mark.parametrize("name", ["network_dim", "max_train_steps", "train_batch_size", "max_timestep", "keep_tokens"])
+@pytest.mark.parametrize("number", ["100000000000000000000", "9223372036854775808", "1e30"])
+def test_a_number_beyond_64_bits_is_refused(codes_of, write, name, number):
+    wrong = {"option-beyond-64-bits", "option-out-of-range", "option-type-wrong"}
+    for option in (f"--{name}={number}", write(f"{name} = {number}"), write(f"{name} = '{number}'")):
+        (code,) = codes_of(option)
+        assert code in wrong
+    assert codes_of(f"--network_dim={'9' * 5000}") == ["option-type-wrong"]
+
+
+def test_of_an_argument_given_twice_the_last_counts(load, write, codes_of):
+    twice = ["conv_dim=4", "conv_dim=8", "conv_alpha=1"]
+    for argv in (["--network_args", *twice], [write(f"network_args = {twice}")]):
+        config = load(argv)
+        assert config.network.network_args == {"conv_dim": 8, "conv_alpha": 1}
+        (note,) = config.notes
+        assert "network_args conv_dim" in note
+        assert codes_of([*argv, "--strict"]) == ["refused-by-strict"]

@@ -105,7 +105,7 @@ def test_arguments():
     assert parse_arguments(()) == {}
 
 
-@pytest.mark.parametrize("wrong", [["conv_dim"], ["=4"], ["a=1", "a=2"], ["a=1 b=2"], ["1a=2"], [3]])
+@pytest.mark.parametrize("wrong", [["conv_dim"], ["=4"], ["a=1 b=2"], ["1a=2"], [3]])
 def test_what_is_no_list_of_arguments(wrong):
     with pytest.raises(ValueError, match="has "):
         parse_arguments(wrong)

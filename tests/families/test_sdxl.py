@@ -260,6 +260,27 @@ def test_one_encoder_trains_and_the_other_is_cached(toy: Mapping[str, Path], ima
     assert {name.split("_text_model")[0] for name in read_weights(live) if name.startswith("lora_te")} == {"lora_te1"}
 
 
+@pytest.mark.parametrize(
+    ("given", "launched", "expected", "lines"),
+    [
+        (["1e-3", "1e-4"], True, (1e-3, 1e-3), 1),  # networks.lora of sd-scripts reads the first alone
+        (["1e-3", "1e-4"], False, (1e-3, 1e-4), 0),
+        (["1e-3", "1e-3"], True, (1e-3, 1e-3), 0),
+        (["1e-3"], True, (1e-3, 1e-3), 0),
+        (["1e-3", "0"], True, (1e-3, 1e-3), 1),
+    ],
+)
+def test_two_learning_rates_of_text_encoders_under_a_launcher(
+    toy: Mapping[str, Path], images: Path, tmp_path: Path, given, launched, expected, lines
+) -> None:
+    argv = make_arguments(toy, images, tmp_path, text_encoder_lr=given)
+    config = load_config(argv, defaults={"family": "sdxl", "method": "adapter"} if launched else {})
+    plan = make_run_plan(config, processes=1)
+    found = {part.part: part.learning_rate for part in plan.parts}
+    assert (found["clip_l"], found["clip_g"]) == expected
+    assert len([note for note in plan.notes if "--text_encoder_lr" in note]) == lines
+
+
 @pytest.mark.full
 def test_two_processes_leave_unreached_layers_as_one_does(
     toy: Mapping[str, Path], images: Path, tmp_path: Path

@@ -107,6 +107,16 @@ def test_a_class_is_tried_before_there_are_weights(arguments: dict[str, Any], co
     assert [error.code for error in problems.found] == ([code] if code else [])
 
 
+@pytest.mark.parametrize(("learning_rates", "count"), [((1e-4, 1e-6), 1), ((1e-4,), 0), ((1e-6, 1e-7), 1), ((), 0)])
+def test_an_end_above_the_start_is_found_before_there_are_weights(
+    learning_rates: tuple[float, ...], count: int
+) -> None:
+    optim = OptimOptions(lr_scheduler="polynomial", lr_scheduler_args={"lr_end": 1e-5})
+    problems = Problems()
+    check_optimizer(optim, 5, problems, learning_rates)
+    assert [error.code for error in problems.found] == ["polynomial-end-not-lower"] * count
+
+
 def test_a_class_that_ends_before_the_run_is_refused() -> None:
     arguments = {"max_lr": 0.01, "total_steps": 4}
     problems = Problems()

@@ -8,6 +8,7 @@ from pathlib import PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
+LONGEST_LINE = 160  # letters of a line that names many things
 EMPTY: MappingProxyType[str, Any] = MappingProxyType({})  # a default for mappings that nobody changes
 PATH_ROOT = r"(?:file://|~\w*|[A-Za-z]:)?[/\\](?!/)"
 PATH_PATTERN = re.compile(rf"(?:^|(?<=[\s=,;:'\"\[({{])){PATH_ROOT}[^\s,;'\"\])}}]*[^\s,;'\"\])}}/\\][/\\]?")
@@ -18,6 +19,12 @@ def list_some(names: Sequence[str], limit: int = 5) -> str:
     """The first names, and how many more there are: "a, b and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def join_parts(head: str, parts: Sequence[str]) -> str:
+    """The parts after their head, in one line; a long one is wrapped before each part."""
+    line = f"{head}{'; '.join(parts)}"
+    return line if len(line) <= LONGEST_LINE else "\n    ".join([head.rstrip(), *parts])
 
 
 def strip_paths(text: str) -> str:

@@ -76,7 +76,7 @@ def list_scripts(option: Option) -> str:
 
 def render_rules() -> str:
     lines = [
-        f"| {rule.code} | {rule.severity} | {escape_cell(rule.what)} | {escape_cell(rule.fix)} |" for rule in RULES
+        f"| {rule.code} | {rule.severity} | {escape_cell(rule.sentence)} | {escape_cell(rule.fix)} |" for rule in RULES
     ]
     return "\n".join(
         [

@@ -16,7 +16,7 @@ from sfumato.common.kohya_gui import SavedForm, is_saved_form, read_saved_form
 from sfumato.common.names import OPTION_ALIASES
 from sfumato.common.registry import find_misspelled
 from sfumato.config.config_text import find_line, read_config_table
-from sfumato.config.file_values import ARGUMENTS, is_not_given, is_plain_default, read_file_value
+from sfumato.config.file_values import is_not_given, is_plain_default, read_file_value
 from sfumato.config.loose_keys import (
     COMMAND_LINE_KEY,
     EMPTY_KEY,
@@ -28,6 +28,7 @@ from sfumato.config.loose_keys import (
 )
 from sfumato.config.option_source import OptionSource
 from sfumato.config.schema import vocabulary
+from sfumato.config.values import ARGUMENTS
 from sfumato.errors import Problems
 
 NOTHING = ("", None, False, 0, [])  # values of which nothing is lost if their key is ignored

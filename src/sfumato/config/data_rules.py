@@ -39,7 +39,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.dataset.dataset_config is not None and c.is_changed("train_data_dir", "reg_data_dir", "in_json")
         ),
-        what="--train_data_dir, --reg_data_dir and --in_json are ignored: --dataset_config takes precedence",
+        what="--train_data_dir, --reg_data_dir and --in_json",
+        reason="--dataset_config takes precedence",
         fix="remove them",
     ),
     OptionRule(
@@ -50,8 +51,8 @@ _UNUSED = (
             c.dataset.dataset_class is not None
             and c.is_changed("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
         ),
-        what="--dataset_config, --train_data_dir, --reg_data_dir and --in_json are ignored: --dataset_class takes "
-        "precedence",
+        what="--dataset_config, --train_data_dir, --reg_data_dir and --in_json",
+        reason="--dataset_class takes precedence",
         fix="remove them",
     ),
     OptionRule(
@@ -63,7 +64,8 @@ _UNUSED = (
             and c.is_changed("reg_data_dir")
             and not c.is_changed("dataset_config", "dataset_class")
         ),
-        what="--reg_data_dir has no effect with --in_json",
+        what="--reg_data_dir",
+        reason="with --in_json",
         fix="describe both in the file of --dataset_config",
     ),
     OptionRule(
@@ -73,7 +75,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.dataset.dataset_config is None and not c.buckets.enable_bucket and c.buckets.bucket_no_upscale
         ),
-        what="--bucket_no_upscale has no effect without --enable_bucket",
+        what="--bucket_no_upscale",
+        reason="without --enable_bucket",
         fix="give --enable_bucket",
     ),
     OptionRule(
@@ -83,7 +86,8 @@ _UNUSED = (
         is_broken=lambda c: (
             not c.cache.cache_text_encoder_outputs and c.is_changed("text_cache_variants", "text_encoder_batch_size")
         ),
-        what="--text_cache_variants and --text_encoder_batch_size have no effect: text encoder outputs are not cached",
+        what="--text_cache_variants and --text_encoder_batch_size",
+        reason="text encoder outputs are not cached",
         fix="give --cache_text_encoder_outputs",
     ),
     OptionRule(
@@ -94,7 +98,8 @@ _UNUSED = (
             c.cache.skip_cache_check
             and not (c.cache.cache_latents_to_disk or c.cache.cache_text_encoder_outputs_to_disk)
         ),
-        what="--skip_cache_check has no effect: nothing is cached on disk",
+        what="--skip_cache_check",
+        reason="nothing is cached on disk",
         fix="remove it",
     ),
 )

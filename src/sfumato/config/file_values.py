@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from sfumato.config.base import Option
 from sfumato.config.schema import THEMES
+from sfumato.config.values import ARGUMENTS
 
 NEVER_AT_ZERO = ("sample_every_n_steps", "sample_every_n_epochs")  # zero and below mean never
 OTHER_VALUES = {("max_token_length", "255"): 225}  # 3 chunks, as sd-scripts reads the default of a front end
-ARGUMENTS = "NAME=VALUE ..."  # the placeholder of options with arguments
 
 
 def is_not_given(option: Option, value: Any) -> bool:

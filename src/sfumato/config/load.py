@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.text import EMPTY
+from sfumato.common.text import EMPTY, join_parts
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
 from sfumato.config.environment import describe_environment
@@ -184,13 +184,7 @@ def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problem
 def check_rules(config: Config, suspects: set[str], problems: Problems, skip_rules: Collection[str]) -> Config:
     """Apply the rules between options; gives the config with the notes that they add."""
     notes = list(config.notes)
-    for option in vocabulary().values():
-        if option.facts.no_effect and config.is_changed(option.name):
-            reason = option.facts.no_effect
-            if config.log.strict:
-                problems.add(f"--{option.name} has no effect: {reason}", code="option-without-effect")
-            else:
-                notes.append(f"--{option.name} has no effect: {reason}")
+    idle = collect_idle_options(config, problems)
     errors = {"conflict"}
     if not config.run.output_config:
         errors.add("required")
@@ -200,7 +194,31 @@ def check_rules(config: Config, suspects: set[str], problems: Problems, skip_rul
         if rule.code in skip_rules:
             continue
         if rule.severity in errors:
-            problems.add(rule.what, code=rule.code, fix=rule.fix)
+            problems.add(rule.sentence, code=rule.code, fix=rule.fix)
+        elif rule.severity == "no effect":
+            idle.append((rule.what, rule.reason))
         elif rule.severity != "required":
             notes.append(f"{rule.what} ({rule.fix})" if rule.fix else rule.what)
-    return config.model_copy(update={"notes": tuple(notes)})
+    return config.model_copy(update={"notes": (*notes, *describe_idle(idle))})
+
+
+def collect_idle_options(config: Config, problems: Problems) -> list[tuple[str, str]]:
+    """(option, why) for those that never change anything here; with --strict they are problems instead."""
+    idle: list[tuple[str, str]] = []
+    for option in vocabulary().values():
+        if option.facts.no_effect and config.is_changed(option.name):
+            if config.log.strict:
+                what = f"--{option.name} has no effect: {option.facts.no_effect}"
+                problems.add(what, code="option-without-effect")
+            else:
+                idle.append((f"--{option.name}", option.facts.no_effect))
+    return idle
+
+
+def describe_idle(idle: Sequence[tuple[str, str]]) -> list[str]:
+    """At most one line with all options that change nothing in this run, those of one reason together."""
+    parts: list[str] = []
+    for reason in dict.fromkeys(reason for _, reason in idle):
+        names = ", ".join(what for what, why in idle if why == reason)
+        parts.append(f"{names} ({reason})")
+    return [join_parts("no effect in this run: ", parts)] if parts else []

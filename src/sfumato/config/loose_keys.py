@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sfumato.common.text import join_parts
 from sfumato.errors import Problems
 
 EMPTY_KEY = "empty, false or 0"
@@ -23,7 +24,6 @@ READ_REASONS = (
     SHORT_NAME,
     REPEATED_ARGUMENT,
 )  # of keys that count; all others are ignored
-LONGEST_LINE = 160  # letters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,7 @@ def describe_loose_keys(source: str, keys: Sequence[LooseKey]) -> list[str]:
         for reason in dict.fromkeys(key.reason for key in keys if (key.reason in READ_REASONS) == is_read):
             names = dict.fromkeys(key.name for key in keys if key.reason == reason)
             parts.append(f"{label}, {reason}: {', '.join(names)}")
-    line = f"{source}: {'; '.join(parts)}"
-    if len(line) > LONGEST_LINE:
-        line = "\n    ".join([f"{source}:", *parts])
-    return [line] if parts else []
+    return [join_parts(f"{source}: ", parts)] if parts else []
 
 
 def refuse_loose_keys(keys: Sequence[LooseKey], problems: Problems) -> None:

@@ -104,7 +104,8 @@ _UNUSED = (
         severity="no effect",
         options=("dim_from_weights", "network_dim", "network_alpha"),
         is_broken=lambda c: c.network.dim_from_weights and c.is_changed("network_dim", "network_alpha"),
-        what="--network_dim and --network_alpha are ignored: --dim_from_weights takes precedence",
+        what="--network_dim and --network_alpha",
+        reason="--dim_from_weights takes precedence",
         fix="remove them",
     ),
     OptionRule(
@@ -112,7 +113,8 @@ _UNUSED = (
         severity="no effect",
         options=("text_encoder_lr", "network_train_unet_only"),
         is_broken=lambda c: c.network.network_train_unet_only and c.is_changed("text_encoder_lr"),
-        what="--text_encoder_lr has no effect: --network_train_unet_only does not train the text encoders",
+        what="--text_encoder_lr",
+        reason="--network_train_unet_only does not train the text encoders",
         fix="remove it",
     ),
     OptionRule(
@@ -120,7 +122,8 @@ _UNUSED = (
         severity="no effect",
         options=("unet_lr", "network_train_text_encoder_only"),
         is_broken=lambda c: c.network.network_train_text_encoder_only and c.is_changed("unet_lr"),
-        what="--unet_lr has no effect: --network_train_text_encoder_only does not train the denoiser",
+        what="--unet_lr",
+        reason="--network_train_text_encoder_only does not train the denoiser",
         fix="remove it",
     ),
     OptionRule(
@@ -130,8 +133,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.run.method == "adapter" and c.is_changed(*FullOptions.model_fields, *TEXT_ENCODER_LRS, "block_lr")
         ),
-        what="--train_text_encoder, --stop_text_encoder_training, --learning_rate_te... and --block_lr have no "
-        "effect: an adapter is trained",
+        what="--train_text_encoder, --stop_text_encoder_training, --learning_rate_te... and --block_lr",
+        reason="an adapter is trained",
         fix="remove them; an adapter's learning rates are --unet_lr and --text_encoder_lr",
     ),
     OptionRule(
@@ -139,8 +142,8 @@ _UNUSED = (
         severity="no effect",
         options=("train_text_encoder", *TEXT_ENCODER_OPTIONS),
         is_broken=lambda c: is_full(c) and not c.full.train_text_encoder and c.is_changed(*TEXT_ENCODER_OPTIONS),
-        what="--learning_rate_te..., --text_encoder_lr and --stop_text_encoder_training have no effect: no text "
-        "encoder is trained",
+        what="--learning_rate_te..., --text_encoder_lr and --stop_text_encoder_training",
+        reason="no text encoder is trained",
         fix="give --train_text_encoder",
     ),
     OptionRule(
@@ -153,8 +156,8 @@ _UNUSED = (
             and not c.full.trains_text
             and (c.source("train_text_encoder") != "launcher" or c.is_changed("text_encoder_lr", *TEXT_ENCODER_LRS))
         ),
-        what="--stop_text_encoder_training stops the text encoders before the first step: the options for training "
-        "them have no effect",
+        what="the options that train text encoders",
+        reason="--stop_text_encoder_training stops them before the first step",
         fix="remove one of them",
     ),
 )

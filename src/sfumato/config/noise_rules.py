@@ -73,7 +73,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.noise.timestep_stratified and (c.noise.min_timestep or 0) + 1 >= (c.noise.max_timestep or 1000)
         ),
-        what="--timestep_stratified has no effect: --min_timestep and --max_timestep leave a single timestep",
+        what="--timestep_stratified",
+        reason="--min_timestep and --max_timestep leave a single timestep",
         fix="remove it",
     ),
     OptionRule(
@@ -81,7 +82,8 @@ _UNUSED = (
         severity="no effect",
         options=("uncertainty_lr", "optimizer_type", "optimizer_args"),
         is_broken=lambda c: c.loss.uncertainty_weighting and c.optim.relative_step and c.is_changed("uncertainty_lr"),
-        what="--uncertainty_lr has no effect: AdaFactor's relative_step sets the learning rate",
+        what="--uncertainty_lr",
+        reason="AdaFactor's relative_step sets the learning rate",
         fix="remove it, or give --optimizer_args relative_step=False",
     ),
     *(
@@ -90,7 +92,8 @@ _UNUSED = (
             severity="no effect",
             options=(option, parent),
             is_broken=lambda c, option=option, parent=parent: c.is_changed(option) and not c.value(parent),
-            what=f"--{option} has no effect without --{parent}",
+            what=f"--{option}",
+            reason=f"without --{parent}",
             fix=f"give --{parent}, or remove it",
         )
         for option, parent in PARENTS.items()
@@ -101,7 +104,8 @@ _UNUSED = (
             severity="no effect",
             options=(option, "loss_type"),
             is_broken=lambda c, option=option: c.is_changed(option) and not uses_huber(c),
-            what=f"--{option} has no effect: only the losses huber and smooth_l1 use it",
+            what=f"--{option}",
+            reason="only the losses huber and smooth_l1 use it",
             fix="remove it, or give --loss_type huber",
         )
         for option in ("huber_schedule", "huber_c", "huber_scale")

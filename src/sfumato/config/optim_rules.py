@@ -166,7 +166,8 @@ _UNUSED = (
         severity="no effect",
         options=SCHEDULE_OPTIONS,
         is_broken=lambda c: c.optim.lr_scheduler_type != "" and c.optim.lr_scheduler != "constant",
-        what="--lr_scheduler is ignored: --lr_scheduler_type takes precedence",
+        what="--lr_scheduler",
+        reason="--lr_scheduler_type takes precedence",
         fix="remove it",
     ),
     OptionRule(
@@ -176,7 +177,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.optim.schedule_free and c.is_changed(*SCHEDULE_OPTIONS, *SCHEDULES_OF_OPTION, "lr_warmup_steps")
         ),
-        what="--lr_scheduler and its options have no effect: a schedule-free optimizer has no schedule",
+        what="--lr_scheduler and its options",
+        reason="a schedule-free optimizer has no schedule",
         fix="remove them; warmup is --optimizer_args warmup_steps=N",
     ),
     OptionRule(
@@ -190,7 +192,8 @@ _UNUSED = (
                 or c.is_changed(*SCHEDULE_OPTIONS[1:], *SCHEDULES_OF_OPTION)
             )
         ),
-        what="--lr_scheduler and its options have no effect: AdaFactor's relative_step sets the learning rate",
+        what="--lr_scheduler and its options",
+        reason="AdaFactor's relative_step sets the learning rate",
         fix="remove them, or give --optimizer_args relative_step=False",
     ),
     OptionRule(
@@ -200,8 +203,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.optim.relative_step and any(c.value(name) for name in LEARNING_RATES if c.is_changed(name))
         ),
-        what="--learning_rate and the learning rates of parts have no effect: AdaFactor's relative_step sets the "
-        "learning rate",
+        what="--learning_rate and the learning rates of parts",
+        reason="AdaFactor's relative_step sets the learning rate",
         fix="remove them, or give --optimizer_args relative_step=False",
     ),
     OptionRule(
@@ -209,7 +212,8 @@ _UNUSED = (
         severity="no effect",
         options=OPTIMIZER_OPTIONS,
         is_broken=lambda c: c.optim.relative_step and not c.optim.optimizer_args.get("relative_step", True),
-        what="--optimizer_args relative_step=False is ignored: AdaFactor's warmup_init needs relative_step",
+        what="--optimizer_args relative_step=False",
+        reason="AdaFactor's warmup_init needs relative_step",
         fix="remove one of them",
     ),
     OptionRule(
@@ -221,8 +225,8 @@ _UNUSED = (
             and "." not in c.optim.optimizer
             and len({lr for lr in used_learning_rates(c) if lr}) > 1
         ),
-        what="only the first of the learning rates has an effect: D-Adaptation and Prodigy use a single one for all "
-        "parts",
+        what="all but the first of the learning rates",
+        reason="D-Adaptation and Prodigy use a single one for all parts",
         fix="give one --learning_rate",
     ),
     *(
@@ -233,7 +237,8 @@ _UNUSED = (
             is_broken=lambda c, option=option, schedules=schedules: (
                 c.is_changed(option) and has_schedule(c) and schedule_name(c) not in schedules
             ),
-            what=f"--{option} has no effect: it is for --lr_scheduler {', '.join(schedules)}",
+            what=f"--{option}",
+            reason=f"it is for --lr_scheduler {', '.join(schedules)}",
             fix="remove it",
         )
         for option, schedules in SCHEDULES_OF_OPTION.items()
@@ -243,7 +248,8 @@ _UNUSED = (
         severity="no effect",
         options=(*EMA_OPTIONS, "ema_on_cpu", "evaluate_with_ema"),
         is_broken=lambda c: not c.ema.ema_count and c.is_changed("ema_on_cpu", "evaluate_with_ema"),
-        what="--ema_on_cpu and --evaluate_with_ema have no effect: no EMA is kept",
+        what="--ema_on_cpu and --evaluate_with_ema",
+        reason="no EMA is kept",
         fix="give --ema_decay or --ema_sigma_rel",
     ),
     OptionRule(
@@ -251,7 +257,8 @@ _UNUSED = (
         severity="no effect",
         options=("evaluate_with_ema", *EVALUATION_OPTIONS),
         is_broken=lambda c: c.ema.ema_count > 0 and c.ema.evaluate_with_ema and not c.is_changed(*EVALUATION_OPTIONS),
-        what="--evaluate_with_ema has no effect: there are no samples and no validation",
+        what="--evaluate_with_ema",
+        reason="there are no samples and no validation",
         fix="give --sample_prompts or --validation_split, or remove it",
     ),
     OptionRule(
@@ -259,7 +266,8 @@ _UNUSED = (
         severity="no effect",
         options=("full_bf16", "stochastic_rounding"),
         is_broken=lambda c: not c.memory.full_bf16 and not c.memory.stochastic_rounding,
-        what="--no_stochastic_rounding has no effect: trained weights are in float32",
+        what="--no_stochastic_rounding",
+        reason="trained weights are in float32",
         fix="remove it, or give --full_bf16",
     ),
 )

@@ -15,7 +15,7 @@ class OptionRule:
 
     code: of the error, and the name under which a command disables the rule.
     severity: "required" and "conflict" are errors; "no effect" is a line in the report, or an error with --strict;
-    "note" is a line in the report.
+    "note" is a line in the report. what: what is wrong; for "no effect" the options alone, and `reason` says why.
     """
 
     code: str
@@ -24,3 +24,13 @@ class OptionRule:
     is_broken: Callable[[Config], bool]
     what: str
     fix: str
+    reason: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong, as one sentence."""
+        if not self.reason:
+            return self.what
+        verb = "have" if " and " in self.what or "options" in self.what else "has"
+        colon = "" if self.reason.startswith(("with ", "without ")) else ":"
+        return f"{self.what} {verb} no effect{colon} {self.reason}"

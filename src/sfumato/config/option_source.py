@@ -12,9 +12,10 @@ from pydantic_core import ErrorDetails
 from sfumato.common.foreign_keys import OTHER_SCRIPT
 from sfumato.common.registry import did_you_mean, find_nearest
 from sfumato.config.base import Option
-from sfumato.config.loose_keys import LooseKey
+from sfumato.config.loose_keys import REPEATED_ARGUMENT, LooseKey
 from sfumato.config.option_table import OptionTable, group_options
 from sfumato.config.schema import training_table
+from sfumato.config.values import ARGUMENTS, list_repeated_names
 from sfumato.errors import Problems
 
 # pydantic's type of a refused value -> what is wrong with it; {} are the limits.
@@ -22,6 +23,7 @@ WRONG_TYPES = {
     "int_type": "is not a whole number",
     "int_parsing": "is not a whole number",
     "int_from_float": "is not a whole number",
+    "int_parsing_size": "has too many digits",
     "float_type": "is not a number",
     "float_parsing": "is not a number",
     "finite_number": "is not a finite number",
@@ -37,6 +39,7 @@ OUT_OF_RANGE = {
     "less_than_equal": "is above {le:g}",
     "less_than": "must be below {lt:g}",
 }
+LONGEST_VALUE = 200  # letters of a value in a message
 SCRIPT_NAME_OPTIONS = ("family", "method")  # what the name of a script says
 
 
@@ -82,7 +85,29 @@ def check_values(source: OptionSource, problems: Problems) -> dict[str, Any]:
             else:
                 checked |= {name: getattr(model, name) for name in names}
                 break
-    return checked
+    note_repeated_arguments(source)
+    return {name: value for name, value in checked.items() if fits_into_64_bits(name, value, source, problems)}
+
+
+def note_repeated_arguments(source: OptionSource) -> None:
+    """Arguments that are given twice become loose keys: the last counts."""
+    for name, value in source.values.items():
+        if source.table.find(name).metavar == ARGUMENTS:
+            for repeated in list_repeated_names(value):
+                key = LooseKey(reason=REPEATED_ARGUMENT, name=f"{name} {repeated}", place=source.place(name))
+                source.loose.append(key)
+
+
+def fits_into_64_bits(name: str, value: Any, source: OptionSource, problems: Problems) -> bool:
+    """False for whole numbers beyond, which become problems; seeds have a limit of their own."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    beyond = [number for number in numbers if type(number) is int and not -(2**63) <= number < 2**63]
+    if not beyond or "seed" in name:
+        return True
+    source.suspects.add(name)
+    what = f"{source.place(name)}: a number of {len(str(abs(beyond[0])))} digits does not fit into 64 bits"
+    problems.add(what, code="option-beyond-64-bits")
+    return False
 
 
 def report_wrong_values(error: ValidationError, source: OptionSource, problems: Problems) -> set[str]:
@@ -97,7 +122,7 @@ def report_wrong_values(error: ValidationError, source: OptionSource, problems: 
 
 def report_wrong_value(place: str, option: Option, finding: ErrorDetails, problems: Problems) -> None:
     """One finding of pydantic as a problem; the value of a secret is not shown."""
-    value = "its value" if option.secret else repr(finding["input"])
+    value = "its value" if option.secret else shorten(repr(finding["input"]))
     kind, limits = finding["type"], finding.get("ctx", {})
     if kind == "literal_error":
         choices = ", ".join(option.choices)
@@ -115,6 +140,10 @@ def report_wrong_value(place: str, option: Option, finding: ErrorDetails, proble
     else:
         fault = WRONG_TYPES.get(kind, finding["msg"])
         problems.add(f"{place}: {value} {fault}", code="option-type-wrong")
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def suggest_choice(value: Any, option: Option) -> str:

@@ -26,7 +26,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.is_changed("save_last_n_epochs") and not c.is_changed("save_every_n_epochs", "save_n_epoch_ratio")
         ),
-        what="--save_last_n_epochs has no effect: nothing is saved by epochs",
+        what="--save_last_n_epochs",
+        reason="nothing is saved by epochs",
         fix="give --save_every_n_epochs",
     ),
     OptionRule(
@@ -34,7 +35,8 @@ _UNUSED = (
         severity="no effect",
         options=("save_last_n_steps", "save_every_n_steps"),
         is_broken=lambda c: c.is_changed("save_last_n_steps") and not c.is_changed("save_every_n_steps"),
-        what="--save_last_n_steps has no effect: nothing is saved by steps",
+        what="--save_last_n_steps",
+        reason="nothing is saved by steps",
         fix="give --save_every_n_steps",
     ),
     OptionRule(
@@ -44,7 +46,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.is_changed("save_last_n_epochs_state", "save_last_n_steps_state") and not c.save.save_state
         ),
-        what="--save_last_n_epochs_state and --save_last_n_steps_state have no effect without --save_state",
+        what="--save_last_n_epochs_state and --save_last_n_steps_state",
+        reason="without --save_state",
         fix="give --save_state",
     ),
     OptionRule(
@@ -52,7 +55,8 @@ _UNUSED = (
         severity="no effect",
         options=("save_every_n_epochs", "save_n_epoch_ratio"),
         is_broken=lambda c: c.is_changed("save_every_n_epochs") and c.is_changed("save_n_epoch_ratio"),
-        what="--save_every_n_epochs is ignored: --save_n_epoch_ratio takes precedence",
+        what="--save_every_n_epochs",
+        reason="--save_n_epoch_ratio takes precedence",
         fix="give one of them",
     ),
     OptionRule(
@@ -62,7 +66,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.loop.max_train_epochs is not None and c.source("max_train_steps") not in ("default", "launcher")
         ),
-        what="--max_train_steps is ignored: --max_train_epochs takes precedence",
+        what="--max_train_steps",
+        reason="--max_train_epochs takes precedence",
         fix="give one of them",
     ),
     OptionRule(
@@ -70,7 +75,8 @@ _UNUSED = (
         severity="no effect",
         options=("initial_epoch", "initial_step"),
         is_broken=lambda c: c.loop.initial_epoch is not None and c.loop.initial_step is not None,
-        what="--initial_epoch is ignored: --initial_step takes precedence",
+        what="--initial_epoch",
+        reason="--initial_step takes precedence",
         fix="give one of them",
     ),
     OptionRule(
@@ -78,8 +84,8 @@ _UNUSED = (
         severity="no effect",
         options=("skip_until_initial_step", "initial_epoch", "initial_step"),
         is_broken=lambda c: c.loop.skip_until_initial_step and not c.is_changed("initial_epoch", "initial_step"),
-        what="--skip_until_initial_step has no effect without --initial_step or --initial_epoch; a resumed run always "
-        "continues with its own data",
+        what="--skip_until_initial_step",
+        reason="without --initial_step or --initial_epoch; a resumed run always continues with its own data",
         fix="remove it, or give --initial_step",
     ),
     OptionRule(
@@ -87,7 +93,8 @@ _UNUSED = (
         severity="no effect",
         options=("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
         is_broken=lambda c: samples_enabled(c) and c.samples.sample_prompts is None,
-        what="sampling is enabled but --sample_prompts is missing",
+        what="--sample_every_n_steps, --sample_every_n_epochs and --sample_at_first",
+        reason="--sample_prompts is missing",
         fix="give --sample_prompts",
     ),
     OptionRule(
@@ -95,7 +102,8 @@ _UNUSED = (
         severity="no effect",
         options=("sample_prompts", "sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"),
         is_broken=lambda c: c.samples.sample_prompts is not None and not samples_enabled(c),
-        what="--sample_prompts has no effect: sampling is not enabled",
+        what="--sample_prompts",
+        reason="sampling is not enabled",
         fix="give --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first",
     ),
     OptionRule(
@@ -103,7 +111,8 @@ _UNUSED = (
         severity="no effect",
         options=("sample_every_n_steps", "sample_every_n_epochs"),
         is_broken=lambda c: c.samples.sample_every_n_steps is not None and c.samples.sample_every_n_epochs is not None,
-        what="--sample_every_n_steps is ignored: --sample_every_n_epochs takes precedence",
+        what="--sample_every_n_steps",
+        reason="--sample_every_n_epochs takes precedence",
         fix="give one of them",
     ),
     OptionRule(
@@ -111,7 +120,8 @@ _UNUSED = (
         severity="no effect",
         options=("log_with", "wandb_run_name", "wandb_api_key"),
         is_broken=lambda c: c.log.log_with not in ("wandb", "all") and c.is_changed("wandb_run_name", "wandb_api_key"),
-        what="--wandb_run_name and --wandb_api_key have no effect without wandb",
+        what="--wandb_run_name and --wandb_api_key",
+        reason="without wandb",
         fix="give --log_with wandb",
     ),
     OptionRule(
@@ -123,7 +133,8 @@ _UNUSED = (
             and c.log.logging_dir is None
             and c.is_changed("log_tracker_name", "log_tracker_config", "log_prefix", "log_config")
         ),
-        what="--log_tracker_name, --log_tracker_config, --log_prefix and --log_config have no effect without a tracker",
+        what="--log_tracker_name, --log_tracker_config, --log_prefix and --log_config",
+        reason="without a tracker",
         fix="give --logging_dir, or --log_with wandb",
     ),
     OptionRule(
@@ -137,7 +148,8 @@ _UNUSED = (
                 or (c.is_changed("huggingface_token") and not c.hub.resume_from_huggingface)
             )
         ),
-        what="nothing is uploaded to the hub: no repository is given",
+        what="the options of the hub",
+        reason="no repository is given",
         fix="give --huggingface_repo_id",
     ),
     OptionRule(
@@ -147,7 +159,8 @@ _UNUSED = (
         is_broken=lambda c: (
             c.hub.save_state_to_huggingface and not c.save.save_state and not c.save.save_state_on_train_end
         ),
-        what="--save_state_to_huggingface has no effect: no states are saved",
+        what="--save_state_to_huggingface",
+        reason="no states are saved",
         fix="give --save_state or --save_state_on_train_end",
     ),
 )

@@ -17,6 +17,7 @@ from sfumato.config.base import Metavar
 from sfumato.config.file_syntax import BACKSLASH_FIX
 
 NEXT_ARGUMENT = re.compile(r"[\s,;][A-Za-z_]\w*=")
+ARGUMENTS = "NAME=VALUE ..."  # the placeholder of options with arguments
 PAIR_ARGUMENTS = ("network_reg_",)  # their values are pairs expression=value
 MAX_NAME_BYTES = 160  # of 255: files add steps, endings and more
 CONTROL_LETTER = re.compile(r"[\x01-\x1f]")
@@ -91,7 +92,10 @@ def parse_range(value: Any) -> tuple[float, float]:
 
 
 def parse_arguments(value: Any) -> dict[str, Any]:
-    """["a=1", "b=0.9,0.99", "c=sine"] -> {"a": 1, "b": (0.9, 0.99), "c": "sine"}: Python literals, else text."""
+    """["a=1", "b=0.9,0.99", "c=sine"] -> {"a": 1, "b": (0.9, 0.99), "c": "sine"}: Python literals, else text.
+
+    Of a name that is given twice the last value counts.
+    """
     if isinstance(value, dict):
         return value
     arguments: dict[str, Any] = {}
@@ -100,8 +104,6 @@ def parse_arguments(value: Any) -> dict[str, Any]:
         name = name.strip()
         if not equals or not name.isidentifier():
             raise ValueError(f"has {str(item)!r}, which is not of the form name=value")
-        if name in arguments:
-            raise ValueError(f"has {name!r} twice")
         if NEXT_ARGUMENT.search(text) and not name.startswith(PAIR_ARGUMENTS) and parse_literal(text) == text:
             raise ValueError(
                 f"has {str(item)!r}, which looks like several arguments in one; separate them with spaces, or as texts "
@@ -109,6 +111,12 @@ def parse_arguments(value: Any) -> dict[str, Any]:
             )
         arguments[name] = parse_literal(strip_comma(text))
     return arguments
+
+
+def list_repeated_names(value: Any) -> list[str]:
+    """The names that a list of name=value has more than once."""
+    names = [str(item).partition("=")[0].strip() for item in to_tuple(value)] if not isinstance(value, dict) else []
+    return [name for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def strip_comma(text: str) -> str:
@@ -222,5 +230,5 @@ FileName = Annotated[str, AfterValidator(check_file_name), Metavar("TEXT")]
 Seed = Annotated[int, AfterValidator(check_seed)]
 Steps = Annotated[int | float, PlainValidator(parse_steps), Metavar("N|X%")]
 Arguments = Annotated[
-    dict[str, Any], BeforeValidator(parse_arguments), PlainSerializer(format_arguments), Metavar("NAME=VALUE ...")
+    dict[str, Any], BeforeValidator(parse_arguments), PlainSerializer(format_arguments), Metavar(ARGUMENTS)
 ]

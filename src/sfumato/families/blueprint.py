@@ -63,6 +63,7 @@ class Blueprint:
     objective: Objective
     latents: LatentSpec
     lr_order: tuple[str, ...] = ()  # the text encoders that --text_encoder_lr counts, where the model lacks some
+    adapter_text_lrs: int | None = None  # values of --text_encoder_lr that sd-scripts' adapters read; None: all
     checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
     pipeline: Pipeline | None = None  # None: whole models are always saved as one file
     implementation: str = "diffusers"  # modelspec.implementation

@@ -109,6 +109,7 @@ class StableDiffusionXL(Family):
             base_model_version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base",
             text_parts=cls.text_parts,
+            adapter_text_lrs=1,
             checkpoint=("denoiser", "clip_l", "clip_g", "vae"),
             pipeline=_PIPELINE,
             networks={"denoiser": denoiser, "clip_l": clip_l, "clip_g": clip_g, "vae": vae},

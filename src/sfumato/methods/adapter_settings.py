@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfumato.config import Config
+from sfumato.config import Config, OptimOptions
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
+from sfumato.families.model_options import is_launched
 from sfumato.families.part import PartSpec
 from sfumato.methods.adapter_args import AdapterArgs, read_args
 from sfumato.methods.adapter_learning_rates import (
@@ -44,14 +45,15 @@ def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettin
         )
     caches_text = config.cache.cache_text_encoder_outputs
     frozen = [part for part in blueprint.text_parts if caches_text and specs[part].frozen_by_cache]
+    optim, notes = limit_text_encoder_lr(config, blueprint)
     learning_rates = read_adapter_learning_rates(
-        config.network, config.optim, args, specs, blueprint.text_parts, lr_order=blueprint.text_lr_order, cached=frozen
+        config.network, optim, args, specs, blueprint.text_parts, lr_order=blueprint.text_lr_order, cached=frozen
     )
     fix = "--network_train_unet_only, or remove --cache_text_encoder_outputs"
     check_text_cache(config, learning_rates.parts.keys(), blueprint, fix)
     opted_out = find_opted_out(specs, args, blueprint.text_parts)
-    notes = list_ignored_learning_rates(config.optim, specs, blueprint.text_lr_order, opted_out)
-    notes += describe_text_encoder_lr(config.optim, blueprint.text_lr_order, learning_rates.parts)
+    notes += list_ignored_learning_rates(optim, specs, blueprint.text_lr_order, opted_out)
+    notes += describe_text_encoder_lr(optim, blueprint.text_lr_order, learning_rates.parts)
     if frozen and not config.network.network_train_unet_only:
         notes += [f"--cache_text_encoder_outputs: {part} does not train, its features are cached" for part in frozen]
     return AdapterSettings(
@@ -61,3 +63,13 @@ def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettin
         learning_rates=learning_rates,
         notes=tuple(notes),
     )
+
+
+def limit_text_encoder_lr(config: Config, blueprint: Blueprint) -> tuple[OptimOptions, list[str]]:
+    """The options with as many learning rates of text encoders as sd-scripts reads under its launchers, and a line."""
+    values, limit = config.optim.text_encoder_lr or (), blueprint.adapter_text_lrs
+    if limit is None or len(set(values[: len(blueprint.text_parts)])) <= limit or not is_launched(config):
+        return config.optim, []
+    used = ", ".join(f"{lr:g}" for lr in values[:limit])
+    line = f"--text_encoder_lr: of several values {used} is for all text encoders; `sfumato train` gives each its own"
+    return config.optim.model_copy(update={"text_encoder_lr": values[:limit]}), [line]

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -111,10 +111,12 @@ def make_lr_schedule(optim: OptimOptions, optimizer: Optimizer, total: int) -> L
     return flat
 
 
-def check_schedule(optim: OptimOptions, total: int, optimizer: Optimizer | None = None) -> None:
+def check_schedule(
+    optim: OptimOptions, total: int, optimizer: Optimizer | None = None, learning_rates: Collection[float] = ()
+) -> None:
     """Check the schedule before there are parameters; UserError for what cannot work at any of its steps.
 
-    optimizer: one of the run's kind, for a class of torch's to be tried on.
+    optimizer: one of the run's kind, for a class of torch's to be tried on. learning_rates: those that the run has.
     """
     if optim.lr_scheduler_type:
         find_torch_schedule(optim)
@@ -124,6 +126,8 @@ def check_schedule(optim: OptimOptions, total: int, optimizer: Optimizer | None 
         schedule, shape = choose_schedule(optim), make_schedule_shape(optim, total)
         for step in (0, 1, shape.warmup, total - shape.decay, total - 1):
             try_schedule(schedule, max(0, min(step, total - 1)), shape, optim)
+        for lr in learning_rates:
+            try_schedule(schedule, 0, replace(shape, peak=lr), optim)
 
 
 def try_schedule(schedule: Schedule, step: int, shape: ScheduleShape, optim: OptimOptions) -> None:
