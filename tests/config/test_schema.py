@@ -14,7 +14,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 NETWORK, FULL = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in ("network", "full"))
 THEIR_OPTIONS = FULL | NETWORK  # where both have an option, they agree but for what stands below
 OURS = {
-    "skip_image_resolution",
+    "skip_image_resolution", "train_inpainting",
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plot_timesteps", "report",
     "text_cache_variants", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",

@@ -45,6 +45,9 @@ class DatasetOptions(Options):
     conditioning_data_dir: FilePath | None = option(
         None, "folder of mask or control images, one with the same name for each image", path="folder"
     )
+    train_inpainting: bool = option(
+        False, "train a denoiser for inpainting, which sees a mask and the masked image", planned="inpainting training"
+    )
     debug_dataset: bool = option(False, "show what training sees, and exit; writes a page to --output_dir")
 
 

@@ -70,9 +70,10 @@ def is_launched(config: Config) -> bool:
 
 def describe_idle_options(config: Config, family: type[Family], objective: Objective) -> Iterator[str]:
     """Lines about options without an effect on this model; errors with --strict."""
-    yield from (
-        f"--{name} has no effect on a model of the family {family.name}" for name in list_idle_options(config, family)
-    )
+    idle = list_idle_options(config, family)
+    if idle:
+        verb = "has" if len(idle) == 1 else "have"
+        yield f"{join_flags(idle)} {verb} no effect on a model of the family {family.name}"
     dropped = list_dropped_options(config, family, objective)
     if dropped:
         yield (
