@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.common import files
 from sfumato.config import Config
-from sfumato.config.output_checks import check_prompts, check_thumbnail
+from sfumato.config.output_checks import check_places, check_prompts, check_thumbnail
 from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems, UserError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sfumato.families.base import Family
     from sfumato.families.blueprint import Blueprint
     from sfumato.formats.save_schedule import SaveSchedule as SaveSchedule
+    from sfumato.formats.state import StateOutline
     from sfumato.methods.base import Method
     from sfumato.methods.base import TrainablePart as TrainablePart
     from sfumato.methods.model_plan import ModelPlan
@@ -48,12 +49,15 @@ class RunPlan:
     steps_per_epoch: int
     epochs: int
     saves: SaveSchedule
+    saved: StateOutline | None  # of --resume; None also where it is on the hub
     notes: tuple[str, ...]  # about the checkpoint, and options that have no effect on it
 
 
-def make_run_plan(config: Config, *, processes: int) -> RunPlan:
-    """Read headers and folders; every fault of model, data, method and output folder is raised at once."""
-    from sfumato.families.detection import read_size_steps, with_base_resolution
+def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> RunPlan:
+    """Read headers and folders; every fault of model, data, method and output folder is raised at once.
+
+    remember: whether the dataset index is written to the cache folder; nothing else ever is.
+    """
     from sfumato.formats.save_schedule import make_save_schedule
     from sfumato.methods.model_plan import describe_resolution, plan_model
 
@@ -62,16 +66,25 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
     model = None
     with problems.catch():
         model = plan_model(config, problems)
-    steps = read_size_steps(model.family if model else None)
-    config = with_base_resolution(model.config, model.blueprint) if model else config
-    data = find_data(config, bucket_step=steps.bucket, size_step=steps.single, processes=processes, problems=problems)
+    config = model.config if model else config
+    data = find_data(
+        config,
+        bucket_step=model.family.bucket_step if model else 1,
+        size_step=model.family.sampling.size_multiple if model else 1,
+        processes=processes,
+        remember=remember,
+        problems=problems,
+    )
     total_steps = count_steps(config, data)
+    saved = None
+    with problems.catch():
+        saved = find_saved_state(config)
     if model is not None:
         with problems.catch():
             if data.has_preserved_samples or config.loss.masked_prior_preservation_weight:
                 model.method.disabled()
     learning_rates = {part.learning_rate for part in model.parts} if model else set[float]()
-    notes = check_run_options(config, data, total_steps, learning_rates, problems)
+    notes = check_run_options(config, data, total_steps, learning_rates, saved, problems)
     if model is not None and total_steps and not problems.found:
         with problems.catch():
             check_disk(config, data, total_steps, model)
@@ -94,19 +107,36 @@ def make_run_plan(config: Config, *, processes: int) -> RunPlan:
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
         saves=make_save_schedule(config.save, epochs),
+        saved=saved,
         notes=(*model.notes, *model.remarks, *describe_resolution(model, data), *notes),
     )
 
 
+def find_saved_state(config: Config) -> StateOutline | None:
+    """The state that --resume names, without its tensors; one on the hub is downloaded by training alone."""
+    from sfumato.formats.state import read_newest_outline
+
+    if config.save.resume is None or config.hub.resume_from_huggingface:
+        return None
+    return read_newest_outline(config.save.resume)
+
+
 def check_run_options(
-    config: Config, data: DataPlan, total_steps: int, learning_rates: Collection[float], problems: Problems
+    config: Config,
+    data: DataPlan,
+    total_steps: int,
+    learning_rates: Collection[float],
+    saved: StateOutline | None,
+    problems: Problems,
 ) -> list[str]:
-    """Optimizer, schedule, start, prompts, metadata, trackers and output folder; gives notes about them."""
+    """Optimizer, schedule, start, prompts, metadata, trackers and folders; gives notes about them."""
     from sfumato.optim.check import check_optimizer
     from sfumato.track.trackers import check_trackers
 
     first = 0 if config.save.resume or not total_steps else requested_first_step(config, data) or 0
-    notes = check_optimizer(config.optim, max(0, total_steps - first), problems, learning_rates)
+    steps = max(0, total_steps - first)
+    saved_class = saved.tree["optimizer"]["class"] if saved else ""
+    notes = check_optimizer(config.optim, steps, problems, learning_rates, saved_class=saved_class)
     with problems.catch():
         if total_steps:
             check_first_step(config, data, total_steps)
@@ -116,9 +146,7 @@ def check_run_options(
         check_thumbnail(config)
     with problems.catch():
         check_trackers(config.log)
-    with problems.catch():
-        if config.save.output_dir is not None:
-            files.check_writable(config.save.output_dir, option="--output_dir")
+    check_places(config, problems)
     return notes
 
 

@@ -176,6 +176,8 @@ CASES = {
         "--full_bf16 --mixed_precision bf16 --no_stochastic_rounding",
         "--full_bf16 --mixed_precision bf16",
     ),
+    "plan-takes-precedence": ("--plan --debug_dataset", "--plan"),
+    "plan-with-output-config": ("--plan --output_config --config_file new.toml", "--plan"),
     "logging-dir-missing": ("--log_with tensorboard", "--log_with tensorboard --logging_dir logs"),
     "bucket-range-reversed": ("--min_bucket_reso 2048", "--min_bucket_reso 1024"),
     "dataset-config-takes-precedence": ("--dataset_config FILE", "--no_strict"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from families.toys import ToyShelf
@@ -160,8 +161,13 @@ def test_the_loss_with_and_without_ignored_options(
 
 
 def declare(toy: Toy, folder: Path, metadata: dict[str, str]) -> Toy:
-    path = folder / "declared.safetensors"
-    save_file(load_file(toy["pretrained_model_name_or_path"]), path, metadata)
+    """The toy with further metadata; its own names its tokenizer."""
+    path, source = folder / "declared.safetensors", toy["pretrained_model_name_or_path"]
+    with safe_open(source, "pt") as file:
+        save_file(load_file(source), path, {**(file.metadata() or {}), **metadata})
+    for name in ("tokenizer", "tokenizer_2"):
+        if name in toy and not (folder / name).exists():
+            shutil.copytree(toy[name], folder / name)
     return {**toy, "pretrained_model_name_or_path": path}
 
 

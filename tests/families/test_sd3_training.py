@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def test_dropouts_are_the_samples_own(toy: Mapping[str, Path], images: Path, tmp
 def test_a_dropout_rate_without_its_encoder_is_noted(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     path = tmp_path / "sd3.safetensors"
     save_file(without(load_file(toy["pretrained_model_name_or_path"]), "t5"), path)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(toy[name], tmp_path / name)
     found = outlook({"pretrained_model_name_or_path": path}, images, tmp_path / "out", t5_dropout_rate=0.1)
     assert "--t5_dropout_rate has no effect: there is no text encoder t5" in found.notes
 

@@ -22,7 +22,7 @@ from sfumato.data.plans import DataPlan
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.tools import dataset_cache
+from sfumato.tools import cache_plan, dataset_cache
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.training.caching import Caches
 from tools.cache_helpers import CACHED, CREATED, change_letter, change_pixel, counts, fill
@@ -245,7 +245,7 @@ def test_a_single_variant_refuses_varying_captions_before_loading(
 def test_ignored_options_are_named(sdxl: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     config = load_config(make_arguments(sdxl, images, tmp_path / "out", noise_offset=0.1, mixed_precision="bf16"))
     (line,) = describe_ignored_options(
-        config, themes=dataset_cache.CACHING_THEMES, options=dataset_cache.CACHING_OPTIONS, purpose="caching"
+        config, themes=cache_plan.CACHING_THEMES, options=cache_plan.CACHING_OPTIONS, purpose="caching"
     )
     assert "--noise_offset" in line
     assert "--learning_rate" in line

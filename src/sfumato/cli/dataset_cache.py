@@ -14,7 +14,6 @@ from sfumato.common.text import EMPTY
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.load import load_command_config
-from sfumato.errors import Problems
 
 if TYPE_CHECKING:
     from sfumato.config import Config
@@ -43,7 +42,7 @@ class DatasetCacheOptions(Options):
     `sfumato train`; give those of the training, --mixed_precision above all, since an entry is made for the weights as
     they are loaded. Both caches are filled unless --cache_latents or --cache_text_encoder_outputs names one. Several
     processes share the work. Machines with caches of their own make a part each: copy all their files of `shards` into
-    one folder.
+    one folder. With --plan, everything is checked and shown, and nothing is written.
     """
 
     stats: bool = option(False, "count what the cache holds, and list the datasets that need it")
@@ -76,10 +75,12 @@ def run_cache_command(line: CommandLine, *, kinds: Sequence[str] = (), defaults:
     kinds: the caches to fill whatever the options say. defaults: values that a script sets.
     """
     options = line.options(DatasetCacheOptions)
-    check_tasks(options, line.problems)
+    check_tasks(options, line)
     config = make_cache_config(line, kinds, defaults)
     if options.tasks:
         run = choose_maintenance(options, config)
+    elif config.run.plan:
+        run = choose_plan(config)
     else:
         from sfumato.tools.dataset_cache import fill_dataset_caches
 
@@ -87,6 +88,14 @@ def run_cache_command(line: CommandLine, *, kinds: Sequence[str] = (), defaults:
             fill_dataset_caches(config, machine=options.shard or (0, 1)).close()
 
     return run_guarded(run, debug=config.log.debug)
+
+
+def choose_plan(config: Config) -> Callable[[], None]:
+    """What would be cached; one process of a launch shows it for all."""
+    from sfumato.config.environment import read_launch
+    from sfumato.tools.cache_plan import show_cache_plan
+
+    return (lambda: None) if read_launch().rank > 0 else (lambda: show_cache_plan(config))
 
 
 def choose_maintenance(options: DatasetCacheOptions, config: Config) -> Callable[[], None]:
@@ -100,9 +109,11 @@ def choose_maintenance(options: DatasetCacheOptions, config: Config) -> Callable
     return tasks[options.tasks[0]]
 
 
-def check_tasks(options: DatasetCacheOptions, problems: Problems) -> None:
+def check_tasks(options: DatasetCacheOptions, line: CommandLine) -> None:
     """Add a problem for options that do not go together."""
-    tasks = options.tasks
+    tasks, problems = options.tasks, line.problems
+    if tasks and line.values.get("plan"):
+        problems.add(f"--plan is for filling, not for {tasks[0]}", code="plan-without-filling", fix="remove --plan")
     if len(tasks) > 1:
         problems.add(
             f"{' and '.join(tasks)} are different things to do", code="cache-tasks-conflict", fix="give one of them"

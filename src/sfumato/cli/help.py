@@ -33,6 +33,7 @@ def training_help(program: str, summary: str, *, absent: Collection[str] = ()) -
         summary,
         "Every option may also stand in the configuration file, e.g. network_dim = 16.",
         "Switches are turned off again with --no_NAME.",
+        "With --plan, everything is checked and shown, and nothing is trained or written.",
     ]
     for theme, group in group_options(option for option in options if not option.facts.planned).items():
         lines += format_section(theme_title(theme), group)

@@ -1,18 +1,13 @@
-"""`sfumato plan`: what a run will do, before it does it."""
+"""`sfumato plan`: what a run will do, before it does it; `sfumato train` and every script do the same with --plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.exits import run_guarded
-from sfumato.cli.train import read_run_config
+from sfumato.cli.train import run_training
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato plan`."""
-    config = read_run_config(argv, program="sfumato plan", summary="Shows what a run will do, before it does it.")
-    if config is None:
-        return 0
-    from sfumato.tools.plan import show_plan
-
-    return run_guarded(lambda: show_plan(config), debug=config.log.debug)
+    summary = "Shows what a run will do, before it does it. Every training command does the same with --plan."
+    return run_training(argv, program="sfumato plan", summary=summary, planning=True)

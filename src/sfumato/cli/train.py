@@ -12,6 +12,8 @@ from sfumato.common.text import EMPTY
 if TYPE_CHECKING:
     from sfumato.config import Config
 
+PLAN_FLAG = "--plan"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato train`."""
@@ -25,11 +27,19 @@ def run_training(
     summary: str,
     defaults: Mapping[str, Any] = EMPTY,
     absent: Mapping[str, str] = EMPTY,
+    planning: bool = False,
 ) -> int:
-    """Train with the options of a command line; gives the exit code. For the arguments see `read_run_config`."""
+    """Train with the options of a command line, or show the plan with --plan; gives the exit code.
+
+    planning: show the plan whatever the options say. For the other arguments see `read_run_config`.
+    """
+    if (planning or PLAN_FLAG in argv) and is_silent():
+        return 0
     config = read_run_config(argv, program=program, summary=summary, defaults=defaults, absent=absent)
     if config is None:
         return 0
+    if planning or config.run.plan:
+        return run_plan(config)
     if config.dataset.debug_dataset:
         from sfumato.tools.dataset_inspect import show_dataset
 
@@ -37,6 +47,25 @@ def run_training(
     from sfumato.train import train
 
     return run_guarded(lambda: train(config), debug=config.log.debug)
+
+
+def run_plan(config: Config) -> int:
+    """Show the plan; gives the exit code that training would begin with."""
+    if is_silent():
+        return 0
+    from sfumato.tools.plan import show_plan
+
+    return run_guarded(lambda: show_plan(config), debug=config.log.debug)
+
+
+def is_silent() -> bool:
+    """Whether another process of this launch shows the plan.
+
+    The others end at once and well: torchrun stops all of them when one fails, before the first has said why.
+    """
+    from sfumato.config.environment import read_launch
+
+    return read_launch().rank > 0
 
 
 def read_run_config(

@@ -139,6 +139,15 @@ def check_disk_space(folder: Path, needed: int, *, mine: str, what: str) -> None
         )
 
 
+def check_file_writable(path: Path, *, option: str) -> None:
+    """The same as `check_writable` for a file that will be made or replaced."""
+    if path.is_dir():
+        raise UserError(
+            f"{option}: {path} is a folder, not a file", code="output-file-is-folder", fix="give a file name"
+        )
+    check_writable(path.parent, option=option)
+
+
 def check_writable(folder: Path, *, option: str) -> None:
     """Try a file in the folder, or where the folder is to be made, and take it away again: nothing is left behind."""
     place = folder

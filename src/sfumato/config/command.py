@@ -14,6 +14,7 @@ from sfumato.config.option_table import OptionTable, make_option_table, merge_ta
 from sfumato.config.schema import training_table
 from sfumato.errors import Problems
 
+NO_PLAN = "it belongs to the commands that train and that fill caches"  # why other commands do not have --plan
 Theme = TypeVar("Theme", bound=Options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from sfumato.config.schema import Config
 
@@ -19,6 +20,18 @@ OPTIONS = {  # variable -> the option that counts instead
     "ACCELERATE_MIXED_PRECISION": "mixed_precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
 }
+
+
+class Launch(NamedTuple):
+    """This process's place among those that accelerate's launcher or torchrun started."""
+
+    rank: int
+    processes: int
+
+
+def read_launch() -> Launch:
+    """From the environment, without joining the others."""
+    return Launch(rank=int(os.environ.get("RANK", "0")), processes=int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def describe_environment(config: Config) -> Iterator[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sfumato.common.files import check_file_writable, check_writable
 from sfumato.config.output_rules import samples_enabled
 from sfumato.config.prompts import read_prompts
 from sfumato.config.schema import Config
-from sfumato.errors import UserError
+from sfumato.errors import Problems, UserError
 
 
 def check_prompts(config: Config) -> list[str]:
@@ -22,6 +23,20 @@ def check_prompts(config: Config) -> list[str]:
     if config.log.strict:
         raise UserError(what, code="sample-prompts-empty")
     return [what]
+
+
+def check_places(config: Config, problems: Problems) -> None:
+    """Every file and folder that the run will make must be one that can be written."""
+    folders = {"--output_dir": config.save.output_dir, "--logging_dir": config.log.logging_dir}
+    for option, folder in folders.items():
+        with problems.catch():
+            if folder is not None:
+                check_writable(folder, option=option)
+    files = {"--console_log_file": config.log.console_log_file, "--plot_timesteps": config.run.plot_timesteps}
+    for option, file in files.items():
+        with problems.catch():
+            if file is not None:
+                check_file_writable(file, option=option)
 
 
 def check_thumbnail(config: Config) -> None:

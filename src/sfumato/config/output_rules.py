@@ -167,6 +167,14 @@ _UNUSED = (
 
 _NOTES = (
     OptionRule(
+        code="plan-takes-precedence",
+        severity="note",
+        options=("plan", "debug_dataset"),
+        is_broken=lambda c: c.run.plan and c.dataset.debug_dataset,
+        what="--debug_dataset is ignored: --plan takes precedence",
+        fix="give one of them",
+    ),
+    OptionRule(
         code="adapter-file-without-metadata",
         severity="note",
         options=("save_model_as", "method"),
@@ -177,6 +185,14 @@ _NOTES = (
 )
 
 _CONFLICTS = (
+    OptionRule(
+        code="plan-with-output-config",
+        severity="conflict",
+        options=("plan", "output_config"),
+        is_broken=lambda c: c.run.plan and c.run.output_config,
+        what="--plan writes no file, and --output_config asks for one",
+        fix="give one of them",
+    ),
     OptionRule(
         code="logging-dir-missing",
         severity="conflict",

@@ -25,6 +25,9 @@ class RunOptions(Options):
     plot_timesteps: FilePath | None = option(
         None, "plot the timestep distribution and the loss weights to a PNG file of this name"
     )
+    plan: bool = option(
+        False, "check everything, show what the run would do, and exit; no weight is read, no file is written"
+    )
     output_config: bool = option(False, "write the given options to --config_file, which must not exist, and exit")
 
 

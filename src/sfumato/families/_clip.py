@@ -124,10 +124,9 @@ def check_clip_skip(model: ModelOptions, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_vocabulary(tokenizer: Any, encoder: Any) -> None:
-    """Raise UserError where the tokenizer and the encoder have vocabularies of different sizes."""
-    rows = encoder.get_input_embeddings().weight.shape[0]
-    check_vocabulary_size(len(tokenizer), rows, owner="the checkpoint")
+def check_vocabulary(tokenizer: Any, config: Mapping[str, Any]) -> None:
+    """Raise UserError where the tokenizer has not the size of the vocabulary in the encoder's configuration."""
+    check_vocabulary_size(len(tokenizer), config["vocab_size"], owner="the checkpoint")
 
 
 def make_config(config: Mapping[str, Any]) -> CLIPTextConfig:

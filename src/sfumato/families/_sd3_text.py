@@ -80,6 +80,9 @@ def read_others(
             networks |= {name: network} if network else {}
     with problems.catch():
         networks["vae"] = _vae.find_vae(source, model, scaling)
+    with problems.catch():
+        if model.t5xxl_device:
+            find_t5_device(model.t5xxl_device)
     problems.raise_all()
     check_encoders(denoiser, networks)
     vae = networks["vae"]

@@ -92,6 +92,11 @@ class Family(ABC):
         """Patterns on the names of an encoder's last layers and weights, where its features do not depend on them."""
         return ()
 
+    @classmethod
+    def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> Mapping[str, Any]:
+        """Text encoder -> its tokenizer. UserError where one is missing or has another vocabulary than its encoder."""
+        return {}
+
     def list_tokenizers(self) -> Sequence[Any]:
         """One for each text encoder; called only where the blueprint has a pipeline."""
         return ()

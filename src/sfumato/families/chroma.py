@@ -40,9 +40,7 @@ class Chroma(Family):
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTH
-        folder = "tokenizer" if blueprint.source.is_folder else "tokenizer_2"  # beside a file: FLUX.1's folder
-        given = model.tokenizer[-1] if model.tokenizer else None  # the last one where FLUX.1's two are given
-        self.tokenizer: Any = _flux_files.find_t5_tokenizer(blueprint.source, given, folder)
+        self.tokenizer: Any = self.load_tokenizers(blueprint, model)["t5"]
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -69,6 +67,12 @@ class Chroma(Family):
             latents=_vae.make_latent_spec(vae.config, patch=2, size_multiple=16),
             metadata=_flux_parts.make_metadata("chroma", model, noise, 0.0),
         )
+
+    @classmethod
+    def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
+        folder = "tokenizer" if blueprint.source.is_folder else "tokenizer_2"  # beside a file: FLUX.1's folder
+        given = model.tokenizer[-1] if model.tokenizer else None  # the last one where FLUX.1's two are given
+        return {"t5": _flux_files.find_t5_tokenizer(blueprint.source, given, folder)}
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:

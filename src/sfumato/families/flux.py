@@ -43,12 +43,8 @@ class Flux(Family):
         self.guided = bool(blueprint.networks["denoiser"].config["guidance_embeds"])
         self.masked = model.apply_t5_attn_mask
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTHS[self.guided]
-        clip, t5 = (*model.tokenizer, None, None)[:2]
-        source = blueprint.source
-        folder = _flux_files.find_tokenizer_folder(source, clip, "tokenizer")
-        self.clip_tokenizer: Any = _tokenizers.load_clip_tokenizer(folder)
-        self.t5_tokenizer: Any = _flux_files.find_t5_tokenizer(source, t5, "tokenizer_2")
-        _clip.check_vocabulary(self.clip_tokenizer, self.parts["clip_l"].module)
+        tokenizers = self.load_tokenizers(blueprint, model)
+        self.clip_tokenizer, self.t5_tokenizer = tokenizers["clip_l"], tokenizers["t5"]
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -75,6 +71,14 @@ class Flux(Family):
             latents=_vae.make_latent_spec(vae.config, patch=2, size_multiple=16),
             metadata=_flux_parts.make_metadata("flux", model, noise, _DEFAULT_GUIDANCE),
         )
+
+    @classmethod
+    def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
+        clip, t5 = (*model.tokenizer, None, None)[:2]
+        folder = _flux_files.find_tokenizer_folder(blueprint.source, clip, "tokenizer")
+        tokenizer = _tokenizers.load_clip_tokenizer(folder)
+        _clip.check_vocabulary(tokenizer, blueprint.networks["clip_l"].config)
+        return {"clip_l": tokenizer, "t5": _flux_files.find_t5_tokenizer(blueprint.source, t5, "tokenizer_2")}
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:

@@ -7,7 +7,7 @@ The model's time runs from noise (0) to image (1), and its velocity points to th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Lumina(Family):
         super().__init__(blueprint, parts, vae)
         self.length = model.gemma2_max_token_length or _gemma2.GEMMA2_LENGTH
         self.prompt_prefix = model.system_prompt + _PROMPT_START if model.system_prompt else ""
-        self.tokenizer = find_tokenizer(blueprint, model)
+        self.tokenizer = self.load_tokenizers(blueprint, model)["gemma2"]
 
     def unread_layers(self, part: str) -> Sequence[str]:
         if part != "gemma2":
@@ -109,6 +109,10 @@ class Lumina(Family):
                 "ss_mode_scale": noise.mode_scale,
             },
         )
+
+    @classmethod
+    def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
+        return {"gemma2": find_tokenizer(blueprint, model)}
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:

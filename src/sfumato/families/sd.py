@@ -64,11 +64,7 @@ class StableDiffusion(Family):
         super().__init__(blueprint, parts, vae)
         self.clip_layer = model.clip_skip or 1
         self.chunks = _clip.count_chunks(model)
-        source = blueprint.source
-        folder = _clip.find_tokenizer_folders(source, model, ("tokenizer",))[0]
-        merges = None if source.is_folder else source.read_config("tokenizer").get("merges")
-        self.tokenizer: Any = _tokenizers.load_clip_tokenizer(folder, pad_with_zero=is_version_2(source), merges=merges)
-        _clip.check_vocabulary(self.tokenizer, self.parts["clip"].module)
+        self.tokenizer: Any = self.load_tokenizers(blueprint, model)["clip"]
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -104,6 +100,15 @@ class StableDiffusion(Family):
             notes=notes,
             declared=declared,
         )
+
+    @classmethod
+    def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
+        source = blueprint.source
+        folder = _clip.find_tokenizer_folders(source, model, ("tokenizer",))[0]
+        merges = None if source.is_folder else source.read_config("tokenizer").get("merges")
+        tokenizer = _tokenizers.load_clip_tokenizer(folder, pad_with_zero=is_version_2(source), merges=merges)
+        _clip.check_vocabulary(tokenizer, blueprint.networks["clip"].config)
+        return {"clip": tokenizer}
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:

@@ -53,16 +53,7 @@ class StableDiffusion3(Family):
         self.uses_scaled_tables = model.enable_scaled_pos_embed
         patch_embed: Any = self.denoiser.pos_embed
         patch_embed.crop_rate = model.pos_emb_random_crop_rate
-        folders = _clip.find_tokenizer_folders(blueprint.source, model, ("tokenizer", "tokenizer_2", "tokenizer_3"))
-        self.tokenizers: dict[str, Any] = {
-            "clip_l": _tokenizers.load_clip_tokenizer(folders[0]),
-            "clip_g": _tokenizers.load_clip_tokenizer(folders[1], pad_with_zero=True),
-        }
-        for name, tokenizer in self.tokenizers.items():
-            _clip.check_vocabulary(tokenizer, self.parts[name].module)
-        if "t5" in self.text_parts:
-            folder = folders[2] or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
-            self.tokenizers["t5"] = _tokenizers.load_t5_tokenizer(folder)
+        self.tokenizers = self.load_tokenizers(blueprint, model)
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -97,6 +88,20 @@ class StableDiffusion3(Family):
             metadata=_make_metadata(model, noise),
             notes=(*_note_unused_options(networks, model, noise), *_note_position_options(version, model)),
         )
+
+    @classmethod
+    def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
+        folders = _clip.find_tokenizer_folders(blueprint.source, model, ("tokenizer", "tokenizer_2", "tokenizer_3"))
+        tokenizers: dict[str, Any] = {
+            "clip_l": _tokenizers.load_clip_tokenizer(folders[0]),
+            "clip_g": _tokenizers.load_clip_tokenizer(folders[1], pad_with_zero=True),
+        }
+        for name, tokenizer in tokenizers.items():
+            _clip.check_vocabulary(tokenizer, blueprint.networks[name].config)
+        if "t5" in blueprint.text_parts:
+            folder = folders[2] or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
+            tokenizers["t5"] = _tokenizers.load_t5_tokenizer(folder)
+        return tokenizers
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:

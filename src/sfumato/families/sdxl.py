@@ -79,13 +79,7 @@ class StableDiffusionXL(Family):
     def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
         super().__init__(blueprint, parts, vae)
         self.chunks = _clip.count_chunks(model)
-        first, second = _clip.find_tokenizer_folders(blueprint.source, model, ("tokenizer", "tokenizer_2"))
-        self.tokenizers: dict[str, Any] = {
-            "clip_l": _tokenizers.load_clip_tokenizer(first),
-            "clip_g": _tokenizers.load_clip_tokenizer(second, pad_with_zero=True),
-        }
-        for name, tokenizer in self.tokenizers.items():
-            _clip.check_vocabulary(tokenizer, self.parts[name].module)
+        self.tokenizers = self.load_tokenizers(blueprint, model)
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -118,6 +112,17 @@ class StableDiffusionXL(Family):
             notes=notes,
             declared=declared,
         )
+
+    @classmethod
+    def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
+        first, second = _clip.find_tokenizer_folders(blueprint.source, model, ("tokenizer", "tokenizer_2"))
+        tokenizers: dict[str, Any] = {
+            "clip_l": _tokenizers.load_clip_tokenizer(first),
+            "clip_g": _tokenizers.load_clip_tokenizer(second, pad_with_zero=True),
+        }
+        for name, tokenizer in tokenizers.items():
+            _clip.check_vocabulary(tokenizer, blueprint.networks[name].config)
+        return tokenizers
 
     @classmethod
     def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:

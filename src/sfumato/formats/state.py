@@ -11,9 +11,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,22 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise _incomplete_error(folder, fault)
     content = _read_tree(folder)
     with TensorFile(folder / TENSORS_FILE) as file:
-        return _unflatten(content["tree"], file), content["info"]
+        return _unflatten(content["tree"], file.read), content["info"]
+
+
+class StateOutline(NamedTuple):
+    """A complete state without its tensors."""
+
+    folder: Path
+    tree: dict[str, Any]  # None in place of each tensor
+    info: dict[str, Any]
+
+
+def read_newest_outline(path: Path) -> StateOutline:
+    """The outline of `find_newest_state`."""
+    folder = find_newest_state(path)
+    content = _read_tree(folder)
+    return StateOutline(folder, _unflatten(content["tree"], lambda name: None), content["info"])
 
 
 def find_newest_state(path: Path) -> Path:
@@ -176,15 +191,16 @@ def _check_key(key: Any, path: str) -> Any:
     return key
 
 
-def _unflatten(value: Any, file: TensorFile) -> Any:
+def _unflatten(value: Any, read: Callable[[str], Any]) -> Any:
+    """The tree of JSON; read: tensor's name -> what stands in its place."""
     if not isinstance(value, list):
         return value
     kind, content = value
     if kind == "tensor":
-        return file.read(content)
+        return read(content)
     if kind == "dict":
-        return {key: _unflatten(item, file) for key, item in content}
+        return {key: _unflatten(item, read) for key, item in content}
     if kind == "float":
         return float(content)
-    items = [_unflatten(item, file) for item in content]
+    items = [_unflatten(item, read) for item in content]
     return items if kind == "list" else tuple(items)

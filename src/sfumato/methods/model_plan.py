@@ -10,7 +10,7 @@ from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.detection import describe_model
+from sfumato.families.detection import describe_model, with_base_resolution
 from sfumato.families.model_options import (
     check_objective_options,
     describe_further_options,
@@ -45,6 +45,9 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
     remarks = (*blueprint.declared, *describe_further_options(config, family, blueprint.objective))
     config = resolve_options(config, family, blueprint.objective)
     check_objective_options(config, blueprint.objective, problems)
+    with problems.catch():
+        family.load_tokenizers(blueprint, config.model)
+    config = with_base_resolution(config, blueprint)
     method = make_method(config)
     parts = tuple(method.plan(blueprint))
     said = method.list_notes(blueprint)
@@ -61,7 +64,7 @@ def describe_resolution(model: ModelPlan, data: DataPlan) -> Iterator[str]:
         return
     name, size = model.blueprint.source.name, "x".join(map(str, base))
     used = [dataset.settings.resolution for dataset in data.datasets]
-    if model.config.buckets.resolution is None and base in used:
+    if model.config.source("resolution") == "default" and base in used:
         yield f"{name} declares a resolution of {size}, which is used (--resolution: another)"
     elif all(width * height != base[0] * base[1] for width, height in used):
         yield f"{name} declares a resolution of {size}; no dataset has it"

@@ -195,12 +195,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], name: str)
 
     name: the class of the saved optimizer, as `class_name` gives it.
     """
-    if name != class_name(optimizer):
-        raise UserError(
-            f"the state was saved with {name}, this run has {class_name(optimizer)}",
-            code="resume-optimizer-mismatch",
-            fix="give the optimizer of the saved run, or start without --resume",
-        )
+    check_saved_class(optimizer, name)
     if group_sizes(saved["param_groups"]) != group_sizes(optimizer.param_groups):
         raise UserError(
             "the state was saved with other parts or layers in training",
@@ -216,6 +211,16 @@ def restore_optimizer(optimizer: Optimizer, saved: Mapping[str, Any], name: str)
     for group, arguments in zip(optimizer.param_groups, before, strict=True):
         group.update({key: arguments[key] for key in names & set(arguments)})
     restore_precision(optimizer, saved["state"])
+
+
+def check_saved_class(optimizer: Optimizer, name: str) -> None:
+    """Raise UserError where a state has another optimizer than this one. name: as `class_name` gives it."""
+    if name != class_name(optimizer):
+        raise UserError(
+            f"the state was saved with {name}, this run has {class_name(optimizer)}",
+            code="resume-optimizer-mismatch",
+            fix="give the optimizer of the saved run, or start without --resume",
+        )
 
 
 def group_sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:

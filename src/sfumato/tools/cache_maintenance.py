@@ -22,10 +22,10 @@ from sfumato.data.cache.references import StoredReference, read_references, sele
 from sfumato.data.cache.store import DiskStore
 from sfumato.data.find.discover import find_data
 from sfumato.data.find.image_table import ImageRow
+from sfumato.data.find.index import cache_folder
 from sfumato.data.images import hash_content
 from sfumato.errors import Problems, UserError
 from sfumato.track.progress_task import ProgressTask
-from sfumato.training.caching import cache_folder
 
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 

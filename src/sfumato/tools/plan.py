@@ -1,27 +1,25 @@
-"""`sfumato plan`: what a run will do, before it does it."""
+"""--plan: what a run will do, before it does it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from sfumato.config import Config
+from sfumato.config.environment import read_launch
 from sfumato.config.listing import option_lines
-from sfumato.data.find.discover import find_data
-from sfumato.errors import Problems
 from sfumato.plan import make_run_plan, with_seed
-from sfumato.training.plan_report import data_lines, draw_timesteps, model_lines
+from sfumato.training.plan_report import draw_timesteps, plan_lines, resume_lines
 
 
 def show_plan(config: Config) -> None:
-    """Print everything; options and data come before torch is imported. Raises what `train` would refuse."""
+    """Print everything; the options come before torch is imported. Raises what `train` would refuse.
+
+    Writes nothing but the chart of --plot_timesteps. A model named on the hub is downloaded: its headers are needed.
+    """
     config = with_seed(config)
     print_lines(option_lines(config))
-    problems = Problems()
-    data = find_data(config, bucket_step=1, problems=problems)
-    print_lines(data_lines(config, data))
-    problems.raise_all()
-    plan = make_run_plan(config, processes=1)
-    print_lines(model_lines(plan))
+    plan = make_run_plan(config, processes=read_launch().processes, remember=False)
+    print_lines((*plan_lines(plan), *resume_lines(plan)))
     draw_timesteps(plan)
 
 

@@ -28,7 +28,7 @@ from sfumato.data.cache.entries import (
 )
 from sfumato.data.cache.references import CacheReference
 from sfumato.data.cache.store import DiskStore, MemoryStore
-from sfumato.data.find.index import get_default_cache_dir
+from sfumato.data.find.index import cache_folder
 from sfumato.data.loader import TextFeatures
 from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
 from sfumato.data.plans import DataPlan, SubsetPlan
@@ -193,10 +193,6 @@ def list_image_folders(subset: SubsetPlan) -> set[str]:
 
 def open_store(config: Config) -> DiskStore:
     return DiskStore(cache_folder(config))
-
-
-def cache_folder(config: Config) -> Path:
-    return config.cache.cache_dir or get_default_cache_dir()
 
 
 def count_workers(config: Config) -> int:

@@ -1,19 +1,21 @@
-"""What a plan says, as lines: for `sfumato plan`, and in the log before the first step."""
+"""What a plan says, as lines: for --plan, and in the log before the first step."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from sfumato.common import files
 from sfumato.config import Config
+from sfumato.config.listing import public_options
 from sfumato.data.find.data_rows import make_data_rows
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
 from sfumato.formats.save_schedule import describe_retention
 from sfumato.plan import RunPlan, count_steps, requested_first_step
+from sfumato.training.start_point import describe_end, find_start_point
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -22,15 +24,43 @@ log = logging.getLogger(__name__)
 
 
 def report_plan(plan: RunPlan, processes: PartialState) -> None:
-    """The same tables that `sfumato plan` prints, before anything is loaded."""
-    if plan.config.processes.ddp_timeout is not None and processes.num_processes == 1:
-        log.info("note: --ddp_timeout has no effect: there is one process")
-    saves = describe_retention(plan.saves, states=plan.config.save.save_state)
-    for line in (*data_lines(plan.config, plan.data), *model_lines(plan), *saves):
+    """The same tables that --plan shows, before anything is loaded."""
+    for line in plan_lines(plan):
         log.info("%s", line)
-    log.info("seed %d", plan.seed)
     if processes.is_main_process:
         draw_timesteps(plan)
+
+
+def plan_lines(plan: RunPlan) -> Iterator[str]:
+    """Everything that is known before the first weight is read."""
+    if plan.config.processes.ddp_timeout is not None and plan.data.processes == 1:
+        yield "note: --ddp_timeout has no effect: there is one process"
+    yield from data_lines(plan.config, plan.data)
+    yield from model_lines(plan)
+    yield from describe_retention(plan.saves, states=plan.config.save.save_state)
+    yield f"seed {plan.seed}"
+
+
+def resume_lines(plan: RunPlan) -> Iterator[str]:
+    """Where the run starts, if it is not at step 0, and which options differ from those of the saved run."""
+    config, saved = plan.config, plan.saved
+    if saved is None and config.save.resume is not None:
+        yield f"note: --resume: {config.save.resume.as_posix()} is downloaded and checked when training starts"
+        return
+    if saved is not None:
+        yield f"resuming from {saved.folder}, step {saved.tree['counters']['step']} of {plan.total_steps}"
+        yield from (f"note: {line}" for line in describe_changes(saved.info["options"], config))
+    start = find_start_point(config, plan.data, saved.tree["counters"] if saved else {})
+    if start.step >= plan.total_steps:
+        yield describe_end(start, plan.total_steps)
+
+
+def describe_changes(before: Mapping[str, str], config: Config) -> Iterator[str]:
+    """A line for each option that differs from the saved run's, as both were written down."""
+    now = public_options(config)
+    for name in sorted({*before, *now}):
+        if before.get(name) != now.get(name):
+            yield f"--{name} was {before.get(name, 'not set')}, now it is {now.get(name, 'not set')}"
 
 
 def dataset_lines(config: Config, data: DataPlan) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
+from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
 
 
@@ -18,7 +18,7 @@ def start_processes(timeout_minutes: int | None = None) -> PartialState:
     """
     limits = {} if timeout_minutes is None else {"timeout": timedelta(minutes=timeout_minutes)}
     processes = PartialState(cpu=not torch.cuda.is_available(), **limits)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = read_launch().processes
     if launched != processes.num_processes:
         raise UserError(
             f"{launched} processes were launched, but they do not know of each other",

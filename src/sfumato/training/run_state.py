@@ -12,7 +12,6 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sfumato.config import Config
-from sfumato.config.listing import public_options
 from sfumato.config.secrets import collect_secrets
 from sfumato.diffusion.uncertainty import Uncertainty, resume_uncertainty
 from sfumato.errors import UserError
@@ -20,6 +19,7 @@ from sfumato.formats.state import find_newest_state, load_state, save_state
 from sfumato.optim.optimizers import class_name, restore_optimizer
 from sfumato.plan import RunPlan
 from sfumato.track.hub import fetch_state
+from sfumato.training.plan_report import describe_changes
 from sfumato.training.start_point import StartPoint
 
 log = logging.getLogger(__name__)
@@ -70,20 +70,18 @@ def open_state(plan: RunPlan) -> RunState:
     config = plan.config
     if config.save.resume is None:
         return RunState()
-    folder = find_newest_state(locate_state(config, config.save.resume))
+    folder = plan.saved.folder if plan.saved else find_newest_state(download_state(config, config.save.resume))
     saved, info = load_state(folder)
     state = RunState(saved)
     log.info("resuming from %s, step %d of %d", folder, state.counters["step"], plan.total_steps)
-    before, now = info["options"], public_options(config)
-    for name in sorted({*before, *now}):
-        if before.get(name) != now.get(name):
-            log.warning("--%s was %s, now it is %s", name, before.get(name, "not set"), now.get(name, "not set"))
+    for line in describe_changes(info["options"], config):
+        log.warning("%s", line)
     return state
 
 
-def locate_state(config: Config, path: Path) -> Path:
-    """Where the state lies on this machine; downloaded first where it is on the hub."""
-    return fetch_state(config.hub, path, collect_secrets(config)) if config.hub.resume_from_huggingface else path
+def download_state(config: Config, path: Path) -> Path:
+    """Where the state of this name on the hub lies on this machine."""
+    return fetch_state(config.hub, path, collect_secrets(config))
 
 
 class OptimizerState:

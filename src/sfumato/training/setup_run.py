@@ -18,7 +18,7 @@ from sfumato.training.plan_report import report_plan
 from sfumato.training.processes import device_of, start_processes
 from sfumato.training.run import Run
 from sfumato.training.run_state import open_state
-from sfumato.training.start_point import StartPoint, describe_start, find_start_point
+from sfumato.training.start_point import StartPoint, describe_end, describe_start, find_start_point
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def build_run(config: Config) -> Run | None:
 def has_steps_left(plan: RunPlan, start: StartPoint, saved: StartPoint) -> bool:
     """Whether training goes on from `start`; says where, if that is not where the saved state ends."""
     if start.step >= plan.total_steps:
-        log.info("nothing left to do: training was complete at step %d of %d", start.step, plan.total_steps)
+        log.info("%s", describe_end(start, plan.total_steps))
         return False
     if start != saved:
         log.warning("%s", describe_start(start))

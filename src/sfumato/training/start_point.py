@@ -41,6 +41,11 @@ def find_start_point(config: Config, data: DataPlan, counters: Mapping[str, int]
     return StartPoint(step=first, data=data_start, schedule=saved.schedule + moved)
 
 
+def describe_end(start: StartPoint, total: int) -> str:
+    """One line for a run that has no step left."""
+    return f"nothing left to do: training was complete at step {start.step} of {total}"
+
+
 def describe_start(start: StartPoint) -> str:
     """One line for a run that starts elsewhere than its data or its learning-rate schedule."""
     data = f"with the data of step {start.step - start.data + 1}"

@@ -292,6 +292,7 @@ def test_hashes_are_remembered_while_the_file_is_the_same(plan, tmp_path, monkey
     assert not reads
     change_a_pixel(tmp_path)
     images = [item.image for item in list_latent_items(plan())]
+    reads.clear()
     again = [ContentHashes(store).hash_image(image) for image in images]
     assert sum(a != b for a, b in zip(first, again, strict=True)) == 1
     assert len(reads) == 1

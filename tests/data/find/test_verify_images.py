@@ -76,9 +76,25 @@ def test_an_image_that_changed_is_decoded_again(find, folder, decoded):
     assert sorted(decoded) == ["1.png", "2.png"]
 
 
-def test_nothing_is_decoded_where_bad_images_are_a_fault(find, folder, decoded):
+def test_only_the_first_is_decoded_where_bad_images_are_a_fault(find, folder, decoded):
     assert len(list_names(find.toml(SUBSET + "'{root}/a'"))) == 5
-    assert not decoded
+    assert decoded == ["0.png"]
+
+
+def test_a_damaged_first_image_is_found_before_training(find, folder):
+    damage(folder / "0.png")
+    with pytest.raises(UserError) as error:
+        find.toml(SUBSET + "'{root}/a'")
+    assert error.value.code == "image-decode-failed"
+    assert "0.png" in error.value.what
+
+
+def test_of_many_folders_some_are_tried(find, tmp_path, decoded):
+    for i in range(40):
+        write_image(tmp_path / f"{i:02d}" / "0.png", seed=i)
+    subsets = [f"[[datasets.subsets]]\nclass_tokens = 'x'\nimage_dir = '{{root}}/{i:02d}'" for i in range(40)]
+    find.toml("\n".join(["[[datasets]]", "resolution = 64", *subsets]))
+    assert 8 <= len(decoded) <= 16
 
 
 def test_an_image_with_a_damaged_mask_is_skipped(find, folder, tmp_path):

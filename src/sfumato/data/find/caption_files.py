@@ -15,7 +15,6 @@ from sfumato.data.captions import parse_caption_file
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import read_captions
 from sfumato.data.find.image_table import IntColumn, TextColumn
-from sfumato.data.find.index import Index
 from sfumato.data.find.policy import MAX_LISTED_FAULTS, Policy, report_unsaved_index
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
@@ -27,7 +26,7 @@ def load_caption_files(
     names: Sequence[str], pairing: Pairing, folder: str, subset: SubsetSettings, policy: Policy, findings: Findings
 ) -> CaptionTable:
     """The captions of these images, from the files that were paired with them."""
-    captions = read_captions(folder, pairing.files, Index(policy.cache_dir, ("captions", folder, pairing.extension)))
+    captions = read_captions(folder, pairing.files, policy.index("captions", folder, pairing.extension))
     report_unsaved_index(captions.saved, policy, findings)
     if np.array_equal(pairing.file_index, np.arange(len(captions.texts))):
         contents = iter(captions.texts)  # faster than one by one

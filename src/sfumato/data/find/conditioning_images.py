@@ -15,7 +15,6 @@ from sfumato.config.paths import suggest_path
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import list_folder, list_recursively, read_images
 from sfumato.data.find.image_table import ImageTable, IntColumn
-from sfumato.data.find.index import Index
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.data.find.verify_images import find_decodable
@@ -40,7 +39,7 @@ def attach_conditioning_images(
             fix=suggest_path(Path(folder)),
         )
         return images
-    headers = read_images(folder, names, Index(policy.cache_dir, ("images", folder)))
+    headers = read_images(folder, names, policy.index("images", folder))
     where = f"{subset.where}: {folder}"
     valid = select_valid_images(headers, where, policy, findings)
     valid = valid[find_decodable(headers.make_table(folder, valid), where, policy, findings)]

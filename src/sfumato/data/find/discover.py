@@ -14,11 +14,11 @@ from sfumato.data.find.conditioning_images import attach_conditioning_images, ch
 from sfumato.data.find.dataset_plan import plan_dataset
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_table import ImageTable
-from sfumato.data.find.index import get_default_cache_dir
+from sfumato.data.find.index import cache_folder, check_cache_folder
 from sfumato.data.find.policy import Policy
 from sfumato.data.find.settings import SizeSteps, SubsetSettings, load_dataset_settings
 from sfumato.data.find.sources import load_images, refuse_cache_among_images
-from sfumato.data.find.verify_images import find_decodable
+from sfumato.data.find.verify_images import find_decodable, refuse_undecodable
 from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.data.split import check_validation_split, choose_validation_seed, refuse_overlap
 from sfumato.data.variants import describe_variants, refuse_varying
@@ -33,23 +33,26 @@ def find_data(
     processes: int = 1,
     control: bool = False,
     decoding: bool = True,
+    remember: bool = True,
     problems: Problems,
 ) -> DataPlan:
     """Read all image folders and plan what is trained at which size and how often.
 
     bucket_step: bucket sides in pixels must be multiples of it. size_step: the same without buckets; by default 16, or
     what it shares with bucket_step. processes: batches are formed over all of them.
-    control: whether the method takes control images, one per image. decoding: whether images may be decoded, once each,
-    where --on_bad_image skip is given.
-    Every fault is added to `problems`; the plan is complete only if there are none. Writes nothing but the dataset
-    index in the cache folder.
+    control: whether the method takes control images, one per image. decoding: whether images may be decoded: each once
+    where --on_bad_image skip is given, else some first ones. remember: whether the dataset index in the cache folder is
+    written; nothing else ever is.
+    Every fault is added to `problems`; the plan is complete only if there are none.
     """
+    faults_before = len(problems.found)
     findings = Findings(problems=problems, strict=config.log.strict, notes=[])
     policy = Policy(
         on_missing_caption=config.dataset.on_missing_caption,
         on_bad_image=config.dataset.on_bad_image,
-        cache_dir=config.cache.cache_dir or get_default_cache_dir(),
+        cache_dir=cache_folder(config),
         decoding=decoding and config.dataset.on_bad_image == "skip",
+        remember=remember,
     )
     steps = SizeSteps(bucket=bucket_step, single=size_step or math.gcd(bucket_step, 16))
     datasets, validation = plan_datasets(config, steps, policy, findings)
@@ -62,10 +65,14 @@ def find_data(
         notes=tuple(findings.notes),
         bad_images=findings.bad_images,
     )
-    if not problems.found:
+    if len(problems.found) == faults_before:
         check_regularization_options(plan, config, findings)
-    if not problems.found:
+    if len(problems.found) == faults_before:
         check_validation_split(plan, config, findings)
+    if decoding and config.dataset.on_bad_image == "error":
+        refuse_undecodable([subset.items.images for dataset in datasets for subset in dataset.subsets], problems)
+    with problems.catch():
+        check_cache_folder(config)
     check_image_options(
         plan,
         masked_loss=config.images.masked_loss,

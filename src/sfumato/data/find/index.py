@@ -14,12 +14,15 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sfumato.common.files import check_writable
+from sfumato.config import Config
 from sfumato.data.find.image_table import TextColumn
 
 INDEX_VERSION = 4  # of the file format, and of how sizes and captions are read
@@ -35,11 +38,24 @@ def get_default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato"
 
 
+def cache_folder(config: Config) -> Path:
+    """Where a run's caches and dataset index are."""
+    return config.cache.cache_dir or get_default_cache_dir()
+
+
+def check_cache_folder(config: Config) -> None:
+    """A cache on disk that does not exist yet must be one that can be made; one that exists may be complete."""
+    on_disk = config.cache.cache_latents_to_disk or config.cache.cache_text_encoder_outputs_to_disk
+    if on_disk and not cache_folder(config).is_dir():
+        check_writable(cache_folder(config), option="--cache_dir")
+
+
 class Index(NamedTuple):
     """The index file of one folder or archive."""
 
     cache_dir: Path
     key: tuple[str, ...]  # kind of table, folder or archive, and whatever else distinguishes tables
+    writable: bool = True
 
     @property
     def path(self) -> Path:
@@ -56,7 +72,9 @@ class Index(NamedTuple):
             return None
 
     def save(self, columns: Mapping[str, NDArray[Any]]) -> bool:
-        """Write the file and replace the old one; False where the cache folder cannot be written."""
+        """Write the file and replace the old one, if it may be; False where the cache folder cannot be written."""
+        if not self.writable:
+            return True
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +83,8 @@ class Index(NamedTuple):
                 np.savez(file, allow_pickle=False, **{"head": head, **columns})
             os.replace(temporary, self.path)  # not synced to disk: a torn file is not read, and costs only time
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             return False
         return True
 

@@ -21,7 +21,6 @@ from sfumato.data.find.caption_files import fill_missing_captions, join_caption_
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import list_folder, list_recursively, read_images
 from sfumato.data.find.image_table import ImageTable, TextColumn, join_path
-from sfumato.data.find.index import Index
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
@@ -208,7 +207,7 @@ def load_named_images(named: NamedImages, policy: Policy, findings: Findings) ->
     present = np.array([row for row, path in enumerate(paths) if path is not None], np.int64)
     names = [path for path in paths if path is not None]
     del paths
-    images = read_images(base, names, Index(policy.cache_dir, ("images", base, where)))
+    images = read_images(base, names, policy.index("images", base, where))
     valid = select_valid_images(images, subset.where, policy, findings)
     rows = present[valid]
     if len(valid) < len(names):

@@ -10,6 +10,7 @@ from typing import Literal
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import ImageHeaders
 from sfumato.data.find.image_table import IntColumn
+from sfumato.data.find.index import Index
 from sfumato.errors import UserError
 
 MAX_FAULTS_IN_NOTE = 5
@@ -25,6 +26,11 @@ class Policy:
     on_bad_image: Literal["error", "skip"]
     cache_dir: Path
     decoding: bool = False  # whether images are decoded completely to find bad ones, not only their headers
+    remember: bool = True  # whether the dataset index is written; it is read in any case
+
+    def index(self, *key: str) -> Index:
+        """The index file of a table; for the key see there."""
+        return Index(self.cache_dir, key, writable=self.remember)
 
 
 def select_valid_images(images: ImageHeaders, where: str, policy: Policy, findings: Findings) -> IntColumn:

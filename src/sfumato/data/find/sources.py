@@ -12,7 +12,6 @@ from sfumato.data.find.caption_files import load_caption_files, pair_caption_fil
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import Listing, describe_listing, list_folder, list_recursively, read_images
 from sfumato.data.find.image_table import ImageTable
-from sfumato.data.find.index import Index
 from sfumato.data.find.metadata_source import load_metadata_images, load_plugin_images
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import METADATA_CACHE_NAME, SubsetSettings
@@ -61,7 +60,7 @@ def load_folder_images(subset: SubsetSettings, policy: Policy, findings: Finding
     listing = find_images(folder, subset, findings)
     if listing is None:
         return ImageTable.from_rows([])
-    headers = read_images(folder, listing.images, Index(policy.cache_dir, ("images", folder)))
+    headers = read_images(folder, listing.images, policy.index("images", folder))
     images = headers.make_table(folder, select_valid_images(headers, subset.where, policy, findings))
     pairing = pair_caption_files(images.names, listing.others, subset, findings)
     del listing, headers  # a million names take some 100 MB

@@ -19,7 +19,7 @@ from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import is_image
 from sfumato.data.find.headers import BINARY, read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn
-from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
+from sfumato.data.find.index import Columns, pack_texts, unpack_texts
 from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
@@ -75,7 +75,7 @@ def expand_brace(content: str) -> list[str]:
 def load_shard(path: str, subset: SubsetSettings, policy: Policy, findings: Findings) -> Shard:
     """The contents of an archive, from the index while its size and time are the same."""
     extensions = list(dict.fromkeys((subset.caption_extension, *FALLBACK_EXTENSIONS)))
-    index = Index(policy.cache_dir, ("archive", path, *extensions))
+    index = policy.index("archive", path, *extensions)
     stat = os.stat(path)  # noqa: PTH116
     identity = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
     known = index.load()

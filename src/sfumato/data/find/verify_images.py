@@ -12,12 +12,12 @@ import numpy as np
 
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_table import ImageRow, ImageTable, IntColumn
-from sfumato.data.find.index import Index
 from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
 from sfumato.data.images import decode_image
-from sfumato.errors import UserError
+from sfumato.errors import Problems, UserError
 
 log = logging.getLogger(__name__)
+MOST_TRIED = 16  # images that are decoded before training where only headers are read
 MIN_LOGGED = 1000  # images to decode, from which on a line is logged first
 
 DecodeCallback = Callable[[int, int], None]  # images decoded, images in all
@@ -33,7 +33,7 @@ def find_decodable(images: ImageTable, where: str, policy: Policy, findings: Fin
     if not policy.decoding or not len(images):
         return rows
     origins = (where,) if "" in images.origins else images.origins
-    index = Index(policy.cache_dir, ("decoded", *origins))
+    index = policy.index("decoded", *origins)
     hashes = np.fromiter(map(hash_row, images), np.uint64, len(images))
     known = index.load()
     unknown = rows if known is None else np.flatnonzero(~np.isin(hashes, known["names"]))
@@ -51,6 +51,18 @@ def find_decodable(images: ImageTable, where: str, policy: Policy, findings: Fin
             bad.append((images.names.get_row(row), fault))
     report_bad_images(bad, where, policy, findings)
     return good
+
+
+def refuse_undecodable(images: Sequence[ImageTable], problems: Problems) -> None:
+    """Add a problem for each table whose first image is damaged where its header does not show it.
+
+    Decoding all of them would take minutes; that of the first finds e.g. a download that was cut short everywhere. Of
+    many tables only some are looked at, evenly chosen.
+    """
+    tables = [table for table in images if len(table)]
+    chosen = tables[:: -(-len(tables) // MOST_TRIED) or 1]
+    faults = decode_all([table.get_row(0) for table in chosen], workers=os.cpu_count() or 1)
+    problems.found += [fault for fault in faults if fault is not None]
 
 
 def hash_row(image: ImageRow) -> int:
