@@ -28,7 +28,7 @@ no value of an option mean that it is not given; so does a key of another script
 `"True"` are what they spell, and of a key in two sections the last counts. One line before the start names all of
 this. A key that is only a letter or two away from an option is an error, and `--strict` makes all of these errors.
 
-`--plan`, behind any command that trains or fills caches, trains nothing: it checks everything that can be checked before
+`--plan`, behind any command that trains or fills caches, trains nothing: it checks all that can be checked before
 the first weight is read, shows what the run would do, and ends with the exit code that the command would begin with, 0,
 or 2 with every fault. It writes nothing but the chart of `--plot_timesteps`; a model that is named on the hub is
 downloaded, since its headers are needed. Of several processes the first shows it for all.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.names import PLANNED_NETWORK_MODULES
 from sfumato.common.text import EMPTY, join_parts
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
@@ -174,10 +175,12 @@ def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problem
     """Add a problem for every value whose feature does not exist yet; gives the names of their options."""
     refused = set()
     for name, value in values.items():
-        feature = vocabulary()[name].missing_feature(value)
+        feature = PLANNED_NETWORK_MODULES.get(value, "") if name == "network_module" else ""
+        feature = feature or vocabulary()[name].missing_feature(value)
         if feature:
             refused.add(name)
-            problems.add(f"{places[name]} is not implemented yet (comes with {feature})", code="option-not-implemented")
+            what = f"{places[name]} {value}" if name == "network_module" else places[name]
+            problems.add(f"{what} is not implemented yet (comes with {feature})", code="option-not-implemented")
     return refused
 
 

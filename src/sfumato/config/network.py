@@ -13,9 +13,8 @@ from sfumato.config.values import Arguments, FilePath, FilePaths, Floats
 
 
 def check_module(name: str) -> str:
-    if name in PLANNED_NETWORK_MODULES:
-        raise ValueError(f"is not implemented yet (comes with {PLANNED_NETWORK_MODULES[name]})")
-    if name not in NETWORK_MODULES:
+    """One that is known; whether it is implemented is reported like the options that are not."""
+    if name not in NETWORK_MODULES and name not in PLANNED_NETWORK_MODULES:
         raise ValueError(f"is not known; {did_you_mean(name, [*NETWORK_MODULES, *PLANNED_NETWORK_MODULES])}")
     return name
 

@@ -1,0 +1,15 @@
+accelerate launch --num_cpu_threads_per_process 1 train_db.py \
+  --pretrained_model_name_or_path={home}/sd-models/model.ckpt \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --prior_loss_weight=1.0 \
+  --max_train_steps=1600 \
+  --learning_rate=1e-6 \
+  --optimizer_type="AdamW8bit" \
+  --xformers \
+  --mixed_precision="fp16" \
+  --cache_latents \
+  --gradient_checkpointing \
+  --stop_text_encoder_training=100

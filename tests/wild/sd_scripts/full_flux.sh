@@ -1,0 +1,11 @@
+accelerate launch --num_cpu_threads_per_process 1 flux_train.py \
+  --pretrained_model_name_or_path {home}/models/unet/flux1-dev.sft \
+  --clip_l {home}/models/clip/clip_l.safetensors --t5xxl {home}/models/clip/t5xxl_fp16.safetensors --ae {home}/models/vae/ae.sft \
+  --save_model_as safetensors --sdpa --persistent_data_loader_workers --max_data_loader_n_workers 2 \
+  --seed 42 --gradient_checkpointing --mixed_precision bf16 --save_precision bf16 \
+  --dataset_config {dataset} --output_dir {home}/output --output_name robot \
+  --learning_rate 5e-5 --max_train_epochs 4 --sdpa --highvram --cache_text_encoder_outputs_to_disk --cache_latents_to_disk --save_every_n_epochs 1 \
+  --optimizer_type adafactor --optimizer_args "relative_step=False" "scale_parameter=False" "warmup_init=False" \
+  --lr_scheduler constant_with_warmup --max_grad_norm 0.0 \
+  --timestep_sampling shift --discrete_flow_shift 3.1582 --model_prediction_type raw --guidance_scale 1.0 \
+  --full_bf16

@@ -1,0 +1,11 @@
+accelerate launch --num_cpu_threads_per_process 1 sdxl_train.py \
+  --pretrained_model_name_or_path={home}/sdxl-models/sd_xl_base_1.0.safetensors \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --optimizer_type=adafactor --optimizer_args scale_parameter=False relative_step=False warmup_init=False \
+  --lr_scheduler=constant_with_warmup --lr_warmup_steps=100 --learning_rate=4e-7 \
+  --max_grad_norm=0.0 --max_train_steps=200 \
+  --block_lr 0,0,0,0,0,0,0,0,0,0,0,1e-6,1e-6,1e-6,1e-6,1e-6,1e-6,1e-6,1e-6,1e-6,0,0,0 \
+  --mixed_precision=bf16 --full_bf16 --gradient_checkpointing --cache_latents --cache_text_encoder_outputs --no_half_vae

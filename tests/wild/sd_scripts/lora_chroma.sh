@@ -1,0 +1,13 @@
+accelerate launch --num_cpu_threads_per_process 1 flux_train_network.py \
+  --model_type chroma \
+  --pretrained_model_name_or_path={home}/chroma/chroma-unlocked.safetensors \
+  --t5xxl={home}/chroma/t5xxl_fp16.safetensors \
+  --ae={home}/chroma/ae.safetensors \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --network_module=networks.lora_flux --network_dim=16 --network_alpha=1 \
+  --learning_rate=1e-4 --optimizer_type=AdamW8bit --sdpa \
+  --timestep_sampling=sigmoid --apply_t5_attn_mask --guidance_scale=0.0 --model_prediction_type=raw \
+  --max_train_epochs=10 --mixed_precision=bf16 --gradient_checkpointing --cache_latents

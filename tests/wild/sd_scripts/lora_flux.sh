@@ -1,0 +1,16 @@
+accelerate launch --num_cpu_threads_per_process 1 flux_train_network.py \
+  --pretrained_model_name_or_path={home}/models/unet/flux1-dev.sft \
+  --clip_l={home}/models/clip/clip_l.safetensors \
+  --t5xxl={home}/models/clip/t5xxl_fp16.safetensors \
+  --ae={home}/models/vae/ae.sft \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --network_module=networks.lora_flux --network_dim=16 --network_alpha=1 \
+  --network_args "train_t5xxl=True" "img_attn_dim=8" "txt_attn_dim=4" "in_dims=4,2,2,2,4" "train_double_block_indices=all" \
+  --learning_rate=1e-4 --text_encoder_lr 1e-5 1e-6 --optimizer_type="AdamW8bit" --sdpa \
+  --lr_scheduler="constant" --max_train_epochs=10 --save_every_n_epochs=1 \
+  --mixed_precision="bf16" --gradient_checkpointing \
+  --guidance_scale=1.0 --timestep_sampling="flux_shift" --model_prediction_type="raw" \
+  --cache_latents

@@ -1,0 +1,14 @@
+accelerate launch --num_cpu_threads_per_process 1 lumina_train_network.py \
+  --pretrained_model_name_or_path={home}/lumina/lumina-image-2.safetensors \
+  --gemma2={home}/lumina/gemma-2-2b.safetensors \
+  --ae={home}/lumina/ae.safetensors \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --network_module=networks.lora_lumina --network_dim=8 --network_alpha=8 \
+  --learning_rate=1e-4 --optimizer_type="AdamW" --lr_scheduler="constant" --sdpa \
+  --timestep_sampling="nextdit_shift" --discrete_flow_shift=6.0 --model_prediction_type="raw" \
+  --system_prompt="You are an assistant designed to generate high-quality images based on user prompts." \
+  --max_train_epochs=10 --save_every_n_epochs=1 --mixed_precision="bf16" --gradient_checkpointing \
+  --cache_latents --cache_text_encoder_outputs

@@ -1,0 +1,11 @@
+accelerate launch --num_cpu_threads_per_process 1 sdxl_train_network.py \
+  --pretrained_model_name_or_path={home}/sdxl-models/sd_xl_base_1.0.safetensors \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --network_module=networks.lora --network_dim=32 --network_alpha=16 \
+  --learning_rate=1e-4 --unet_lr=1e-4 --text_encoder_lr 1e-5 1e-5 \
+  --optimizer_type="AdamW8bit" --lr_scheduler="constant" \
+  --max_train_epochs=10 --save_every_n_epochs=1 \
+  --mixed_precision="bf16" --gradient_checkpointing --cache_latents --no_half_vae

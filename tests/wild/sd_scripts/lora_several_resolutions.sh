@@ -1,0 +1,11 @@
+accelerate launch --num_cpu_threads_per_process 1 train_network.py \
+  --pretrained_model_name_or_path={home}/sd-models/model.safetensors \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --max_train_epochs=2 --learning_rate=1e-4 --network_module=networks.lora --network_dim=16 \
+  --network_args "conv_dim=8" "conv_alpha=1" "loraplus_lr_ratio=16" \
+  --lr_scheduler=cosine_with_min_lr --lr_scheduler_min_lr_ratio=0.1 --lr_warmup_steps=0.05 \
+  --optimizer_type=AdamW --optimizer_args "weight_decay=0.01" "betas=.9,.999" \
+  --sdpa --mixed_precision=bf16

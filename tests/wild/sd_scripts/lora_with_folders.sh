@@ -1,0 +1,12 @@
+accelerate launch --num_cpu_threads_per_process 1 train_network.py \
+  --pretrained_model_name_or_path={home}/sd-models/stable-diffusion-v1-5 \
+  --train_data_dir="{home}/train/img" --reg_data_dir="{home}/train/reg" \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --resolution=512,512 --enable_bucket --min_bucket_reso=320 --max_bucket_reso=960 \
+  --prior_loss_weight=1.0 --max_train_steps=400 --learning_rate=1e-4 \
+  --optimizer_type="AdamW8bit" --xformers --mixed_precision="fp16" \
+  --cache_latents --gradient_checkpointing --save_every_n_epochs=1 \
+  --caption_extension=.txt \
+  --network_module=networks.lora

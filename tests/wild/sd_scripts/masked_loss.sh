@@ -1,0 +1,8 @@
+accelerate launch --num_cpu_threads_per_process 1 train_network.py \
+  --pretrained_model_name_or_path={home}/sd-models/model.safetensors \
+  --dataset_config={dataset} \
+  --output_dir={home}/output \
+  --output_name=robot \
+  --save_model_as=safetensors \
+  --network_module=networks.lora --masked_loss --max_train_steps=20 --learning_rate=1e-4 --lr_scheduler=inverse_sqrt --lr_warmup_steps=5 \
+  --optimizer_type=DAdaptLion --optimizer_args weight_decay=0.01

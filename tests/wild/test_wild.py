@@ -1,0 +1,158 @@
+"""Configurations in the style of front ends, notebooks and guides: all of them plan, some of each kind train.
+
+A file is what a front end writes or a guide shows: SCRIPT.NAME.toml or .json for --config_file, NAME.sh for a command
+line; NAME.dataset.toml beside it is the file of --dataset_config. {home} is the folder of `layout.make_home`, {dataset}
+the dataset file. Those in `later` also ask for what is not implemented yet, and for nothing else that is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from families.toys import ToyShelf
+from sfumato.common.names import PLANNED_NETWORK_MODULES
+from sfumato.compat.launch import main as run_script
+from sfumato.compat.scripts import SCRIPTS
+from sfumato.config.schema import vocabulary
+from toy_runs import read_metrics
+from wild.layout import fill, make_home, write
+
+WILD = Path(__file__).parent
+KINDS = ("colab", "easy_training", "fluxgym", "kohya_ss", "lora_scripts", "sd_scripts")
+DATASET = ".dataset.toml"
+TRAINED = (  # three of each kind
+    "colab/train_network.standard.toml",
+    "colab/train_network.several_folders.toml",
+    "colab/train_network.sections.toml",
+    "easy_training/train_network.standard.toml",
+    "easy_training/train_network.wildcards.toml",
+    "easy_training/sdxl_train_network.cached.toml",
+    "fluxgym/large_card.sh",
+    "fluxgym/adafactor.sh",
+    "fluxgym/advanced.sh",
+    "kohya_ss/train_network.locon.toml",
+    "kohya_ss/train_network.saved_standard.json",
+    "kohya_ss/train_db.standard.toml",
+    "lora_scripts/train_network.standard.toml",
+    "lora_scripts/train_network.prodigy.toml",
+    "lora_scripts/lumina_train_network.standard.toml",
+    "sd_scripts/lora_base_weights.sh",
+    "sd_scripts/masked_loss.sh",
+    "sd_scripts/fine_tuning.sh",
+)
+SMALL = (  # what makes any of them a run of two steps, whatever it says itself
+    *("--max_train_steps", "2", "--mixed_precision", "no", "--no_full_bf16", "--save_precision", "float"),
+    *("--max_data_loader_n_workers", "0", "--no_gradient_checkpointing", "--train_batch_size", "1"),
+)
+SMALL_ADAPTER = ("--network_dim", "2")
+
+
+def list_configurations(*kinds: str) -> list[str]:
+    files = [path for kind in kinds for path in sorted((WILD / kind).iterdir())]
+    return [path.relative_to(WILD).as_posix() for path in files if not path.name.endswith(DATASET)]
+
+
+@pytest.fixture(scope="session")
+def home(toy_shelf: ToyShelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(toy_shelf, tmp_path_factory.mktemp("home"))
+
+
+def make_command(name: str, home: Path, folder: Path, change: Callable[[str], str] = str) -> list[str]:
+    """The script and its options; files are written to `folder`. change: what happens to their texts before."""
+    file = WILD / name
+    dataset = file.with_name(file.stem + DATASET)
+    place = folder / "dataset.toml" if dataset.is_file() else None
+    if place:
+        write(place, change(fill(dataset.read_text(encoding="utf-8"), home)))
+    text = change(fill(file.read_text(encoding="utf-8"), home, place))
+    if file.suffix == ".sh":
+        return read_command_line(text)
+    config = folder / f"config{file.suffix}"
+    write(config, text)
+    return [
+        file.name.partition(".")[0],
+        "--config_file",
+        str(config),
+        *(["--dataset_config", str(place)] if place else []),
+    ]
+
+
+def read_command_line(text: str) -> list[str]:
+    """What a shell would start, without the launcher before the script."""
+    words = shlex.split(text.replace("\\\n", " "), comments=True)
+    script = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    return [Path(words[script]).stem, *words[script + 1 :]]
+
+
+@pytest.mark.parametrize("name", list_configurations(*KINDS))
+def test_it_plans(name: str, home: Path, tmp_path: Path, codes: list[str]) -> None:
+    command = make_command(name, home, tmp_path / "files")
+    before = sorted(home.rglob("*"))
+    assert run_script([*command, "--plan"]) == 0, codes
+    assert sorted(home.rglob("*")) == before
+
+
+def shrink(text: str) -> str:
+    """The same with images of 64 pixels and without a number of epochs."""
+    text = re.sub(r'^\s*"?(max_train_epochs|epoch)"?\s*[=:].*\n', "", text, flags=re.MULTILINE)
+    text = re.sub(r"--max_train_epochs[ =]\d+", "", text)
+    text = re.sub(r"(\bmin_bucket_reso\"?\s*[=:]?\s*)\d+", r"\g<1>64", text)
+    text = re.sub(r"(\bmax_bucket_reso\"?\s*[=:]?\s*)\d+", r"\g<1>128", text)
+    return re.sub(r'(\b(?:max_)?resolution"?\s*[=:]\s*)("?)[\[\d, \]]+\2', r"\g<1>\g<2>64\g<2>", text)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_it_trains_two_steps_and_saves(name: str, home: Path, tmp_path: Path, codes: list[str]) -> None:
+    script, *options = make_command(name, home, tmp_path / "files", shrink)
+    small = [*SMALL, *(SMALL_ADAPTER if SCRIPTS[script].method == "adapter" else ())]
+    places = ["--output_dir", str(tmp_path / "out"), "--output_name", "x", "--logging_dir", str(tmp_path / "logs")]
+    assert run_script([script, *options, *small, *places]) == 0, codes
+    assert len(read_metrics(tmp_path / "out", "x")) == 2
+    (saved,) = (
+        path for path in (tmp_path / "out").iterdir() if path.stem == "x" and path.suffix in (".safetensors", ".ckpt")
+    )
+    assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
+
+
+def is_planned(name: str, text: str) -> bool:
+    """Whether an option, or a network module of this name in `text`, waits for a feature."""
+    if name == "network_module":
+        return any(module in text for module in PLANNED_NETWORK_MODULES)
+    option = vocabulary().get(name)
+    return option is not None and bool(option.facts.planned)
+
+
+def drop_planned(text: str) -> str:
+    """The configuration without what waits for a feature; the arguments of such a module go with it."""
+    planned_module = is_planned("network_module", text)
+    kept: list[str] = []
+    for line in text.splitlines():
+        pieces: list[str] = []
+        for piece in re.split(r"(?=--\w)", line) if "--" in line else [line]:
+            name = piece.strip().removeprefix("--").replace("=", " ").partition(" ")[0]
+            if not (is_planned(name, piece) or (name == "network_args" and planned_module)):
+                pieces.append(piece)
+        kept.append("".join(pieces) or ("\\" if line.endswith("\\") else ""))
+    return "\n".join(kept)
+
+
+@pytest.mark.parametrize("name", list_configurations("later"))
+def test_it_waits_for_nothing_but_features(name: str, home: Path, tmp_path: Path, codes: list[str]) -> None:
+    command = make_command(name, home, tmp_path / "files")
+    assert run_script([*command, "--plan"]) == 2
+    assert set(codes) == {"option-not-implemented"}
+    codes.clear()
+    assert run_script([*make_command(name, home, tmp_path / "less", drop_planned), "--plan"]) == 0, codes
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(list_configurations(*KINDS)) >= 60
+    assert all(sum(name.startswith(kind) for name in TRAINED) == 3 for kind in KINDS)
+    scripts = {name.split("/")[1].split(".")[0] for name in list_configurations("kohya_ss", "colab", "lora_scripts")}
+    assert scripts <= set(SCRIPTS)
