@@ -160,6 +160,17 @@ def test_the_loss_with_and_without_ignored_options(
     assert all(first[name].equal(second[name]) for name in first)
 
 
+NOTHING = {"noise_offset": 0, "ip_noise_gamma": 0, "multires_noise_iterations": 0, "adaptive_noise_scale": 0}
+
+
+@pytest.mark.parametrize("script", ["", "flux_train_network"])
+def test_numbers_that_ask_for_nothing(script: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """The fields of a form at rest: no note, also with --strict."""
+    options = {**NOTHING, "min_timestep": 0, "max_timestep": 1000, "clip_skip": 1, "strict": True}
+    found = plan(toy_shelf.paths("flux"), images, tmp_path, script, **options)
+    assert not [note for note in found.notes for name in options if f"--{name}" in note]
+
+
 def declare(toy: Toy, folder: Path, metadata: dict[str, str]) -> Toy:
     """The toy with further metadata; its own names its tokenizer."""
     path, source = folder / "declared.safetensors", toy["pretrained_model_name_or_path"]

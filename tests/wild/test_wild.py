@@ -49,6 +49,7 @@ TRAINED = (  # three of each kind
 SMALL = (  # what makes any of them a run of two steps, whatever it says itself
     *("--max_train_steps", "2", "--mixed_precision", "no", "--no_full_bf16", "--save_precision", "float"),
     *("--max_data_loader_n_workers", "0", "--no_gradient_checkpointing", "--train_batch_size", "1"),
+    *("--min_bucket_reso", "64", "--max_bucket_reso", "128"),
 )
 SMALL_ADAPTER = ("--network_dim", "2")
 

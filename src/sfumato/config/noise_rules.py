@@ -91,7 +91,9 @@ _UNUSED = (
             code="parent-option-missing",
             severity="no effect",
             options=(option, parent),
-            is_broken=lambda c, option=option, parent=parent: c.is_changed(option) and not c.value(parent),
+            is_broken=lambda c, option=option, parent=parent: (
+                c.is_changed(option) and c.value(option) and not c.value(parent)
+            ),
             what=f"--{option}",
             reason=f"without --{parent}",
             fix=f"give --{parent}, or remove it",

@@ -23,6 +23,7 @@ NOISE_AND_WEIGHTS = frozenset(
 )
 FORMULA_THEMES = ("noise", "loss")  # whose options act on any objective unless they are taken out
 TIMESTEP_LIMITS = frozenset({"min_timestep", "max_timestep"})  # whoever asks for a range gets it
+NEUTRAL = {"max_timestep": 1000, "clip_skip": 1}  # option -> the value that asks for nothing, beside 0
 NETWORK_FOLDERS = ("unet", "transformer")
 
 
@@ -39,10 +40,17 @@ def resolve_options(config: Config, family: type[Family], objective: Objective) 
     return config.with_values(values)
 
 
+def asks_for(config: Config, name: str) -> bool:
+    """Whether an option asks for something; front ends write numbers that do not, since their forms have a field."""
+    value = config.value(name)
+    is_zero = value == 0 and not isinstance(value, bool)
+    return config.is_changed(name) and not is_zero and value != NEUTRAL.get(name)
+
+
 def list_idle_options(config: Config, family: type[Family]) -> list[str]:
     """Options that the user changed, which other families read and this one does not."""
     read_by_some = frozenset[str]().union(*(FAMILIES.get(name).options for name in FAMILIES.names))
-    return sorted(name for name in read_by_some - family.options if config.is_changed(name))
+    return sorted(name for name in read_by_some - family.options if asks_for(config, name))
 
 
 def list_ignored_by_sd_scripts(config: Config, family: type[Family], objective: Objective) -> frozenset[str]:
@@ -60,7 +68,7 @@ def list_dropped_options(config: Config, family: type[Family], objective: Object
     if not is_launched(config):
         return []
     ignored = list_ignored_by_sd_scripts(config, family, objective)
-    return sorted(name for name in ignored - TIMESTEP_LIMITS if config.is_changed(name))
+    return sorted(name for name in ignored - TIMESTEP_LIMITS if asks_for(config, name))
 
 
 def is_launched(config: Config) -> bool:
@@ -86,7 +94,7 @@ def describe_further_options(config: Config, family: type[Family], objective: Ob
     """A line about options that act here and that sd-scripts ignores on this family."""
     dropped = list_dropped_options(config, family, objective)
     ignored = list_ignored_by_sd_scripts(config, family, objective)
-    applied = sorted(name for name in ignored if config.is_changed(name) and name not in dropped)
+    applied = sorted(name for name in ignored if asks_for(config, name) and name not in dropped)
     if applied:
         yield f"{join_flags(applied)}: applied; sd-scripts ignores this on models of the family {family.name}"
 
