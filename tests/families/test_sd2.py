@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def test_what_the_metadata_of_a_file_says(
 
 def test_a_note_is_shown_and_with_strict_an_error(first: Path, images: Path, tmp_path: Path) -> None:
     save_file(load_file(first), tmp_path / "e.safetensors", {"modelspec.prediction_type": "epsilon"})
+    shutil.copytree(first.parent / "tokenizer", tmp_path / "tokenizer")
     command = make_arguments(
         {"pretrained_model_name_or_path": tmp_path / "e.safetensors"}, images, tmp_path, v_parameterization=True
     )
