@@ -14,7 +14,7 @@ from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size
 from sfumato.families.blueprint import Component, Pipeline
-from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
+from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, read_json
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -32,6 +32,7 @@ CONV_TARGETS = (
     "down_blocks.{n}.downsamplers.{n}.conv",
     "up_blocks.{n}.upsamplers.{n}.conv",
 )
+_OTHER_TARGETS = ("conv_in", "conv_out", "time_embedding.linear_{n}", "add_embedding.linear_{n}")  # LyCORIS adapts them
 BLOCKS = (
     "down_blocks.{n}.resnets.{n}",
     "down_blocks.{n}.attentions.{n}",
@@ -109,16 +110,17 @@ class LrBlocks:
     ranges: Mapping[str, range]
 
 
-def spec(file_map: KeyMap, adapter_map: KeyMap, lr_blocks: LrBlocks, aliases: tuple[KeyMap, ...] = ()) -> PartSpec:
+def spec(file_map: KeyMap, adapter_map: KeyMap, lr_blocks: LrBlocks) -> PartSpec:
     return PartSpec(
         name="denoiser",
         key_map=file_map,
         key_prefix=DENOISER_PREFIX,
         adapter_map=adapter_map,
-        adapter_aliases=aliases,
         adapter_prefix="lora_unet",
+        adapter_names=DENOISER_NAMES,
         targets=TARGETS,
         conv_targets=CONV_TARGETS,
+        other_targets=_OTHER_TARGETS,
         lr_blocks=lr_blocks.patterns,
         lr_block_ranges=lr_blocks.ranges,
         blocks=BLOCKS,

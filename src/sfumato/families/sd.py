@@ -28,6 +28,13 @@ _PIPELINE = _unet.make_pipeline(
     absent=("safety_checker", "feature_extractor", "image_encoder"),
     options={"requires_safety_checker": False},
 )
+_CLIP_NAMES = (  # before its layers in adapter files of other programs
+    "lora_te1",
+    *_clip.CLIP_L_NAMES,
+    "clip_h",
+    "clip_h.transformer",
+    "text_encoders.clip_h.transformer",
+)
 _LR_BLOCKS = _unet.LrBlocks(  # 25: twelve down, the middle, twelve up
     patterns=(
         *(f"input_blocks.{i}.{{*}}" for i in range(12)),
@@ -44,7 +51,7 @@ def _unet_spec(key_map: KeyMap) -> PartSpec:
 
 
 def _clip_spec(prefix: str = CLIP_PREFIX, file_map: KeyMap | None = None) -> PartSpec:
-    return _clip.spec("clip", prefix, "lora_te", file_map)
+    return _clip.spec("clip", prefix, "lora_te", file_map, names=_CLIP_NAMES)
 
 
 @FAMILIES.register("sd")

@@ -17,8 +17,8 @@ from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
+from sfumato.formats.adapter_file import write_adapter_file
 from sfumato.formats.keymap import matches
-from sfumato.formats.lora import write_adapter_file
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter
