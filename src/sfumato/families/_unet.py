@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -89,6 +89,16 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
                 upsampler = f"output_blocks.{block}.{2 if attention else 1}.conv"
                 rules.append(KeyRule(upsampler, (f"up_blocks.{level}.upsamplers.0.conv",)))
     return KeyMap(rules)
+
+
+def guess_key_map(published: Mapping[str, Any], names: Iterable[str]) -> KeyMap:
+    """The key map of the model that an adapter file is for. names: of its layers.
+
+    published: the configuration of the published models, which have two layers per level; their input block 3 is a
+    downsampler, which has no attention.
+    """
+    single = any("input_blocks_3_1_" in name.replace(".", "_") for name in names)
+    return key_map({**published, "layers_per_block": 1} if single else published)
 
 
 def _make_block_rules(original: str, ours: str, layer: int, *, attention: bool) -> list[KeyRule]:

@@ -136,7 +136,7 @@ class StableDiffusionXL(Family):
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
-        denoiser = _unet_spec(_unet.key_map(_PUBLISHED_CONFIG))
+        denoiser = _unet_spec(_unet.guess_key_map(_PUBLISHED_CONFIG, shapes))
         return {"denoiser": denoiser, "clip_l": clip_l_spec(), "clip_g": clip_g_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:

@@ -262,14 +262,16 @@ def write_adapter_file(
         write_safetensors(path, tensors, add_hashes(metadata, tensors, dtype=dtype), dtype=dtype)
 
 
-def make_unmatched_error(file: AdapterFile, names: Iterable[str], other_models: Iterable[str]) -> UserError:
+def make_unmatched_error(
+    file: AdapterFile, names: Iterable[str], other_models: Iterable[str] = (), *, model: str = "this model"
+) -> UserError:
     """For layers of a file that the model does not have. other_models: those that have all of them."""
     names = sorted(names)
     others = ", ".join(other_models)
     origin = file.describe_origin()
     fix = f"its layers are those of {others}" if others else "it was made for another model or other layers"
     return UserError(
-        f"{file.path}: {len(names)} of {len(file.layers)} names match no layer of this model, e.g. {list_some(names)}"
+        f"{file.path}: {len(names)} of {len(file.layers)} names match no layer of {model}: {list_some(names)}"
         + (f" ({origin})" if origin else ""),
         code="adapter-names-unmatched",
         fix=fix,

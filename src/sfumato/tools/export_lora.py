@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from sfumato.errors import Problems, UserError
 from sfumato.families import register_families
 from sfumato.families.adapter_names import guess_layer_table, list_shapes
 from sfumato.families.base import FAMILIES, Family
+from sfumato.families.part import PartSpec
 from sfumato.formats.adapter_file import AdapterFile, make_unmatched_error, read_adapter_file
 from sfumato.formats.adapter_keys import ALPHA, DOWN, UP
 from sfumato.formats.adapter_layers import LayerMatch, match_layers
@@ -104,11 +105,11 @@ def find_routes(file: AdapterFile, family: str | None, without: Collection[str])
     unknown = {name: [layer for layer in file.layers if not table.find(layer)] for name, table in tables.items()}
     complete = [name for name in tables if not unknown[name]]
     if not complete:
-        raise make_unmatched_error(file, min(unknown.values(), key=len), ())
+        raise make_unmatched_error(file, min(unknown.values(), key=len), model=family or "any known model")
     found: dict[str, list[Route]] = {}
     for name in complete:
         matched = match_layers(file, tables[name])
-        found[name] = drop_parts([make_route(FAMILIES.get(name), match, shapes) for match in matched], without)
+        found[name] = drop_parts([make_route(FAMILIES.get(name), specs[name], match) for match in matched], without)
     first, *others = found.values()
     if any(make_signature(other) != make_signature(first) for other in others):
         raise UserError(
@@ -119,9 +120,9 @@ def find_routes(file: AdapterFile, family: str | None, without: Collection[str])
     return first
 
 
-def make_route(family: type[Family], match: LayerMatch, shapes: dict[str, tuple[int, ...]]) -> Route:
+def make_route(family: type[Family], specs: Mapping[str, PartSpec], match: LayerMatch) -> Route:
     view = match.view
-    component, spec = family.components[view.part], family.adapter_specs(shapes)[view.part]
+    component, spec = family.components[view.part], specs[view.part]
     layers = [component.key_map.locate(path).original for path in view.paths]
     ours = spec.adapter_map.locate(view.paths[0])
     same_layers = ours.siblings == view.paths and (ours.op == "swap") == (len(view.rows[0]) == 2)
