@@ -13,6 +13,8 @@ from sfumato.families.part import Builder, Network, Part
 from sfumato.families.source import Source
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
+STABILITY_AI = "https://github.com/Stability-AI/generative-models"  # a value of modelspec.implementation
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -66,7 +68,8 @@ class Blueprint:
     lr_order: tuple[str, ...] = ()  # the text encoders that --text_encoder_lr counts, where the model lacks some
     checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
     pipeline: Pipeline | None = None  # None: whole models are always saved as one file
-    implementation: str = "diffusers"  # modelspec.implementation
+    implementation: str = "diffusers"  # modelspec.implementation of adapter files
+    checkpoint_implementation: str = ""  # and of whole models; empty: the same
     metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
     notes: tuple[str, ...] = ()  # warnings before the first step; errors with --strict
     declared: tuple[str, ...] = ()  # what the checkpoint says of itself and no option repeats

@@ -57,6 +57,7 @@ class Chroma(Family):
             source=source,
             title="Chroma",
             base_model_version="chroma",
+            implementation="https://huggingface.co/lodestones/Chroma",
             architecture="chroma",
             text_parts=cls.text_parts,
             lr_order=("clip_l", "t5"),  # those of FLUX.1, whose scripts train it

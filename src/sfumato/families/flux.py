@@ -63,6 +63,7 @@ class Flux(Family):
             source=source,
             title="FLUX.1 dev" if guided else "FLUX.1 schnell",
             base_model_version="flux1",
+            implementation="https://github.com/black-forest-labs/flux",
             architecture="flux-1-dev" if guided else "flux-1-schnell",
             text_parts=cls.text_parts,
             networks={

@@ -13,7 +13,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families.base import FAMILIES, Family, TokenBudget
-from sfumato.families.blueprint import Blueprint, Component, Sampling
+from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
 from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import KeyMap, make_identity_map
@@ -107,6 +107,7 @@ class StableDiffusion(Family):
             title=f"Stable Diffusion {2 if second else 1}.x" + (", predicting v" if v else ""),
             base_model_version=f"sd_v{2 if second else 1}" + ("_v" if v else ""),
             architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
+            checkpoint_implementation=STABILITY_AI,
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip", "vae"),
             pipeline=_PIPELINE,

@@ -13,7 +13,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families.base import FAMILIES, Family, TokenBudget
-from sfumato.families.blueprint import Blueprint, Component, Sampling
+from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap
@@ -108,6 +108,7 @@ class StableDiffusionXL(Family):
             title="Stable Diffusion XL" + (", predicting v" if objective.predicts == "v" else ""),
             base_model_version="sdxl_base_v1-0",
             architecture="stable-diffusion-xl-v1-base",
+            implementation=STABILITY_AI,
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip_l", "clip_g", "vae"),
             pipeline=_PIPELINE,
