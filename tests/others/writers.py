@@ -18,7 +18,7 @@ State = dict[str, Tensor]
 
 def write(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, path, dict(metadata or {}))
+    save_file({key: tensor.clone().contiguous() for key, tensor in state.items()}, path, dict(metadata or {}))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sfumato.common.quiet_imports import without_bitsandbytes
@@ -76,7 +77,9 @@ MODULATION_RANK_KINDS = {
 
 
 def spec(prefix: str) -> PartSpec:
-    return make_part_spec(prefix, FLUX_KEYS, _IN_TARGETS, BLOCK_RANK_KINDS | MODULATION_RANK_KINDS)
+    made = make_part_spec(prefix, FLUX_KEYS, _IN_TARGETS, BLOCK_RANK_KINDS | MODULATION_RANK_KINDS)
+    note = "InvokeAI does not recognize LoRA files that adapt the layers of in_dims"
+    return replace(made, reader_notes={"|".join(_IN_TARGETS): note})
 
 
 def make_part_spec(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds: Mapping[str, str]) -> PartSpec:

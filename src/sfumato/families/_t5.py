@@ -34,8 +34,11 @@ def key_map() -> KeyMap:
     return KeyMap([KeyRule("{*}", ("{*}",))], drop=("encoder.embed_tokens.weight", "decoder.{*}", "lm_head.weight"))
 
 
-def spec(prefix: str, *, names: tuple[str, ...] = ()) -> PartSpec:
-    """prefix: of its keys in a checkpoint. names: further prefixes in adapter files, by its place among encoders."""
+def spec(prefix: str, *, names: tuple[str, ...] = (), note: str = "") -> PartSpec:
+    """prefix: of its keys in a checkpoint. names: further prefixes in adapter files, by its place among encoders.
+
+    note: what other programs do with adapter files that have its layers.
+    """
     own = key_map()
     return PartSpec(
         name="t5",
@@ -46,6 +49,7 @@ def spec(prefix: str, *, names: tuple[str, ...] = ()) -> PartSpec:
         adapter_names=(*names, *_ADAPTER_NAMES),
         targets=TARGETS,
         blocks=BLOCKS,
+        reader_notes={"{*}": note} if note else {},
         opt_in="train_t5xxl",
     )
 

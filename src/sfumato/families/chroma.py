@@ -119,7 +119,11 @@ class Chroma(Family):
 
 def _t5_spec() -> PartSpec:
     """Other programs count T5 as the only encoder, sd-scripts as the third."""
-    return _t5.spec("", names=("lora_te1", "lora_te", "text_encoder"))
+    note = (
+        "ComfyUI looks for T5's layers under lora_te1_ instead of sd-scripts' lora_te3_: `sfumato lora export FILE NEW "
+        "--to comfyui --family chroma` renames them"
+    )
+    return _t5.spec("", names=("lora_te1", "lora_te", "text_encoder"), note=note)
 
 
 def check_options(model: ModelOptions) -> None:

@@ -154,4 +154,5 @@ def _clip_spec() -> PartSpec:
 
 def _t5_spec() -> PartSpec:
     """OneTrainer and ComfyUI count T5 as the second encoder."""
-    return _t5.spec("", names=("lora_te2", "text_encoder_2"))
+    note = "InvokeAI does not recognize LoRA files that adapt T5"
+    return _t5.spec("", names=("lora_te2", "text_encoder_2"), note=note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -48,6 +48,8 @@ class PartSpec:
     opt_in: str = ""  # the network argument without which this part does not train (train_t5xxl)
     frozen_by_cache: bool = False  # whether it does not train where text features are cached
     constant_tensors: tuple[str, ...] = ()  # module names of tensors in the file that never train
+    # Patterns on the module's layers -> what other programs do with an adapter file that has any of them.
+    reader_notes: Mapping[str, str] = field(default_factory=dict)
     row_split: RowSplit | None = None  # the rows of each layer in a stacked weight; None: equal shares
 
     @property
@@ -65,6 +67,11 @@ class PartSpec:
     def adapter_layouts(self) -> tuple[KeyMap, ...]:
         """The layouts of layers' names in adapter files; the first one is written."""
         return (self.adapter_map, *self.adapter_aliases, self.key_map, make_identity_map())
+
+    def find_reader_notes(self, paths: Iterable[str]) -> list[str]:
+        """The notes about a file that adapts the layers with these paths."""
+        found = list(paths)
+        return [note for layers, note in self.reader_notes.items() if any(matches(layers, path) for path in found)]
 
     def make_views(self, layers: Mapping[str, Layer]) -> Views:
         """The adaptable ones of these layers under their names in every layout."""
