@@ -13,6 +13,8 @@ from sfumato.families.part import Builder, Network, Part
 from sfumato.families.source import Source
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
+STABILITY_AI = "https://github.com/Stability-AI/generative-models"  # a value of modelspec.implementation
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -35,6 +37,7 @@ class Component:
     folder: str
     key_map: KeyMap = field(default_factory=make_identity_map)  # weights in that folder <-> module
     takes_lora: bool = True  # whether diffusers' pipeline loads LoRA for it
+    comfyui_prefix: str = ""  # before its layers in adapter files for ComfyUI; empty: PartSpec.adapter_prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,8 @@ class Blueprint:
     adapter_text_lrs: int | None = None  # values of --text_encoder_lr that sd-scripts' adapters read; None: all
     checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
     pipeline: Pipeline | None = None  # None: whole models are always saved as one file
-    implementation: str = "diffusers"  # modelspec.implementation
+    implementation: str = "diffusers"  # modelspec.implementation of adapter files
+    checkpoint_implementation: str = ""  # and of whole models; empty: the same
     metadata: Mapping[str, Any] = field(default_factory=dict)  # ss_ keys that only this family's files have
     notes: tuple[str, ...] = ()  # warnings before the first step; errors with --strict
     declared: tuple[str, ...] = ()  # what the checkpoint says of itself and no option repeats

@@ -59,12 +59,15 @@ class Flux(Family):
             source=source,
             title="FLUX.1 dev" if guided else "FLUX.1 schnell",
             base_model_version="flux1",
+            implementation="https://github.com/black-forest-labs/flux",
             architecture="flux-1-dev" if guided else "flux-1-schnell",
             text_parts=cls.text_parts,
             networks={
                 "denoiser": denoiser,
                 "clip_l": _read_clip(find_component(source, "clip_l", model.clip_l, "text_encoder"), denoiser),
-                "t5": _flux_files.read_t5(find_component(source, "t5xxl", model.t5xxl, "text_encoder_2"), denoiser),
+                "t5": _flux_files.read_t5(
+                    find_component(source, "t5xxl", model.t5xxl, "text_encoder_2"), denoiser, _t5_spec()
+                ),
                 "vae": vae,
             },
             objective=_flux_parts.make_objective(noise, shifted=guided),
@@ -89,7 +92,7 @@ class Flux(Family):
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
-        return {"denoiser": _flux_keys.spec(""), "clip_l": _clip_spec(), "t5": _t5.spec("")}
+        return {"denoiser": _flux_keys.spec(""), "clip_l": _clip_spec(), "t5": _t5_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder: Any = self.parts[part].module
@@ -150,4 +153,10 @@ def _read_clip(source: Source, denoiser: Network) -> Network:
 
 
 def _clip_spec() -> PartSpec:
-    return _clip.spec("clip_l", "", "lora_te1")
+    return _clip.spec("clip_l", "", "lora_te1", names=_clip.CLIP_L_NAMES)
+
+
+def _t5_spec() -> PartSpec:
+    """OneTrainer and ComfyUI count T5 as the second encoder."""
+    note = "InvokeAI does not recognize LoRA files that adapt T5"
+    return _t5.spec("", names=("lora_te2", "text_encoder_2"), note=note)

@@ -15,7 +15,7 @@ from sfumato.diffusion.objective import RectifiedFlow, TimestepGrid
 from sfumato.diffusion.timesteps import make_time_grid, shift_sigma
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
 from sfumato.families.base import FAMILIES, Family, TokenBudget
-from sfumato.families.blueprint import Blueprint, Component, Sampling
+from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
 from sfumato.families.source import Source
 
@@ -71,6 +71,7 @@ class StableDiffusion3(Family):
         version = _sd3_keys.get_version(denoiser.config)
         return Blueprint(
             source=source,
+            checkpoint_implementation=STABILITY_AI,
             title=f"Stable Diffusion {_TITLES[version]}" + ("" if "t5" in networks else ", without T5-XXL"),
             base_model_version=version,
             architecture=f"stable-diffusion-3-{version}",

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
+from sfumato.formats.adapter_file import write_adapter_file
 from sfumato.formats.keymap import matches
-from sfumato.formats.lora import write_adapter_file
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter
@@ -45,6 +46,7 @@ class AdapterMethod:
         self.modules = nn.ModuleDict({"adapters": self.engine.adapters})
         self.live_text: frozenset[str] = frozenset()
         self.plan_notes = PlanNotes()
+        self.readers_noted = False  # whether it was said what other programs do with the file
         self.unread: set[str] = set()  # adapters of layers that the model's features do not depend on
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
@@ -131,7 +133,19 @@ class AdapterMethod:
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         tensors = self.engine.export_tensors()
         write_adapter_file(path, tensors, metadata, dtype)
+        if not self.readers_noted:
+            self.readers_noted = True
+            for line in self._find_reader_notes(model):
+                log.info("%s: %s", path, line)
         log.debug("%s: %d tensors", path, len(tensors))
+
+    def _find_reader_notes(self, model: Family) -> list[str]:
+        """What other programs do not read of the file."""
+        lines: list[str] = []
+        for name, part in model.parts.items():
+            adapted = [adapter.group.paths for adapter in self.engine if adapter.group.part == name]
+            lines += part.spec.find_reader_notes(chain.from_iterable(adapted))
+        return lines
 
     def report(self) -> list[str]:
         return self.engine.report(self.unread)

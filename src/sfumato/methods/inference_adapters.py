@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from sfumato.adapters.base import AdapterEngine, merge_adapter
 from sfumato.adapters.lora import LoRA
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
-from sfumato.formats.lora import read_adapter_file
+from sfumato.formats.adapter_file import read_adapter_file
 from sfumato.methods.adapter_builder import iterate_adapters
 
+log = logging.getLogger(__name__)
 Strengths = Sequence[tuple[Path, float]]
 
 
@@ -36,7 +38,10 @@ class InferenceAdapters:
         parts = {name: part for name, part in self.model.parts.items() if part.spec.targets}
         groups = {name: part.groups(every=True) for name, part in parts.items()}
         specs = {name: part.spec for name, part in parts.items()}
-        return iterate_adapters(path, read_adapter_file(path), specs, groups)
+        file = read_adapter_file(path)
+        for line in file.describe_passed_over():
+            log.warning("%s", line)
+        return iterate_adapters(file, specs, groups)
 
     def _attach(self, path: Path, strength: float) -> None:
         engine = AdapterEngine()

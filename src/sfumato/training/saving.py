@@ -105,12 +105,13 @@ def save_output(run: Run, path: Path, step: int, more: Mapping[str, str] = EMPTY
 
 def run_modelspec(run: Run) -> dict[str, str]:
     """The modelspec keys of the run's files."""
-    plan = run.plan
+    plan, blueprint = run.plan, run.plan.blueprint
+    is_whole = not plan.method.modelspec_suffix
     predicts = run.model.objective.predicts
     return make_modelspec(
         plan.config,
-        architecture=plan.blueprint.architecture + plan.method.modelspec_suffix,
-        implementation=plan.blueprint.implementation,
+        architecture=blueprint.architecture + plan.method.modelspec_suffix,
+        implementation=(is_whole and blueprint.checkpoint_implementation) or blueprint.implementation,
         prediction_type="" if predicts == "velocity" else predicts,
         resolution=plan.data.datasets[0].settings.resolution,
     )
