@@ -28,10 +28,12 @@ TARGETS = (
     *(f"encoder.layers.{{n}}.mlp.{name}" for name in ("fc1", "fc2")),
 )
 BLOCKS = ("encoder.layers.{n}",)
-UNUSED_KEYS = ("{*}embeddings.position_ids",)
+UNUSED_KEYS = ("{*}position_ids", "position_ids")  # whatever their name and type: the positions are 0 to 76
+IMAGE_ENCODER_KEYS = ("vision_model.{*}", "visual_projection{*}", "visual.{*}")  # in files of the whole of CLIP
 CLIP_FILE_KEYS = KeyMap(  # with or without the `text_model.` level; a projection that other programs save is dropped
     [KeyRule("text_model.{*}", ("{*}",)), KeyRule("{*}", ("{*}",))],
     (*UNUSED_KEYS, "text_projection{*}", "logit_scale"),
+    IMAGE_ENCODER_KEYS,
 )
 CLIP_FIELDS = (  # of a published config.json; the token ids there are often wrong
     *("vocab_size", "hidden_size", "projection_dim", "intermediate_size", "num_hidden_layers"),

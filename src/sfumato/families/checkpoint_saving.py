@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from sfumato.errors import InternalError
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.source import Checkpoint, Source, Weights
-from sfumato.formats.checkpoint import SAFETENSORS_DTYPES
+from sfumato.families.source import Source, Weights
+from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint
 from sfumato.formats.checkpoint_writer import TensorSpec, write_stream
 from sfumato.formats.keymap import KeyMap
 from sfumato.formats.pickled import convert_to_pickle, is_pickled

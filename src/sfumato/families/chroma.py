@@ -52,7 +52,9 @@ class Chroma(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         check_options(model)
         denoiser = _chroma_keys.CHROMA_TRANSFORMER.read(source)
-        vae = _flux_files.read_flux_vae(find_component(source, "ae", model.ae, "vae"), denoiser)
+        ae = find_component(source, "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
+        t5 = find_component(source, "t5xxl", model.t5xxl, "text_encoder", _flux_files.T5_IN_WHOLE)
+        vae = _flux_files.read_flux_vae(ae, denoiser)
         return Blueprint(
             source=source,
             title="Chroma",
@@ -62,7 +64,7 @@ class Chroma(Family):
             lr_order=("clip_l", "t5"),  # those of FLUX.1, whose scripts train it
             networks={
                 "denoiser": denoiser,
-                "t5": _flux_files.read_t5(find_component(source, "t5xxl", model.t5xxl, "text_encoder"), denoiser),
+                "t5": _flux_files.read_t5(t5, denoiser),
                 "vae": vae,
             },
             objective=_flux_parts.make_objective(noise, shifted=True),

@@ -16,10 +16,9 @@ from sfumato.families._tokenizers import save_tokenizer
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Component, Pipeline
 from sfumato.families.checkpoint_saving import ChangedWeights
-from sfumato.families.source import read_json
+from sfumato.families.source import MODEL_INDEX, read_json
 from sfumato.formats.checkpoint_writer import catch_disk_full
 
-MODEL_INDEX = "model_index.json"
 WEIGHT_ENDINGS = (
     ".safetensors",
     ".bin",
