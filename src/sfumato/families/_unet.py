@@ -14,6 +14,7 @@ from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import CHANNELS_FAULT, check_input_channels, check_network_size
 from sfumato.families.blueprint import Component, Pipeline
+from sfumato.families.foreign_keys import V_MARK, ZERO_SNR_MARK
 from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, read_json
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
@@ -233,7 +234,7 @@ def read_prediction_type(source: Source) -> Literal["epsilon", "v"] | None:
     if source.is_folder:
         return PREDICTION_TYPES.get(_read_scheduler(source).get("prediction_type"))
     metadata = source.file.header.metadata
-    if "v_pred" in source.shapes or metadata.get("ss_v_parameterization") == "True":
+    if V_MARK in source.shapes or metadata.get("ss_v_parameterization") == "True":
         return "v"
     if metadata.get("modelspec.architecture", "").endswith("-v"):  # stable-diffusion-v2-768-v
         return "v"
@@ -246,7 +247,7 @@ def read_zero_terminal_snr(source: Source) -> bool | None:
     """Whether a checkpoint declares zero terminal SNR: in a folder's scheduler, by a file's marker, in its metadata."""
     if source.is_folder:
         return _read_scheduler(source).get("rescale_betas_zero_snr")
-    if "ztsnr" in source.shapes:
+    if ZERO_SNR_MARK in source.shapes:
         return True
     known = {"True": True, "False": False}
     return known.get(source.file.header.metadata.get("ss_zero_terminal_snr", ""))

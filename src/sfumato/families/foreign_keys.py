@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from sfumato.common.text import list_some
 from sfumato.formats.keymap import matches
 
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"  # empty tensors that say what a model predicts and how its noise ends
 MOST_GROUPS = 6  # of keys that a line names
 # What programs write beside networks: tables that follow from the configuration, counters, marks of the training's
 # objective (which are read elsewhere), tokenizers.
@@ -16,7 +17,7 @@ REDUNDANT = "|".join(
     (
         *("betas", "alphas_cumprod{*}", "alphas_cumprod", "sqrt_{*}", "log_one_minus_{*}", "posterior_{*}", "logvar"),
         *("lvlb_weights", "sigmas", "denoiser.sigmas", "model_ema.decay", "model_ema.num_updates", "global_step"),
-        *("v_pred", "ztsnr", "edm_{*}", "{*}.position_ids", "position_ids", "{*}logit_scale", "{*}spiece_model"),
+        *(V_MARK, ZERO_SNR_MARK, "edm_{*}", "{*}.position_ids", "position_ids", "{*}logit_scale", "{*}spiece_model"),
         *("text_encoders.{*}.text_projection.weight",),
     )
 )
