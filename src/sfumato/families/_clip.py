@@ -83,9 +83,11 @@ def read_clip_config(source: Source, weights: Weights, *, activation: str = "qui
     names = {name.removeprefix("text_model."): shape for name, shape in weights.read_shapes().items()}
     shapes = ShapeTable(source.path, names)
     require_kind(CLIP_ENCODER, shapes, weights.file.header.tensors, source.path)
-    if source.is_folder:
-        return select_fields(source.read_config("."), CLIP_FIELDS)
-    return config_from_shapes(shapes, activation=activation)
+    config = source.read_config(".") if source.is_folder else {}
+    if config and "text_config" not in config:
+        return select_fields(config, CLIP_FIELDS)
+    whole = config.get("text_config") or {}  # of both encoders; it may only say what differs from the published model
+    return config_from_shapes(shapes, activation=activation) | select_fields(whole, CLIP_FIELDS)
 
 
 def read_clip(source: Source, folder: str, spec: PartSpec) -> Network:

@@ -293,6 +293,7 @@ class Weights:
 
     def _pass_over_foreign(self, expected: Mapping[str, torch.Size]) -> None:
         """Log keys of no place in the module; UserError for those of further blocks, and of layers that it has."""
+        self.read_shapes()  # raises it for keys that no rule covers
         foreign = [name for name in self.stored_keys if name not in expected]
         conflicts = find_conflicts(foreign, expected)
         if conflicts:

@@ -46,8 +46,7 @@ def load_pickle(path: Path) -> Any:
 
     Raises UserError where the file is damaged, or names a function or class that is neither harmless nor known.
     """
-    with path.open("rb") as file:
-        is_zip = file.read(4) == ZIP_SIGNATURE  # the older format cannot be mapped
+    is_zip = _starts_as_zip(path)  # the older format cannot be mapped
     inert: dict[str, Any] = {}
     while True:
         try:
@@ -80,6 +79,16 @@ def find_state_dict(content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}, metadata
         content = content[inner]
     return {}, metadata
+
+
+def _starts_as_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == ZIP_SIGNATURE
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror})", code="pickle-unreadable", fix=DOWNLOAD_AGAIN
+        ) from error
 
 
 def _list_harmless() -> Iterator[tuple[Callable[..., Any], str]]:
