@@ -48,7 +48,7 @@ def write_whole_model(toy: Options, path: Path) -> Path:
     """One file with everything, in the layout that other programs pass around."""
     tensors = {DENOISER_PREFIX + key: tensor for key, tensor in state(toy["pretrained_model_name_or_path"]).items()}
     tensors |= {_lumina_files.LUMINA_TEXT_PREFIX + key: tensor for key, tensor in state(toy["gemma2"]).items()}
-    tensors |= {_lumina_files.LUMINA_VAE_PREFIX + key: tensor for key, tensor in state(toy["ae"]).items()}
+    tensors |= {"vae." + key: tensor for key, tensor in state(toy["ae"]).items()}
     tensors["text_encoders.gemma2_2b.logit_scale"] = torch.ones(())
     save_file(tensors, path)
     return path

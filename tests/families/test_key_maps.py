@@ -120,4 +120,7 @@ def test_chroma_configuration_from_shapes() -> None:
         name: tuple(t.shape) for name, t in _chroma_keys.CHROMA_KEYS.to_original(transformer.state_dict()).items()
     }
     found = _chroma_keys.config_from_shapes(shapes)
-    assert {name: dict(transformer.config)[name] for name in found} | {"axes_dims_rope": [16, 56, 56]} == found
+    assert {name: dict(transformer.config)[name] for name in found} | {
+        "axes_dims_rope": [16, 56, 56],
+        "out_channels": 64,
+    } == found

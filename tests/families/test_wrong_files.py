@@ -31,7 +31,7 @@ SLOTS = {
 # apart; those of Stable Diffusion 1 and XL are alike, too. In a folder each says what it is scaled by.
 LATENTS_OF_16 = {"flux ae", "chroma ae", "lumina ae", "sd3"}
 FIT = {
-    ("flux", "clip_l"): {"flux clip_l", "flux/text_encoder", "sd3/text_encoder", "sd/text_encoder"},
+    ("flux", "clip_l"): {"flux clip_l", "sd3", "flux/text_encoder", "sd3/text_encoder", "sd/text_encoder"},
     ("flux", "t5xxl"): {"flux t5xxl", "chroma t5xxl", "flux/text_encoder_2"},
     ("flux", "ae"): {*LATENTS_OF_16, "flux/", "lumina/", "flux/vae", "lumina/vae"},
     ("chroma", "t5xxl"): {"flux t5xxl", "chroma t5xxl", "flux/text_encoder_2"},

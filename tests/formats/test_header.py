@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from sfumato.errors import UserError
-from sfumato.formats.header import MAX_HEADER_BYTES, read_header, read_sharded_headers
+from sfumato.formats.header import MAX_HEADER_BYTES, read_header
+from sfumato.formats.shards import read_sharded_headers
 
 TENSORS = {
     "unet.weight": torch.randn(3, 4),

@@ -70,7 +70,7 @@ def mask_keys_only(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 CHROMA_TRANSFORMER = Transformer(
     class_name="ChromaTransformer2DModel",
-    required_keys=("double_blocks.0.img_attn.qkv.weight", f"{APPROXIMATOR}.in_proj.weight"),
+    required_keys=("img_in.weight", "double_blocks.0.img_attn.qkv.weight", f"{APPROXIMATOR}.in_proj.weight"),
     keys=CHROMA_KEYS,
     row_split=_flux_keys.split_flux_rows,
     spec=spec,

@@ -29,10 +29,12 @@ TARGETS = (
 )
 BLOCKS = ("encoder.layers.{n}",)
 CLIP_L_NAMES = ("text_encoder", "clip_l", "clip_l.transformer", "text_encoders.clip_l.transformer")  # of CLIP-L
-UNUSED_KEYS = ("{*}embeddings.position_ids",)
+UNUSED_KEYS = ("{*}position_ids", "position_ids")  # whatever their name and type: the positions are 0 to 76
+IMAGE_ENCODER_KEYS = ("vision_model.{*}", "visual_projection{*}", "visual.{*}")  # in files of the whole of CLIP
 CLIP_FILE_KEYS = KeyMap(  # with or without the `text_model.` level; a projection that other programs save is dropped
     [KeyRule("text_model.{*}", ("{*}",)), KeyRule("{*}", ("{*}",))],
     (*UNUSED_KEYS, "text_projection{*}", "logit_scale"),
+    IMAGE_ENCODER_KEYS,
 )
 CLIP_FIELDS = (  # of a published config.json; the token ids there are often wrong
     *("vocab_size", "hidden_size", "projection_dim", "intermediate_size", "num_hidden_layers"),
@@ -88,9 +90,11 @@ def read_clip_config(source: Source, weights: Weights, *, activation: str = "qui
     names = {name.removeprefix("text_model."): shape for name, shape in weights.read_shapes().items()}
     shapes = ShapeTable(source.path, names)
     require_kind(CLIP_ENCODER, shapes, weights.file.header.tensors, source.path)
-    if source.is_folder:
-        return select_fields(source.read_config("."), CLIP_FIELDS)
-    return config_from_shapes(shapes, activation=activation)
+    config = source.read_config(".") if source.is_folder else {}
+    if config and "text_config" not in config:
+        return select_fields(config, CLIP_FIELDS)
+    whole = config.get("text_config") or {}  # of both encoders; it may only say what differs from the published model
+    return config_from_shapes(shapes, activation=activation) | select_fields(whole, CLIP_FIELDS)
 
 
 def read_clip(source: Source, folder: str, spec: PartSpec) -> Network:

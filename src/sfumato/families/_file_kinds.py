@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sfumato.errors import UserError
+from sfumato.families._other_models import name_other_model
 
 CLIP_ENCODER = "CLIP text encoder"
 T5_ENCODER = "T5 text encoder"
@@ -26,6 +27,7 @@ _OTHER_KINDS: dict[str, tuple[str, ...]] = {  # what other files contain -> endi
     "OpenCLIP text encoder": ("transformer.resblocks.0.attn.in_proj_weight",),
     "part of a T5 text encoder": ("encoder.block.0.layer.0.SelfAttention.q.weight",),
     "language model": ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight"),
+    "image encoder (CLIP)": ("vision_model.encoder.layers.0.self_attn.q_proj.weight",),
 }
 _DENOISER_KEYS = (  # endings of keys, one for each kind of image model's transformer or UNet
     *("double_blocks.0.img_attn.qkv.weight", "joint_blocks.0.x_block.attn.qkv.weight", "cap_embedder.1.weight"),
@@ -42,6 +44,9 @@ def describe_keys(keys: Collection[str]) -> str:
         return "an empty file"
     if any(key.endswith(_ADAPTER_KEYS) for key in keys):
         return "an adapter (LoRA or the like)"
+    other = name_other_model(keys)
+    if other:
+        return other
     kind = ""
     for name, endings in (_REQUIRED_NAMES | _OTHER_KINDS).items():
         if all(_has_ending(keys, ending) for ending in endings):
@@ -91,6 +96,25 @@ def check_network_size(option: str, place: object, what: str, found: int, wanted
             code="network-size-mismatch",
             fix=f"give the --{option} that this model was trained with",
         )
+
+
+def check_input_channels(place: object, found: int, latents: int, variant: str) -> None:
+    """Raise UserError where a denoiser sees more channels than latents have. variant: what such a checkpoint is."""
+    if found != latents:
+        raise UserError(
+            f"{place}: denoisers with {found} input channels instead of {latents} ({variant}) are not supported",
+            code="denoiser-variant-unsupported",
+            fix="start from the plain text-to-image checkpoint",
+        )
+
+
+def make_missing_text_error(place: object, encoders: Sequence[str]) -> UserError:
+    """The error for a checkpoint of a model without options for text encoders that was saved without them."""
+    return UserError(
+        f"{place} lacks its text encoder ({' and '.join(encoders)}): it was saved without",
+        code="text-encoder-missing",
+        fix="give the whole checkpoint; a denoiser alone cannot be trained",
+    )
 
 
 class ShapeTable(dict[str, Any]):

@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.families import _t5, _tokenizers, _vae
-from sfumato.families._file_kinds import CHANNELS_FAULT, WIDTH_FAULT, check_network_size, option_context
+from sfumato.families._file_kinds import (
+    CHANNELS_FAULT,
+    WIDTH_FAULT,
+    check_input_channels,
+    check_network_size,
+    option_context,
+)
 from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec, RowSplit
 from sfumato.families.source import Source, Weights, drop_private_fields
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
+CLIP_L_IN_WHOLE = "text_encoders.clip_l.transformer."  # in ComfyUI's files of whole models
+T5_IN_WHOLE = "text_encoders.t5xxl.transformer."
+_VARIANTS = {2: "FLUX.1 Canny or Depth", 6: "FLUX.1 Fill"}  # by the inputs in those of the plain model
 FLUX_VAE_SCALING = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # which the autoencoder's file does not contain
 
 
@@ -36,7 +45,15 @@ class Transformer:
         return all(key in shapes for key in self.required_keys) or self._has_diffusers_names(shapes)
 
     def read(self, source: Source) -> Network:
-        """The transformer of a source for which `is_in` is true."""
+        """The transformer of a source for which `is_in` is true. Raises UserError for one with further inputs."""
+        network = self._read(source)
+        channels = network.config["in_channels"]
+        latents = network.config.get("out_channels") or channels
+        variant = _VARIANTS.get(channels // latents, "another kind of input")
+        check_input_channels(source.name, channels, latents, variant)
+        return network
+
+    def _read(self, source: Source) -> Network:
         if source.is_folder:
             folder = _find_folder(source)
             config = drop_private_fields(source.read_config(folder))
@@ -44,7 +61,7 @@ class Transformer:
         prefix = source.find_prefix(DENOISER_PREFIX)
         shapes = source.strip_prefix(prefix)
         if self._has_diffusers_names(shapes):
-            config = self.config(self.keys.rename_shapes(shapes, source.path))
+            config = self.config(self.keys.rename_shapes(shapes))
             return self._make_diffusers_network(source.file, config)
         weights = Weights(file=source.file, key_map=self.keys, prefix=prefix, row_split=self.row_split)
         return Network(spec=self.spec(prefix), config=self.config(shapes), weights=weights)
@@ -62,18 +79,19 @@ def _find_folder(source: Source) -> str:
     return next((name for name in ("transformer", ".") if source.has_network(name)), "")
 
 
-def read_t5(source: Source, denoiser: Network, spec: PartSpec) -> Network:
+def read_t5(source: Source, denoiser: Network, make_spec: Callable[[str], PartSpec]) -> Network:
     """Raises UserError for a file of another kind, and for an encoder of another width than the model's."""
     with option_context("t5xxl"):
-        weights = Weights(file=source.open_lone(), key_map=_t5.key_map(), tied=_t5.TIED_WEIGHTS)
+        prefix = source.find_prefix(T5_IN_WHOLE)
+        weights = Weights(file=source.open_lone(), key_map=_t5.key_map(), prefix=prefix, tied=_t5.TIED_WEIGHTS)
         config = _t5.read_t5_config(source, weights)
     check_network_size("t5xxl", source.path, WIDTH_FAULT, config["d_model"], denoiser.config["joint_attention_dim"])
-    return Network(spec=spec, config=config, weights=weights, option="t5xxl")
+    return Network(spec=make_spec(prefix), config=config, weights=weights, option="t5xxl")
 
 
 def read_flux_vae(source: Source, denoiser: Network) -> Network:
     """Raises UserError for a file of another kind, and for latents of another size than the model's."""
-    vae = _vae.read_vae_option(source.path, FLUX_VAE_SCALING, option="ae")
+    vae = _vae.read_vae_option(source, FLUX_VAE_SCALING, option="ae")
     check_network_size(
         "ae", source.path, CHANNELS_FAULT, vae.config["latent_channels"], denoiser.config["in_channels"] // 4
     )

@@ -134,6 +134,7 @@ def make_block_config(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     (head,) = shapes["double_blocks.0.img_attn.norm.query_norm.scale"]
     return {
         "in_channels": channels,
+        "out_channels": shapes["final_layer.linear.weight"][0],
         "num_layers": count("double_blocks."),
         "num_single_layers": count("single_blocks."),
         "attention_head_dim": head,
@@ -154,7 +155,7 @@ def build(config: Mapping[str, Any]) -> Any:
 
 FLUX_TRANSFORMER = Transformer(
     class_name="FluxTransformer2DModel",
-    required_keys=("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
+    required_keys=("img_in.weight", "double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
     keys=FLUX_KEYS,
     row_split=split_flux_rows,
     spec=spec,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
 from sfumato.families._tokenizers import apply_merges, find_in_hub_cache
-from sfumato.families.source import Checkpoint, read_json
+from sfumato.families.source import read_json
+from sfumato.formats.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor

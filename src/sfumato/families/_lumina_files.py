@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sfumato.config import ModelOptions
 from sfumato.families import _gemma2, _vae
-from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size, option_context
+from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer, find_gemma_tokenizer, load_gemma_tokenizer
 from sfumato.families._tokenizers import check_vocabulary_size
 from sfumato.families.blueprint import Blueprint
@@ -15,18 +15,12 @@ from sfumato.families.source import Source, find_path
 
 _TEXT = "text_encoders."  # in files with the whole model
 LUMINA_TEXT_PREFIX = _TEXT + "gemma2_2b.transformer."
-LUMINA_VAE_PREFIX = "vae."
 _VAE_SCALING = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
 def read_lumina_vae(source: Source, denoiser: Network) -> Network:
     """From a file with the whole model, or a file or folder of the autoencoder."""
-    with option_context("ae"):
-        is_inside = source.find_prefix(LUMINA_VAE_PREFIX) != ""
-    if is_inside:
-        vae = _vae.read_vae(source, LUMINA_VAE_PREFIX, _VAE_SCALING)
-    else:
-        vae = _vae.read_vae_option(source.path, _VAE_SCALING, option="ae")
+    vae = _vae.read_vae_option(source, _VAE_SCALING, option="ae")
     check_network_size("ae", source.path, CHANNELS_FAULT, vae.config["latent_channels"], denoiser.config["in_channels"])
     return vae
 

@@ -15,9 +15,9 @@ CLIP_G_NAMES = ("text_encoder_2", "clip_g", "clip_g.transformer", "text_encoders
 TEXT_LEVEL = "text_model."  # only in transformers' class with a projection
 TARGETS = tuple(TEXT_LEVEL + target for target in _clip.TARGETS)
 BLOCKS = tuple(TEXT_LEVEL + block for block in _clip.BLOCKS)
-_UNUSED_KEYS = ("logit_scale", "attn_mask")
+_UNUSED_KEYS = ("logit_scale", "attn_mask", *_clip.UNUSED_KEYS)
 PROJECTED_FILE_KEYS = KeyMap(  # of a folder, or of an encoder's own file
-    [KeyRule("{*}", ("{*}",))], (*_clip.UNUSED_KEYS, "logit_scale")
+    [KeyRule("{*}", ("{*}",))], (*_clip.UNUSED_KEYS, "logit_scale"), _clip.IMAGE_ENCODER_KEYS
 )
 
 
@@ -44,7 +44,8 @@ def key_map(*, projected: bool, unused: int | None = None) -> KeyMap:
     if projected:
         rules.append(KeyRule("text_projection", ("text_projection.weight",), "transpose"))
     drop = _UNUSED_KEYS if projected else (*_UNUSED_KEYS, "text_projection")
-    return KeyMap(rules, drop if unused is None else (*drop, f"transformer.resblocks.{unused}.{{*}}"))
+    drop = drop if unused is None else (*drop, f"transformer.resblocks.{unused}.{{*}}")
+    return KeyMap(rules, drop, _clip.IMAGE_ENCODER_KEYS)
 
 
 def projected_spec(

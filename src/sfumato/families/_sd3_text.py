@@ -35,6 +35,7 @@ PROJECTED_KEYS = KeyMap(  # with or without the `text_model.` level
         KeyRule("{*}", ("text_model.{*}",)),
     ],
     (*_clip.UNUSED_KEYS, "logit_scale"),
+    _clip.IMAGE_ENCODER_KEYS,
 )
 
 

@@ -30,8 +30,12 @@ TIED_WEIGHTS = {"encoder.embed_tokens.weight": "shared.weight"}
 
 
 def key_map() -> KeyMap:
-    """Files have the module's names; drops the tied embedding and the decoder."""
-    return KeyMap([KeyRule("{*}", ("{*}",))], drop=("encoder.embed_tokens.weight", "decoder.{*}", "lm_head.weight"))
+    """Files have the module's names; drops the tied embedding, the tokenizer and the decoder."""
+    return KeyMap(
+        [KeyRule("{*}", ("{*}",))],
+        drop=("encoder.embed_tokens.weight", "spiece_model", "logit_scale"),
+        beside=("decoder.{*}", "lm_head.weight"),
+    )
 
 
 def spec(prefix: str, *, names: tuple[str, ...] = (), note: str = "") -> PartSpec:

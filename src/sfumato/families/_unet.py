@@ -12,8 +12,9 @@ from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
-from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size
+from sfumato.families._file_kinds import CHANNELS_FAULT, check_input_channels, check_network_size
 from sfumato.families.blueprint import Component, Pipeline
+from sfumato.families.foreign_keys import V_MARK, ZERO_SNR_MARK
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, read_json
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
@@ -43,6 +44,8 @@ BLOCKS = (
 )
 LOSS_OPTIONS = {"debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}  # no flow has them
 PREDICTION_TYPES: dict[Any, Literal["epsilon", "v"]] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
+_VARIANTS = {1: "depth", 3: "upscaling", 4: "image editing", 5: "inpainting"}  # by the number of further channels
+SIZE_EMBEDDER = "label_emb.0.0.weight"  # its key, without the prefix of the denoiser's
 _HEAD_CHANNELS = 64  # channels of an attention head from Stable Diffusion 2 on
 _RESNET_NAMES = {
     "in_layers.0": "norm1",
@@ -182,13 +185,8 @@ def check_channels(source: Source, denoiser: Network, vae: Network) -> None:
     channels, latent = denoiser.config["in_channels"], vae.config["latent_channels"]
     if vae.option and channels == denoiser.config["out_channels"]:
         check_network_size(vae.option, vae.weights.file.header.path, CHANNELS_FAULT, latent, channels)
-    if channels != latent:
-        raise UserError(
-            f"{source.name}: denoisers with {channels} input channels instead of {latent} (inpainting, depth) are not "
-            "supported",
-            code="denoiser-variant-unsupported",
-            fix="start from the plain text-to-image checkpoint",
-        )
+    variant = _VARIANTS.get(channels - latent, "another kind of input")
+    check_input_channels(source.name, channels, latent, variant)
 
 
 class ObjectiveFacts(NamedTuple):
@@ -201,6 +199,7 @@ class ObjectiveFacts(NamedTuple):
 
 def read_objective(source: Source, model: ModelOptions, noise: NoiseOptions) -> ObjectiveFacts:
     """What an option says, else what the checkpoint declares, else noise prediction and the plain schedule."""
+    check_no_edm(source)
     notes: list[str] = []
     declared: list[str] = []
     use_v, zero_snr = model.v_parameterization, noise.zero_terminal_snr
@@ -230,12 +229,24 @@ def read_objective(source: Source, model: ModelOptions, noise: NoiseOptions) -> 
     return ObjectiveFacts(objective, tuple(notes), tuple(declared))
 
 
+def check_no_edm(source: Source) -> None:
+    """Raise UserError for a checkpoint whose inputs and outputs are scaled by EDM's rules, e.g. Playground v2.5."""
+    in_file = any(key.startswith("edm_") for key in source.shapes)
+    scheduler = _read_scheduler(source).get("_class_name", "") if source.is_folder else ""
+    if in_file or scheduler.startswith("EDM"):
+        raise UserError(
+            f"{source.name} was trained by EDM's rules (as Playground v2.5 and CosXL were), not to predict noise or v",
+            code="edm-checkpoint-unsupported",
+            fix="start from a checkpoint that predicts noise or v",
+        )
+
+
 def read_prediction_type(source: Source) -> Literal["epsilon", "v"] | None:
     """What a checkpoint declares: in a folder's scheduler, by a file's marker tensor or in its metadata."""
     if source.is_folder:
         return PREDICTION_TYPES.get(_read_scheduler(source).get("prediction_type"))
     metadata = source.file.header.metadata
-    if "v_pred" in source.shapes or metadata.get("ss_v_parameterization") == "True":
+    if V_MARK in source.shapes or metadata.get("ss_v_parameterization") == "True":
         return "v"
     if metadata.get("modelspec.architecture", "").endswith("-v"):  # stable-diffusion-v2-768-v
         return "v"
@@ -248,7 +259,7 @@ def read_zero_terminal_snr(source: Source) -> bool | None:
     """Whether a checkpoint declares zero terminal SNR: in a folder's scheduler, by a file's marker, in its metadata."""
     if source.is_folder:
         return _read_scheduler(source).get("rescale_betas_zero_snr")
-    if "ztsnr" in source.shapes:
+    if ZERO_SNR_MARK in source.shapes:
         return True
     known = {"True": True, "False": False}
     return known.get(source.file.header.metadata.get("ss_zero_terminal_snr", ""))
@@ -296,11 +307,11 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 def _make_size_conditioning(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Configuration of the embedding of pooled text and sizes, where the checkpoint has one."""
-    if "label_emb.0.0.weight" not in shapes:
+    if SIZE_EMBEDDER not in shapes:
         return {}
     return {
         "addition_embed_type": "text_time",
-        "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+        "projection_class_embeddings_input_dim": shapes[SIZE_EMBEDDER][1],
     }
 
 

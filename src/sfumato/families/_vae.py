@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,16 +28,19 @@ _RESNET_NAMES = {
     "nin_shortcut": "conv_shortcut",
 }
 VAE_PREFIX = "first_stage_model."  # of its keys in checkpoints of Stable Diffusion
-OLD_NAMES = KeyMap(  # diffusers' earlier names of attention layers, still in published folders
+VAE_PREFIXES = (VAE_PREFIX, "vae.")  # the second in ComfyUI's files of whole flow models
+_TRAINING_KEYS = ("loss.{*}", "model_ema.{*}")  # the discriminator, and averaged weights
+_OLD_ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_NAMES = KeyMap(  # diffusers' earlier names of attention layers, still in published folders; one by one as 1x1 conv
     [
-        KeyRule("{*}.query", ("{*}.to_q",)),
-        KeyRule("{*}.key", ("{*}.to_k",)),
-        KeyRule("{*}.value", ("{*}.to_v",)),
-        KeyRule("{*}.proj_attn", ("{*}.to_out.0",)),
+        *(KeyRule(f"{{*}}.{old}", (f"{{*}}.{new}",), "squeeze") for old, new in _OLD_ATTENTION_NAMES.items()),
+        *(KeyRule(f"{{*}}.{new}", (f"{{*}}.{new}",), "squeeze") for new in _OLD_ATTENTION_NAMES.values()),
         KeyRule("{*}", ("{*}",)),
-    ]
+    ],
+    beside=_TRAINING_KEYS,
 )
 _ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_FURTHER_ATTENTION_NAMES = _OLD_ATTENTION_NAMES | {name: name for name in _ATTENTION_NAMES.values()}
 
 
 def key_map(levels: int) -> KeyMap:
@@ -52,6 +54,9 @@ def key_map(levels: int) -> KeyMap:
         for theirs, ours in _ATTENTION_NAMES.items():
             op = "squeeze" if theirs != "norm" else ""
             rules.append(KeyRule(f"{side}.mid.attn_1.{theirs}", (f"{side}.mid_block.attentions.0.{ours}",), op))
+        for theirs, ours in _FURTHER_ATTENTION_NAMES.items():  # as some converters write them
+            op = "" if ours == "group_norm" else "squeeze"
+            rules.append(KeyRule(f"{side}.mid.attn_1.{theirs}", (f"{side}.mid_block.attentions.0.{ours}",), op))
     for level in range(levels):
         original = levels - 1 - level
         rules += _make_resnet_rules(f"encoder.down.{level}.block.{{n}}", f"encoder.down_blocks.{level}.resnets.{{n}}")
@@ -60,7 +65,7 @@ def key_map(levels: int) -> KeyMap:
             KeyRule(f"encoder.down.{level}.downsample.conv", (f"encoder.down_blocks.{level}.downsamplers.0.conv",))
         )
         rules.append(KeyRule(f"decoder.up.{original}.upsample.conv", (f"decoder.up_blocks.{level}.upsamplers.0.conv",)))
-    return KeyMap(rules)
+    return KeyMap(rules, beside=_TRAINING_KEYS)
 
 
 def _make_resnet_rules(original: str, ours: str) -> list[KeyRule]:
@@ -134,19 +139,19 @@ def _read_diffusers_file(source: Source, prefix: str, scaling: Mapping[str, Any]
     weights = Weights(file=source.file, key_map=OLD_NAMES, prefix=prefix)
     shapes = weights.read_shapes()
     names = key_map(len({key.split(".")[2] for key in shapes if key.startswith("encoder.down_blocks.")}))
-    config = config_from_shapes(names.rename_shapes(shapes, source.path)) | dict(scaling)
+    config = config_from_shapes(names.rename_shapes(shapes)) | dict(scaling)
     return Network(spec=spec(names), config=config, weights=weights)
 
 
-def read_vae_option(given: str | Path, scaling: Mapping[str, Any], *, option: str = "vae") -> Network:
+def read_vae_option(given: str | Source, scaling: Mapping[str, Any], *, option: str = "vae") -> Network:
     """The autoencoder in a folder, or in a file with or without the prefix of whole checkpoints.
 
     Raises UserError where it is no autoencoder, or its configuration is that of another model's.
     """
     with option_context(option):
-        source = Source(find_path(str(given)))
+        source = given if isinstance(given, Source) else Source(find_path(given))
         path = source.path
-        prefix = source.find_prefix(VAE_PREFIX)
+        prefix = source.find_prefix(*VAE_PREFIXES)
         if not source.is_folder:
             require_kind(AUTOENCODER, source.strip_prefix(prefix), source.shapes, path)
         network = read_vae(source, prefix, scaling)

@@ -21,9 +21,10 @@ from sfumato.data.prompt_weighting import WeightedText
 from sfumato.errors import UserError
 from sfumato.families import _vae
 from sfumato.families._file_kinds import describe_keys
+from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import Part, PartSpec
-from sfumato.families.source import Source
+from sfumato.families.source import MODEL_INDEX, Source, read_json
 
 BASE_MODEL = "--pretrained_model_name_or_path FILE_OR_FOLDER"
 FAMILIES: Registry[type[Family]] = Registry("model family")
@@ -173,6 +174,13 @@ class Family(ABC):
 
 def find_family(name: str | None, source: Source) -> type[Family]:
     """The family by name, or the one that recognizes the checkpoint. Raises UserError for one of another family."""
+    other = name_other_model(source.shapes)
+    if other:
+        raise UserError(
+            f"{source.path} is {other}, which cannot be trained here; known families: {', '.join(FAMILIES.names)}",
+            code="checkpoint-kind-untrainable",
+            fix=BASE_MODEL,
+        )
     families = [FAMILIES.get(known) for known in FAMILIES.names]
     recognized = next((family for family in families if family.detect(source)), None)
     if name is None:
@@ -203,4 +211,8 @@ def _describe_source(source: Source) -> str:
         return describe_keys(source.shapes) or "of no known kind"
     config = source.read_config(".") if source.has_network(".") else {}
     network = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-    return f"a folder with {network} alone" if network else "a folder without a model in diffusers' layout"
+    if network:
+        return f"a folder with {network} alone"
+    index = source.path / MODEL_INDEX
+    pipeline = read_json(index).get("_class_name") if index.is_file() else None
+    return f"a model folder of {pipeline}" if pipeline else "a folder without a model in diffusers' layout"

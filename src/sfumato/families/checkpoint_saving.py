@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sfumato.diffusion.objective import Objective, VariancePreserving
 from sfumato.errors import InternalError
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.source import Checkpoint, Source, Weights
-from sfumato.formats.checkpoint import SAFETENSORS_DTYPES
+from sfumato.families.foreign_keys import V_MARK, ZERO_SNR_MARK
+from sfumato.families.source import Source, Weights
+from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint
 from sfumato.formats.checkpoint_writer import TensorSpec, write_stream
 from sfumato.formats.keymap import KeyMap
 from sfumato.formats.pickled import convert_to_pickle, is_pickled
@@ -122,6 +124,7 @@ def _iterate_single_file(model: Family, changed: ChangedWeights, from_memory: bo
     blueprint = model.blueprint
     if not blueprint.source.is_folder and not from_memory:
         outdated = set(find_ema_keys(blueprint.source)) if changed.get("denoiser") else set()
+        outdated |= {V_MARK, ZERO_SNR_MARK}
         yield from ((key, entry) for key, entry in iterate_stored(blueprint.source.file) if key not in outdated)
     for name in list_saved_networks(blueprint):
         network, names = blueprint.networks[name], frozenset(changed.get(name, ()))
@@ -129,6 +132,15 @@ def _iterate_single_file(model: Family, changed: ChangedWeights, from_memory: bo
             yield from iterate_changed(model, name, names)
         else:
             yield from iterate_converted(model, name, names, network.spec.key_prefix, network.spec.key_map)
+    for mark in list_objective_marks(model.objective):
+        yield mark, TensorEntry((torch.float32, (0,)), partial(torch.empty, 0))
+
+
+def list_objective_marks(objective: Objective) -> list[str]:
+    """The keys that say what the model predicts and how its noise ends, to programs that read the file."""
+    if not isinstance(objective, VariancePreserving):
+        return []
+    return [V_MARK] * (objective.predicts == "v") + [ZERO_SNR_MARK] * objective.zero_terminal_snr
 
 
 def iterate_stored(file: Checkpoint) -> TensorEntries:

@@ -50,7 +50,9 @@ class Chroma(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         check_options(model)
         denoiser = _chroma_keys.CHROMA_TRANSFORMER.read(source)
-        vae = _flux_files.read_flux_vae(find_component(source, "ae", model.ae, "vae"), denoiser)
+        ae = find_component(source, "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
+        t5 = find_component(source, "t5xxl", model.t5xxl, "text_encoder", _flux_files.T5_IN_WHOLE)
+        vae = _flux_files.read_flux_vae(ae, denoiser)
         return Blueprint(
             source=source,
             title="Chroma",
@@ -61,9 +63,7 @@ class Chroma(Family):
             lr_order=("clip_l", "t5"),  # those of FLUX.1, whose scripts train it
             networks={
                 "denoiser": denoiser,
-                "t5": _flux_files.read_t5(
-                    find_component(source, "t5xxl", model.t5xxl, "text_encoder"), denoiser, _t5_spec()
-                ),
+                "t5": _flux_files.read_t5(t5, denoiser, _t5_spec),
                 "vae": vae,
             },
             objective=_flux_parts.make_objective(noise, shifted=True),
@@ -121,13 +121,13 @@ class Chroma(Family):
         return unpack(raw, noisy.shape)
 
 
-def _t5_spec() -> PartSpec:
+def _t5_spec(prefix: str = "") -> PartSpec:
     """Other programs count T5 as the only encoder, sd-scripts as the third."""
     note = (
         "ComfyUI looks for T5's layers under lora_te1_ instead of sd-scripts' lora_te3_: `sfumato lora export FILE NEW "
         "--to comfyui --family chroma` renames them"
     )
-    return _t5.spec("", names=("lora_te1", "lora_te", "text_encoder"), note=note)
+    return _t5.spec(prefix, names=("lora_te1", "lora_te", "text_encoder"), note=note)
 
 
 def check_options(model: ModelOptions) -> None:

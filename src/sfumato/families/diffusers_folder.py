@@ -16,10 +16,10 @@ from sfumato.families._tokenizers import save_tokenizer
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Component, Pipeline
 from sfumato.families.checkpoint_saving import ChangedWeights
-from sfumato.families.source import read_json
+from sfumato.families.source import MODEL_INDEX, read_json
 from sfumato.formats.checkpoint_writer import catch_disk_full
+from sfumato.formats.shards import INDEX_NAME
 
-MODEL_INDEX = "model_index.json"
 WEIGHT_ENDINGS = (
     ".safetensors",
     ".bin",
@@ -119,7 +119,7 @@ def _write_objective(model: Family, path: Path) -> None:
 
 
 def _select_weight_files(_: str, names: list[str]) -> set[str]:
-    return {name for name in names if name.endswith(WEIGHT_ENDINGS)}
+    return {name for name in names if name.endswith(WEIGHT_ENDINGS) or INDEX_NAME.fullmatch(name)}
 
 
 def _write_others(model: Family, folder: Path, pipeline: Pipeline) -> Iterator[tuple[str, Any]]:

@@ -53,7 +53,10 @@ class Flux(Family):
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         denoiser = _flux_keys.FLUX_TRANSFORMER.read(source)
-        vae = _flux_files.read_flux_vae(find_component(source, "ae", model.ae, "vae"), denoiser)
+        ae = find_component(source, "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
+        clip_l = find_component(source, "clip_l", model.clip_l, "text_encoder", _flux_files.CLIP_L_IN_WHOLE)
+        t5 = find_component(source, "t5xxl", model.t5xxl, "text_encoder_2", _flux_files.T5_IN_WHOLE)
+        vae = _flux_files.read_flux_vae(ae, denoiser)
         guided = bool(denoiser.config["guidance_embeds"])
         return Blueprint(
             source=source,
@@ -64,10 +67,8 @@ class Flux(Family):
             text_parts=cls.text_parts,
             networks={
                 "denoiser": denoiser,
-                "clip_l": _read_clip(find_component(source, "clip_l", model.clip_l, "text_encoder"), denoiser),
-                "t5": _flux_files.read_t5(
-                    find_component(source, "t5xxl", model.t5xxl, "text_encoder_2"), denoiser, _t5_spec()
-                ),
+                "clip_l": _read_clip(clip_l, denoiser),
+                "t5": _flux_files.read_t5(t5, denoiser, _t5_spec),
                 "vae": vae,
             },
             objective=_flux_parts.make_objective(noise, shifted=guided),
@@ -144,19 +145,20 @@ class Flux(Family):
 
 def _read_clip(source: Source, denoiser: Network) -> Network:
     with option_context("clip_l"):
-        weights = Weights(file=source.open_lone(), key_map=_clip.CLIP_FILE_KEYS)
+        prefix = source.find_prefix(_flux_files.CLIP_L_IN_WHOLE)
+        weights = Weights(file=source.open_lone(), key_map=_clip.CLIP_FILE_KEYS, prefix=prefix)
         config = _clip.read_clip_config(source, weights)
     check_network_size(
         "clip_l", source.path, WIDTH_FAULT, config["hidden_size"], denoiser.config["pooled_projection_dim"]
     )
-    return Network(spec=_clip_spec(), config=config, weights=weights, option="clip_l")
+    return Network(spec=_clip_spec(prefix), config=config, weights=weights, option="clip_l")
 
 
-def _clip_spec() -> PartSpec:
-    return _clip.spec("clip_l", "", "lora_te1", names=_clip.CLIP_L_NAMES)
+def _clip_spec(prefix: str = "") -> PartSpec:
+    return _clip.spec("clip_l", prefix, "lora_te1", names=_clip.CLIP_L_NAMES)
 
 
-def _t5_spec() -> PartSpec:
+def _t5_spec(prefix: str = "") -> PartSpec:
     """OneTrainer and ComfyUI count T5 as the second encoder."""
     note = "InvokeAI does not recognize LoRA files that adapt T5"
-    return _t5.spec("", names=("lora_te2", "text_encoder_2"), note=note)
+    return _t5.spec(prefix, names=("lora_te2", "text_encoder_2"), note=note)

@@ -19,7 +19,7 @@ from sfumato.diffusion.objective import RectifiedFlow, TimestepGrid
 from sfumato.diffusion.timesteps import make_time_grid, shift_sigma
 from sfumato.errors import UserError
 from sfumato.families import _gemma2, _lumina_keys, _vae
-from sfumato.families._lumina_files import LUMINA_TEXT_PREFIX, LUMINA_VAE_PREFIX, find_tokenizer, read_lumina_vae
+from sfumato.families._lumina_files import LUMINA_TEXT_PREFIX, find_tokenizer, read_lumina_vae
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
@@ -73,7 +73,7 @@ class Lumina(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         denoiser = _lumina_keys.read_lumina_transformer(source)
         _check_length(denoiser, model)
-        ae = find_component(source, "ae", model.ae, "vae", LUMINA_VAE_PREFIX)
+        ae = find_component(source, "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
         vae = read_lumina_vae(ae, denoiser)
         gemma2 = find_component(source, "gemma2", model.gemma2, "text_encoder", LUMINA_TEXT_PREFIX)
         sampling, shift = noise.timestep_sampling or _DEFAULT_SAMPLING, noise.discrete_flow_shift or _DEFAULT_SHIFT

@@ -12,6 +12,7 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
+from sfumato.families._file_kinds import make_missing_text_error
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
@@ -83,11 +84,13 @@ class StableDiffusion(Family):
     def detect(cls, source: Source) -> bool:
         if source.is_folder:
             return source.has_network("unet") and not source.read_config("unet").get("addition_embed_type")
-        has_text = any(key.startswith((CLIP_PREFIX, OPEN_CLIP_PREFIX)) for key in source.shapes)
-        return DENOISER_PREFIX + "input_blocks.0.0.weight" in source.shapes and has_text
+        has_unet = DENOISER_PREFIX + "input_blocks.0.0.weight" in source.shapes
+        return has_unet and DENOISER_PREFIX + _unet.SIZE_EMBEDDER not in source.shapes
 
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
+        if not (source.has_network("text_encoder") or source.find_prefix(CLIP_PREFIX, OPEN_CLIP_PREFIX)):
+            raise make_missing_text_error(source.name, ["CLIP"])
         second = is_version_2(source)
         if model.v2 and not second:
             raise _unet.make_v2_error(source, "Stable Diffusion 1.x")

@@ -12,9 +12,10 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
+from sfumato.families._file_kinds import make_missing_text_error
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
-from sfumato.families.part import Network, Part, PartSpec
+from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap
 
@@ -47,6 +48,8 @@ _PUBLISHED_CONFIG = {  # of every published model; the names of the UNet's block
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
+_ENCODERS = {"text_encoder": "CLIP-L", "text_encoder_2": "CLIP-G"}  # folder -> name
+_ENCODER_PREFIXES = {"text_encoder": CLIP_L_PREFIX, "text_encoder_2": CLIP_G_PREFIX}
 NUM_SIZES = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -84,14 +87,17 @@ class StableDiffusionXL(Family):
     @classmethod
     def detect(cls, source: Source) -> bool:
         if source.is_folder:
-            has_networks = source.has_network("text_encoder_2") and source.has_network("unet")
-            return has_networks and source.read_config("unet").get("addition_embed_type") == "text_time"
-        return CLIP_G_PREFIX + "ln_final.weight" in source.shapes and source.find_prefix(CLIP_L_PREFIX) != ""
+            config = source.read_config("unet") if source.has_network("unet") else {}
+            return config.get("addition_embed_type") == "text_time" and not config.get("encoder_hid_dim_type")
+        return DENOISER_PREFIX + _unet.SIZE_EMBEDDER in source.shapes
 
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         if model.v2:
             raise _unet.make_v2_error(source, "Stable Diffusion XL")
+        missing = [name for name in _ENCODERS if not _has_encoder(source, name)]
+        if missing:
+            raise make_missing_text_error(source.name, [_ENCODERS[name] for name in missing])
         vae = _vae.find_vae(source, model, {"scaling_factor": 0.13025})
         clip_l, clip_g = _clip.read_clip(source, "text_encoder", clip_l_spec()), _read_clip_g(source)
         denoiser = _unet.read_unet(source, _unet_spec, lambda config: _complete_config(config, clip_g))
@@ -185,6 +191,10 @@ class StableDiffusionXL(Family):
             "encoder_hidden_states": conditioning["encoder_hidden_states"].to(weight.dtype),
             "added_cond_kwargs": added,
         }
+
+
+def _has_encoder(source: Source, folder: str) -> bool:
+    return source.has_network(folder) or source.find_prefix(_ENCODER_PREFIXES[folder]) != ""
 
 
 def _complete_config(config: Mapping[str, Any], clip_g: Network) -> dict[str, Any]:

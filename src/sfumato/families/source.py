@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,17 @@ from sfumato.common.text import list_some
 from sfumato.config import ModelOptions
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import ShapeTable, make_missing_error, option_context
-from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, PickledFile, TensorFile, open_checkpoint
+from sfumato.families.finite_check import FiniteCheck
+from sfumato.families.foreign_keys import describe_passed_over, find_conflicts
+from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint, open_checkpoint
 from sfumato.formats.keymap import KeyMap
+from sfumato.formats.shards import find_network_file
 
+log = logging.getLogger(__name__)
 Shapes = dict[str, torch.Size]
-Checkpoint = TensorFile | PickledFile
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # folders, no lone checkpoints
+MODEL_INDEX = "model_index.json"  # of a whole model in diffusers' layout
+HUB_FILES = (MODEL_INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # folders, no lone checkpoints
 HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "safety_checker/*")
 
 
@@ -55,9 +60,9 @@ class Source:
             return {}
         return {name: info.shape for name, info in self.file.header.tensors.items()}
 
-    def find_prefix(self, prefix: str) -> str:
-        """The prefix where keys of the single file start with it, else an empty text."""
-        return prefix if any(key.startswith(prefix) for key in self.shapes) else ""
+    def find_prefix(self, *prefixes: str) -> str:
+        """The first of the prefixes that keys of the single file start with, else an empty text."""
+        return next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in self.shapes)), "")
 
     def strip_prefix(self, prefix: str) -> dict[str, tuple[int, ...]]:
         """Key without the prefix -> shape, for the keys of the single file that start with it."""
@@ -118,28 +123,30 @@ def find_path(name: str) -> Path:
         ) from error
 
 
-def find_component(source: Source, option: str, given: str | None, folder: str, prefix: str = "") -> Source:
+def find_component(source: Source, option: str, given: str | None, folder: str, *prefixes: str) -> Source:
     """The file or folder of a network: what its option names, else the folder in a diffusers model.
 
-    Else the checkpoint itself where it has keys with `prefix`. Raises UserError where there is none.
+    Else the checkpoint itself where it has keys with one of `prefixes`. Raises UserError where there is none.
     """
     if given:
         with option_context(option):
             return Source(find_path(given))
     if source.has_network(folder):
         return Source(source.path / folder)
-    if prefix and source.find_prefix(prefix):
+    if source.find_prefix(*prefixes):
         return source
     raise make_missing_error(option, source.path)
 
 
 def find_weight_file(folder: Path) -> Path:
     """The weight file of a network saved by diffusers or transformers. Raises UserError where there is none."""
-    for name in ("diffusion_pytorch_model", "model"):
-        for ending in (".safetensors", ".safetensors.index.json", ".fp16.safetensors"):
-            if (folder / (name + ending)).is_file():
-                return folder / (name + ending)
-    raise UserError(f"{folder} holds no .safetensors weights", code="network-folder-without-weights")
+    found = find_network_file(folder)
+    if found is None:
+        raise UserError(
+            f"{folder} holds no .safetensors or .bin weights of diffusers or transformers",
+            code="network-folder-without-weights",
+        )
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -181,15 +188,22 @@ class Weights:
     def read_shapes(self) -> Shapes:
         """Our name -> shape, from the header alone.
 
-        Raises UserError for keys that no rule covers; looking up a name that is missing raises one, too.
+        Raises UserError for keys that no rule covers and that belong to the network's layers; looking up a name that
+        is missing raises one, too.
         """
+        return self._shapes
+
+    @cached_property
+    def _shapes(self) -> Shapes:
         shapes: Shapes = {}
+        known: list[str] = []
         unknown: list[str] = []
         for original in self.original_keys():
             ours = self.key_map.find_ours(original)
             if ours is None:
                 unknown.append(original)
                 continue
+            known.append(original)
             names, op = ours
             shape = torch.Size(self.file.header.tensors[self.prefix + original].shape)
             if not shape:
@@ -200,9 +214,10 @@ class Weights:
                 shape = shape[::-1]
             rows = [shape[0]] if len(names) == 1 else self._split_rows(original, shape, len(names))
             shapes |= {name: torch.Size((n, *shape[1:])) for name, n in zip(names, rows, strict=True)}
-        if unknown:
+        conflicts = find_conflicts(unknown, known) if unknown else []
+        if conflicts:
             raise UserError(
-                f"{self.file.header.path} has {len(unknown)} unknown keys: {list_some(unknown)}",
+                f"{self.file.header.path} has {len(conflicts)} unknown keys: {list_some(conflicts)}",
                 code="network-keys-unknown",
             )
         return ShapeTable(self.file.header.path, shapes)
@@ -215,6 +230,17 @@ class Weights:
             ours = self.key_map.find_ours(original)
             keys |= dict.fromkeys(ours[0], original) if ours else {}
         return keys
+
+    def list_used_keys(self) -> Iterator[str]:
+        """Keys of the file that belong to the network, the redundant ones included."""
+        for key in self.file.header.tensors:
+            original = key.removeprefix(self.prefix)
+            if key.startswith(self.prefix) and (self.key_map.is_redundant(original) or (original in self._originals)):
+                yield key
+
+    @cached_property
+    def _originals(self) -> frozenset[str]:
+        return frozenset(self.stored_keys.values())
 
     def make_empty(self, name: str) -> torch.Tensor:
         """A tensor on the meta device with the dtype and shape that one of our names has in the file."""
@@ -238,15 +264,15 @@ class Weights:
         Raises UserError where the file lacks tensors, has further ones, or one has another shape.
         """
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        self._pass_over_foreign(expected)
         state: dict[str, torch.Tensor] = {}
+        finite = FiniteCheck(self.file.header.path, dtype)
         for original in self.original_keys():
-            tensor = self.file.read(self.prefix + original, dtype=dtype, device=device)
             names = self.key_map.find_ours(original)
             if names is None or not set(names[0]) <= set(expected):
-                raise UserError(
-                    f"{self.file.header.path}: {type(module).__name__} has no tensor for {self.prefix + original}",
-                    code="network-key-unexpected",
-                )
+                continue
+            tensor = self.file.read(self.prefix + original, dtype=dtype, device=device)
+            finite.add(self.prefix + original, tensor)
             for name, piece in self.key_map.split(original, tensor, expected):
                 if piece.shape != expected[name]:
                     raise UserError(
@@ -262,7 +288,21 @@ class Weights:
                 f"{self.file.header.path} lacks {len(missing)} tensors: {list_some(missing)}",
                 code="network-tensors-missing",
             )
+        finite.finish(self.file)
         module.load_state_dict(state, assign=True)
+
+    def _pass_over_foreign(self, expected: Mapping[str, torch.Size]) -> None:
+        """Log keys of no place in the module; UserError for those of further blocks, and of layers that it has."""
+        self.read_shapes()  # raises it for keys that no rule covers
+        foreign = [name for name in self.stored_keys if name not in expected]
+        conflicts = find_conflicts(foreign, expected)
+        if conflicts:
+            raise UserError(
+                f"{self.file.header.path}: the network has no tensor for {list_some(conflicts)}",
+                code="network-key-unexpected",
+            )
+        if foreign:
+            log.info("note: %s", describe_passed_over(self.file.header.path, foreign))
 
 
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:

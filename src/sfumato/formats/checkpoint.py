@@ -6,16 +6,14 @@ buffer where the dtype changes.
 
 from __future__ import annotations
 
-import pickle
-import re
 import threading
-from collections.abc import KeysView, Mapping
+from collections.abc import KeysView
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,16 +21,10 @@ from torch import Tensor
 from sfumato.common.files import refuse_special_file
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
-from sfumato.formats.header import (
-    DOWNLOAD_AGAIN,
-    INDEX_SUFFIX,
-    SHARD_NAME,
-    TensorHeader,
-    TensorInfo,
-    merge_headers,
-    read_header,
-    read_sharded_headers,
-)
+from sfumato.formats.header import DOWNLOAD_AGAIN, TensorHeader, TensorInfo, merge_headers, read_header
+from sfumato.formats.safe_pickle import LEGACY_SIGNATURE, ZIP_SIGNATURE, find_state_dict, load_pickle
+from sfumato.formats.scaled import ScaledFile, has_scales
+from sfumato.formats.shards import find_shard_files, is_sharded, read_sharded_headers
 
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -48,26 +40,28 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 CHUNK_NUMEL = 1 << 15
 THREAD_NUMEL = 1 << 18  # elements that are worth a read thread
 MAX_READ_THREADS = 4
-PICKLE_SIGNATURES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # torch.save's two formats
 MAX_IO_BYTES = 1 << 30  # bytes; some systems refuse more at once
 
 
-def open_checkpoint(path: Path | str) -> TensorFile | PickledFile:
+def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a safetensors file, a folder or index of shards, or a pickled checkpoint (recognized by its content).
 
-    Use as a context manager. Raises UserError where it is missing, damaged, or holds more than tensors.
+    Weights with a scale beside them are read as the product of both. Use as a context manager. Raises UserError where
+    it is missing, damaged, or holds more than tensors.
     """
     path = Path(path)
     refuse_special_file(path)
-    is_pickled = path.suffix not in (".safetensors", ".json") and _starts_with(path, PICKLE_SIGNATURES)
-    return PickledFile(path) if is_pickled else TensorFile(path)
+    file = PickledFile(path) if _is_pickled(path) else TensorFile(path)
+    return ScaledFile(file) if has_scales(file.header) else file
 
 
-def _starts_with(path: Path, signatures: tuple[bytes, ...]) -> bool:
+def _is_pickled(path: Path) -> bool:
     """False also for a file that is missing or unreadable: reading it raises the error."""
+    if path.name.endswith(".json"):
+        return ".bin.index." in path.name
     try:
         with path.open("rb") as file:
-            return file.read(8).startswith(signatures)
+            return path.suffix != ".safetensors" and file.read(8).startswith((ZIP_SIGNATURE, LEGACY_SIGNATURE))
     except OSError:
         return False
 
@@ -77,8 +71,7 @@ class TensorFile:
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
-        is_sharded = path.is_dir() or path.name.endswith(INDEX_SUFFIX) or bool(SHARD_NAME.fullmatch(path.name))
-        headers = read_sharded_headers(path) if is_sharded else {path: read_header(path)}
+        headers = read_sharded_headers(path) if is_sharded(path) else {path: read_header(path)}
         self.header = merge_headers(path, list(headers.values()))
         self._path_of: dict[str, Path] = {}
         for file, header in headers.items():
@@ -158,14 +151,15 @@ class _OpenFiles(threading.local):
 
 
 class PickledFile:
-    """A .ckpt or .pt file of tensors alone, read without running code from it.
+    """A .ckpt, .pt or .bin file of tensors, or the shards of one model, read without running code from it.
 
     Offsets in the header count from the tensor itself; numbers and texts beside the tensors become its metadata.
     """
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
-        state, metadata = _find_state_dict(_load_pickle(path))
+        self._paths = find_shard_files(path)
+        state, metadata = self._load()
         if not state:
             raise UserError(f"{path} holds no named tensors", code="pickle-without-tensors")
         tensors: dict[str, TensorInfo] = {}
@@ -177,18 +171,27 @@ class PickledFile:
         self.header = TensorHeader(path=path, tensors=tensors, metadata=metadata)
         self._state = state
 
+    def _load(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        state: dict[str, Tensor] = {}
+        metadata: dict[str, str] = {}
+        for path in self._paths:
+            tensors, texts = find_state_dict(load_pickle(path))
+            state |= tensors
+            metadata |= texts
+        return state, metadata
+
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
 
     def paths(self) -> list[Path]:
         """Like TensorFile.paths."""
-        return [self.header.path]
+        return list(self._paths)
 
     def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Like TensorFile.read."""
         _get_info(self.header, name)
         if not self._state:  # closed before
-            self._state, _ = _find_state_dict(_load_pickle(self.header.path))
+            self._state, _ = self._load()
         stored = self._state[name].detach()
         final = resolve_dtype(stored.dtype, dtype)
         return stored.to(device=device, dtype=final, copy=True, memory_format=torch.contiguous_format)
@@ -201,6 +204,9 @@ class PickledFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+Checkpoint = TensorFile | PickledFile | ScaledFile
 
 
 def _get_info(header: TensorHeader, name: str) -> TensorInfo:
@@ -241,38 +247,3 @@ def _read_into(file: FileIO, start: int, memory: memoryview) -> None:
                 f"{file.name!s} became shorter while it was read", code="tensor-file-shrank", fix=DOWNLOAD_AGAIN
             )
         done += count
-
-
-def _load_pickle(path: Path) -> Any:
-    is_zip = _starts_with(path, PICKLE_SIGNATURES[:1])  # the older format cannot be mapped
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        if unsafe and isinstance(error, pickle.UnpicklingError):
-            raise UserError(
-                f"{path} holds more than tensors ({unsafe[1]}), and loading that would run code from the file",
-                code="pickle-runs-code",
-                fix="get a safetensors version of it, or convert it with a program that you trust",
-            ) from None
-        sentence = str(error).partition("\n")[0].partition(". ")[0]
-        raise UserError(f"{path} is damaged ({sentence})", code="pickle-damaged", fix=DOWNLOAD_AGAIN) from None
-
-
-def _find_state_dict(content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, from inside `state_dict` where there is one, and the numbers and texts beside them."""
-    metadata: dict[str, str] = {}
-    while isinstance(content, Mapping):
-        metadata |= {str(key): str(value) for key, value in content.items() if isinstance(value, str | int | float)}
-        if not isinstance(content.get("state_dict"), Mapping):
-            return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}, metadata
-        content = content["state_dict"]
-    return {}, metadata

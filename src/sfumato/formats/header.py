@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.common.files import refuse_special_file
-from sfumato.common.text import list_some
 from sfumato.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # bytes; what the safetensors library accepts
@@ -30,8 +28,11 @@ FILE_SIGNATURES = {  # first bytes -> what the file is instead
 }
 DOWNLOAD_AGAIN = "download or copy it again"
 RENAME_TO_CKPT = "rename it to end in .ckpt"
-INDEX_SUFFIX = ".safetensors.index.json"
-SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+FILE_FIXES = {  # for the kinds that another download does not help
+    "a pickled checkpoint (.ckpt, .pt, .bin)": RENAME_TO_CKPT,
+    "an old pickled checkpoint (.ckpt, .pt)": RENAME_TO_CKPT,
+    "a GGUF file": "give the model as a safetensors file; those in fp8 are small, too",
+}
 
 
 def read_header(path: Path | str) -> TensorHeader:
@@ -68,39 +69,6 @@ def read_header(path: Path | str) -> TensorHeader:
             fix=DOWNLOAD_AGAIN,
         )
     return header
-
-
-def read_sharded_headers(path: Path | str) -> dict[Path, TensorHeader]:
-    """File -> header of a sharded model: of a `*.safetensors.index.json`, a folder that holds one, or one shard.
-
-    A folder with a single safetensors file counts as one shard. Raises UserError where shards are missing or disagree
-    with the index.
-    """
-    path = Path(path)
-    main = _find_main_file(path) if path.is_dir() else path
-    if not main.name.endswith(".json"):
-        return {shard: read_header(shard) for shard in list_shard_files(main)}
-    weight_map = _read_index(main)
-    headers = {main.parent / name: read_header(main.parent / name) for name in sorted(set(weight_map.values()))}
-    for file, header in headers.items():
-        listed = {key for key, name in weight_map.items() if name == file.name}
-        differing = sorted(listed ^ set(header.tensors))
-        if differing:
-            raise UserError(
-                f"{main} and {file.name} disagree about {len(differing)} tensors, e.g. {differing[0]!r}",
-                code="shard-index-mismatch",
-                fix=DOWNLOAD_AGAIN,
-            )
-    return headers
-
-
-def list_shard_files(path: Path) -> list[Path]:
-    """All shards of the model that `path` is one of, by its name (x-00002-of-00003.safetensors); else `path` alone."""
-    match = SHARD_NAME.fullmatch(path.name)
-    if not match:
-        return [path]
-    stem, _, count = match.groups()
-    return [path.with_name(f"{stem}-{i:05d}-of-{count}.safetensors") for i in range(1, int(count) + 1)]
 
 
 def merge_headers(path: Path, headers: Sequence[TensorHeader]) -> TensorHeader:
@@ -157,7 +125,7 @@ def _parse_header_length(path: Path, start: bytes, size: int) -> int:
         raise UserError(
             f"{path} is not a safetensors file: {reason}",
             code="not-safetensors",
-            fix=RENAME_TO_CKPT if kinds and "pickled" in kinds[0] else DOWNLOAD_AGAIN,
+            fix=FILE_FIXES.get(kinds[0], DOWNLOAD_AGAIN) if kinds else DOWNLOAD_AGAIN,
         )
     return length
 
@@ -216,38 +184,3 @@ def _truncation_error(path: Path, expected: int, size: int) -> UserError:
 
 def _damage_error(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: the header is damaged ({reason})", code="safetensors-header-damaged", fix=DOWNLOAD_AGAIN)
-
-
-def _find_main_file(folder: Path) -> Path:
-    """The index of a folder, else its only safetensors file; variants (model.fp16.safetensors) come second."""
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    files = indexes or [file for file in sorted(folder.glob("*.safetensors")) if list_shard_files(file)[0] == file]
-    variants = [file for file in files if "." in file.name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")]
-    candidates = [file for file in files if file not in variants] or files
-    if not candidates:
-        raise UserError(f"{folder} holds no safetensors file", code="model-folder-empty")
-    if len(candidates) > 1:
-        raise UserError(
-            f"{folder} holds several models: {list_some([file.name for file in candidates])}",
-            code="model-folder-ambiguous",
-            fix="name the file instead of the folder",
-        )
-    return candidates[0]
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name, from an index file."""
-    try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        are_names = all(isinstance(name, str) and name == Path(name).name for name in weight_map.values())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist", code="shard-index-missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not an index of safetensors files ({error!r})", code="shard-index-damaged", fix=DOWNLOAD_AGAIN
-        ) from None
-    if not are_names or not weight_map:
-        raise UserError(
-            f"{path} must map tensors to files in its own folder", code="shard-index-invalid", fix=DOWNLOAD_AGAIN
-        )
-    return weight_map

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,9 +45,13 @@ class KeyLocation:
 
 
 class KeyMap:
-    """A table of rules, read in both directions. `drop` matches original keys that have no counterpart here."""
+    """A table of rules, read in both directions.
 
-    def __init__(self, rules: Sequence[KeyRule], drop: Sequence[str] = ()) -> None:
+    drop: patterns on original keys that every file has and that have no counterpart here. beside: on those of other
+    networks, and of what training leaves behind, that some files have beside this network.
+    """
+
+    def __init__(self, rules: Sequence[KeyRule], drop: Sequence[str] = (), beside: Sequence[str] = ()) -> None:
         self.rules = tuple(rules)
         self._from_original = _RuleTable([(rule.original, rule, 0) for rule in rules])
         names: list[tuple[str, KeyRule, int]] = []
@@ -56,9 +59,14 @@ class KeyMap:
             names += [(name, rule, i) for i, name in enumerate(rule.ours)]
         self._from_ours = _RuleTable(names)
         self._drop = [compile_pattern(text) for text in drop]
+        self._beside = [compile_pattern(text) for text in beside]
 
     def is_dropped(self, original: str) -> bool:
-        """Whether the key is known to have no counterpart here (a position table, a training buffer)."""
+        """Whether the key is known to have no counterpart here, since it is a position table or another network's."""
+        return self.is_redundant(original) or any(regex.fullmatch(original) for regex in self._beside)
+
+    def is_redundant(self, original: str) -> bool:
+        """Whether the key is one of this network that is not needed: a position table, a copy, an unused layer."""
         return any(regex.fullmatch(original) for regex in self._drop)
 
     def find_original(self, ours: str) -> KeyLocation | None:
@@ -98,14 +106,12 @@ class KeyMap:
         pieces = tensor.split(rows) if len(names) > 1 else (tensor,)
         yield from zip(names, pieces, strict=True)
 
-    def rename_shapes(self, shapes: Mapping[str, Sequence[int]], path: Path) -> dict[str, Sequence[int]]:
-        """Original key -> shape of a file that has our names; UserError for a name that no rule covers."""
+    def rename_shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+        """Original key -> shape of a file that has our names, but for names that no rule covers."""
         renamed: dict[str, Sequence[int]] = {}
         for name, shape in shapes.items():
             location = self.find_original(name)
-            if location is None:
-                raise UserError(f"{path} holds the unknown key {name!r}", code="diffusers-key-unknown")
-            renamed[location.original] = shape
+            renamed |= {location.original: shape} if location else {}
         return renamed
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
