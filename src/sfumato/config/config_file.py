@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from sfumato.common.json_toml import decode_toml
 from sfumato.common.names import FOREIGN_KEYS, OPTION_ALIASES
 from sfumato.common.text_files import read_text_file
 from sfumato.config.base import Option
@@ -36,8 +36,8 @@ def read_config_file(path: Path, problems: Problems) -> OptionSource:
     if text is None:
         return source
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = decode_toml(text)
+    except ValueError as error:
         what = f"{path}: {reword_toml_error(str(error), text)}"
         problems.add(what, code="config-file-invalid-toml", fix=suggest_toml_fix(text, error))
         return source

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 
 BACKSLASH_FIX = r"in double quotes write \\ for one backslash; or use forward slashes, or in TOML 'single quotes'"
 JSON_BACKSLASH_FIX = r"write \\ for one backslash, or use forward slashes"
 
 
-def suggest_toml_fix(text: str, error: tomllib.TOMLDecodeError) -> str:
+def suggest_toml_fix(text: str, error: ValueError) -> str:
     """The usual fix for the line of a TOML error; empty if there is none."""
     message = str(error)
     if "Cannot overwrite" in message or "Cannot declare" in message:
@@ -24,6 +22,6 @@ def suggest_toml_fix(text: str, error: tomllib.TOMLDecodeError) -> str:
     return ""
 
 
-def suggest_json_fix(error: json.JSONDecodeError) -> str:
+def suggest_json_fix(error: ValueError) -> str:
     """The usual fix for a JSON error; empty if there is none."""
-    return JSON_BACKSLASH_FIX if "escape" in error.msg else ""
+    return JSON_BACKSLASH_FIX if "escape" in str(error) else ""

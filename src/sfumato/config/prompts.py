@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.json_toml import decode_json, decode_toml
 from sfumato.common.registry import did_you_mean
 from sfumato.common.text_files import read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
@@ -157,7 +158,7 @@ def _read_txt(text: str, where: str) -> list[Prompt]:
 
 def _read_toml(text: str, where: str) -> list[Prompt]:
     """[prompt] holds defaults, [[prompt.subset]] the prompts, whose values take precedence."""
-    content = tomllib.loads(text)
+    content = decode_toml(text)
     if not content:
         return []
     table = content.get("prompt", {})
@@ -174,7 +175,7 @@ def _read_toml(text: str, where: str) -> list[Prompt]:
 
 def _read_json(text: str, where: str) -> list[Prompt]:
     """A list of objects and of texts, which are parsed as lines of a .txt file."""
-    entries = json.loads(text) if text.strip() else []
+    entries = decode_json(text) if text.strip() else []
     if not isinstance(entries, list) or not all(isinstance(entry, dict | str) for entry in entries):
         what = f"{where}: not a list of prompts"
         raise UserError(what, code="prompt-file-without-list", fix='write [{"prompt": "..."}, ...]')

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
+from sfumato.common.files import read_file
 from sfumato.errors import UserError
 from sfumato.families._tokenizers import apply_merges, find_in_hub_cache
 from sfumato.families.source import Checkpoint, read_json
@@ -104,7 +105,7 @@ def _load_json(path: Path) -> GemmaTokenizer:
 
 
 def _load_model(path: Path) -> GemmaTokenizer:
-    return _load_sentencepiece(path.read_bytes(), str(path))
+    return _load_sentencepiece(read_file(path), str(path))
 
 
 def _load_sentencepiece(model: bytes, where: str) -> GemmaTokenizer:

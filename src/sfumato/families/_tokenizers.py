@@ -12,6 +12,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from sfumato.common import files
+from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
 from sfumato.families.source import read_json
 
@@ -178,7 +179,7 @@ def _read_vocabulary(folder: Path) -> Vocabulary:
     if whole.is_file():
         vocabulary = _read_tokenizer_json(whole)
     elif vocab.is_file() and merges.is_file():
-        lines = merges.read_text(encoding="utf-8").splitlines()
+        lines = read_text_file(merges).splitlines()
         lines = lines[1:] if lines and lines[0].startswith("#version") else lines
         added = folder / "added_tokens.json"
         vocabulary = Vocabulary(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfumato.common.files import read_file
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.config import ModelOptions
 from sfumato.errors import UserError
@@ -66,7 +67,7 @@ class Source:
     def read_config(self, network: str) -> dict[str, Any]:
         """A network's configuration: the folder's config.json, or the entry in the single file's metadata."""
         if not self.is_folder:
-            return json.loads(self.file.header.metadata.get("sfumato.config", "{}")).get(network, {})
+            return decode_json(self.file.header.metadata.get("sfumato.config", "{}")).get(network, {})
         return read_json(self.path / network / "config.json")
 
     def open_lone(self) -> Checkpoint:
@@ -145,7 +146,7 @@ def find_weight_file(folder: Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError where the file is missing or is not valid JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return decode_json(read_file(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", code="model-config-missing") from error
     except ValueError as error:

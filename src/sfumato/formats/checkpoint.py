@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from sfumato.common.files import refuse_special_file
+from sfumato.common.files import open_file, open_unbuffered, refuse_special_file
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
 from sfumato.formats.header import (
@@ -66,7 +66,7 @@ def open_checkpoint(path: Path | str) -> TensorFile | PickledFile:
 def _starts_with(path: Path, signatures: tuple[bytes, ...]) -> bool:
     """False also for a file that is missing or unreadable: reading it raises the error."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(8).startswith(signatures)
     except OSError:
         return False
@@ -135,7 +135,7 @@ class TensorFile:
     def _open_file(self, path: Path) -> FileIO:
         """A file object of this thread alone, since its position must not move with those of others."""
         if path not in self._opened.by_path:
-            self._opened.by_path[path] = self._stack.enter_context(FileIO(path))
+            self._opened.by_path[path] = self._stack.enter_context(open_unbuffered(path))
         return self._opened.by_path[path]
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.files import refuse_special_file
+from sfumato.common.files import open_file, read_file
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.errors import UserError
 
@@ -42,9 +42,8 @@ def read_header(path: Path | str) -> TensorHeader:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, a safetensors file is expected", code="tensor-file-is-folder")
-    refuse_special_file(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             length = _parse_header_length(path, file.read(32), size)
@@ -165,8 +164,8 @@ def _parse_header_length(path: Path, start: bytes, size: int) -> int:
 def _parse_json(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The entries of the tensors, and the metadata."""
     try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError covers text that is not UTF-8, too
+        entries = decode_json(text)
+    except ValueError as error:
         raise _damage_error(path, str(error)) from None
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -238,7 +237,7 @@ def _find_main_file(folder: Path) -> Path:
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index file."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
+        weight_map = decode_json(read_file(path))["weight_map"]
         are_names = all(isinstance(name, str) and name == Path(name).name for name in weight_map.values())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", code="shard-index-missing") from None

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.common.json_toml import decode_json
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, TensorFile
 from sfumato.formats.checkpoint_writer import write_safetensors, write_stream
@@ -66,7 +67,7 @@ def find_saved_emas(paths: Iterable[Path]) -> Iterator[SavedEma]:
     """The files that hold power-function EMAs; a file that was named and holds none is a UserError."""
     for path in paths:
         for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-            facts = json.loads(read_header(file).metadata.get(EMA_KEY, "{}"))
+            facts = decode_json(read_header(file).metadata.get(EMA_KEY, "{}"))
             if "sigma_rel" in facts:
                 yield SavedEma(path=file, run=facts["of"], steps=facts["steps"], sigma_rel=facts["sigma_rel"])
             elif not path.is_dir():

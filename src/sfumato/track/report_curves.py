@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Sequence
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sfumato.common.files import open_file
+from sfumato.common.json_toml import decode_json
 
 METRICS_SUFFIX = ".run.jsonl"
 LEVELS = 10  # bins of t in 0 .. 1000
@@ -30,7 +32,7 @@ class Curves:
             return
         if self.path.stat().st_size < self.offset:
             self._reset()
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(self.offset)
             content = file.read()
         complete = content[: content.rfind(b"\n") + 1]
@@ -84,7 +86,7 @@ class Curves:
 def parse_metrics(line: bytes) -> dict[str, Any] | None:
     """The row of one step; None for a line that is none."""
     try:
-        row = json.loads(line)
+        row = decode_json(line)
     except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):

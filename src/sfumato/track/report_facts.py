@@ -11,6 +11,7 @@ from typing import Any
 
 from sfumato import __version__
 from sfumato.common import files
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import strip_paths
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan, DatasetPlan
@@ -91,7 +92,7 @@ def describe_dataset(dataset: DatasetPlan) -> dict[str, Any]:
 def read_description(path: Path) -> dict[str, Any]:
     """A description that `write_description` wrote; UserError where the file is none."""
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = decode_json(files.read_file(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}", code="run-description-unreadable") from error
     if not isinstance(description, dict) or not has_valid_types(description):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.data.captions import parse_caption_file
 from sfumato.data.find.findings import Findings
@@ -111,7 +112,7 @@ def parse_captions(
 def parse_json_caption(text: str, path: str, *, separator: str, several_lines: bool) -> str:
     """The caption in a JSON file: a string, or an object with `caption`, `tags` or both. UserError for others."""
     try:
-        content = json.loads(text)
+        content = decode_json(text)
     except ValueError as error:
         raise UserError(
             f"{path} is not valid JSON: {error}", code="caption-file-invalid-json", fix="fix or remove it"

@@ -14,9 +14,9 @@ from statistics import median
 
 import numpy as np
 
-from sfumato.common.files import DONT_WAIT, refuse_special_mode
+from sfumato.common.files import open_descriptor
 from sfumato.common.text_files import decode_text
-from sfumato.data.find.headers import BINARY, read_image_header
+from sfumato.data.find.headers import read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn, join_path
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
 from sfumato.errors import UserError
@@ -181,10 +181,9 @@ def read_files(folder: str, names: Sequence[str], read: FileReader) -> dict[int,
 
         def read_file(index: int) -> None:
             try:
-                file = os.open(prefix + names[index], os.O_RDONLY | BINARY | DONT_WAIT, dir_fd=descriptor)
+                where = join_path(folder, names[index])
+                file, status = open_descriptor(prefix + names[index], folder=descriptor, where=where)
                 try:
-                    status = os.fstat(file)
-                    refuse_special_mode(status.st_mode, join_path(folder, names[index]))
                     read(file, status, index)
                 finally:
                     os.close(file)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 import zlib
 from collections.abc import Callable
 from importlib import import_module
@@ -19,7 +18,6 @@ from PIL import Image, features
 from sfumato.data.find.headers_jxl import CONTAINER, START, parse_jxl
 from sfumato.errors import UserError
 
-BINARY = os.O_BINARY if sys.platform == "win32" else 0  # for os.open
 HEAD_BYTES = 4096  # read at once; the header of nearly every file is within
 MIN_SIDE = 8  # pixels: one latent pixel
 MAX_PIXELS = 178_956_970  # from which on Pillow suspects a decompression bomb

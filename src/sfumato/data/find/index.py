@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sfumato.common.files import open_file
 from sfumato.data.find.image_table import TextColumn
 
 INDEX_VERSION = 4  # of the file format, and of how sizes and captions are read
@@ -49,7 +50,7 @@ class Index(NamedTuple):
     def load(self) -> Columns | None:
         """The stored columns; None where there are none, or where the file is damaged or of another version."""
         try:
-            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            with open_file(self.path) as opened, np.load(opened, allow_pickle=False) as file:
                 columns = {name: file[name] for name in file.files}
                 return columns if columns.pop("head").tobytes() == self._make_head() else None
         except LOAD_ERRORS:

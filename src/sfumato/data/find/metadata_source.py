@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.common.text_files import read_text_file
 from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields, report_shortened
@@ -75,7 +76,7 @@ def parse_json_lines(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
             continue
         where = f"{file}, line {number}"
         try:
-            fields = json.loads(line)
+            fields = decode_json(line)
         except ValueError as error:
             raise UserError(
                 f"{where}, is not valid JSON: {error}",

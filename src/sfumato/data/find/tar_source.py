@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sfumato.common.files import open_descriptor, open_file
 from sfumato.common.text import list_some
 from sfumato.common.text_files import decode_text
 from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_captions, parse_captions, report_shortened
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import is_image
-from sfumato.data.find.headers import BINARY, read_image_header
+from sfumato.data.find.headers import read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
 from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
@@ -98,7 +99,7 @@ def read_archive(path: str, extensions: Sequence[str]) -> Columns:
     images: list[tuple[str, int, int]] = []
     captions: dict[str, tuple[int, int, int]] = {}  # stem -> (index of the extension, offset, size)
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for name, offset, size in list_members(archive):
                 stem, extension = os.path.splitext(name)  # noqa: PTH122
                 if is_image(name):
@@ -149,7 +150,7 @@ def read_columns(
     """
     widths, heights, extensions = (np.zeros(len(images), np.int64) for _ in range(3))
     faults, texts = [""] * len(images), [""] * len(images)
-    descriptor = os.open(path, os.O_RDONLY | BINARY)
+    descriptor, _ = open_descriptor(path)
     try:
         for row, (name, offset, size) in enumerate(images):
             extensions[row] = -1
