@@ -1,7 +1,7 @@
 """Fuzzes every reader of foreign bytes and text: `make fuzz`, or one target, or one input again with its traceback.
 
-    PYTHONPATH=src:tests python -m fuzz --count 200000 --seed 0 --jobs 2
-    PYTHONPATH=src:tests python -m fuzz --target tar_archive --input 1234
+PYTHONPATH=src:tests python -m fuzz --count 200000 --seed 0 --jobs 2
+PYTHONPATH=src:tests python -m fuzz --target tar_archive --input 1234
 """
 
 from __future__ import annotations

@@ -25,8 +25,32 @@ from sfumato.families._tokenizers import load_clip_tokenizer, load_t5_tokenizer,
 
 CAPTION = "a photo of a (cat:1.3), [dog], {red|blue|green} ||| masterpiece, \\(text\\), ((deep)), <lora:x:1>\n"
 CAPTION_SEEDS = (CAPTION.encode(), ("una foto, é, 猫, \U0001f431\n" * 3).encode(), CAPTION.encode("utf-16"))
-WEIGHT_TOKENS = (b"(", b")", b"[", b"]", b":1.5)", b":1e300)", b":" + b"9" * 400 + b")", b"\\(", b"((((", b"))))", b"AND", b"BREAK")
-CAPTION_TOKENS = (*WEIGHT_TOKENS, b"{a|b}", b"{{", b"}}", b"|||", b"{" * 50, b"<|endoftext|>", b"</s>", b"<bos>", b"a" * 5000)
+WEIGHT_TOKENS = (
+    b"(",
+    b")",
+    b"[",
+    b"]",
+    b":1.5)",
+    b":1e300)",
+    b":" + b"9" * 400 + b")",
+    b"\\(",
+    b"((((",
+    b"))))",
+    b"AND",
+    b"BREAK",
+)
+CAPTION_TOKENS = (
+    *WEIGHT_TOKENS,
+    b"{a|b}",
+    b"{{",
+    b"}}",
+    b"|||",
+    b"{" * 50,
+    b"<|endoftext|>",
+    b"</s>",
+    b"<bos>",
+    b"a" * 5000,
+)
 PROMPTS = "a cat --n bad --w 512 --h 768 --d 1 --s 20 --l 7.5 --g 3 --ss euler --fs 3.0 --ctr 0.5\n# comment\na dog\n"
 JSON_TOKENS = (b'"caption": ', b'"tags": [', b"null", b"[]", b"{}", b'"\\ud83d"', b'"\\ud83d\\ude00"', b"1e999", b"NaN")
 

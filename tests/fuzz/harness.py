@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -28,11 +28,13 @@ from sfumato.errors import UserError
 MODULES = ("images", "archives", "caches", "captions", "options", "runs", "tables", "tokenizers", "weights")
 SLOW_SECONDS = 3.0  # of CPU time for an input of 64 KiB: all readers take milliseconds
 HANG_SECONDS = 20.0  # of CPU time, after which an input is interrupted
-DEAD_SECONDS = 60.0  # without an answer, after which the process is ended
+DEAD_SECONDS = 300.0  # without an answer, after which the process is ended
 MAX_GROWTH = 1 << 30  # bytes of memory
 MAX_FAULTS = 3  # reported of each target; equal ones count once
 
-Report = Callable[[int, int], None]  # slice, input: called before each input, so that one that ends the process is known
+Report = Callable[
+    [int, int], None
+]  # slice, input: called before each input, so that one that ends the process is known
 
 
 class HangError(BaseException):
@@ -54,11 +56,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class Slice:
-    """Inputs first .. last - 1 of a target."""
+    """Inputs first .. last - 1 of a target, which `module` registers."""
 
+    module: str
     target: str
     first: int
     last: int
+
+
+def find_target(part: Slice) -> Target:
+    importlib.import_module(part.module)
+    return TARGETS[part.target]
 
 
 def load_targets() -> dict[str, Target]:
@@ -74,7 +82,7 @@ def make_slices(targets: Sequence[Target], count: int, jobs: int) -> list[list[S
     for target in targets:
         number = max(round(count * target.share / whole), jobs)
         for job, slices in enumerate(jobs_slices):
-            slices.append(Slice(target.name, number * job // jobs, number * (job + 1) // jobs))
+            slices.append(Slice(target.module, target.name, number * job // jobs, number * (job + 1) // jobs))
     return jobs_slices
 
 
@@ -86,7 +94,7 @@ def make_input(target: Target, setup: Setup, seed: int, index: int) -> bytes:
 def run_slices(slices: Sequence[Slice], seed: int, report: Report) -> Iterator[Fault]:
     """Everything in this process, which `limit_memory` should have limited."""
     for number, part in enumerate(slices):
-        target = load_targets()[part.target]
+        target = find_target(part)
         report(number, -1)
         with tempfile.TemporaryDirectory() as folder:
             setup = target.prepare(Path(folder))
@@ -153,7 +161,6 @@ def limit_memory() -> None:
 
 def run_child(slices: Sequence[Slice], seed: int, answers: Any, position: Any) -> None:
     """In a child: puts each fault, then None. position: shared (slice, input) that is being read."""
-    load_targets()
     for module in ("torch", "transformers"):
         importlib.import_module(module)
     limit_memory()
@@ -184,7 +191,7 @@ def fuzz(slices: Sequence[Slice], seed: int) -> Iterator[Fault]:
         part = rest[number]
         what = "the process ended while it read this input" if index >= 0 else "a good input was refused"
         yield Fault(part.target, index, f"ended with {child.exitcode}", what)
-        rest = [*([Slice(part.target, index + 1, part.last)] if index >= 0 else []), *rest[number + 1 :]]
+        rest = [*([replace(part, first=index + 1)] if index >= 0 else []), *rest[number + 1 :]]
 
 
 def collect_answers(answers: Any, child: Any, position: Any) -> Iterator[Fault]:

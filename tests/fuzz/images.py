@@ -19,7 +19,18 @@ JPEG_TOKENS = (b"\xff\xd8", b"\xff\xc0", b"\xff\xda", b"\xff\xe1", b"Exif\0\0", 
 PNG_TOKENS = (b"IHDR", b"IDAT", b"IEND", b"eXIf", b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"acTL", b"fdAT")
 WEBP_TOKENS = (b"RIFF", b"WEBP", b"VP8 ", b"VP8L", b"VP8X", b"EXIF", b"ANIM", b"ICCP", b"ALPH")
 BOXES = (b"ftypavif", b"meta", b"iloc", b"ispe", b"jxlc", b"jxlp", b"jbrd", b"\0\0\0\0jbrd", b"\0\0\0\1jxlc")
-OTHER_STARTS = (b"%!PS-Adobe", b"DDS ", b"II*\0", b"MM\0*", b"GIF89a", b"BM", b"8BPS", b"\0\0\1\0", b"P6 ", b"\0\0\0\x0cjP  ")
+OTHER_STARTS = (
+    b"%!PS-Adobe",
+    b"DDS ",
+    b"II*\0",
+    b"MM\0*",
+    b"GIF89a",
+    b"BM",
+    b"8BPS",
+    b"\0\0\1\0",
+    b"P6 ",
+    b"\0\0\0\x0cjP  ",
+)
 
 
 def make_image(kind: str, mode: str = "RGB", size: tuple[int, int] = (17, 12), **more: Any) -> bytes:

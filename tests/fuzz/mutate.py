@@ -1,4 +1,4 @@
-"""Damages bytes, as a function of a random generator: bits, cuts, splices, length fields, numbers, nesting, encodings."""
+"""Damages bytes, as a function of a random generator: bits, cuts, splices, lengths, numbers, nesting, encodings."""
 
 from __future__ import annotations
 

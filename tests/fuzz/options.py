@@ -19,12 +19,15 @@ from sfumato.plan import make_run_plan
 
 VALUES = (
     "", "0", "-1", "1e999", "nan", "inf", "1000000000", "9" * 5000, "1e-400", "1,2,3", "0.5,0.1", ",,,", "a=1", "a=[[[",
-    "a=" + "(" * 3000, "x" * 5000, "\udcff", "\0", "10%", "1e30%", "2**64", "true", "None", "all", "0-1000000000", "((", "*",
-    "cosine", "1e-4", "3", "64", "1000000", "1000000,1000000", "[1]", "{}", "a.b.C", "\U0001f431", "/dev/null", "-", "--",
+    "a=" + "(" * 3000, "x" * 5000, "\udcff", "\0", "10%", "1e30%", "2**64", "true", "None", "all", "0-1000000000", "((",
+    "*",     "cosine", "1e-4", "3", "64", "1000000", "1000000,1000000", "[1]", "{}", "a.b.C", "\U0001f431",
+    "/dev/null", "-", "--",
 )  # fmt: skip
 NETWORK_ARGS = (
-    "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "down_lr_weight", "mid_lr_weight", "up_lr_weight",
-    "block_lr_zero_threshold", "rank_dropout", "module_dropout", "loraplus_lr_ratio", "network_reg_dims", "network_reg_lrs",
+    "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "down_lr_weight",
+    "mid_lr_weight", "up_lr_weight",
+    "block_lr_zero_threshold", "rank_dropout", "module_dropout", "loraplus_lr_ratio", "network_reg_dims",
+    "network_reg_lrs",
     "train_blocks", "split_qkv", "in_dims", "img_attn_dim", "exclude_patterns", "include_patterns", "verbose",
 )  # fmt: skip
 UNUSED = (  # they write, load code by name, or look elsewhere
@@ -34,7 +37,18 @@ UNUSED = (  # they write, load code by name, or look elsewhere
 )  # fmt: skip
 
 
-@target(b"\n--", b"\n", b"=", b"--network_args\n", b"--optimizer_args\n", b"--resolution=", b"nan", b"inf", b"1e999", share=2)
+@target(
+    b"\n--",
+    b"\n",
+    b"=",
+    b"--network_args\n",
+    b"--optimizer_args\n",
+    b"--resolution=",
+    b"nan",
+    b"inf",
+    b"1e999",
+    share=2,
+)
 def command_line(_folder: Path) -> Setup:
     """Words, a line each."""
     seed = (

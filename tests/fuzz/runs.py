@@ -17,14 +17,14 @@ from sfumato.track.report_facts import EMPTY_DESCRIPTION
 from sfumato.track.trackers import JsonLines
 
 JSON_TOKENS = (
-    b"null", b"[]", b"{}", b"-1", b"1e999", b"NaN", b'"a"', b'"\\ud800"', b'"step": ', b"true", b"1e300", b"[[1,2],[3]]",
-    b"9" * 30, b"<script>",
+    b"null", b"[]", b"{}", b"-1", b"1e999", b"NaN", b'"a"', b'"\\ud800"', b'"step": ', b"true", b"1e300",
+    b"[[1,2],[3]]", b"9" * 30, b"<script>",
 )  # fmt: skip
 DESCRIPTION = {
     **EMPTY_DESCRIPTION,
     "name": "run",
     "model": "toy",
-    "trains": [["unet", 3, 1000, 1e-4]],
+    "trained_parts": [["unet", 3, 1000, 1e-4]],
     "total": 10,
     "steps_per_epoch": 5,
     "seed": 3,
@@ -40,11 +40,20 @@ DESCRIPTION = {
     ],
     "notes": ["a note"],
     "versions": {"torch": "2"},
-    "sessions": [{"start": 0, "step": 10, "started": 1e9, "updated": 1e9, "seconds_per_step": 0.5, "state": "finished"}],
+    "sessions": [
+        {"start": 0, "step": 10, "started": 1e9, "updated": 1e9, "seconds_per_step": 0.5, "state": "finished"}
+    ],
     "warnings": [{"step": 1, "text": "a warning", "times": 2}],
 }
 METRICS = [
-    {"step": step, "loss/current": 1 / step, "loss/average": 0.5, "lr/unet": 1e-4, "timesteps": [5.0], "loss/samples": [0.1]}
+    {
+        "step": step,
+        "loss/current": 1 / step,
+        "loss/average": 0.5,
+        "lr/unet": 1e-4,
+        "timesteps": [5.0],
+        "loss/samples": [0.1],
+    }
     for step in range(1, 11)
 ]
 

@@ -26,6 +26,7 @@ class Target:
     """prepare: from an empty folder, which is the reader's own, to its setup. share: of all inputs, relative."""
 
     name: str
+    module: str
     prepare: Callable[[Path], Setup]
     tokens: Sequence[bytes]
     share: float
@@ -42,7 +43,8 @@ def target(*tokens: bytes, share: float = 1.0) -> Callable[[Callable[[Path], Set
 
     def register(prepare: Callable[[Path], Setup]) -> Callable[[Path], Setup]:
         assert prepare.__name__ not in TARGETS
-        TARGETS[prepare.__name__] = Target(name=prepare.__name__, prepare=prepare, tokens=tokens, share=share)
+        name, module = prepare.__name__, prepare.__module__
+        TARGETS[name] = Target(name=name, module=module, prepare=prepare, tokens=tokens, share=share)
         return prepare
 
     return register

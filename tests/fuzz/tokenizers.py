@@ -17,7 +17,18 @@ from sfumato.families._tokenizers import (
 
 WORDS = ["cat", "dog", "photo"]
 TEXT = "a photo of a cat, the dog é 猫!"
-JSON_TOKENS = (b"null", b"[]", b"{}", b"-1", b"1e999", b'"\\ud800"', b'": 0, "', b'"type": "BPE"', b'["a", "b"]', b'"a b"')
+JSON_TOKENS = (
+    b"null",
+    b"[]",
+    b"{}",
+    b"-1",
+    b"1e999",
+    b'"\\ud800"',
+    b'": 0, "',
+    b'"type": "BPE"',
+    b'["a", "b"]',
+    b'"a b"',
+)
 
 
 def clip_folder(folder: Path, file: str) -> Setup:

@@ -6,7 +6,8 @@ import json
 import struct
 from collections import defaultdict
 from collections.abc import Callable
-from io import BytesIO
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,27 @@ from sfumato.formats.lora import read_adapter_file
 from sfumato.tools.ema import find_saved_emas
 from sfumato.tools.export_lora import export_lora
 
-TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.tensor(1, dtype=torch.int64), "c": torch.zeros(0, 2)}
+TENSORS = {
+    "a.weight": torch.arange(12.0).reshape(3, 4),
+    "b": torch.tensor(1, dtype=torch.int64),
+    "c": torch.zeros(0, 2),
+}
 HEADER_TOKENS = (
     b'"dtype":"F32"', b'"BF16"', b'"F4"', b'"F8_E4M3"', b'"shape":[', b'"x"', b"[0]", b"1e3", b"1.5", b"true", b"null",
     b'"data_offsets":[0,0]', b"100000000000", b'"__metadata__":{"a":1}', b'"a.weight":', b'"\\ud800"',
 )  # fmt: skip
-PICKLE_TOKENS = (b"cos\nsystem\n", b"c__builtin__\neval\n", b"ctorch\nload\n", b"R", b"\x80\x02", b"Q", b"(", b"t", b"}", b"\x8a\x0a")
+PICKLE_TOKENS = (
+    b"cos\nsystem\n",
+    b"c__builtin__\neval\n",
+    b"ctorch\nload\n",
+    b"R",
+    b"\x80\x02",
+    b"Q",
+    b"(",
+    b"t",
+    b"}",
+    b"\x8a\x0a",
+)
 
 
 def keep_length(read: Read) -> Read:
@@ -89,7 +105,9 @@ def zip_pickle(folder: Path) -> Setup:
 @target(*PICKLE_TOKENS)
 def other_named_pickle(folder: Path) -> Setup:
     """A .bin, as networks in diffusers folders have it; anything may be in it."""
-    return Setup(seeds=[make_pickle(TENSORS), make_pickle(TENSORS, old=True)], read=through_file(folder / "a.bin", read_tensors))
+    return Setup(
+        seeds=[make_pickle(TENSORS), make_pickle(TENSORS, old=True)], read=through_file(folder / "a.bin", read_tensors)
+    )
 
 
 def make_lora() -> bytes:
@@ -106,7 +124,8 @@ def make_lora() -> bytes:
 def lora_file(folder: Path) -> Setup:
     def read(path: Path) -> object:
         entries = read_adapter_file(path)
-        export_lora(path, folder / "out.safetensors")
+        with redirect_stdout(StringIO()):
+            export_lora(path, folder / "out.safetensors")
         return entries
 
     return Setup(seeds=[make_lora()], read=keep_length(through_file(folder / "a.safetensors", read)))

@@ -34,6 +34,7 @@ def open_descriptor(path: Path | str, *, folder: int | None = None, where: str =
     where it cannot be opened or is a folder; UserError for a named pipe, a socket or a device. It is opened first and
     looked at then, so that nothing else can take its place in between.
     """
+    _check_name(path)
     try:
         descriptor = os.open(path, READ_FLAGS, dir_fd=folder)
     except OSError:
@@ -52,7 +53,13 @@ def open_descriptor(path: Path | str, *, folder: int | None = None, where: str =
 
 def open_unbuffered(path: Path | str) -> FileIO:
     """A plain file for reading, without a buffer. Errors as of `open_descriptor`."""
+    _check_name(path)
     return FileIO(path, "rb", opener=lambda name, _: open_descriptor(name)[0])
+
+
+def _check_name(path: Path | str) -> None:
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "the name has a NUL letter", str(path))
 
 
 def open_file(path: Path | str) -> BufferedReader:

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from typing import Any
 
+DECODER = json.JSONDecoder()
 TOO_DEEP = "it is nested too deeply"
 TOO_MANY_DIGITS = "a number in it has too many digits"
 
@@ -29,6 +30,18 @@ def decode_json(text: str | bytes, *, make_object: Callable[[Pairs], Any] | None
         raise ValueError(TOO_DEEP) from None
     except ValueError as error:
         raise ValueError(reword_number_error(error)) from None
+
+
+def decode_json_value(text: str, start: int) -> tuple[Any, int]:
+    """The value of a JSON text that begins at `start`, and where it ends. Errors as of `decode_json`."""
+    try:
+        return DECODER.raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise json.JSONDecodeError(TOO_DEEP, text, start) from None
+    except ValueError as error:
+        raise json.JSONDecodeError(reword_number_error(error), text, start) from None
 
 
 def decode_toml(text: str) -> dict[str, Any]:

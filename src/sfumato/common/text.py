@@ -20,6 +20,17 @@ def list_some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half of a letter, which no tokenizer and no UTF-8 file can take: "\\ud83d" of JSON, or bytes
+    of a command line or a file name that are not UTF-8.
+    """
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def strip_paths(text: str) -> str:
     """The text with every absolute or home-relative path in it reduced to its last component."""
     if WHOLE_PATH_PATTERN.fullmatch(text):

@@ -12,7 +12,8 @@ from typing import Any
 
 from sfumato.common.json_toml import decode_json, decode_toml
 from sfumato.common.registry import did_you_mean
-from sfumato.common.text_files import read_text_file
+from sfumato.common.text import has_lone_surrogate
+from sfumato.common.text_files import SAVE_AS_UTF8, read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
 from sfumato.config.values import check_seed
 from sfumato.errors import UserError
@@ -209,6 +210,9 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
             _check_type(field.name, str(field.type).removesuffix(" | None"), values[field.name], where)
     if "prompt" not in values:
         raise UserError(f"{where}: has no prompt", code="prompt-text-missing")
+    for name in ("prompt", "negative_prompt"):
+        if has_lone_surrogate(values.get(name, "")):
+            raise UserError(f"{where}: {name} has letters that are not UTF-8", code="prompt-not-utf8", fix=SAVE_AS_UTF8)
     sampler = values.get("sample_sampler", SAMPLER_NAMES[0])
     if sampler not in SAMPLER_NAMES:
         fix = did_you_mean(sampler, SAMPLER_NAMES)

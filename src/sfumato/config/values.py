@@ -18,6 +18,7 @@ from sfumato.config.file_syntax import BACKSLASH_FIX
 
 NEXT_ARGUMENT = re.compile(r"[\s,;][A-Za-z_]\w*=")
 PAIR_ARGUMENTS = ("network_reg_",)  # their values are pairs expression=value
+MAX_PATH_BYTES = 4095
 MAX_NAME_BYTES = 160  # of 255: files add steps, endings and more
 CONTROL_LETTER = re.compile(r"[\x01-\x1f]")
 
@@ -191,9 +192,16 @@ def parse_path(value: Any) -> Any:
     """
     if value == "":
         raise ValueError("is empty; remove the option, or give a path")
+    if is_impossible_name(str(value)):
+        raise ValueError("is too long for a path, or has a NUL letter; check the value")
     if CONTROL_LETTER.search(str(value)) and not os.path.lexists(value):
         raise ValueError(f"has a tab, a line break or the like where a backslash was meant; {BACKSLASH_FIX}")
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  (keeps an unknown ~name)
+
+
+def is_impossible_name(path: str) -> bool:
+    """Whether no file system has such a path: looking for it would be an error of the system."""
+    return "\0" in path or len(os.fsencode(path)) > MAX_PATH_BYTES or max(map(len, re.split(r"[/\\]", path))) > 255
 
 
 FilePath = Annotated[Path, Strict(False), BeforeValidator(parse_path)]

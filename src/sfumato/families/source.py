@@ -67,8 +67,20 @@ class Source:
     def read_config(self, network: str) -> dict[str, Any]:
         """A network's configuration: the folder's config.json, or the entry in the single file's metadata."""
         if not self.is_folder:
-            return decode_json(self.file.header.metadata.get("sfumato.config", "{}")).get(network, {})
+            return self._read_stored_config(network)
         return read_json(self.path / network / "config.json")
+
+    def _read_stored_config(self, network: str) -> dict[str, Any]:
+        try:
+            configs = decode_json(self.file.header.metadata.get("sfumato.config", "{}"))
+        except ValueError:
+            configs = None
+        config = configs.get(network, {}) if isinstance(configs, dict) else None
+        if not isinstance(config, dict):
+            raise UserError(
+                f"{self.path}: the configurations in its metadata are damaged", code="checkpoint-config-damaged"
+            )
+        return config
 
     def open_lone(self) -> Checkpoint:
         """The weights of a source that is a single network: the file itself, or the folder's weight file."""
@@ -144,13 +156,16 @@ def find_weight_file(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is missing or is not valid JSON."""
+    """Raises UserError where the file is missing, is not valid JSON or holds no object."""
     try:
-        return decode_json(read_file(path))
+        content = decode_json(read_file(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", code="model-config-missing") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error})", code="model-json-invalid") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object", code="model-json-no-object")
+    return content
 
 
 def select_fields(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:

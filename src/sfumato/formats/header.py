@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -11,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.common.files import open_file, read_file
-from sfumato.common.json_toml import decode_json
-from sfumato.common.text import list_some
+from sfumato.common.json_toml import Pairs, decode_json
+from sfumato.common.text import has_lone_surrogate, list_some
 from sfumato.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # bytes; what the safetensors library accepts
+MAX_NUMBER = 1 << 63  # of elements and bytes
 DTYPE_BITS = {  # in the library's order, which is also the order of tensors in a file, reversed
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -164,13 +167,25 @@ def _parse_header_length(path: Path, start: bytes, size: int) -> int:
 def _parse_json(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The entries of the tensors, and the metadata."""
     try:
-        entries = decode_json(text)
+        entries = decode_json(text, make_object=_make_object)
     except ValueError as error:
         raise _damage_error(path, str(error)) from None
+    if b"\\u" in text and has_lone_surrogate(json.dumps(entries, ensure_ascii=False)):
+        raise _damage_error(path, "half a letter in a name or in the metadata")
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damage_error(path, "metadata is not a table of texts")
     return entries, metadata
+
+
+def _make_object(pairs: Pairs) -> dict[str, Any]:
+    """ValueError where a name is given twice: either could be meant."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in it twice")
+    return content
 
 
 def _parse_entries(path: Path, entries: Mapping[str, Any], first: int) -> dict[str, TensorInfo]:
@@ -190,17 +205,17 @@ def _parse_entry(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
         shape = tuple(entry["shape"])
         start, end = entry["data_offsets"]
         dtype = entry["dtype"]
-        bits = math.prod(shape) * DTYPE_BITS.get(dtype, 0)
-        are_counts = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        is_known = dtype in DTYPE_BITS
     except (KeyError, TypeError, ValueError):
         raise _damage_error(path, f"entry {name!r}") from None
-    if dtype not in DTYPE_BITS:
+    if not is_known:
         raise UserError(
             f"{path}: {name!r} has the unknown dtype {dtype!r}",
             code="safetensors-dtype-unknown",
             fix="a newer sfumato may read it",
         )
-    if not are_counts or (end - start) * 8 != bits:
+    are_counts = all(type(number) is int and 0 <= number < MAX_NUMBER for number in (*shape, start, end))
+    if not are_counts or (end - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         raise _damage_error(path, f"size of {name!r}")
     return TensorInfo(dtype=dtype, shape=shape, start=first + start, end=first + end)
 
@@ -234,11 +249,16 @@ def _find_main_file(folder: Path) -> Path:
     return candidates[0]
 
 
+def _is_file_name(name: str) -> bool:
+    """Whether it is a file's name alone, which a file system can have."""
+    return name == Path(name).name and 0 < len(os.fsencode(name)) < 256 and "\0" not in name
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index file."""
     try:
         weight_map = decode_json(read_file(path))["weight_map"]
-        are_names = all(isinstance(name, str) and name == Path(name).name for name in weight_map.values())
+        are_names = all(isinstance(name, str) and _is_file_name(name) for name in weight_map.values())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", code="shard-index-missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -207,6 +207,9 @@ def read_choice(value: Any, known: Iterable[str]) -> str:
     return value
 
 
+MAX_INDEX_DIGITS = 4  # blocks have two; a longer index names no block, however it is cut
+
+
 def read_indices(value: Any) -> Indices:
     """Indices from 0,2,5-7, a number, all or none; the configuration has already turned none into None."""
     if value is None or value == "all":
@@ -216,7 +219,8 @@ def read_indices(value: Any) -> Indices:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
         if not match:
             raise ValueError("numbers and ranges are expected, e.g. 0,2,5-7, or all or none")
-        indices |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = (int(text[:MAX_INDEX_DIGITS]) for text in (match[1], match[2] or match[1]))
+        indices |= set(range(first, last + 1))
     return frozenset(indices)
 
 

@@ -15,6 +15,7 @@ from sfumato.common.files import open_file
 from sfumato.common.json_toml import decode_json
 
 METRICS_SUFFIX = ".run.jsonl"
+MAX_NUMBER, MAX_STEP = 1e300, 2**53  # beyond, a value is damage
 LEVELS = 10  # bins of t in 0 .. 1000
 TIMESTEPS, SAMPLE_LOSSES = "timesteps", "loss/samples"  # the names of the lists in a line
 
@@ -89,14 +90,14 @@ def parse_metrics(line: bytes) -> dict[str, Any] | None:
         row = decode_json(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < MAX_STEP:
         return None
     lists = (row.get(TIMESTEPS, []), row.get(SAMPLE_LOSSES, []))
     return row if all(isinstance(item, list) for item in lists) else None
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and -MAX_NUMBER < value < MAX_NUMBER
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -237,6 +237,6 @@ def _parse_step(line: str) -> float:
     """The step of a line; infinity where it is torn."""
     try:
         row: Any = decode_json(line)
-        return row["step"]
-    except (ValueError, KeyError, TypeError):
+        return float(row["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf

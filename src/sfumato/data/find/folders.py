@@ -16,6 +16,7 @@ import numpy as np
 
 from sfumato.common.files import open_descriptor
 from sfumato.common.text_files import decode_text
+from sfumato.data.captions import check_caption_size
 from sfumato.data.find.headers import read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn, join_path
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
@@ -109,6 +110,7 @@ def read_captions(folder: str, names: list[str], index: Index) -> CaptionFiles:
 
     def read(descriptor: int, stat: os.stat_result, position: int) -> None:
         path = join_path(folder, names[changed[position]])
+        check_caption_size(stat.st_size, path)
         fresh[position] = decode_text(os.read(descriptor, stat.st_size + 1), path)
         byte_counts[position], mtimes[position] = stat.st_size, stat.st_mtime_ns
 
