@@ -25,10 +25,9 @@ def has_lone_surrogate(text: str) -> bool:
     of a command line or a file name that are not UTF-8.
     """
     try:
-        text.isascii() or text.encode()
+        return not text.isascii() and not text.encode()
     except UnicodeEncodeError:
         return True
-    return False
 
 
 def strip_paths(text: str) -> str:

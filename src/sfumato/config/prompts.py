@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ SAMPLER_NAMES = (
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
 MAX_STEPS = 1000
+MAX_PROMPT_NUMBER = 1e30  # in either direction
 MAX_IMAGE_SIDE = 65536  # pixels; far beyond what any model makes
 
 
@@ -60,8 +62,14 @@ class LineOption:
     convert: Callable[[str], Any]
 
 
+def _parse_number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
 def _parse_positive(text: str) -> float:
-    if not float(text) > 0:
+    if not _parse_number(text) > 0:
         raise ValueError
     return float(text)
 
@@ -86,12 +94,12 @@ LINE_OPTIONS = {
     "h": LineOption("height", DIGITS, _parse_side),
     "d": LineOption("seed", DIGITS, _parse_seed),
     "s": LineOption("sample_steps", DIGITS, lambda text: min(max(int(text), 1), MAX_STEPS)),
-    "l": LineOption("scale", DECIMAL, float),
-    "g": LineOption("guidance_scale", DECIMAL, float),
+    "l": LineOption("scale", DECIMAL, _parse_number),
+    "g": LineOption("guidance_scale", DECIMAL, _parse_number),
     "ss": LineOption("sample_sampler", ANY_TEXT, str.strip),
     "cn": LineOption("controlnet_image", ANY_TEXT, str.strip),
-    "ctr": LineOption("cfg_trunc_ratio", ANY_TEXT, float),
-    "rcfg": LineOption("renorm_cfg", ANY_TEXT, float),
+    "ctr": LineOption("cfg_trunc_ratio", ANY_TEXT, _parse_number),
+    "rcfg": LineOption("renorm_cfg", ANY_TEXT, _parse_number),
     "fs": LineOption("flow_shift", ANY_TEXT, _parse_positive),
 }
 
@@ -240,3 +248,5 @@ def _check_type(name: str, type_name: str, value: object, where: str) -> None:
     accepted = {"str": (str,), "int": (int,), "float": (int, float)}[type_name]
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise UserError(f"{where}: {name} takes {type_name}, not {value!r}", code="prompt-value-wrong-type")
+    if isinstance(value, int | float) and not -MAX_PROMPT_NUMBER < value < MAX_PROMPT_NUMBER:
+        raise UserError(f"{where}: {name} is not a number that can be meant", code="prompt-value-not-finite")

@@ -72,7 +72,7 @@ def parse_learning_rates(value: Any) -> tuple[float, ...]:
     parts = value.split(",") if isinstance(value, str) else to_tuple(value)
     try:
         learning_rates = tuple(float(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         learning_rates = (-1.0,)
     if not all(0 <= lr < math.inf for lr in learning_rates) or any(isinstance(part, bool) for part in parts):
         raise ValueError("is not a list of learning rates; write numbers from 0, separated by commas, e.g. 1e-5,0")
@@ -84,7 +84,7 @@ def parse_range(value: Any) -> tuple[float, float]:
     parts = value.split(",") if isinstance(value, str) else to_tuple(value)
     try:
         low, high = (float(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low, high = 1.0, 0.0
     if not 0 <= low <= high:
         raise ValueError("is not a range; write two numbers, the smaller first, e.g. 2.0,4.0")
@@ -145,7 +145,7 @@ def parse_whole_number(value: Any) -> int | None:
     """The whole number of a value or its text, else None; true and false are not numbers."""
     try:
         number = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return int(number) if number is not None and number.is_integer() else None
 

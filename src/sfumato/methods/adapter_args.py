@@ -178,7 +178,7 @@ def read_numbers(value: Any) -> tuple[float, ...]:
 
 def read_number(value: Any) -> float:
     """0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_VALUE:
         raise ValueError("a number of 0 or more is expected")
     return float(value)
 
@@ -207,6 +207,7 @@ def read_choice(value: Any, known: Iterable[str]) -> str:
     return value
 
 
+MAX_VALUE = 1e30  # of an argument
 MAX_INDEX_DIGITS = 4  # blocks have two; a longer index names no block, however it is cut
 
 

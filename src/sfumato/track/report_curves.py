@@ -15,7 +15,7 @@ from sfumato.common.files import open_file
 from sfumato.common.json_toml import decode_json
 
 METRICS_SUFFIX = ".run.jsonl"
-MAX_NUMBER, MAX_STEP = 1e300, 2**53  # beyond, a value is damage
+MAX_METRIC, MAX_STEP = 1e300, 2**53  # beyond, a value is damage
 LEVELS = 10  # bins of t in 0 .. 1000
 TIMESTEPS, SAMPLE_LOSSES = "timesteps", "loss/samples"  # the names of the lists in a line
 
@@ -97,7 +97,7 @@ def parse_metrics(line: bytes) -> dict[str, Any] | None:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and -MAX_NUMBER < value < MAX_NUMBER
+    return isinstance(value, int | float) and -MAX_METRIC < value < MAX_METRIC
 
 
 @dataclass(frozen=True, kw_only=True)
