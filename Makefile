@@ -13,7 +13,7 @@ SETUP := $(VENV)/.set-up
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test unit family full fast gpu curves lint check wheel lowest format pages bench clean
+.PHONY: setup demo test unit family full fast gpu fuzz curves lint check wheel lowest format pages bench clean
 
 setup: $(SETUP)
 
@@ -67,6 +67,11 @@ lowest: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Damaged inputs for every reader of foreign files and texts: INPUTS=200000 of them, a function of SEED.
+fuzz: setup
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python -m fuzz --count $(or $(INPUTS),200000) \
+		--seed $(or $(SEED),0) --jobs $(JOBS)
 
 # Whether a change moved a number: the stored curves, bit for bit on the machine that made them. WRITE=1 stores them.
 curves: setup

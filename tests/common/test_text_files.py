@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato.common.files import read_file, refuse_special_file, write_text
+from sfumato.common.files import open_file, open_unbuffered, read_file, refuse_special_file, write_text
 from sfumato.common.text_files import decode_text, read_text_file
 from sfumato.errors import UserError
 
@@ -85,3 +85,34 @@ def test_pipes_sockets_and_devices_are_no_files(tmp_path, monkeypatch):
     assert read_file(tmp_path / "file") == b"x"
     refuse_special_file(tmp_path)
     refuse_special_file(tmp_path / "none")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such files do not exist there")
+def test_files_without_a_size_are_no_files():
+    """/proc says 0 bytes of everything, also of what never ends."""
+    with pytest.raises(UserError) as error:
+        read_file("/proc/self/status")
+    assert error.value.code == "file-without-size"
+
+
+def test_the_door_tells_folders_missing_files_and_impossible_names(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_file(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "none")
+    with pytest.raises(OSError, match="NUL"):
+        read_file(str(tmp_path / "a") + "\0b")
+    (tmp_path / "file").write_bytes(b"abc")
+    with open_unbuffered(tmp_path / "file") as file:
+        assert file.name == tmp_path / "file"
+        assert file.read() == b"abc"
+    with open_file(tmp_path / "file") as buffered:
+        assert buffered.read(2) == b"ab"
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate((4 << 30) + 1)  # a hole: it takes no space
+    with pytest.raises(UserError) as error:
+        read_file(tmp_path / "large")
+    assert error.value.code == "file-too-large"

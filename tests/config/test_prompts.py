@@ -116,6 +116,11 @@ def test_an_unknown_key_is_reported(tmp_path: Path) -> None:
     ("name", "content", "code", "value"),
     [
         ("a.toml", '[[prompt.subset]]\nprompt = "a"\nwidth = "64"', "prompt-value-wrong-type", "'64'"),
+        ("a.toml", '[[prompt.subset]]\nprompt = "a"\nscale = nan', "prompt-value-not-finite", "scale"),
+        ("a.json", '[{"prompt": "a", "scale": 1e999}]', "prompt-value-not-finite", "scale"),
+        ("a.json", '[{"prompt": "a", "scale": 1' + "0" * 400 + "}]", "prompt-value-not-finite", "scale"),
+        ("a.json", '[{"prompt": "a \\ud83d"}]', "prompt-not-utf8", "prompt"),
+        ("a.json", "[" * 100_000, "prompt-file-invalid", "nested too deeply"),
         (
             "a.toml",
             '[[prompt.subset]]\nprompt = "a"\nseed = true',

@@ -38,7 +38,9 @@ def test_size(given, size):
     assert parse_resolution(given) == size
 
 
-@pytest.mark.parametrize("wrong", ["", "512x768", "512,768,1", "a,b", "0", "-64", "1.5", True, 1.5, [], [512, True]])
+@pytest.mark.parametrize(
+    "wrong", ["", "512x768", "512,768,1", "a,b", "0", "-64", "1.5", True, 1.5, [], [512, True], 10**400, "1e999"]
+)
 def test_what_is_no_size(wrong):
     with pytest.raises(ValueError, match="not a size"):
         parse_resolution(wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -67,3 +68,30 @@ def test_weights_of_tokens() -> None:
     pieces = parse_weights("a (red:2) cup")
     assert strip_weights(pieces) == "a red cup"
     assert compute_token_weights(pieces, [1, 5, 9, 0]) == [1, 2, 1, 1]
+
+
+def test_brackets_deeper_than_64_are_plain_text() -> None:
+    pieces = parse_weights("(" * 70 + "x" + ")" * 70)
+    assert pieces == (("(" * 6 + "x", 100.0), (")" * 6, 1.0))  # 1.1 ** 64 is above 100
+    assert parse_weights("(" * 20 + "x" + ")" * 20) == (("x", pytest.approx(1.1**20)),)
+
+
+@pytest.mark.parametrize(
+    ("text", "weight"), [("(x:1e300)", 1.0), ("(x:" + "9" * 400 + ")", 100.0), ("(x:-500)", -100.0), ("[(x:0)", 0.0)]
+)
+def test_weights_stay_finite(text: str, weight: float) -> None:
+    """1e300 is no weight of the syntax: digits and a point alone are."""
+    pieces = parse_weights(text)
+    assert max(pieces, key=lambda piece: abs(piece[1]))[1] == (weight if weight != 1.0 else pytest.approx(1.1))
+
+
+@pytest.mark.parametrize("unit", ["(", "[(", "(a:", "a (b) ", ":" + "9" * 50, "\\(", "x)", "([)]"])
+def test_the_work_grows_with_the_text_alone(unit: str) -> None:
+    """Ten times the text is ten times the time; a square would be a hundred."""
+    seconds: list[float] = []
+    for length in (20_000, 200_000):
+        text = (unit * length)[:length]
+        start = time.process_time()
+        parse_weights(text)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 40 * max(seconds[0], 0.005)

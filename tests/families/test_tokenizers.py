@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,69 @@ def test_merges_alone_make_the_same_tokenizer_as_the_folder(tmp_path: Path) -> N
     text = "a robot on a blue background, unheard-of"
     assert load_clip_tokenizer(merges=merges)(text).input_ids == AutoTokenizer.from_pretrained(tmp_path)(text).input_ids
     assert load_clip_tokenizer(merges=merges)("robot").input_ids != load_clip_tokenizer()("robot").input_ids
+
+
+def damage(folder: Path, file: str, change: Callable[[str], str]) -> str:
+    """The code of the error with one file of a CLIP folder changed."""
+    write_toy_clip_tokenizer(folder, ["cat", "dog", "photo"])
+    text = (folder / file).read_text(encoding="utf-8")
+    (folder / file).write_text(change(text), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_clip_tokenizer(folder)
+    assert str(folder) in error.value.what or "merges" in error.value.what
+    return error.value.code
+
+
+@pytest.mark.parametrize("lines", [1, 2, 5])
+def test_merges_that_are_cut_short_are_noticed(tmp_path, lines):
+    """The tokenizer would be built, and give other ids."""
+    cut = lambda text: "\n".join(text.splitlines()[:-lines]) + "\n"  # noqa: E731
+    assert damage(tmp_path, "merges.txt", cut) == "clip-merges-incomplete"
+
+
+def test_merges_of_another_vocabulary_are_noticed(tmp_path):
+    assert damage(tmp_path, "merges.txt", lambda text: text + "z z\n") == "clip-merges-incomplete"
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ("[]", "model-json-no-object"),
+        ("{", "model-json-invalid"),
+        ("[" * 100_000, "model-json-invalid"),
+        ('{"a": 1.5}', "clip-vocabulary-incomplete"),
+    ],
+)
+def test_vocabularies_that_are_none(tmp_path, content, code):
+    assert damage(tmp_path, "vocab.json", lambda _: content) == code
+
+
+def test_two_tokens_with_one_id_are_noticed(tmp_path):
+    assert damage(tmp_path, "vocab.json", lambda text: text.replace('"b": 65', '"b": 64')) == "clip-vocabulary-id-twice"
+
+
+def test_an_id_that_is_no_number_is_noticed(tmp_path):
+    assert (
+        damage(tmp_path, "vocab.json", lambda text: text.replace('"b": 65', '"b": "65"')) == "clip-vocabulary-damaged"
+    )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"type": "Unigram", "vocab": 3}}', "\udcff"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_t5_tokenizer_is_one_line(tmp_path, file, content):
+    write_toy_t5_tokenizer(tmp_path, ["cat"])
+    (tmp_path / file).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as error:
+        load_t5_tokenizer(tmp_path)
+    assert error.value.code == "tokenizer-damaged"
+    assert str(tmp_path) in error.value.what
+    assert "\n" not in error.value.what
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no named pipes there")
+def test_a_named_pipe_in_a_t5_folder_is_not_waited_for(tmp_path):
+    write_toy_t5_tokenizer(tmp_path, ["cat"])
+    os.mkfifo(tmp_path / "special_tokens_map.json")
+    with pytest.raises(UserError) as error:
+        load_t5_tokenizer(tmp_path)
+    assert error.value.code == "file-is-special"

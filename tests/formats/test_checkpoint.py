@@ -1,8 +1,10 @@
 """Checkpoints are read as the safetensors library and torch read them."""
 
+import contextlib
 import json
 import os
 import threading
+import time
 
 import pytest
 import safetensors.torch
@@ -193,3 +195,36 @@ def test_files_that_are_no_checkpoint(tmp_path):
             open_checkpoint(tmp_path / name)
         assert error.value.code == code
     assert error.value.fix == "rename it to end in .ckpt"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_any_byte_changed_is_read_or_refused(tmp_path, zipped):
+    path = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(3)}, "epoch": 1}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        for damaged in (whole[:place], whole[:place] + b"\x01" + whole[place + 1 :]):
+            path.write_bytes(damaged)
+            with contextlib.suppress(UserError), open_checkpoint(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    file.read(name)
+
+
+def test_a_pickle_with_an_endless_name_is_refused_at_once(tmp_path):
+    """torch searches its message about the name in a time that grows with the square of its length."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.ckpt").read_bytes()
+    name = b"ctorch._utils\n_rebuild_tensor_v2"
+    assert name in content
+    (tmp_path / "a.ckpt").write_bytes(content.replace(name, name + b"x" * 200_000))
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        open_checkpoint(tmp_path / "a.ckpt")
+    assert error.value.code == "pickle-damaged"
+    assert time.process_time() - start < 2
+
+
+def test_long_texts_beside_the_tensors_are_no_fault(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "notes": "long " * 5000}, tmp_path / "a.ckpt")
+    with open_checkpoint(tmp_path / "a.ckpt") as file:
+        assert file.header.metadata["notes"] == "long " * 5000

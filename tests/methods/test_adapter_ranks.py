@@ -278,3 +278,26 @@ def test_layers_beside_the_blocks_where_a_model_has_fewer() -> None:
     ranks = find_ranks(chroma(), {"in_dims": (2, 0, 0, 0, 8)})
     assert (ranks["lora_unet_img_in"], ranks["lora_unet_txt_in"]) == ((2, 1), (8, 1))
     assert len(ranks) == 230
+
+
+@pytest.mark.parametrize(("rank", "is_refused"), [(1280, False), (1281, True), (10**9, True)])
+def test_a_rank_above_that_of_every_layer_is_refused(rank: int, is_refused: bool) -> None:
+    """SD 1's largest layers have the rank 1280: what is above adds nothing to any of them."""
+    parts = sd15()
+    specs = {part.spec.name: part.spec for part in parts}
+    ranks = AdapterRanks(network=NetworkOptions(network_dim=rank), args=read_args({}, specs.values()), specs=specs)
+    groups = [*parts[0].groups(), *parts[1].groups()]
+    if not is_refused:
+        ranks.check(groups)
+        return
+    with pytest.raises(UserError) as error:
+        ranks.check(groups)
+    assert error.value.code == "adapter-rank-beyond-layers"
+    assert "1280" in error.value.fix
+
+
+def test_block_indices_without_end_are_not_counted_out() -> None:
+    args = read_args({"train_double_block_indices": "0-999999999"}, [_flux_keys.spec("")])
+    indices = args.block_indices["train_double_block_indices"]
+    assert indices is not None
+    assert max(indices) == 9999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 
@@ -11,7 +12,7 @@ from sfumato.cli.main import main
 from sfumato.errors import UserError
 from sfumato.track.charts.chart import format_number
 from sfumato.track.report import Report, rebuild_report
-from sfumato.track.report_facts import WarningCollector, stop_collecting
+from sfumato.track.report_facts import EMPTY_DESCRIPTION, WarningCollector, stop_collecting
 from sfumato.track.report_page import render_page
 from sfumato.track.report_samples import MAX_CHARACTERS
 from track.report_pages import (
@@ -220,3 +221,49 @@ def test_the_command_without_a_run(tmp_path, capsys):
     with pytest.raises(UserError) as error:
         rebuild_report(tmp_path, "dog")
     assert error.value.code == "run-description-invalid"
+
+
+def damage_report(folder, **changes):
+    """The error of a description with these entries changed."""
+    write_lines(folder, range(1, 3), name="dog")
+    good = {**EMPTY_DESCRIPTION, "name": "dog", "sessions": [SESSION]}
+    (folder / "dog.report.json").write_text(json.dumps(good))
+    rebuild_report(folder, "dog")
+    (folder / "dog.report.json").write_text(json.dumps({**good, **changes}))
+    with pytest.raises(UserError) as error:
+        rebuild_report(folder, "dog")
+    return error.value
+
+
+SESSION = {"started": 1e9, "updated": 1e9, "start": 0, "step": 2, "seconds_per_step": 0.5, "state": "finished"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sessions": [{}]},
+        {"sessions": [{**SESSION, "updated": 1e300}]},
+        {"sessions": [{**SESSION, "step": -1}]},
+        {"sessions": [{**SESSION, "seconds_per_step": float("nan")}]},
+        {"trained_parts": [["unet", 1]]},
+        {"options": [["a"]]},
+        {"data": [{"resolution": 3}]},
+        {"warnings": [{"text": None}]},
+        {"clip": "1"},
+        {"notes": "a"},
+        {"versions": []},
+        {"total": 10**400},
+    ],
+)
+def test_a_damaged_description_is_one_line(tmp_path, changes):
+    error = damage_report(tmp_path, **changes)
+    assert error.code == "run-description-invalid"
+    assert next(iter(changes)) in error.what
+    assert str(tmp_path / "dog.report.json") in error.what
+
+
+def test_a_description_does_not_say_where_the_page_is_written(tmp_path):
+    write_lines(tmp_path, range(1, 3), name="dog")
+    (tmp_path / "dog.report.json").write_text(json.dumps({**EMPTY_DESCRIPTION, "name": "../other/\ud800"}))
+    assert rebuild_report(tmp_path, "dog") == tmp_path / "dog.report.html"
+    assert not (tmp_path.parent / "other").exists()

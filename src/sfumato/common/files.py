@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -9,23 +10,79 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 from sfumato.errors import UserError
 
+BINARY = os.O_BINARY if os.name == "nt" else 0  # for os.open
 DONT_WAIT = 0 if os.name == "nt" else os.O_NONBLOCK  # os.open must not wait for the other end of a named pipe
+READ_FLAGS = os.O_RDONLY | BINARY | DONT_WAIT
 SPECIAL_FILES = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+MAX_FILE_BYTES = 4 << 30  # of what is read at once; more is no text, caption or image
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file. OSError where it cannot be read; UserError for a named pipe, which might never end."""
-    refuse_special_file(path)
-    return path.read_bytes()
+def open_descriptor(path: Path | str, *, folder: int | None = None, where: str = "") -> tuple[int, os.stat_result]:
+    """A descriptor for reading a plain file, and the file's status: the one door to files that users name.
+
+    folder: descriptor of the folder to which the path is relative. where: for messages; the path by default. OSError
+    where it cannot be opened or is a folder; UserError for a named pipe, a socket or a device. It is opened first and
+    looked at then, so that nothing else can take its place in between.
+    """
+    _check_name(path)
+    try:
+        descriptor = os.open(path, READ_FLAGS, dir_fd=folder)
+    except OSError:
+        refuse_special_file(Path(where or path))  # sockets cannot be opened at all
+        raise
+    try:
+        status = os.fstat(descriptor)
+        refuse_special_mode(status.st_mode, where or str(path))
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    except (OSError, UserError):
+        os.close(descriptor)
+        raise
+    return descriptor, status
+
+
+def open_unbuffered(path: Path | str) -> FileIO:
+    """A plain file for reading, without a buffer. Errors as of `open_descriptor`."""
+    _check_name(path)
+    return FileIO(path, "rb", opener=lambda name, _: open_descriptor(name)[0])
+
+
+def _check_name(path: Path | str) -> None:
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "the name has a NUL letter", str(path))
+
+
+def open_file(path: Path | str) -> BufferedReader:
+    """A plain file for reading bytes. Errors as of `open_descriptor`."""
+    return BufferedReader(open_unbuffered(path))
+
+
+def read_file(path: Path | str) -> bytes:
+    """The bytes of a plain file. OSError where it cannot be read.
+
+    UserError for a special file, for one whose size the system does not know (in /proc), which might never end, and
+    for one that is too large to be read at once.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_FILE_BYTES:
+            raise UserError(f"{path} has {size / 1e9:.1f} GB, too much for such a file", code="file-too-large")
+        data = file.read(size)
+        if size == 0 and file.read(1):
+            raise UserError(
+                f"{path} is made by the system, not a plain file", code="file-without-size", fix="give a plain file"
+            )
+    return data
 
 
 def refuse_special_file(path: Path, *, where: str = "") -> None:
@@ -35,7 +92,7 @@ def refuse_special_file(path: Path, *, where: str = "") -> None:
     """
     try:
         mode = path.stat().st_mode
-    except OSError:
+    except (OSError, ValueError):  # ValueError: NUL letters
         return
     refuse_special_mode(mode, where or str(path))
 

@@ -27,6 +27,16 @@ def join_parts(head: str, parts: Sequence[str]) -> str:
     return line if len(line) <= LONGEST_LINE else "\n    ".join([head.rstrip(), *parts])
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a text holds half of a letter, which no tokenizer and no UTF-8 file can take: "\\ud83d" of JSON, or bytes
+    of a command line or a file name that are not UTF-8.
+    """
+    try:
+        return not text.isascii() and not text.encode()
+    except UnicodeEncodeError:
+        return True
+
+
 def strip_paths(text: str) -> str:
     """The text with every absolute or home-relative path in it reduced to its last component."""
     if WHOLE_PATH_PATTERN.fullmatch(text):

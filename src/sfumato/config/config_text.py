@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.json_toml import decode_json, decode_toml
 from sfumato.common.text_files import read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
 from sfumato.errors import Problems, UserError
@@ -27,8 +27,8 @@ def read_config_table(path: Path, problems: Problems) -> tuple[dict[str, Any], s
 
 def load_toml(text: str, path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return decode_toml(text)
+    except ValueError as error:
         what = f"{path}: {reword_toml_error(str(error), text)}"
         raise UserError(what, code="config-file-invalid-toml", fix=suggest_toml_fix(text, error)) from error
 
@@ -58,12 +58,16 @@ def load_json(text: str, path: Path) -> dict[str, Any]:
         return table
 
     try:
-        table = json.loads(text, object_pairs_hook=make_object)
-    except json.JSONDecodeError as error:
-        what = f"{path}: {error.msg} (at line {error.lineno}, column {error.colno})"
-        raise UserError(what, code="config-file-invalid-json", fix=suggest_json_fix(error, text)) from error
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply", code="config-file-nested-deeply") from error
+        table = decode_json(text, make_object=make_object)
+    except ValueError as error:
+        where = (
+            f"{error.msg} (at line {error.lineno}, column {error.colno})"
+            if isinstance(error, JSONDecodeError)
+            else error
+        )
+        raise UserError(
+            f"{path}: {where}", code="config-file-invalid-json", fix=suggest_json_fix(error, text)
+        ) from error
     if not isinstance(table, dict):
         what = f"{path} is a JSON file, but no object of options"
         raise UserError(what, code="config-file-no-object", fix='write {"option": value, ...}')

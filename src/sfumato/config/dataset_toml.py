@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from sfumato.common.json_toml import decode_json, decode_toml
 from sfumato.common.registry import did_you_mean
 from sfumato.common.text_files import read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
@@ -161,8 +161,8 @@ def parse_dataset_file(path: Path) -> dict[str, Any]:
 
 def parse_toml(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return decode_toml(text)
+    except ValueError as error:
         fix = suggest_toml_fix(text, error) or "fix that line"
         what = f"{path} is not valid TOML: {error}"
         raise UserError(what, code="dataset-file-invalid-toml", fix=fix) from error
@@ -179,8 +179,8 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
         return content
 
     try:
-        content = json.loads(text, object_pairs_hook=make_object)
-    except json.JSONDecodeError as error:
+        content = decode_json(text, make_object=make_object)
+    except ValueError as error:
         what = f"{path} is not valid JSON: {error}"
         raise UserError(
             what, code="dataset-file-invalid-json", fix=suggest_json_fix(error, text) or "fix that line"

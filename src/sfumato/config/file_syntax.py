@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 
 BACKSLASH_FIX = r"in double quotes write \\ for one backslash; or use forward slashes, or in TOML 'single quotes'"
 JSON_BACKSLASH_FIX = r"write \\ for one backslash, or use forward slashes"
 
 
-def suggest_toml_fix(text: str, error: tomllib.TOMLDecodeError) -> str:
+def suggest_toml_fix(text: str, error: ValueError) -> str:
     """The usual fix for the line of a TOML error; empty if there is none."""
     message = str(error)
     if "Cannot overwrite" in message or "Cannot declare" in message:
@@ -24,10 +22,12 @@ def suggest_toml_fix(text: str, error: tomllib.TOMLDecodeError) -> str:
     return ""
 
 
-def suggest_json_fix(error: json.JSONDecodeError, text: str = "") -> str:
+def suggest_json_fix(error: ValueError, text: str = "") -> str:
     """The usual fix for a JSON error; empty if there is none."""
-    if "escape" in error.msg:
+    if "escape" in str(error):
         return JSON_BACKSLASH_FIX
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
     before, rest = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     after_comma = rest if before.endswith(",") else rest[1:].lstrip() if rest.startswith(",") else ""
     if after_comma[:1] in ("}", "]") and after_comma:

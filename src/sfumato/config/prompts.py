@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -10,8 +11,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.json_toml import decode_json, decode_toml
 from sfumato.common.registry import did_you_mean
-from sfumato.common.text_files import read_text_file
+from sfumato.common.text import has_lone_surrogate
+from sfumato.common.text_files import SAVE_AS_UTF8, read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
 from sfumato.config.values import check_seed
 from sfumato.errors import UserError
@@ -21,6 +24,7 @@ SAMPLER_NAMES = (
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
 MAX_STEPS = 1000
+MAX_PROMPT_NUMBER = 1e30  # in either direction
 MAX_IMAGE_SIDE = 65536  # pixels; far beyond what any model makes
 
 
@@ -58,8 +62,14 @@ class LineOption:
     convert: Callable[[str], Any]
 
 
+def _parse_number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
 def _parse_positive(text: str) -> float:
-    if not float(text) > 0:
+    if not _parse_number(text) > 0:
         raise ValueError
     return float(text)
 
@@ -84,12 +94,12 @@ LINE_OPTIONS = {
     "h": LineOption("height", DIGITS, _parse_side),
     "d": LineOption("seed", DIGITS, _parse_seed),
     "s": LineOption("sample_steps", DIGITS, lambda text: min(max(int(text), 1), MAX_STEPS)),
-    "l": LineOption("scale", DECIMAL, float),
-    "g": LineOption("guidance_scale", DECIMAL, float),
+    "l": LineOption("scale", DECIMAL, _parse_number),
+    "g": LineOption("guidance_scale", DECIMAL, _parse_number),
     "ss": LineOption("sample_sampler", ANY_TEXT, str.strip),
     "cn": LineOption("controlnet_image", ANY_TEXT, str.strip),
-    "ctr": LineOption("cfg_trunc_ratio", ANY_TEXT, float),
-    "rcfg": LineOption("renorm_cfg", ANY_TEXT, float),
+    "ctr": LineOption("cfg_trunc_ratio", ANY_TEXT, _parse_number),
+    "rcfg": LineOption("renorm_cfg", ANY_TEXT, _parse_number),
     "fs": LineOption("flow_shift", ANY_TEXT, _parse_positive),
 }
 
@@ -157,7 +167,7 @@ def _read_txt(text: str, where: str) -> list[Prompt]:
 
 def _read_toml(text: str, where: str) -> list[Prompt]:
     """[prompt] holds defaults, [[prompt.subset]] the prompts, whose values take precedence."""
-    content = tomllib.loads(text)
+    content = decode_toml(text)
     if not content:
         return []
     table = content.get("prompt", {})
@@ -174,7 +184,7 @@ def _read_toml(text: str, where: str) -> list[Prompt]:
 
 def _read_json(text: str, where: str) -> list[Prompt]:
     """A list of objects and of texts, which are parsed as lines of a .txt file."""
-    entries = json.loads(text) if text.strip() else []
+    entries = decode_json(text) if text.strip() else []
     if not isinstance(entries, list) or not all(isinstance(entry, dict | str) for entry in entries):
         what = f"{where}: not a list of prompts"
         raise UserError(what, code="prompt-file-without-list", fix='write [{"prompt": "..."}, ...]')
@@ -208,6 +218,9 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
             _check_type(field.name, str(field.type).removesuffix(" | None"), values[field.name], where)
     if "prompt" not in values:
         raise UserError(f"{where}: has no prompt", code="prompt-text-missing")
+    for name in ("prompt", "negative_prompt"):
+        if has_lone_surrogate(values.get(name, "")):
+            raise UserError(f"{where}: {name} has letters that are not UTF-8", code="prompt-not-utf8", fix=SAVE_AS_UTF8)
     sampler = values.get("sample_sampler", SAMPLER_NAMES[0])
     if sampler not in SAMPLER_NAMES:
         fix = did_you_mean(sampler, SAMPLER_NAMES)
@@ -235,3 +248,5 @@ def _check_type(name: str, type_name: str, value: object, where: str) -> None:
     accepted = {"str": (str,), "int": (int,), "float": (int, float)}[type_name]
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise UserError(f"{where}: {name} takes {type_name}, not {value!r}", code="prompt-value-wrong-type")
+    if isinstance(value, int | float) and not -MAX_PROMPT_NUMBER < value < MAX_PROMPT_NUMBER:
+        raise UserError(f"{where}: {name} is not a number that can be meant", code="prompt-value-not-finite")

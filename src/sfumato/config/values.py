@@ -19,6 +19,7 @@ from sfumato.config.file_syntax import BACKSLASH_FIX
 NEXT_ARGUMENT = re.compile(r"[\s,;][A-Za-z_]\w*=")
 ARGUMENTS = "NAME=VALUE ..."  # the placeholder of options with arguments
 PAIR_ARGUMENTS = ("network_reg_",)  # their values are pairs expression=value
+MAX_PATH_BYTES = 4095
 MAX_NAME_BYTES = 160  # of 255: files add steps, endings and more
 CONTROL_LETTER = re.compile(r"[\x01-\x1f]")
 
@@ -72,7 +73,7 @@ def parse_learning_rates(value: Any) -> tuple[float, ...]:
     parts = value.split(",") if isinstance(value, str) else to_tuple(value)
     try:
         learning_rates = tuple(float(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         learning_rates = (-1.0,)
     if not all(0 <= lr < math.inf for lr in learning_rates) or any(isinstance(part, bool) for part in parts):
         raise ValueError("is not a list of learning rates; write numbers from 0, separated by commas, e.g. 1e-5,0")
@@ -84,7 +85,7 @@ def parse_range(value: Any) -> tuple[float, float]:
     parts = value.split(",") if isinstance(value, str) else to_tuple(value)
     try:
         low, high = (float(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         low, high = 1.0, 0.0
     if not 0 <= low <= high:
         raise ValueError("is not a range; write two numbers, the smaller first, e.g. 2.0,4.0")
@@ -152,7 +153,7 @@ def parse_whole_number(value: Any) -> int | None:
     """The whole number of a value or its text, else None; true and false are not numbers."""
     try:
         number = None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return int(number) if number is not None and number.is_integer() else None
 
@@ -199,9 +200,16 @@ def parse_path(value: Any) -> Any:
     """
     if value == "":
         raise ValueError("is empty; remove the option, or give a path")
+    if is_impossible_name(str(value)):
+        raise ValueError("is too long for a path, or has a NUL letter; check the value")
     if CONTROL_LETTER.search(str(value)) and not os.path.lexists(value):
         raise ValueError(f"has a tab, a line break or the like where a backslash was meant; {BACKSLASH_FIX}")
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  (keeps an unknown ~name)
+
+
+def is_impossible_name(path: str) -> bool:
+    """Whether no file system has such a path: looking for it would be an error of the system."""
+    return "\0" in path or len(os.fsencode(path)) > MAX_PATH_BYTES or max(map(len, re.split(r"[/\\]", path))) > 255
 
 
 FilePath = Annotated[Path, Strict(False), BeforeValidator(parse_path)]

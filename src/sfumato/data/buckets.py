@@ -14,7 +14,7 @@ def list_bucket_sizes(area: int, *, shortest: int, longest: int, step: int) -> l
     """The bucket sizes of at most `area` pixels, ascending: the square, and for each width the tallest that fits."""
     side = math.isqrt(area) // step * step
     sizes = {(side, side)}
-    for width in range(shortest, longest + 1, step):
+    for width in range(shortest, min(longest, area // shortest) + 1, step):  # wider ones are lower than `shortest`
         height = min(longest, area // width // step * step)
         if height >= shortest:
             sizes |= {(width, height), (height, width)}

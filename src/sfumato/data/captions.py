@@ -7,8 +7,11 @@ import re
 from dataclasses import dataclass
 from random import Random
 
+from sfumato.errors import UserError
+
 # Placeholders for escaped braces, {{ and }}, from Unicode's private use area.
 OPEN, CLOSE = "\ue000", "\ue001"
+MAX_CAPTION_BYTES = 1 << 20  # a thousand times what any text encoder reads
 WILDCARD = re.compile(r"{([^}]+)}")
 
 
@@ -95,6 +98,16 @@ def count_tags_in_use(tags: int, rules: CaptionRules, step: int, max_train_steps
     if step >= until:
         return tags
     return math.floor(step * ((tags - rules.token_warmup_min) / until)) + rules.token_warmup_min
+
+
+def check_caption_size(count: int, where: str) -> None:
+    """UserError for a caption of more bytes than can be meant. where: its file, for messages."""
+    if count > MAX_CAPTION_BYTES:
+        raise UserError(
+            f"{where} has {count:,} bytes, a caption at most {MAX_CAPTION_BYTES:,}; encoders read its beginning alone",
+            code="caption-too-long",
+            fix="shorten it, or check that it is a caption",
+        )
 
 
 def parse_caption_file(text: str) -> str:

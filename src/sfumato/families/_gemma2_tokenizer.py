@@ -10,8 +10,9 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
+from sfumato.common.files import read_file
 from sfumato.errors import UserError
-from sfumato.families._tokenizers import apply_merges, find_in_hub_cache
+from sfumato.families._tokenizers import apply_merges, catch_tokenizer_faults, find_in_hub_cache
 from sfumato.families.source import read_json
 from sfumato.formats.checkpoint import Checkpoint
 
@@ -91,11 +92,14 @@ def _load_json(path: Path) -> GemmaTokenizer:
     from tokenizers import Tokenizer
 
     content = read_json(path)
-    if content.get("model", {}).get("type") != "BPE":
+    model = content.get("model", {})
+    if not isinstance(model, dict) or model.get("type") != "BPE":
         raise UserError(f"{path} is no Gemma tokenizer", code="gemma-tokenizer-kind")
-    tokenizer = Tokenizer.from_str(json.dumps(content))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    with catch_tokenizer_faults(path):
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode("a", add_special_tokens=False)  # some faults show only here
 
     def tokenize(text: str) -> GemmaTokens:
         encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -105,7 +109,7 @@ def _load_json(path: Path) -> GemmaTokenizer:
 
 
 def _load_model(path: Path) -> GemmaTokenizer:
-    return _load_sentencepiece(path.read_bytes(), str(path))
+    return _load_sentencepiece(read_file(path), str(path))
 
 
 def _load_sentencepiece(model: bytes, where: str) -> GemmaTokenizer:

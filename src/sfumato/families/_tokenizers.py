@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,10 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from sfumato.common import files
+from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
 from sfumato.families.source import read_json
+from sfumato.formats.header import DOWNLOAD_AGAIN
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, T5Tokenizer
@@ -23,6 +26,7 @@ Pair = tuple[str, str]
 CLIP_LENGTH = 77  # positions, with begin and end token
 SHIPPED_MERGES = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+MAX_TOKEN_ID = 1 << 31
 WORD_END = "</w>"
 T5_ON_HUB = (
     ("google/t5-v1_1-xxl", "spiece.model"),
@@ -50,7 +54,8 @@ def load_clip_tokenizer(
     else:
         vocabulary = _load_shipped_vocabulary() if merges is None else _make_vocabulary(merges)
     pairs: Any = list(vocabulary.merges)  # annotated as strings in transformers, whose BPE model takes pairs
-    tokenizer = CLIPTokenizer(vocabulary.ids, pairs, model_max_length=CLIP_LENGTH)
+    with catch_tokenizer_faults(folder or "the checkpoint"):
+        tokenizer = CLIPTokenizer(vocabulary.ids, pairs, model_max_length=CLIP_LENGTH)
     for token in sorted(vocabulary.added, key=vocabulary.added.__getitem__):
         tokenizer.add_tokens(token)
         if tokenizer.convert_tokens_to_ids(token) != vocabulary.added[token]:
@@ -99,7 +104,26 @@ def load_t5_tokenizer(folder: Path | None, *, max_length: int = 512, option: str
         )
     from transformers import T5Tokenizer
 
-    return T5Tokenizer.from_pretrained(folder, model_max_length=max_length, local_files_only=True)
+    for file in folder.iterdir():  # the library would wait for a named pipe
+        files.refuse_special_file(file)
+    with catch_tokenizer_faults(folder):
+        tokenizer = T5Tokenizer.from_pretrained(folder, model_max_length=max_length, local_files_only=True)
+        tokenizer("a", padding="max_length", max_length=max_length)  # some faults show only here
+    return tokenizer
+
+
+@contextmanager
+def catch_tokenizer_faults(where: Path | str) -> Iterator[None]:
+    """UserError for whatever the libraries raise on damaged files; tokenizers raises nothing but plain Exceptions."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise UserError(
+            f"the tokenizer in {where} is damaged ({reason})", code="tokenizer-damaged", fix=DOWNLOAD_AGAIN
+        ) from error
 
 
 def find_in_hub_cache(locations: Sequence[tuple[str, str]]) -> Path | None:
@@ -178,7 +202,7 @@ def _read_vocabulary(folder: Path) -> Vocabulary:
     if whole.is_file():
         vocabulary = _read_tokenizer_json(whole)
     elif vocab.is_file() and merges.is_file():
-        lines = merges.read_text(encoding="utf-8").splitlines()
+        lines = read_text_file(merges).splitlines()
         lines = lines[1:] if lines and lines[0].startswith("#version") else lines
         added = folder / "added_tokens.json"
         vocabulary = Vocabulary(
@@ -198,6 +222,7 @@ def _read_vocabulary(folder: Path) -> Vocabulary:
                 f"{folder} holds no CLIP tokenizer: its vocabulary lacks {token}",
                 code="clip-vocabulary-incomplete",
             )
+    _check_vocabulary(folder, vocabulary)
     new = {token: i for token, i in vocabulary.added.items() if token not in vocabulary.ids}
     return Vocabulary(ids=vocabulary.ids, merges=vocabulary.merges, added=new)
 
@@ -206,13 +231,41 @@ def _read_tokenizer_json(path: Path) -> Vocabulary:
     """The vocabulary inside a tokenizer.json; its merges are pairs, or strings in older files."""
     content = read_json(path)
     model = content.get("model", {})
-    if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != WORD_END:
+    kind = (model.get("type", "BPE"), model.get("end_of_word_suffix")) if isinstance(model, dict) else None
+    if kind != ("BPE", WORD_END):
         raise UserError(f"{path} is not a CLIP tokenizer", code="clip-tokenizer-kind")
-    return Vocabulary(
-        ids=model["vocab"],
-        merges=[_parse_pair(merge) if isinstance(merge, str) else (merge[0], merge[1]) for merge in model["merges"]],
-        added={token["content"]: token["id"] for token in content.get("added_tokens", [])},
-    )
+    try:
+        merges: list[Pair] = []
+        for merge in model["merges"]:
+            first, second = _parse_pair(merge) if isinstance(merge, str) else merge
+            merges.append((first, second))
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return Vocabulary(ids=model["vocab"], merges=merges, added=added)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged", code="clip-tokenizer-json-damaged", fix=DOWNLOAD_AGAIN) from error
+
+
+def _check_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+    """Raise UserError where tokens have no ids of their own, or merges are missing: captions would get other ids."""
+    for table in (vocabulary.ids, vocabulary.added):
+        if not isinstance(table, dict) or not all(type(i) is int and 0 <= i < MAX_TOKEN_ID for i in table.values()):
+            raise UserError(
+                f"{folder}: its tokens are not numbered", code="clip-vocabulary-damaged", fix=DOWNLOAD_AGAIN
+            )
+    if len(set(vocabulary.ids.values())) < len(vocabulary.ids):
+        raise UserError(f"{folder}: two of its tokens have one id", code="clip-vocabulary-id-twice", fix=DOWNLOAD_AGAIN)
+    letters = _list_byte_letters()
+    single = {*letters, *(letter + WORD_END for letter in letters)}
+    merged = {first + second for first, second in vocabulary.merges if isinstance(first, str)}
+    missing = [token for token in vocabulary.ids if token not in merged | single and not token.startswith("<")]
+    unknown = sorted(merged - vocabulary.ids.keys())
+    if missing or unknown:
+        what = f"merges of {len(missing)} tokens" if missing else f"tokens of {len(unknown)} merges"
+        raise UserError(
+            f"{folder} lacks the {what}, e.g. {(missing or unknown)[0]!r}: a file of it is cut short or damaged",
+            code="clip-merges-incomplete",
+            fix=DOWNLOAD_AGAIN,
+        )
 
 
 def _format_merges(merges: Sequence[Pair]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfumato.common.files import read_file
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.config import ModelOptions
 from sfumato.errors import UserError
@@ -71,8 +72,20 @@ class Source:
     def read_config(self, network: str) -> dict[str, Any]:
         """A network's configuration: the folder's config.json, or the entry in the single file's metadata."""
         if not self.is_folder:
-            return json.loads(self.file.header.metadata.get("sfumato.config", "{}")).get(network, {})
+            return self._read_stored_config(network)
         return read_json(self.path / network / "config.json")
+
+    def _read_stored_config(self, network: str) -> dict[str, Any]:
+        try:
+            configs = decode_json(self.file.header.metadata.get("sfumato.config", "{}"))
+        except ValueError:
+            configs = None
+        config = configs.get(network, {}) if isinstance(configs, dict) else None
+        if not isinstance(config, dict):
+            raise UserError(
+                f"{self.path}: the configurations in its metadata are damaged", code="checkpoint-config-damaged"
+            )
+        return config
 
     def open_lone(self) -> Checkpoint:
         """The weights of a source that is a single network: the file itself, or the folder's weight file."""
@@ -150,13 +163,16 @@ def find_weight_file(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is missing or is not valid JSON."""
+    """Raises UserError where the file is missing, is not valid JSON or holds no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = decode_json(read_file(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist", code="model-config-missing") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error})", code="model-json-invalid") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object", code="model-json-no-object")
+    return content
 
 
 def select_fields(config: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from sfumato.common.files import refuse_special_file
+from sfumato.common.files import open_file, open_unbuffered, refuse_special_file
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
 from sfumato.formats.header import DOWNLOAD_AGAIN, TensorHeader, TensorInfo, merge_headers, read_header
@@ -60,7 +60,7 @@ def _is_pickled(path: Path) -> bool:
     if path.name.endswith(".json"):
         return ".bin.index." in path.name
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return path.suffix != ".safetensors" and file.read(8).startswith((ZIP_SIGNATURE, LEGACY_SIGNATURE))
     except OSError:
         return False
@@ -128,7 +128,7 @@ class TensorFile:
     def _open_file(self, path: Path) -> FileIO:
         """A file object of this thread alone, since its position must not move with those of others."""
         if path not in self._opened.by_path:
-            self._opened.by_path[path] = self._stack.enter_context(FileIO(path))
+            self._opened.by_path[path] = self._stack.enter_context(open_unbuffered(path))
         return self._opened.by_path[path]
 
     def close(self) -> None:

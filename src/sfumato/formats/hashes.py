@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfumato.common.files import open_file
 from sfumato.formats.checkpoint_writer import build_header, iter_chunks, make_specs
 
 HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash")
@@ -51,7 +52,7 @@ def calculate_model_hash(path: Path | str) -> str:
     if path.is_dir():
         return "IsADirectory"
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             file.seek(SHORT_HASH_WINDOW[0])
             return hashlib.sha256(file.read(SHORT_HASH_WINDOW[1] - SHORT_HASH_WINDOW[0])).hexdigest()[:8]
     except FileNotFoundError:
@@ -75,5 +76,5 @@ def calculate_sha256(path: Path | str) -> str:
 
 @lru_cache(maxsize=64)
 def _calculate_sha256(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

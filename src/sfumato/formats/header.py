@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.files import refuse_special_file
+from sfumato.common.files import open_file
+from sfumato.common.json_toml import Pairs, decode_json
+from sfumato.common.text import has_lone_surrogate
 from sfumato.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # bytes; what the safetensors library accepts
+MAX_NUMBER = 1 << 63  # of elements and bytes
 DTYPE_BITS = {  # in the library's order, which is also the order of tensors in a file, reversed
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -43,9 +46,8 @@ def read_header(path: Path | str) -> TensorHeader:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder, a safetensors file is expected", code="tensor-file-is-folder")
-    refuse_special_file(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             length = _parse_header_length(path, file.read(32), size)
@@ -133,13 +135,25 @@ def _parse_header_length(path: Path, start: bytes, size: int) -> int:
 def _parse_json(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The entries of the tensors, and the metadata."""
     try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError covers text that is not UTF-8, too
+        entries = decode_json(text, make_object=_make_object)
+    except ValueError as error:
         raise _damage_error(path, str(error)) from None
+    if b"\\u" in text and has_lone_surrogate(json.dumps(entries, ensure_ascii=False)):
+        raise _damage_error(path, "half a letter in a name or in the metadata")
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damage_error(path, "metadata is not a table of texts")
     return entries, metadata
+
+
+def _make_object(pairs: Pairs) -> dict[str, Any]:
+    """ValueError where a name is given twice: either could be meant."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in content if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in it twice")
+    return content
 
 
 def _parse_entries(path: Path, entries: Mapping[str, Any], first: int) -> dict[str, TensorInfo]:
@@ -159,17 +173,17 @@ def _parse_entry(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
         shape = tuple(entry["shape"])
         start, end = entry["data_offsets"]
         dtype = entry["dtype"]
-        bits = math.prod(shape) * DTYPE_BITS.get(dtype, 0)
-        are_counts = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        is_known = dtype in DTYPE_BITS
     except (KeyError, TypeError, ValueError):
         raise _damage_error(path, f"entry {name!r}") from None
-    if dtype not in DTYPE_BITS:
+    if not is_known:
         raise UserError(
             f"{path}: {name!r} has the unknown dtype {dtype!r}",
             code="safetensors-dtype-unknown",
             fix="a newer sfumato may read it",
         )
-    if not are_counts or (end - start) * 8 != bits:
+    are_counts = all(type(number) is int and 0 <= number < MAX_NUMBER for number in (*shape, start, end))
+    if not are_counts or (end - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         raise _damage_error(path, f"size of {name!r}")
     return TensorInfo(dtype=dtype, shape=shape, start=first + start, end=first + end)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import __version__
+from sfumato.common.files import read_file
 from sfumato.common.text import strip_paths
 from sfumato.config import Config, ModelOptions
 from sfumato.errors import UserError
@@ -182,7 +183,7 @@ def read_thumbnail(source: str | None) -> str | None:
         return source
     kind = mimetypes.guess_type(source)[0] or "image/jpeg"
     try:
-        return f"data:{kind};base64," + base64.b64encode(Path(source).read_bytes()).decode()
+        return f"data:{kind};base64," + base64.b64encode(read_file(source)).decode()
     except OSError as error:
         raise UserError(
             f"--metadata_thumbnail: cannot read {source} ({error.strerror})", code="thumbnail-unreadable"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sfumato.common.files import open_file
 from sfumato.errors import UserError
 from sfumato.formats.header import DOWNLOAD_AGAIN
+from sfumato.formats.pickle_names import check_pickled_names
 
 ZIP_SIGNATURE, LEGACY_SIGNATURE = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # torch.save's two formats
 STATE_KEYS = (
@@ -27,6 +31,20 @@ STATE_KEYS = (
 INERT_NAMES = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|ldm)\.[\w.]+"
     r"|argparse\.Namespace|pathlib\.\w+|typing\.Any|(builtins\.)?(list|dict|int|float|str|bool|tuple|object)"
+)
+DAMAGE_ERRORS = (  # what torch's unpickler raises on damaged files, collected by damaging some 20,000
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    OSError,
+    zipfile.BadZipFile,
 )
 MAX_INERT_NAMES = 100  # in one file; each costs one more look at it
 _NUMPY_NAMES = ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since NumPy 2
@@ -50,6 +68,7 @@ def load_pickle(path: Path) -> Any:
     inert: dict[str, Any] = {}
     while True:
         try:
+            check_pickled_names(path, is_zip=is_zip)
             with torch.serialization.safe_globals(
                 [*_list_harmless(), *((value, name) for name, value in inert.items())]
             ):
@@ -60,12 +79,12 @@ def load_pickle(path: Path) -> Any:
                 raise _damage_error(path, error) from None
             if not INERT_NAMES.fullmatch(name) or name in inert or len(inert) > MAX_INERT_NAMES:
                 raise UserError(
-                    f"{path} holds more than tensors ({name}), and loading that would run code from the file",
+                    f"{path} holds more than tensors ({name[:200]}), and loading that would run code from the file",
                     code="pickle-runs-code",
                     fix="get a safetensors version of it, or convert it with a program that you trust",
                 ) from None
             inert[name] = _make_inert(name)
-        except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        except DAMAGE_ERRORS as error:
             raise _damage_error(path, error) from None
 
 
@@ -83,7 +102,7 @@ def find_state_dict(content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _starts_as_zip(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(4) == ZIP_SIGNATURE
     except OSError as error:
         raise UserError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from pathlib import Path
 
+from sfumato.common.files import read_file
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.errors import UserError
 from sfumato.formats.header import DOWNLOAD_AGAIN, TensorHeader, read_header
@@ -103,11 +105,16 @@ def _find_main_file(folder: Path) -> Path:
     return candidates[0]
 
 
+def _is_file_name(name: str) -> bool:
+    """Whether it is a file's name alone, which a file system can have."""
+    return name == Path(name).name and 0 < len(os.fsencode(name)) < 256 and "\0" not in name
+
+
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name, from an index file."""
     try:
-        weight_map = json.loads(path.read_bytes())["weight_map"]
-        are_names = all(isinstance(name, str) and name == Path(name).name for name in weight_map.values())
+        weight_map = decode_json(read_file(path))["weight_map"]
+        are_names = all(isinstance(name, str) and _is_file_name(name) for name in weight_map.values())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist", code="shard-index-missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

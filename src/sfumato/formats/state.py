@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sfumato import __version__
 from sfumato.common import files
+from sfumato.common.json_toml import decode_json
 from sfumato.errors import InternalError, UserError
 from sfumato.formats.checkpoint import TensorFile
 from sfumato.formats.checkpoint_writer import catch_disk_full, write_safetensors
@@ -122,7 +123,7 @@ def find_fault(folder: Path) -> str | None:
 def _read_tree(folder: Path) -> dict[str, Any]:
     """The content of state.json; ValueError says what is wrong with it."""
     try:
-        content = json.loads((folder / TREE_FILE).read_text(encoding="utf-8"))
+        content = decode_json(files.read_file(folder / TREE_FILE))
         version, seal = content["version"], content.pop("seal")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{TREE_FILE} is damaged") from None
@@ -153,7 +154,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with files.open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

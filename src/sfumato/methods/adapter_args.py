@@ -178,7 +178,7 @@ def read_numbers(value: Any) -> tuple[float, ...]:
 
 def read_number(value: Any) -> float:
     """0 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < MAX_VALUE:
         raise ValueError("a number of 0 or more is expected")
     return float(value)
 
@@ -207,6 +207,10 @@ def read_choice(value: Any, known: Iterable[str]) -> str:
     return value
 
 
+MAX_VALUE = 1e30  # of an argument
+MAX_INDEX_DIGITS = 4  # blocks have two; a longer index names no block, however it is cut
+
+
 def read_indices(value: Any) -> Indices:
     """Indices from 0,2,5-7, a number, all or none; the configuration has already turned none into None."""
     if value is None or value == "all":
@@ -216,7 +220,8 @@ def read_indices(value: Any) -> Indices:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
         if not match:
             raise ValueError("numbers and ranges are expected, e.g. 0,2,5-7, or all or none")
-        indices |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = (int(text[:MAX_INDEX_DIGITS]) for text in (match[1], match[2] or match[1]))
+        indices |= set(range(first, last + 1))
     return frozenset(indices)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ class AdapterRanks:
                     f"--network_args: the expression {expression.pattern!r} matches no adapter name",
                     code="network-arg-expression-unmatched",
                 )
+        self._check_sizes(groups)
         parts = {group.part for group in groups}
         specs = [self.specs[part] for part in parts]
         self._check_parts(specs)
@@ -101,6 +103,18 @@ class AdapterRanks:
                 raise UserError(
                     f"--network_args {option} has no effect: this model has no such layer",
                     code="rank-kind-without-layer",
+                )
+
+    def _check_sizes(self, groups: Sequence[LayerGroup]) -> None:
+        """No rank above that of the largest layer's own weight, which a LoRA of more can add nothing to."""
+        limit = max((count_full_rank(group) for group in groups), default=0)
+        for group in groups:
+            rank, _ = self.find_rank(group) or (0, 0.0)
+            if rank > limit:
+                raise UserError(
+                    f"the rank {rank} is above {limit}, with which an adapter can change every weight in any way",
+                    code="adapter-rank-beyond-layers",
+                    fix=f"give a rank of {limit} or less; 4 to 128 are usual",
                 )
 
     def find_rank(self, group: LayerGroup) -> tuple[int, float] | None:
@@ -171,6 +185,11 @@ class AdapterRanks:
     def find_name(self, group: LayerGroup) -> str:
         """The group's name in adapter files with dots and without the part's prefix."""
         return self.specs[group.part].adapter_map.locate(group.paths[0]).original
+
+
+def count_full_rank(group: LayerGroup) -> int:
+    """The rank that a group's weight has at most: the smaller of its rows and columns."""
+    return min(group.num_rows, math.prod(group.layers[0].weight.shape[1:]))
 
 
 def find_lr_block(spec: PartSpec, group: LayerGroup) -> int | None:

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sfumato.common.json_toml import decode_json
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, TensorFile
 from sfumato.formats.checkpoint_writer import write_safetensors, write_stream
@@ -66,11 +67,25 @@ def find_saved_emas(paths: Iterable[Path]) -> Iterator[SavedEma]:
     """The files that hold power-function EMAs; a file that was named and holds none is a UserError."""
     for path in paths:
         for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-            facts = json.loads(read_header(file).metadata.get(EMA_KEY, "{}"))
-            if "sigma_rel" in facts:
-                yield SavedEma(path=file, run=facts["of"], steps=facts["steps"], sigma_rel=facts["sigma_rel"])
+            saved = parse_ema_facts(file, read_header(file).metadata.get(EMA_KEY, "{}"))
+            if saved:
+                yield saved
             elif not path.is_dir():
                 raise UserError(f"{file} holds no power-function EMA", code="file-without-power-ema", fix=TRAIN_FIX)
+
+
+def parse_ema_facts(file: Path, text: str) -> SavedEma | None:
+    """From what the metadata of a file says; None for a file of no such EMA. UserError where it is damaged."""
+    try:
+        facts = decode_json(text)
+        if "sigma_rel" not in facts:
+            return None
+        run, steps, sigma_rel = facts["of"], facts["steps"], facts["sigma_rel"]
+    except (ValueError, KeyError, TypeError):
+        run, steps, sigma_rel = None, None, None
+    if not (isinstance(run, str) and type(steps) is int and 0 <= steps < 2**53 and type(sigma_rel) is float):
+        raise UserError(f"{file}: what its metadata says of its EMA is damaged", code="ema-metadata-damaged")
+    return SavedEma(path=file, run=run, steps=steps, sigma_rel=sigma_rel)
 
 
 def select_run(saved: Sequence[SavedEma]) -> list[SavedEma]:

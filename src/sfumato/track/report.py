@@ -127,7 +127,7 @@ def rebuild_report(folder: Path, name: str | None) -> Path:
     """Write the page again from the files of a run; returns its path. UserError without exactly one run to choose."""
     name = find_run_name(folder, name)
     path = folder / f"{name}{DESCRIPTION_SUFFIX}"  # missing after a run with --no_report, unlike its curves
-    description = read_description(path) if path.is_file() else {**EMPTY_DESCRIPTION, "name": name}
+    description = {**(read_description(path) if path.is_file() else EMPTY_DESCRIPTION), "name": name}
     return write_page(folder, description, Curves(folder / f"{name}{METRICS_SUFFIX}"), Thumbnails())
 
 

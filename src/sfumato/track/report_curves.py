@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Sequence
@@ -12,7 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.common.files import open_file
+from sfumato.common.json_toml import decode_json
+
 METRICS_SUFFIX = ".run.jsonl"
+MAX_METRIC, MAX_STEP = 1e300, 2**53  # beyond, a value is damage
 LEVELS = 10  # bins of t in 0 .. 1000
 TIMESTEPS, SAMPLE_LOSSES = "timesteps", "loss/samples"  # the names of the lists in a line
 
@@ -30,7 +33,7 @@ class Curves:
             return
         if self.path.stat().st_size < self.offset:
             self._reset()
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             file.seek(self.offset)
             content = file.read()
         complete = content[: content.rfind(b"\n") + 1]
@@ -84,17 +87,17 @@ class Curves:
 def parse_metrics(line: bytes) -> dict[str, Any] | None:
     """The row of one step; None for a line that is none."""
     try:
-        row = json.loads(line)
+        row = decode_json(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < MAX_STEP:
         return None
     lists = (row.get(TIMESTEPS, []), row.get(SAMPLE_LOSSES, []))
     return row if all(isinstance(item, list) for item in lists) else None
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and -MAX_METRIC < value < MAX_METRIC
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,18 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from sfumato import __version__
 from sfumato.common import files
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text import strip_paths
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.errors import UserError
+from sfumato.track.run_description import RunDescription
 
 DESCRIPTION_SUFFIX = ".report.json"
 MAX_WARNINGS = 100
-CHECKED_KEYS = ("name", "total", "options", "data", "sessions", "warnings")
 EMPTY_DESCRIPTION: Mapping[str, Any] = {
-    "name": "", "model": "", "checkpoint": "", "method": "", "trains": [], "total": 0, "steps_per_epoch": 1,
+    "name": "", "model": "", "checkpoint": "", "method": "", "trained_parts": [], "total": 0, "steps_per_epoch": 1,
     "seed": None, "device": "", "clip": 0.0, "options": [], "data": [], "notes": [], "versions": {}, "sessions": [],
     "warnings": [],
 }  # fmt: skip
@@ -50,7 +53,7 @@ def describe_run(
         "model": model,
         "checkpoint": strip_paths(checkpoint),
         "method": describe_method(config),
-        "trains": [list(row) for row in trained_parts],
+        "trained_parts": [list(row) for row in trained_parts],
         "total": total,
         "steps_per_epoch": data.count_steps_per_epoch(config.loop.gradient_accumulation_steps),
         "seed": config.loop.seed,
@@ -91,16 +94,16 @@ def describe_dataset(dataset: DatasetPlan) -> dict[str, Any]:
 def read_description(path: Path) -> dict[str, Any]:
     """A description that `write_description` wrote; UserError where the file is none."""
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = decode_json(files.read_file(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}", code="run-description-unreadable") from error
-    if not isinstance(description, dict) or not has_valid_types(description):
-        raise UserError(f"{path} does not describe a run", code="run-description-invalid")
-    return {**EMPTY_DESCRIPTION, **description}
-
-
-def has_valid_types(description: Mapping[str, Any]) -> bool:
-    return all(isinstance(description.get(key), type(EMPTY_DESCRIPTION[key])) for key in CHECKED_KEYS)
+    try:
+        return RunDescription.model_validate(description).model_dump()
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors(include_url=False)[0]["loc"])
+        raise UserError(
+            f"{path} does not describe a run: {place or 'it'} is damaged", code="run-description-invalid"
+        ) from error
 
 
 def write_description(path: Path, description: Mapping[str, Any]) -> None:

@@ -203,7 +203,7 @@ def render_configuration(description: Mapping[str, Any]) -> Iterator[str]:
     """What is trained, and the options of the run."""
     tables: list[str] = []
     trained = [
-        [part, f"{layers:,}", f"{size:,}", format_number(lr)] for part, layers, size, lr in description["trains"]
+        [part, f"{layers:,}", f"{size:,}", format_number(lr)] for part, layers, size, lr in description["trained_parts"]
     ]
     if trained:
         heads = ["part", "layers", "parameters", "learning rate"]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from sfumato.common.files import open_file
+
 MAX_SIDE = 208  # pixels of a thumbnail's longer side
 QUALITY = 80
 MAX_GRID_STEPS, MAX_GRID_PROMPTS = 12, 12
@@ -126,7 +128,7 @@ def select_evenly(steps: Sequence[int], count: int) -> list[int]:
 
 
 def make_thumbnail(path: Path) -> Thumbnail:
-    with Image.open(path) as image:
+    with open_file(path) as file, Image.open(file) as image:
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         small = image.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)

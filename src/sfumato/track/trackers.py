@@ -7,12 +7,12 @@ import json
 import logging
 import math
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from sfumato.common import files
+from sfumato.common.json_toml import decode_json, decode_toml
 from sfumato.common.text import EMPTY, strip_paths
 from sfumato.common.text_files import read_text_file
 from sfumato.config import LogOptions
@@ -185,7 +185,7 @@ def read_tracker_config(options: LogOptions) -> Mapping[str, Mapping[str, Any]]:
     if path is None:
         return {}
     try:
-        table = tomllib.loads(read_text_file(path))
+        table = decode_toml(read_text_file(path))
     except OSError as error:
         raise UserError(
             f"--log_tracker_config: cannot read {path} ({error.strerror})", code="tracker-config-unreadable"
@@ -229,14 +229,14 @@ def _read_lines(path: Path) -> list[str]:
     """The complete lines of an earlier run's file, without a torn last one."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = files.read_file(path).decode(errors="replace")
     return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _parse_step(line: str) -> float:
     """The step of a line; infinity where it is torn."""
     try:
-        row: Any = json.loads(line)
-        return row["step"]
-    except (ValueError, KeyError, TypeError):
+        row: Any = decode_json(line)
+        return float(row["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return math.inf

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from io import BytesIO
 
 import pytest
@@ -111,3 +113,41 @@ def test_avif(orientation):
     make_image((64, 32)).save(buffer, "AVIF", exif=exif)
     assert parse_image_header(buffer.getvalue(), "x")[:2] == ((32, 64) if orientation >= 5 else (64, 32))
     assert decode_image(buffer.getvalue(), "x").size == parse_image_header(buffer.getvalue(), "x")[:2]
+
+
+PNG_START, WEBP_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"RIFF\0\0\0\0WEBPVP8X"
+ENDLESS = {
+    "jpeg padding": b"\xff\xd8\xff" + b"\xff" * 1_000_000,
+    "jpeg segments": b"\xff\xd8" + b"\xff\xe1\0\2" * 250_000,
+    "png chunks": PNG_START + b"\0\0\0\x40" * 2 + bytes(9) + b"\0\0\0\0tEXt\0\0\0\0" * 80_000,
+    "webp chunks": WEBP_START + b"\x0a\0\0\0\x08\0\0\0\x3f\0\0\x3f\0\0" + b"abcd\0\0\0\0" * 120_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_headers_of_a_million_pieces(kind):
+    start = time.process_time()
+    with pytest.raises(UserError) as error:
+        parse_image_header(ENDLESS[kind], "a.png")
+    assert error.value.code == "image-header-endless"
+    assert time.process_time() - start < 1
+
+
+def test_a_container_of_a_million_boxes_has_no_codestream():
+    with pytest.raises(IndexError):
+        parse(bytes.fromhex(BOXES) + b"\0\0\0\x08abcd" * 100_000)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_an_avif_with_one_changed_byte():
+    data = encode("AVIF")
+    for place in range(min(len(data), 300)):
+        changed = data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
+        with contextlib.suppress(UserError):
+            decode_image(changed, "a.avif")
+
+
+def encode(kind: str) -> bytes:
+    content = BytesIO()
+    Image.linear_gradient("L").resize((24, 16)).convert("RGB").save(content, kind)
+    return content.getvalue()

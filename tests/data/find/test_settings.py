@@ -115,6 +115,8 @@ def test_repeated_and_empty_subsets(find, tmp_path):
         ("resolution = 512\nenable_bucket = true\nbucket_reso_steps = 48", "bucket-step-not-multiple", ["48", "64"]),
         ("resolution = 128\nenable_bucket = true", "resolution-below-buckets", ["128", "256"]),
         ("resolution = 2048\nenable_bucket = true", "resolution-above-buckets", ["2048", "1024"]),
+        ("resolution = 1000000", "resolution-too-large", ["1000000,1000000", "178956970"]),
+        ("resolution = [8, 100000000]\nenable_bucket = true", "resolution-too-large", ["8,100000000"]),
         (
             "resolution = 512\nenable_bucket = true\nmin_bucket_reso = 600\nmax_bucket_reso = 500",
             "bucket-limits-swapped",

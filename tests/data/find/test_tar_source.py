@@ -17,7 +17,7 @@ from data.dataset_files import (
     write_archives,
 )
 from sfumato.data.batch_sampler import BatchSampler
-from sfumato.data.find.tar_source import expand_braces
+from sfumato.data.find.tar_source import expand_braces, read_archive
 from sfumato.errors import UserError
 
 
@@ -155,3 +155,48 @@ def test_an_archive_that_shrinks_under_the_run_is_named(find, tmp_path):
 )
 def test_expand_braces(pattern, names):
     assert expand_braces(pattern) == names
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{0..999999999}", "{000..999}{0..999}", "{a,b}" * 40, "{0..99999}{0..99999}{0..99999}"]
+)
+def test_braces_that_stand_for_too_many_archives(pattern):
+    with pytest.raises(UserError) as error:
+        expand_braces(pattern)
+    assert error.value.code == "archives-too-many"
+
+
+def make_member(size: int, kind: bytes) -> bytes:
+    """The header of a member of an impossible size, with a checksum that fits (POSIX ustar; GNU's base-256 numbers)."""
+    block = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (b"\x80" if size >= 0 else b"\xff") + (size % 2**88).to_bytes(11, "big")
+    block[156:157] = kind
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"x", b"g", b"L", b"K", b"S", b"5", b"7"])
+@pytest.mark.parametrize("size", [2**33, 2**62, 2**63 - 1, 2**64, 2**87, -1, -512, -(2**80)])
+def test_members_of_impossible_sizes(tmp_path, size, kind):
+    """A negative size leads tarfile back to where it was (CVE-2025-8194); of folders it means nothing."""
+    first = tarfile.TarInfo("first.txt").tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(first + make_member(size, kind) + bytes(2048))
+    if kind == b"5" and size == 2**33:
+        assert not len(read_archive(str(tmp_path / "a.tar"), [".txt"])["offsets"])
+        return
+    with pytest.raises(UserError) as error:
+        read_archive(str(tmp_path / "a.tar"), [".txt"])
+    assert error.value.code == "archive-damaged"
+    assert str(tmp_path / "a.tar") in error.value.what
+
+
+def test_a_member_whose_attributes_give_it_a_negative_size(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("a.png", "b.png"):
+            member = tarfile.TarInfo(name)
+            member.pax_headers = {"size": "-512"}
+            archive.addfile(member)
+    with pytest.raises(UserError) as error:
+        read_archive(str(tmp_path / "a.tar"), [".txt"])
+    assert error.value.code == "archive-damaged"

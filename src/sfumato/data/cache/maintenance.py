@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import zlib
@@ -13,11 +12,12 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, deserialize
 
+from sfumato.common.files import open_descriptor
+from sfumato.common.json_toml import decode_json
 from sfumato.data.cache.entries import LATENTS
 from sfumato.data.cache.references import StoredReference
 from sfumato.data.cache.shards import HEADER_BYTES, RecordLocation, ShardWriter, read_at, scan_records
 from sfumato.data.cache.store import DiskStore
-from sfumato.data.find.headers import BINARY
 from sfumato.data.masks import MASK
 from sfumato.errors import UserError
 
@@ -63,7 +63,7 @@ def classify_record(content: bytes, length: int) -> str:
         return HASHES
     end = 8 + int.from_bytes(content[:8], "little")
     try:
-        names = json.loads(content[8:end])
+        names = decode_json(content[8:end])
     except ValueError:
         return DAMAGED
     if LATENTS in names:
@@ -151,9 +151,9 @@ def count_records(records: Iterable[Record]) -> dict[str, RecordTotals]:
 @contextmanager
 def open_shard(store: DiskStore, name: str) -> Iterator[tuple[int, int]]:
     """(descriptor for reading, size in bytes) of a shard."""
-    descriptor = os.open(store.shards / name, os.O_RDONLY | BINARY)
+    descriptor, status = open_descriptor(store.shards / name)
     try:
-        yield descriptor, os.fstat(descriptor).st_size
+        yield descriptor, status.st_size
     finally:
         os.close(descriptor)
 

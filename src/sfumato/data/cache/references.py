@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sfumato.common import files
+from sfumato.common.json_toml import decode_json
 from sfumato.data.cache.shards import KEY_BYTES, make_write_error
 
 REFERENCE_SUFFIX = ".use"
@@ -57,8 +58,8 @@ def read_references(cache: Path) -> list[StoredReference]:
     references: list[StoredReference] = []
     for path in (cache / "uses").glob(f"*{REFERENCE_SUFFIX}"):
         try:
-            line, _, rest = path.read_bytes().partition(b"\n")
-            header = json.loads(line)
+            line, _, rest = files.read_file(path).partition(b"\n")
+            header = decode_json(line)
             if len(rest) == header["keys"] * KEY_BYTES:
                 reference = CacheReference(
                     cache=cache,

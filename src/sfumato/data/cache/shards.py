@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sfumato.data.find.headers import BINARY
+from sfumato.common.files import BINARY
 from sfumato.errors import UserError
 
 KEY_BYTES = 20

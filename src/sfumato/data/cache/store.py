@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from sfumato.common.files import BINARY, open_descriptor
 from sfumato.data.cache.shards import (
     HEADER_BYTES,
     RecordLocation,
@@ -26,7 +27,6 @@ from sfumato.data.cache.shards import (
     read_at,
     scan_records,
 )
-from sfumato.data.find.headers import BINARY
 from sfumato.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class DiskStore:
     def _descriptor(self, shard: str) -> int:
         with self._lock:
             if shard not in self._files:
-                self._files[shard] = os.open(self.shards / shard, os.O_RDONLY | BINARY)
+                self._files[shard] = open_descriptor(self.shards / shard)[0]
             return self._files[shard]
 
     def _forget(self, key: bytes, location: RecordLocation) -> None:

@@ -9,6 +9,7 @@ from sfumato.config.dataset_toml import OPTION_OF_KEY
 from sfumato.config.schema import vocabulary
 from sfumato.data.buckets import Buckets, Size
 from sfumato.data.find.findings import Findings
+from sfumato.data.find.headers import MAX_PIXELS
 from sfumato.errors import UserError
 
 
@@ -24,6 +25,13 @@ def make_buckets(prefix: str, values: Mapping[str, Any], steps: SizeSteps, findi
 
     prefix: names the dataset in messages. values: by key of the dataset file.
     """
+    width, height = values["resolution"]
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{prefix}resolution {width},{height} has more pixels than the largest image that is read ({MAX_PIXELS})",
+            code="resolution-too-large",
+            fix="give the side in pixels, e.g. 512 or 1024",
+        )
     if not values["enable_bucket"]:
         return make_single_size(prefix, values, steps, findings)
     step = values["bucket_reso_steps"]

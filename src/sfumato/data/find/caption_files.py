@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.common.text import list_some
-from sfumato.data.captions import parse_caption_file
+from sfumato.common.json_toml import decode_json
+from sfumato.common.text import has_lone_surrogate, list_some
+from sfumato.data.captions import check_caption_size, parse_caption_file
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import read_captions
 from sfumato.data.find.image_table import IntColumn, TextColumn
@@ -110,13 +111,13 @@ def parse_captions(
 def parse_json_caption(text: str, path: str, *, separator: str, several_lines: bool) -> str:
     """The caption in a JSON file: a string, or an object with `caption`, `tags` or both. UserError for others."""
     try:
-        content = json.loads(text)
+        content = decode_json(text)
     except ValueError as error:
         raise UserError(
             f"{path} is not valid JSON: {error}", code="caption-file-invalid-json", fix="fix or remove it"
         ) from error
     if isinstance(content, str):
-        return parse_caption_file(content)
+        content = {"caption": content}
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no caption", code="caption-file-no-caption", fix='write {"caption": "..."}')
     return join_caption_fields(content, path, separator=separator, several_lines=several_lines)
@@ -135,6 +136,13 @@ def join_caption_fields(content: Mapping[str, Any], where: str, *, separator: st
                 fix="put it in quotes",
             )
     caption, tags = str(caption or ""), str(tags or "")
+    check_caption_size(len(caption) + len(tags), where)
+    if has_lone_surrogate(caption + tags):
+        raise UserError(
+            f"{where}: the caption holds half of a letter, e.g. \\ud83d without what belongs to it",
+            code="caption-half-letter",
+            fix="write the caption again",
+        )
     if not several_lines:
         return parse_caption_file(separator.join(part for part in (caption, tags) if part))
     tags = separator.join(line.strip() for line in tags.splitlines() if line.strip())

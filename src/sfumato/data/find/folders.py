@@ -14,9 +14,10 @@ from statistics import median
 
 import numpy as np
 
-from sfumato.common.files import DONT_WAIT, refuse_special_mode
+from sfumato.common.files import open_descriptor
 from sfumato.common.text_files import decode_text
-from sfumato.data.find.headers import BINARY, read_image_header
+from sfumato.data.captions import check_caption_size
+from sfumato.data.find.headers import read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn, join_path
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
 from sfumato.errors import UserError
@@ -109,6 +110,7 @@ def read_captions(folder: str, names: list[str], index: Index) -> CaptionFiles:
 
     def read(descriptor: int, stat: os.stat_result, position: int) -> None:
         path = join_path(folder, names[changed[position]])
+        check_caption_size(stat.st_size, path)
         fresh[position] = decode_text(os.read(descriptor, stat.st_size + 1), path)
         byte_counts[position], mtimes[position] = stat.st_size, stat.st_mtime_ns
 
@@ -181,10 +183,9 @@ def read_files(folder: str, names: Sequence[str], read: FileReader) -> dict[int,
 
         def read_file(index: int) -> None:
             try:
-                file = os.open(prefix + names[index], os.O_RDONLY | BINARY | DONT_WAIT, dir_fd=descriptor)
+                where = join_path(folder, names[index])
+                file, status = open_descriptor(prefix + names[index], folder=descriptor, where=where)
                 try:
-                    status = os.fstat(file)
-                    refuse_special_mode(status.st_mode, join_path(folder, names[index]))
                     read(file, status, index)
                 finally:
                     os.close(file)

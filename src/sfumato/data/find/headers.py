@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import struct
-import sys
 import zlib
 from collections.abc import Callable
 from importlib import import_module
@@ -19,7 +18,6 @@ from PIL import Image, features
 from sfumato.data.find.headers_jxl import CONTAINER, START, parse_jxl
 from sfumato.errors import UserError
 
-BINARY = os.O_BINARY if sys.platform == "win32" else 0  # for os.open
 HEAD_BYTES = 4096  # read at once; the header of nearly every file is within
 MIN_SIDE = 8  # pixels: one latent pixel
 MAX_PIXELS = 178_956_970  # from which on Pillow suspects a decompression bomb
@@ -33,15 +31,21 @@ DECODER_ERRORS = (
     LookupError,
     ArithmeticError,
     MemoryError,
+    RuntimeError,  # of AVIF's decoder, and NotImplementedError of others
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
 
+MAX_SEGMENTS = 10_000  # before the size: real files have a few dozen, hostile ones millions
 REPLACE_FIX = "replace or remove it"
 AVIF_FIX = "pip install --upgrade pillow"
 JXL_FIX = 'pip install "sfumato[jxl]", or pip install pillow-jxl-plugin'
 ReadAt = Callable[[int, int], bytes]  # offset, count -> at most count bytes
+
+
+class EndlessHeaderError(Exception):
+    """A header of more segments than any real one."""
 
 
 class ImageHeader(NamedTuple):
@@ -89,6 +93,10 @@ def parse_head(path: str, head: bytes, read: ReadAt) -> ImageHeader:
         elif head.startswith((START, CONTAINER)):
             import_jxl_plugin(path)
             header = ImageHeader(*parse_jxl(head, read))
+    except EndlessHeaderError as error:
+        raise UserError(
+            f"{path} has more than {MAX_SEGMENTS} pieces before its size", code="image-header-endless", fix=REPLACE_FIX
+        ) from error
     except (struct.error, IndexError):  # cut short, or not as expected
         header = None
     width, height, orientation = header or parse_with_pillow(path, read)
@@ -106,7 +114,7 @@ def parse_head(path: str, head: bytes, read: ReadAt) -> ImageHeader:
 def parse_jpeg(head: bytes, read: ReadAt) -> ImageHeader | None:
     """Goes through the segments up to the frame header; reads the content of EXIF segments only."""
     start, orientation, offset = 0, 1, 2
-    while True:
+    for _ in range(MAX_SEGMENTS):
         if offset + 18 > start + len(head):
             start, head = offset, read(offset, HEAD_BYTES)
         marker, kind, length = struct.unpack_from(">BBH", head, offset - start)
@@ -123,13 +131,14 @@ def parse_jpeg(head: bytes, read: ReadAt) -> ImageHeader | None:
             if kind == 0xE1 and orientation == 1 and head[offset - start + 4 : offset - start + 10] == b"Exif\0\0":
                 orientation = parse_orientation(read(offset + 10, length - 8))
             offset += 2 + length
+    raise EndlessHeaderError
 
 
 def parse_png(head: bytes, read: ReadAt) -> ImageHeader:
     """Size from the first chunk, orientation from an eXIf chunk before the pixels."""
     width, height = struct.unpack_from(">II", head, 16)
     start, offset = 0, 33
-    while True:
+    for _ in range(MAX_SEGMENTS):
         if offset + 8 > start + len(head):
             start, head = offset, read(offset, HEAD_BYTES)
         length, kind = struct.unpack_from(">I4s", head, offset - start)
@@ -138,6 +147,7 @@ def parse_png(head: bytes, read: ReadAt) -> ImageHeader:
         if kind == b"eXIf":
             return ImageHeader(width, height, parse_orientation(read(offset + 8, length)))
         offset += 12 + length
+    raise EndlessHeaderError
 
 
 def parse_webp(head: bytes, read: ReadAt) -> ImageHeader | None:
@@ -158,12 +168,14 @@ def parse_webp(head: bytes, read: ReadAt) -> ImageHeader | None:
 def parse_webp_orientation(read: ReadAt) -> int:
     """The orientation in the EXIF chunk, which comes after the pixels."""
     offset = 12
-    while len(chunk := read(offset, 8)) == 8:
+    for _ in range(MAX_SEGMENTS):
+        if len(chunk := read(offset, 8)) < 8:
+            return 1
         kind, length = struct.unpack("<4sI", chunk)
         if kind == b"EXIF":
             return parse_orientation(read(offset + 8, length).removeprefix(b"Exif\0\0"))
         offset += 8 + length + length % 2
-    return 1
+    raise EndlessHeaderError
 
 
 def parse_orientation(tiff: bytes) -> int:

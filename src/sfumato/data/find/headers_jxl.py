@@ -12,6 +12,7 @@ START = b"\xff\x0a"
 CONTAINER = b"\x00\x00\x00\x0cJXL \r\n\x87\n"
 CODESTREAM_BYTES = 64  # of the codestream's start, which hold everything that is read
 ASPECT_RATIOS = ((1, 1), (6, 5), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width to height
+MAX_BOXES = 1000  # real files have a few
 SIDE_BITS = (9, 13, 18, 30)  # for a side of 1 to 2**bits pixels
 
 
@@ -52,7 +53,9 @@ def parse_side(bits: BitReader, in_blocks: int) -> int:
 def find_codestream(read: Callable[[int, int], bytes]) -> tuple[bytes, bool]:
     """The start of the codestream in a container, and whether the container holds a recompressed JPEG."""
     offset, codestream, is_jpeg = 0, b"", False
-    while len(box := read(offset, 16)) >= 8 and not (codestream and is_jpeg):
+    for _ in range(MAX_BOXES):
+        if len(box := read(offset, 16)) < 8 or (codestream and is_jpeg):
+            break
         length, kind, start = int.from_bytes(box[:4], "big"), box[4:8], 8
         if length == 1:
             length, start = int.from_bytes(box[8:16], "big"), 16

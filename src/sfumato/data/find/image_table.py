@@ -12,6 +12,7 @@ from typing import Generic, NamedTuple, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from sfumato.common.files import open_file
 from sfumato.errors import UserError
 
 RowT = TypeVar("RowT")
@@ -39,7 +40,7 @@ class ImageRow(NamedTuple):
     def read(self) -> bytes:
         """The bytes of the image file. UserError where they cannot be read."""
         try:
-            with open(self.archive or self.path, "rb") as file:  # noqa: PTH123 -- called for each of millions
+            with open_file(self.archive or self.path) as file:
                 if not self.archive:
                     return file.read()
                 file.seek(self.offset)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import sys
 import uuid
 import zipfile
@@ -21,12 +22,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.common.files import check_writable
+from sfumato.common.files import check_writable, open_file
 from sfumato.config import Config
 from sfumato.data.find.image_table import TextColumn
+from sfumato.errors import UserError
 
-INDEX_VERSION = 4  # of the file format, and of how sizes and captions are read
-LOAD_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+INDEX_VERSION = 5  # of the file format, and of how sizes and captions are read
+LOAD_ERRORS = (  # what numpy and zipfile raise on damaged files, collected by damaging some 20,000
+    OSError,
+    ValueError,
+    TypeError,
+    SyntaxError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    UserError,  # of a special file
+)
 
 Columns = dict[str, NDArray[Any]]
 
@@ -65,9 +82,10 @@ class Index(NamedTuple):
     def load(self) -> Columns | None:
         """The stored columns; None where there are none, or where the file is damaged or of another version."""
         try:
-            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            with open_file(self.path) as opened, np.load(opened, allow_pickle=False) as file:
                 columns = {name: file[name] for name in file.files}
-                return columns if columns.pop("head").tobytes() == self._make_head() else None
+                head = columns.pop("head").tobytes()
+                return columns if head == self._make_head(columns) else None
         except LOAD_ERRORS:
             return None
 
@@ -79,7 +97,7 @@ class Index(NamedTuple):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                head = np.frombuffer(self._make_head(), np.uint8)
+                head = np.frombuffer(self._make_head(columns), np.uint8)
                 np.savez(file, allow_pickle=False, **{"head": head, **columns})
             os.replace(temporary, self.path)  # not synced to disk: a torn file is not read, and costs only time
         except OSError:
@@ -88,8 +106,9 @@ class Index(NamedTuple):
             return False
         return True
 
-    def _make_head(self) -> bytes:
-        return json.dumps(["sfumato folder index", INDEX_VERSION, *self.key]).encode()
+    def _make_head(self, columns: Mapping[str, NDArray[Any]]) -> bytes:
+        """With the columns' names, so that a file that lost one is no index. The archive checks their contents."""
+        return json.dumps(["sfumato folder index", INDEX_VERSION, *self.key, sorted(columns)]).encode()
 
 
 def pack_texts(name: str, texts: TextColumn) -> Columns:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.common.json_toml import decode_json, decode_json_value
 from sfumato.common.text import list_some
 from sfumato.common.text_files import read_text_file
 from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields, report_shortened
@@ -26,7 +27,6 @@ from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
 
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
-DECODER = json.JSONDecoder()
 OBJECT_FIX = 'write {"image.png": {"caption": "..."}}'
 SAMPLE_FIX = 'yield {"image": path, "caption": text}'
 
@@ -74,7 +74,7 @@ def parse_json_lines(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
             continue
         where = f"{file}, line {number}"
         try:
-            fields = json.loads(line)
+            fields = decode_json(line)
         except ValueError as error:
             raise UserError(
                 f"{where}, is not valid JSON: {error}",
@@ -119,11 +119,11 @@ def parse_json_object(file: Path, text: str) -> Iterator[tuple[str, str, Any]]:
     position = skip_space(position + 1)
     while text[position : position + 1] != "}":
         try:
-            key, after = DECODER.raw_decode(text, position)
+            key, after = decode_json_value(text, position)
             colon = skip_space(after)
             if not isinstance(key, str) or text[colon : colon + 1] != ":":
                 raise make_error(colon, "a name in quotes and a colon are expected")
-            fields, after = DECODER.raw_decode(text, skip_space(colon + 1))
+            fields, after = decode_json_value(text, skip_space(colon + 1))
         except json.JSONDecodeError as error:
             raise make_error(error.pos, error.msg) from error
         yield f"{file}: {key}", key, fields

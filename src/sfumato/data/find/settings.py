@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.text import has_lone_surrogate
 from sfumato.config import Config
 from sfumato.config.dataset_toml import (
     DATASET_KEYS,
@@ -213,13 +214,15 @@ def make_subset_settings(
     is_reg = folder.is_reg if folder else bool(value("is_reg"))
     attributes = value("custom_attributes") or {}
     metadata_file = next((table.value("metadata_file") for table in tables), None)  # --in_json needs no dataset file
+    class_tokens = folder.class_tokens if folder else value("class_tokens")
+    check_texts(where, {**rules, "class_tokens": class_tokens})
     return SubsetSettings(
         where=where,
         image_dir=folder.image_dir if folder else value("image_dir"),
         metadata_file=metadata_file,
         conditioning_data_dir=None if is_reg else choose_conditioning_dir(value("conditioning_data_dir"), folder),
         is_reg=is_reg,
-        class_tokens=folder.class_tokens if folder else value("class_tokens"),
+        class_tokens=class_tokens,
         num_repeats=folder.num_repeats if folder and folder.num_repeats is not None else value("num_repeats"),
         caption_extension=extension if extension.startswith(".") else f".{extension}",
         cache_info=value("cache_info"),
@@ -230,6 +233,17 @@ def make_subset_settings(
         preserved=attributes.get(PRESERVATION_KEY, is_reg and config.dataset.preserve_reg_images),
         rules=CaptionRules(**rules),
     )
+
+
+def check_texts(where: str, texts: Mapping[str, Any]) -> None:
+    """UserError where what becomes part of captions is no text that a tokenizer can take."""
+    for name, text in texts.items():
+        if isinstance(text, str) and has_lone_surrogate(text):
+            raise UserError(
+                f"{where or 'the dataset'}: {name} is {text!r}, whose letters are not UTF-8",
+                code="caption-option-not-utf8",
+                fix="write it in UTF-8; of folders named N_text, rename the folder",
+            )
 
 
 def choose_conditioning_dir(root: Path | None, folder: FolderSubset | None) -> Path | None:

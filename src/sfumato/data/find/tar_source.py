@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import struct
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
+from sfumato.common.files import open_descriptor, open_file
 from sfumato.common.text import list_some
 from sfumato.common.text_files import decode_text
+from sfumato.data.captions import check_caption_size
 from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_captions, parse_captions, report_shortened
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import is_image
-from sfumato.data.find.headers import BINARY, read_image_header
+from sfumato.data.find.headers import read_image_header
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn
 from sfumato.data.find.index import Columns, pack_texts, unpack_texts
 from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
 
+NUMBER_RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 BRACES = re.compile(r"\{([^{}]+)\}")
+ADDITIONAL_HEADERS = (  # about the member that follows
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+MAX_ADDITION_BYTES = 1 << 20
+MAX_MEMBER_BYTES = 1 << 60
+MAX_ARCHIVES = 100_000  # that one image_dir can stand for
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -61,15 +73,23 @@ def expand_braces(pattern: str) -> list[str]:
     """All texts that {000..099} and {a,b} stand for, in order."""
     parts = BRACES.split(pattern)
     choices = [expand_brace(part) if position % 2 else [part] for position, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > MAX_ARCHIVES:
+        raise UserError(
+            f"image_dir {pattern} stands for more than {MAX_ARCHIVES} archives",
+            code="archives-too-many",
+            fix="check the numbers in braces",
+        )
     return ["".join(chosen) for chosen in product(*choices)]
 
 
 def expand_brace(content: str) -> list[str]:
-    first, dots, last = content.partition("..")
-    if dots and first.isdigit() and last.isdigit():
-        step = 1 if int(first) <= int(last) else -1
-        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + step, step)]
-    return content.split(",")
+    match = NUMBER_RANGE.fullmatch(content)
+    if not match:
+        return content.split(",")
+    first, last = int(match[1]), int(match[2])
+    step = 1 if first <= last else -1
+    numbers = range(first, last + step, step)[: MAX_ARCHIVES + 1]  # one too many is refused, and counting on is work
+    return [str(number).zfill(len(match[1])) for number in numbers]
 
 
 def load_shard(path: str, subset: SubsetSettings, policy: Policy, findings: Findings) -> Shard:
@@ -98,8 +118,8 @@ def read_archive(path: str, extensions: Sequence[str]) -> Columns:
     images: list[tuple[str, int, int]] = []
     captions: dict[str, tuple[int, int, int]] = {}  # stem -> (index of the extension, offset, size)
     try:
-        with tarfile.open(path, "r:") as archive:
-            for name, offset, size in list_members(archive):
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as archive:
+            for name, offset, size in list_members(archive, os.fstat(file.fileno()).st_size):
                 stem, extension = os.path.splitext(name)  # noqa: PTH122
                 if is_image(name):
                     images.append((name, offset, size))
@@ -108,7 +128,7 @@ def read_archive(path: str, extensions: Sequence[str]) -> Columns:
                     if stem not in captions or rank <= captions[stem][0]:  # of repeated members the last counts
                         captions[stem] = (rank, offset, size)
             ended = check_end(archive)
-    except (tarfile.TarError, EOFError, ValueError) as error:
+    except (tarfile.TarError, EOFError, ValueError, ArithmeticError, MemoryError, struct.error) as error:
         raise UserError(
             f"{path} is no tar archive, or is damaged ({error})", code="archive-damaged", fix="create it again"
         ) from error
@@ -119,12 +139,34 @@ def read_archive(path: str, extensions: Sequence[str]) -> Columns:
     return {"ended": np.array([ended]), **read_columns(path, images, captions)}
 
 
-def list_members(archive: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every plain file in the archive, without hidden ones."""
+def list_members(archive: tarfile.TarFile, end: int) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every plain file in the archive, without hidden ones.
+
+    end: size of the archive; a member that goes beyond it is as long as what is there. TarError where a member does not
+    lie behind the one before it.
+    """
+    last = -1
     for member in archive:
+        if not last < member.offset_data <= archive.offset:
+            raise tarfile.ReadError(f"{member.name} has an impossible size")
+        last = member.offset_data
         if member.isreg() and not member.issparse() and not member.name.rpartition("/")[2].startswith("."):
-            yield member.name, member.offset_data, member.size
+            yield member.name, member.offset_data, max(min(member.size, end - member.offset_data), 0)
         vars(archive)["members"].clear()  # it would keep them all
+
+
+class CheckedMember(tarfile.TarInfo):
+    """A member's header, refused where its size is impossible: a negative one leads tarfile back to where it was, and
+    the additional headers of long names and attributes are read at once, however long they say they are.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        member = super().frombuf(buf, encoding, errors)
+        limit = MAX_ADDITION_BYTES if member.type in ADDITIONAL_HEADERS else MAX_MEMBER_BYTES
+        if not 0 <= member.size <= limit:
+            raise tarfile.ReadError(f"{member.name} has an impossible size")
+        return member
 
 
 def check_end(archive: tarfile.TarFile) -> bool:
@@ -149,7 +191,7 @@ def read_columns(
     """
     widths, heights, extensions = (np.zeros(len(images), np.int64) for _ in range(3))
     faults, texts = [""] * len(images), [""] * len(images)
-    descriptor = os.open(path, os.O_RDONLY | BINARY)
+    descriptor, _ = open_descriptor(path)
     try:
         for row, (name, offset, size) in enumerate(images):
             extensions[row] = -1
@@ -158,6 +200,7 @@ def read_columns(
                 header = read_image_header(descriptor, f"{path}/{name}", size, offset)
                 widths[row], heights[row] = header.width, header.height
                 if extension >= 0:
+                    check_caption_size(length, f"the caption of {path}/{name}")
                     os.lseek(descriptor, start, os.SEEK_SET)
                     texts[row] = decode_text(os.read(descriptor, length), f"the caption of {path}/{name}")
                     extensions[row] = extension
