@@ -62,6 +62,8 @@ OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
 ALLOWED_FAMILY_NAMES = {("config/model.py", "flux"), ("config/model.py", "chroma")}  # the choices of --model_type
 MAY_PRINT = {"cli", "plan", "demo", "tools"}
 ALLOWED_GETATTR = {("data/find/headers.py", "getattr(os, 'O_BINARY', 0)")}  # for what only some systems' libraries have
+# The one place that goes on after any error: no report, preview or tracker, nor their libraries, may end a run.
+MAY_CATCH_EVERYTHING = {"track/guard.py"}
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LAUNCHER = 450, 80, 3
 
 TORCH_FREE = (

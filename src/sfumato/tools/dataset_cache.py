@@ -17,11 +17,11 @@ from sfumato.families.blueprint import Blueprint
 from sfumato.families.detection import describe_model, read_size_steps, with_base_resolution
 from sfumato.families.part import Builder, Network
 from sfumato.families.source import on_meta
+from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.track.console import configure_logging
 from sfumato.training.caching import Caches, fill_caches
 from sfumato.training.plan_report import dataset_lines
-from sfumato.training.run import MIXED_PRECISION
 from sfumato.training.setup_run import start_processes
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +22,6 @@ from sfumato.track.report_facts import (
 from sfumato.track.report_page import render_page
 from sfumato.track.report_samples import Thumbnails
 
-log = logging.getLogger(__name__)
 UPDATE_SECONDS = 30.0  # between two updates, unless something was saved or sampled
 MAX_SHARE, MAX_SHARE_AT_SAVES = 0.01, 0.05  # of the run's time that writing may take
 
@@ -53,7 +51,6 @@ class Report:
         self.description["sessions"] = [*earlier, self.session]
         self.curves, self.thumbnails = Curves(folder / f"{self.name}{METRICS_SUFFIX}"), Thumbnails()
         self.written, self.cost = -1e9, 0.0
-        self.broken = False
         warnings.step = start
 
     def advance(self, step: int, seconds_per_step: float) -> None:
@@ -81,20 +78,16 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Write both files; after a failure, which is logged once, do nothing."""
-        if self.broken:
-            return
+        """Write both files. After a failure, whatever it is, the next time is when the next update is due."""
         start = self.clock()
         self.session["updated"] = time.time()
         self.description["warnings"] = [*self.earlier_warnings, *self.warnings.entries()]
         try:
             write_description(self.folder / f"{self.name}{DESCRIPTION_SUFFIX}", self.description)
             write_page(self.folder, self.description, self.curves, self.thumbnails)
-        except OSError as error:
-            self.broken = True
-            log.warning("cannot write the report: %s; it is not updated any more", error)
-        self.written = self.clock()
-        self.cost = self.written - start
+        finally:
+            self.written = self.clock()
+            self.cost = self.written - start
 
 
 def read_earlier(folder: Path, name: str) -> dict[str, Any]:

@@ -19,6 +19,11 @@ from sfumato.errors import UserError
 DESCRIPTION_SUFFIX = ".report.json"
 MAX_WARNINGS = 100
 CHECKED_KEYS = ("name", "total", "options", "data", "sessions", "warnings")
+NUMBER = (int, float)
+SESSION_TYPES = {
+    "started": NUMBER, "updated": NUMBER, "start": int, "step": int, "seconds_per_step": NUMBER, "state": str,
+}  # fmt: skip
+WARNING_TYPES = {"step": int, "text": str, "times": int}
 EMPTY_DESCRIPTION: Mapping[str, Any] = {
     "name": "", "model": "", "checkpoint": "", "method": "", "trains": [], "total": 0, "steps_per_epoch": 1,
     "seed": None, "device": "", "clip": 0.0, "options": [], "data": [], "notes": [], "versions": {}, "sessions": [],
@@ -100,7 +105,16 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def has_valid_types(description: Mapping[str, Any]) -> bool:
-    return all(isinstance(description.get(key), type(EMPTY_DESCRIPTION[key])) for key in CHECKED_KEYS)
+    """Whether all that the page reads of sessions and warnings, the parts that a later run takes over, is there."""
+    if not all(isinstance(description.get(key), type(EMPTY_DESCRIPTION[key])) for key in CHECKED_KEYS):
+        return False
+    rows = [(SESSION_TYPES, row) for row in description["sessions"]] + [
+        (WARNING_TYPES, row) for row in description["warnings"]
+    ]
+    for types, row in rows:
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), type_) for key, type_ in types.items()):
+            return False
+    return True
 
 
 def write_description(path: Path, description: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from sfumato.common.locks import lock_file
 from sfumato.data.cache.shards import (
     HEADER_BYTES,
     RecordLocation,
@@ -267,24 +267,6 @@ class DiskStore:
             self._index = open_index(None)
             self._scan()
             return work()
-
-
-def lock_file(descriptor: int, *, exclusive: bool, wait: bool) -> bool:
-    """Lock a file, shared or exclusive, until the process ends or closes it; False if another process prevents it.
-
-    On Windows and on file systems without locks nothing is locked and the result is True.
-    """
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
 
 
 def open_index(path: Path | None) -> sqlite3.Connection:
