@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
 
+from sfumato.common.stop_signals import handle_stop_signals, raise_interrupt
 from sfumato.errors import InternalError, SeveralErrors, UserError
 
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
@@ -20,14 +21,15 @@ def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
     """
     print_every_letter()
     try:
-        return run() or 0
+        with handle_stop_signals(raise_interrupt):
+            return run() or 0
     except UserError as error:
         if debug:
-            traceback.print_exc()
+            report(traceback.format_exc())
         report_error(error)
         return USER_ERROR
     except InternalError as error:
-        traceback.print_exc()
+        report(traceback.format_exc())
         report_error(error)
         return INTERNAL_ERROR
     except KeyboardInterrupt:
@@ -49,8 +51,15 @@ def report_error(error: UserError | InternalError) -> None:
     """One line for each fault, and a last line that sums them up."""
     if isinstance(error, SeveralErrors):
         for fault in error.errors:
-            print(f"- {join_lines(fault)}", file=sys.stderr)
-    print(f"error: {join_lines(error)}", file=sys.stderr)
+            report(f"- {join_lines(fault)}")
+    report(f"error: {join_lines(error)}")
+
+
+def report(text: str) -> None:
+    """Text on stderr, without the secrets of this computer and of the command line, however they came into it."""
+    from sfumato.config.secrets import collect_machine_secrets, find_secret_words, redact
+
+    print(redact(text, collect_machine_secrets() | find_secret_words(sys.argv)), file=sys.stderr)
 
 
 def join_lines(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sfumato.common import files
 from sfumato.common.text import strip_paths
+from sfumato.config.secrets import collect_machine_secrets, redact
 from sfumato.errors import UserError
 from sfumato.track.report_curves import METRICS_SUFFIX, Curves
 from sfumato.track.report_facts import (
@@ -74,7 +75,7 @@ class Report:
             self.session["state"] = "stopped"
         else:
             self.session["state"] = "failed"
-            self.session["error"] = strip_paths(f"{error}" if isinstance(error, UserError) else repr(error))
+            self.session["error"] = describe_failure(error)
         self.write()
 
     def write(self) -> None:
@@ -88,6 +89,12 @@ class Report:
         finally:
             self.written = self.clock()
             self.cost = self.written - start
+
+
+def describe_failure(error: BaseException) -> str:
+    """Without paths and secrets."""
+    text = str(error) if isinstance(error, UserError) else repr(error)
+    return strip_paths(redact(text, collect_machine_secrets()))
 
 
 def read_earlier(folder: Path, name: str) -> dict[str, Any]:
