@@ -32,7 +32,7 @@ def build_run(config: Config) -> Run | None:
     plan = make_run_plan(config, processes=processes.num_processes)
     report_plan(plan, processes)
     with ExitStack() as undo:  # whatever ends this early gives the output folder back
-        output_lock = undo.enter_context(lock_output(plan, processes))
+        undo.enter_context(output_lock := lock_output(plan, processes))
         state = open_state(plan)
         start = find_start_point(plan.config, plan.data, state.counters)
         if not has_steps_left(plan, start, StartPoint(**state.counters)):
