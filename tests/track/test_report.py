@@ -199,7 +199,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
     "change",
     [
         {"sessions": [{}]}, {"sessions": [{"start": 0}]}, {"sessions": [7]}, {"warnings": ["x"]},
-        {"sessions": [{"started": "x", "updated": 1, "start": 0, "step": 1, "seconds_per_step": 1, "state": "running"}]},
+        {"sessions": [{"started": "", "updated": 1, "start": 0, "step": 1, "seconds_per_step": 1, "state": "running"}]},
     ],
 )  # fmt: skip
 def test_a_damaged_description_is_no_earlier_one(tmp_path, change):

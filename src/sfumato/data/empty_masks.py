@@ -31,7 +31,7 @@ def report_empty_masks(plan: DataPlan, cache_dir: Path, *, workers: int) -> None
     empty = find_empty_masks(masks, cache_dir, workers=workers)
     names = list(dict.fromkeys(mask.image.path for mask, none_left in zip(masks, empty, strict=True) if none_left))
     if names:
-        log.warning("%d masks leave nothing of their image, which trains nothing: %s", len(names), list_some(names))
+        log.warning("masks leave nothing of these images, which train nothing: %s", list_some(names))
 
 
 def list_masks(plan: DataPlan) -> list[MaskItem]:

@@ -37,6 +37,8 @@ class StateRescue:
         if run.step > run.start.step:
             with run.metrics.guard.survive(f"saving the state after step {run.step}", then=""):
                 save_rescued_state(run)
+        if isinstance(error, ProcessFailed) and run.interrupt.requested:  # both were to end, the other was first
+            raise KeyboardInterrupt from error
 
 
 def announce_failure(run: Run) -> None:
