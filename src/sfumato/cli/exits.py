@@ -8,10 +8,10 @@ import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
 
-from sfumato.common.stop_signals import handle_stop_signals, raise_interrupt
+from sfumato.common.stop_signals import INTERRUPTED, INTERRUPTED_LINE, handle_stop_signals, raise_interrupt
 from sfumato.errors import InternalError, SeveralErrors, UserError
 
-INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
+INTERNAL_ERROR, USER_ERROR = 1, 2  # exit codes
 
 
 def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
@@ -33,7 +33,7 @@ def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
         report_error(error)
         return INTERNAL_ERROR
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # nobody reads our output any more, e.g. `sfumato train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED, INTERRUPTED_LINE = 130, "error: interrupted"  # exit code and last line
 REPEAT_SECONDS = 1.0  # within which further signals belong to the first
 
 
@@ -52,6 +53,39 @@ def handle_stop_signals(handler: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+@contextmanager
+def stop_blocked_calls() -> Iterator[None]:
+    """Inside, the process can be stopped while a library waits without ever coming back to Python, where handlers run.
+
+    Of a signal that is not handled within a second a thread learns through a pipe; it ends the process.
+    """
+    if threading.current_thread() is not threading.main_thread() or os.name == "nt":
+        yield
+        return
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    over = threading.Event()
+
+    def watch() -> None:
+        number = os.read(receiver, 1)
+        if number and number[0] in STOP_SIGNALS and not over.wait(REPEAT_SECONDS):
+            sys.stderr.write(INTERRUPTED_LINE + "\n")
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(sender)
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(sender)  # which ends the thread's reading
+        watcher.join()
+        os.close(receiver)
 
 
 def raise_interrupt() -> None:
