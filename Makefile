@@ -13,7 +13,7 @@ SETUP := $(VENV)/.set-up
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test unit family full fast gpu fuzz curves lint check wheel lowest format pages bench clean
+.PHONY: setup demo test unit family full fast gpu fuzz curves stops lint check wheel lowest format pages bench clean
 
 setup: $(SETUP)
 
@@ -76,6 +76,10 @@ fuzz: setup
 # Whether a change moved a number: the stored curves, bit for bit on the machine that made them. WRITE=1 stores them.
 curves: setup
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/curves.py $(if $(WRITE),--write)
+
+# Two processes are asked to stop at so many random moments: make stops MOMENTS=40
+stops: setup
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/training/stop_moments.py $(or $(MOMENTS),40)
 
 # What is generated from the source: docs/files.md, docs/errors.md, the listing of messages.
 pages: setup

@@ -60,7 +60,10 @@ NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names
 # What the field named after a family though others use it: an option and two keys of adapter files.
 OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
 ALLOWED_FAMILY_NAMES = {("config/model.py", "flux"), ("config/model.py", "chroma")}  # the choices of --model_type
-MAY_CATCH_ALL = {("families/_tokenizers.py", "catch_tokenizer_faults")}  # a library that raises plain Exceptions
+MAY_CATCH_ALL = {
+    ("families/_tokenizers.py", "catch_tokenizer_faults"),  # a library that raises plain Exceptions
+    ("track/guard.py", "survive"),  # no report, preview or tracker, nor their libraries, may end a run
+}
 MAY_PRINT = {"cli", "plan", "demo", "tools"}
 ALLOWED_GETATTR = {("data/find/headers.py", "getattr(os, 'O_BINARY', 0)")}  # for what only some systems' libraries have
 LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LAUNCHER = 450, 80, 3

@@ -28,6 +28,7 @@ class LossContext:
     randomness: Randomness
     text: FrozenTextEncoders  # features of encoders that do not train and are not cached
     device: torch.device
+    mixed_dtype: torch.dtype = torch.float32  # of --mixed_precision
 
 
 class SampleLosses(NamedTuple):

@@ -118,7 +118,7 @@ def find_saved_state(config: Config) -> StateOutline | None:
 
     if config.save.resume is None or config.hub.resume_from_huggingface:
         return None
-    return read_newest_outline(config.save.resume)
+    return read_newest_outline(config.save.resume, config.save.output_name)
 
 
 def check_run_options(
@@ -167,9 +167,8 @@ def check_disk(config: Config, data: DataPlan, total_steps: int, model: ModelPla
     one = model.method.output_bytes(model.blueprint, SAVE_DTYPES[save.save_precision])
     moments = 2 if config.optim.optimizer == "AdamW" else 0  # other optimizers may keep less than the weights
     state = sum(part.parameters for part in model.parts) * 4 * (1 + moments + averages)
-    what = f"{outputs} saves of {one / 1e9:.2f} GB"
-    what += f" and {states} states of {state / 1e9:.2f} GB" if states else ""
-    files.check_disk_space(save.output_dir, outputs * one + states * state, mine=save.output_name, what=what)
+    needs = [files.DiskNeed("saves", outputs, one), files.DiskNeed("states", states, state)]
+    files.check_disk_space(save.output_dir, needs, mine=save.output_name)
 
 
 def count_steps(config: Config, data: DataPlan) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 import torch
@@ -12,17 +11,16 @@ from sfumato.config import Config
 from sfumato.data.loader import Step
 from sfumato.loss import SampleLosses, training_loss
 from sfumato.optim.lr_schedule import current_learning_rates
-from sfumato.training.all_reduce import sum_over_processes
+from sfumato.training.all_reduce import Flags, read_flags, sum_over_processes
 from sfumato.training.diagnose import diagnose_nonfinite
-from sfumato.training.interrupt import Interrupt, interruptible
+from sfumato.training.interrupt import interruptible
 from sfumato.training.latents import load_latents
 from sfumato.training.previews import save_previews
+from sfumato.training.rescue import StateRescue
 from sfumato.training.run import Run
-from sfumato.training.saving import run_due_saves, save_final, save_state_folder
+from sfumato.training.saving import check_saves, run_due_saves, save_final, save_stopped, state_folder
 from sfumato.training.setup_run import build_run
 from sfumato.training.validation import run_due_validation
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
@@ -30,15 +28,15 @@ def train(config: Config) -> None:
     run = build_run(config)
     if run is None:
         return
-    with interruptible() as interrupt, run.hub, run.metrics:
-        if config.save.resume is None:
-            if config.samples.sample_at_first:
-                save_previews(run, run.start.step, f"{run.start.step:06d}")
-            run_due_validation(run, 0)
-        loop(run, interrupt)
+    with interruptible(run.interrupt), run.output_lock, run.hub, run.metrics, StateRescue(run):
+        if config.samples.sample_at_first and not run.state.resumed:
+            save_previews(run, run.step, f"{run.step:06d}")
+        run_due_validation(run, run.step if run.state.resumed else 0)
+        loop(run)
+    check_saves(run)
 
 
-def loop(run: Run, interrupt: Interrupt) -> None:
+def loop(run: Run) -> None:
     """Step after step; once in a while: log, validate, make previews, save."""
     total = run.plan.total_steps
     for step in run.loader.steps(run.start.step):
@@ -46,19 +44,18 @@ def loop(run: Run, interrupt: Interrupt) -> None:
         number = step.index + 1
         curves = {"grad_norm": result.grad_norm, **run.method.after_step()}
         run.ema.update()
+        run.complete_step(number)
         run.metrics.log_step(number, result.loss, current_learning_rates(run.optimizer), curves, result.samples)
         if number == run.start.step + 1:
             run.warn(run.method.report())
         if run.nonfinite_guard.exhausted:
-            raise run.nonfinite_guard.error(save_state_folder(run, number))
+            raise run.nonfinite_guard.error(state_folder(run, number))
         run_due_validation(run, number)
         if number == total:
             break
         run_due_saves(run, number)
-        if interrupt.requested:
-            folder = save_state_folder(run, number)
-            run.hub.upload_state(folder, last=True)
-            log.info("stopped after step %d of %d; go on with: --resume %s", number, total, folder)
+        if run.must_stop:
+            save_stopped(run, number)
             return
     save_final(run)
 
@@ -84,7 +81,8 @@ def train_step(run: Run, step: Step) -> StepResult:
         run.scaler.scale(loss).backward()
         total_loss += loss.detach()
     if run.processes.num_processes > 1:
-        sum_over_processes(run.all_parameters, total_loss)
+        flags = sum_over_processes(run.all_parameters, total_loss, Flags(stop=run.interrupt.requested))
+        run.interrupt.shared = read_flags(flags).stop
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
     run.optimization.lr_schedule.set(run.optimizer, step.index - run.start.schedule)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import re
+import struct
+import zlib
 
 import pytest
+import torch
 
 from sfumato.cli.main import main
 from sfumato.errors import UserError
 from sfumato.track.charts.chart import format_number
-from sfumato.track.report import Report, rebuild_report
-from sfumato.track.report_facts import EMPTY_DESCRIPTION, WarningCollector, stop_collecting
+from sfumato.track.metrics_logger import MetricsLogger
+from sfumato.track.progress import Progress
+from sfumato.track.report import Report, read_earlier, rebuild_report
+from sfumato.track.report_facts import EMPTY_DESCRIPTION, WarningCollector, read_description, stop_collecting
 from sfumato.track.report_page import render_page
 from sfumato.track.report_samples import MAX_CHARACTERS
 from track.report_pages import (
@@ -154,18 +159,59 @@ def test_it_is_written_rarely(tmp_path, monkeypatch):
     assert writings[-1] == now[0] - 2.0
 
 
-def test_a_full_disk_loses_the_report_only(tmp_path, messages, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ZeroDivisionError()])
+def test_after_any_error_the_next_update_is_tried(tmp_path, warnings, monkeypatch, error):
+    """The page must not say "running" for ever."""
 
+    def fail(*_: object) -> None:
+        raise error
+
+    progress = Progress(2, 0, plain=True, visible=False)
+    with MetricsLogger([], progress, window=1, report=open_report(tmp_path)) as metrics:
+        with monkeypatch.context() as broken:
+            broken.setattr("sfumato.track.report.write_page", fail)
+            for step in (1, 2):
+                metrics.log_step(step, torch.tensor(1.0), {})
+                metrics.publish()
+        assert not (tmp_path / "cat.report.html").exists()
+    assert "finished" in read_page(tmp_path).text
+    (line,) = warnings()
+    assert "writing the report" in line
+
+
+def test_a_huge_image_among_the_samples_is_skipped(tmp_path):
+    """Its header says 60000 x 60000 pixels, which Pillow refuses to open."""
     report = open_report(tmp_path)
-    monkeypatch.setattr("sfumato.track.report.write_page", full)
-    for step in (1, 2):
-        report.advance(step, 1.0)
-        report.publish()
-    report.close(None, total=2)
-    (record,) = messages
-    assert "[Errno 28] No space left on device" in record.getMessage()
+    (tmp_path / "sample").mkdir()
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    content = bomb + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
+    (tmp_path / "sample" / "cat_000001_00_99990101000000.png").write_bytes(content)
+    report.advance(1, 1.0)
+    report.close(None, total=1)
+    assert "finished" in read_page(tmp_path).text
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sessions": [{}]}, {"sessions": [{"start": 0}]}, {"sessions": [7]}, {"warnings": ["x"]},
+        {"sessions": [{"started": "", "updated": 1, "start": 0, "step": 1, "seconds_per_step": 1, "state": "running"}]},
+    ],
+)  # fmt: skip
+def test_a_damaged_description_is_no_earlier_one(tmp_path, change):
+    report = open_report(tmp_path)
+    report.advance(1, 1.0)
+    report.close(None, total=4)
+    path = tmp_path / "cat.report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        read_description(path)
+    assert caught.value.code == "run-description-invalid"
+    assert read_earlier(tmp_path, "cat") == {}
 
 
 def test_warnings_are_kept_without_paths(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_resumed_run_removes_the_steps_that_it_repeats(tmp_path, start):
     assert read_rows(path) == [*expected, {"step": start + 1, "loss/current": 100}]
 
 
-def test_a_full_disk_loses_lines_only(tmp_path, warnings):
+def test_lines_wait_while_the_disk_is_full(tmp_path):
     path = tmp_path / "run.jsonl"
     tracker = JsonLines(path, 0)
     tracker.log(1, {"a": 1})
@@ -61,15 +62,25 @@ def test_a_full_disk_loses_lines_only(tmp_path, warnings):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
         for step in range(2, 6):
-            tracker.log(step, {"a": step})
+            with pytest.raises(OSError, match="too large"):
+                tracker.log(step, {"a": step})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tracker.log(6, {"a": 6})
     tracker.close()
-    assert len(warnings()) == 1
-    again = JsonLines(path, 6)  # the torn line is dropped
-    again.close()
-    assert read_rows(path) == [{"step": 1, "a": 1}, {"step": 6, "a": 6}]
+    assert read_rows(path) == [{"step": step, "a": step} for step in range(1, 7)]
+
+
+def test_a_deleted_folder_is_made_again_with_all_lines(tmp_path):
+    path = tmp_path / "out" / "run.jsonl"
+    tracker = JsonLines(path, 0)
+    for step in (1, 2):
+        tracker.log(step, {"a": step})
+    shutil.rmtree(path.parent)
+    for step in (3, 4):
+        tracker.log(step, {"a": step})
+    tracker.close()
+    assert read_rows(path) == [{"step": step, "a": step} for step in range(1, 5)]
 
 
 def events(folder):

@@ -81,7 +81,9 @@ def test_whatever_fails_is_a_warning(
     images = make_images(tmp_path / "images")
     output = train_toy(toy_shelf.paths("sd"), images, tmp_path / "out", **options, console_log_file=log)
     assert list(prompts_of(output)) == ["000001", "000003"]
-    assert f"no previews after step 2: {error}" in log.read_text()
+    assert "making previews after step 2 failed" in log.read_text()
+    assert f"{error}" in log.read_text()
+    assert "Traceback" in log.read_text()
 
 
 @pytest.mark.parametrize(("option", "period"), [("sample_every_n_steps", 0), ("sample_every_n_epochs", -3)])

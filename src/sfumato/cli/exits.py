@@ -8,9 +8,10 @@ import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
 
+from sfumato.common.stop_signals import INTERRUPTED, INTERRUPTED_LINE, handle_stop_signals, raise_interrupt
 from sfumato.errors import InternalError, SeveralErrors, UserError
 
-INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
+INTERNAL_ERROR, USER_ERROR = 1, 2  # exit codes
 
 
 def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
@@ -20,18 +21,19 @@ def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
     """
     print_every_letter()
     try:
-        return run() or 0
+        with handle_stop_signals(raise_interrupt):
+            return run() or 0
     except UserError as error:
         if debug:
-            traceback.print_exc()
+            report(traceback.format_exc())
         report_error(error)
         return USER_ERROR
     except InternalError as error:
-        traceback.print_exc()
+        report(traceback.format_exc())
         report_error(error)
         return INTERNAL_ERROR
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print(INTERRUPTED_LINE, file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # nobody reads our output any more, e.g. `sfumato train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -49,8 +51,15 @@ def report_error(error: UserError | InternalError) -> None:
     """One line for each fault, and a last line that sums them up."""
     if isinstance(error, SeveralErrors):
         for fault in error.errors:
-            print(f"- {join_lines(fault)}", file=sys.stderr)
-    print(f"error: {join_lines(error)}", file=sys.stderr)
+            report(f"- {join_lines(fault)}")
+    report(f"error: {join_lines(error)}")
+
+
+def report(text: str) -> None:
+    """Text on stderr, without the secrets of this computer and of the command line, however they came into it."""
+    from sfumato.config.secrets import collect_machine_secrets, find_secret_words, redact
+
+    print(redact(text, collect_machine_secrets() | find_secret_words(sys.argv)), file=sys.stderr)
 
 
 def join_lines(error: Exception) -> str:

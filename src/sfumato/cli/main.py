@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 from sfumato import __version__
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import HELP_FLAGS
+from sfumato.common.stop_signals import exit_process
 from sfumato.errors import UserError
 
 
@@ -52,7 +53,7 @@ OVERVIEW_FOOT = "\nsfumato COMMAND --help explains one; sfumato --version shows 
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
+from typing import NamedTuple
 
+from sfumato.common.locks import is_abandoned, lock_file
+from sfumato.common.text import format_bytes
 from sfumato.errors import UserError
 
 BINARY = os.O_BINARY if os.name == "nt" else 0  # for os.open
@@ -109,17 +113,50 @@ def refuse_special_mode(mode: int, where: str) -> None:
 def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it to disk and rename it, on any failure remove it.
 
-    The block writes and verifies the temporary file; nothing ever sees a half-written `path`.
+    The block writes and verifies the temporary file; nothing ever sees a half-written `path`. What a kill has left of
+    an earlier write goes first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, re.escape(path.name))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        with mark_in_use(temporary):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def mark_in_use(temporary: Path) -> Iterator[None]:
+    """Create the file and lock it, so that others see that its process lives; not on Windows, where it could then not
+    be renamed.
+    """
+    if os.name == "nt":
+        yield
+        return
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock_file(descriptor, exclusive=True, wait=False)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, targets: str) -> None:
+    """Remove the temporary files that killed processes left. targets: pattern of the names they were to have."""
+    pattern = re.compile(rf"\.{targets}\.[0-9a-f]{{8}}\.tmp")
+    try:
+        with os.scandir(folder) as entries:
+            found = [folder / entry.name for entry in entries if pattern.fullmatch(entry.name)]
+    except OSError:
+        return
+    for path in found:
+        if path.is_file() and is_abandoned(path):
+            with suppress(OSError):  # somebody else removed it, or it is not ours
+                path.unlink()
 
 
 @contextmanager
@@ -179,18 +216,31 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_disk_space(folder: Path, needed: int, *, mine: str, what: str) -> None:
-    """Raise UserError where the disk lacks `needed` bytes; files in the folder that start with `mine` are replaced."""
+class DiskNeed(NamedTuple):
+    """Files of one kind."""
+
+    what: str  # in the plural
+    number: int
+    size: int  # bytes of each
+
+
+def check_disk_space(folder: Path, needs: Sequence[DiskNeed], *, mine: str) -> None:
+    """Raise UserError where the disk lacks room; files in the folder that start with `mine` are replaced, and so is
+    what a kill has left of them.
+    """
+    needed = sum(need.number * need.size for need in needs)
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     replaced = 0
-    for path in folder.glob(f"{glob.escape(mine)}*"):
+    own = [*folder.glob(f"{glob.escape(mine)}*"), *folder.glob(f".{glob.escape(mine)}*.tmp")]
+    for path in [*own, *folder.glob(f".{glob.escape(mine)}*.old")]:
         replaced += sum(file.stat().st_size for file in (path, *path.rglob("*")))
     free = shutil.disk_usage(place).free
     if needed > free + replaced:
+        what = " and ".join(f"{need.number} {need.what} of {format_bytes(need.size)}" for need in needs if need.number)
         raise UserError(
-            f"{what} need {needed / 1e9:.1f} GB on the disk of {folder}, which has {free / 1e9:.1f} GB free",
+            f"{what} need {format_bytes(needed)} on the disk of {folder}, which has {format_bytes(free)} free",
             code="disk-too-small",
             fix="save less often, keep fewer (--save_last_n_steps, --save_last_n_epochs), or --save_precision fp16",
         )

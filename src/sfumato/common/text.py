@@ -15,6 +15,15 @@ PATH_PATTERN = re.compile(rf"(?:^|(?<=[\s=,;:'\"\[({{])){PATH_ROOT}[^\s,;'\"\])}
 WHOLE_PATH_PATTERN = re.compile(rf"{PATH_ROOT}[^,;'\"]*")  # may hold spaces
 
 
+def format_bytes(count: float) -> str:
+    """Three digits and a unit: "512 bytes", "34.1 kB", "6.94 GB"."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    number = 0
+    while number < len(units) - 1 and float(f"{count:.3g}") >= 1000:
+        count, number = count / 1000, number + 1
+    return f"{count:.0f} bytes" if number == 0 else f"{count:.3g} {units[number]}"
+
+
 def list_some(names: Sequence[str], limit: int = 5) -> str:
     """The first names, and how many more there are: "a, b and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import HELP_FLAGS
 from sfumato.cli.train import run_training
+from sfumato.common.stop_signals import exit_process
 from sfumato.compat.cache_tools import CACHE_TOOLS, find_cache_tool, run_cache_tool
 from sfumato.compat.scripts import SCRIPTS, find_script, list_absent_options
 from sfumato.errors import UserError
@@ -19,7 +20,7 @@ def launch(module: str, name: str) -> None:
     `module` is the launcher's __name__: worker processes import the launcher again and must not start a second run.
     """
     if module == "__main__":
-        sys.exit(main([name, *sys.argv[1:]]))
+        exit_process(main([name, *sys.argv[1:]]))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -60,18 +60,19 @@ def load_json(text: str, path: Path) -> dict[str, Any]:
     try:
         table = decode_json(text, make_object=make_object)
     except ValueError as error:
-        where = (
-            f"{error.msg} (at line {error.lineno}, column {error.colno})"
-            if isinstance(error, JSONDecodeError)
-            else error
-        )
-        raise UserError(
-            f"{path}: {where}", code="config-file-invalid-json", fix=suggest_json_fix(error, text)
-        ) from error
+        what = f"{path}: {describe_json_error(error)}"
+        raise UserError(what, code="config-file-invalid-json", fix=suggest_json_fix(error, text)) from error
     if not isinstance(table, dict):
         what = f"{path} is a JSON file, but no object of options"
         raise UserError(what, code="config-file-no-object", fix='write {"option": value, ...}')
     return table
+
+
+def describe_json_error(error: ValueError) -> str:
+    """What is wrong, and where if that is known."""
+    if isinstance(error, JSONDecodeError):
+        return f"{error.msg} (at line {error.lineno}, column {error.colno})"
+    return str(error)
 
 
 def find_line(text: str, key: str, section: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from json import JSONDecodeError
 
 BACKSLASH_FIX = r"in double quotes write \\ for one backslash; or use forward slashes, or in TOML 'single quotes'"
 JSON_BACKSLASH_FIX = r"write \\ for one backslash, or use forward slashes"
@@ -26,7 +27,7 @@ def suggest_json_fix(error: ValueError, text: str = "") -> str:
     """The usual fix for a JSON error; empty if there is none."""
     if "escape" in str(error):
         return JSON_BACKSLASH_FIX
-    if not isinstance(error, json.JSONDecodeError):
+    if not isinstance(error, JSONDecodeError):
         return ""
     before, rest = text[: error.pos].rstrip(), text[error.pos :].lstrip()
     after_comma = rest if before.endswith(",") else rest[1:].lstrip() if rest.startswith(",") else ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_ma
 from sfumato.data.variants import choose_variant
 from sfumato.errors import UserError
 
+log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -35,6 +38,7 @@ class Loader:
     is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
     text_dropout: text encoder -> its dropout probability.
     workers: prefetching threads; 0 prepares each batch when it is asked for.
+    skip_bad_images: an image that cannot be read any more counts nothing, instead of ending the run.
     """
 
     def __init__(
@@ -49,8 +53,11 @@ class Loader:
         variants: int = 0,
         text_dropout: Mapping[str, float] | None = None,
         workers: int = 2,
+        skip_bad_images: bool = False,
     ) -> None:
         self.sampler = sampler
+        self.skip_bad_images = skip_bad_images
+        self.reported: set[str] = set()  # messages about bad images
         self.plan = sampler.plan
         self.latent_keys = latent_keys
         self.mask_keys = mask_keys
@@ -88,7 +95,7 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _make_batch(self, step: PlannedStep, batch: PlannedBatch) -> Batch:
-        samples = [self._prepare_sample(step, batch, sample) for sample in batch.samples]
+        samples = [self._prepare_or_blank(step, batch, sample) for sample in batch.samples]
         strength = batch.dataset.settings.network_multiplier
         multiplier = torch.full((len(samples),), strength) if self.plan.has_multipliers else None
         captions = [sample.caption for sample in samples]
@@ -109,7 +116,12 @@ class Loader:
                 target=torch.tensor([batch.bucket[::-1]] * len(samples)),
             ),
             extras=Extras(multiplier=multiplier, control=to_tensor(controls) if controls else None),
-            weight=torch.tensor([self._choose_weight(sample) for sample in batch.samples]),
+            weight=torch.tensor(
+                [
+                    0.0 if prepared.blank else self._choose_weight(sample)
+                    for prepared, sample in zip(samples, batch.samples, strict=True)
+                ]
+            ),
             entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
             mask=stack_masks([sample.image.mask for sample in samples]),
             preserve=torch.tensor(preserved) if any(preserved) else None,
@@ -125,6 +137,31 @@ class Loader:
         if not sample.real:
             return 0.0
         return self.plan.prior_loss_weight if sample.subset.settings.is_reg else 1.0
+
+    def _prepare_or_blank(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
+        """The sample; where its files cannot be read and bad images are skipped, a black one of weight 0.
+
+        The loss is still divided by the planned number of samples, which all processes know without asking.
+        """
+        try:
+            return self._prepare_sample(step, batch, sample)
+        except UserError as error:
+            if not self.skip_bad_images or self.latents is not None:
+                raise
+            if str(error) not in self.reported:
+                self.reported.add(str(error))
+                log.warning("skipped from now on: %s", error.what)
+        width, height = batch.bucket
+        black = np.zeros((height, width, 3), np.uint8)
+        needs_control = sample.item.conditioning is not None and not sample.subset.settings.images.masked_loss
+        return PreparedSample(
+            caption=self._make_caption(step, sample),
+            image=LoadedImage(pixels=black, entry_seed=0),
+            control=black if needs_control else None,
+            original=(height, width),
+            crop=(0, 0),
+            blank=True,
+        )
 
     def _prepare_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
         """Load one sample; everything random is a function of the seed and the sample's id."""
@@ -258,3 +295,4 @@ class PreparedSample:
     control: Pixels | None
     original: Size  # height, width
     crop: Size  # top, left
+    blank: bool = False  # in place of one that cannot be read

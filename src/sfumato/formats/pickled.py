@@ -43,11 +43,11 @@ def convert_to_pickle(path: Path, metadata: Mapping[str, str]) -> Iterator[Path]
     The file is mapped, not read: there is no second copy of the model in memory. The metadata lies beside the tensors,
     where sd-scripts looks for the epoch and the step.
     """
-    safetensors_path = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    safetensors_path = path.with_name(f".{path.name}.safetensors.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield safetensors_path
         counts = {"epoch": int(metadata.get("ss_epoch", 0)), "global_step": int(metadata.get("ss_steps", 0))}
-        with catch_disk_full(path), files.write_atomically(path) as temporary:
+        with catch_disk_full(path), files.mark_in_use(safetensors_path), files.write_atomically(path) as temporary:
             torch.save({"state_dict": load_file(safetensors_path), **counts, **metadata}, temporary)
     finally:
         safetensors_path.unlink(missing_ok=True)

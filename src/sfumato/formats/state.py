@@ -10,8 +10,10 @@ import hashlib
 import json
 import logging
 import math
+import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,24 +73,35 @@ class StateOutline(NamedTuple):
     info: dict[str, Any]
 
 
-def read_newest_outline(path: Path) -> StateOutline:
+def read_newest_outline(path: Path, name: str = "") -> StateOutline:
     """The outline of `find_newest_state`."""
-    folder = find_newest_state(path)
+    folder = find_newest_state(path, name)
     content = _read_tree(folder)
     return StateOutline(folder, _unflatten(content["tree"], lambda name: None), content["info"])
 
 
-def find_newest_state(path: Path) -> Path:
+class StatePosition(NamedTuple):
+    """Where a state stands among others: later ones are greater."""
+
+    has_name: bool  # whether it is of a run of the wanted name
+    run_time: float  # when the last state of the same run was saved, Unix time
+    step: int
+    saved_at: float  # Unix time; the clock may have been set back since the state before
+
+
+def find_newest_state(path: Path, name: str = "") -> Path:
     """The state that `path` is, or the newest complete one inside it; each one that is skipped is reported.
 
-    Where `path` is a state that was being replaced when its run was killed, the complete copy beside it counts.
-    Raises UserError where there is none.
+    The newest of a run is the one with the most steps. Of several runs, the one of this name counts first, then the one
+    that saved last. Where `path` is a state that was being replaced when its run was killed, the complete copy beside
+    it counts. Raises UserError where there is none.
     """
     if not path.exists() and not any(files.list_folder_copies(path)):
         raise UserError(f"{path} does not exist, so there is no state to resume from", code="state-missing")
     is_state = not path.is_dir() or (path / TREE_FILE).is_file() or _is_foreign(path)
     candidates = [*([path] if is_state else _list_states(path)), *files.list_folder_copies(path)]
-    for state in sorted(candidates, key=_read_save_time, reverse=True):
+    positions = _read_positions(candidates, name)
+    for state in sorted(candidates, key=positions.__getitem__, reverse=True):
         fault = find_fault(state)
         if fault is None:
             return state
@@ -134,12 +147,49 @@ def _read_tree(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _read_save_time(folder: Path) -> float:
-    """Unix time; 0 where it is unknown."""
+def is_newest_of_run(folder: Path) -> bool:
+    """Whether no state beside this one is of the same run and has more steps."""
+    own = _read_facts(folder)
+    beside = [_read_facts(other) for other in _list_states(folder.parent)]
+    return all(other["run"] != own["run"] or other["step"] <= own["step"] for other in beside)
+
+
+def remove_useless_copies(folder: Path, name: str) -> None:
+    """Remove what a kill has left of a run's states, where it is incomplete or a complete state is in its place."""
+    own = re.compile(rf"\.({re.escape(name)}(?:-step\d+|-\d+)?-state)\.\w+\.(?:tmp|old)")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (match := own.fullmatch(path.name)) and (find_fault(path) or not find_fault(folder / match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_positions(states: Sequence[Path], name: str) -> dict[Path, StatePosition]:
+    facts = {state: _read_facts(state) for state in states}
+    run_times: dict[str, float] = {}
+    for each in facts.values():
+        run_times[each["run"]] = max(each["saved_at"], run_times.get(each["run"], 0.0))
+    return {
+        state: StatePosition(each["name"] == name, run_times[each["run"]], each["step"], each["saved_at"])
+        for state, each in facts.items()
+    }
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """run, name, step and saved_at of a state; empty or 0 where they are unknown."""
+    facts: dict[str, Any] = {"run": "", "name": "", "step": 0, "saved_at": 0.0}
     try:
-        return _read_tree(folder)["saved_at"]
+        content = _read_tree(folder)
     except (OSError, ValueError):
-        return 0.0
+        return facts
+    info = {key: content["info"][key] for key in ("run", "name") if key in content["info"]}
+    return {**facts, **info, "step": _find_step(content["tree"]), "saved_at": content["saved_at"]}
+
+
+def _find_step(tree: Any) -> int:
+    """Among the counters of a run, or at the top of a tree without them; 0 where it is not there."""
+    items = {str(key): value for key, value in tree[1]} if isinstance(tree, list) and tree[0] == "dict" else {}
+    if "counters" in items:
+        return _find_step(items["counters"])
+    return items["step"] if isinstance(items.get("step"), int) else 0
 
 
 def _list_states(folder: Path) -> Iterator[Path]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from sfumato.common.text import format_bytes
 from sfumato.config import Config
 from sfumato.data.cache.entries import ContentHashes
 from sfumato.data.cache.maintenance import (
@@ -26,8 +27,6 @@ from sfumato.data.find.index import cache_folder
 from sfumato.data.images import hash_content
 from sfumato.errors import Problems, UserError
 from sfumato.track.progress_task import ProgressTask
-
-UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def show_stats(config: Config) -> None:
@@ -171,11 +170,3 @@ def format_totals(totals: Mapping[str, RecordTotals]) -> list[str]:
     for kind, total in totals.items():
         lines.append(f"{kind:<16}{total.records:>9} entries {format_bytes(total.bytes):>11}")
     return lines or ["no entries"]
-
-
-def format_bytes(count: float) -> str:
-    """1.5 MB"""
-    power = 0
-    while count >= 1000 and power < len(UNITS) - 1:
-        count, power = count / 1000, power + 1
-    return f"{count:.0f} {UNITS[power]}" if power == 0 else f"{count:.1f} {UNITS[power]}"

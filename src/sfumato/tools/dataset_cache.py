@@ -13,10 +13,10 @@ from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import Builder, Network
 from sfumato.families.source import on_meta
+from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.tools.cache_plan import cache_plan_lines, make_cache_plan
 from sfumato.track.console import configure_logging
 from sfumato.training.caching import Caches, fill_caches
-from sfumato.training.run import MIXED_PRECISION
 from sfumato.training.setup_run import start_processes
 
 log = logging.getLogger(__name__)

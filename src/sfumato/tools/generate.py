@@ -21,12 +21,12 @@ from sfumato.families.base import Family
 from sfumato.families.detection import describe_model
 from sfumato.families.encoding import FrozenTextEncoders
 from sfumato.families.model_options import check_sampler
+from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.track.console import configure_logging
 from sfumato.training.image_metadata import OTHER_OPTIONS, generate_command, image_metadata, save_image
-from sfumato.training.run import MIXED_PRECISION
 
 log = logging.getLogger(__name__)
 # The options that generating uses: all of these groups, and single ones of others.

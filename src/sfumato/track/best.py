@@ -16,6 +16,7 @@ class Best:
     loss: float | None = None
     step: int = 0
     before: float | None = None  # the loss before the first step
+    validated: int = -1  # the step after which the last validation was
 
     def reset(self, conditions: str) -> None:
         """Start over with losses of other images or timesteps."""

@@ -31,14 +31,17 @@ class LogFile(logging.FileHandler):
 
 
 class SecretFilter(logging.Filter):
-    """Removes secrets from messages."""
+    """Removes secrets from messages, and tracebacks where they are not wanted."""
 
-    def __init__(self, secrets: Collection[str]) -> None:
+    def __init__(self, secrets: Collection[str], *, tracebacks: bool) -> None:
         super().__init__()
-        self.secrets = secrets
+        self.secrets, self.tracebacks = secrets, tracebacks
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact(record.getMessage(), self.secrets), None
+        if record.exc_info:
+            text = logging.Formatter().formatException(record.exc_info)
+            record.exc_text, record.exc_info = redact(text, self.secrets) if self.tracebacks else None, None
         return True
 
 
@@ -50,7 +53,8 @@ def configure_logging(options: LogOptions, *, main_process: bool = True, secrets
     handler = (
         _make_file_handler(options.console_log_file) if options.console_log_file else _make_terminal_handler(options)
     )
-    handler.addFilter(SecretFilter(secrets))
+    tracebacks = options.console_log_file is not None or options.debug
+    handler.addFilter(SecretFilter(secrets, tracebacks=tracebacks))
     logger = logging.getLogger("sfumato")
     for old in logger.handlers:
         old.close()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -14,12 +12,13 @@ from typing import Any, Self
 from torch import Tensor
 
 from sfumato.common.text import EMPTY
+from sfumato.track.guard import Guard
 from sfumato.track.progress import Progress
 from sfumato.track.report import Report
 from sfumato.track.report_curves import SAMPLE_LOSSES, TIMESTEPS
 from sfumato.track.trackers import Tracker, Value
 
-log = logging.getLogger(__name__)
+REPORT = "writing the report"
 Samples = Sequence[tuple[Tensor, Tensor]]  # t and loss of each sample, (B,) for every micro-batch
 
 
@@ -38,9 +37,14 @@ class MetricsLogger:
     """Logs each step's loss one step late, so that reading it never waits for the device."""
 
     def __init__(
-        self, trackers: Sequence[Tracker], progress: Progress, *, window: int, report: Report | None = None
+        self,
+        trackers: Sequence[Tracker],
+        progress: Progress,
+        *,
+        window: int,
+        report: Report | None = None,
     ) -> None:
-        self.trackers, self.progress, self.report = list(trackers), progress, report
+        self.trackers, self.progress, self.report, self.guard = tuple(trackers), progress, report, Guard()
         self.window = window  # steps of an epoch, over which loss/average runs
         self.losses: deque[float] = deque(maxlen=window)
         self.pending: StepMetrics | None = None
@@ -52,13 +56,16 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.flush()
-        self.progress.__exit__(kind, error, trace)
+        with self.guard.survive("writing the last metrics", then=""):
+            self.flush()
+        with self.guard.survive("showing the progress", then=""):
+            self.progress.__exit__(kind, error, trace)
         for tracker in self.trackers:
-            with suppress(OSError):  # already logged when it was written
+            with self.guard.survive(describe_tracker(tracker), then=""):
                 tracker.close()
         if self.report:
-            self.report.close(error, total=self.progress.total)
+            with self.guard.survive(REPORT, then=""):
+                self.report.close(error, total=self.progress.total)
 
     def log_step(
         self,
@@ -84,7 +91,8 @@ class MetricsLogger:
         """Call after something was saved or sampled: updates the report."""
         self.flush()
         if self.report:
-            self.report.publish()
+            with self.guard.survive(REPORT):
+                self.report.publish()
 
     def flush(self) -> None:
         """Write the pending step; before anything is saved, so that a state has every loss."""
@@ -102,24 +110,28 @@ class MetricsLogger:
         values |= {name: float(value) for name, value in metrics.curves.items()}
         values |= list_samples(metrics.samples)
         self._write(metrics.step, values)
-        self.progress.advance(metrics.step, average, max(metrics.learning_rates.values(), default=0.0))
+        with self.guard.survive("showing the progress"):
+            self.progress.advance(metrics.step, average, max(metrics.learning_rates.values(), default=0.0))
         if self.report:
-            self.report.advance(metrics.step, self.progress.seconds_per_step)
+            with self.guard.survive(REPORT):
+                self.report.advance(metrics.step, self.progress.seconds_per_step)
 
     def _write(self, step: int, values: Mapping[str, Value]) -> None:
-        """To every tracker; one that fails is removed, and training goes on."""
-        for tracker in list(self.trackers):
-            try:
+        """To every tracker; one that fails is tried again at the next step."""
+        for tracker in self.trackers:
+            with self.guard.survive(describe_tracker(tracker)):
                 tracker.log(step, values)
-            except OSError as error:
-                log.warning("cannot write to %s: %s; training goes on", type(tracker).__name__, error)
-                self.trackers.remove(tracker)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses.extend(state.get("losses", []))
+
+
+def describe_tracker(tracker: Tracker) -> str:
+    """What is done with it, for a warning."""
+    return f"writing to {type(tracker).__name__}"
 
 
 def list_samples(samples: Samples) -> dict[str, list[float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from sfumato.common import files
 from sfumato.common.text import strip_paths
+from sfumato.config.secrets import collect_machine_secrets, redact
 from sfumato.errors import UserError
 from sfumato.track.report_curves import METRICS_SUFFIX, Curves
 from sfumato.track.report_facts import (
@@ -23,7 +23,6 @@ from sfumato.track.report_facts import (
 from sfumato.track.report_page import render_page
 from sfumato.track.report_samples import Thumbnails
 
-log = logging.getLogger(__name__)
 UPDATE_SECONDS = 30.0  # between two updates, unless something was saved or sampled
 MAX_SHARE, MAX_SHARE_AT_SAVES = 0.01, 0.05  # of the run's time that writing may take
 
@@ -53,7 +52,6 @@ class Report:
         self.description["sessions"] = [*earlier, self.session]
         self.curves, self.thumbnails = Curves(folder / f"{self.name}{METRICS_SUFFIX}"), Thumbnails()
         self.written, self.cost = -1e9, 0.0
-        self.broken = False
         warnings.step = start
 
     def advance(self, step: int, seconds_per_step: float) -> None:
@@ -77,24 +75,26 @@ class Report:
             self.session["state"] = "stopped"
         else:
             self.session["state"] = "failed"
-            self.session["error"] = strip_paths(f"{error}" if isinstance(error, UserError) else repr(error))
+            self.session["error"] = describe_failure(error)
         self.write()
 
     def write(self) -> None:
-        """Write both files; after a failure, which is logged once, do nothing."""
-        if self.broken:
-            return
+        """Write both files. After a failure, whatever it is, the next time is when the next update is due."""
         start = self.clock()
         self.session["updated"] = time.time()
         self.description["warnings"] = [*self.earlier_warnings, *self.warnings.entries()]
         try:
             write_description(self.folder / f"{self.name}{DESCRIPTION_SUFFIX}", self.description)
             write_page(self.folder, self.description, self.curves, self.thumbnails)
-        except OSError as error:
-            self.broken = True
-            log.warning("cannot write the report: %s; it is not updated any more", error)
-        self.written = self.clock()
-        self.cost = self.written - start
+        finally:
+            self.written = self.clock()
+            self.cost = self.written - start
+
+
+def describe_failure(error: BaseException) -> str:
+    """Without paths and secrets."""
+    text = str(error) if isinstance(error, UserError) else repr(error)
+    return strip_paths(redact(text, collect_machine_secrets()))
 
 
 def read_earlier(folder: Path, name: str) -> dict[str, Any]:

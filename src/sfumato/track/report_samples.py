@@ -92,7 +92,7 @@ class Thumbnails:
         if path not in self.cache:
             try:
                 self.cache[path] = make_thumbnail(path)
-            except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+            except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
                 self.cache[path] = None
         return self.cache[path]
 

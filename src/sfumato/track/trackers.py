@@ -43,35 +43,42 @@ class Tracker(Protocol):
 class JsonLines:
     """One line per step, written immediately; a resumed run removes the lines of steps that it repeats.
 
-    nan and inf become null. A full disk loses lines, but does not stop the run.
+    nan and inf become null. What a full disk does not take waits for the next step; a file that was deleted is written
+    again as a whole.
     """
 
     def __init__(self, path: Path, start: int) -> None:
-        self.path, self.torn, self.warned = path, False, False
+        self.path = path
+        self.unwritten = bytearray()
         lines = [line for line in _read_lines(path) if _parse_step(line) <= start] if start else []
         files.write_text(path, "".join(line + "\n" for line in lines))
-        self.file = path.open("ab", buffering=0)
+        self.file = path.open("a+b", buffering=0)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
+        """OSError where the line has to wait."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self._write(json.dumps({"step": step, **row}))
+        self.unwritten += json.dumps({"step": step, **row}).encode() + b"\n"
+        self._write()
 
     def close(self) -> None:
-        self.file.close()
-
-    def _write(self, line: str) -> None:
-        """The next line ends a torn one, so that only the torn one is lost."""
-        content = (("\n" if self.torn else "") + line + "\n").encode()
-        written, why = 0, "disk full"
         try:
-            written = self.file.write(content)
-        except OSError as error:
-            why = error.strerror or why
-        if written < len(content) and not self.warned:
-            log.warning("cannot write %s (%s); training goes on", self.path, why)
-            self.warned = True
-        if written:
-            self.torn = written < len(content)
+            self._write()
+        finally:
+            self.file.close()
+
+    def _write(self) -> None:
+        if self.unwritten and not self.path.exists():
+            self._restore()
+        while self.unwritten:
+            written = self.file.write(self.unwritten)  # a part of it where the disk is full, then OSError
+            del self.unwritten[:written]
+
+    def _restore(self) -> None:
+        """The deleted file's content can be read as long as it is open."""
+        self.file.seek(0)
+        files.write_bytes(self.path, self.file.read())
+        self.file.close()
+        self.file = self.path.open("a+b", buffering=0)
 
 
 class TensorBoard:
@@ -106,14 +113,14 @@ class TensorBoard:
 class Wandb:
     """A run at wandb, which gets the metrics and `facts` alone: no command line, code, host or console output.
 
-    Raises OSError for any failure of wandb, so that training goes on without it.
+    Raises OSError where it cannot start, so that training goes on without it.
     """
 
     def __init__(
         self, options: LogOptions, folder: Path, facts: Mapping[str, str], arguments: Mapping[str, Any] = EMPTY
     ) -> None:
         wandb = _import_tracker("wandb", "wandb", "wandb")
-        self.failures = (wandb.Error, RuntimeError, ValueError, TimeoutError)  # not TypeError: a wrong name in the file
+        failures = (wandb.Error, RuntimeError, ValueError, TimeoutError)  # not TypeError: a wrong name in the file
         settings = {**WANDB_PRIVACY, **arguments.get("settings", {})}
         if options.wandb_api_key:
             settings["api_key"] = options.wandb_api_key.get_secret_value()
@@ -125,20 +132,14 @@ class Wandb:
             self.run = wandb.init(**{**init, "settings": wandb.Settings(**settings)})
         except TypeError as error:
             raise UserError(f"--log_tracker_config: [wandb] {error}", code="wandb-arguments-refused") from error
-        except self.failures as error:
+        except failures as error:
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        try:
-            self.run.log({name: value for name, value in values.items() if isinstance(value, int | float)}, step=step)
-        except self.failures as error:
-            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        self.run.log({name: value for name, value in values.items() if isinstance(value, int | float)}, step=step)
 
     def close(self) -> None:
-        try:
-            self.run.finish()
-        except self.failures as error:
-            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        self.run.finish()
 
 
 def check_trackers(options: LogOptions) -> None:

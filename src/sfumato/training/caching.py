@@ -131,7 +131,8 @@ class CacheJob:
         return self.report_counts(kind, counts, store)
 
     def fill_options(self, kind: str, encoder: str, store: Store, progress: ProgressTask) -> FillOptions:
-        folder = store.folder if self.processes.is_main_process and isinstance(store, DiskStore) else None
+        writes = self.processes.is_main_process and store.writable
+        folder = store.folder if writes and isinstance(store, DiskStore) else None
         return FillOptions(
             rank=self.processes.process_index,
             processes=self.processes.num_processes,

@@ -11,14 +11,18 @@ from sfumato.common.text import list_some
 from sfumato.data.loader import Step
 from sfumato.loss import training_loss
 from sfumato.training.latents import load_latents
-from sfumato.training.nonfinite import list_nonfinite_gradients, record_nonfinite_outputs
+from sfumato.training.nonfinite import check_finite_weights, list_nonfinite_gradients, record_nonfinite_outputs
 from sfumato.training.run import Run
 
 MOST_NAMES = 4
 
 
 def diagnose_nonfinite(run: Run, step: Step) -> str:
-    """Run the step's forward pass again and look at every module's output. The step's gradients are lost."""
+    """Run the step's forward pass again and look at every module's output. The step's gradients are lost.
+
+    UserError where the weights themselves are not finite, which no further step can change.
+    """
+    check_finite_weights(run.optimizer, step.index)
     networks: dict[str, nn.Module] = {"method": run.method.modules}
     networks |= {name: part.module for name, part in run.model.parts.items()}
     gradients = list_nonfinite_gradients(networks)

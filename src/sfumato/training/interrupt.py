@@ -1,42 +1,35 @@
-"""Ctrl-C: the first asks for an orderly end, the second ends at once."""
+"""Ctrl-C: the first asks for an orderly end after the same step in every process, the second ends at once."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+
+from sfumato.common.stop_signals import handle_stop_signals, raise_interrupt
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Interrupt:
-    """Whether the user asked to stop."""
+    """Whether the user asked to stop, and whether all processes know."""
 
-    requested: bool = False
+    requested: bool = False  # by a signal to this process
+    shared: bool = False  # by a signal to any process, which all have learned with the same sum
+    failure_shared: bool = False  # whether the others know that this process has failed
+
+    def request(self) -> None:
+        """The first time a wish; the second time it ends the program."""
+        if self.requested:
+            raise_interrupt()
+        self.requested = True
+        log.warning("stopping after this step and saving the state; once more to stop at once")
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupt]:
+def interruptible(interrupt: Interrupt) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a request that the loop reads between steps."""
-    interrupt = Interrupt()
-
-    def request_stop(number: int, frame: FrameType | None) -> None:
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        interrupt.requested = True
-        log.warning("stopping after this step and saving the state; once more to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
-        yield interrupt
-        return
-    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handle_stop_signals(interrupt.request):
+        yield

@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from sfumato.config import Config
 from sfumato.data.batch_sampler import BatchSampler
+from sfumato.data.empty_masks import report_empty_masks
 from sfumato.data.loader import Loader
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
@@ -16,7 +17,7 @@ from sfumato.families.base import Family
 from sfumato.families.encoding import describe_cut_captions
 from sfumato.methods.base import Method
 from sfumato.plan import RunPlan
-from sfumato.training.caching import count_workers, fill_caches
+from sfumato.training.caching import cache_folder, count_workers, fill_caches
 
 log = logging.getLogger(__name__)
 COUNTED = 5000  # captions whose tokens are counted before training
@@ -36,6 +37,8 @@ def make_loader(plan: RunPlan, model: Family, processes: PartialState, *, first_
         first_step=first_step,
     )
     report_cut_captions(config, data, model, method)
+    if processes.is_main_process:
+        report_empty_masks(data, cache_folder(config), workers=count_workers(config))
     caches = fill_caches(config, data, model, processes, live_text=method.live_text, rewrite=method.rewrite_caption)
     return Loader(
         order,
@@ -47,6 +50,7 @@ def make_loader(plan: RunPlan, model: Family, processes: PartialState, *, first_
         variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
         text_dropout=text_dropout_rates(config, model),
         workers=count_workers(config),
+        skip_bad_images=config.dataset.on_bad_image == "skip",
     )
 
 
@@ -63,6 +67,7 @@ def make_validation_loader(plan: RunPlan, loader: Loader, processes: PartialStat
         text=loader.text,
         variants=loader.variants,
         workers=loader.workers,
+        skip_bad_images=loader.skip_bad_images,
     )
 
 

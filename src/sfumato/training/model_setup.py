@@ -55,6 +55,7 @@ def make_loss_context(
         randomness=Randomness(plan.seed),
         text=text,
         device=device,
+        mixed_dtype=MIXED_PRECISION[config.memory.mixed_precision],
     )
 
 

@@ -50,6 +50,21 @@ class NonfiniteGuard:
         )
 
 
+def check_finite_weights(optimizer: Optimizer, step: int) -> None:
+    """UserError where a weight that trains is infinite or NaN after this step; waits for the device."""
+    for number, group in enumerate(optimizer.param_groups):
+        if not torch.isfinite(nn.utils.get_total_norm(group["params"], float("inf"))):
+            raise UserError(
+                f"the weights of {group_name(optimizer, number)} are infinite or NaN after step {step}",
+                code="weights-nonfinite",
+                fix="go on from the last state before with --resume, and a lower --learning_rate",
+            )
+
+
+def group_name(optimizer: Optimizer, number: int) -> str:
+    return str(optimizer.param_groups[number].get("name", f"group {number}"))
+
+
 class TrainingCheck:
     """Within the first steps every group must get a gradient and change its weights; else the run stops and names it.
 
@@ -58,7 +73,7 @@ class TrainingCheck:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.pending = {self._name(i): group for i, group in enumerate(optimizer.param_groups)}
+        self.pending = {group_name(optimizer, i): group for i, group in enumerate(optimizer.param_groups)}
         self.sums = {name: compute_checksum(group["params"]) for name, group in self.pending.items()}
         self.with_gradient: set[str] = set()
         self.steps = dict.fromkeys(self.pending, 0)
@@ -92,9 +107,6 @@ class TrainingCheck:
             code="trained-part-unchanged",
             fix="raise the learning rate, or train with weights in float32",
         )
-
-    def _name(self, i: int) -> str:
-        return str(self.optimizer.param_groups[i].get("name", f"group {i}"))
 
 
 def compute_checksum(parameters: Sequence[Tensor]) -> tuple[float, ...]:

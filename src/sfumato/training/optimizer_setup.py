@@ -19,7 +19,7 @@ from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.lr_schedule import LrSchedule, make_lr_schedule
 from sfumato.optim.optimizers import make_optimizer
 from sfumato.plan import RunPlan
-from sfumato.training.run_state import OptimizerState, RunState, ScalerState, UncertaintyState
+from sfumato.training.run_state import WEIGHTS, OptimizerState, RunState, ScalerState, UncertaintyState
 from sfumato.training.start_point import StartPoint
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def set_up_optimizer(
 ) -> OptimizerSetup:
     """Make everything and add it to the state; a resumed run goes on with what was saved."""
     config = plan.config
-    state.add("weights", plan.method)
+    state.add(WEIGHTS, plan.method)
     uncertainty = make_uncertainty(config.loss, plan.seed, device)
     state.add("uncertainty", UncertaintyState(uncertainty))
     optimizer = make_optimizer(config.optim, [*groups, *uncertainty_groups(config, uncertainty)])

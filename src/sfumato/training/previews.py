@@ -10,15 +10,12 @@ from pathlib import Path
 from sfumato.common.seeds import seed_of
 from sfumato.common.text import strip_paths
 from sfumato.config.prompts import Prompt, read_prompts
-from sfumato.errors import UserError
 from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.image_metadata import generate_command, image_metadata, save_image
 from sfumato.training.run import Run
 
 log = logging.getLogger(__name__)
-# What may be raised where prompts meet samplers and networks of others; none of it is worth a run.
-PREVIEW_FAULTS = (UserError, OSError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 
 
 def save_due_previews(run: Run, step: int) -> None:
@@ -37,15 +34,15 @@ def save_previews(run: Run, step: int, label: str) -> None:
     path = run.config.samples.sample_prompts
     if path is None or not run.is_main:
         return
-    try:
-        with eval_mode(run):
-            previews: list[tuple[ImageRequest, Path]] = []
-            for number, prompt in enumerate(read_prompts(path)):
-                previews.append(prepare_preview(run, prompt, number, step, label))
-            for group in group_requests(previews, run.config.samples.sample_batch_size or 1):
-                save_preview_group(run, group, step)
-    except PREVIEW_FAULTS as error:
-        log.warning("no previews after step %d: %s", step, error, exc_info=run.config.log.debug)
+    with run.metrics.guard.survive(f"making previews after step {step}"), eval_mode(run):
+        previews: list[tuple[ImageRequest, Path]] = []
+        for number, prompt in enumerate(read_prompts(path)):
+            previews.append(prepare_preview(run, prompt, number, step, label))
+        for group in group_requests(previews, run.config.samples.sample_batch_size or 1):
+            if run.interrupt.requested:  # whoever stops a run may kill it soon
+                log.info("no further previews after step %d, since the run stops", step)
+                break
+            save_preview_group(run, group, step)
     run.metrics.publish()
 
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
+from sfumato.common.stop_signals import stop_blocked_calls
 from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
 
@@ -17,7 +18,8 @@ def start_processes(timeout_minutes: int | None = None) -> PartialState:
     timeout_minutes: how long each waits for the others; None for torch's own limit.
     """
     limits = {} if timeout_minutes is None else {"timeout": timedelta(minutes=timeout_minutes)}
-    processes = PartialState(cpu=not torch.cuda.is_available(), **limits)
+    with stop_blocked_calls():  # others may never come
+        processes = PartialState(cpu=not torch.cuda.is_available(), **limits)
     launched = read_launch().processes
     if launched != processes.num_processes:
         raise UserError(

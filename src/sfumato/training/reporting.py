@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from sfumato.config import Config
 from sfumato.config.listing import public_options
-from sfumato.config.secrets import collect_secrets
+from sfumato.config.secrets import collect_secrets, describe_exposed
 from sfumato.data.ss_metadata import build_ss_metadata as data_metadata
 from sfumato.formats.metadata import TrainingFacts, make_training_metadata, read_thumbnail
 from sfumato.formats.metadata_limit import THUMBNAIL_KEY, fit_metadata
@@ -32,7 +32,14 @@ log = logging.getLogger(__name__)
 def start_logging(config: Config, processes: PartialState) -> WarningCollector:
     """Messages to where the options say, without secrets; warnings are collected for the report page."""
     configure_logging(config.log, main_process=processes.is_main_process, secrets=collect_secrets(config))
-    return collect_warnings()
+    collector = collect_warnings()
+    if processes.is_main_process:
+        warnings, notes = describe_exposed(config)
+        for line in warnings:
+            log.warning("%s", line)
+        for line in notes:
+            log.info("%s", line)
+    return collector
 
 
 def make_hub(config: Config) -> Hub:

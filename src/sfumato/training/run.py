@@ -20,13 +20,13 @@ from sfumato.config import Config
 from sfumato.data.loader import Loader
 from sfumato.families.base import Family
 from sfumato.loss import LossContext
-from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.base import Method
 from sfumato.optim.ema import EmaSet
 from sfumato.plan import RunPlan
 from sfumato.track.best import Best
 from sfumato.track.hub import Hub
 from sfumato.track.metrics_logger import MetricsLogger
+from sfumato.training.interrupt import Interrupt
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import OptimizerSetup
 from sfumato.training.run_state import RunState
@@ -54,6 +54,10 @@ class Run:
     hub: Hub
     metadata: dict[str, str]  # ss_ keys that are known before training
     file_hashes: Future[dict[str, str]]  # of the checkpoint and --vae, computed while training goes on
+    output_lock: AbstractContextManager[Any]  # on the name of the run in its output folder
+    step: int  # the last that is complete, counted from 1
+    interrupt: Interrupt = field(default_factory=Interrupt)
+    mid_step: bool = False  # whether the optimizer has begun a step that is not complete
     warned: set[str] = field(default_factory=set)  # warnings that are not repeated
     failed_saves: list[str] = field(default_factory=list)  # why saves failed, one line each
 
@@ -97,6 +101,11 @@ class Run:
         return [*self.parameters, *(uncertainty.parameters() if uncertainty else ())]
 
     @property
+    def must_stop(self) -> bool:
+        """Whether to stop after this step; the same in all processes."""
+        return self.interrupt.shared or (self.processes.num_processes == 1 and self.interrupt.requested)
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.processes.is_main_process
@@ -106,15 +115,20 @@ class Run:
         return self.plan.output_dir / (name + self.method.file_suffix(self.model.blueprint))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        dtype = MIXED_PRECISION[self.config.memory.mixed_precision]
+        dtype = self.context.mixed_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def take_optimizer_step(self, step: int) -> None:
         """The optimizer's own step; skipped where float16 has overflowed."""
+        self.mid_step = True
         if self.optimization.bf16_stepper is None:
             self.scaler.step(self.optimizer)
         else:
             self.optimization.bf16_stepper.step(step)
+
+    def complete_step(self, number: int) -> None:
+        """Everything that a state holds is as it is after this step, counted from 1."""
+        self.step, self.mid_step = number, False
 
     def warn_once(self, lines: Iterable[str]) -> None:
         """Log the warnings that this run has not logged before."""

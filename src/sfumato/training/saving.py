@@ -10,13 +10,13 @@ from pathlib import Path
 
 from sfumato.common import files
 from sfumato.common.text import EMPTY
-from sfumato.config.listing import public_options
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.metadata import EMA_KEY, add_save_facts, keep_minimum, make_modelspec
 from sfumato.formats.metadata_limit import fit_metadata
 from sfumato.optim.averaging import eval_weights
 from sfumato.optim.ema import Ema
+from sfumato.training.nonfinite import check_finite_weights
 from sfumato.training.previews import save_due_previews, save_previews
 from sfumato.training.run import Run
 
@@ -42,7 +42,7 @@ def run_due_saves(run: Run, step: int) -> None:
 
 
 def save_final(run: Run) -> None:
-    """After the last step. Raises UserError where this or an earlier save failed."""
+    """After the last step: the output, or at least a state."""
     save, samples = run.config.save, run.config.samples
     name, total = run.plan.saves.name, run.plan.total_steps
     if samples.sample_every_n_epochs or samples.sample_every_n_steps:
@@ -50,7 +50,28 @@ def save_final(run: Run) -> None:
     state = save.save_state or save.save_state_on_train_end
     if save_output_and_state(run, name, total, state=state, last=True):
         log.info("saved %s", run.output_path(name))
-    if run.failed_saves:
+    elif not state:  # what was learned must not be lost
+        with survive_failed_save(run, state_folder(run, total), total):
+            log.warning("the state is saved instead: %s", save_state_folder(run, total))
+
+
+def save_stopped(run: Run, step: int) -> None:
+    """The state of a run that stops early. UserError where it cannot be saved."""
+    try:
+        folder = save_state_folder(run, step)
+    except OSError as error:
+        raise UserError(
+            f"stopped after step {step}, but its state could not be saved: {error}",
+            code="stop-without-state",
+            fix="--resume the last state that was saved before",
+        ) from error
+    run.hub.upload_state(folder, last=True)
+    log.info("stopped after step %d of %d; go on with: --resume %s", step, run.plan.total_steps, folder)
+
+
+def check_saves(run: Run) -> None:
+    """At the end of complete training: UserError where a save failed."""
+    if run.failed_saves and run.step == run.plan.total_steps:
         raise UserError(
             f"training is complete, but {len(run.failed_saves)} saves failed; the last: {run.failed_saves[-1]}",
             code="saves-failed",
@@ -93,7 +114,8 @@ def survive_failed_save(run: Run, path: Path, step: int) -> Iterator[None]:
 
 
 def save_output(run: Run, path: Path, step: int, more: Mapping[str, str] = EMPTY) -> None:
-    """The method's file or folder, with its metadata and `more`."""
+    """The method's file or folder, with its metadata and `more`. UserError where its weights are not finite."""
+    check_finite_weights(run.optimizer, step)
     epoch = -(-step // run.plan.steps_per_epoch)
     metadata = add_save_facts({**run.metadata, **run.file_hashes.result(), **more}, step=step, epoch=epoch)
     if run.config.save.no_metadata:
@@ -125,10 +147,16 @@ def ema_metadata(run: Run, ema: Ema | None) -> dict[str, str]:
 def save_state_folder(run: Run, step: int, name: str | None = None) -> Path:
     """Everything that the next step depends on. name: of the save that it belongs to; None where there is none."""
     run.metrics.flush()
-    folder = run.plan.output_dir / f"{name or f'{run.plan.saves.name}-step{step:08d}'}-state"
+    folder = state_folder(run, step, name)
     if run.is_main:
-        run.state.save(folder, run.start, step, public_options(run.config))
+        check_finite_weights(run.optimizer, step)
+        run.state.save(folder, run.start, step)
     return folder
+
+
+def state_folder(run: Run, step: int, name: str | None = None) -> Path:
+    """Where the state after a step lies."""
+    return run.plan.output_dir / f"{name or f'{run.plan.saves.name}-step{step:08d}'}-state"
 
 
 def remove_expired(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 from sfumato.config import Config
 from sfumato.formats.metadata import describe_files
@@ -14,6 +15,7 @@ from sfumato.training.loaders import make_loader, make_validation_loader
 from sfumato.training.model_setup import load_model, make_loss_context
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import set_up_optimizer
+from sfumato.training.output_folder import clean_output_folder, lock_output
 from sfumato.training.plan_report import report_plan
 from sfumato.training.processes import device_of, start_processes
 from sfumato.training.run import Run
@@ -29,33 +31,41 @@ def build_run(config: Config) -> Run | None:
     warnings = reporting.start_logging(config, processes)
     plan = make_run_plan(config, processes=processes.num_processes)
     report_plan(plan, processes)
-    state = open_state(plan)
-    start = find_start_point(plan.config, plan.data, state.counters)
-    if not has_steps_left(plan, start, StartPoint(**state.counters)):
-        return None
-    device = device_of(processes)
-    model, groups = load_model(plan, device)
-    optimization = set_up_optimizer(plan, groups, start, state, device)
-    context = make_loss_context(plan, model, optimization.uncertainty, device)
-    loader = make_loader(plan, model, processes, first_step=start.data)
-    metrics = reporting.make_metrics_logger(plan, processes, start.step, warnings)
-    return Run(
-        plan=plan,
-        start=start,
-        state=state,
-        processes=processes,
-        context=context,
-        optimization=optimization,
-        nonfinite_guard=NonfiniteGuard(limit=plan.config.loop.max_bad_steps),
-        training_check=TrainingCheck(optimization.optimizer),
-        loader=loader,
-        validation_loader=make_validation_loader(plan, loader, processes),
-        best=state.add("best", Best()),
-        metrics=state.add("metrics", metrics),
-        hub=reporting.make_hub(config),
-        metadata=reporting.make_run_metadata(plan, optimization.optimizer),
-        file_hashes=ThreadPoolExecutor(1).submit(describe_files, config.model),
-    )
+    with ExitStack() as undo:  # whatever ends this early gives the output folder back
+        undo.enter_context(output_lock := lock_output(plan, processes))
+        state = open_state(plan)
+        start = find_start_point(plan.config, plan.data, state.counters)
+        if not has_steps_left(plan, start, StartPoint(**state.counters)):
+            return None
+        if processes.is_main_process:
+            clean_output_folder(plan, resumed=state.resumed)
+        device = device_of(processes)
+        model, groups = load_model(plan, device)
+        optimization = set_up_optimizer(plan, groups, start, state, device)
+        context = make_loss_context(plan, model, optimization.uncertainty, device)
+        loader = make_loader(plan, model, processes, first_step=start.data)
+        metrics = reporting.make_metrics_logger(plan, processes, start.step, warnings)
+        run = Run(
+            plan=plan,
+            start=start,
+            state=state,
+            processes=processes,
+            context=context,
+            optimization=optimization,
+            nonfinite_guard=NonfiniteGuard(limit=plan.config.loop.max_bad_steps),
+            training_check=TrainingCheck(optimization.optimizer),
+            loader=loader,
+            validation_loader=make_validation_loader(plan, loader, processes),
+            best=state.add("best", Best()),
+            metrics=state.add("metrics", metrics),
+            hub=reporting.make_hub(config),
+            metadata=reporting.make_run_metadata(plan, optimization.optimizer),
+            output_lock=output_lock,
+            step=start.step,
+            file_hashes=ThreadPoolExecutor(1).submit(describe_files, config.model),
+        )
+        undo.pop_all()
+        return run
 
 
 def has_steps_left(plan: RunPlan, start: StartPoint, saved: StartPoint) -> bool:

@@ -15,13 +15,14 @@ import logging
 import math
 
 import torch
-import torch.distributed as distributed
+from torch import Tensor
 
 from sfumato.config.evaluation import VALIDATION_LEVELS
 from sfumato.data.batch_sampler import ValidationSampler
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import timestep_quantiles
 from sfumato.loss import sample_losses
+from sfumato.training.all_reduce import Flags, read_flags, sum_tensor
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.latents import load_latents
 from sfumato.training.run import Run
@@ -32,13 +33,20 @@ SERIES = "loss/validation/"  # as sd-scripts names its curves
 
 
 def run_due_validation(run: Run, step: int) -> None:
-    """Before the first step, once in a while, and after the last: measure, report, and keep the best model so far."""
-    if run.validation_loader is None or not is_due(run, step):
+    """Before the first step, once in a while, and after the last: measure, report, and keep the best model so far.
+
+    A run that stops does without; when it is resumed it makes up for that.
+    """
+    if run.validation_loader is None or not is_due(run, step) or run.must_stop or run.best.validated == step:
         return
     times = timestep_quantiles(run.config.noise, VALIDATION_LEVELS)
     reset_best_if_changed(run, times)
     with eval_mode(run):
         by_level = measure_validation_loss(run, times)
+        if by_level is None:
+            log.info("the validation after step %d was cut short, since the run stops", step)
+            return
+        run.best.validated = step
         loss = sum(by_level) / len(by_level)
         report_validation_loss(run, step, loss, dict(zip(times, by_level, strict=True)))
         if step == 0:
@@ -76,13 +84,35 @@ def validation_sampler(run: Run) -> ValidationSampler:
 
 
 @torch.no_grad()  # not in inference mode: remembered text features serve training, too
-def measure_validation_loss(run: Run, times: list[int]) -> list[float]:
-    """The mean loss at each time, the same for any number of processes: each puts its samples into one table."""
-    loader, sampler = run.validation_loader, validation_sampler(run)
-    assert loader is not None
-    randomness = Randomness(sampler.seed)
+def measure_validation_loss(run: Run, times: list[int]) -> list[float] | None:
+    """The mean loss at each time, the same for any number of processes: each puts its samples into one table.
+
+    None where one of them was asked to stop meanwhile.
+    """
+    sampler = validation_sampler(run)
     table = torch.zeros(sampler.num_ids, len(times), device=run.device)
+    flags = Flags(failed=True)
+    try:
+        fill_validation_table(run, times, table)
+        flags = Flags(stop=run.interrupt.requested)
+    finally:  # the other processes wait for this one, also where it has failed
+        run.interrupt.failure_shared = flags.failed
+        summed = torch.cat([table.flatten(), table.new_tensor(flags)])
+        if run.processes.num_processes > 1:
+            sum_tensor(summed)
+    losses, flags = summed[: -len(flags)].view_as(table), read_flags(summed[-len(flags) :])
+    run.interrupt.shared |= flags.stop
+    return None if flags.stop else (losses.cpu().double().sum(0) / sampler.num_samples).tolist()
+
+
+def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
+    """The loss of each image of this process at each time; ends early when the run is to stop."""
+    loader = run.validation_loader
+    assert loader is not None
+    randomness = Randomness(validation_sampler(run).seed)
     for step in loader.steps():
+        if run.interrupt.requested:
+            return
         (batch,) = step.batches
         x0, real = load_latents(run, batch, loader), batch.weight > 0
         for column, t in enumerate(times):
@@ -92,9 +122,6 @@ def measure_validation_loss(run: Run, times: list[int]) -> list[float]:
             with run.autocast():
                 losses = sample_losses(run.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
             table[batch.ids[real].to(run.device), column] = losses[real.to(run.device)].to(table)
-    if run.processes.num_processes > 1:
-        distributed.all_reduce(table)
-    return (table.cpu().double().sum(0) / sampler.num_samples).tolist()
 
 
 def report_validation_loss(run: Run, step: int, loss: float, by_level: dict[int, float]) -> None:

@@ -292,7 +292,7 @@ class ContentHashes:
             content = self.store.get(key)
             if content is None:
                 content = hash_content(image.read())
-                if image.is_unchanged():
+                if self.store.writable and image.is_unchanged():
                     self.store.put(key, content)
             self._hashes[facts] = content
         return self._hashes[facts]

@@ -7,18 +7,20 @@ the last record of a shard is torn, which its checksums show.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sqlite3
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
 from sfumato.common.files import BINARY, open_descriptor
+from sfumato.common.locks import lock_file
 from sfumato.data.cache.shards import (
     HEADER_BYTES,
     RecordLocation,
@@ -51,6 +53,7 @@ class MemoryStore:
     """A store in memory, of one process and one run."""
 
     shared = False  # whether other processes see its records
+    writable = True
 
     def __init__(self) -> None:
         self._content: dict[bytes, bytes] = {}
@@ -96,11 +99,12 @@ class DiskStore:
                 code="cache-folder-not-created",
                 fix="give a writable --cache_dir",
             ) from error
-        self._lock_descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | BINARY, 0o666)
-        if not lock_file(self._lock_descriptor, exclusive=False, wait=False):
+        self._lock_descriptor, self.writable = open_lock(folder / "lock")
+        if self._lock_descriptor is not None and not lock_file(self._lock_descriptor, exclusive=False, wait=False):
             log.warning("waiting for another program that prunes the cache %s", folder)
             lock_file(self._lock_descriptor, exclusive=False, wait=True)
-        self._index = open_index(folder / "index.sqlite")
+        path = folder / "index.sqlite"
+        self._index = open_index(path) if self.writable else copy_index(path)
         self.refresh()
 
     @property
@@ -165,11 +169,13 @@ class DiskStore:
                 os.close(descriptor)
             self._files.clear()
             self._index.close()
-            os.close(self._lock_descriptor)
+            if self._lock_descriptor is not None:
+                os.close(self._lock_descriptor)
 
     def lock_exclusively(self) -> bool:
         """Lock the store until it is closed; False if another program has it open."""
-        return lock_file(self._lock_descriptor, exclusive=True, wait=False)
+        descriptor = self._lock_descriptor
+        return descriptor is not None and lock_file(descriptor, exclusive=True, wait=False)
 
     def forget_shard(self, name: str) -> None:
         """Close a shard that is about to be deleted."""
@@ -269,22 +275,32 @@ class DiskStore:
             return work()
 
 
-def lock_file(descriptor: int, *, exclusive: bool, wait: bool) -> bool:
-    """Lock a file, shared or exclusive, until the process ends or closes it; False if another process prevents it.
-
-    On Windows and on file systems without locks nothing is locked and the result is True.
-    """
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
+def open_lock(path: Path) -> tuple[int | None, bool]:
+    """(descriptor, whether the folder is writable) of a lock file; None where it is missing in a read-only folder."""
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+        return os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o666), True
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    log.info("the cache %s is read-only: what is in it is used, and nothing is added", path.parent)
+    try:
+        return os.open(path, os.O_RDONLY | BINARY), False
+    except OSError:
+        return None, False
+
+
+def copy_index(path: Path) -> sqlite3.Connection:
+    """A copy in memory of an index that cannot be written; without one it is made from the shards."""
+    index = open_index(None)
+    if path.is_file():
+        try:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as stored:
+                stored.backup(index)
+                index.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            log.warning("cannot read the cache index %s (%s); reading the shards instead", path, error)
+            return open_index(None)
+    return index
 
 
 def open_index(path: Path | None) -> sqlite3.Connection:

@@ -1,0 +1,33 @@
+"""The output folder of a run: its name is locked there, and what killed runs have left is removed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from accelerate import PartialState
+
+from sfumato.common.files import remove_leftovers
+from sfumato.common.run_lock import RunLock
+from sfumato.formats.state import remove_useless_copies
+from sfumato.plan import RunPlan
+
+log = logging.getLogger(__name__)
+
+
+def lock_output(plan: RunPlan, processes: PartialState) -> AbstractContextManager[Any]:
+    """The name of the run in its output folder belongs to the process that writes there."""
+    return RunLock(plan.output_dir, plan.saves.name) if processes.is_main_process else nullcontext()
+
+
+def clean_output_folder(plan: RunPlan, *, resumed: bool) -> None:
+    """Remove what a killed run has left half-written; warn once where a new run replaces an earlier one."""
+    folder, name = plan.output_dir, plan.saves.name
+    for place in (folder, folder / "sample"):
+        remove_leftovers(place, re.escape(name) + "[-._].*")
+    remove_useless_copies(folder, name)
+    output = folder / (name + plan.method.file_suffix(plan.blueprint))
+    if not resumed and output.exists():
+        log.warning("%s exists: this run replaces the files of an earlier one with that name", output)
