@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from sfumato.errors import UserError
 
@@ -24,8 +25,22 @@ SPECIAL_FILES = (
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file. OSError where it cannot be read; UserError for a named pipe, which might never end."""
-    refuse_special_file(path)
-    return path.read_bytes()
+    with open_plain_file(str(path)) as file:
+        return file.read()
+
+
+def open_plain_file(path: str) -> BinaryIO:
+    """A file for reading, without waiting for the other end of a named pipe.
+
+    OSError where it cannot be read; UserError for a named pipe, a socket or a device.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | DONT_WAIT))  # noqa: SIM115
+    try:
+        refuse_special_mode(os.fstat(file.fileno()).st_mode, path)
+    except UserError:
+        file.close()
+        raise
+    return file
 
 
 def refuse_special_file(path: Path, *, where: str = "") -> None:

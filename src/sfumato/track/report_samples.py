@@ -126,7 +126,7 @@ def select_evenly(steps: Sequence[int], count: int) -> list[int]:
 
 
 def make_thumbnail(path: Path) -> Thumbnail:
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         small = image.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sfumato.config import Config
+from sfumato.data.find.alpha_notes import report_alpha
 from sfumato.data.find.checks import check_image_options
 from sfumato.data.find.conditioning_images import attach_conditioning_images, check_unmatched_images
 from sfumato.data.find.dataset_plan import plan_dataset
 from sfumato.data.find.findings import Findings
+from sfumato.data.find.image_notes import report_traits
 from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.index import get_default_cache_dir
 from sfumato.data.find.policy import Policy
@@ -39,8 +41,8 @@ def find_data(
 
     bucket_step: bucket sides in pixels must be multiples of it. size_step: the same without buckets; by default 16, or
     what it shares with bucket_step. processes: batches are formed over all of them.
-    control: whether the method takes control images, one per image. decoding: whether images may be decoded, once each,
-    where --on_bad_image skip is given.
+    control: whether the method takes control images, one per image. decoding: whether images may be decoded, once each:
+    all of them where --on_bad_image skip is given, else some with an alpha channel.
     Every fault is added to `problems`; the plan is complete only if there are none. Writes nothing but the dataset
     index in the cache folder.
     """
@@ -49,6 +51,7 @@ def find_data(
         on_missing_caption=config.dataset.on_missing_caption,
         on_bad_image=config.dataset.on_bad_image,
         cache_dir=config.cache.cache_dir or get_default_cache_dir(),
+        may_decode=decoding,
         decoding=decoding and config.dataset.on_bad_image == "skip",
     )
     steps = SizeSteps(bucket=bucket_step, single=size_step or math.gcd(bucket_step, 16))
@@ -130,6 +133,8 @@ def load_subset_images(subset: SubsetSettings, policy: Policy, findings: Finding
             code="all-images-skipped",
             fix="fix the images, or remove the subset",
         )
+    report_traits(images, subset.where, findings)
+    report_alpha(images, subset, policy, findings)
     return images
 
 

@@ -12,6 +12,8 @@ from typing import Generic, NamedTuple, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from sfumato.common.files import open_plain_file
+from sfumato.data.find.traits import PLAIN, Traits
 from sfumato.errors import UserError
 
 RowT = TypeVar("RowT")
@@ -30,6 +32,7 @@ class ImageRow(NamedTuple):
     caption: str
     archive: str = ""
     offset: int = 0  # bytes, of the image in the archive
+    traits: Traits = PLAIN
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,7 +42,7 @@ class ImageRow(NamedTuple):
     def read(self) -> bytes:
         """The bytes of the image file. UserError where they cannot be read."""
         try:
-            with open(self.archive or self.path, "rb") as file:  # noqa: PTH123 -- called for each of millions
+            with open_plain_file(self.archive or self.path) as file:
                 if not self.archive:
                     return file.read()
                 file.seek(self.offset)
@@ -145,6 +148,7 @@ class ImageTable(ColumnSequence[ImageRow]):
     captions: TextColumn
     origin: IntColumn | None = None  # index into `origins`; None where there is one
     offsets: IntColumn | None = None  # bytes, in the archive; None for plain files
+    traits: IntColumn | None = None  # None where no image has any
     conditioning: ImageTable | None = None  # the mask or control image of each
 
     @classmethod
@@ -175,6 +179,7 @@ class ImageTable(ColumnSequence[ImageRow]):
             self.captions.get_row(index),
             origin if self.offsets is not None else "",
             int(self.offsets[index]) if self.offsets is not None else 0,
+            int(self.traits[index]) if self.traits is not None else PLAIN,
         )
 
     def paths(self) -> Iterator[str]:

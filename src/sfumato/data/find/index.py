@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sfumato.data.find.image_table import TextColumn
 
-INDEX_VERSION = 4  # of the file format, and of how sizes and captions are read
+INDEX_VERSION = 5  # of the file format, and of how sizes and captions are read
 LOAD_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Columns = dict[str, NDArray[Any]]
