@@ -83,7 +83,7 @@ def check_image_size(image: Image.Image, size: Size, path: str) -> Image.Image:
         raise UserError(
             f"{path} now has {image.size[0]}x{image.size[1]} pixels, but had {size[0]}x{size[1]} at the start",
             code="image-size-changed",
-            fix="start the run again",
+            fix="start the run again, or skip such images with --on_bad_image skip",
         )
     return image
 

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from sfumato.data.cache.entries import LATENTS, CacheItem, LatentKeys, TensorCac
 from sfumato.data.captions import process_caption
 from sfumato.data.images import Pixels
 from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_mask
+from sfumato.data.substitutes import SubstituteFinder
 from sfumato.data.variants import choose_variant
 from sfumato.errors import UserError
 
@@ -34,7 +36,8 @@ class Loader:
     latents: the cache of latents and masks; None for batches with pixels. text: features of the encoders whose output
     is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
     text_dropout: text encoder -> its dropout probability.
-    workers: prefetching threads; 0 prepares each batch when it is asked for.
+    workers: prefetching threads; 0 prepares each batch when it is asked for. skip_bad_images: another image takes the
+    place of one that can no longer be read.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Loader:
         variants: int = 0,
         text_dropout: Mapping[str, float] | None = None,
         workers: int = 2,
+        skip_bad_images: bool = False,
     ) -> None:
         self.sampler = sampler
         self.plan = sampler.plan
@@ -60,6 +64,8 @@ class Loader:
         self.variants = variants
         self.text_dropout = dict(text_dropout or {})
         self.workers = workers
+        self.skip_bad_images = skip_bad_images
+        self._substitutes = SubstituteFinder()
 
     def steps(self, first_step: int = 0) -> Iterator[Step]:
         """The sampler's steps from `first_step` (counted from 0) on; UserError if an image is damaged.
@@ -109,7 +115,7 @@ class Loader:
                 target=torch.tensor([batch.bucket[::-1]] * len(samples)),
             ),
             extras=Extras(multiplier=multiplier, control=to_tensor(controls) if controls else None),
-            weight=torch.tensor([self._choose_weight(sample) for sample in batch.samples]),
+            weight=torch.tensor([self._choose_weight(*pair) for pair in zip(batch.samples, samples, strict=True)]),
             entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
             mask=stack_masks([sample.image.mask for sample in samples]),
             preserve=torch.tensor(preserved) if any(preserved) else None,
@@ -121,13 +127,25 @@ class Loader:
         draws = [python_random(seed, f"{name} dropout", sample.id).random() for sample in samples]
         return torch.tensor([draw < probability for draw in draws])
 
-    def _choose_weight(self, sample: Sample) -> float:
-        if not sample.real:
+    def _choose_weight(self, sample: Sample, prepared: PreparedSample) -> float:
+        if not sample.real or prepared.is_empty:
             return 0.0
         return self.plan.prior_loss_weight if sample.subset.settings.is_reg else 1.0
 
     def _prepare_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
-        """Load one sample; everything random is a function of the seed and the sample's id."""
+        """Load one sample, or another one in its place."""
+        try:
+            return self._load_sample(step, sample)
+        except UserError as error:
+            if not self.skip_bad_images or error.code == "cache-entry-unreadable":
+                raise
+            other = self._substitutes.load_other(
+                sample, batch.bucket, lambda other: self._load_sample(step, other), error
+            )
+            return other or self._make_empty_sample(step, batch, sample)
+
+    def _load_sample(self, step: PlannedStep, sample: Sample) -> PreparedSample:
+        """Everything random is a function of the seed and the sample's id."""
         item, seed = sample.item, self.sampler.seed
         rules = sample.subset.settings.images
         transform = item.draw_transform(rules, lambda purpose: python_random(seed, purpose, sample.id))
@@ -141,6 +159,20 @@ class Loader:
             control=None if control is None else CacheItem(control, transform.geometry).read_pixels(),
             original=original,
             crop=crop,
+        )
+
+    def _make_empty_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
+        """Gray, with weight 0: where no other image has the size of the batch."""
+        width, height = batch.bucket
+        gray = np.full((height, width, 3), 128, np.uint8)
+        has_control = sample.item.conditioning is not None and not sample.subset.settings.images.masked_loss
+        return PreparedSample(
+            caption=self._make_caption(step, sample),
+            image=LoadedImage(entry_seed=sample.id, pixels=gray),
+            control=gray if has_control else None,
+            original=(height, width),
+            crop=(0, 0),
+            is_empty=True,
         )
 
     def _make_caption(self, step: PlannedStep, sample: Sample) -> str:
@@ -258,3 +290,4 @@ class PreparedSample:
     control: Pixels | None
     original: Size  # height, width
     crop: Size  # top, left
+    is_empty: bool = False

@@ -47,6 +47,7 @@ def make_loader(plan: RunPlan, model: Family, processes: PartialState, *, first_
         variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
         text_dropout=text_dropout_rates(config, model),
         workers=count_workers(config),
+        skip_bad_images=config.dataset.on_bad_image == "skip",
     )
 
 
@@ -63,6 +64,7 @@ def make_validation_loader(plan: RunPlan, loader: Loader, processes: PartialStat
         text=loader.text,
         variants=loader.variants,
         workers=loader.workers,
+        skip_bad_images=loader.skip_bad_images,
     )
 
 

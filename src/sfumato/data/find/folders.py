@@ -17,7 +17,7 @@ import numpy as np
 from sfumato.common.files import DONT_WAIT, refuse_special_mode
 from sfumato.common.text_files import decode_text
 from sfumato.data.find.headers import BINARY, read_image_header
-from sfumato.data.find.image_formats import EXTENSION_SET, IMAGE_EXTENSIONS, UNREAD_EXTENSIONS
+from sfumato.data.find.image_formats import EXTENSION_SET, IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, find_lost_plugins
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn, join_path
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
 from sfumato.errors import UserError
@@ -76,6 +76,7 @@ def read_images(folder: str, names: list[str], index: Index) -> ImageHeaders:
     """Sizes in columns, from the index where a file has not changed; 0 where an image cannot be used."""
     known = index.load()
     rows, columns, texts = match_index(folder, names, known, HEADER_COLUMNS)
+    rows[find_lost_plugins(columns["traits"])] = -1
     changed = range(len(names)) if known is None else np.flatnonzero(rows < 0).tolist()
     fresh = {name: array("q", bytes(8 * len(changed))) for name in ("byte_counts", "mtimes", *HEADER_COLUMNS)}
     byte_counts, mtimes, widths, heights, traits = fresh.values()

@@ -68,7 +68,7 @@ def parse_image_header(data: bytes, path: str) -> ImageHeader:
 
 
 def parse_head(path: str, head: bytes, read: ReadAt, size: int) -> ImageHeader:
-    import_plugin(head, path)
+    plugin = import_plugin(head, path)
     header = None
     try:
         if head.startswith(b"\xff\xd8\xff"):
@@ -92,7 +92,7 @@ def parse_head(path: str, head: bytes, read: ReadAt, size: int) -> ImageHeader:
         )
     if orientation >= 5:
         width, height = height, width
-    return ImageHeader(width, height, orientation, traits)
+    return ImageHeader(width, height, orientation, traits | plugin)
 
 
 def parse_jpeg(head: bytes, read: ReadAt) -> ImageHeader | None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import struct
 import zlib
 from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 from typing import IO, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, features
 
 from sfumato.data.find.headers_jxl import CONTAINER, START
+from sfumato.data.find.traits import HEIF_PLUGIN, JXL_PLUGIN, PLAIN, Traits
 from sfumato.errors import UserError
 
 EXTENSIONS_BY_FORMAT = {  # Pillow's name of the format -> endings, in upper or lower case
@@ -105,20 +109,32 @@ def open_image(file: IO[bytes] | BytesIO) -> Image.Image:
     return Image.open(file, formats=formats)
 
 
-def import_plugin(head: bytes, path: str) -> None:
-    """Register in Pillow the format that the first bytes of a file are of; UserError where its plugin is missing.
+def import_plugin(head: bytes, path: str) -> Traits:
+    """Register in Pillow the format that the first bytes of a file are of, if a plugin reads it; gives its trait.
 
-    path: for messages.
+    path: for messages. UserError where the plugin is missing.
     """
     if head.startswith((START, CONTAINER)):
         import_jxl_plugin(path)
-    elif is_heif(head):
+        return JXL_PLUGIN
+    if is_heif(head):
         import_heif_plugin(path)
-    elif list_brands(head) & AVIF_BRANDS and not features.check("avif"):
+        return HEIF_PLUGIN
+    if list_brands(head) & AVIF_BRANDS and not features.check("avif"):
         missing = MISSING_PLUGINS["avif-unsupported"]
         raise UserError(
             f"{path} is an AVIF image, which this Pillow cannot read", code="avif-unsupported", fix=missing.fix
         )
+    return PLAIN
+
+
+def find_lost_plugins(traits: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which images were read with a plugin that is not installed any more. traits: of each image."""
+    lost = PLAIN
+    for trait, module in ((JXL_PLUGIN, "pillow_jxl"), (HEIF_PLUGIN, "pillow_heif")):
+        if (traits & trait).any() and find_spec(module) is None:
+            lost |= trait
+    return (traits & lost) != 0
 
 
 def import_jxl_plugin(path: str) -> None:

@@ -51,7 +51,7 @@ class ImageRow(NamedTuple):
             raise UserError(
                 f"{self.path} cannot be read ({error.strerror})",
                 code="image-file-unreadable",
-                fix="check that the file exists and may be read",
+                fix="check that the file exists and may be read, or skip such images with --on_bad_image skip",
             ) from error
         if len(data) < self.byte_count:
             raise UserError(

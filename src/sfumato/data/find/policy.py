@@ -74,6 +74,7 @@ def join_missing_plugins(bad: Sequence[tuple[str, UserError]], where: str) -> li
     for code, missing in MISSING_PLUGINS.items():
         names = [name for name, fault in bad if fault.code == code]
         if names:
-            what = f"{where}: {len(names)} images are {missing.format_name}, which Pillow does not read here"
+            plural = "image is" if len(names) == 1 else "images are"
+            what = f"{where}: {len(names)} {plural} {missing.format_name}, which Pillow needs a plugin for"
             joined.append(UserError(f"{what}: {list_some(names)}", code=code, fix=missing.fix))
     return joined + [fault for _, fault in bad if fault.code not in MISSING_PLUGINS]

@@ -19,7 +19,13 @@ from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_ca
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import HEADER_COLUMNS
 from sfumato.data.find.headers import BINARY, read_image_header
-from sfumato.data.find.image_formats import MISSING_PLUGINS, UNREAD_EXTENSIONS, get_extension, is_image
+from sfumato.data.find.image_formats import (
+    MISSING_PLUGINS,
+    UNREAD_EXTENSIONS,
+    find_lost_plugins,
+    get_extension,
+    is_image,
+)
 from sfumato.data.find.image_notes import report_unread
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
@@ -98,8 +104,9 @@ def load_shard(path: str, subset: SubsetSettings, policy: Policy, findings: Find
 
 
 def lacks_plugin(known: Columns) -> bool:
-    """Whether images could not be read for want of a plugin, which may be there now."""
-    return any(code in MISSING_PLUGINS for code in unpack_texts("fault_codes", known))
+    """Whether images could not be read for want of a plugin, which may be there now, or the other way round."""
+    wanted = any(code in MISSING_PLUGINS for code in unpack_texts("fault_codes", known))
+    return wanted or bool(find_lost_plugins(known["traits"]).any())
 
 
 def read_archive(path: str, extensions: Sequence[str]) -> Columns:
