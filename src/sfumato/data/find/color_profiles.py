@@ -71,7 +71,9 @@ def find_conversion(profile: bytes, mode: str) -> Conversion | None:
     wanted = "CMYK" if mode == "CMYK" else "L" if gray and space == CHANNELS["L"] else "RGB"
     if space != CHANNELS[wanted]:
         raise ValueError(f"a profile of {space.strip()} in an image of mode {mode}")
-    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), wanted, "RGB")
+    # Interpolating between few levels of gray, as is done by default, makes errors of 10 levels in the shadows.
+    flags = ImageCms.Flags.NOOPTIMIZE if wanted == "L" else ImageCms.Flags.NONE
+    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), wanted, "RGB", flags=flags)
     if wanted != "CMYK":
         probe = make_probe(wanted)
         before = np.asarray(probe.convert("RGB")).astype(np.int64)
