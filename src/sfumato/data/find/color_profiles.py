@@ -16,7 +16,7 @@ SRGB_LEVELS = 2  # by which variants of the sRGB profile differ
 PROBE_LEVELS = 9  # of each channel, in the colors that a profile is tried on
 PROFILE_ERRORS = (ImageCms.PyCMSError, OSError, ValueError, TypeError)
 GRAY_MODES = frozenset({"1", "L", "LA", "I", "F"})
-CHANNELS = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode -> the name in profiles
+COLOR_SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}  # Pillow's mode -> the name in profiles
 
 ProfileKind = Literal["none", "srgb", "other", "broken"]
 
@@ -68,8 +68,8 @@ def find_conversion(profile: bytes, mode: str) -> Conversion | None:
     core: Any = opened.profile
     space = core.xcolor_space
     gray = mode in GRAY_MODES or mode.startswith("I;")
-    wanted = "CMYK" if mode == "CMYK" else "L" if gray and space == CHANNELS["L"] else "RGB"
-    if space != CHANNELS[wanted]:
+    wanted = "CMYK" if mode == "CMYK" else "L" if gray and space == COLOR_SPACES["L"] else "RGB"
+    if space != COLOR_SPACES[wanted]:
         raise ValueError(f"a profile of {space.strip()} in an image of mode {mode}")
     # Interpolating between few levels of gray, as is done by default, makes errors of 10 levels in the shadows.
     flags = ImageCms.Flags.NOOPTIMIZE if wanted == "L" else ImageCms.Flags.NONE

@@ -9,18 +9,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sfumato.config import Config
-from sfumato.data.find.alpha_notes import report_alpha
 from sfumato.data.find.checks import check_image_options
 from sfumato.data.find.conditioning_images import attach_conditioning_images, check_unmatched_images
 from sfumato.data.find.dataset_plan import plan_dataset
 from sfumato.data.find.findings import Findings
-from sfumato.data.find.image_notes import report_traits
 from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.index import get_default_cache_dir
 from sfumato.data.find.policy import Policy
 from sfumato.data.find.settings import SizeSteps, SubsetSettings, load_dataset_settings
-from sfumato.data.find.sources import load_images, refuse_cache_among_images
-from sfumato.data.find.verify_images import find_decodable
+from sfumato.data.find.sources import refuse_cache_among_images
+from sfumato.data.find.subset_images import load_subset_images
 from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.data.split import check_validation_split, choose_validation_seed, refuse_overlap
 from sfumato.data.variants import describe_variants, refuse_varying
@@ -119,23 +117,6 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def load_subset_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
-    """The subset's images; that none is left is a problem."""
-    problems_before = len(findings.problems.found)
-    images = load_images(subset, policy, findings)
-    rows = find_decodable(images, subset.where, policy, findings)
-    images = images if len(rows) == len(images) else images.take(rows)
-    if not len(images) and len(findings.problems.found) == problems_before:
-        findings.problems.add(
-            f"{subset.where}: every image is skipped, see the notes",
-            code="all-images-skipped",
-            fix="fix the images, or remove the subset",
-        )
-    report_traits(images, subset.where, findings)
-    report_alpha(images, subset, policy, findings)
-    return images
 
 
 def check_regularization_options(plan: DataPlan, config: Config, findings: Findings) -> None:
