@@ -52,13 +52,26 @@ def make_gray_profile(gamma: float) -> bytes:
     return join_tags({**tags, b"kTRC": curve_tag(gamma)}, space=b"GRAY")
 
 
-def join_tags(tags: dict[bytes, bytes], *, space: bytes) -> bytes:
+def make_cmyk_profile(inks: dict[tuple[int, int, int, int], tuple[float, float, float]]) -> bytes:
+    """A table of 8 bits with a color in Lab for each combination of full and no inks; white where none is given."""
+    corners = [tuple(number >> shift & 1 for shift in (3, 2, 1, 0)) for number in range(16)]
+    table = b""
+    for corner in corners:
+        lightness, a, b = inks.get(corner, (100.0, 0.0, 0.0))  # pyright: ignore[reportArgumentType]
+        table += bytes([round(lightness * 2.55), round(a) + 128, round(b) + 128])
+    identity = b"".join(fixed(float(i in (0, 4, 8))) for i in range(9))
+    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + bytes(range(256)) * 4 + table + bytes(range(256)) * 3
+    tags = {b"desc": text_tag("inks"), b"cprt": b"text\0\0\0\0none\0", b"wtpt": xyz_tag(D50_XYZ), b"A2B0": lut}
+    return join_tags(tags, space=b"CMYK", connection=b"Lab ", device=b"prtr")
+
+
+def join_tags(tags: dict[bytes, bytes], *, space: bytes, connection: bytes = b"XYZ ", device: bytes = b"mntr") -> bytes:
     table, body = struct.pack(">I", len(tags)), b""
     start = 128 + 4 + 12 * len(tags)
     for signature, content in tags.items():
         table += signature + struct.pack(">II", start + len(body), len(content))
         body += content + bytes(-len(content) % 4)
-    header = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02400000, b"mntr", space, b"XYZ ")
+    header = struct.pack(">I4sI4s4s4s", start + len(body), b"none", 0x02400000, device, space, connection)
     header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28)
     header += b"".join(fixed(value) for value in D50_XYZ)
     return header.ljust(128, b"\0") + table + body

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from data.conftest import make_image
-from data.profiles import make_gray_profile, make_matrix, make_profile, srgb_curve
+from data.profiles import make_cmyk_profile, make_gray_profile, make_matrix, make_profile, srgb_curve
 from sfumato.data.find.color_profiles import classify_profile
 from sfumato.data.images import Transform, decode_image, prepare_mask, prepare_with_alpha
 
@@ -76,6 +76,21 @@ def test_gray_by_its_curve(deep):
     pixels = np.asarray(decode_image(save(image, "PNG", icc_profile=make_gray_profile(1.0)), "x"))
     wanted = encode_srgb(levels / 255) * 255
     assert np.abs(pixels.astype(float) - wanted[..., None]).max() <= 1.5
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_inks_are_shown_in_the_colors_of_their_profile(kind):
+    """Of a profile whose cyan is a gray of lightness 50 and whose black is black; without it, cyan is (0, 255, 255)."""
+    profile = make_cmyk_profile({(1, 0, 0, 0): (50.0, 0.0, 0.0), (0, 0, 0, 1): (0.0, 0.0, 0.0)})
+    bands = np.zeros((24, 48, 4), np.uint8)
+    bands[:, 16:32, 0] = 255
+    bands[:, 32:, 3] = 255
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    data = save(Image.fromarray(bands, "CMYK"), kind, icc_profile=profile, **options)
+    pixels = np.asarray(decode_image(data, "x")).astype(int)
+    middle = encode_srgb(np.array(((50 + 16) / 116) ** 3)) * 255
+    for column, level in ((8, 255), (24, middle), (40, 0)):
+        assert np.abs(pixels[4:20, column] - level).max() <= 3
 
 
 def test_broken_profiles_and_those_of_other_images_change_nothing():
