@@ -63,7 +63,9 @@ def features(captions):
     return found
 
 
-def make_loader(plan, *, workers=0, rank=0, cached=False, text=None, seed=7, accumulation=2, steps=100) -> Loader:
+def make_loader(
+    plan, *, workers=0, rank=0, cached=False, text=None, seed=7, accumulation=2, steps=100, skip_bad_images=False
+) -> Loader:
     store = MemoryStore()
     names = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
     latents = TensorCache(store) if cached else None
@@ -72,7 +74,14 @@ def make_loader(plan, *, workers=0, rank=0, cached=False, text=None, seed=7, acc
     order = BatchSampler(plan, seed=seed, accumulation=accumulation, rank=rank)
     masks = MaskKeys(downscale=8, hashes=names.hashes)
     return Loader(
-        order, latent_keys=names, mask_keys=masks, max_train_steps=steps, latents=latents, text=text, workers=workers
+        order,
+        latent_keys=names,
+        mask_keys=masks,
+        max_train_steps=steps,
+        latents=latents,
+        text=text,
+        workers=workers,
+        skip_bad_images=skip_bad_images,
     )
 
 

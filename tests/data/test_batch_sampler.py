@@ -35,6 +35,7 @@ def make_plan(datasets, *, batch_size: int = 2, processes: int = 1) -> DataPlan:
                 class_tokens=None,
                 num_repeats=repeats,
                 caption_extension=".txt",
+                caption_extension_given=True,
                 conditioning_data_dir=None,
                 images=ImageRules(),
                 validation_split=0.0,

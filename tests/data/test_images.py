@@ -316,7 +316,8 @@ def bomb() -> bytes:
 BAD = {
     "empty.png": (b"", "is empty (0 bytes)"),
     "text.jpg": (b"this is no image", "is no image, or is damaged"),
-    "page.png": (b"<!DOCTYPE html><html>", "is no image, or is damaged"),
+    "page.png": (b"<!DOCTYPE html><html>", "is a web page"),
+    "drawing.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n", "is a PostScript file"),
     "cut.jpg": (saved(noise(), "JPEG")[:30], "is no image, or is damaged"),
     "dot.png": (saved(noise(1, 1), "PNG"), "is only 1x1 pixels"),
     "bomb.png": (bomb(), "claims 60000x60000 pixels"),
@@ -351,7 +352,7 @@ def test_any_damage_is_a_header_or_a_clear_error(data, changes):
     for place, value in changes:
         damaged[place % len(damaged)] = value
     try:
-        width, height, orientation = parse_image_header(bytes(damaged), "x")
+        width, height, orientation, _ = parse_image_header(bytes(damaged), "x")
         decode_image(bytes(damaged), "x")
     except UserError:
         pass  # any other kind of error fails the test

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from sfumato.cli.main import main
+from sfumato.data.find import verify_images
 
 LONG = ", ".join(f"tag{i}" for i in range(60))
 TOKENS = 10 * 2 + 50 * 3 + 59  # CLIP reads a word, each digit and each comma as a token
@@ -342,3 +343,29 @@ def test_debug_dataset_names_the_faults(folder, tmp_path, capsys, toy_shelf):
     assert main(["train", *map(str, argv)]) == 2
     assert "torn.png" in capsys.readouterr().err
     assert (tmp_path / "out" / "last.dataset.html").is_file()
+
+
+def test_what_was_whole_is_not_read_again(tmp_path, capsys, monkeypatch):
+    """Nor what training has read; an image that changed is."""
+    decoded: list[str] = []
+    real = verify_images.decode_layers
+
+    def decode(data: bytes, path: str, **options: bool):
+        decoded.append(Path(path).name)
+        return real(data, path, **options)
+
+    monkeypatch.setattr(verify_images, "decode_layers", decode)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for i in range(4):
+        image = make_image((64, 64), i).convert("RGBA")
+        image.putpixel((3, 4), (200, 100, 50, 9 if i < 2 else 255))
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a cat")
+    for _ in range(2):
+        assert main(words(folder, tmp_path)) == 0
+        assert value(capsys.readouterr().out, "with transparent parts") == "2: 0.png, 1.png"
+    assert sorted(decoded) == ["0.png", "1.png", "2.png", "3.png"]
+    make_image((64, 64), 9).save(folder / "2.png")
+    assert main(words(folder, tmp_path)) == 0
+    assert decoded[4:] == ["2.png"]

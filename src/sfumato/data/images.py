@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sfumato.data.buckets import Size, crop_offset
-from sfumato.data.find.headers import DECODER_ERRORS, parse_image_header
+from sfumato.data.find.color_profiles import convert_to_srgb
+from sfumato.data.find.gray_levels import is_deep_gray, to_eight_bits
+from sfumato.data.find.headers import parse_image_header
+from sfumato.data.find.image_formats import DECODER_ERRORS, open_image
 from sfumato.errors import UserError
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
@@ -66,8 +69,12 @@ def prepare_with_alpha(data: bytes, transform: Transform, *, size: Size, path: s
 
 
 def prepare_mask(data: bytes, transform: Transform, *, size: Size, path: str) -> Mask:
-    """The red channel of a mask image with the geometry of the pixels; gray images are converted to RGB."""
-    return resize_and_crop(check_image_size(decode_image(data, path), size, path).getchannel("R"), transform)
+    """The red channel of a mask image with the geometry of the pixels; gray images are converted to RGB.
+
+    Its numbers are weights, not colors: an embedded color profile is ignored.
+    """
+    image, _ = decode_layers(data, path, alpha=False, to_srgb=False)
+    return resize_and_crop(check_image_size(image, size, path).getchannel("R"), transform)
 
 
 def check_image_size(image: Image.Image, size: Size, path: str) -> Image.Image:
@@ -76,7 +83,7 @@ def check_image_size(image: Image.Image, size: Size, path: str) -> Image.Image:
         raise UserError(
             f"{path} now has {image.size[0]}x{image.size[1]} pixels, but had {size[0]}x{size[1]} at the start",
             code="image-size-changed",
-            fix="start the run again",
+            fix="start the run again, or skip such images with --on_bad_image skip",
         )
     return image
 
@@ -125,20 +132,24 @@ def change_color(pixels: Pixels, color: ColorChange | None) -> Pixels:
 
 
 def decode_image(data: bytes, path: str) -> Image.Image:
-    """8-bit RGB, rotated by its EXIF orientation; alpha is dropped, not blended; other modes are converted."""
+    """8-bit RGB in sRGB, rotated by its EXIF orientation; alpha is dropped, not blended; other modes are converted."""
     return decode_layers(data, path, alpha=False)[0]
 
 
-def decode_layers(data: bytes, path: str, *, alpha: bool) -> tuple[Image.Image, Image.Image | None]:
+def decode_layers(
+    data: bytes, path: str, *, alpha: bool, to_srgb: bool = True
+) -> tuple[Image.Image, Image.Image | None]:
     """The image as 8-bit RGB, rotated by its EXIF orientation, and its alpha channel if `alpha` and there is one.
 
-    Of an animated image the first frame. UserError if the file is damaged.
+    Of an animated image the first frame. to_srgb: convert it by its embedded color profile. UserError if the file is
+    damaged.
     """
     orientation = parse_image_header(data, path).orientation
     try:
-        with Image.open(BytesIO(data)) as image:
+        with open_image(BytesIO(data)) as image:
+            image.load()
             opacity = extract_alpha(image) if alpha else None
-            upright = convert_to_rgb(image)
+            upright = convert_to_rgb(image, path, to_srgb=to_srgb)
     except DECODER_ERRORS as error:
         raise UserError(
             f"{path} is damaged ({error})",
@@ -151,13 +162,13 @@ def decode_layers(data: bytes, path: str, *, alpha: bool) -> tuple[Image.Image, 
     return upright.transpose(method), opacity.transpose(method) if opacity is not None else None
 
 
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        image.load()
-        return image
-    if image.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion clips at 255
-        gray = np.asarray(image).astype(np.int64)
-        return Image.fromarray((np.clip(gray, 0, 65535) * 255 // 65535).astype(np.uint8)).convert("RGB")
+def convert_to_rgb(image: Image.Image, path: str, *, to_srgb: bool) -> Image.Image:
+    """8-bit RGB without alpha. UserError where the range of the values is not known."""
+    if is_deep_gray(image.mode):
+        image = to_eight_bits(image, path)
+    converted = convert_to_srgb(image) if to_srgb else None
+    if converted is not None or image.mode == "RGB":
+        return converted or image
     if image.mode in ("P", "PA") and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -165,10 +176,9 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 
 def extract_alpha(image: Image.Image) -> Image.Image | None:
     """The alpha channel, also of a transparent color; None if the image is opaque."""
-    image.load()
     if not image.has_transparency_data:
         return None
-    if image.mode.startswith("I"):
+    if is_deep_gray(image.mode):
         opaque = np.asarray(image) != image.info["transparency"]
         return Image.fromarray(opaque.astype(np.uint8) * 255)
     return image.convert("RGBA").getchannel("A")

@@ -22,6 +22,7 @@ from sfumato.data.cache.entries import LATENTS, CacheItem, LatentKeys, TensorCac
 from sfumato.data.captions import process_caption
 from sfumato.data.images import Pixels
 from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_mask
+from sfumato.data.substitutes import SubstituteFinder
 from sfumato.data.variants import choose_variant
 from sfumato.errors import UserError
 
@@ -37,8 +38,8 @@ class Loader:
     latents: the cache of latents and masks; None for batches with pixels. text: features of the encoders whose output
     is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
     text_dropout: text encoder -> its dropout probability.
-    workers: prefetching threads; 0 prepares each batch when it is asked for.
-    skip_bad_images: an image that cannot be read any more counts nothing, instead of ending the run.
+    workers: prefetching threads; 0 prepares each batch when it is asked for. skip_bad_images: another image takes the
+    place of one that can no longer be read.
     """
 
     def __init__(
@@ -56,8 +57,6 @@ class Loader:
         skip_bad_images: bool = False,
     ) -> None:
         self.sampler = sampler
-        self.skip_bad_images = skip_bad_images
-        self.reported: set[str] = set()  # messages about bad images
         self.plan = sampler.plan
         self.latent_keys = latent_keys
         self.mask_keys = mask_keys
@@ -67,6 +66,8 @@ class Loader:
         self.variants = variants
         self.text_dropout = dict(text_dropout or {})
         self.workers = workers
+        self.skip_bad_images = skip_bad_images
+        self._substitutes = SubstituteFinder()
 
     def steps(self, first_step: int = 0) -> Iterator[Step]:
         """The sampler's steps from `first_step` (counted from 0) on; UserError if an image is damaged.
@@ -95,7 +96,7 @@ class Loader:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _make_batch(self, step: PlannedStep, batch: PlannedBatch) -> Batch:
-        samples = [self._prepare_or_blank(step, batch, sample) for sample in batch.samples]
+        samples = [self._prepare_sample(step, batch, sample) for sample in batch.samples]
         strength = batch.dataset.settings.network_multiplier
         multiplier = torch.full((len(samples),), strength) if self.plan.has_multipliers else None
         captions = [sample.caption for sample in samples]
@@ -116,12 +117,7 @@ class Loader:
                 target=torch.tensor([batch.bucket[::-1]] * len(samples)),
             ),
             extras=Extras(multiplier=multiplier, control=to_tensor(controls) if controls else None),
-            weight=torch.tensor(
-                [
-                    0.0 if prepared.blank else self._choose_weight(sample)
-                    for prepared, sample in zip(samples, batch.samples, strict=True)
-                ]
-            ),
+            weight=torch.tensor([self._choose_weight(*pair) for pair in zip(batch.samples, samples, strict=True)]),
             entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
             mask=stack_masks([sample.image.mask for sample in samples]),
             preserve=torch.tensor(preserved) if any(preserved) else None,
@@ -133,38 +129,25 @@ class Loader:
         draws = [python_random(seed, f"{name} dropout", sample.id).random() for sample in samples]
         return torch.tensor([draw < probability for draw in draws])
 
-    def _choose_weight(self, sample: Sample) -> float:
-        if not sample.real:
+    def _choose_weight(self, sample: Sample, prepared: PreparedSample) -> float:
+        if not sample.real or prepared.is_empty:
             return 0.0
         return self.plan.prior_loss_weight if sample.subset.settings.is_reg else 1.0
 
-    def _prepare_or_blank(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
-        """The sample; where its files cannot be read and bad images are skipped, a black one of weight 0.
-
-        The loss is still divided by the planned number of samples, which all processes know without asking.
-        """
-        try:
-            return self._prepare_sample(step, batch, sample)
-        except UserError as error:
-            if not self.skip_bad_images or self.latents is not None:
-                raise
-            if str(error) not in self.reported:
-                self.reported.add(str(error))
-                log.warning("skipped from now on: %s", error.what)
-        width, height = batch.bucket
-        black = np.zeros((height, width, 3), np.uint8)
-        needs_control = sample.item.conditioning is not None and not sample.subset.settings.images.masked_loss
-        return PreparedSample(
-            caption=self._make_caption(step, sample),
-            image=LoadedImage(pixels=black, entry_seed=0),
-            control=black if needs_control else None,
-            original=(height, width),
-            crop=(0, 0),
-            blank=True,
-        )
-
     def _prepare_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
-        """Load one sample; everything random is a function of the seed and the sample's id."""
+        """Load one sample, or another one in its place."""
+        try:
+            return self._load_sample(step, sample)
+        except UserError as error:
+            if not self.skip_bad_images or error.code == "cache-entry-unreadable":
+                raise
+            other = self._substitutes.load_other(
+                sample, batch.bucket, lambda other: self._load_sample(step, other), error
+            )
+            return other or self._make_empty_sample(step, batch, sample)
+
+    def _load_sample(self, step: PlannedStep, sample: Sample) -> PreparedSample:
+        """Everything random is a function of the seed and the sample's id."""
         item, seed = sample.item, self.sampler.seed
         rules = sample.subset.settings.images
         transform = item.draw_transform(rules, lambda purpose: python_random(seed, purpose, sample.id))
@@ -178,6 +161,20 @@ class Loader:
             control=None if control is None else CacheItem(control, transform.geometry).read_pixels(),
             original=original,
             crop=crop,
+        )
+
+    def _make_empty_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
+        """Gray, with weight 0: where no other image has the size of the batch."""
+        width, height = batch.bucket
+        gray = np.full((height, width, 3), 128, np.uint8)
+        has_control = sample.item.conditioning is not None and not sample.subset.settings.images.masked_loss
+        return PreparedSample(
+            caption=self._make_caption(step, sample),
+            image=LoadedImage(entry_seed=sample.id, pixels=gray),
+            control=gray if has_control else None,
+            original=(height, width),
+            crop=(0, 0),
+            is_empty=True,
         )
 
     def _make_caption(self, step: PlannedStep, sample: Sample) -> str:
@@ -295,4 +292,4 @@ class PreparedSample:
     control: Pixels | None
     original: Size  # height, width
     crop: Size  # top, left
-    blank: bool = False  # in place of one that cannot be read
+    is_empty: bool = False

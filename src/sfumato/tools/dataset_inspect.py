@@ -19,7 +19,7 @@ from sfumato.tools.dataset_page import PageImage, render_dataset_page
 from sfumato.tools.dataset_text import list_report_lines
 from sfumato.track.console import configure_logging
 from sfumato.track.progress_task import ProgressTask
-from sfumato.training.caching import count_workers
+from sfumato.training.caching import cache_folder, count_workers
 
 
 def inspect_dataset(
@@ -77,6 +77,7 @@ def inspect_datasets(config: Config, plan: DataPlan, *, decoding: bool) -> list[
         return inspect_plan(
             plan,
             load_tokenizers(config),
+            cache_dir=cache_folder(config),
             weighted=config.captions.weighted_captions,
             decoding=decoding,
             workers=count_workers(config),

@@ -171,6 +171,7 @@ def render_facts(subset: SubsetInspection) -> Iterator[str]:
     yield render_row("images", f"{count:,}, {repeats} each: {subset.plan.num_samples:,} samples per epoch")
     yield from render_files("not images", dict.fromkeys(subset.no_images, ""))
     yield from render_files("damaged", {Path(path).name: reason for path, reason in subset.damaged.items()})
+    yield from render_files("with transparent parts", dict.fromkeys(subset.transparent, ""))
     counts = subset.caption_extensions.items()
     extensions = ", ".join(f"{number:,} {escape(extension)}" for extension, number in counts)
     yield render_row("caption files", extensions or "none")

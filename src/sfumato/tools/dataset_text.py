@@ -33,6 +33,8 @@ def describe_subset(subset: SubsetInspection) -> Iterator[tuple[str, str]]:
     for name, files in (("not images", subset.no_images), ("damaged", damaged)):
         if files:
             yield name, "\n".join([str(len(files)), *(f"    {file}" for file in files)])
+    if subset.transparent:
+        yield "with transparent parts", f"{len(subset.transparent)}: {list_some(subset.transparent, MAX_NAMES)}"
     extensions = ", ".join(f"{number} {extension}" for extension, number in subset.caption_extensions.items())
     yield "caption files beside them", extensions or "none"
     if subset.class_tokens:

@@ -128,7 +128,7 @@ def select_evenly(steps: Sequence[int], count: int) -> list[int]:
 
 
 def make_thumbnail(path: Path) -> Thumbnail:
-    with open_file(path) as file, Image.open(file) as image:
+    with open_file(path) as file, Image.open(file, formats=("PNG",)) as image:
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         small = image.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)

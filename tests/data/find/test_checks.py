@@ -72,8 +72,8 @@ def test_a_random_crop_of_nothing(find, tmp_path, size, buckets, reported):
     assert any("random_crop has no effect" in note for note in notes) == reported
 
 
-@pytest.mark.parametrize(("kind", "reported"), [("JPEG", True), ("PNG", False)])
-def test_formats_without_an_alpha_channel(find, tmp_path, kind, reported):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_images_without_an_alpha_channel(find, tmp_path, kind):
     write_photo(tmp_path / "t" / "1_a" / f"0.{kind.lower()}", kind=kind)
     notes = find("--train_data_dir", tmp_path / "t", *ARGV, "--alpha_mask").notes
-    assert any("alpha_mask has no effect" in note for note in notes) == reported
+    assert any("alpha_mask has no effect" in note for note in notes)

@@ -38,7 +38,7 @@ def write_near_misses(root: Path) -> None:
     write_images(root / "deep" / "1_cat" / "more", 12)
     (root / "nothing").mkdir()
     (root / "other" / "1_cat").mkdir(parents=True)
-    for name in ("a.gif", "b.gif", "c.heic"):
+    for name in ("a.psd", "b.psd", "c.cr2"):
         (root / "other" / "1_cat" / name).touch()
 
 
@@ -47,7 +47,7 @@ def write_near_misses(root: Path) -> None:
     [
         ("loose", "images-beside-numbered-folders", ["2 images", "img0.png, img1.png", "1_cat", "N_text"]),
         ("nothing", "data-folder-without-images", ["nothing", "N_text"]),
-        ("other", "subset-without-images", ["2 .gif, 1 .heic", ".png .jpg"]),
+        ("other", "subset-without-images", ["2 .psd, 1 .cr2", ".png .apng .jpg"]),
     ],
 )
 def test_where_no_images_are_found_near_matches_are_reported(find, tmp_path, folder, code, words):

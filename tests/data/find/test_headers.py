@@ -37,7 +37,8 @@ ROTATED = BOXES + STREAM + "00000010" + b"jxlp".hex() + "80000001e05b0210"
 
 
 def parse(data: bytes) -> tuple[int, int, int]:
-    return parse_jxl(data, lambda offset, count: data[offset : offset + count])
+    """Width, height and orientation."""
+    return parse_jxl(data, lambda offset, count: data[offset : offset + count])[:3]
 
 
 @pytest.mark.parametrize("start", JXL)
@@ -88,11 +89,11 @@ def test_jpeg_xl_through_the_plugin():
 def test_bitmaps(size, mode):
     buffer = BytesIO()
     make_image(size).convert(mode).save(buffer, "BMP")
-    assert parse_image_header(buffer.getvalue(), "x") == (*size, 1)
+    assert parse_image_header(buffer.getvalue(), "x")[:3] == (*size, 1)
     top_down = bytearray(buffer.getvalue())
     top_down[22:26] = (-size[1]).to_bytes(4, "little", signed=True)  # rows from the top
     assert Image.open(BytesIO(bytes(top_down))).size == size
-    assert parse_image_header(bytes(top_down), "x") == (*size, 1)
+    assert parse_image_header(bytes(top_down), "x")[:3] == (*size, 1)
 
 
 def test_a_damaged_bitmap_is_named():

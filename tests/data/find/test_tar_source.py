@@ -71,7 +71,7 @@ def test_faults_of_archives(find, tmp_path):
         toml(find, ARCHIVES)
     messages = dict(zip(find.codes, find.messages, strict=True))
     assert "002.tar" in messages["archive-damaged"]
-    assert "001.tar/bad.png" in messages["archived-image-invalid"]
+    assert "001.tar/bad.png" in messages["image-header-damaged"]
     assert "1 of 6 images" in messages["captions-missing"]
     assert "alone.png" in messages["captions-missing"]
     with pytest.raises(UserError):

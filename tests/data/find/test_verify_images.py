@@ -28,13 +28,13 @@ def damage(path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the images that are decoded."""
     seen: list[str] = []
-    real = verify_images.decode_image
+    real = verify_images.decode_layers
 
-    def decode(data: bytes, path: str):
+    def decode(data: bytes, path: str, **options: bool):
         seen.append(Path(path).name)
-        return real(data, path)
+        return real(data, path, **options)
 
-    monkeypatch.setattr(verify_images, "decode_image", decode)
+    monkeypatch.setattr(verify_images, "decode_layers", decode)
     return seen
 
 

@@ -21,6 +21,7 @@ from sfumato.data.cache.references import CacheReference, write_reference
 from sfumato.data.cache.shards import KEY_BYTES
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.find.image_table import ImageRow
+from sfumato.data.find.traits import CONVERTED
 from sfumato.data.images import Mask, Pixels, Transform, hash_content, prepare_pixels, prepare_with_alpha
 from sfumato.data.plans import DataPlan
 from sfumato.errors import UserError
@@ -309,7 +310,9 @@ class LatentKeys:
     def make_key(self, item: CacheItem, data: bytes | None = None) -> bytes:
         """data: the file's bytes if they are already in memory."""
         content = self.hashes.hash_image(item.image) if data is None else hash_content(data)
-        return make_key(LATENTS, self.fingerprint, str(self.dtype), item.transform.cache_name(item.image.size), content)
+        colors = ("to sRGB",) if item.image.traits & CONVERTED else ()  # other images have the keys of before
+        pixels = item.transform.cache_name(item.image.size)
+        return make_key(LATENTS, self.fingerprint, str(self.dtype), pixels, content, *colors)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -41,7 +41,7 @@ def load_caption_files(
 
     shortened: list[int] = []
     texts = parse_captions(contents, repeat(pairing.extension), get_path, subset, faults, shortened)
-    what = f"({subset.caption_extension} file beside them)"
+    what = f"({subset.caption_extension} file beside them{pairing.hint})"
     table = fill_missing_captions(names, texts, faults, what, subset, policy, findings, empty=pairing.has_file)
     report_shortened([names[row] for row in shortened], len(names), subset, findings)
     return table
@@ -50,13 +50,16 @@ def load_caption_files(
 def pair_caption_files(
     names: Sequence[str], others: Mapping[str, str], subset: SubsetSettings, findings: Findings
 ) -> Pairing:
-    """By the configured extension, or by another one if no image has a file with that one."""
+    """By the configured extension; where it is the default, by another one if no image has a file with that one."""
     configured = pair_by_extension(names, others, subset.caption_extension)
     if configured.files:
         return configured
-    fallbacks = [extension for extension in FALLBACK_EXTENSIONS if extension != subset.caption_extension]
+    fallbacks = [extension for extension in FALLBACK_EXTENSIONS if extension != subset.caption_extension.lower()]
     pairings = [pair_by_extension(names, others, extension) for extension in fallbacks]
     best = max(pairings, key=lambda pairing: len(pairing.files))
+    if subset.caption_extension_given:
+        hint = f"; there are {best.count} {best.extension} files" if best.files else ""
+        return replace(configured, hint=hint)
     if best.files:
         findings.note(
             f"{subset.where}: no {subset.caption_extension} files; took the {best.count} {best.extension} files "
@@ -66,8 +69,10 @@ def pair_caption_files(
 
 
 def pair_by_extension(names: Sequence[str], others: Mapping[str, str], extension: str) -> Pairing:
+    """Each image's file of its own name; where it has none, one whose name differs in capital letters only."""
     files: list[str] = []
     file_index = np.full(len(names), -1)
+    without: list[int] = []
     for row, name in enumerate(names):
         stem = name[: name.rfind(".")]
         file = others.get(stem + extension)
@@ -76,7 +81,41 @@ def pair_by_extension(names: Sequence[str], others: Mapping[str, str], extension
         if file is not None:
             file_index[row] = len(files)
             files.append(file)
+        else:
+            without.append(row)
+    if without:
+        pair_in_any_case(names, without, others, extension, files, file_index)
     return Pairing(extension=extension, files=files, file_index=file_index)
+
+
+def pair_in_any_case(
+    names: Sequence[str],
+    rows: Sequence[int],
+    others: Mapping[str, str],
+    extension: str,
+    files: list[str],
+    file_index: IntColumn,
+) -> None:
+    """X.TXT for X.PNG, which most systems take for one name with X.txt; adds to `files` and `file_index`.
+
+    rows: of the images without a file. A file that is another image's own is not taken.
+    """
+    extension, paired = extension.lower(), set(files)
+    free: dict[str, list[str]] = {}
+    for file in others:
+        lower = file.lower()
+        if lower.endswith(extension) and file not in paired:
+            free.setdefault(lower, []).append(file)
+    if not free:
+        return
+    for row in rows:
+        stem = names[row][: names[row].rfind(".")]
+        found = free.get(stem.lower() + extension)
+        if found is None and stem.count("_") >= 4:
+            found = free.get(stem.rsplit("_", 4)[0].lower() + extension)
+        if found is not None:
+            file_index[row] = len(files)
+            files.append(next((file for file in found if file.startswith(stem)), min(found)))
 
 
 def parse_captions(
@@ -246,6 +285,7 @@ class Pairing:
     extension: str
     files: list[str]  # a file that several images share appears once for each
     file_index: IntColumn  # for each image, -1 for none
+    hint: str = ""  # for the message about images without a caption
 
     @property
     def count(self) -> int:

@@ -8,8 +8,6 @@ from sfumato.data.augment import parse_face
 from sfumato.data.find.findings import Findings
 from sfumato.data.plans import DataPlan, SubsetPlan
 
-EXTENSIONS_WITHOUT_ALPHA = (".jpg", ".jpeg", ".bmp")
-
 
 def check_image_options(
     plan: DataPlan, *, masked_loss: bool, outside_mask: bool, control: bool, findings: Findings
@@ -63,8 +61,6 @@ def list_ineffective_options(subset: SubsetPlan) -> Iterator[str]:
             yield "random_crop has no effect: no image is larger than its crop"
     if rules.alpha_mask and rules.masked_loss and subset.settings.conditioning_data_dir is not None:
         yield "alpha_mask has no effect: conditioning_data_dir gives the masks"
-    elif rules.alpha_mask and all(path.lower().endswith(EXTENSIONS_WITHOUT_ALPHA) for path in images.paths()):
-        yield "alpha_mask has no effect: images of these formats have no alpha channel"
 
 
 def check_masks(subsets: Sequence[SubsetPlan], findings: Findings) -> None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sfumato.common.text import list_some
 from sfumato.config.paths import suggest_path
 from sfumato.data.find.findings import Findings
-from sfumato.data.find.folders import list_folder, list_recursively, read_images
+from sfumato.data.find.folders import Listing, list_folder, list_recursively, read_images
+from sfumato.data.find.image_notes import report_unread
 from sfumato.data.find.image_table import ImageTable, IntColumn
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
@@ -31,7 +32,7 @@ def attach_conditioning_images(
         return images
     folder = os.path.abspath(subset.conditioning_data_dir)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
     try:
-        names = list_images(folder)
+        listing = list_images(folder)
     except OSError as error:
         findings.problems.add(
             f"{subset.where}: conditioning_data_dir {folder} cannot be read ({error.strerror})",
@@ -39,6 +40,8 @@ def attach_conditioning_images(
             fix=suggest_path(Path(folder)),
         )
         return images
+    names = listing.images
+    report_unread(listing.unread, f"{subset.where}: {folder}", findings)
     headers = read_images(folder, names, policy.index("images", folder))
     where = f"{subset.where}: {folder}"
     valid = select_valid_images(headers, where, policy, findings)
@@ -89,7 +92,11 @@ def match_by_stem(images: ImageTable, names: Sequence[str]) -> IntColumn:
     by_stem = {strip_extension(name): index for index, name in enumerate(names)}
     if len(set(last_parts)) == len(last_parts) and not set(stems) <= set(by_stem):
         stems = last_parts
-    return np.array([by_stem.get(stem, -1) for stem in stems], np.int64)
+    if not set(stems) <= set(by_stem):  # names that differ in capital letters only are one name on most systems
+        own = set(stems)
+        free = {stem.lower(): index for stem, index in by_stem.items() if stem not in own}
+        return np.array([by_stem.get(stem, free.get(stem.lower(), -1)) for stem in stems], np.int64)
+    return np.array([by_stem[stem] for stem in stems], np.int64)
 
 
 def compare_shapes(images: ImageTable) -> NDArray[np.bool_]:
@@ -113,10 +120,10 @@ def check_unmatched_images(subsets: Iterable[tuple[SubsetSettings, ImageTable]],
         if folder is not None and folder.is_dir() and len(images):
             labels.setdefault(folder, subset.where)
             for stem in map(strip_extension, (*images.names, *findings.skipped_names[subset.where])):
-                stems[folder] |= {stem, strip_folders(stem)}
+                stems[folder] |= {stem.lower(), strip_folders(stem).lower()}
     for folder, known in stems.items():
-        names = list_images(os.path.abspath(folder))  # noqa: PTH100
-        unmatched = [name for name in names if strip_extension(name) not in known]
+        names = list_images(os.path.abspath(folder)).images  # noqa: PTH100
+        unmatched = [name for name in names if strip_extension(name).lower() not in known]
         if unmatched:
             findings.problems.add(
                 f"{labels[folder]}: {len(unmatched)} images in {folder} have no training image of the same name: "
@@ -126,9 +133,10 @@ def check_unmatched_images(subsets: Iterable[tuple[SubsetSettings, ImageTable]],
             )
 
 
-def list_images(folder: str) -> list[str]:
-    """The images directly in the folder, else those in its subfolders."""
-    return list_folder(folder).images or list_recursively(folder).images
+def list_images(folder: str) -> Listing:
+    """The files directly in the folder, or those in its subfolders where it has no images itself."""
+    listing = list_folder(folder)
+    return listing if listing.images or not listing.folders else list_recursively(folder)
 
 
 def strip_extension(name: str) -> str:

@@ -17,8 +17,9 @@ from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.index import cache_folder, check_cache_folder
 from sfumato.data.find.policy import Policy
 from sfumato.data.find.settings import SizeSteps, SubsetSettings, load_dataset_settings
-from sfumato.data.find.sources import load_images, refuse_cache_among_images
-from sfumato.data.find.verify_images import find_decodable, refuse_undecodable
+from sfumato.data.find.sources import refuse_cache_among_images
+from sfumato.data.find.subset_images import load_subset_images
+from sfumato.data.find.verify_images import refuse_undecodable
 from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.data.split import check_validation_split, choose_validation_seed, refuse_overlap
 from sfumato.data.variants import describe_variants, refuse_varying
@@ -40,9 +41,9 @@ def find_data(
 
     bucket_step: bucket sides in pixels must be multiples of it. size_step: the same without buckets; by default 16, or
     what it shares with bucket_step. processes: batches are formed over all of them.
-    control: whether the method takes control images, one per image. decoding: whether images may be decoded: each once
-    where --on_bad_image skip is given, else some first ones. remember: whether the dataset index in the cache folder is
-    written; nothing else ever is.
+    control: whether the method takes control images, one per image. decoding: whether images may be decoded, once each:
+    all of them where --on_bad_image skip is given, else some first ones and some with an alpha channel. remember:
+    whether the dataset index in the cache folder is written; nothing else ever is.
     Every fault is added to `problems`; the plan is complete only if there are none.
     """
     faults_before = len(problems.found)
@@ -51,6 +52,7 @@ def find_data(
         on_missing_caption=config.dataset.on_missing_caption,
         on_bad_image=config.dataset.on_bad_image,
         cache_dir=cache_folder(config),
+        may_decode=decoding,
         decoding=decoding and config.dataset.on_bad_image == "skip",
         remember=remember,
     )
@@ -123,21 +125,6 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def load_subset_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
-    """The subset's images; that none is left is a problem."""
-    problems_before = len(findings.problems.found)
-    images = load_images(subset, policy, findings)
-    rows = find_decodable(images, subset.where, policy, findings)
-    images = images if len(rows) == len(images) else images.take(rows)
-    if not len(images) and len(findings.problems.found) == problems_before:
-        findings.problems.add(
-            f"{subset.where}: every image is skipped, see the notes",
-            code="all-images-skipped",
-            fix="fix the images, or remove the subset",
-        )
-    return images
 
 
 def check_regularization_options(plan: DataPlan, config: Config, findings: Findings) -> None:

@@ -18,43 +18,42 @@ from sfumato.common.files import open_descriptor
 from sfumato.common.text_files import decode_text
 from sfumato.data.captions import check_caption_size
 from sfumato.data.find.headers import read_image_header
+from sfumato.data.find.image_formats import EXTENSION_SET, IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, find_lost_plugins
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn, join_path
 from sfumato.data.find.index import Columns, Index, pack_texts, unpack_texts
 from sfumato.errors import UserError
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")  # in upper or lower case
-EXTENSION_SET = frozenset(IMAGE_EXTENSIONS)
+HEADER_COLUMNS = ("widths", "heights", "traits")
 SLOW_FILE_SECONDS = 0.001  # per file; on slower disks several files are read at once
 TRIAL_FILES = 100  # read one by one to measure the disk
 
 FileReader = Callable[[int, os.stat_result, int], None]  # open file, its stat, its index in the list of names
 
 
-def is_image(name: str) -> bool:
-    return name[name.rfind(".") :].lower() in EXTENSION_SET
-
-
 def list_folder(folder: str) -> Listing:
     """Sorted names, without hidden files. OSError where the folder cannot be read."""
-    images, others, folders = [], dict[str, str](), []
+    images, others, folders, unread = [], dict[str, str](), [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
             if name[0] == ".":
                 continue
-            if name[name.rfind(".") :].lower() in EXTENSION_SET and not entry.is_dir():
+            extension = name[name.rfind(".") :].lower()
+            if extension in EXTENSION_SET and not entry.is_dir():
                 images.append(name)
             elif entry.is_dir():
                 folders.append(name)
+            elif extension in UNREAD_EXTENSIONS:
+                unread.append(name)
             else:
                 others[name] = name
     images.sort()
-    return Listing(folder=folder, images=images, others=others, folders=sorted(folders))
+    return Listing(folder=folder, images=images, others=others, folders=sorted(folders), unread=unread)
 
 
 def list_recursively(folder: str) -> Listing:
     """Everything in the subfolders, as paths with / from here; a folder that links lead to again counts once."""
-    images, others = [], dict[str, str]()
+    images, others, unread = [], dict[str, str](), []
     seen = {os.path.realpath(folder)}
     queue = [f"{name}/" for name in list_folder(folder).folders]
     while queue:
@@ -69,23 +68,25 @@ def list_recursively(folder: str) -> Listing:
             continue
         images += [prefix + name for name in listing.images]
         others |= {prefix + name: prefix + name for name in listing.others}
+        unread += [prefix + name for name in listing.unread]
         queue += [f"{prefix}{name}/" for name in listing.folders]
-    return Listing(folder=folder, images=sorted(images), others=others, folders=[])
+    return Listing(folder=folder, images=sorted(images), others=others, folders=[], unread=unread)
 
 
 def read_images(folder: str, names: list[str], index: Index) -> ImageHeaders:
     """Sizes in columns, from the index where a file has not changed; 0 where an image cannot be used."""
     known = index.load()
-    rows, columns, texts = match_index(folder, names, known, ("widths", "heights"))
+    rows, columns, texts = match_index(folder, names, known, HEADER_COLUMNS)
+    rows[find_lost_plugins(columns["traits"])] = -1
     changed = range(len(names)) if known is None else np.flatnonzero(rows < 0).tolist()
-    fresh = {name: array("q", bytes(8 * len(changed))) for name in ("byte_counts", "mtimes", "widths", "heights")}
-    byte_counts, mtimes, widths, heights = fresh.values()
+    fresh = {name: array("q", bytes(8 * len(changed))) for name in ("byte_counts", "mtimes", *HEADER_COLUMNS)}
+    byte_counts, mtimes, widths, heights, traits = fresh.values()
 
     def read(descriptor: int, stat: os.stat_result, position: int) -> None:
         path = join_path(folder, names[changed[position]])
         header = read_image_header(descriptor, path, stat.st_size)
         byte_counts[position], mtimes[position] = stat.st_size, stat.st_mtime_ns
-        widths[position], heights[position] = header.width, header.height
+        widths[position], heights[position], traits[position] = header.width, header.height, header.traits
 
     faults = read_files(folder, [names[row] for row in changed], read)
     for name, values in fresh.items():
@@ -239,7 +240,8 @@ def open_folder(folder: str) -> Iterator[tuple[int | None, str]]:
 
 def describe_listing(listing: Listing) -> str:
     """What a folder without images holds, for a message."""
-    extensions = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in listing.others)  # noqa: PTH122
+    names = (*listing.others, *listing.unread)
+    extensions = Counter(os.path.splitext(name)[1].lower() or "no extension" for name in names)  # noqa: PTH122
     if extensions:
         counts = ", ".join(f"{count} {extension}" for extension, count in extensions.most_common(5))
         return f"it holds {counts}, and images end in {' '.join(IMAGE_EXTENSIONS)}"
@@ -251,7 +253,7 @@ class ImageHeaders:
     """What the headers of a folder's images contain."""
 
     names: TextColumn
-    columns: Columns  # byte_counts, mtimes, widths, heights
+    columns: Columns  # byte_counts, mtimes, widths, heights, traits
     faults: dict[int, UserError]  # by row
     saved: bool  # whether the index could be written
 
@@ -272,6 +274,7 @@ class ImageHeaders:
             mtimes=columns["mtimes"],
             widths=columns["widths"],
             heights=columns["heights"],
+            traits=columns["traits"],
             captions=TextColumn.repeat("", len(rows)),
         )
 
@@ -293,3 +296,4 @@ class Listing:
     images: list[str]
     others: dict[str, str]  # name -> the same name
     folders: list[str]
+    unread: list[str]  # images and videos of kinds that are not read

@@ -1,4 +1,4 @@
-"""Size and orientation of a JPEG XL file from its first bytes (ISO/IEC 18181-1: size header, image metadata).
+"""Size, orientation and traits of a JPEG XL file from its first bytes (ISO/IEC 18181-1: size header, image metadata).
 
 Pillow's plugin decodes the whole image to learn its size (280 ms for 12 megapixels), and the EXIF orientation it gives
 is not the one that the decoder applies.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sfumato.data.find.traits import ALPHA, FRAMES, PLAIN, UNKNOWN_PROFILE, Traits
+
 START = b"\xff\x0a"
 CONTAINER = b"\x00\x00\x00\x0cJXL \r\n\x87\n"
 CODESTREAM_BYTES = 64  # of the codestream's start, which hold everything that is read
@@ -16,8 +18,8 @@ MAX_BOXES = 1000  # real files have a few
 SIDE_BITS = (9, 13, 18, 30)  # for a side of 1 to 2**bits pixels
 
 
-def parse_jxl(head: bytes, read: Callable[[int, int], bytes]) -> tuple[int, int, int]:
-    """Width, height and EXIF orientation of the decoder's output; IndexError where the file is cut short.
+def parse_jxl(head: bytes, read: Callable[[int, int], bytes]) -> tuple[int, int, int, Traits]:
+    """Width, height, EXIF orientation and traits of the decoder's output; IndexError where the file is cut short.
 
     Decoders apply the orientation, except to a recompressed JPEG, which they restore as it was.
     """
@@ -27,12 +29,36 @@ def parse_jxl(head: bytes, read: Callable[[int, int], bytes]) -> tuple[int, int,
         codestream, is_jpeg = find_codestream(read)
     bits = BitReader(codestream[len(START) :])
     width, height = parse_size(bits)
-    orientation = 1
-    if not bits.read(1) and bits.read(1):  # not all at their defaults, and the extra fields are there
-        orientation = bits.read(3) + 1
+    orientation, traits = parse_metadata(bits)
     if is_jpeg:
-        return width, height, orientation
-    return (height, width, 1) if orientation >= 5 else (width, height, 1)
+        return width, height, orientation, traits
+    return (height, width, 1, traits) if orientation >= 5 else (width, height, 1, traits)
+
+
+def parse_metadata(bits: BitReader) -> tuple[int, Traits]:
+    """Orientation and traits; where fields follow that are rare, the profile is called unknown."""
+    if bits.read(1):  # everything at its default
+        return 1, PLAIN
+    orientation = 1
+    if bits.read(1):
+        orientation = bits.read(3) + 1
+        if bits.read(1) or bits.read(1):  # another size to show it at, or a preview
+            return orientation, UNKNOWN_PROFILE
+        if bits.read(1):
+            return orientation, FRAMES | UNKNOWN_PROFILE
+    skip_bit_depth(bits)
+    bits.read(1)  # whether 16-bit buffers suffice
+    extra_channels = bits.read(2)  # none, one, or more, whose number follows
+    if extra_channels > 1 or (extra_channels and not bits.read(1)):
+        return orientation, UNKNOWN_PROFILE
+    bits.read(1)  # whether colors are stored as XYB
+    traits = ALPHA if extra_channels else PLAIN
+    return orientation, traits if bits.read(1) else traits | UNKNOWN_PROFILE
+
+
+def skip_bit_depth(bits: BitReader) -> None:
+    is_float, choice = bits.read(1), bits.read(2)
+    bits.read((6 if choice == 3 else 0) + (4 if is_float else 0))
 
 
 def parse_size(bits: BitReader) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.common.files import open_file
+from sfumato.data.find.traits import PLAIN, Traits
 from sfumato.errors import UserError
 
 RowT = TypeVar("RowT")
@@ -31,6 +32,7 @@ class ImageRow(NamedTuple):
     caption: str
     archive: str = ""
     offset: int = 0  # bytes, of the image in the archive
+    traits: Traits = PLAIN
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,7 +51,7 @@ class ImageRow(NamedTuple):
             raise UserError(
                 f"{self.path} cannot be read ({error.strerror})",
                 code="image-file-unreadable",
-                fix="check that the file exists and may be read",
+                fix="check that the file exists and may be read, or skip such images with --on_bad_image skip",
             ) from error
         if len(data) < self.byte_count:
             raise UserError(
@@ -146,6 +148,7 @@ class ImageTable(ColumnSequence[ImageRow]):
     captions: TextColumn
     origin: IntColumn | None = None  # index into `origins`; None where there is one
     offsets: IntColumn | None = None  # bytes, in the archive; None for plain files
+    traits: IntColumn | None = None  # None where no image has any
     conditioning: ImageTable | None = None  # the mask or control image of each
 
     @classmethod
@@ -176,6 +179,7 @@ class ImageTable(ColumnSequence[ImageRow]):
             self.captions.get_row(index),
             origin if self.offsets is not None else "",
             int(self.offsets[index]) if self.offsets is not None else 0,
+            int(self.traits[index]) if self.traits is not None else PLAIN,
         )
 
     def paths(self) -> Iterator[str]:

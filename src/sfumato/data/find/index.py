@@ -27,7 +27,7 @@ from sfumato.config import Config
 from sfumato.data.find.image_table import TextColumn
 from sfumato.errors import UserError
 
-INDEX_VERSION = 5  # of the file format, and of how sizes and captions are read
+INDEX_VERSION = 6  # of the file format, and of how sizes and captions are read
 LOAD_ERRORS = (  # what numpy and zipfile raise on damaged files, collected by damaging some 20,000
     OSError,
     ValueError,

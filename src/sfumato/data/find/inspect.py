@@ -1,16 +1,20 @@
-"""A close look at a dataset: every file decoded, every caption tokenized. Writes nothing."""
+"""A close look at a dataset: every file decoded, every caption tokenized. Writes nothing but the dataset index."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from sfumato.data.buckets import Size
 from sfumato.data.find.data_rows import count_enlarged
-from sfumato.data.find.verify_images import DecodeCallback, decode_all
+from sfumato.data.find.image_table import ImageTable
+from sfumato.data.find.index import Index
+from sfumato.data.find.verify_images import OPAQUE, DecodeCallback, check_pixels, list_origins
 from sfumato.data.plans import DataPlan, DatasetPlan, Item, SubsetPlan
 from sfumato.data.prompt_weighting import parse_weights, strip_weights
 from sfumato.data.ss_metadata import count_tags
@@ -26,6 +30,7 @@ def inspect_plan(
     plan: DataPlan,
     tokenizers: Mapping[str, tuple[CountTokens, int]],
     *,
+    cache_dir: Path,
     weighted: bool = False,
     decoding: bool = True,
     workers: int = 2,
@@ -33,36 +38,67 @@ def inspect_plan(
 ) -> list[DatasetInspection]:
     """Inspects every dataset of a plan that was made with faulty images skipped.
 
-    tokenizers: name -> (counts tokens, how many the model takes). weighted: captions have weights in brackets.
-    decoding: decode every image completely, not only its header.
+    tokenizers: name -> (counts tokens, how many the model takes). cache_dir: where it is stored which images were
+    whole. weighted: captions have weights in brackets. decoding: decode every image completely, not only its header.
     """
-    used = {item.image.path: item.image for _, _, item in plan.iterate_used()}
-    images = list(used.values()) if decoding else []
-    damaged: dict[str, str] = {}
-    for image, fault in zip(images, decode_all(images, workers=workers, progress=progress), strict=True):
-        if fault is not None:
-            damaged[image.path] = fault.what.removeprefix(image.path).strip()
+    pixels: dict[str, SubsetPixels] = {}
+    if decoding:
+        pixels = check_all_pixels(plan, cache_dir=cache_dir, workers=workers, progress=progress)
     inspections: list[DatasetInspection] = []
     for i, dataset in enumerate(plan.datasets, 1):
         subsets: list[SubsetInspection] = []
         for subset in dataset.subsets:
             bad = list_bad_images(plan, subset)
-            subsets.append(inspect_subset(subset, tokenizers, damaged, bad, weighted=weighted))
+            found = pixels.get(subset.settings.where, SubsetPixels())
+            subsets.append(inspect_subset(subset, tokenizers, found, bad, weighted=weighted))
         name = f"dataset {i}" if len(plan.datasets) > 1 else "dataset"
         enlarged = count_enlarged(dataset)
         inspections.append(DatasetInspection(name=name, plan=dataset, subsets=subsets, enlarged=enlarged))
     return inspections
 
 
+def check_all_pixels(
+    plan: DataPlan, *, cache_dir: Path, workers: int, progress: DecodeCallback | None
+) -> dict[str, SubsetPixels]:
+    """By subset what decoding shows of its images, of those held out for validation and of its masks."""
+    tables: list[tuple[str, ImageTable]] = []
+    for dataset in (*plan.datasets, *plan.validation):
+        for subset in dataset.subsets:
+            images = subset.items.images
+            tables.append((subset.settings.where, images))
+            if images.conditioning is not None:
+                tables.append((f"{subset.settings.where}: masks", images.conditioning))
+    total, done = sum(len(images) for _, images in tables), 0
+    pixels: dict[str, SubsetPixels] = {}
+    for where, images in tables:
+
+        def report(count: int, of: int, before: int = done + len(images)) -> None:
+            if progress is not None:
+                progress(before - of + count, total)
+
+        index = Index(cache_dir, ("decoded", *list_origins(images, where)))
+        check = check_pixels(images, index, workers=workers, progress=report)
+        done += len(images)
+        report(0, 0, done)
+        found = pixels.setdefault(where.removesuffix(": masks"), SubsetPixels())
+        for row, fault in check.faults.items():
+            path = images.get_row(row).path
+            found.damaged[path] = fault.what.removeprefix(path).strip()
+        if not where.endswith(": masks"):
+            transparent = np.flatnonzero(check.lowest_alpha < OPAQUE).tolist()
+            found.transparent.extend(images.names.get_row(row) for row in transparent)
+    return pixels
+
+
 def inspect_subset(
     subset: SubsetPlan,
     tokenizers: Mapping[str, tuple[CountTokens, int]],
-    damaged: Mapping[str, str],
+    pixels: SubsetPixels,
     bad: Sequence[str],
     *,
     weighted: bool,
 ) -> SubsetInspection:
-    """damaged: path -> fault, of images that cannot be decoded. bad: faults of images without a valid header."""
+    """pixels: what decoding showed. bad: faults of images without a valid header."""
     items = list(subset.items)
     paths = [item.image.path for item in items]
     captions = [make_longest_variant(item, subset) for item in items]
@@ -75,7 +111,8 @@ def inspect_subset(
     return SubsetInspection(
         plan=subset,
         no_images=bad,
-        damaged={path: damaged[path] for path in paths if path in damaged},
+        damaged=pixels.damaged,
+        transparent=pixels.transparent,
         caption_extensions=count_caption_files(paths, subset.settings.caption_extension),
         empty=[item.image.path for item in items if not item.image.caption],
         class_tokens=sum(1 for item in items if item.image.caption == subset.settings.class_tokens),
@@ -106,10 +143,10 @@ def count_caption_files(paths: Sequence[str], configured: str) -> dict[str, int]
         folder, name = os.path.split(path)
         if folder not in folder_names:
             is_folder = Path(folder).is_dir()  # else an archive
-            folder_names[folder] = {file.name for file in Path(folder).iterdir()} if is_folder else set()
-        stem = name[: name.rfind(".")]
+            folder_names[folder] = {file.name.lower() for file in Path(folder).iterdir()} if is_folder else set()
+        stem = name[: name.rfind(".")].lower()
         for extension in extensions:
-            counts[extension] += stem + extension in folder_names[folder]
+            counts[extension] += stem + extension.lower() in folder_names[folder]
     return {extension: count for extension, count in counts.items() if count}
 
 
@@ -141,12 +178,21 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubsetPixels:
+    """What decoding the images of a subset showed."""
+
+    damaged: dict[str, str] = field(default_factory=dict)  # path -> what is wrong
+    transparent: list[str] = field(default_factory=list)  # names of images with transparent parts
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubsetInspection:
     """One subset."""
 
     plan: SubsetPlan
     no_images: Sequence[str]  # faults of files with an image extension that have no valid image header
     damaged: Mapping[str, str]  # images with a valid header that cannot be decoded -> fault
+    transparent: Sequence[str]  # images with transparent parts; empty where nothing was decoded
     caption_extensions: Mapping[str, int]  # extension of caption files -> images that have one
     empty: Sequence[str]  # images with an empty caption
     class_tokens: int  # images whose caption is the class tokens

@@ -21,6 +21,8 @@ from sfumato.common.text_files import read_text_file
 from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields, report_shortened
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import list_folder, list_recursively, read_images
+from sfumato.data.find.image_formats import UNREAD_EXTENSIONS, get_extension
+from sfumato.data.find.image_notes import report_unread
 from sfumato.data.find.image_table import ImageTable, TextColumn, join_path
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
@@ -198,6 +200,7 @@ def load_named_images(named: NamedImages, policy: Policy, findings: Findings) ->
     base, paths = locate_images(named.keys, subset.image_dir)
     missing = [key for key, path in zip(named.keys, paths, strict=True) if path is None]
     if missing:
+        report_unread([key for key in missing if get_extension(key) in UNREAD_EXTENSIONS], where, findings)
         findings.problems.add(
             f"{subset.where}: {len(missing)} of {len(paths)} images that {where} names are missing: "
             f"{list_some(missing)}",
@@ -267,8 +270,19 @@ class FolderNames:
     def by_stem(self) -> dict[str, str]:
         return {name[: name.rfind(".")]: name for name in reversed(self.images)}
 
+    @cached_property
+    def by_lower_case(self) -> dict[str, str]:
+        """Names that differ in capital letters only are one name on most systems."""
+        return {name.lower(): name for name in reversed(self.images)}
+
     def find(self, key: str) -> str | None:
-        return self.images.get(key) or self.images.get(key.replace("\\", "/")) or self.by_stem.get(key)
+        path = key.replace("\\", "/")
+        return (
+            self.images.get(key)
+            or self.images.get(path)
+            or self.by_stem.get(key)
+            or self.by_lower_case.get(path.lower())
+        )
 
 
 class NamedImages:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sfumato.common.text import list_some
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import ImageHeaders
+from sfumato.data.find.image_formats import MISSING_PLUGINS
 from sfumato.data.find.image_table import IntColumn
 from sfumato.data.find.index import Index
 from sfumato.errors import UserError
@@ -25,7 +27,8 @@ class Policy:
     on_missing_caption: Literal["error", "empty", "skip"]
     on_bad_image: Literal["error", "skip"]
     cache_dir: Path
-    decoding: bool = False  # whether images are decoded completely to find bad ones, not only their headers
+    may_decode: bool = True  # whether any image may be decoded while the data is found
+    decoding: bool = False  # whether all images are decoded completely to find bad ones, not only their headers
     remember: bool = True  # whether the dataset index is written; it is read in any case
 
     def index(self, *key: str) -> Index:
@@ -54,16 +57,30 @@ def report_bad_images(bad: Sequence[tuple[str, UserError]], where: str, policy: 
     """
     if not bad:
         return
-    faults = [fault for _, fault in bad]
     findings.skipped_names[where] |= {name for name, _ in bad}
-    findings.bad_images[where] += [fault.what for fault in faults]
+    findings.bad_images[where] += [fault.what for _, fault in bad]
+    faults = join_missing_plugins(bad, where)
     if policy.on_bad_image == "skip":
-        first = "; ".join(fault.what for fault in faults[:MAX_FAULTS_IN_NOTE])
+        first = "; ".join(
+            str(fault) if fault.code in MISSING_PLUGINS else fault.what for fault in faults[:MAX_FAULTS_IN_NOTE]
+        )
         more = f"; {len(faults) - MAX_FAULTS_IN_NOTE} more: {INSPECT_HINT}" if len(faults) > MAX_FAULTS_IN_NOTE else ""
-        findings.note(f"{where}: {len(faults)} bad images are skipped: {first}{more}")
+        findings.note(f"{where}: {len(bad)} bad images are skipped: {first}{more}")
         return
     findings.problems.found.extend(faults[:MAX_LISTED_FAULTS])
     if len(faults) > MAX_LISTED_FAULTS:
         findings.problems.add(
             f"{where}: {len(faults) - MAX_LISTED_FAULTS} more bad images", code="more-bad-images", fix=INSPECT_HINT
         )
+
+
+def join_missing_plugins(bad: Sequence[tuple[str, UserError]], where: str) -> list[UserError]:
+    """The faults, with one for all images that lack the same plugin."""
+    joined: list[UserError] = []
+    for code, missing in MISSING_PLUGINS.items():
+        names = [name for name, fault in bad if fault.code == code]
+        if names:
+            plural = "image is" if len(names) == 1 else "images are"
+            what = f"{where}: {len(names)} {plural} {missing.format_name}, which Pillow needs a plugin for"
+            joined.append(UserError(f"{what}: {list_some(names)}", code=code, fix=missing.fix))
+    return joined + [fault for _, fault in bad if fault.code not in MISSING_PLUGINS]

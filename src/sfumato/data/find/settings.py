@@ -150,6 +150,11 @@ def choose_value(key: str, tables: Sequence[Table], config: Config) -> Any:
     return config.value(OPTION_OF_KEY[key]) if key in OPTION_OF_KEY else None
 
 
+def is_given(key: str, tables: Sequence[Table], config: Config) -> bool:
+    """Whether a key has a value that somebody chose, be it the default's."""
+    return any(table.value(key) is not None for table in tables) or config.source(key) not in ("default", "launcher")
+
+
 def make_dataset_settings(
     where: str,
     tables: Sequence[Table],
@@ -225,6 +230,7 @@ def make_subset_settings(
         class_tokens=class_tokens,
         num_repeats=folder.num_repeats if folder and folder.num_repeats is not None else value("num_repeats"),
         caption_extension=extension if extension.startswith(".") else f".{extension}",
+        caption_extension_given=is_given("caption_extension", tables, config),
         cache_info=value("cache_info"),
         images=make_image_rules(value, config),
         validation_split=value("validation_split"),
@@ -272,6 +278,7 @@ class SubsetSettings:
     class_tokens: str | None
     num_repeats: int
     caption_extension: str
+    caption_extension_given: bool  # no other one is tried then
     conditioning_data_dir: Path | None  # masks or control images, one per image
     images: ImageRules
     validation_split: float

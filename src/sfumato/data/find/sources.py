@@ -11,6 +11,8 @@ from sfumato.config.paths import suggest_path
 from sfumato.data.find.caption_files import load_caption_files, pair_caption_files
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import Listing, describe_listing, list_folder, list_recursively, read_images
+from sfumato.data.find.image_formats import is_image
+from sfumato.data.find.image_notes import report_image_folders, report_unread
 from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.metadata_source import load_metadata_images, load_plugin_images
 from sfumato.data.find.policy import Policy, select_valid_images
@@ -60,6 +62,8 @@ def load_folder_images(subset: SubsetSettings, policy: Policy, findings: Finding
     listing = find_images(folder, subset, findings)
     if listing is None:
         return ImageTable.from_rows([])
+    report_unread(listing.unread, subset.where, findings)
+    report_image_folders([name for name in listing.folders if is_image(name)], subset.where, findings)
     headers = read_images(folder, listing.images, policy.index("images", folder))
     images = headers.make_table(folder, select_valid_images(headers, subset.where, policy, findings))
     pairing = pair_caption_files(images.names, listing.others, subset, findings)

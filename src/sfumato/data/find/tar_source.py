@@ -15,14 +15,22 @@ from typing import Self
 
 import numpy as np
 
-from sfumato.common.files import open_descriptor, open_file
+from sfumato.common.files import open_descriptor, open_file, refuse_special_file
 from sfumato.common.text import list_some
 from sfumato.common.text_files import decode_text
 from sfumato.data.captions import check_caption_size
 from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_captions, parse_captions, report_shortened
 from sfumato.data.find.findings import Findings
-from sfumato.data.find.folders import is_image
+from sfumato.data.find.folders import HEADER_COLUMNS
 from sfumato.data.find.headers import read_image_header
+from sfumato.data.find.image_formats import (
+    MISSING_PLUGINS,
+    UNREAD_EXTENSIONS,
+    find_lost_plugins,
+    get_extension,
+    is_image,
+)
+from sfumato.data.find.image_notes import report_unread
 from sfumato.data.find.image_table import ImageTable, IntColumn, TextColumn
 from sfumato.data.find.index import Columns, pack_texts, unpack_texts
 from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
@@ -37,6 +45,7 @@ ADDITIONAL_HEADERS = (  # about the member that follows
 MAX_ADDITION_BYTES = 1 << 20
 MAX_MEMBER_BYTES = 1 << 60
 MAX_ARCHIVES = 100_000  # that one image_dir can stand for
+TEXTS = ("names", "texts", "faults", "fault_codes", "unread")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -47,6 +56,9 @@ def is_archive_path(path: Path) -> bool:
 def load_archive_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
     """The images of all archives, each with the caption of the same name."""
     paths = expand_braces(os.path.abspath(subset.source))  # noqa: PTH100
+    for path in paths:
+        with findings.problems.catch():
+            refuse_special_file(Path(path))
     missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113
     if missing:
         findings.problems.add(
@@ -94,19 +106,26 @@ def expand_brace(content: str) -> list[str]:
 
 def load_shard(path: str, subset: SubsetSettings, policy: Policy, findings: Findings) -> Shard:
     """The contents of an archive, from the index while its size and time are the same."""
-    extensions = list(dict.fromkeys((subset.caption_extension, *FALLBACK_EXTENSIONS)))
+    fallbacks = () if subset.caption_extension_given else FALLBACK_EXTENSIONS
+    extensions = list(dict.fromkeys((subset.caption_extension.lower(), *fallbacks)))
     index = policy.index("archive", path, *extensions)
     stat = os.stat(path)  # noqa: PTH116
     identity = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
     known = index.load()
-    if known is None or not np.array_equal(known["facts"], identity):
+    if known is None or not np.array_equal(known["facts"], identity) or lacks_plugin(known):
         known = {"facts": identity, **read_archive(path, extensions)}
         report_unsaved_index(index.save(known), policy, findings)
     if not known["ended"].all():
         findings.note(f"{subset.where}: {path} has no end-of-archive marker; it may have been cut short")
-    columns = {name: known[name] for name in ("offsets", "byte_counts", "widths", "heights", "endings")}
-    texts = {name: unpack_texts(name, known) for name in ("names", "texts", "faults")}
+    columns = {name: known[name] for name in ("offsets", "byte_counts", *HEADER_COLUMNS, "endings")}
+    texts = {name: unpack_texts(name, known) for name in TEXTS}
     return Shard(path=path, mtime_ns=stat.st_mtime_ns, extensions=extensions, columns=columns, **texts)
+
+
+def lacks_plugin(known: Columns) -> bool:
+    """Whether images could not be read for want of a plugin, which may be there now, or the other way round."""
+    wanted = any(code in MISSING_PLUGINS for code in unpack_texts("fault_codes", known))
+    return wanted or bool(find_lost_plugins(known["traits"]).any())
 
 
 def read_archive(path: str, extensions: Sequence[str]) -> Columns:
@@ -117,12 +136,15 @@ def read_archive(path: str, extensions: Sequence[str]) -> Columns:
         )
     images: list[tuple[str, int, int]] = []
     captions: dict[str, tuple[int, int, int]] = {}  # stem -> (index of the extension, offset, size)
+    unread: list[str] = []
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=CheckedMember) as archive:
             for name, offset, size in list_members(archive, os.fstat(file.fileno()).st_size):
-                stem, extension = os.path.splitext(name)  # noqa: PTH122
+                stem, extension = name[: name.rfind(".")], get_extension(name)
                 if is_image(name):
                     images.append((name, offset, size))
+                elif extension in UNREAD_EXTENSIONS:
+                    unread.append(name)
                 elif extension in extensions:
                     rank = extensions.index(extension)
                     if stem not in captions or rank <= captions[stem][0]:  # of repeated members the last counts
@@ -136,7 +158,8 @@ def read_archive(path: str, extensions: Sequence[str]) -> Columns:
         raise UserError(
             f"{path} cannot be read ({error.strerror})", code="archive-unreadable", fix="check image_dir"
         ) from error
-    return {"ended": np.array([ended]), **read_columns(path, images, captions)}
+    columns = read_columns(path, images, captions)
+    return {"ended": np.array([ended]), **columns, **pack_texts("unread", TextColumn.encode(unread))}
 
 
 def list_members(archive: tarfile.TarFile, end: int) -> Iterator[tuple[str, int, int]]:
@@ -189,23 +212,25 @@ def read_columns(
 
     images: (name, offset, size in bytes). captions: stem -> (index of the extension, offset, size in bytes).
     """
-    widths, heights, extensions = (np.zeros(len(images), np.int64) for _ in range(3))
-    faults, texts = [""] * len(images), [""] * len(images)
+    widths, heights, traits, extensions = (np.zeros(len(images), np.int64) for _ in range(4))
+    faults, fault_codes, texts = ([""] * len(images) for _ in range(3))
+    in_lower_case = {stem.lower(): caption for stem, caption in captions.items()}
     descriptor, _ = open_descriptor(path)
     try:
         for row, (name, offset, size) in enumerate(images):
             extensions[row] = -1
-            extension, start, length = captions.get(name[: name.rfind(".")], (-1, 0, 0))
+            stem = name[: name.rfind(".")]
+            extension, start, length = captions.get(stem) or in_lower_case.get(stem.lower(), (-1, 0, 0))
             try:
                 header = read_image_header(descriptor, f"{path}/{name}", size, offset)
-                widths[row], heights[row] = header.width, header.height
+                widths[row], heights[row], traits[row] = header.width, header.height, header.traits
                 if extension >= 0:
                     check_caption_size(length, f"the caption of {path}/{name}")
                     os.lseek(descriptor, start, os.SEEK_SET)
                     texts[row] = decode_text(os.read(descriptor, length), f"the caption of {path}/{name}")
                     extensions[row] = extension
             except UserError as error:
-                faults[row] = str(error)
+                faults[row], fault_codes[row] = str(error), error.code
     finally:
         os.close(descriptor)
     numbers = np.array([image[1:] for image in images], np.int64).reshape(len(images), 2)
@@ -213,10 +238,12 @@ def read_columns(
         **pack_texts("names", TextColumn.encode(image[0] for image in images)),
         **pack_texts("texts", TextColumn.encode(texts)),
         **pack_texts("faults", TextColumn.encode(faults)),
+        **pack_texts("fault_codes", TextColumn.encode(fault_codes)),
         "offsets": numbers[:, 0],
         "byte_counts": numbers[:, 1],
         "widths": widths,
         "heights": heights,
+        "traits": traits,
         "endings": extensions,
     }
 
@@ -224,6 +251,7 @@ def read_columns(
 def join_shards(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
     """The valid images of all archives, in order."""
     report_shard_faults(shards, subset, policy, findings)
+    report_unread([name for shard in shards for name in shard.unread], subset.where, findings)
     valid = [shard.find_valid_rows() for shard in shards]
     counts = [len(rows) for rows in valid]
     names = join_texts([shard.names for shard in shards], valid)
@@ -254,6 +282,7 @@ def join_shards(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy,
         byte_counts=join_columns("byte_counts", shards, valid),
         widths=join_columns("widths", shards, valid),
         heights=join_columns("heights", shards, valid),
+        traits=join_columns("traits", shards, valid),
         captions=table.captions,
     )
     return images if len(table.kept_rows) == len(images) else images.take(table.kept_rows)
@@ -262,9 +291,9 @@ def join_shards(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy,
 def report_shard_faults(shards: Sequence[Shard], subset: SubsetSettings, policy: Policy, findings: Findings) -> None:
     bad: list[tuple[str, UserError]] = []
     for shard in shards:
-        for name, fault in zip(shard.names, shard.faults, strict=True):
+        for name, fault, code in zip(shard.names, shard.faults, shard.fault_codes, strict=True):
             if fault:
-                bad.append((name, UserError(fault, code="archived-image-invalid")))
+                bad.append((name, UserError(fault, code=code)))
     report_bad_images(bad, subset.where, policy, findings)
 
 
@@ -307,6 +336,8 @@ class Shard:
     names: TextColumn
     texts: TextColumn
     faults: TextColumn  # "" where the image is valid
+    fault_codes: TextColumn
+    unread: TextColumn  # images and videos of kinds that are not read
 
     def find_valid_rows(self) -> IntColumn:
         return np.array([row for row, fault in enumerate(self.faults) if not fault], np.int64)

@@ -1,4 +1,4 @@
-"""Which images decode completely: checked once per file and stored in the dataset index."""
+"""Which images decode completely, and how transparent they are: checked once per file, stored in the dataset index."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_table import ImageRow, ImageTable, IntColumn
+from sfumato.data.find.index import Columns, Index
 from sfumato.data.find.policy import Policy, report_bad_images, report_unsaved_index
-from sfumato.data.images import decode_image
+from sfumato.data.find.traits import ALPHA
+from sfumato.data.images import decode_layers
 from sfumato.errors import Problems, UserError
 
 log = logging.getLogger(__name__)
 MOST_TRIED = 16  # images that are decoded before training where only headers are read
 MIN_LOGGED = 1000  # images to decode, from which on a line is logged first
+OPAQUE = 255
 
 DecodeCallback = Callable[[int, int], None]  # images decoded, images in all
 
@@ -32,25 +37,52 @@ def find_decodable(images: ImageTable, where: str, policy: Policy, findings: Fin
     rows = np.arange(len(images))
     if not policy.decoding or not len(images):
         return rows
-    origins = (where,) if "" in images.origins else images.origins
-    index = policy.index("decoded", *origins)
-    hashes = np.fromiter(map(hash_row, images), np.uint64, len(images))
-    known = index.load()
-    unknown = rows if known is None else np.flatnonzero(~np.isin(hashes, known["names"]))
-    if not len(unknown):
-        return rows
-    if len(unknown) > MIN_LOGGED:
-        log.info("%s: decoding %d images once, because bad images are skipped", where, len(unknown))
-    faults = decode_all([images.get_row(row) for row in unknown.tolist()], workers=os.cpu_count() or 1)
-    damaged = unknown[[fault is not None for fault in faults]]
-    good = np.setdiff1d(rows, damaged)
-    report_unsaved_index(index.save({"names": hashes[good]}), policy, findings)
-    bad: list[tuple[str, UserError]] = []
-    for row, fault in zip(unknown.tolist(), faults, strict=True):
-        if fault is not None:
-            bad.append((images.names.get_row(row), fault))
+    check = check_pixels(images, policy.index("decoded", *list_origins(images, where)), workers=os.cpu_count() or 1)
+    report_unsaved_index(check.saved, policy, findings)
+    bad = [(images.names.get_row(row), fault) for row, fault in check.faults.items()]
     report_bad_images(bad, where, policy, findings)
-    return good
+    return np.setdiff1d(rows, list(check.faults))
+
+
+def list_origins(images: ImageTable, where: str) -> tuple[str, ...]:
+    """What the index of decoded images is named by: folders or archives, or the subset where there are several."""
+    return (where,) if "" in images.origins else tuple(images.origins)
+
+
+def check_pixels(
+    images: ImageTable, index: Index, *, workers: int, progress: DecodeCallback | None = None
+) -> PixelCheck:
+    """Decode every image that was not found whole before, while it had the same size and time."""
+    hashes = np.fromiter(map(hash_row, images), np.uint64, len(images))
+    known = index.load() or {"names": hashes[:0], "lowest_alpha": np.zeros(0, np.uint8)}
+    unknown = np.flatnonzero(~np.isin(hashes, known["names"]))
+    if len(unknown) > MIN_LOGGED and progress is None:
+        log.info("decoding %d images once, because bad images are skipped", len(unknown))
+    results = decode_all([images.get_row(row) for row in unknown.tolist()], workers=workers, progress=progress)
+    whole = [(row, alpha) for row, alpha in zip(unknown.tolist(), results, strict=True) if isinstance(alpha, int)]
+    saved = True
+    if whole:
+        rows, alphas = (list(column) for column in zip(*whole, strict=True))
+        known = add_known(known, hashes[rows], np.array(alphas, np.uint8))
+        saved = index.save(known)
+    faults = {row: fault for row, fault in zip(unknown.tolist(), results, strict=True) if isinstance(fault, UserError)}
+    return PixelCheck(faults=faults, lowest_alpha=find_lowest_alpha(known, hashes), saved=saved)
+
+
+def add_known(known: Columns, hashes: NDArray[np.uint64], lowest_alpha: NDArray[np.uint8]) -> Columns:
+    """The index with more images, ascending by hash."""
+    names, first = np.unique(np.concatenate([known["names"], hashes]), return_index=True)
+    return {"names": names, "lowest_alpha": np.concatenate([known["lowest_alpha"], lowest_alpha])[first]}
+
+
+def find_lowest_alpha(known: Columns, hashes: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Of each image its lowest alpha from the index; opaque where it is not there."""
+    lowest = np.full(len(hashes), OPAQUE, np.uint8)
+    if len(known["names"]):
+        place = np.minimum(np.searchsorted(known["names"], hashes), len(known["names"]) - 1)
+        found = known["names"][place] == hashes
+        lowest[found] = known["lowest_alpha"][place[found]]
+    return lowest
 
 
 def refuse_undecodable(images: Sequence[ImageTable], problems: Problems) -> None:
@@ -62,7 +94,7 @@ def refuse_undecodable(images: Sequence[ImageTable], problems: Problems) -> None
     tables = [table for table in images if len(table)]
     chosen = tables[:: -(-len(tables) // MOST_TRIED) or 1]
     faults = decode_all([table.get_row(0) for table in chosen], workers=os.cpu_count() or 1)
-    problems.found += [fault for fault in faults if fault is not None]
+    problems.found += [fault for fault in faults if isinstance(fault, UserError)]
 
 
 def hash_row(image: ImageRow) -> int:
@@ -74,20 +106,29 @@ def hash_row(image: ImageRow) -> int:
 
 def decode_all(
     images: Sequence[ImageRow], *, workers: int, progress: DecodeCallback | None = None
-) -> list[UserError | None]:
-    """What is wrong with the pixels of each image, None where nothing is."""
+) -> list[UserError | int]:
+    """The lowest alpha of each image (255: opaque), or what is wrong with its pixels."""
 
-    def check_image(image: ImageRow) -> UserError | None:
+    def decode(image: ImageRow) -> UserError | int:
         try:
-            decode_image(image.read(), image.path)
+            _, alpha = decode_layers(image.read(), image.path, alpha=bool(image.traits & ALPHA))
         except UserError as error:
             return error
-        return None
+        return OPAQUE if alpha is None else int(np.asarray(alpha).min())
 
-    faults: list[UserError | None] = []
+    results: list[UserError | int] = []
     with ThreadPoolExecutor(max(workers, 1), thread_name_prefix="sfumato-decode") as pool:
-        for count, fault in enumerate(pool.map(check_image, images), 1):
-            faults.append(fault)
+        for count, result in enumerate(pool.map(decode, images), 1):
+            results.append(result)
             if progress is not None:
                 progress(count, len(images))
-    return faults
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCheck:
+    """What decoding the images of a table showed, now or earlier."""
+
+    faults: dict[int, UserError]  # by row
+    lowest_alpha: NDArray[np.uint8]  # of each image; 255 where it is opaque, or damaged
+    saved: bool  # whether the index could be written
