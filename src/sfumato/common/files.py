@@ -34,7 +34,11 @@ def open_plain_file(path: str) -> BinaryIO:
 
     OSError where it cannot be read; UserError for a named pipe, a socket or a device.
     """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | DONT_WAIT))  # noqa: SIM115
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | DONT_WAIT))  # noqa: SIM115
+    except OSError:
+        refuse_special_file(Path(path))  # a socket cannot be opened at all
+        raise
     try:
         refuse_special_mode(os.fstat(file.fileno()).st_mode, path)
     except UserError:
