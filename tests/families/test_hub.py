@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.demo.toy import write_toy
@@ -45,6 +47,29 @@ def test_a_model_in_the_cache_is_loaded_by_its_name(cache: Path) -> None:
     blueprint = family.read(source, model, NoiseOptions())
     loaded = family.load(blueprint, model, dtype=torch.float32, device=torch.device("cpu"))
     assert loaded.name == "sd"
+
+
+@pytest.mark.parametrize("only", ["x.safetensors", "x.bin", "x.fp16.safetensors", "x.fp16.bin"])
+def test_what_is_downloaded(only: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled files and variants only where there is nothing else. A stand-in filters as the hub's library does."""
+    names = [
+        f"unet/{only.replace('x', 'diffusion_pytorch_model')}",
+        "unet/config.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "safety_checker/model.safetensors",
+    ]
+    folder = tmp_path / "snapshot"
+
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for path in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).touch()
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_path("someone/toy") == folder
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*")) == sorted(names[:4])
 
 
 def test_what_is_not_in_the_cache_says_so(cache: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.formats import scaled
 from sfumato.formats.checkpoint import TensorFile, open_checkpoint
-from sfumato.formats.scaled import ScaledFile, multiply
+from sfumato.formats.scaled import ScaledFile, multiply_by_scale
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 N, K = 130, 200
@@ -41,13 +41,13 @@ def test_the_product_is_rounded_once(name: str, stored: torch.dtype, monkeypatch
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(stored)
     scale, each = SCALES[name]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(multiply(weight, scale, dtype), (weight.float() * each).to(dtype))
+        assert torch.equal(multiply_by_scale(weight, scale, dtype), (weight.float() * each).to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 2), (4, 2, 3, 3)])
 def test_weights_of_any_rank(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape).to(torch.float8_e4m3fn)
-    product = multiply(weight, torch.tensor(0.5), torch.float32)
+    product = multiply_by_scale(weight, torch.tensor(0.5), torch.float32)
     assert torch.equal(product, weight.float() * 0.5)
 
 

@@ -30,7 +30,10 @@ Shapes = dict[str, torch.Size]
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MODEL_INDEX = "model_index.json"  # of a whole model in diffusers' layout
 HUB_FILES = (MODEL_INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # folders, no lone checkpoints
-HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*", "safety_checker/*")
+HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*")
+HUB_UNUSED = ("safety_checker/*", "feature_extractor/*")
+# What a model is downloaded as, in this order, until it has weights: (further files, files to leave out).
+HUB_ATTEMPTS = (((), HUB_VARIANTS), (("*/*.bin",), HUB_VARIANTS), (("*/*.bin",), ("*.non_ema.*",)))
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,8 @@ def find_path(name: str) -> Path:
         return path
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"{path} does not exist", code="model-path-missing")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_VARIANTS)))
+        return _download(name)
     except (OSError, ValueError) as error:  # not found, no access, no connection, a malformed name
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -134,6 +135,20 @@ def find_path(name: str) -> Path:
             code="hub-model-unavailable",
             fix="give the path of a checkpoint, or download the model first",
         ) from error
+
+
+def _download(name: str) -> Path:
+    """The folder of a model in the hub's cache: safetensors where it has them, else pickled files, else variants."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path()
+    for more, without in HUB_ATTEMPTS:
+        patterns = {"allow_patterns": [*HUB_FILES, *more], "ignore_patterns": [*without, *HUB_UNUSED]}
+        folder = Path(snapshot_download(name, **patterns))
+        networks = [config.parent for config in folder.glob("*/config.json")]
+        if networks and all(find_network_file(network) for network in networks):
+            break
+    return folder
 
 
 def find_component(source: Source, option: str, given: str | None, folder: str, *prefixes: str) -> Source:

@@ -70,7 +70,7 @@ class ScaledFile:
         )
         final = dtype or (torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype)
         try:
-            return multiply(weight, factors, final)
+            return multiply_by_scale(weight, factors, final)
         except ValueError as error:
             raise UserError(
                 f"{self.header.path}: {scale} is {error}", code="weight-scale-shape", fix=OTHER_FILE
@@ -86,7 +86,7 @@ class ScaledFile:
         self.close()
 
 
-def multiply(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def multiply_by_scale(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, ...) times a scale: one number, one for each row, or one for each block of rows and columns.
 
     scale: () or (1,), (N,) or (N, 1), (N / rows, K / columns), (N, K / columns, 1). Some rows at a time, in float32:
