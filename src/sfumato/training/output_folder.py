@@ -30,4 +30,4 @@ def clean_output_folder(plan: RunPlan, *, resumed: bool) -> None:
     remove_useless_copies(folder, name)
     output = folder / (name + plan.method.file_suffix(plan.blueprint))
     if not resumed and output.exists():
-        log.warning("%s exists: this run replaces the files of an earlier one with that name", output)
+        log.warning("%s is of an earlier run: this one replaces the files of that name in --output_dir", output.name)
