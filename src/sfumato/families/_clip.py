@@ -124,10 +124,9 @@ def check_clip_skip(model: ModelOptions, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_vocabulary(tokenizer: Any, encoder: Any) -> None:
+def check_vocabulary(tokenizer: Any, encoder: Network) -> None:
     """Raise UserError where the tokenizer and the encoder have vocabularies of different sizes."""
-    rows = encoder.get_input_embeddings().weight.shape[0]
-    check_vocabulary_size(len(tokenizer), rows, owner="the checkpoint")
+    check_vocabulary_size(len(tokenizer), encoder.config["vocab_size"], owner="the checkpoint")
 
 
 def make_config(config: Mapping[str, Any]) -> CLIPTextConfig:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
@@ -14,7 +14,7 @@ from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Network, Part, PartSpec
+from sfumato.families.part import Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
@@ -76,8 +76,8 @@ class StableDiffusionXL(Family):
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
     components = _PIPELINE.networks
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
-        super().__init__(blueprint, parts, vae)
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(blueprint, model, dtype=dtype, device=device)
         self.chunks = _clip.count_chunks(model)
         first, second = _clip.find_tokenizer_folders(blueprint.source, model, ("tokenizer", "tokenizer_2"))
         self.tokenizers: dict[str, Any] = {
@@ -85,7 +85,7 @@ class StableDiffusionXL(Family):
             "clip_g": _tokenizers.load_clip_tokenizer(second, pad_with_zero=True),
         }
         for name, tokenizer in self.tokenizers.items():
-            _clip.check_vocabulary(tokenizer, self.parts[name].module)
+            _clip.check_vocabulary(tokenizer, blueprint.networks[name])
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -119,11 +119,8 @@ class StableDiffusionXL(Family):
         )
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        builders = {"denoiser": _unet.build, "clip_l": _clip.build, "clip_g": _open_clip.build_projected}
-        parts = blueprint.load(builders, dtype=dtype, device=device)
-        vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
-        return cls(blueprint, parts, vae, model)
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        return {"denoiser": _unet.build, "clip_l": _clip.build, "clip_g": _open_clip.build_projected}
 
     def unread_layers(self, part: str) -> Sequence[str]:
         config = self.blueprint.networks[part].config
@@ -140,9 +137,8 @@ class StableDiffusionXL(Family):
         return {"denoiser": denoiser, "clip_l": clip_l_spec(), "clip_g": clip_g_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        encoder: Any = self.parts[part].module
-        tokenizer = self.tokenizers[part]
-        ids = _clip.tokenize(tokenizer, captions, encoder.device, chunks=self.chunks)
+        encoder, tokenizer = self.parts[part].module, self.tokenizers[part]
+        ids = _clip.tokenize(tokenizer, captions, self.parts[part].device, chunks=self.chunks)
         if part == "clip_l":
             hidden, _ = _clip.encode_states(encoder, ids, layer=_clip.PENULTIMATE)
             return [{"hidden": row} for row in _clip.join_chunks(hidden, self.chunks)]

@@ -221,11 +221,16 @@ class Weights:
         stored = self.file.header.tensors[self.prefix + self.stored_keys[name]]
         return torch.empty(self.read_shapes()[name], dtype=SAFETENSORS_DTYPES[stored.dtype], device="meta")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of one of our names, in the file's dtype."""
+    def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor of one of our names; floating-point ones as `dtype`, None: as in the file."""
+        name = self.tied.get(name, name)
         original = self.stored_keys[name]
-        pieces = self.key_map.split(original, self.file.read(self.prefix + original), self.read_shapes())
-        return next(piece for ours, piece in pieces if ours == name)
+        tensor = self.file.read(self.prefix + original, dtype=dtype)
+        return next(piece for ours, piece in self.key_map.split(original, tensor, self._shapes) if ours == name)
+
+    @cached_property
+    def _shapes(self) -> Shapes:
+        return self.read_shapes()
 
     def _split_rows(self, original: str, shape: torch.Size, count: int) -> Sequence[int]:
         if self.row_split is not None:

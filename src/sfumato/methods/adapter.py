@@ -6,13 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.base import AdapterEngine, merge_adapter
+from sfumato.adapters.base import AdapterEngine
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
@@ -26,6 +27,7 @@ from sfumato.methods.adapter_learning_rates import LORA_PLUS_SUFFIX
 from sfumato.methods.adapter_ranks import DEFAULT_RANK
 from sfumato.methods.adapter_settings import AdapterSettings, make_adapter_settings
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
+from sfumato.methods.base_weights import ChangesByPart, read_base_weights, register_changes
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -45,14 +47,17 @@ class AdapterMethod:
         self.modules = nn.ModuleDict({"adapters": self.engine.adapters})
         self.live_text: frozenset[str] = frozenset()
         self.plan_notes = PlanNotes()
+        self.base_changes: ChangesByPart = {}
         self.unread: set[str] = set()  # adapters of layers that the model's features do not depend on
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         settings = make_adapter_settings(self.config, blueprint)
         groups = {part: blueprint.networks[part].groups(every=True) for part in settings.specs}
-        for _ in self.builder.iterate_base(settings, groups):
-            pass  # building one checks it
+        multipliers = chain(self.config.network.base_weights_multiplier, repeat(1.0))
+        files = zip(self.config.network.base_weights, multipliers, strict=False)
+        self.base_changes = read_base_weights(files, settings.specs, groups)
         adapters = self.builder.build(settings, groups)
+        self.live_text = frozenset(settings.learning_rates.parts) & frozenset(blueprint.text_parts)
         notes, remarks = self.builder.describe_weights(adapters)
         self.plan_notes = PlanNotes((*settings.notes, *notes), tuple(remarks))
         labels = Counter(settings.learning_rates.find_learning_rate(adapter.group).label for adapter in adapters)
@@ -71,13 +76,13 @@ class AdapterMethod:
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         return ()
 
+    def change_frozen(self, model: Family) -> None:
+        """Those of --base_weights are merged into every network they are for, whether it trains or not."""
+        register_changes(model, self.base_changes)
+
     def prepare(self, model: Family) -> list[ParameterGroup]:
-        model.freeze()
         settings = make_adapter_settings(self.config, model.blueprint)
-        groups = {name: part.groups(every=True) for name, part in model.parts.items()}
-        for adapter, strength in self.builder.iterate_base(settings, groups):
-            merge_adapter(adapter, strength)
-        self.builder.base = []
+        groups = {name: model.parts[name].groups(every=True) for name in settings.specs}
         adapters = {adapter.group.name: adapter for adapter in self.builder.build(settings, groups)}
         for part in settings.learning_rates.parts:
             self.engine.attach(groups[part], lambda group: adapters.get(group.name))
@@ -88,7 +93,6 @@ class AdapterMethod:
             }
         if settings.args.verbose:
             self._log_adapters(settings)
-        self.live_text = frozenset(settings.learning_rates.parts) & frozenset(model.text_parts)
         self.engine.train()
         return settings.learning_rates.make_parameter_groups(self.engine)
 

@@ -1,9 +1,9 @@
-"""Adapter construction: new adapters, those of --network_weights, and those that --base_weights merges."""
+"""Adapter construction: new adapters, and those of --network_weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 
 from sfumato.adapters.base import Adapter, is_trainable
@@ -30,16 +30,7 @@ class AdapterBuilder:
         self.randomness = Randomness(config.loop.seed)
         path = self.network.network_weights
         self.weights: TensorsByGroup = read_adapter_file(path) if path else {}
-        strengths = chain(self.network.base_weights_multiplier, repeat(1.0))
-        files = zip(self.network.base_weights, strengths, strict=False)
-        self.base = [(path, strength, read_adapter_file(path)) for path, strength in files]
         self.set_aside: dict[str, int] = {}  # part that does not train -> adapters of --network_weights for it
-
-    def iterate_base(self, settings: AdapterSettings, groups: GroupsByPart) -> Iterator[tuple[Adapter, float]]:
-        """The adapters that --base_weights merges into the model before training, each with its file's strength."""
-        for path, strength, entries in self.base:
-            for adapter in iterate_adapters(path, entries, settings.specs, groups):
-                yield adapter, strength
 
     def build(self, settings: AdapterSettings, groups: GroupsByPart) -> list[Adapter]:
         """The adapters of every part that trains, new or from --network_weights; UserError where a part gets none."""

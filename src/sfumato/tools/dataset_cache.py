@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-
-import torch
-from torch import nn
 
 from sfumato.config import Config
 from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
-from sfumato.families.base import Family
-from sfumato.families.blueprint import Blueprint
 from sfumato.families.detection import describe_model, read_size_steps, with_base_resolution
-from sfumato.families.part import Builder, Network
-from sfumato.families.source import on_meta
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.track.console import configure_logging
 from sfumato.training.caching import Caches, fill_caches
@@ -49,10 +41,8 @@ def fill_dataset_caches(config: Config, *, machine: tuple[int, int] = (0, 1)) ->
     assert family is not None
     assert blueprint is not None
     log_plan(config, data)
-    networks = set(family.text_parts) if config.cache.cache_text_encoder_outputs else set()
-    if config.cache.cache_latents:
-        networks.add("vae")
-    model = load_frozen_model(family, select_networks(blueprint, networks), config, processes.device)
+    dtype = MIXED_PRECISION[config.memory.mixed_precision]
+    model = family(blueprint, config.model, dtype=dtype, device=processes.device)
     return fill_caches(config, data, model, processes, machine=machine)
 
 
@@ -62,28 +52,3 @@ def log_plan(config: Config, data: DataPlan) -> None:
     notes = (f"note: {note}" for note in (*config.notes, *data.notes))
     for line in (*dataset_lines(config, data), *notes, *ignored):
         log.info("%s", line)
-
-
-def load_frozen_model(family: type[Family], blueprint: Blueprint, config: Config, device: torch.device) -> Family:
-    """The model in the dtype of --mixed_precision, without gradients."""
-    model = family.load(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
-    model.freeze()
-    return model
-
-
-def select_networks(blueprint: Blueprint, names: set[str]) -> Blueprint:
-    """The blueprint of a model of which only the VAE and the networks named get their weights."""
-    networks: dict[str, Network] = {}
-    for name, network in blueprint.networks.items():
-        if name in names or name == "vae":
-            networks[name] = network
-        else:
-            networks[name] = WeightlessNetwork(spec=network.spec, config=network.config, weights=network.weights)
-    return replace(blueprint, networks=networks)
-
-
-class WeightlessNetwork(Network):
-    """A network that is built without storage, since nothing runs it."""
-
-    def load(self, build: Builder, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        return on_meta(lambda: build(self.config))

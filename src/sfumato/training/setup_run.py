@@ -11,7 +11,7 @@ from sfumato.plan import RunPlan, make_run_plan
 from sfumato.track.best import Best
 from sfumato.training import reporting
 from sfumato.training.loaders import make_loader, make_validation_loader
-from sfumato.training.model_setup import load_model, make_loss_context
+from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.plan_report import report_plan
@@ -34,10 +34,12 @@ def build_run(config: Config) -> Run | None:
     if not has_steps_left(plan, start, StartPoint(**state.counters)):
         return None
     device = device_of(processes)
-    model, groups = load_model(plan, device)
+    model = open_model(plan, device)
+    prompts = read_preview_prompts(plan, model)
+    loader = make_loader(plan, model, processes, prompts=prompts, first_step=start.data)
+    groups = load_networks(plan, model, cached=loader.cached_networks)
     optimization = set_up_optimizer(plan, groups, start, state, device)
-    context = make_loss_context(plan, model, optimization.uncertainty, device)
-    loader = make_loader(plan, model, processes, first_step=start.data)
+    context = make_loss_context(plan, prompts.text, optimization.uncertainty)
     metrics = reporting.make_metrics_logger(plan, processes, start.step, warnings)
     return Run(
         plan=plan,
