@@ -19,7 +19,7 @@ from sfumato.families import register_families
 from sfumato.families.base import Family, find_family
 from sfumato.families.encoding import encode_with_grad
 from sfumato.families.source import open_source
-from sfumato.formats.lora import read_adapter_file
+from sfumato.formats.adapter_file import read_adapter_file
 from toy_runs import make_images, train_toy
 
 PROMPT = "a red cup of coffee"
@@ -44,7 +44,7 @@ CASES = {
 
 def attach_file(model: Family, file: Path) -> dict[str, int]:
     """Hook the file's adapters onto the model; the number of layers of each part."""
-    entries = read_adapter_file(file)
+    entries = read_adapter_file(file).layers
     engine = AdapterEngine()
     counts: dict[str, int] = {}
     for name, part in model.parts.items():

@@ -8,7 +8,7 @@ from torch import nn
 
 from sfumato.adapters.base import AdapterEngine, merge_adapter
 from sfumato.adapters.lora import LoRA
-from sfumato.errors import InternalError, UserError
+from sfumato.errors import InternalError
 from sfumato.formats.groups import find_layers, group_layers
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -128,15 +128,6 @@ def test_file_entries_round_trip() -> None:
     again = LoRA.from_tensors(group, adapter.export_tensors())
     assert (again.rank, again.alpha) == (2, 0.5)
     assert torch.equal(again.delta(0), adapter.delta(0))
-    tensors = adapter.export_tensors()
-    for entries, code in (
-        (tensors | {"lora_down.weight": torch.zeros(2, 9)}, "lora-shape-mismatch"),
-        (tensors | {"dora_scale": torch.zeros(1)}, "adapter-kind-unknown"),
-        ({"lora_up.weight": tensors["lora_up.weight"]}, "adapter-matrix-missing"),
-    ):
-        with pytest.raises(UserError, match="lora_unet_0") as error:
-            LoRA.from_tensors(group, entries)
-        assert error.value.code == code
 
 
 def test_a_target_that_matches_half_a_group_is_an_error() -> None:

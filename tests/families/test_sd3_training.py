@@ -22,7 +22,7 @@ from sfumato.config import NoiseOptions, load_config
 from sfumato.errors import UserError
 from sfumato.families._sd3_patches import find_nearest_side, make_scaled_table
 from sfumato.families.sd3 import count_side_patches
-from sfumato.formats.lora import read_adapter_file
+from sfumato.formats.adapter_file import read_adapter_file
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.export_lora import export_lora
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
@@ -215,7 +215,7 @@ def test_a_trained_lora_under_diffusers_names_gives_the_same(toy_shelf: ToyShelf
     options = {"network_alpha": 1, "learning_rate": "3e-2", "network_args": ["emb_dims=[2,2,2,2,2,2]"]}
     with torch.enable_grad():
         output = train_toy(toy, images, tmp_path, network_train_unet_only=True, **options)
-    entries, model = read_adapter_file(output / "lora.safetensors"), load(**checkpoint(toy))
+    entries, model = read_adapter_file(output / "lora.safetensors").layers, load(**checkpoint(toy))
     groups = {group.name: group for group in model.parts["denoiser"].groups(every=True)}
     assert set(entries) == set(groups)
     export_lora(output / "lora.safetensors", tmp_path / "theirs.safetensors")

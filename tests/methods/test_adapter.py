@@ -181,7 +181,8 @@ def test_weights_of_parts_that_do_not_train_are_set_aside(
 ) -> None:
     options: dict[str, Any] = {option: True, "network_weights": first, "dim_from_weights": True}
     found = make_plan(sd, images, tmp_path, **options)
-    (note,) = [note for note in found.notes if str(first) in note]
+    (note,) = [note for note in found.notes if "set aside" in note]
+    assert str(first) in note
     assert f"adapters of {other}" in note
     run = build_toy_run(sd, images, tmp_path, **options)
     method: Any = run.method

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.common.text import list_some
 from sfumato.data.batch import Tensors
-from sfumato.errors import InternalError, UserError
+from sfumato.errors import InternalError
 from sfumato.formats.groups import Layer, LayerGroup
 
 
@@ -64,7 +64,7 @@ class Adapter(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
-        """The adapter that `tensors` were saved from; UserError for shapes that do not match the group."""
+        """The adapter that `tensors` were saved from; their sizes are those of the group."""
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -167,12 +167,3 @@ def merge_adapter(adapter: Adapter, multiplier: float = 1.0) -> None:
 
 def is_trainable(adapter: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in adapter.parameters())
-
-
-def check_suffixes(group: LayerGroup, tensors: Mapping[str, Tensor], known: Sequence[str]) -> None:
-    """Raise UserError for entries of another kind of adapter, instead of ignoring a part of the file."""
-    unknown = [suffix for suffix in tensors if suffix not in known]
-    if unknown:
-        raise UserError(
-            f"{group.name} has entries of another kind of adapter: {list_some(unknown)}", code="adapter-kind-unknown"
-        )

@@ -11,12 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from sfumato.adapters.base import Adapter, check_suffixes, per_row
+from sfumato.adapters.base import Adapter, per_row
 from sfumato.adapters.frozen_linear import add_low_rank, can_fuse
-from sfumato.errors import UserError
 from sfumato.formats.groups import LayerGroup
-
-SUFFIXES = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,22 +130,10 @@ class LoRA(Adapter):
 
     @classmethod
     def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
-        """Files of other programs may have no alpha, which then is the rank."""
-        check_suffixes(group, tensors, SUFFIXES)
-        missing = [suffix for suffix in SUFFIXES[:2] if suffix not in tensors]
-        if missing:
-            raise UserError(f"{group.name} lacks {' and '.join(missing)}", code="adapter-matrix-missing")
+        """tensors: as `export_tensors` gives them; the sizes were checked when their file was matched to the layers."""
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        rank = down.shape[0]
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
-        adapter = cls(group, rank=rank, alpha=alpha)
-        for name, parameter, value in (("down", adapter.lora_down, down), ("up", adapter.lora_up, up)):
-            if parameter.numel() != value.numel() or parameter.shape[:2] != value.shape[:2]:
-                raise UserError(
-                    f"{group.name}.lora_{name}.weight has shape {tuple(value.shape)}, "
-                    f"{tuple(parameter.shape)} is expected: the file was made for another model",
-                    code="lora-shape-mismatch",
-                )
-            with torch.no_grad():
+        adapter = cls(group, rank=len(down), alpha=float(tensors["alpha"]))
+        with torch.no_grad():
+            for parameter, value in ((adapter.lora_down, down), (adapter.lora_up, up)):
                 parameter.copy_(value.reshape(parameter.shape))
         return adapter

@@ -38,7 +38,7 @@ class GenerateOptions(Options):
     prompt: str | None = option(None, "what to show, written like a line of a prompt file")
     plain_prompt: bool = option(False, "take --prompt as it stands, without options in it")
     negative_prompt: str | None = option(None, "what not to show")
-    network_weights: FilePaths = option((), "adapter files")
+    network_weights: FilePaths = option((), "adapter files, or folders of PEFT or diffusers")
     network_mul: Floats = option((), "their multipliers, in their order; 1 where missing")
     outdir: FilePath = option(Path("outputs"), "folder for the images")
     W: int | None = option(None, "width", ge=1, le=MAX_IMAGE_SIDE)
@@ -129,6 +129,6 @@ def list_networks(options: GenerateOptions, config: Config) -> list[tuple[Path, 
             fix="give one value for each file, or fewer; missing ones are 1",
         )
     for path in paths:
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"--network_weights: {path} does not exist", code="network-weights-missing")
     return list(zip(paths, (*multipliers, *[1.0] * len(paths)), strict=False))

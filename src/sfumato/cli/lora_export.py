@@ -12,13 +12,16 @@ from sfumato.config.values import FilePath
 
 
 class LoraExportOptions(Options):
-    """Writes a LoRA that was trained here, or by another program in kohya format, under the names of diffusers, so that
-    a pipeline's load_lora_weights gives the same images. It needs no model. Metadata is kept.
+    """Writes a LoRA that was trained here or by another program under the names of diffusers, so that a pipeline's
+    load_lora_weights gives the same images, or under those that ComfyUI looks for, where it does not read the file
+    as it is. It needs no model. Metadata is kept.
     """
 
-    source: FilePath = option(None, "the LoRA file to read", positional=True, required=True)
+    source: FilePath = option(
+        None, "the LoRA to read: a file, or a folder of PEFT or diffusers", positional=True, required=True
+    )
     target: FilePath = option(None, "the file to write", positional=True, required=True)
-    to: Literal["diffusers"] = option(None, "the program whose names the new file has", required=True)
+    to: Literal["diffusers", "comfyui"] = option(None, "the program whose names the new file has", required=True)
     without: Annotated[str, Metavar("PART,PART")] = option(
         "", "parts to remove, e.g. t5, for which diffusers loads no LoRA"
     )
@@ -37,5 +40,12 @@ def main(argv: Sequence[str]) -> int:
     from sfumato.tools.export_lora import export_lora
 
     parts = [part for part in options.without.split(",") if part]
-    export_lora(options.source, options.target, family=options.family, without=parts, precision=options.save_precision)
+    export_lora(
+        options.source,
+        options.target,
+        program=options.to,
+        family=options.family,
+        without=parts,
+        precision=options.save_precision,
+    )
     return 0

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic.fields import FieldInfo
 
-PathKind = Literal["", "file", "folder", "model"]  # "model": a file, a folder, or a name on the hub
+PathKind = Literal["", "file", "folder", "any", "model"]  # "any": a file or a folder; "model": also a name on the hub
 
 
 def option(

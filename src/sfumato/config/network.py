@@ -29,13 +29,13 @@ class NetworkOptions(Options):
     network_dim: int | None = option(None, "rank (dimension); default: 4", ge=1)
     network_alpha: float = option(1.0, "the adapter is scaled by alpha / rank; 0 means alpha = rank", ge=0)
     network_args: Arguments = option({}, "additional arguments of the adapter, e.g. conv_dim=4 rank_dropout=0.1")
-    network_weights: FilePath | None = option(None, "adapter file to continue from", path="file")
+    network_weights: FilePath | None = option(None, "adapter file or folder to continue from", path="any")
     dim_from_weights: bool = option(False, "read ranks and alphas from --network_weights")
     network_train_unet_only: bool = option(False, "train only the denoiser")
     network_train_text_encoder_only: bool = option(False, "train only the text encoders")
     network_dropout: float | None = option(None, "dropout probability inside the adapter", ge=0, lt=1)
     scale_weight_norms: float | None = option(None, "maximum norm of a layer's weight change", gt=0)
-    base_weights: FilePaths = option((), "adapter files merged into the model before training", path="file")
+    base_weights: FilePaths = option((), "adapter files or folders merged into the model before training", path="any")
     base_weights_multiplier: Floats = option((), "multipliers of --base_weights, in their order; 1 where missing")
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,12 +25,13 @@ _RULES = (
     KeyRule(f"{APPROXIMATOR}.norms.{{n}}.scale", (f"{APPROXIMATOR}.norms.{{n}}.weight",)),
 )
 CHROMA_KEYS = KeyMap(_RULES)
-# img, txt; the approximator replaces FLUX.1's time, vector and guidance embedders and is not adapted
+# img, txt; the approximator replaces FLUX.1's time, vector and guidance embedders
 _IN_TARGETS = ("x_embedder", "time_in", "vector_in", "guidance_in", "context_embedder")
 
 
 def spec(prefix: str) -> PartSpec:
-    return _flux_keys.make_part_spec(prefix, CHROMA_KEYS, _IN_TARGETS, _flux_keys.BLOCK_RANK_KINDS)
+    made = _flux_keys.make_part_spec(prefix, CHROMA_KEYS, _IN_TARGETS, _flux_keys.BLOCK_RANK_KINDS)
+    return replace(made, other_targets=("proj_out", f"{APPROXIMATOR}.{{*}}"))
 
 
 def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

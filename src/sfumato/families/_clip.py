@@ -28,6 +28,7 @@ TARGETS = (
     *(f"encoder.layers.{{n}}.mlp.{name}" for name in ("fc1", "fc2")),
 )
 BLOCKS = ("encoder.layers.{n}",)
+CLIP_L_NAMES = ("text_encoder", "clip_l", "clip_l.transformer", "text_encoders.clip_l.transformer")  # of CLIP-L
 UNUSED_KEYS = ("{*}embeddings.position_ids",)
 CLIP_FILE_KEYS = KeyMap(  # with or without the `text_model.` level; a projection that other programs save is dropped
     [KeyRule("text_model.{*}", ("{*}",)), KeyRule("{*}", ("{*}",))],
@@ -46,15 +47,21 @@ def key_map() -> KeyMap:
     return KeyMap([KeyRule("text_model.{*}", ("{*}",))], UNUSED_KEYS)
 
 
-def spec(name: str, prefix: str, adapter_prefix: str, file_map: KeyMap | None = None) -> PartSpec:
-    """prefix: of its keys in a checkpoint. file_map: the checkpoint's keys where they are not those of `key_map`."""
-    names = key_map()
+def spec(
+    name: str, prefix: str, adapter_prefix: str, file_map: KeyMap | None = None, *, names: tuple[str, ...] = ()
+) -> PartSpec:
+    """prefix: of its keys in a checkpoint. file_map: the checkpoint's keys where they are not those of `key_map`.
+
+    names: further prefixes in adapter files.
+    """
+    own = key_map()
     return PartSpec(
         name=name,
-        key_map=file_map or names,
+        key_map=file_map or own,
         key_prefix=prefix,
-        adapter_map=names,
+        adapter_map=own,
         adapter_prefix=adapter_prefix,
+        adapter_names=names,
         targets=TARGETS,
         blocks=BLOCKS,
     )

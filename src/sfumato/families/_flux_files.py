@@ -62,13 +62,13 @@ def _find_folder(source: Source) -> str:
     return next((name for name in ("transformer", ".") if source.has_network(name)), "")
 
 
-def read_t5(source: Source, denoiser: Network) -> Network:
+def read_t5(source: Source, denoiser: Network, spec: PartSpec) -> Network:
     """Raises UserError for a file of another kind, and for an encoder of another width than the model's."""
     with option_context("t5xxl"):
         weights = Weights(file=source.open_lone(), key_map=_t5.key_map(), tied=_t5.TIED_WEIGHTS)
         config = _t5.read_t5_config(source, weights)
     check_network_size("t5xxl", source.path, WIDTH_FAULT, config["d_model"], denoiser.config["joint_attention_dim"])
-    return Network(spec=_t5.spec(""), config=config, weights=weights, option="t5xxl")
+    return Network(spec=spec, config=config, weights=weights, option="t5xxl")
 
 
 def read_flux_vae(source: Source, denoiser: Network) -> Network:

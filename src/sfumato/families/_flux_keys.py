@@ -8,7 +8,7 @@ from typing import Any
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families._flux_files import Transformer
 from sfumato.families._flux_parts import keep_time_exact
-from sfumato.families.part import PartSpec
+from sfumato.families.part import DENOISER_NAMES, PartSpec
 from sfumato.formats.keymap import KeyMap, KeyRule
 
 DOUBLE, SINGLE = "transformer_blocks.{n}.", "single_transformer_blocks.{n}."
@@ -46,6 +46,17 @@ MODULATION_RULES = (
     KeyRule("single_blocks.{n}.modulation.lin", (f"{SINGLE}norm.linear",)),
 )
 FLUX_KEYS = KeyMap((*BLOCK_RULES, *MODULATION_RULES))
+XLABS_KEYS = KeyMap(  # XLabs' names of what it adapts: 1 is the image, 2 the text
+    [
+        KeyRule("double_blocks.{n}.processor.qkv_lora1", tuple(f"{DOUBLE}attn.to_{x}" for x in "qkv")),
+        KeyRule("double_blocks.{n}.processor.qkv_lora2", tuple(f"{DOUBLE}attn.add_{x}_proj" for x in "qkv")),
+        KeyRule("double_blocks.{n}.processor.proj_lora1", (f"{DOUBLE}attn.to_out.0",)),
+        KeyRule("double_blocks.{n}.processor.proj_lora2", (f"{DOUBLE}attn.to_add_out",)),
+        KeyRule("single_blocks.{n}.qkv", tuple(f"{SINGLE}attn.to_{x}" for x in "qkv")),
+        KeyRule("single_blocks.{n}.proj", (f"{SINGLE}proj_out",)),
+    ]
+)
+_OTHER_TARGETS = ("norm_out.linear", "proj_out")
 _IN_TARGETS = (  # img, time, vector, guidance, txt
     "x_embedder",
     "time_text_embed.timestep_embedder.{*}",
@@ -76,8 +87,11 @@ def make_part_spec(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds
         key_prefix=prefix,
         adapter_map=keys,
         adapter_prefix="lora_unet",
+        adapter_names=DENOISER_NAMES,
+        adapter_aliases=(XLABS_KEYS,),
         targets=(DOUBLE + "{*}", SINGLE + "{*}"),
         extra_targets={"in_dims": in_targets},
+        other_targets=_OTHER_TARGETS,
         rank_kinds=kinds,
         block_choices={"train_blocks": {"double": "double_blocks.{*}", "single": "single_blocks.{*}"}},
         block_indices={

@@ -24,6 +24,13 @@ TARGETS = (
     *(f"layers.{{n}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 BLOCKS = ("layers.{n}",)
+_ADAPTER_NAMES = (
+    "lora_te1",
+    "text_encoder",
+    "gemma2_2b",
+    "gemma2_2b.transformer",
+    "text_encoders.gemma2_2b.transformer",
+)
 TOKENIZER_KEY = "spiece_model"  # in a file of weights: the bytes of the tokenizer's file
 GEMMA2_FILE_KEYS = KeyMap(  # with or without the level of the causal language model, whose last layer is tied
     [KeyRule("model.{*}", ("{*}",)), KeyRule("{*}", ("{*}",))],
@@ -51,6 +58,7 @@ def spec(prefix: str) -> PartSpec:
         key_prefix=prefix,
         adapter_map=make_identity_map(),
         adapter_prefix="lora_te",
+        adapter_names=_ADAPTER_NAMES,
         targets=TARGETS,
         blocks=BLOCKS,
         frozen_by_cache=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.errors import UserError
-from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
+from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -71,6 +71,7 @@ def spec(prefix: str) -> PartSpec:
         key_prefix=prefix,
         adapter_map=LUMINA_KEYS,
         adapter_prefix="lora_unet",
+        adapter_names=DENOISER_NAMES,
         targets=(*(f"{stack}.{{n}}.{{*}}" for stack in _STACKS), "norm_out.{*}"),
         extra_targets={"embedder_dims": _EMBEDDERS},
         rank_kinds=_RANK_KINDS,

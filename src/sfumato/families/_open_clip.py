@@ -11,6 +11,7 @@ from sfumato.families import _clip
 from sfumato.families.part import PartSpec
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
+CLIP_G_NAMES = ("text_encoder_2", "clip_g", "clip_g.transformer", "text_encoders.clip_g.transformer")  # of ViT-bigG
 TEXT_LEVEL = "text_model."  # only in transformers' class with a projection
 TARGETS = tuple(TEXT_LEVEL + target for target in _clip.TARGETS)
 BLOCKS = tuple(TEXT_LEVEL + block for block in _clip.BLOCKS)
@@ -46,14 +47,20 @@ def key_map(*, projected: bool, unused: int | None = None) -> KeyMap:
     return KeyMap(rules, drop if unused is None else (*drop, f"transformer.resblocks.{unused}.{{*}}"))
 
 
-def projected_spec(name: str, prefix: str, adapter_prefix: str, file_map: KeyMap) -> PartSpec:
-    """Of a CLIPTextModelWithProjection. prefix: of its keys in a checkpoint. file_map: the checkpoint's keys."""
+def projected_spec(
+    name: str, prefix: str, adapter_prefix: str, file_map: KeyMap, *, names: tuple[str, ...] = CLIP_G_NAMES
+) -> PartSpec:
+    """Of a CLIPTextModelWithProjection. prefix: of its keys in a checkpoint. file_map: the checkpoint's keys.
+
+    names: further prefixes in adapter files.
+    """
     return PartSpec(
         name=name,
         key_map=file_map,
         key_prefix=prefix,
         adapter_map=make_identity_map(),
         adapter_prefix=adapter_prefix,
+        adapter_names=names,
         targets=TARGETS,
         blocks=BLOCKS,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families._sd3_patches import SD3PatchEmbed
-from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
+from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -91,6 +91,7 @@ def spec(prefix: str, blocks: int) -> PartSpec:
         key_prefix=prefix,
         adapter_map=keys,
         adapter_prefix="lora_unet",
+        adapter_names=DENOISER_NAMES,
         targets=(_BLOCK + "{*}",),
         extra_targets={"emb_dims": _EMBEDDER_TARGETS},
         rank_kinds=_RANK_KINDS,

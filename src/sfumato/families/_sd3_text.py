@@ -141,10 +141,11 @@ def make_spec(name: str, *, projected: bool = False) -> PartSpec:
     """projected: whether the file of a CLIP encoder has a projection; without one its encoder is built without, too."""
     prefix = ENCODER_LOCATIONS[name].prefix
     if name == "t5":
-        return _t5.spec(prefix)
+        return _t5.spec(prefix, names=("text_encoder_3",))
+    names = _clip.CLIP_L_NAMES if name == "clip_l" else _open_clip.CLIP_G_NAMES
     if projected:
-        return _open_clip.projected_spec(name, prefix, ADAPTER_PREFIXES[name], PROJECTED_KEYS)
-    return _clip.spec(name, prefix, ADAPTER_PREFIXES[name])
+        return _open_clip.projected_spec(name, prefix, ADAPTER_PREFIXES[name], PROJECTED_KEYS, names=names)
+    return _clip.spec(name, prefix, ADAPTER_PREFIXES[name], names=names)
 
 
 def choose_builder(network: Network) -> Any:

@@ -21,6 +21,7 @@ TARGETS = (
     *(f"encoder.block.{{n}}.layer.{{n}}.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
 )
 BLOCKS = ("encoder.block.{n}",)
+_ADAPTER_NAMES = ("t5xxl", "t5xxl.transformer", "text_encoders.t5xxl.transformer")
 T5_FIELDS = (  # of a published config.json
     *("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets"),
     *("feed_forward_proj", "layer_norm_epsilon"),
@@ -33,15 +34,16 @@ def key_map() -> KeyMap:
     return KeyMap([KeyRule("{*}", ("{*}",))], drop=("encoder.embed_tokens.weight", "decoder.{*}", "lm_head.weight"))
 
 
-def spec(prefix: str) -> PartSpec:
-    """prefix: of its keys in a checkpoint."""
-    names = key_map()
+def spec(prefix: str, *, names: tuple[str, ...] = ()) -> PartSpec:
+    """prefix: of its keys in a checkpoint. names: further prefixes in adapter files, by its place among encoders."""
+    own = key_map()
     return PartSpec(
         name="t5",
-        key_map=names,
+        key_map=own,
         key_prefix=prefix,
-        adapter_map=names,
+        adapter_map=own,
         adapter_prefix="lora_te3",
+        adapter_names=(*names, *_ADAPTER_NAMES),
         targets=TARGETS,
         blocks=BLOCKS,
         opt_in="train_t5xxl",

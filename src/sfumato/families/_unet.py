@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size
 from sfumato.families.blueprint import Component, Pipeline
-from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec
+from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, read_json
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -32,6 +32,7 @@ CONV_TARGETS = (
     "down_blocks.{n}.downsamplers.{n}.conv",
     "up_blocks.{n}.upsamplers.{n}.conv",
 )
+_OTHER_TARGETS = ("conv_in", "conv_out", "time_embedding.linear_{n}", "add_embedding.linear_{n}")  # LyCORIS adapts them
 BLOCKS = (
     "down_blocks.{n}.resnets.{n}",
     "down_blocks.{n}.attentions.{n}",
@@ -90,6 +91,16 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
     return KeyMap(rules)
 
 
+def guess_key_map(published: Mapping[str, Any], names: Iterable[str]) -> KeyMap:
+    """The key map of the model that an adapter file is for. names: of its layers.
+
+    published: the configuration of the published models, which have two layers per level; their input block 3 is a
+    downsampler, which has no attention.
+    """
+    single = any("input_blocks_3_1_" in name.replace(".", "_") for name in names)
+    return key_map({**published, "layers_per_block": 1} if single else published)
+
+
 def _make_block_rules(original: str, ours: str, layer: int, *, attention: bool) -> list[KeyRule]:
     rules = _make_resnet_rules(f"{original}.0", f"{ours}.resnets.{layer}")
     if attention:
@@ -109,16 +120,17 @@ class LrBlocks:
     ranges: Mapping[str, range]
 
 
-def spec(file_map: KeyMap, adapter_map: KeyMap, lr_blocks: LrBlocks, aliases: tuple[KeyMap, ...] = ()) -> PartSpec:
+def spec(file_map: KeyMap, adapter_map: KeyMap, lr_blocks: LrBlocks) -> PartSpec:
     return PartSpec(
         name="denoiser",
         key_map=file_map,
         key_prefix=DENOISER_PREFIX,
         adapter_map=adapter_map,
-        adapter_aliases=aliases,
         adapter_prefix="lora_unet",
+        adapter_names=DENOISER_NAMES,
         targets=TARGETS,
         conv_targets=CONV_TARGETS,
+        other_targets=_OTHER_TARGETS,
         lr_blocks=lr_blocks.patterns,
         lr_block_ranges=lr_blocks.ranges,
         blocks=BLOCKS,

@@ -1,41 +1,104 @@
-"""The layers that an adapter file adapts, from its names and shapes alone: no model is needed.
+"""The layers that an adapter file adapts: those of a model, or those that its names and shapes alone tell of.
 
 Names in adapter files have _ where layer names have a dot; a part's key maps say which _ was a dot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
-from sfumato.errors import UserError
+from sfumato.families.base import FAMILIES
 from sfumato.families.part import PartSpec
-from sfumato.formats.groups import LayerGroup, make_meta_layers
+from sfumato.formats.adapter_file import AdapterFile
+from sfumato.formats.adapter_keys import DOWN, UP
+from sfumato.formats.adapter_layers import GroupAdapter, LayerTable, collect_groups, match_layers
+from sfumato.formats.groups import Layer, LayerGroup, make_meta_layers
 from sfumato.formats.keymap import KeyMap, matches
 
+LONGEST_NAME = 400  # letters; that of a real layer has up to 120
 
-def find_groups(spec: PartSpec, shapes: Mapping[str, Sequence[int]]) -> dict[str, LayerGroup]:
-    """Name in the file -> the group that a model has for it; names that match no layer of the part are skipped.
 
-    shapes: name in the file -> shape of the weight that it changes, of all its layers stacked. The layers are on the
-    meta device. Raises UserError for a shape that the layers of the name cannot have.
+def match_adapter_file(
+    file: AdapterFile, specs: Mapping[str, PartSpec], groups: Mapping[str, Sequence[LayerGroup]]
+) -> dict[str, GroupAdapter]:
+    """Group name -> what the file holds for it. groups: part -> every adaptable layer of the model.
+
+    Raises UserError for a name of no layer, a matrix of another size than its layer's, a layer under two names.
     """
-    layer_shapes: dict[str, tuple[int, ...]] = {}
-    paths: dict[str, str] = {}
+    table = LayerTable()
+    for part, spec in specs.items():
+        layers: dict[str, Layer] = {}
+        for group in groups[part]:
+            layers |= zip(group.paths, group.layers, strict=True)
+        table.add_part(spec.adapter_prefixes, spec.make_views(layers))
+    found = match_layers(file, table, other_models=iterate_families(file))
+    every = chain.from_iterable(groups[part] for part in specs)
+    return {adapter.group.name: adapter for adapter in collect_groups(found, every)}
+
+
+def iterate_families(file: AdapterFile) -> Iterator[str]:
+    """The families whose layers have all names of the file; computed as far as it is asked for."""
+    for name in FAMILIES.names:
+        table = guess_layer_table(FAMILIES.get(name).adapter_specs(list_shapes(file)), file)
+        if all(table.find(layer) for layer in file.layers):
+            yield name
+
+
+def list_shapes(file: AdapterFile) -> dict[str, tuple[int, ...]]:
+    """Name in the file -> shape of the weight that it changes, of all its layers stacked."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensors in file.layers.items():
+        down, up = tensors[DOWN], tensors[UP]
+        kernel = tuple(down.shape[2:])
+        shapes[name] = (up.shape[0], down.shape[1], *(kernel if any(size > 1 for size in kernel) else ()))
+    return shapes
+
+
+def guess_layer_table(specs: Mapping[str, PartSpec], file: AdapterFile) -> LayerTable:
+    """The layers of parts as far as the file adapts them, on the meta device; no model is needed."""
+    table = LayerTable()
+    shapes = list_shapes(file)
+    for spec in specs.values():
+        table.add_part(spec.adapter_prefixes, spec.make_views(make_meta_layers(guess_layers(spec, shapes))))
+    return table
+
+
+def guess_layers(spec: PartSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Weight's name in the module -> shape, of the layers behind all names that a part may have.
+
+    shapes: name in the file -> shape of the weight that it changes. Names with a shape that the layers of the name
+    cannot have are skipped, like those of other parts.
+    """
+    readers = [(layout, _collect_words(layout, spec)) for layout in spec.adapter_layouts]
+    layers: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
-        siblings, original = _find_layers(spec, name.removeprefix(spec.adapter_prefix + "_"))
-        if siblings:
-            paths[name] = siblings[0]
-            split = _split_shape(spec, name, original, shape, siblings)
-            layer_shapes |= {f"{path}.weight": rows for path, rows in zip(siblings, split, strict=True)}
-    groups = {group.paths[0]: group for group in spec.groups(make_meta_layers(layer_shapes), every=True)}
-    return {name: groups[path] for name, path in paths.items()}
+        for rest in _iterate_rests(name, spec.adapter_prefixes):
+            siblings, original = _find_layers(spec, rest, readers)
+            if siblings:
+                split = _split_shape(spec, original, shape, len(siblings))
+                layers |= {f"{path}.weight": rows for path, rows in zip(siblings, split, strict=bool(split))}
+                break
+    return layers
 
 
-def _find_layers(spec: PartSpec, name: str) -> tuple[tuple[str, ...], str]:
+def _iterate_rests(name: str, prefixes: Iterable[str]) -> Iterator[str]:
+    """The name without each prefix that it has, the longest first."""
+    flat = name.replace(".", "_")
+    if len(flat) > LONGEST_NAME:
+        return
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        start = prefix.replace(".", "_") + "_" if prefix else ""
+        if flat.startswith(start):
+            yield flat.removeprefix(start)
+
+
+def _find_layers(
+    spec: PartSpec, name: str, readers: Sequence[tuple[KeyMap, frozenset[str]]]
+) -> tuple[tuple[str, ...], str]:
     """Paths of the layers behind a name without its prefix, and their original key; empty where it matches none."""
     targets = "|".join(spec.all_targets)
-    for layout in (spec.adapter_map, *spec.adapter_aliases):
-        words = _collect_words(layout, spec.all_targets)
+    for layout, words in readers:
         for original in _iterate_dotted(name, words):
             ours = layout.find_ours(original)
             if ours and all(matches(targets, path) and _is_known(spec.adapter_map, path) for path in ours[0]):
@@ -48,10 +111,14 @@ def _is_known(layout: KeyMap, path: str) -> bool:
     return layout.find_original(path) is not None
 
 
-def _collect_words(layout: KeyMap, targets: Sequence[str]) -> frozenset[str]:
+def _collect_words(layout: KeyMap, spec: PartSpec) -> frozenset[str]:
     """Everything but numbers that stands between two dots in a layout's keys."""
     words: set[str] = set()
-    for text in (*(rule.original for rule in layout.rules), *targets):
+    names = list(spec.all_targets)
+    names += [rule.original for rule in layout.rules]
+    for rule in spec.adapter_map.rules:
+        names += rule.ours
+    for text in names:
         words.update(text.split("."))
     return frozenset(word for word in words if "{" not in word)
 
@@ -65,15 +132,8 @@ def _iterate_dotted(name: str, words: frozenset[str]) -> Iterator[str]:
             yield from (f"{name[:i]}.{rest}" for rest in _iterate_dotted(name[i + 1 :], words))
 
 
-def _split_shape(
-    spec: PartSpec, name: str, original: str, shape: Sequence[int], siblings: Sequence[str]
-) -> list[tuple[int, ...]]:
-    """The shapes of the layers whose stacked weight has this shape."""
-    count = len(siblings)
+def _split_shape(spec: PartSpec, original: str, shape: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """The shapes of the layers whose stacked weight has this shape; empty where they cannot have it."""
     rows = spec.row_split(f"{original}.weight", shape) if spec.row_split and count > 1 else [shape[0] // count] * count
-    if sum(rows) != shape[0] or min(rows) <= 0:
-        raise UserError(
-            f"{name} changes a weight of shape {tuple(shape)}, which {' + '.join(siblings)} cannot have",
-            code="adapter-weight-shape-impossible",
-        )
-    return [(height, *shape[1:]) for height in rows]
+    possible = sum(rows) == shape[0] and min(rows) > 0
+    return [(height, *shape[1:]) for height in rows] if possible else []

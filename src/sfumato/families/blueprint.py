@@ -35,6 +35,7 @@ class Component:
     folder: str
     key_map: KeyMap = field(default_factory=make_identity_map)  # weights in that folder <-> module
     takes_lora: bool = True  # whether diffusers' pipeline loads LoRA for it
+    comfyui_prefix: str = ""  # before its layers in adapter files for ComfyUI; empty: PartSpec.adapter_prefix
 
 
 @dataclass(frozen=True, kw_only=True)

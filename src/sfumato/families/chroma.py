@@ -23,7 +23,7 @@ from sfumato.families.source import Source, find_component
 _T5_LENGTH = 512
 _COMPONENTS = {
     "denoiser": Component(folder="transformer"),
-    "t5": Component(folder="text_encoder", takes_lora=False),
+    "t5": Component(folder="text_encoder", takes_lora=False, comfyui_prefix="lora_te1"),
 }
 
 
@@ -62,7 +62,9 @@ class Chroma(Family):
             lr_order=("clip_l", "t5"),  # those of FLUX.1, whose scripts train it
             networks={
                 "denoiser": denoiser,
-                "t5": _flux_files.read_t5(find_component(source, "t5xxl", model.t5xxl, "text_encoder"), denoiser),
+                "t5": _flux_files.read_t5(
+                    find_component(source, "t5xxl", model.t5xxl, "text_encoder"), denoiser, _t5_spec()
+                ),
                 "vae": vae,
             },
             objective=_flux_parts.make_objective(noise, shifted=True),
@@ -76,7 +78,7 @@ class Chroma(Family):
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
-        return {"denoiser": _chroma_keys.spec(""), "t5": _t5.spec("")}
+        return {"denoiser": _chroma_keys.spec(""), "t5": _t5_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         """The caption's tokens and one of padding, with which the model was trained."""
@@ -110,6 +112,11 @@ class Chroma(Family):
 
     def convert_output(self, raw: Tensor, noisy: Tensor) -> Tensor:
         return unpack(raw, noisy.shape)
+
+
+def _t5_spec() -> PartSpec:
+    """Other programs count T5 as the only encoder, sd-scripts as the third."""
+    return _t5.spec("", names=("lora_te1", "lora_te", "text_encoder"))
 
 
 def check_options(model: ModelOptions) -> None:

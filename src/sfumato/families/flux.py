@@ -68,7 +68,9 @@ class Flux(Family):
             networks={
                 "denoiser": denoiser,
                 "clip_l": _read_clip(find_component(source, "clip_l", model.clip_l, "text_encoder"), denoiser),
-                "t5": _flux_files.read_t5(find_component(source, "t5xxl", model.t5xxl, "text_encoder_2"), denoiser),
+                "t5": _flux_files.read_t5(
+                    find_component(source, "t5xxl", model.t5xxl, "text_encoder_2"), denoiser, _t5_spec()
+                ),
                 "vae": vae,
             },
             objective=_flux_parts.make_objective(noise, shifted=guided),
@@ -82,7 +84,7 @@ class Flux(Family):
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
-        return {"denoiser": _flux_keys.spec(""), "clip_l": _clip_spec(), "t5": _t5.spec("")}
+        return {"denoiser": _flux_keys.spec(""), "clip_l": _clip_spec(), "t5": _t5_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder = self.parts[part]
@@ -143,4 +145,9 @@ def _read_clip(source: Source, denoiser: Network) -> Network:
 
 
 def _clip_spec() -> PartSpec:
-    return _clip.spec("clip_l", "", "lora_te1")
+    return _clip.spec("clip_l", "", "lora_te1", names=_clip.CLIP_L_NAMES)
+
+
+def _t5_spec() -> PartSpec:
+    """OneTrainer and ComfyUI count T5 as the second encoder."""
+    return _t5.spec("", names=("lora_te2", "text_encoder_2"))

@@ -14,11 +14,14 @@ from torch import nn
 
 from sfumato.families._file_kinds import option_context
 from sfumato.families.source import Weights, on_meta
-from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, make_adapter_name, make_meta_layers
-from sfumato.formats.keymap import KeyMap, matches
+from sfumato.formats.adapter_layers import Views, make_views
+from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, make_meta_layers
+from sfumato.formats.keymap import KeyMap, make_identity_map, matches
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # configuration -> network
 DENOISER_PREFIX = "model.diffusion_model."  # of the denoiser's keys in most checkpoints
+DENOISER_NAMES = ("lora_transformer", "unet", "transformer", "diffusion_model", "model.diffusion_model")
+ANY_NAMES = ("lycoris", "")  # before the names of any network's layers
 RowSplit = Callable[[str, Sequence[int]], Sequence[int]]  # key, shape of a stacked weight -> rows of each layer
 
 
@@ -31,10 +34,12 @@ class PartSpec:
     key_prefix: str  # in the single file: "model.diffusion_model."
     adapter_map: KeyMap  # adapter names <-> module; often another layout than key_map
     adapter_prefix: str  # "lora_unet", "lora_te1"
-    adapter_aliases: tuple[KeyMap, ...] = ()  # further layouts accepted when reading
+    adapter_names: tuple[str, ...] = ()  # further prefixes accepted when reading adapter files
+    adapter_aliases: tuple[KeyMap, ...] = ()  # further layouts accepted then, beside key_map and the module's own names
     targets: tuple[str, ...] = ()  # patterns on module names: Linear and 1x1 conv layers to adapt
     conv_targets: tuple[str, ...] = ()  # further patterns when conv_dim is given
     extra_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in_dims -> further targets, one a rank
+    other_targets: tuple[str, ...] = ()  # layers that only adapter files of other programs adapt
     # Network arguments -> patterns on the layers' names in adapter files, with dots; a|b matches either.
     rank_kinds: Mapping[str, str] = field(default_factory=dict)  # img_attn_dim -> the layers whose rank it sets
     block_choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # train_blocks -> value -> layers
@@ -49,8 +54,23 @@ class PartSpec:
 
     @property
     def all_targets(self) -> tuple[str, ...]:
-        """Patterns on all adaptable layers, including those that only an option adapts."""
-        return (*self.targets, *self.conv_targets, *chain.from_iterable(self.extra_targets.values()))
+        """Patterns on all adaptable layers, including those that only an option or another program adapts."""
+        extra = chain.from_iterable(self.extra_targets.values())
+        return (*self.targets, *self.conv_targets, *extra, *self.other_targets)
+
+    @property
+    def adapter_prefixes(self) -> tuple[str, ...]:
+        """What may stand before a layer's name in adapter files, with a dot or _ between; "" where nothing does."""
+        return (self.adapter_prefix, *self.adapter_names, *ANY_NAMES)
+
+    @property
+    def adapter_layouts(self) -> tuple[KeyMap, ...]:
+        """The layouts of layers' names in adapter files; the first one is written."""
+        return (self.adapter_map, *self.adapter_aliases, self.key_map, make_identity_map())
+
+    def make_views(self, layers: Mapping[str, Layer]) -> Views:
+        """The adaptable ones of these layers under their names in every layout."""
+        return make_views(layers, self.all_targets, part=self.name, layouts=self.adapter_layouts)
 
     def groups(self, layers: Mapping[str, Layer], *, every: bool = False) -> list[LayerGroup]:
         """The layers among `layers` that are adapted by default, or `every` adaptable one, grouped by adapter names."""
@@ -61,17 +81,6 @@ class PartSpec:
         """The index in `lr_blocks` of the block with this layer or weight of the module; None outside of all."""
         original = self.key_map.locate(name).original
         return next((i for i, block in enumerate(self.lr_blocks) if matches(block, original)), None)
-
-    def aliases(self, groups: Sequence[LayerGroup]) -> dict[str, str]:
-        """Name in a further layout -> name here, for the groups that are the same layers in both."""
-        names: dict[str, str] = {}
-        for group in groups:
-            ours = self.adapter_map.locate(group.paths[0])
-            for layout in self.adapter_aliases:
-                other = layout.locate(group.paths[0])
-                if (other.siblings, other.op) == (ours.siblings, ours.op):
-                    names[make_adapter_name(self.adapter_prefix, other.original)] = group.name
-        return names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,19 @@ _PIPELINE = _unet.make_pipeline(
     absent=("safety_checker", "feature_extractor", "image_encoder"),
     options={"requires_safety_checker": False},
 )
+_PUBLISHED_CONFIG = {  # of every published model; the original names of the UNet's blocks depend on it
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+}
+_CLIP_NAMES = (  # before its layers in adapter files of other programs
+    "lora_te1",
+    *_clip.CLIP_L_NAMES,
+    "clip_h",
+    "clip_h.transformer",
+    "text_encoders.clip_h.transformer",
+)
 _LR_BLOCKS = _unet.LrBlocks(  # 25: twelve down, the middle, twelve up
     patterns=(
         *(f"input_blocks.{i}.{{*}}" for i in range(12)),
@@ -44,7 +57,7 @@ def _unet_spec(key_map: KeyMap) -> PartSpec:
 
 
 def _clip_spec(prefix: str = CLIP_PREFIX, file_map: KeyMap | None = None) -> PartSpec:
-    return _clip.spec("clip", prefix, "lora_te", file_map)
+    return _clip.spec("clip", prefix, "lora_te", file_map, names=_CLIP_NAMES)
 
 
 @FAMILIES.register("sd")
@@ -118,7 +131,7 @@ class StableDiffusion(Family):
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
-        return {"denoiser": _unet_spec(make_identity_map()), "clip": _clip_spec()}
+        return {"denoiser": _unet_spec(_unet.guess_key_map(_PUBLISHED_CONFIG, shapes)), "clip": _clip_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder = self.parts[part]

@@ -16,7 +16,7 @@ from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
-from sfumato.formats.keymap import KeyMap, make_identity_map
+from sfumato.formats.keymap import KeyMap
 
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
 CLIP_G_PREFIX = "conditioner.embedders.1.model."
@@ -51,12 +51,12 @@ NUM_SIZES = 6  # original height and width, crop's top and left, target height a
 
 
 def _unet_spec(key_map: KeyMap) -> PartSpec:
-    """Adapter files have the original names; those with diffusers' names are read, too."""
-    return _unet.spec(key_map, key_map, _LR_BLOCKS, aliases=(make_identity_map(),))
+    """Adapter files have the original names."""
+    return _unet.spec(key_map, key_map, _LR_BLOCKS)
 
 
 def clip_l_spec() -> PartSpec:
-    return _clip.spec("clip_l", CLIP_L_PREFIX, "lora_te1")
+    return _clip.spec("clip_l", CLIP_L_PREFIX, "lora_te1", names=_clip.CLIP_L_NAMES)
 
 
 def clip_g_spec() -> PartSpec:
@@ -133,7 +133,7 @@ class StableDiffusionXL(Family):
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
-        denoiser = _unet_spec(_unet.key_map(_PUBLISHED_CONFIG))
+        denoiser = _unet_spec(_unet.guess_key_map(_PUBLISHED_CONFIG, shapes))
         return {"denoiser": denoiser, "clip_l": clip_l_spec(), "clip_g": clip_g_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:

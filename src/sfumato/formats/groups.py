@@ -105,11 +105,17 @@ def make_adapter_name(prefix: str, original: str) -> str:
 
 
 def _make_group(name: str, part: str, paths: tuple[str, ...], layers: Mapping[str, Layer], swap: bool) -> LayerGroup:
-    rows: list[RowRanges] = []
+    found = tuple(layers[path] for path in paths)
+    return LayerGroup(name, part, paths, found, make_row_ranges([len(layer.weight) for layer in found], swap=swap))
+
+
+def make_row_ranges(heights: Sequence[int], *, swap: bool) -> tuple[RowRanges, ...]:
+    """Per layer its rows in the stacked weight. heights: rows of each layer. swap: each layer's halves swap places."""
+    ranges: list[RowRanges] = []
     start = 0
-    for path in paths:
-        stop = start + layers[path].weight.shape[0]
+    for height in heights:
+        stop = start + height
         middle = (start + stop) // 2
-        rows.append(((middle, stop), (start, middle)) if swap else ((start, stop),))
+        ranges.append(((middle, stop), (start, middle)) if swap else ((start, stop),))
         start = stop
-    return LayerGroup(name, part, paths, tuple(layers[path] for path in paths), tuple(rows))
+    return tuple(ranges)

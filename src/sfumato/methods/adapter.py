@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain, repeat
@@ -18,16 +17,15 @@ from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
+from sfumato.formats.adapter_file import write_adapter_file
 from sfumato.formats.keymap import matches
-from sfumato.formats.lora import write_adapter_file
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter
-from sfumato.methods.adapter_learning_rates import LORA_PLUS_SUFFIX
 from sfumato.methods.adapter_ranks import DEFAULT_RANK
 from sfumato.methods.adapter_settings import AdapterSettings, make_adapter_settings
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
-from sfumato.methods.base_weights import ChangesByPart, read_base_weights, register_changes
+from sfumato.methods.base_weights import BaseWeights, read_base_weights
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ class AdapterMethod:
         self.modules = nn.ModuleDict({"adapters": self.engine.adapters})
         self.live_text: frozenset[str] = frozenset()
         self.plan_notes = PlanNotes()
-        self.base_changes: ChangesByPart = {}
+        self.base_weights = BaseWeights()
         self.unread: set[str] = set()  # adapters of layers that the model's features do not depend on
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
@@ -55,20 +53,12 @@ class AdapterMethod:
         groups = {part: blueprint.networks[part].groups(every=True) for part in settings.specs}
         multipliers = chain(self.config.network.base_weights_multiplier, repeat(1.0))
         files = zip(self.config.network.base_weights, multipliers, strict=False)
-        self.base_changes = read_base_weights(files, settings.specs, groups)
+        self.base_weights = read_base_weights(files, settings.specs, groups)
         adapters = self.builder.build(settings, groups)
         self.live_text = frozenset(settings.learning_rates.parts) & frozenset(blueprint.text_parts)
         notes, remarks = self.builder.describe_weights(adapters)
-        self.plan_notes = PlanNotes((*settings.notes, *notes), tuple(remarks))
-        labels = Counter(settings.learning_rates.find_learning_rate(adapter.group).label for adapter in adapters)
-        parts: list[TrainablePart] = []
-        for row in settings.learning_rates.make_parameter_groups(adapters):
-            parameters = sum(parameter.numel() for parameter in row.parameters)
-            modules = labels[row.name.removesuffix(LORA_PLUS_SUFFIX)]
-            parts.append(
-                TrainablePart(part=row.name, modules=modules, parameters=parameters, learning_rate=row.learning_rate)
-            )
-        return parts
+        self.plan_notes = PlanNotes((*settings.notes, *self.base_weights.notes, *notes), tuple(remarks))
+        return settings.learning_rates.list_trainable(adapters)
 
     def list_notes(self, blueprint: Blueprint) -> PlanNotes:
         return self.plan_notes
@@ -78,7 +68,7 @@ class AdapterMethod:
 
     def change_frozen(self, model: Family) -> None:
         """Those of --base_weights are merged into every network they are for, whether it trains or not."""
-        register_changes(model, self.base_changes)
+        self.base_weights.register(model)
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
         settings = make_adapter_settings(self.config, model.blueprint)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -12,48 +14,63 @@ from torch import Tensor, nn
 
 from sfumato.adapters.base import merge_adapter
 from sfumato.adapters.lora import LoRA
+from sfumato.families.adapter_names import match_adapter_file
 from sfumato.families.base import Family
 from sfumato.families.part import PartSpec, WeightChange
+from sfumato.formats.adapter_file import LayerTensors, read_adapter_file
+from sfumato.formats.checkpoint import view_bytes
 from sfumato.formats.groups import find_layers
-from sfumato.formats.hashes import calculate_sha256
-from sfumato.formats.lora import TensorsByGroup, read_adapter_file
-from sfumato.methods.adapter_builder import GroupsByPart, iterate_adapters, match_names
+from sfumato.methods.adapter_builder import GroupsByPart
 
-ChangesByPart = Mapping[str, list[WeightChange]]
+
+@dataclass(frozen=True, kw_only=True)
+class BaseWeights:
+    """What adapter files change in a model before anything trains."""
+
+    changes: Mapping[str, list[WeightChange]] = field(default_factory=dict)  # by part, in the order of the files
+    notes: tuple[str, ...] = ()  # what of the files is not used
+
+    def register(self, model: Family) -> None:
+        """Have the changes made whenever a network's weights are read."""
+        for part, own in self.changes.items():
+            for change in own:
+                model.parts[part].add_change(change)
 
 
 def read_base_weights(
     files: Iterable[tuple[Path, float]], specs: Mapping[str, PartSpec], groups: GroupsByPart
-) -> ChangesByPart:
-    """What the files change in each part, in their order. UserError where one does not fit the model.
+) -> BaseWeights:
+    """Read the files, each with its multiplier. UserError where one does not fit the model.
 
-    files: with their multipliers. specs: of every part that can be adapted. groups: part -> every adaptable layer.
+    specs: of every part that can be adapted. groups: part -> every adaptable layer.
     """
-    part_of = {group.name: part for part, own in groups.items() for group in own}
     changes: dict[str, list[WeightChange]] = defaultdict(list)
+    notes: list[str] = []
     for path, multiplier in files:
-        entries = match_names(path, read_adapter_file(path), specs, groups)
-        for _ in iterate_adapters(path, entries, specs, groups):
-            pass  # building one checks it
-        by_part: dict[str, dict[str, Mapping[str, Tensor]]] = defaultdict(dict)
-        for name, tensors in entries.items():
-            by_part[part_of[name]][name] = tensors
-        for part, own in by_part.items():
+        file = read_adapter_file(path)
+        notes += file.describe_passed_over()
+        entries: dict[str, dict[str, LayerTensors]] = defaultdict(dict)
+        for name, adapter in match_adapter_file(file, specs, groups).items():
+            entries[adapter.group.part][name] = adapter.make_tensors()
+        for part, own in entries.items():
             merge = partial(merge_entries, specs[part], own, multiplier)
-            changes[part].append(WeightChange(identity=f"{calculate_sha256(path)} x {multiplier}", apply=merge))
-    return changes
+            changes[part].append(WeightChange(identity=f"{hash_entries(own)} x {multiplier}", apply=merge))
+    return BaseWeights(changes=changes, notes=tuple(notes))
 
 
 @torch.no_grad()
-def merge_entries(spec: PartSpec, entries: TensorsByGroup, multiplier: float, network: nn.Module) -> None:
+def merge_entries(spec: PartSpec, entries: Mapping[str, LayerTensors], multiplier: float, network: nn.Module) -> None:
     """Add the changes of adapters, by the names of their layer groups, to a network's weights."""
     for group in spec.groups(find_layers(network), every=True):
         if group.name in entries:
             merge_adapter(LoRA.from_tensors(group, entries[group.name]), multiplier)
 
 
-def register_changes(model: Family, changes: ChangesByPart) -> None:
-    """Have the changes made whenever a network's weights are read."""
-    for part, own in changes.items():
-        for change in own:
-            model.parts[part].add_change(change)
+def hash_entries(entries: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """A hash of all tensors and their names."""
+    digest = hashlib.sha256()
+    for layer, tensors in sorted(entries.items()):
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{layer} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(view_bytes(tensor.contiguous().reshape(-1)))
+    return digest.hexdigest()

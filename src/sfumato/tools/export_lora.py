@@ -6,62 +6,71 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
-from sfumato.adapters.lora import LoRA
 from sfumato.errors import Problems, UserError
 from sfumato.families import register_families
-from sfumato.families.adapter_names import find_groups
+from sfumato.families.adapter_names import guess_layer_table, list_shapes
 from sfumato.families.base import FAMILIES, Family
-from sfumato.formats.checkpoint import SAVE_DTYPES, open_checkpoint
+from sfumato.families.part import PartSpec
+from sfumato.formats.adapter_file import AdapterFile, make_unmatched_error, read_adapter_file
+from sfumato.formats.adapter_keys import ALPHA, DOWN, UP
+from sfumato.formats.adapter_layers import LayerMatch, match_layers
+from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.checkpoint_writer import write_safetensors
-from sfumato.formats.groups import LayerGroup
+from sfumato.formats.groups import make_adapter_name
 from sfumato.formats.hashes import add_hashes
-from sfumato.formats.lora import check_names, read_adapter_file
+from sfumato.formats.peft_config import DIFFUSERS_KEY
 
-AdapterTensors = dict[str, dict[str, Tensor]]  # of an adapter file: name -> suffix -> tensor
-MATRICES = ("lora_down.weight", "lora_up.weight")
+Program = Literal["diffusers", "comfyui"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """One name in the file, and the names of its layers in diffusers."""
+    """One name in the file, its layers, and what other programs call these."""
 
-    part: str
-    group: LayerGroup
-    names: tuple[str, ...]
-    loadable: bool  # by diffusers' pipeline
+    match: LayerMatch
+    diffusers_names: tuple[str, ...]  # of each layer
+    in_diffusers: bool  # whether its pipeline loads it
+    comfyui_name: str  # of all; the name in the file where that has another layout
 
-
-Routes = dict[str, Route]
+    @property
+    def part(self) -> str:
+        return self.match.view.part
 
 
 def export_lora(
     source: Path,
     target: Path,
     *,
+    program: Program,
     family: str | None = None,
     without: Collection[str] = (),
     precision: str | None = None,
 ) -> None:
-    """Write the LoRA file `source`, in kohya format, as diffusers' pipelines load it; prints what was written.
+    """Write the LoRA `source`, a file or folder of any program, as another one loads it; prints what was written.
 
-    alpha / rank is multiplied into the second matrix, since diffusers' names have no place for it. Metadata is kept.
+    diffusers' names have no place for alpha: alpha / rank is multiplied into the second matrix. Metadata is kept.
     without: parts to skip. precision: a choice of --save_precision; None keeps each tensor's own.
-    Raises UserError for names that fit no layer, and for parts that diffusers would not load.
+    Raises UserError for names that fit no layer, and where the program would not load the file or needs no other one.
     """
     check_export_paths(source, target)
-    entries = read_adapter_file(source)
-    with open_checkpoint(source) as file:
-        metadata = file.header.metadata
-    routes = find_routes(source, entries, family, without)
-    tensors: dict[str, Tensor] = {}
-    for name, route in routes.items():
-        tensors |= convert_layer(source, entries[name], route, precision)
+    file = read_adapter_file(source)
+    routes = find_routes(file, family, without)
+    if program == "diffusers":
+        check_loadable(file.path, routes)
+        tensors = convert_to_diffusers(file.path, routes, precision)
+    else:
+        check_need(file.path, routes)
+        tensors = rename_for_comfyui(routes, precision)
+    metadata = {name: value for name, value in file.metadata.items() if name != DIFFUSERS_KEY}
     replaced = target.exists()
     write_safetensors(target, tensors, add_hashes({"format": "pt", **metadata}, tensors))
-    print(f"{target}{' (replaced)' if replaced else ''}: {summarize_routes(routes)}")
+    print(f"{target}{' (replaced)' if replaced else ''}: {summarize_routes(routes, tensors, program)}")
+    if program == "diffusers" and not any(route.comfyui_name != route.match.name for route in routes):
+        print(f"note: this file is for diffusers alone; ComfyUI and other programs read {source} as it is")
 
 
 def check_export_paths(source: Path, target: Path) -> None:
@@ -84,74 +93,56 @@ def check_export_paths(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- names
 
 
-def find_routes(path: Path, entries: AdapterTensors, family: str | None, without: Collection[str]) -> Routes:
+def find_routes(file: AdapterFile, family: str | None, without: Collection[str]) -> list[Route]:
     """Every name of the file with its layers, by the family given or the one that knows all names.
 
-    Families may share names, as long as what is written is the same. Raises UserError for names that fit no layer and
-    for layers that diffusers would ignore.
+    Families may share names, as long as what is written is the same. Raises UserError for names that fit no layer.
     """
     register_families()
-    check_matrices(path, entries)
-    shapes = {name: shape for name, tensors in entries.items() if (shape := infer_weight_shape(tensors))}
-    known = {name: find_family_routes(FAMILIES.get(name), shapes) for name in ([family] if family else FAMILIES.names)}
-    check_names(path, entries, max(known.values(), key=len))
-    complete = {name: drop_parts(routes, without) for name, routes in known.items() if len(routes) == len(entries)}
-    first, *others = complete.values()
-    check_loadable(path, first)
+    shapes = list_shapes(file)
+    specs = {name: FAMILIES.get(name).adapter_specs(shapes) for name in ([family] if family else FAMILIES.names)}
+    tables = {name: guess_layer_table(parts, file) for name, parts in specs.items()}
+    unknown = {name: [layer for layer in file.layers if not table.find(layer)] for name, table in tables.items()}
+    complete = [name for name in tables if not unknown[name]]
+    if not complete:
+        raise make_unmatched_error(file, min(unknown.values(), key=len), model=family or "any known model")
+    found: dict[str, list[Route]] = {}
+    for name in complete:
+        matched = match_layers(file, tables[name])
+        found[name] = drop_parts([make_route(FAMILIES.get(name), specs[name], match) for match in matched], without)
+    first, *others = found.values()
     if any(make_signature(other) != make_signature(first) for other in others):
         raise UserError(
-            f"{path} fits several model families",
+            f"{file.path} fits several model families",
             code="lora-family-ambiguous",
             fix=f"--family {' or '.join(complete)}",
         )
     return first
 
 
-def find_family_routes(family: type[Family], shapes: Mapping[str, Sequence[int]]) -> Routes:
-    """The names that one family knows."""
-    routes: Routes = {}
-    for part, spec in family.adapter_specs(shapes).items():
-        component = family.components[part]
-        part_shapes = {name: shape for name, shape in shapes.items() if name.startswith(spec.adapter_prefix + "_")}
-        for name, group in find_groups(spec, part_shapes).items():
-            layers = (component.key_map.locate(path).original for path in group.paths)
-            names = tuple(f"{component.folder}.{layer}" for layer in layers)
-            routes[name] = Route(part=part, group=group, names=names, loadable=component.takes_lora)
-    return routes
+def make_route(family: type[Family], specs: Mapping[str, PartSpec], match: LayerMatch) -> Route:
+    view = match.view
+    component, spec = family.components[view.part], specs[view.part]
+    layers = [component.key_map.locate(path).original for path in view.paths]
+    ours = spec.adapter_map.locate(view.paths[0])
+    same_layers = ours.siblings == view.paths and (ours.op == "swap") == (len(view.rows[0]) == 2)
+    prefix = component.comfyui_prefix or spec.adapter_prefix
+    return Route(
+        match=match,
+        diffusers_names=tuple(f"{component.folder}.{layer}" for layer in layers),
+        in_diffusers=component.takes_lora,
+        comfyui_name=make_adapter_name(prefix, ours.original) if same_layers else match.name,
+    )
 
 
-def make_signature(routes: Routes) -> tuple[object, ...]:
+def make_signature(routes: Sequence[Route]) -> Sequence[object]:
     """What is written: which rows under which name."""
-    return tuple(sorted((name, route.names, route.group.rows, route.loadable) for name, route in routes.items()))
+    return sorted((route.match.name, route.diffusers_names, route.match.view.rows) for route in routes)
 
 
-def check_matrices(path: Path, entries: AdapterTensors) -> None:
-    """UserError where a LoRA has only one of its two matrices, or the file has none."""
-    problems = Problems()
-    if not entries:
-        problems.add(f"{path} holds no tensors", code="lora-file-empty", fix="give a LoRA file")
-    for name, tensors in entries.items():
-        present = [suffix for suffix in MATRICES if suffix in tensors]
-        if len(present) == 1:
-            problems.add(
-                f"{path}: {name} has {present[0]} but not the other of its two matrices",
-                code="lora-matrix-missing",
-                fix="save or download the file again",
-            )
-    problems.raise_all()
-
-
-def infer_weight_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The shape of the weight that a LoRA of a linear layer or a convolution changes; () of anything else."""
-    if not all(suffix in tensors for suffix in MATRICES):
-        return ()
-    down, up = (tensors[suffix] for suffix in MATRICES)
-    return (up.shape[0], *down.shape[1:]) if down.ndim == up.ndim in (2, 4) else ()
-
-
-def drop_parts(routes: Routes, without: Collection[str]) -> Routes:
+def drop_parts(routes: Sequence[Route], without: Collection[str]) -> list[Route]:
     """The routes of all parts but those of --without."""
-    parts = dict.fromkeys(route.part for route in routes.values())
+    parts = dict.fromkeys(route.part for route in routes)
     for part in without:
         if part not in parts:
             raise UserError(
@@ -159,7 +150,7 @@ def drop_parts(routes: Routes, without: Collection[str]) -> Routes:
                 code="lora-part-missing",
                 fix=f"its parts: {', '.join(parts)}",
             )
-    remaining = {name: route for name, route in routes.items() if route.part not in without}
+    remaining = [route for route in routes if route.part not in without]
     if not remaining:
         raise UserError(
             "--without removes every part of the file", code="lora-without-parts", fix="give --without fewer parts"
@@ -167,9 +158,9 @@ def drop_parts(routes: Routes, without: Collection[str]) -> Routes:
     return remaining
 
 
-def check_loadable(path: Path, routes: Routes) -> None:
+def check_loadable(path: Path, routes: Sequence[Route]) -> None:
     """UserError for layers that diffusers' pipelines would ignore."""
-    ignored = [route.part for route in routes.values() if not route.loadable]
+    ignored = [route.part for route in routes if not route.in_diffusers]
     if ignored:
         parts = dict.fromkeys(ignored)
         raise UserError(
@@ -180,36 +171,66 @@ def check_loadable(path: Path, routes: Routes) -> None:
         )
 
 
-def summarize_routes(routes: Routes) -> str:
-    """Parts with their numbers of LoRA, in the file's order, and the layers they make in diffusers."""
-    counts = Counter(route.part for route in routes.values())
-    layers = sum(len(route.names) for route in routes.values())
+def check_need(path: Path, routes: Sequence[Route]) -> None:
+    """UserError where ComfyUI reads the file as it is."""
+    if all(route.comfyui_name == route.match.name for route in routes):
+        raise UserError(
+            f"{path} needs no export: ComfyUI reads its names as they are",
+            code="export-not-needed",
+            fix="use the file itself",
+        )
+
+
+def summarize_routes(routes: Sequence[Route], tensors: Collection[str], program: Program) -> str:
+    """Parts with their numbers of LoRA, in the file's order, and what they make in the other program."""
+    counts = Counter(route.part for route in routes)
     parts = ", ".join(f"{count} LoRA of {part}" for part, count in counts.items())
-    return f"{parts}; {layers} layers in diffusers"
+    layers = sum(len(route.diffusers_names) for route in routes)
+    written = f"{layers} layers in diffusers, " if program == "diffusers" else ""
+    return f"{parts}; {written}{len(tensors)} tensors"
 
 
 # ---------------------------------------------------------------- tensors
 
 
-def convert_layer(path: Path, tensors: Mapping[str, Tensor], route: Route, precision: str | None) -> dict[str, Tensor]:
-    """The two matrices of each layer behind one name, under diffusers' names."""
-    adapter = LoRA.from_tensors(route.group, tensors)  # checks the shapes
-    down, up = (tensors[suffix] for suffix in MATRICES)
+def convert_to_diffusers(path: Path, routes: Sequence[Route], precision: str | None) -> dict[str, Tensor]:
+    """The two matrices of each layer, under diffusers' names."""
+    converted: dict[str, Tensor] = {}
+    for route in routes:
+        converted |= _convert_layers(path, route, precision)
+    return converted
+
+
+def _convert_layers(path: Path, route: Route, precision: str | None) -> dict[str, Tensor]:
+    view, tensors = route.match.view, route.match.tensors
+    down, up = tensors[DOWN], tensors[UP]
+    scale = float(tensors[ALPHA]) / len(down)
     dtype = SAVE_DTYPES[precision] or down.dtype
-    down, up = down.reshape(adapter.lora_down.shape), up.reshape(adapter.lora_up.shape).float()
-    ups = [route.group.take_rows(up, i) for i in range(len(route.names))]
-    converted = {}
-    for name, layer_up, ranks in zip(route.names, ups, find_own_ranks(ups), strict=True):
-        scaled = (layer_up[:, ranks] * adapter.scale).to(dtype)
+    shape = view.layers[0].weight.shape[1:]
+    down, up = down.reshape(-1, *shape), up.float().reshape(-1, len(down), *[1] * (len(shape) - 1))
+    ups = [view.take_rows(up, i) for i in range(len(view.paths))]
+    converted: dict[str, Tensor] = {}
+    for name, layer_up, ranks in zip(route.diffusers_names, ups, find_own_ranks(ups), strict=True):
+        scaled = (layer_up[:, ranks] * scale).to(dtype)
         if not scaled.isfinite().all():
             raise UserError(
-                f"{path}: {route.group.name} has values beyond {dtype}",
+                f"{path}: {route.match.name} has values beyond {dtype}",
                 code="lora-overflows-dtype",
                 fix="--save_precision float",
             )
         converted[f"{name}.lora_A.weight"] = down[ranks].to(dtype).contiguous()
         converted[f"{name}.lora_B.weight"] = scaled.contiguous()
     return converted
+
+
+def rename_for_comfyui(routes: Sequence[Route], precision: str | None) -> dict[str, Tensor]:
+    """The matrices and alpha of each name, under the names of the kohya format with ComfyUI's prefixes."""
+    dtype = SAVE_DTYPES[precision]
+    renamed: dict[str, Tensor] = {}
+    for route in routes:
+        for name, tensor in route.match.tensors.items():
+            renamed[f"{route.comfyui_name}.{name}"] = tensor.to(dtype or tensor.dtype).contiguous()
+    return renamed
 
 
 def find_own_ranks(ups: Sequence[Tensor]) -> list[slice]:

@@ -1,0 +1,110 @@
+"""Keys of adapter files in the spelling of every known program: the name of the layer, and which tensor of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+LORA = "LoRA"
+DOWN, UP, MIDDLE = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+ALPHA, SCALAR = "alpha", "scalar"
+SPELLINGS = {  # the end of a key -> the name of this tensor here
+    **dict.fromkeys(("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight"), DOWN),
+    **dict.fromkeys(("lora_linear_layer.down.weight", "down.weight"), DOWN),
+    **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight"), UP),
+    **dict.fromkeys(("lora_linear_layer.up.weight", "up.weight"), UP),
+    **dict.fromkeys(("alpha", "lora.alpha", "lora_linear_layer.alpha"), ALPHA),
+    "lora_mid.weight": MIDDLE,
+    "scalar": SCALAR,
+}
+LONGEST_END = 3  # words of a tensor's name, with dots between them
+KINDS = {  # kind of adapter -> the names of its tensors; the first that matches
+    LORA: r"lora_(down|up|mid)\.weight|scalar",
+    "DoRA": r"dora_scale|lora_magnitude_vector(\..+)?",
+    "LoHa": r"hada_\w+",
+    "LoKr": r"lokr_\w+",
+    "BOFT": r"boft_\w+(\..+)?",
+    "OFT": r"oft_\w+(\..+)?",
+    "(IA)3": r"on_input|ia3_l(\..+)?",
+    "GLoRA": r"(a1|a2|b1|b2|bm1|bm2)\.weight",
+    "AdaLoRA": r"lora_[ABE]|ranknum",
+    "VeRA": r"vera_lambda_\w+(\..+)?",
+    "LoRA of an embedding": r"lora_embedding_[AB](\..+)?",
+    "LoRA with biases": r"lora_(A|B|up|down)(\.default)?\.bias|lora\.(up|down)\.bias",
+    "LyCORIS adapter of norm layers": r"[wb]_norm",
+    "file of whole differences": r"diff|diff_b|set_weight",
+    "ControlNet-LLLite": r"lllite_\w+",
+}
+WRAPPERS = (  # what training programs put around the layers' own names -> what replaces it
+    (re.compile(r"(^|\.)(base_model\.model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)"), r"\1"),
+    (re.compile(r"^\.+"), ""),
+    (re.compile(r"\.{2,}"), "."),
+    (re.compile(r"\.self_attn\.to_([qkv])_lora$"), r".self_attn.\1_proj"),
+    (re.compile(r"\.self_attn\.to_out_lora$"), ".self_attn.out_proj"),
+    (re.compile(r"\.(?:processor\.)?to_out_lora$"), ".to_out.0"),
+    (re.compile(r"\.processor\.(\w+)_lora$"), r".\1"),
+    (re.compile(r"\.(to_[qkv])_lora$"), r".\1"),
+)
+WRITERS = (  # what keys look like -> who writes such
+    (r"lllite_", "ControlNet-LLLite"),
+    (r"lora_transformer_|lora_prior_|bundle_emb\.", "OneTrainer"),
+    (r"lycoris_", "LyCORIS' wrapper, e.g. SimpleTuner"),
+    (r"base_model\.model\.", "PEFT"),
+    (r"diffusion_model\..*\.lora_", "ComfyUI, AI-toolkit or diffusion-pipe"),
+    (r"(unet|transformer|text_encoder\w*)\..*\.lora", "diffusers, AI-toolkit or SimpleTuner"),
+    (r"(unet\.)?\w+\..*processor\.", "an early version of diffusers"),
+    (r"lora_(unet|te\d?)_", "the kohya format"),
+)
+CONTENTS = (  # what keys look like in files that are no adapter -> what these are
+    (r"emb_params|clip_[lg]|string_to_param|t5emb|<.+>", "a textual inversion"),
+    (r"control_model\.|controlnet_|input_hint_block", "a ControlNet"),
+    (r"model\.diffusion_model\.|diffusion_model\.|double_blocks\.|joint_blocks\.", "a checkpoint"),
+    (r"(down|up|mid)_blocks?\.|transformer_blocks\.", "a denoiser's weights in diffusers' layout"),
+    (r"text_model\.|encoder\.", "a text encoder or an autoencoder"),
+)
+
+
+def parse_adapter_key(key: str) -> tuple[str, str] | None:
+    """The layer's name without what programs wrap it in, and the tensor's name here; None for any other key."""
+    pieces = key.split(".")
+    for count in range(min(LONGEST_END, len(pieces) - 1), 0, -1):
+        tensor = name_tensor(".".join(pieces[-count:]))
+        if tensor:
+            return unwrap_layer(".".join(pieces[:-count])), tensor
+    return None
+
+
+@lru_cache(maxsize=4096)
+def name_tensor(end: str) -> str:
+    """The name of a tensor of an adapter here; empty where the end of a key is none."""
+    if end in SPELLINGS:
+        return SPELLINGS[end]
+    return end if find_adapter_kind(end) else ""
+
+
+def find_adapter_kind(tensor: str) -> str:
+    """The kind of adapter that has a tensor of this name; empty for alpha, which all have, and for unknown ones."""
+    return next((name for name, pattern in KINDS.items() if re.fullmatch(pattern, tensor)), "")
+
+
+def unwrap_layer(name: str) -> str:
+    for pattern, instead in WRAPPERS:
+        name = pattern.sub(instead, name)
+    return name
+
+
+def guess_writer(keys: Iterable[str]) -> str:
+    """Who writes such keys; empty where that is not known."""
+    return _find_row(WRITERS, keys)
+
+
+def guess_contents(keys: Iterable[str]) -> str:
+    """What a file without an adapter is; empty where that is not known."""
+    return _find_row(CONTENTS, keys)
+
+
+def _find_row(rows: Sequence[tuple[str, str]], keys: Iterable[str]) -> str:
+    """The first row whose pattern a key starts with."""
+    keys = list(keys)
+    return next((text for pattern, text in rows if any(re.match(pattern, key) for key in keys)), "")

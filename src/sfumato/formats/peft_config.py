@@ -1,0 +1,110 @@
+"""What PEFT and diffusers store beside a LoRA: alpha, whose place in other files is a tensor of each layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sfumato.common.text_files import read_text_file
+from sfumato.errors import UserError
+
+DIFFUSERS_KEY = "lora_adapter_metadata"  # diffusers' place for the same: JSON in the file's metadata
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")  # which also change the model that the LoRA belongs to
+MAX_PATTERNS = 10_000
+MAX_ALPHA = 1e30
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The scale of the LoRA of one network."""
+
+    path: Path  # for messages
+    alpha: float | None = None  # None: the rank
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # end of a layer's name -> its alpha
+    rank_stabilized: bool = False  # alpha / sqrt(rank) instead of alpha / rank
+
+    def find_alpha(self, layer: str, rank: int) -> float:
+        """The alpha with which alpha / rank is the scale of this layer (peft.tuners.lora.layer, `update_layer`)."""
+        own = [value for pattern, value in self.alpha_pattern.items() if _matches_layer(pattern, layer)]
+        alpha = own[0] if own else self.alpha
+        alpha = float(rank) if alpha is None else alpha
+        return alpha * math.sqrt(rank) if self.rank_stabilized else alpha
+
+
+def _matches_layer(pattern: str, layer: str) -> bool:
+    """Whether a pattern names the layer, by all of its name or the end of it; PEFT writes no other patterns."""
+    pattern = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+    return layer == pattern or layer.endswith(f".{pattern}")
+
+
+def read_peft_config(path: Path) -> PeftConfig:
+    """An adapter_config.json. Raises UserError for one that is no such file and for what is not the same without it."""
+    try:
+        content = json.loads(read_text_file(path))
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{path} is no JSON file", code="peft-config-damaged", fix="save or download it again"
+        ) from None
+    return _make_config(path, content)
+
+
+def read_diffusers_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
+    """Name of a network in the file, e.g. "transformer" -> the scale of its LoRA; empty where nothing says it."""
+    if DIFFUSERS_KEY not in metadata:
+        return {}
+    try:
+        content = json.loads(metadata[DIFFUSERS_KEY])
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: its metadata {DIFFUSERS_KEY} is damaged, so that the LoRA's alpha is not known",
+            code="adapter-metadata-damaged",
+            fix="save or download the file again",
+        )
+    networks: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in content.items():
+        network, _, name = str(key).partition(".")
+        networks[network][name] = value
+    return {network: _make_config(path, values) for network, values in networks.items()}
+
+
+def _make_config(path: Path, content: Any) -> PeftConfig:
+    values: Mapping[str, Any] = content if isinstance(content, dict) else {}
+    patterns = values.get("alpha_pattern") or {}
+    alpha = values.get("lora_alpha")
+    numbers = [alpha] if alpha is not None else []
+    numbers += list(patterns.values()) if isinstance(patterns, dict) else [None]
+    if (
+        not isinstance(content, dict)
+        or not all(_is_number(number) for number in numbers)
+        or len(numbers) > MAX_PATTERNS
+    ):
+        raise UserError(
+            f"{path}: the LoRA's alpha is not a number there",
+            code="peft-alpha-invalid",
+            fix="save or download it again",
+        )
+    changing = str(values.get("init_lora_weights", "")).lower()
+    if changing.startswith(BASE_CHANGING_INITS):
+        raise UserError(
+            f"{path}: init_lora_weights is {changing!r}, for which PEFT has changed the model's own weights; on the "
+            "unchanged model the LoRA would be wrong",
+            code="peft-init-changes-model",
+            fix="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
+    return PeftConfig(
+        path=path,
+        alpha=None if alpha is None else float(alpha),
+        alpha_pattern={str(name): float(value) for name, value in patterns.items()},
+        rank_stabilized=bool(values.get("use_rslora", False)),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_ALPHA
