@@ -24,8 +24,8 @@ from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.families import _flux_keys
 from sfumato.families.flux import Flux
-from sfumato.families.part import Part
 from sfumato.families.source import on_meta
+from sfumato.formats.groups import find_layers
 
 REFERENCE, AIM = 6.15, 5.0
 
@@ -57,7 +57,7 @@ def build() -> tuple[Any, AdapterEngine]:
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
     engine = AdapterEngine()
-    groups = Part(spec=_flux_keys.spec(""), module=module).groups()
+    groups = _flux_keys.spec("").groups(find_layers(module))
     engine.attach(groups, lambda group: LoRA(group, rank=16, alpha=16.0, generator=generator))
     return SimpleNamespace(denoiser=module, make_inputs=Flux.make_inputs, convert_output=Flux.convert_output), engine
 

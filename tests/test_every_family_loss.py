@@ -72,6 +72,7 @@ def test_loss_and_gradients_equal_those_of_diffusers_parts(case: str, toy_shelf:
         optim=OptimOptions(learning_rate=1.0), loop=LoopOptions(seed=1),
     )  # fmt: skip
     method: Any = make_method(config)
+    method.plan(model.blueprint)
     method.prepare(model)
     method.modules.double()
     for parameter in method.modules.parameters():
@@ -118,6 +119,7 @@ def test_full_training_has_the_gradients_of_diffusers_own_modules(case: str, toy
             optim=OptimOptions(learning_rate=1.0), loop=LoopOptions(seed=1),
         )
     )  # fmt: skip
+    method.plan(model.blueprint)
     method.prepare(model)
     context = make_context(model, method, toys)
     batch = fixed_batch(model, ["a cat", "a red dog on a table"])

@@ -17,6 +17,7 @@ from sfumato.errors import UserError
 from sfumato.families import _vae as vaes
 from sfumato.families.base import Family
 from sfumato.families.encoding import decode_latents, encode_images
+from sfumato.families.part import WeightChange
 from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 SEEDS = [3, 4, 5]
@@ -55,7 +56,7 @@ def test_an_image_that_overflows_is_encoded_in_float32(
     half, whole = load(toy_shelf, torch.float16, monkeypatch), load(toy_shelf, torch.float16, monkeypatch)
     plain = load(toy_shelf, torch.float16, monkeypatch, overflows=False)
     before = {name: tensor.clone() for name, tensor in half.vae.state_dict().items()}
-    whole.vae.float()
+    whole.parts["vae"].convert(torch.float32)
     x = some_pixels()
     with caplog.at_level("WARNING"):
         found = encode_images(half, x, SEEDS, vae_batch_size=2)
@@ -76,7 +77,7 @@ def test_an_image_is_decoded_in_float32_where_half_overflows(
     toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half, whole = load(toy_shelf, torch.float16, monkeypatch), load(toy_shelf, torch.float16, monkeypatch)
-    whole.vae.float()
+    whole.parts["vae"].convert(torch.float32)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.1
     latents[1] += 1
     with torch.autocast("cpu", torch.bfloat16):  # as previews are made; not the autoencoder
@@ -88,14 +89,16 @@ def test_an_image_is_decoded_in_float32_where_half_overflows(
     torch.testing.assert_close(found[0], reference[0], rtol=0, atol=1e-2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device to offload from")
-def test_an_offloaded_autoencoder_decodes_on_the_device(toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device")
+def test_an_unloaded_autoencoder_decodes_on_the_device(toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(toy_shelf, torch.float32, monkeypatch, overflows=False)
     here = decode_latents(model, torch.zeros(1, 4, 8, 8))
-    model.parts["denoiser"].module.to("cuda")
+    vae = model.parts["vae"]
+    vae.unload()
+    vae.device = torch.device("cuda")
     there = decode_latents(model, torch.zeros(1, 4, 8, 8, device="cuda"))
     assert there.device.type == "cuda"
-    assert next(model.vae.parameters()).device.type == "cpu"
+    assert not vae.is_loaded
     torch.testing.assert_close(here, there.cpu(), rtol=0, atol=1e-2)
 
 
@@ -130,15 +133,17 @@ def test_cached_is_uncached_though_some_overflow(
     """And so a run that is resumed, for which those that came before the overflow are behind."""
     from sfumato.families.sd import StableDiffusion
 
-    plain = StableDiffusion.load.__func__
+    plain = StableDiffusion.__init__
 
-    def load_overflowing(cls: Any, *given: Any, **options: Any) -> Any:
-        model = plain(cls, *given, **options)
-        model.vae.encoder.conv_in = nn.Sequential(Overflowing(), model.vae.encoder.conv_in)
-        return model
+    def insert_overflow(vae: Any) -> None:
+        vae.encoder.conv_in = nn.Sequential(Overflowing(), vae.encoder.conv_in)
+
+    def open_overflowing(self: Any, *given: Any, **options: Any) -> None:
+        plain(self, *given, **options)
+        self.parts["vae"].add_change(WeightChange(identity="", apply=insert_overflow))
 
     monkeypatch.setattr(vaes, "choose_dtype", lambda wanted, **_: wanted)
-    monkeypatch.setattr(StableDiffusion, "load", classmethod(load_overflowing))
+    monkeypatch.setattr(StableDiffusion, "__init__", open_overflowing)
     toy = toy_shelf.paths("sd")
     options = {"mixed_precision": "fp16", "max_train_steps": 3, "network_train_unet_only": True, "train_batch_size": 2}
     log = tmp_path / "log.txt"
@@ -161,7 +166,7 @@ def test_a_damaged_autoencoder_names_the_image(
     from sfumato.families.sd import StableDiffusion
 
     def broken(model: Any, pixels: Tensor, noise: Tensor) -> Tensor:
-        return vaes.encode(model.vae, model.latents, pixels, noise) * (torch.nan if pixels.mean() > 0 else 1)
+        return vaes.encode(model.parts["vae"], model.latents, pixels, noise) * (torch.nan if pixels.mean() > 0 else 1)
 
     monkeypatch.setattr(StableDiffusion, "encode_image", broken)
     toy, held_out = toy_shelf.paths("sd"), {"validation_split": 0.5} if cached is None else {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from families.loading import load_family
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.config import ModelOptions, NoiseOptions
@@ -93,10 +94,7 @@ def test_a_trained_lora_gives_the_same_in_diffusers(name: str, tmp_path: Path) -
     options = ModelOptions(pretrained_model_name_or_path=str(toy["pretrained_model_name_or_path"]), **case.options)
     source = open_source(options)
     family = find_family(None, source)
-    model = family.load(
-        family.read(source, options, NoiseOptions()), options, dtype=torch.float32, device=torch.device("cpu")
-    )
-    model.freeze()
+    model = load_family(family, family.read(source, options, NoiseOptions()), options)
     before = {part: encode_with_grad(model, part, [PROMPT]) for part in model.text_parts}
     counts = attach_file(model, output / "lora.safetensors")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.diffusion.objective import LatentSpec, RectifiedFlow
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint, Sampling
-from sfumato.families.part import Network, Part, PartSpec
+from sfumato.families.part import Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
@@ -85,15 +85,12 @@ class Exercise(Family):
         )  # fmt: skip
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        def build(name: str, kind: type[nn.Module]) -> nn.Module:
-            return blueprint.networks[name].load(lambda _: kind(), dtype=dtype, device=device)
-
-        parts = {
-            name: Part(spec=blueprint.networks[name].spec, module=build(name, kind))
-            for name, kind in (("denoiser", Denoiser), ("letters", Letters))
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        return {
+            "denoiser": lambda _: Denoiser(),
+            "letters": lambda _: Letters(),
+            "vae": lambda _: nn.Conv2d(3, 3, 8, stride=8),
         }
-        return cls(blueprint, parts, build("vae", lambda: nn.Conv2d(3, 3, 8, stride=8)))  # type: ignore[arg-type]
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         counts: list[Tensor] = []

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from families.loading import load_family
 from families.toys import ToyShelf
 from sfumato.config import Config, load_config
 from sfumato.data.batch import Batch
@@ -122,9 +123,8 @@ class Recorder:
 def untouched_estimate(training: Run, batch: Batch, noisy: Tensor, t: Tensor) -> Tensor:
     """The estimate of the checkpoint, from a second copy that never had an adapter."""
     blueprint, family = training.plan.blueprint, training.plan.family
-    model = family.load(blueprint, training.config.model, dtype=torch.float32, device=torch.device("cpu"))
+    model = load_family(family, blueprint, training.config.model)
     model.set_resolutions(dataset.settings.resolution for dataset in training.plan.data.datasets)
-    model.freeze()
     features = {part: encode_with_grad(model, part, batch.captions) for part in model.text_parts}
     prediction = model.predict(noisy, t, model.condition(features, batch.sizes, training.context.recipe.guidance))
     return model.objective.estimate(prediction, noisy, model.objective.level(t))

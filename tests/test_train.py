@@ -12,17 +12,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from sfumato.config import load_config
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from sfumato.sample import generate_batch
-from sfumato.training.setup_run import build_run
 from toy_runs import (
     REPORT,
     SEVERAL_TOKENS,
     equal_tensors,
-    make_arguments,
     make_images,
     read_metrics,
     read_weights,
@@ -140,20 +137,6 @@ def test_cached_is_uncached(toy: Toy, images: Path, tmp_path: Path) -> None:
     for other in (latents, disk, again):
         assert equal_tensors(read_weights(plain), read_weights(other))
         assert read_metrics(plain) == read_metrics(other)
-
-
-@pytest.mark.parametrize("previews", [False, True])
-def test_networks_whose_output_is_cached_keep_weights_only_for_previews(
-    sd: Toy, images: Path, tmp_path: Path, previews: bool
-) -> None:
-    (tmp_path / "prompts.txt").write_text("a cat")
-    wanted = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 100} if previews else {}
-    cached = {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
-    opened = build_run(load_config(make_arguments(sd, images, tmp_path, **cached, **wanted)))
-    assert opened is not None
-    for module in (opened.model.vae, *(opened.model.parts[name].module for name in opened.model.text_parts)):
-        assert {each.device.type for each in module.parameters()} == {"cpu" if previews else "meta"}
-    assert opened.model.device.type == "cpu"
 
 
 def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from diffusers.loaders import single_file_utils
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from families.loading import load_family
 from families.toys import ToyShelf
 from sfumato.cli.toy import main
 from sfumato.config import NoiseOptions
@@ -37,7 +38,7 @@ def load(options: Any) -> Family:
     source = open_source(options)
     family = find_family(None, source)
     blueprint = family.read(source, options, NoiseOptions())
-    return family.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
+    return load_family(family, blueprint, options)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -32,8 +32,15 @@ def load_model(
     """The frozen model that the options name, on the CPU."""
     blueprint = read_model(options, noise, family)
     found = find_family(family, blueprint.source)
-    model = found.load(blueprint, options, dtype=dtype, device=torch.device("cpu"))
-    model.freeze()
+    return load_family(found, blueprint, options, dtype)
+
+
+def load_family(
+    family: type[Family], blueprint: Blueprint, options: ModelOptions, dtype: torch.dtype = torch.float32
+) -> Family:
+    """The model with the weights of every network, on the CPU."""
+    model = family(blueprint, options, dtype=dtype, device=torch.device("cpu"))
+    model.load()
     return model
 
 

@@ -11,7 +11,8 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from families.loading import load_model
+from families.built_part import BuiltPart
+from families.loading import load_family, load_model
 from families.toys import ToyShelf
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
@@ -21,7 +22,6 @@ from sfumato.errors import SeveralErrors, UserError
 from sfumato.families import _chroma_keys, register_families
 from sfumato.families.base import Family, find_family
 from sfumato.families.encoding import encode_with_grad
-from sfumato.families.part import Part
 from sfumato.families.source import open_source
 from sfumato.plan import make_run_plan
 from toy_runs import make_arguments, make_images
@@ -164,7 +164,7 @@ def embedded_time(family: str, toy_shelf: ToyShelf, dtype: torch.dtype) -> Tenso
     source = open_source(options)
     found = find_family(family, source)
     blueprint = found.read(source, options, NoiseOptions())
-    model = found.load(blueprint, options, dtype=dtype, device=torch.device("cpu"))
+    model = load_family(found, blueprint, options, dtype)
     outputs: list[Tensor] = []
     projection = model.denoiser.get_submodule("time_text_embed.time_proj")
     projection.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -196,7 +196,7 @@ def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path) -> Non
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
     engine = AdapterEngine()
-    groups = Part(spec=_chroma_keys.spec(""), module=module).groups()
+    groups = BuiltPart(spec=_chroma_keys.spec(""), module=module).groups()
     engine.attach(groups, lambda group: LoRA(group, rank=4, alpha=2.0))
     for parameter in engine.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from families.built_part import BuiltPart
 from keys import CLIP_G, CLIP_L, GEMMA2, LUMINA, SD3, T5_XXL, on_meta
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.split_lora import SplitLoRA
@@ -29,7 +30,7 @@ from sfumato.families import (
     _sd3_text,
     _t5,
 )
-from sfumato.families.part import Part, PartSpec
+from sfumato.families.part import PartSpec
 
 CLIP_PLACES = ("mlp.fc1", "mlp.fc2", *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")))
 Shapes = dict[str, tuple[int, ...]]
@@ -95,7 +96,7 @@ def test_every_layer_is_found_and_fits(name: str, kind: type[LoRA | SplitLoRA]) 
     spec, build, rules, count = CASES[name]
     module = on_meta(build)
     known = rules(module, spec)
-    groups = Part(spec=spec, module=module).groups()
+    groups = BuiltPart(spec=spec, module=module).groups()
     assert len(groups) == count
     for group in groups:
         adapter = (kind if len(group.layers) > 1 else LoRA)(group, rank=4, alpha=2)

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
+from families.built_part import BuiltPart
 from families.loading import load_model
 from families.toys import ToyShelf
 from sfumato.adapters.base import AdapterEngine
@@ -22,7 +23,6 @@ from sfumato.errors import UserError
 from sfumato.families import _flux_keys, _tokenizers
 from sfumato.families.base import Family
 from sfumato.families.encoding import encode_with_grad
-from sfumato.families.part import Part
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
 
@@ -133,7 +133,7 @@ def test_a_lora_at_real_width_gives_the_same_in_diffusers(tmp_path: Path, kind: 
     module.requires_grad_(False)
     engine = AdapterEngine()
     engine.attach(
-        Part(spec=_flux_keys.spec(""), module=module).groups(),
+        BuiltPart(spec=_flux_keys.spec(""), module=module).groups(),
         lambda group: (kind if len(group.layers) > 1 else LoRA)(group, rank=4, alpha=2.0),
     )
     for parameter in engine.parameters():

@@ -7,9 +7,9 @@ from pathlib import Path
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
-import torch
 from huggingface_hub.utils import filter_repo_objects
 
+from families.loading import load_family
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
@@ -45,7 +45,7 @@ def test_a_model_in_the_cache_is_loaded_by_its_name(cache: Path) -> None:
     assert source.path == cache / "models--someone--toy-sd" / "snapshots" / COMMIT
     family = find_family(None, source)
     blueprint = family.read(source, model, NoiseOptions())
-    loaded = family.load(blueprint, model, dtype=torch.float32, device=torch.device("cpu"))
+    loaded = load_family(family, blueprint, model)
     assert loaded.name == "sd"
 
 

@@ -94,6 +94,7 @@ import json, sys
 import torch
 from pathlib import Path
 from types import SimpleNamespace
+from sfumato.families.part import Part
 from sfumato.families.source import Source
 
 def memory(name):
@@ -105,7 +106,9 @@ source = Source(Path(sys.argv[1]))
 build(small(network.config))  # imports and warms up
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-module = network.load(build, dtype=getattr(torch, sys.argv[2]), device=torch.device("cpu"))
+part = Part(network, build, dtype=getattr(torch, sys.argv[2]), device=torch.device("cpu"))
+part.load()
+module = part.module
 weights = sum(parameter.nbytes for parameter in module.parameters())
 print(json.dumps(dict(extra=memory("VmHWM") - before - weights, weights=weights)))
 """

@@ -7,16 +7,17 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
+from families.built_part import BuiltPart
 from keys import CLIP_G, CLIP_H, CLIP_L, T5_XXL, UNETS, on_meta
 from lora_keys import Shapes, golden, shapes_in_file
 from sfumato.adapters.lora import LoRA
 from sfumato.families import _chroma_keys, _clip, _flux_keys, _open_clip, _t5, _unet, sd, sdxl
-from sfumato.families.part import Part, PartSpec
+from sfumato.families.part import PartSpec
 
 
 def shapes(spec: PartSpec, build: Callable[[], nn.Module]) -> Shapes:
     """What a file of rank 4 would hold for one network."""
-    adapters = [LoRA(group, rank=4, alpha=1) for group in Part(spec=spec, module=on_meta(build)).groups()]
+    adapters = [LoRA(group, rank=4, alpha=1) for group in BuiltPart(spec=spec, module=on_meta(build)).groups()]
     return shapes_in_file(adapters)
 
 

@@ -13,6 +13,7 @@ from diffusers.loaders import lora_conversion_utils, single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from families.built_part import BuiltPart
 from keys import GEMMA2, LUMINA, on_meta, round_trip, same, shapes_of, tagged, to_ours
 from lora_keys import Shapes, golden, shapes_in_file
 from sfumato.adapters.base import AdapterEngine
@@ -21,7 +22,6 @@ from sfumato.config import NetworkOptions
 from sfumato.demo import toy_lumina
 from sfumato.errors import UserError
 from sfumato.families import _gemma2, _lumina_keys
-from sfumato.families.part import Part
 from sfumato.methods.adapter_args import read_args
 from sfumato.methods.adapter_ranks import AdapterRanks
 from sfumato.tools.export_lora import export_lora
@@ -30,13 +30,13 @@ DIMS = {"attn_dim": 2, "mlp_dim": 6, "mod_dim": 8, "refiner_dim": 10, "embedder_
 
 
 @cache
-def transformer() -> Part:
-    return Part(spec=_lumina_keys.spec(""), module=on_meta(lambda: _lumina_keys.build(LUMINA)))
+def transformer() -> BuiltPart:
+    return BuiltPart(spec=_lumina_keys.spec(""), module=on_meta(lambda: _lumina_keys.build(LUMINA)))
 
 
 @cache
-def gemma() -> Part:
-    return Part(spec=_gemma2.spec(""), module=on_meta(lambda: _gemma2.build(GEMMA2)))
+def gemma() -> BuiltPart:
+    return BuiltPart(spec=_gemma2.spec(""), module=on_meta(lambda: _gemma2.build(GEMMA2)))
 
 
 def test_every_key_both_ways() -> None:
@@ -89,7 +89,7 @@ def test_gemma_keys_and_configuration() -> None:
     assert not _gemma2.is_gemma2({**found, "layers.0.self_attn.q_norm.weight": (256,)})  # Gemma 3
 
 
-def shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
+def shapes(parts: list[BuiltPart], arguments: dict[str, Any]) -> Shapes:
     """What a file of rank 4 would hold."""
     specs = {part.spec.name: part.spec for part in parts}
     ranks = AdapterRanks(
@@ -178,7 +178,7 @@ def test_blocks_by_name(blocks: str, starts: tuple[str, ...]) -> None:
 def test_the_names_of_the_export_are_those_of_diffusers_converter(tmp_path: Path) -> None:
     """A file of original names, as other programs write them, becomes the same; it only knows blocks at real width."""
     module = on_meta(lambda: _lumina_keys.build(LUMINA | {"num_layers": 1, "num_refiner_layers": 1}))
-    part = Part(spec=_lumina_keys.spec(""), module=module)
+    part = BuiltPart(spec=_lumina_keys.spec(""), module=module)
     engine = AdapterEngine()
     groups = [group for group in part.groups() if "final_layer" not in group.name]
     engine.attach(groups, lambda group: LoRA(group, rank=2, alpha=2.0))

@@ -10,12 +10,13 @@ import torch
 from diffusers.loaders import single_file_utils
 from torch import nn
 
+from families.built_part import BuiltPart
 from keys import CLIP_G, CLIP_L, SD3, on_meta, round_trip, same, shapes_of, tagged
 from lora_keys import Shapes, golden, shapes_in_file
 from sfumato.adapters.lora import LoRA
 from sfumato.families import _clip, _open_clip, _sd3_keys, _t5
 from sfumato.families._sd3_text import PROJECTED_KEYS, make_spec
-from sfumato.families.part import Part, PartSpec
+from sfumato.families.part import PartSpec
 
 KEYS = {"medium": 491, "5-medium": 665, "5-large": 923}  # entries of the published transformers
 T5_XXL = {
@@ -80,7 +81,7 @@ def test_clip_files_with_a_projection(level: str) -> None:
 
 
 def shapes(spec: PartSpec, build: Callable[[], nn.Module]) -> Shapes:
-    adapters = [LoRA(group, rank=4, alpha=1) for group in Part(spec=spec, module=on_meta(build)).groups()]
+    adapters = [LoRA(group, rank=4, alpha=1) for group in BuiltPart(spec=spec, module=on_meta(build)).groups()]
     return shapes_in_file(adapters)
 
 

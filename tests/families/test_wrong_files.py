@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families.loading import load_family
 from families.toys import ToyShelf
 from sfumato.config import NoiseOptions
 from sfumato.errors import UserError
@@ -158,7 +159,7 @@ def test_an_incomplete_file_is_reported_with_its_option(toy_shelf: ToyShelf, tmp
     source = open_source(model)
     family = find_family("flux", source)
     with pytest.raises(UserError, match=r"--t5xxl: .*t5.safetensors .*encoder\.block\.1") as error:
-        family.load(family.read(source, model, NoiseOptions()), model, dtype=torch.float32, device=torch.device("cpu"))
+        load_family(family, family.read(source, model, NoiseOptions()), model)
     assert error.value.code == "network-tensors-missing"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from families.loading import load_family
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.families.base import find_family
 from sfumato.families.source import open_source
@@ -52,6 +53,6 @@ def loaded(path: Path, toy: Toy) -> dict[str, dict[str, torch.Tensor]]:
     source = open_source(options)
     family = find_family(None, source)
     blueprint = family.read(source, options, NoiseOptions())
-    model = family.load(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
-    modules = {"vae": model.vae, **{name: part.module for name, part in model.parts.items()}}
+    model = load_family(family, blueprint, options)
+    modules = {name: part.module for name, part in model.parts.items()}
     return {name: dict(module.state_dict()) for name, module in modules.items()}

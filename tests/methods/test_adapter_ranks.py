@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from families.built_part import BuiltPart
 from keys import CLIP_G, CLIP_H, CLIP_L, SD3, UNETS, on_meta
 from lora_keys import Shapes, golden
 from sfumato.adapters.lora import LoRA
@@ -26,7 +27,7 @@ from sfumato.families import (
     sd,
     sdxl,
 )
-from sfumato.families.part import Part, PartSpec
+from sfumato.families.part import PartSpec
 from sfumato.formats.groups import LayerGroup
 from sfumato.methods.adapter_args import read_args
 from sfumato.methods.adapter_ranks import AdapterRanks
@@ -36,49 +37,51 @@ EVERY_THIRD = (0, 2, 4) * 8 + (0,)
 SOME = (0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2, 2, 4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2)
 
 
-def part(spec: PartSpec, build: Callable[[], nn.Module]) -> Part:
-    return Part(spec=spec, module=on_meta(build))
+def part(spec: PartSpec, build: Callable[[], nn.Module]) -> BuiltPart:
+    return BuiltPart(spec=spec, module=on_meta(build))
 
 
-def unet(family: Any, variant: str) -> Part:
+def unet(family: Any, variant: str) -> BuiltPart:
     return part(family._unet_spec(_unet.key_map(UNETS[variant])), lambda: _unet.build(UNETS[variant]))
 
 
 @cache
-def sd15() -> list[Part]:
+def sd15() -> list[BuiltPart]:
     return [unet(sd, "sd15"), part(_clip.spec("clip", sd.CLIP_PREFIX, "lora_te"), lambda: _clip.build(CLIP_L))]
 
 
 @cache
-def sd21(variant: str) -> list[Part]:
+def sd21(variant: str) -> list[BuiltPart]:
     spec = _clip.spec("clip", sd.OPEN_CLIP_PREFIX, "lora_te", _open_clip.key_map(projected=False))
     return [unet(sd, variant), part(spec, lambda: _clip.build(CLIP_H))]
 
 
 @cache
-def xl() -> list[Part]:
+def xl() -> list[BuiltPart]:
     clip_g = part(sdxl.clip_g_spec(), lambda: _open_clip.build_projected(CLIP_G))
     return [unet(sdxl, "sdxl"), part(sdxl.clip_l_spec(), lambda: _clip.build(CLIP_L)), clip_g]
 
 
 @cache
-def flux_dev() -> list[Part]:
+def flux_dev() -> list[BuiltPart]:
     config = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
     return [part(_flux_keys.spec(""), lambda: _flux_keys.build(config))]
 
 
 @cache
-def sd35_medium() -> list[Part]:
+def sd35_medium() -> list[BuiltPart]:
     config = SD3["5-medium"]
     return [part(_sd3_keys.spec("", config["num_layers"]), lambda: _sd3_keys.build(config))]
 
 
 @cache
-def chroma() -> list[Part]:
+def chroma() -> list[BuiltPart]:
     return [part(_chroma_keys.spec(""), lambda: _chroma_keys.build({}))]
 
 
-def choose_ranks(parts: list[Part], arguments: dict[str, Any], **options: Any) -> list[tuple[LayerGroup, int, float]]:
+def choose_ranks(
+    parts: list[BuiltPart], arguments: dict[str, Any], **options: Any
+) -> list[tuple[LayerGroup, int, float]]:
     specs = {part.spec.name: part.spec for part in parts}
     network = NetworkOptions(**{"network_dim": 4, **options})
     ranks = AdapterRanks(network=network, args=read_args(arguments, specs.values()), specs=specs)
@@ -92,7 +95,7 @@ def choose_ranks(parts: list[Part], arguments: dict[str, Any], **options: Any) -
     return chosen
 
 
-def make_shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
+def make_shapes(parts: list[BuiltPart], arguments: dict[str, Any]) -> Shapes:
     split = arguments.get("split_qkv", False)
     shapes: Shapes = {}
     for group, rank, alpha in choose_ranks(parts, arguments):
@@ -141,12 +144,12 @@ def make_shapes(parts: list[Part], arguments: dict[str, Any]) -> Shapes:
     ],
 )  # fmt: skip
 def test_files_are_those_of_the_reference_trainer(
-    variant: str, parts: Callable[[], list[Part]], arguments: dict[str, Any]
+    variant: str, parts: Callable[[], list[BuiltPart]], arguments: dict[str, Any]
 ) -> None:
     assert make_shapes(parts(), arguments) == golden(variant)
 
 
-def find_ranks(parts: list[Part], arguments: dict[str, Any], **options: Any) -> dict[str, tuple[int, float]]:
+def find_ranks(parts: list[BuiltPart], arguments: dict[str, Any], **options: Any) -> dict[str, tuple[int, float]]:
     return {group.name: (rank, alpha) for group, rank, alpha in choose_ranks(parts, arguments, **options)}
 
 

@@ -38,10 +38,12 @@ def memory(name):
 
 source, target = Source(Path(sys.argv[1])), Path(sys.argv[2])
 network = keys.FLUX_TRANSFORMER.read(source)
-module = network.load(keys.build, dtype=torch.float32, device=torch.device("cpu"))
+part = Part(network, keys.build, dtype=torch.float32, device=torch.device("cpu"))
+part.load()
+module = part.module
 facts = dict(title="", base_model_version="", architecture="", text_parts=(), objective=None, latents=None)
 blueprint = Blueprint(source=source, networks={"denoiser": network}, **facts)
-model = SimpleNamespace(blueprint=blueprint, parts={"denoiser": Part(spec=network.spec, module=module)})
+model = SimpleNamespace(blueprint=blueprint, parts={"denoiser": part})
 names = [name for name, _ in module.named_parameters()]
 save_single_file(model, target, {}, torch.float16, changed={"denoiser": names[:1]})  # warms up
 extra = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from families.loading import load_family
 from families.toys import ToyShelf
 from sfumato.config import NoiseOptions
 from sfumato.data.batch import Sizes
@@ -42,9 +43,7 @@ def load_toy(toy_shelf: ToyShelf, family: str, variant: str = "") -> Family:
     options = toy_shelf.options(family, variant=variant)
     source = open_source(options)
     cls = find_family(None, source)
-    model = cls.load(cls.read(source, options, NoiseOptions()), options, dtype=torch.float32, device=CPU)
-    model.freeze()
-    return model
+    return load_family(cls, cls.read(source, options, NoiseOptions()), options)
 
 
 def list_layers(module: nn.Module, paths: Iterator[str] | list[str]) -> dict[str, nn.Linear | nn.Conv2d]:

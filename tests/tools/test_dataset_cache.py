@@ -8,23 +8,20 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sfumato.config import Config, load_config
+from sfumato.config import load_config
 from sfumato.data.cache.entries import LATENTS
 from sfumato.data.cache.maintenance import read_records
 from sfumato.data.cache.store import DiskStore
-from sfumato.data.plans import DataPlan
 from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
-from sfumato.families.base import Family
-from sfumato.tools import cache_plan, dataset_cache
+from sfumato.families.part import Part
+from sfumato.tools import cache_plan
 from sfumato.tools.ignored_options import describe_ignored_options
-from sfumato.training.caching import Caches
 from tools.cache_helpers import CACHED, CREATED, change_letter, change_pixel, counts, fill
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
@@ -68,18 +65,18 @@ def never(*_: object, **__: object) -> None:
 def test_only_what_encodes_is_loaded(
     toy: Mapping[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[dict[str, bool]] = []
-    real = dataset_cache.fill_caches
+    loaded: list[str] = []
+    real = Part.load
 
-    def watched(config: Config, data: DataPlan, model: Family, *more: Any, **named: Any) -> Caches:
-        loaded.append({name: not next(part.module.parameters()).is_meta for name, part in model.parts.items()})
-        return real(config, data, model, *more, **named)
+    def watched(part: Part) -> None:
+        loaded.append(part.spec.name)
+        real(part)
 
-    monkeypatch.setattr(dataset_cache, "fill_caches", watched)
-    fill(toy, images, tmp_path / "cache", cache_latents=True)
-    fill(toy, images, tmp_path / "cache", cache_text_encoder_outputs=True)
-    assert not any(loaded[0].values())
-    assert loaded[1] == {name: name != "denoiser" for name in loaded[0]}
+    monkeypatch.setattr(Part, "load", watched)
+    for option, expected in (("cache_latents", {"vae"}), ("cache_text_encoder_outputs", None)):
+        loaded.clear()
+        caches = fill(toy, images, tmp_path / "cache", **{option: True})
+        assert set(loaded) == (expected or set(caches.text))
 
 
 def change_weight(toy: Mapping[str, Path], folder: Path, start: str) -> dict[str, Path]:

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from families.built_part import BuiltPart
+from families.loading import load_family
 from families.toys import ToyShelf
 from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
@@ -25,7 +27,6 @@ from sfumato.families import _unet, register_families, sdxl
 from sfumato.families.base import FAMILIES, Family, find_family
 from sfumato.families.blueprint import Component
 from sfumato.families.encoding import encode_with_grad
-from sfumato.families.part import Part
 from sfumato.families.source import open_source
 from sfumato.formats.hashes import calculate_adapter_hashes
 from sfumato.methods import make_method
@@ -73,9 +74,7 @@ def load(toy_shelf: ToyShelf, case: Case) -> Family:
     options = toy_shelf.options(case.family, variant=case.variant)
     source = open_source(options)
     family = find_family(None, source)
-    model = family.load(family.read(source, options, NoiseOptions()), options, dtype=torch.float32, device=CPU)
-    model.freeze()
-    return model
+    return load_family(family, family.read(source, options, NoiseOptions()), options)
 
 
 def attach_lora(model: Family, case: Case) -> Any:
@@ -85,6 +84,7 @@ def attach_lora(model: Family, case: Case) -> Any:
         optim=OptimOptions(learning_rate=1.0), loop=LoopOptions(seed=1),
     )  # fmt: skip
     method: Any = make_method(config)
+    method.plan(model.blueprint)
     method.prepare(model)
     for i, parameter in enumerate(method.modules.parameters()):
         nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
@@ -167,7 +167,7 @@ def test_names_of_published_size(tmp_path: Path) -> None:
     ours: Any = _unet.build(config)
     theirs: Any = UNet2DConditionModel.from_config(ours.config)
     theirs.load_state_dict(ours.state_dict())
-    part = Part(spec=sdxl._unet_spec(_unet.key_map(config)), module=ours)
+    part = BuiltPart(spec=sdxl._unet_spec(_unet.key_map(config)), module=ours)
     engine = AdapterEngine()
     engine.attach(part.groups(every=True), lambda group: LoRA(group, rank=3, alpha=1.0))
     for i, parameter in enumerate(engine.parameters()):

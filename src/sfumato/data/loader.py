@@ -69,6 +69,11 @@ class Loader:
         self.skip_bad_images = skip_bad_images
         self._substitutes = SubstituteFinder()
 
+    @property
+    def cached_networks(self) -> list[str]:
+        """The networks whose output comes from a cache, the autoencoder as "vae"."""
+        return [*self.text, *([] if self.latents is None else ["vae"])]
+
     def steps(self, first_step: int = 0) -> Iterator[Step]:
         """The sampler's steps from `first_step` (counted from 0) on; UserError if an image is damaged.
 

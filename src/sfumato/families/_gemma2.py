@@ -13,7 +13,7 @@ from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, s
 from sfumato.families._file_kinds import GEMMA2_ENCODER, WIDTH_FAULT, check_network_size, option_context, require_kind
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
 from sfumato.families._text_features import cut_to_mask, multiply_by_weights
-from sfumato.families.part import Network, PartSpec
+from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -127,10 +127,10 @@ def encode_tokens(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return output.hidden_states[-2]
 
 
-def encode_gemma2(encoder: Any, tokenizer: GemmaTokenizer, captions: Sequence[str], length: int) -> list[Tensors]:
+def encode_gemma2(encoder: Part, tokenizer: GemmaTokenizer, captions: Sequence[str], length: int) -> list[Tensors]:
     """hidden (L, D) and mask (L,) of each caption, without padding."""
     ids, mask = tokenize(tokenizer, captions, length, encoder.device)
-    return cut_to_mask(encode_tokens(encoder, ids, mask), mask)
+    return cut_to_mask(encode_tokens(encoder.module, ids, mask), mask)
 
 
 def apply_prompt_weights(tokenizer: GemmaTokenizer, features: Tensors, pieces: WeightedText, length: int) -> Tensors:

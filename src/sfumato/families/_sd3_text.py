@@ -22,7 +22,7 @@ from sfumato.families._file_kinds import (
 )
 from sfumato.families._text_features import cut_to_mask
 from sfumato.families.blueprint import Component
-from sfumato.families.part import Network, PartSpec
+from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, find_path
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -169,13 +169,13 @@ def find_t5_device(name: str) -> torch.device:
         ) from error
 
 
-def encode_clip(encoder: Any, tokenizer: Any, captions: Sequence[str], *, masked: bool) -> list[Tensors]:
+def encode_clip(part: Part, tokenizer: Any, captions: Sequence[str], *, masked: bool) -> list[Tensors]:
     """hidden (77, D) and pooled (P,) of each caption; masked: hidden up to the end token, and a mask.
 
     Attention is causal, so no token sees the padding after the end token.
     """
-    end = tokenizer.eos_token_id
-    ids = _clip.tokenize(tokenizer, captions, encoder.device)
+    end, encoder = tokenizer.eos_token_id, part.module
+    ids = _clip.tokenize(tokenizer, captions, part.device)
     if "text_projection" in dict(encoder.named_children()):
         hidden, pooled = _open_clip.encode_hidden_and_pooled(encoder, ids, end, layer=_clip.PENULTIMATE)
     else:

@@ -12,7 +12,7 @@ from sfumato.data.batch import Tensors
 from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
 from sfumato.families._file_kinds import T5_ENCODER, require_kind
 from sfumato.families._text_features import cut_to_mask, multiply_by_weights
-from sfumato.families.part import PartSpec
+from sfumato.families.part import Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule
 
@@ -94,10 +94,10 @@ def encode_tokens(encoder: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
-def encode_t5(encoder: Any, tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool) -> list[Tensors]:
+def encode_t5(encoder: Part, tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool) -> list[Tensors]:
     """hidden (length, D) of each caption; masked: attention does not see padding, which is cut, and a mask is added."""
     ids, mask = tokenize(tokenizer, captions, length, encoder.device)
-    hidden = encode_tokens(encoder, ids, mask if masked else None)
+    hidden = encode_tokens(encoder.module, ids, mask if masked else None)
     return cut_to_mask(hidden, mask) if masked else [{"hidden": row} for row in hidden]
 
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.config import ModelOptions
 from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import AUTOENCODER, ShapeTable, option_context, require_kind
-from sfumato.families.part import Network, PartSpec
+from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, find_path, find_weight_file, read_json
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
@@ -173,11 +173,6 @@ def build(config: Mapping[str, Any]) -> Any:
     return AutoencoderKL.from_config(dict(config))
 
 
-def load(network: Network, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Build the autoencoder and read its weights; in float32 where `dtype` would overflow or --no_half_vae is given."""
-    return network.load(build, dtype=choose_dtype(dtype, no_half=model.no_half_vae), device=device)
-
-
 def choose_dtype(dtype: torch.dtype, *, no_half: bool = False) -> torch.dtype:
     """The model's dtype, but float32 instead of float16, which overflows in published autoencoders.
 
@@ -186,15 +181,15 @@ def choose_dtype(dtype: torch.dtype, *, no_half: bool = False) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 or (no_half and dtype == torch.bfloat16) else dtype
 
 
-def encode(vae: Any, latents: LatentSpec, pixels: Tensor, noise: Tensor) -> Tensor:
+def encode(vae: Part, latents: LatentSpec, pixels: Tensor, noise: Tensor) -> Tensor:
     """Posterior sample mean + std * noise, then (z - shift) * scale: (B, 3, H, W) -> (B, C, h, w)."""
-    weight = next(vae.parameters())
-    posterior = vae.encode(pixels.to(weight.device, weight.dtype)).latent_dist
+    network: Any = vae.module
+    posterior = network.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     z = posterior.mean + posterior.std * noise.to(posterior.mean)
     return (z - latents.shift) * latents.scale
 
 
-def decode(vae: Any, latents: LatentSpec, z: Tensor) -> Tensor:
+def decode(vae: Part, latents: LatentSpec, z: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> (B, 3, H, W)."""
-    weight = next(vae.parameters())
-    return vae.decode((z / latents.scale + latents.shift).to(weight.dtype), return_dict=False)[0]
+    network: Any = vae.module
+    return network.decode((z / latents.scale + latents.shift).to(vae.device, vae.dtype), return_dict=False)[0]

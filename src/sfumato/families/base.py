@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from sfumato.families import _vae
 from sfumato.families._file_kinds import describe_keys
 from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Part, PartSpec
+from sfumato.families.part import Builder, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
 
 BASE_MODEL = "--pretrained_model_name_or_path FILE_OR_FOLDER"
@@ -37,8 +37,16 @@ class TokenBudget(NamedTuple):
     limit: int  # further tokens are cut off
 
 
+class Place(NamedTuple):
+    """The dtype of a network's weights, and the device they are on while it is loaded."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Family(ABC):
-    """A loaded model. Subclasses set the class variables and implement the abstract methods."""
+    """A model, whose networks are loaded when they are needed. Subclasses set the class variables and implement the
+    abstract methods."""
 
     name: ClassVar[str]
     text_parts: tuple[str, ...]  # the text encoders in the order of --text_encoder_lr; a model may lack some
@@ -49,22 +57,46 @@ class Family(ABC):
     components: ClassVar[Mapping[str, Component]] = {}  # part name -> folder in diffusers' layout
     prompt_prefix: str = ""  # before every caption and prompt, except negative and empty ones
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module) -> None:
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        """No weight is read. dtype: of the weights of frozen networks; device: on which the model computes."""
         self.blueprint = blueprint
+        self.model_options = model
+        self.dtype = dtype
+        self.device = device
         self.objective = blueprint.objective
         self.latents = blueprint.latents
         self.text_parts = blueprint.text_parts
-        self.parts = dict(parts)
-        self.vae = vae
         self.overflow_warned = False  # whether the warning about half precision was given
+        builders = {"vae": _vae.build, **self.builders(blueprint)}
+        self.parts: dict[str, Part] = {}
+        for name, network in blueprint.networks.items():
+            place = self.choose_place(name)
+            self.parts[name] = Part(network, builders[name], dtype=place.dtype, device=place.device)
+        self.parts["denoiser"].add_change(WeightChange(identity="", apply=self.finish_denoiser))
 
     @property
     def denoiser(self) -> nn.Module:
         return self.parts["denoiser"].module
 
     @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+    def vae(self) -> nn.Module:
+        return self.parts["vae"].module
+
+    def load(self) -> None:
+        """Read the weights of every network."""
+        for part in self.parts.values():
+            part.load()
+
+    def choose_place(self, part: str) -> Place:
+        """Where a network computes, and in which dtype its weights are."""
+        dtype = self.blueprint.networks[part].dtype or self.dtype
+        if part == "vae":
+            dtype = _vae.choose_dtype(dtype, no_half=self.model_options.no_half_vae)
+        return Place(dtype, self.device)
+
+    def finish_denoiser(self, denoiser: nn.Module) -> None:
+        """Called after the denoiser's weights were read."""
+        return
 
     @classmethod
     @abstractmethod
@@ -78,8 +110,8 @@ class Family(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        """Build the networks and read their weights straight in the wanted dtype, without a second copy."""
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        """Part name -> how that network is built from its configuration; the autoencoder's has a default."""
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
@@ -125,7 +157,7 @@ class Family(ABC):
         return result
 
     def set_resolutions(self, resolutions: Iterable[tuple[int, int]]) -> None:
-        """Called before training with each (width, height) of the datasets; most families ignore it."""
+        """Called with each (width, height) of the images, before the first; most families ignore it."""
         return
 
     @abstractmethod
@@ -142,11 +174,11 @@ class Family(ABC):
 
     def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] and the posterior's noise (B, C, h, w) -> scaled latents."""
-        return _vae.encode(self.vae, self.latents, pixels, noise)
+        return _vae.encode(self.parts["vae"], self.latents, pixels, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> (B, 3, H, W) in [-1, 1]."""
-        return _vae.decode(self.vae, self.latents, latents)
+        return _vae.decode(self.parts["vae"], self.latents, latents)
 
     @abstractmethod
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
@@ -160,16 +192,6 @@ class Family(ABC):
         """(B, C, h, w), t in 0..1000 float32 -> what a diffusers scheduler calls model_output."""
         raw = self.denoiser(**self.make_inputs(noisy, t, conditioning), return_dict=False)[0]
         return self.convert_output(raw, noisy)
-
-    def to(self, device: torch.device) -> None:
-        for part in self.parts.values():
-            part.module.to(device)
-        self.vae.to(device)
-
-    def freeze(self) -> None:
-        """Turn off gradients everywhere; a method turns on those it trains."""
-        for module in (*(part.module for part in self.parts.values()), self.vae):
-            module.requires_grad_(False).eval()
 
 
 def find_family(name: str | None, source: Source) -> type[Family]:

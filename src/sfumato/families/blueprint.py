@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sfumato.diffusion.objective import LatentSpec, Objective
-from sfumato.families.part import Builder, Network, Part
+from sfumato.families.part import Network
 from sfumato.families.source import Source
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
@@ -90,11 +90,3 @@ class Blueprint:
         """A copy that loads some networks in a dtype of their own."""
         changed = {name: replace(self.networks[name], dtype=dtype) for name in parts}
         return replace(self, networks={**self.networks, **changed})
-
-    def load(self, builders: Mapping[str, Builder], *, dtype: torch.dtype, device: torch.device) -> dict[str, Part]:
-        """Build the networks named in `builders` and read their weights; part name -> Part."""
-        parts: dict[str, Part] = {}
-        for name, build in builders.items():
-            network = self.networks[name]
-            parts[name] = Part(spec=network.spec, module=network.load(build, dtype=dtype, device=device))
-        return parts

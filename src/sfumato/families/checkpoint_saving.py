@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.diffusion.objective import Objective, VariancePreserving
 from sfumato.errors import InternalError
@@ -48,7 +48,7 @@ def save_single_file(
 
     The weights in `changed` come from memory, in their dtype there; everything else, e.g. the autoencoder, is copied
     byte for byte from the file it was loaded from. dtype: of all floating-point tensors. from_memory: the source files
-    are gone, so keys of no network are skipped; `changed` is that of `list_all_weights`.
+    are gone, so keys of no network in memory are skipped; `changed` is that of `list_all_weights`.
     """
     source = model.blueprint.source
     kept = {} if source.is_folder else {k: v for k, v in source.file.header.metadata.items() if k in SOURCE_METADATA}
@@ -106,12 +106,9 @@ def find_ema_keys(source: Source) -> list[str]:
 
 
 def list_all_weights(model: Family) -> ChangedWeights:
-    """All weights of the networks that are saved, for a model whose source files are gone."""
-    return {name: get_module(model, name).state_dict().keys() for name in list_saved_networks(model.blueprint)}
-
-
-def get_module(model: Family, name: str) -> nn.Module:
-    return model.vae if name == "vae" else model.parts[name].module
+    """All weights in memory of the networks that are saved, for a model whose source files are gone."""
+    loaded = [name for name in list_saved_networks(model.blueprint) if model.parts[name].is_loaded]
+    return {name: model.parts[name].module.state_dict().keys() for name in loaded}
 
 
 def close_files(blueprint: Blueprint) -> None:
@@ -127,6 +124,8 @@ def _iterate_single_file(model: Family, changed: ChangedWeights, from_memory: bo
         outdated |= {V_MARK, ZERO_SNR_MARK}
         yield from ((key, entry) for key, entry in iterate_stored(blueprint.source.file) if key not in outdated)
     for name in list_saved_networks(blueprint):
+        if from_memory and name not in changed:
+            continue
         network, names = blueprint.networks[name], frozenset(changed.get(name, ()))
         if not blueprint.source.is_folder and network.weights.file is blueprint.source.file:
             yield from iterate_changed(model, name, names)
@@ -172,7 +171,7 @@ def _iterate_keys(
 ) -> TensorEntries:
     """Keys of a layout, each made of our weights in memory or in the network's file."""
     weights = model.blueprint.networks[name].weights
-    state = get_module(model, name).state_dict() if changed else {}
+    state = model.parts[name].module.state_dict() if changed else {}
     for original in originals:
         ours = key_map.find_ours(original)
         if ours is None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
@@ -17,7 +17,7 @@ from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families._text_features import cut_to_mask
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Part, PartSpec
+from sfumato.families.part import Builder, PartSpec
 from sfumato.families.source import Source, find_component
 
 _T5_LENGTH = 512
@@ -37,8 +37,8 @@ class Chroma(Family):
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=None, size_multiple=16)
     components = _COMPONENTS
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
-        super().__init__(blueprint, parts, vae)
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(blueprint, model, dtype=dtype, device=device)
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTH
         self.tokenizer: Any = self.load_tokenizers(blueprint, model)["t5"]
 
@@ -78,10 +78,8 @@ class Chroma(Family):
         return {"t5": _flux_files.find_t5_tokenizer(blueprint.source, given, folder)}
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        parts = blueprint.load({"denoiser": _chroma_keys.build, "t5": _t5.build}, dtype=dtype, device=device)
-        vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
-        return cls(blueprint, parts, vae, model)
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        return {"denoiser": _chroma_keys.build, "t5": _t5.build}
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
@@ -89,9 +87,9 @@ class Chroma(Family):
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         """The caption's tokens and one of padding, with which the model was trained."""
-        encoder: Any = self.parts[part].module
+        encoder = self.parts[part]
         ids, mask = _t5.tokenize(self.tokenizer, captions, self.t5_length, encoder.device)
-        hidden = _t5.encode_tokens(encoder, ids, mask)
+        hidden = _t5.encode_tokens(encoder.module, ids, mask)
         lengths = mask.sum(1, keepdim=True)
         return cut_to_mask(hidden, torch.arange(mask.shape[1], device=mask.device) <= lengths)
 

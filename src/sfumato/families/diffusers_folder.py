@@ -54,13 +54,15 @@ def save_folder(
     with catch_disk_full(path), files.write_folder_atomically(path) as folder:
         index = dict(_copy_others(model, folder, pipeline) if copied else _write_others(model, folder, pipeline))
         for name, component in pipeline.networks.items():
+            if from_memory and name not in changed:
+                continue
             place, own = folder / component.folder, copied and _is_own(model, name)
             header = {**metadata, "format": "pt"} if name == "denoiser" else {"format": "pt"}
             entries = _iterate_weights(model, name, component, changed, own=own)
             checkpoint_saving.write_entries(place / _name_weight_file(model, name), entries, header, dtype)
             if not own:
                 _write_config(model, name, place)
-            index[component.folder] = _get_class(checkpoint_saving.get_module(model, name))
+            index[component.folder] = _get_class(model.parts[name].module)
         content = json.dumps(_make_index(pipeline, index), indent=2, sort_keys=True)
         files.write_text(folder / MODEL_INDEX, content + "\n")
     checkpoint_saving.close_files(model.blueprint)
@@ -143,7 +145,7 @@ def _make_index(pipeline: Pipeline, rest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name_weight_file(model: Family, name: str) -> str:
-    library, _ = _get_class(checkpoint_saving.get_module(model, name))
+    library, _ = _get_class(model.parts[name].module)
     return ("diffusion_pytorch_model" if library == "diffusers" else "model") + ".safetensors"
 
 
@@ -154,7 +156,7 @@ def _get_class(module: Any) -> list[str]:
 
 def _write_config(model: Family, name: str, place: Path) -> None:
     """A network's config.json, as its library writes it."""
-    module: Any = checkpoint_saving.get_module(model, name)
+    module: Any = model.parts[name].module
     if _get_class(module)[0] == "diffusers":
         module.save_config(place)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.data.batch import Tensors, pad_stack
 from sfumato.data.prompt_weighting import has_weights, parse_weights, strip_weights
 from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
 from sfumato.families.base import Family
+from sfumato.families.part import Part
 
 log = logging.getLogger(__name__)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -42,9 +42,9 @@ def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int], *, vae_ba
 def decode_latents(model: Family, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> (B, 3, H, W) in about [-1, 1], float32; UserError where they are not finite.
 
-    One at a time to save memory, on the device of the latents even where the autoencoder is offloaded.
+    One at a time to save memory; the autoencoder is loaded for it where it is not.
     """
-    with on_device(model.vae, latents.device):
+    with model.parts["vae"].hold():
         rows = torch.arange(len(latents)).split(1)
         images = torch.cat([run_vae(model, lambda row: model.decode(latents[row]).float(), row) for row in rows])
     if not torch.isfinite(latents).all():
@@ -59,48 +59,37 @@ def run_vae(model: Family, make: Callable[[Tensor], Tensor], rows: Tensor) -> Te
 
     Row by row, so that a row's result does not depend on the other rows or on earlier batches.
     """
-    with without_autocast(model.vae):
+    vae = model.parts["vae"]
+    with vae.hold(), without_autocast(vae):
         result = make(rows)
         good = torch.isfinite(result).flatten(1).all(1)
-        dtype = next(model.vae.parameters()).dtype
-        if dtype in HALF_DTYPES and not good.all():
+        if vae.dtype in HALF_DTYPES and not good.all():
             if not model.overflow_warned:
                 model.overflow_warned = True
                 log.warning(
                     "the autoencoder overflows in %s; images where it does are processed again in float32 "
                     "(--no_half_vae: all images)",
-                    str(dtype).removeprefix("torch."),
+                    str(vae.dtype).removeprefix("torch."),
                 )
-            with in_float32(model.vae):
+            with in_float32(vae):
                 result[~good] = make(rows[~good.to(rows.device)])
     return result
 
 
-def without_autocast(module: nn.Module) -> AbstractContextManager[Any]:
+def without_autocast(part: Part) -> AbstractContextManager[Any]:
     """A context in which a network computes in its own dtype, also inside of autocast."""
-    return torch.autocast(next(module.parameters()).device.type, enabled=False)
+    return torch.autocast(part.device.type, enabled=False)
 
 
 @contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context in which the module is on a device; it goes back afterwards."""
-    previous = next(module.parameters()).device
-    nn.Module.to(module, device)
-    try:
-        yield
-    finally:
-        nn.Module.to(module, previous)
-
-
-@contextmanager
-def in_float32(vae: nn.Module) -> Iterator[None]:
+def in_float32(part: Part) -> Iterator[None]:
     """A context in which the weights are in float32; back in half precision they have the same bits as before."""
-    dtype = next(vae.parameters()).dtype
-    nn.Module.to(vae, torch.float32)  # that of diffusers would warn about lost precision
+    dtype = part.dtype
+    part.convert(torch.float32)
     try:
         yield
     finally:
-        nn.Module.to(vae, dtype)
+        part.convert(dtype)
 
 
 def draw_posterior_noise(latents: LatentSpec, shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -145,19 +134,20 @@ def describe_cut_captions(model: Family, captions: Sequence[str], *, weighted: b
 def encode_captions(
     model: Family, part: str, captions: Sequence[str], *, weighted: bool = False, negative: bool = False
 ) -> list[Tensors]:
-    """The features of an encoder that does not train, one dict per caption."""
-    with without_autocast(model.parts[part].module):
+    """The features of an encoder that does not train, one dict per caption; it is loaded for it where it is not."""
+    with model.parts[part].hold(), without_autocast(model.parts[part]):
         return encode_text(model, part, captions, weighted=weighted, negative=negative)
 
 
 @dataclass
 class FrozenTextEncoders:
-    """Features of encoders that do not train: encoded one caption at a time, as for the cache, and kept in memory."""
+    """Features of encoders that do not train: encoded one caption at a time, as for the cache, and kept on the CPU."""
 
     model: Family
     weighted: bool = False  # whether captions have prompt weights
-    limit: int = 10_000  # captions kept; without it shuffled ones would fill the memory
+    limit: int = 1 << 30  # bytes kept; without it shuffled captions would fill the memory
     _features: dict[tuple[str, str, bool, bool], Tensors] = field(default_factory=dict)
+    _bytes: int = 0  # bytes
 
     def encode(
         self, part: str, captions: Sequence[str], *, weighted: bool | None = None, negative: bool = False
@@ -169,11 +159,18 @@ class FrozenTextEncoders:
     def _encode_one(self, part: str, caption: str, weighted: bool, negative: bool) -> Tensors:
         key = (part, caption, weighted, negative)
         if key not in self._features:
-            if len(self._features) >= self.limit:
-                self._features.pop(next(iter(self._features)))
             (features,) = encode_captions(self.model, part, [caption], weighted=weighted, negative=negative)
-            self._features[key] = features
+            self.remember(part, caption, features, weighted=weighted, negative=negative)
         return self._features[key]
+
+    def remember(self, part: str, caption: str, features: Tensors, *, weighted: bool, negative: bool) -> None:
+        """Keep a caption's features, and give up the oldest where they are too many."""
+        key = (part, caption, weighted, negative)
+        features = {name: tensor.cpu() for name, tensor in features.items()}
+        self._bytes += count_bytes(features)
+        while self._bytes > self.limit and self._features:
+            self._bytes -= count_bytes(self._features.pop(next(iter(self._features))))
+        self._features[key] = features
 
 
 def encode_with_grad(
@@ -183,18 +180,13 @@ def encode_with_grad(
     return _stack_features(encode_text(model, part, captions, weighted=weighted, negative=negative))
 
 
+def count_bytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def _stack_features(rows: Sequence[Tensors]) -> Tensors:
     """The features of several captions with a batch dimension, padded to the longest."""
     stacked: Tensors = {}
     for name in rows[0]:
         stacked[name] = pad_stack([features[name] for features in rows])
     return stacked
-
-
-def fingerprint_network(module: nn.Module, *facts: str) -> str:
-    """A hash of every weight of a network and of what else its output depends on; part of each cache key."""
-    digest = hashlib.sha256("\0".join(facts).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
@@ -16,7 +16,7 @@ from sfumato.families._file_kinds import WIDTH_FAULT, check_network_size, option
 from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Network, Part, PartSpec
+from sfumato.families.part import Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights, find_component
 
 _T5_LENGTHS = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
@@ -38,8 +38,8 @@ class Flux(Family):
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=_DEFAULT_GUIDANCE, size_multiple=16)
     components = _COMPONENTS
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
-        super().__init__(blueprint, parts, vae)
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(blueprint, model, dtype=dtype, device=device)
         self.guided = bool(blueprint.networks["denoiser"].config["guidance_embeds"])
         self.masked = model.apply_t5_attn_mask
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTHS[self.guided]
@@ -85,22 +85,19 @@ class Flux(Family):
         return {"clip_l": tokenizer, "t5": _flux_files.find_t5_tokenizer(blueprint.source, t5, "tokenizer_2")}
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        builders = {"denoiser": _flux_keys.build, "clip_l": _clip.build, "t5": _t5.build}
-        parts = blueprint.load(builders, dtype=dtype, device=device)
-        vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
-        return cls(blueprint, parts, vae, model)
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        return {"denoiser": _flux_keys.build, "clip_l": _clip.build, "t5": _t5.build}
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
         return {"denoiser": _flux_keys.spec(""), "clip_l": _clip_spec(), "t5": _t5_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        encoder: Any = self.parts[part].module
+        encoder = self.parts[part]
         if part == "t5":
             return _t5.encode_t5(encoder, self.t5_tokenizer, captions, self.t5_length, masked=self.masked)
         ids = _clip.tokenize(self.clip_tokenizer, captions, encoder.device)
-        pooled = _clip.encode_pooled(encoder, ids, self.clip_tokenizer.eos_token_id)
+        pooled = _clip.encode_pooled(encoder.module, ids, self.clip_tokenizer.eos_token_id)
         return [{"pooled": vector} for vector in pooled]
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:

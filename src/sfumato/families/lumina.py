@@ -7,10 +7,10 @@ The model's time runs from noise (0) to image (1), and its velocity points to th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
@@ -22,7 +22,7 @@ from sfumato.families import _gemma2, _lumina_keys, _vae
 from sfumato.families._lumina_files import LUMINA_TEXT_PREFIX, find_tokenizer, read_lumina_vae
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
+from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
 from sfumato.families.source import Source, find_component
 
 _PROMPT_START = " <Prompt Start> "  # between the system prompt and the caption
@@ -50,8 +50,8 @@ class Lumina(Family):
         renorm_cfg=1.0,
     )  # fmt: skip
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
-        super().__init__(blueprint, parts, vae)
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(blueprint, model, dtype=dtype, device=device)
         self.length = model.gemma2_max_token_length or _gemma2.GEMMA2_LENGTH
         self.prompt_prefix = model.system_prompt + _PROMPT_START if model.system_prompt else ""
         self.tokenizer = self.load_tokenizers(blueprint, model)["gemma2"]
@@ -115,17 +115,15 @@ class Lumina(Family):
         return {"gemma2": find_tokenizer(blueprint, model)}
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        parts = blueprint.load({"denoiser": _lumina_keys.build, "gemma2": _gemma2.build}, dtype=dtype, device=device)
-        vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
-        return cls(blueprint, parts, vae, model)
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        return {"denoiser": _lumina_keys.build, "gemma2": _gemma2.build}
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
         return {"denoiser": _lumina_keys.spec(""), "gemma2": _gemma2.spec(LUMINA_TEXT_PREFIX)}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        return _gemma2.encode_gemma2(self.parts[part].module, self.tokenizer, captions, self.length)
+        return _gemma2.encode_gemma2(self.parts[part], self.tokenizer, captions, self.length)
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
         return _gemma2.apply_prompt_weights(self.tokenizer, features, pieces, self.length)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -88,17 +90,6 @@ class PartSpec:
         return next((i for i, block in enumerate(self.lr_blocks) if matches(block, original)), None)
 
 
-@dataclass(kw_only=True)
-class Part:
-    """One network of a loaded model."""
-
-    spec: PartSpec
-    module: nn.Module
-
-    def groups(self, *, every: bool = False) -> list[LayerGroup]:
-        return self.spec.groups(find_layers(self.module), every=every)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """One network before it is loaded: its data, its configuration and where its weights are."""
@@ -113,10 +104,88 @@ class Network:
         """The groups that the loaded Part will have, from the file's header alone."""
         return self.spec.groups(make_meta_layers(self.weights.read_shapes()), every=every)
 
-    def load(self, build: Builder, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Build from the configuration on the meta device, then read the weights straight in the wanted dtype."""
-        module = on_meta(lambda: build(self.config))
+    def read_into(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Read the weights straight in the wanted dtype into a module on the meta device; its buffers follow."""
         with option_context(self.option):
-            self.weights.fill_module(module, dtype=self.dtype or dtype, device=device)
+            self.weights.fill_module(module, dtype=dtype, device=device)
         self.weights.file.close()  # reopens by itself
-        return module.to(device)  # buffers
+        nn.Module.to(module, device)  # buffers; networks' own versions warn of lost precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightChange:
+    """What is done to a network's weights each time they are read, e.g. merging an adapter."""
+
+    identity: str  # differs where the changed weights do: part of the keys of what is cached
+    apply: Callable[[nn.Module], None]
+
+
+class Part:
+    """One network of a model: its structure at once, its weights on its device only while they are needed."""
+
+    def __init__(self, network: Network, build: Builder, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.spec = network.spec
+        self.network = network
+        self.dtype = dtype  # of its floating-point weights
+        self.device = device
+        self.changes: list[WeightChange] = []
+        self.is_loaded = False
+        self._build = build
+        self._module: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The network; on the meta device unless it is loaded. Another object after `unload`."""
+        if self._module is None:
+            self._module = on_meta(lambda: self._build(self.network.config))
+        return self._module
+
+    def add_change(self, change: WeightChange) -> None:
+        """Make a change whenever the weights are read, and now if they are."""
+        self.changes.append(change)
+        if self.is_loaded:
+            change.apply(self.module)
+
+    def load(self) -> None:
+        """Read the weights, frozen and in eval mode, unless they are there already."""
+        if self.is_loaded:
+            return
+        self.network.read_into(self.module, dtype=self.dtype, device=self.device)
+        self.module.requires_grad_(False).eval()
+        for change in self.changes:
+            change.apply(self.module)
+        self.is_loaded = True
+
+    def unload(self) -> None:
+        """Give the weights back. What was attached to the module is lost, so never while it trains."""
+        self._module = None
+        self.is_loaded = False
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Change the dtype of the weights."""
+        nn.Module.to(self.module, dtype)  # networks' own versions warn of lost precision
+        self.dtype = dtype
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """A context with the weights; afterwards they are where they were."""
+        was_loaded = self.is_loaded
+        self.load()
+        try:
+            yield
+        finally:
+            if not was_loaded:
+                self.unload()
+
+    def groups(self, *, every: bool = False) -> list[LayerGroup]:
+        return self.spec.groups(find_layers(self.module), every=every)
+
+    def hash_weights(self, salt: str) -> str:
+        """A hash of the weights as `load` reads them before any change; they are read one at a time and not kept."""
+        digest = hashlib.sha256(salt.encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            weight = self.network.weights.read(name, dtype=self.dtype)
+            digest.update(f"{name} {weight.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().data)
+        self.network.weights.file.close()
+        return digest.hexdigest()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
@@ -15,7 +15,7 @@ from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._file_kinds import make_missing_text_error
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
-from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
+from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
@@ -74,8 +74,8 @@ class StableDiffusion(Family):
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
     components = _PIPELINE.networks
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
-        super().__init__(blueprint, parts, vae)
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(blueprint, model, dtype=dtype, device=device)
         self.clip_layer = model.clip_skip or 1
         self.chunks = _clip.count_chunks(model)
         self.tokenizer: Any = self.load_tokenizers(blueprint, model)["clip"]
@@ -128,11 +128,8 @@ class StableDiffusion(Family):
         return {"clip": tokenizer}
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        builders = {"denoiser": _unet.build, "clip": _clip.build}
-        parts = blueprint.load(builders, dtype=dtype, device=device)
-        vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
-        return cls(blueprint, parts, vae, model)
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        return {"denoiser": _unet.build, "clip": _clip.build}
 
     def unread_layers(self, part: str) -> Sequence[str]:
         config = self.blueprint.networks[part].config
@@ -146,9 +143,9 @@ class StableDiffusion(Family):
         return {"denoiser": _unet_spec(_unet.guess_key_map(_PUBLISHED_CONFIG, shapes)), "clip": _clip_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        encoder: Any = self.parts[part].module
+        encoder = self.parts[part]
         ids = _clip.tokenize(self.tokenizer, captions, encoder.device, chunks=self.chunks)
-        hidden = _clip.encode_tokens(encoder, ids, layer=self.clip_layer)
+        hidden = _clip.encode_tokens(encoder.module, ids, layer=self.clip_layer)
         return [{"hidden": row} for row in _clip.join_chunks(hidden, self.chunks)]
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
@@ -164,9 +161,9 @@ class StableDiffusion(Family):
         return {"encoder_hidden_states": features["clip"]["hidden"]}
 
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
-        weight = next(self.denoiser.parameters())
-        text = conditioning["encoder_hidden_states"].to(weight.dtype)
-        return {"sample": noisy.to(weight.dtype), "timestep": t.to(noisy.device), "encoder_hidden_states": text}
+        dtype = self.parts["denoiser"].dtype
+        text = conditioning["encoder_hidden_states"].to(dtype)
+        return {"sample": noisy.to(dtype), "timestep": t.to(noisy.device), "encoder_hidden_states": text}
 
 
 def is_version_2(source: Source) -> bool:

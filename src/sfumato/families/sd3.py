@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from sfumato.data.prompt_weighting import WeightedText
 from sfumato.diffusion.objective import RectifiedFlow, TimestepGrid
 from sfumato.diffusion.timesteps import make_time_grid, shift_sigma
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
-from sfumato.families.base import FAMILIES, Family, TokenBudget
+from sfumato.families.base import FAMILIES, Family, Place, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
-from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
+from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
 from sfumato.families.source import Source
 
 _CLIPS = ("clip_l", "clip_g")
@@ -44,15 +44,13 @@ class StableDiffusion3(Family):
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=16)
     components = _COMPONENTS
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
-        super().__init__(blueprint, parts, vae)
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(blueprint, model, dtype=dtype, device=device)
         self.masked = {"clip_l": model.apply_lg_attn_mask, "clip_g": model.apply_lg_attn_mask}
         self.masked["t5"] = model.apply_t5_attn_mask
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTH
         self.text_width = blueprint.networks["denoiser"].config["joint_attention_dim"]
-        self.uses_scaled_tables = model.enable_scaled_pos_embed
-        patch_embed: Any = self.denoiser.pos_embed
-        patch_embed.crop_rate = model.pos_emb_random_crop_rate
+        self.scaled_sides: set[int] = set()  # in patches, of the images that get a position table of their own
         self.tokenizers = self.load_tokenizers(blueprint, model)
 
     @classmethod
@@ -105,16 +103,24 @@ class StableDiffusion3(Family):
         return tokenizers
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
         networks = blueprint.networks
-        builders = {name: _sd3_text.choose_builder(networks[name]) for name in blueprint.text_parts if name != "t5"}
-        parts = blueprint.load({"denoiser": _sd3_keys.build, **builders}, dtype=dtype, device=device)
-        if "t5" in blueprint.text_parts:
-            t5_dtype = _T5_DTYPES[model.t5xxl_dtype] if model.t5xxl_dtype else dtype
-            t5_device = _sd3_text.find_t5_device(model.t5xxl_device) if model.t5xxl_device else device
-            parts |= blueprint.load({"t5": _t5.build}, dtype=t5_dtype, device=t5_device)
-        vae = _vae.load(networks["vae"], model, dtype=dtype, device=device)
-        return cls(blueprint, parts, vae, model)
+        clips = {name: _sd3_text.choose_builder(networks[name]) for name in blueprint.text_parts if name != "t5"}
+        return {"denoiser": _sd3_keys.build, "t5": _t5.build, **clips}
+
+    def choose_place(self, part: str) -> Place:
+        place = super().choose_place(part)
+        if part != "t5":
+            return place
+        dtype, device = self.model_options.t5xxl_dtype, self.model_options.t5xxl_device
+        return Place(
+            _T5_DTYPES[dtype] if dtype else place.dtype, _sd3_text.find_t5_device(device) if device else place.device
+        )
+
+    def finish_denoiser(self, denoiser: nn.Module) -> None:
+        patch_embed: Any = denoiser.pos_embed
+        patch_embed.crop_rate = self.model_options.pos_emb_random_crop_rate
+        patch_embed.add_scaled_tables(self.scaled_sides)
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
@@ -123,12 +129,13 @@ class StableDiffusion3(Family):
         return {"denoiser": denoiser, **encoders}
 
     def set_resolutions(self, resolutions: Iterable[tuple[int, int]]) -> None:
-        if self.uses_scaled_tables:
-            patch_embed: Any = self.denoiser.pos_embed
-            patch_embed.add_scaled_tables({count_side_patches(width, height) for width, height in resolutions})
+        if self.model_options.enable_scaled_pos_embed:
+            self.scaled_sides = {count_side_patches(width, height) for width, height in resolutions}
+            if self.parts["denoiser"].is_loaded:
+                self.finish_denoiser(self.denoiser)
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        encoder, tokenizer, masked = self.parts[part].module, self.tokenizers[part], self.masked[part]
+        encoder, tokenizer, masked = self.parts[part], self.tokenizers[part], self.masked[part]
         if part == "t5":
             return _t5.encode_t5(encoder, tokenizer, captions, self.t5_length, masked=masked)
         return _sd3_text.encode_clip(encoder, tokenizer, captions, masked=masked)

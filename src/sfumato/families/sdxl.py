@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
@@ -15,7 +15,7 @@ from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._file_kinds import make_missing_text_error
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
-from sfumato.families.part import DENOISER_PREFIX, Network, Part, PartSpec
+from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap
 
@@ -79,8 +79,8 @@ class StableDiffusionXL(Family):
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
     components = _PIPELINE.networks
 
-    def __init__(self, blueprint: Blueprint, parts: Mapping[str, Part], vae: nn.Module, model: ModelOptions) -> None:
-        super().__init__(blueprint, parts, vae)
+    def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(blueprint, model, dtype=dtype, device=device)
         self.chunks = _clip.count_chunks(model)
         self.tokenizers = self.load_tokenizers(blueprint, model)
 
@@ -132,11 +132,8 @@ class StableDiffusionXL(Family):
         return tokenizers
 
     @classmethod
-    def load(cls, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> Self:
-        builders = {"denoiser": _unet.build, "clip_l": _clip.build, "clip_g": _open_clip.build_projected}
-        parts = blueprint.load(builders, dtype=dtype, device=device)
-        vae = _vae.load(blueprint.networks["vae"], model, dtype=dtype, device=device)
-        return cls(blueprint, parts, vae, model)
+    def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
+        return {"denoiser": _unet.build, "clip_l": _clip.build, "clip_g": _open_clip.build_projected}
 
     def unread_layers(self, part: str) -> Sequence[str]:
         config = self.blueprint.networks[part].config
@@ -153,9 +150,8 @@ class StableDiffusionXL(Family):
         return {"denoiser": denoiser, "clip_l": clip_l_spec(), "clip_g": clip_g_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        encoder: Any = self.parts[part].module
-        tokenizer = self.tokenizers[part]
-        ids = _clip.tokenize(tokenizer, captions, encoder.device, chunks=self.chunks)
+        encoder, tokenizer = self.parts[part].module, self.tokenizers[part]
+        ids = _clip.tokenize(tokenizer, captions, self.parts[part].device, chunks=self.chunks)
         if part == "clip_l":
             hidden, _ = _clip.encode_states(encoder, ids, layer=_clip.PENULTIMATE)
             return [{"hidden": row} for row in _clip.join_chunks(hidden, self.chunks)]

@@ -143,8 +143,8 @@ def _download(name: str) -> Path:
 
     folder = Path()
     for more, without in HUB_ATTEMPTS:
-        patterns = {"allow_patterns": [*HUB_FILES, *more], "ignore_patterns": [*without, *HUB_UNUSED]}
-        folder = Path(snapshot_download(name, **patterns))
+        wanted, unwanted = [*HUB_FILES, *more], [*without, *HUB_UNUSED]
+        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
         networks = [config.parent for config in folder.glob("*/config.json")]
         if networks and all(find_network_file(network) for network in networks):
             break
@@ -278,11 +278,12 @@ class Weights:
         stored = self.file.header.tensors[self.prefix + self.stored_keys[name]]
         return torch.empty(self.read_shapes()[name], dtype=SAFETENSORS_DTYPES[stored.dtype], device="meta")
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of one of our names, in the file's dtype."""
+    def read(self, name: str, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor of one of our names; floating-point ones as `dtype`, None: as in the file."""
+        name = self.tied.get(name, name)
         original = self.stored_keys[name]
-        pieces = self.key_map.split(original, self.file.read(self.prefix + original), self.read_shapes())
-        return next(piece for ours, piece in pieces if ours == name)
+        tensor = self.file.read(self.prefix + original, dtype=dtype)
+        return next(piece for ours, piece in self.key_map.split(original, tensor, self._shapes) if ours == name)
 
     def _split_rows(self, original: str, shape: torch.Size, count: int) -> Sequence[int]:
         if self.row_split is not None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.base import AdapterEngine, merge_adapter
+from sfumato.adapters.base import AdapterEngine
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
@@ -23,10 +22,10 @@ from sfumato.formats.keymap import matches
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter
-from sfumato.methods.adapter_learning_rates import LORA_PLUS_SUFFIX
 from sfumato.methods.adapter_ranks import DEFAULT_RANK
 from sfumato.methods.adapter_settings import AdapterSettings, make_adapter_settings
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
+from sfumato.methods.base_weights import BaseWeights, read_base_weights
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -47,25 +46,20 @@ class AdapterMethod:
         self.live_text: frozenset[str] = frozenset()
         self.plan_notes = PlanNotes()
         self.readers_noted = False  # whether it was said what other programs do with the file
+        self.base_weights = BaseWeights()
         self.unread: set[str] = set()  # adapters of layers that the model's features do not depend on
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         settings = make_adapter_settings(self.config, blueprint)
         groups = {part: blueprint.networks[part].groups(every=True) for part in settings.specs}
-        for _ in self.builder.iterate_base(settings, groups):
-            pass  # building one checks it
+        multipliers = chain(self.config.network.base_weights_multiplier, repeat(1.0))
+        files = zip(self.config.network.base_weights, multipliers, strict=False)
+        self.base_weights = read_base_weights(files, settings.specs, groups)
         adapters = self.builder.build(settings, groups)
+        self.live_text = frozenset(settings.learning_rates.parts) & frozenset(blueprint.text_parts)
         notes, remarks = self.builder.describe_weights(adapters)
-        self.plan_notes = PlanNotes((*settings.notes, *notes), tuple(remarks))
-        labels = Counter(settings.learning_rates.find_learning_rate(adapter.group).label for adapter in adapters)
-        parts: list[TrainablePart] = []
-        for row in settings.learning_rates.make_parameter_groups(adapters):
-            parameters = sum(parameter.numel() for parameter in row.parameters)
-            modules = labels[row.name.removesuffix(LORA_PLUS_SUFFIX)]
-            parts.append(
-                TrainablePart(part=row.name, modules=modules, parameters=parameters, learning_rate=row.learning_rate)
-            )
-        return parts
+        self.plan_notes = PlanNotes((*settings.notes, *self.base_weights.notes, *notes), tuple(remarks))
+        return settings.learning_rates.list_trainable(adapters)
 
     def list_notes(self, blueprint: Blueprint) -> PlanNotes:
         return self.plan_notes
@@ -73,13 +67,13 @@ class AdapterMethod:
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         return ()
 
+    def change_frozen(self, model: Family) -> None:
+        """Those of --base_weights are merged into every network they are for, whether it trains or not."""
+        self.base_weights.register(model)
+
     def prepare(self, model: Family) -> list[ParameterGroup]:
-        model.freeze()
         settings = make_adapter_settings(self.config, model.blueprint)
-        groups = {name: part.groups(every=True) for name, part in model.parts.items()}
-        for adapter, strength in self.builder.iterate_base(settings, groups):
-            merge_adapter(adapter, strength)
-        self.builder.base = []
+        groups = {name: model.parts[name].groups(every=True) for name in settings.specs}
         adapters = {adapter.group.name: adapter for adapter in self.builder.build(settings, groups)}
         for part in settings.learning_rates.parts:
             self.engine.attach(groups[part], lambda group: adapters.get(group.name))
@@ -90,7 +84,6 @@ class AdapterMethod:
             }
         if settings.args.verbose:
             self._log_adapters(settings)
-        self.live_text = frozenset(settings.learning_rates.parts) & frozenset(model.text_parts)
         self.engine.train()
         return settings.learning_rates.make_parameter_groups(self.engine)
 

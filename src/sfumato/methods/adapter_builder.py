@@ -1,9 +1,9 @@
-"""Adapter construction: new adapters, those of --network_weights, and those that --base_weights merges."""
+"""Adapter construction: new adapters, and those of --network_weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import chain
 
 from sfumato.adapters.base import Adapter, is_trainable
 from sfumato.adapters.lora import LoRA, LoraDropout
@@ -32,16 +32,7 @@ class AdapterBuilder:
         path = self.network.network_weights
         self.file: AdapterFile | None = read_adapter_file(path) if path else None
         self.weights: dict[str, GroupAdapter] = {}  # group -> what the file holds for it
-        strengths = chain(self.network.base_weights_multiplier, repeat(1.0))
-        files = zip(self.network.base_weights, strengths, strict=False)
-        self.base = [(path, strength, read_adapter_file(path)) for path, strength in files]
         self.set_aside: dict[str, int] = {}  # part that does not train -> adapters of --network_weights for it
-
-    def iterate_base(self, settings: AdapterSettings, groups: GroupsByPart) -> Iterator[tuple[Adapter, float]]:
-        """The adapters that --base_weights merges into the model before training, each with its file's strength."""
-        for _, strength, file in self.base:
-            for adapter in iterate_adapters(file, settings.specs, groups):
-                yield adapter, strength
 
     def build(self, settings: AdapterSettings, groups: GroupsByPart) -> list[Adapter]:
         """The adapters of every part that trains, new or from --network_weights; UserError where a part gets none."""
@@ -127,12 +118,10 @@ class AdapterBuilder:
             self.weights = {name: adapter for name, adapter in self.weights.items() if name not in frozen}
 
     def describe_weights(self, adapters: Sequence[Adapter]) -> tuple[list[str], list[str]]:
-        """Lines about the adapter files: what of them is not used, and what they do and do not have."""
-        unused = list(chain.from_iterable(file.describe_passed_over() for _, _, file in self.base))
+        """Lines about --network_weights: what of it is not used, and what it does and does not have."""
         if self.file is None:
-            return unused, []
-        path = self.file.path
-        unused += self.file.describe_passed_over()
+            return [], []
+        path, unused = self.file.path, self.file.describe_passed_over()
         unused += [
             f"{path}: {count} adapters of {part}, which does not train, are set aside: neither used nor saved"
             for part, count in self.set_aside.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from sfumato.families.part import PartSpec
 from sfumato.formats.groups import LayerGroup
 from sfumato.methods.adapter_args import AdapterArgs, make_frozen_part_error
 from sfumato.methods.adapter_ranks import find_lr_block
+from sfumato.methods.base import TrainablePart
 from sfumato.methods.trained_parts import make_zero_learning_rates_error, read_text_encoder_lr
 from sfumato.optim.groups import ParameterGroup
 
@@ -70,6 +72,19 @@ class AdapterLearningRates:
         return [
             ParameterGroup(name=label, parameters=parameters[label], learning_rate=values[label])
             for label in parameters
+        ]
+
+    def list_trainable(self, adapters: Sequence[Adapter]) -> list[TrainablePart]:
+        """What trains, one entry for each of the optimizer's groups."""
+        labels = Counter(self.find_learning_rate(adapter.group).label for adapter in adapters)
+        return [
+            TrainablePart(
+                part=row.name,
+                modules=labels[row.name.removesuffix(LORA_PLUS_SUFFIX)],
+                parameters=sum(parameter.numel() for parameter in row.parameters),
+                learning_rate=row.learning_rate,
+            )
+            for row in self.make_parameter_groups(adapters)
         ]
 
     def _lora_plus_ratio(self, part: str) -> float:

@@ -41,7 +41,7 @@ class Method(Protocol):
     modelspec_suffix: str  # follows the model's name in modelspec.architecture: "/lora", "" for a whole model
     generate_option: str  # the option of `sfumato generate` for a file that `write` wrote
     modules: nn.ModuleDict  # everything that trains; in eval mode while samples are made
-    live_text: frozenset[str]  # encoders that train and so may not be cached
+    live_text: frozenset[str]  # encoders that train and so may not be cached; known once the plan is made
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         """What `prepare` will train, from the checkpoint's headers. Raises UserError for options that do not match."""
@@ -55,8 +55,12 @@ class Method(Protocol):
         """The networks whose own weights train; they are loaded in float32, or in bfloat16 with --full_bf16."""
         ...
 
+    def change_frozen(self, model: Family) -> None:
+        """Register what changes the weights of frozen networks, before any is read (`Part.changes`)."""
+        ...
+
     def prepare(self, model: Family) -> list[ParameterGroup]:
-        """Freeze the model, make trainable what trains, and return the optimizer's parameter groups."""
+        """Make trainable what trains, and return the optimizer's parameter groups. Those networks are loaded."""
         ...
 
     def rewrite_caption(self, text: str) -> str:

@@ -58,6 +58,7 @@ class FullMethod:
         learning_rates = read_full_learning_rates(self.config, blueprint)
         fix = "remove --cache_text_encoder_outputs or --train_text_encoder"
         check_text_cache(self.config, learning_rates.parts, blueprint, fix)
+        self.live_text = frozenset(learning_rates.parts) & frozenset(blueprint.text_parts)
         check_output_path(self.config, blueprint, self.file_suffix(blueprint))
         parts: list[TrainablePart] = []
         for name in learning_rates.parts:
@@ -81,8 +82,10 @@ class FullMethod:
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         return read_full_learning_rates(self.config, blueprint).parts.keys()
 
+    def change_frozen(self, model: Family) -> None:
+        pass
+
     def prepare(self, model: Family) -> list[ParameterGroup]:
-        model.freeze()
         learning_rates = read_full_learning_rates(self.config, model.blueprint)
         for name in learning_rates.parts:
             part = model.parts[name]
@@ -95,7 +98,6 @@ class FullMethod:
         outdated = find_ema_keys(model.blueprint.source)
         if outdated and "denoiser" in learning_rates.parts:
             log.info("%d tensors of the EMA of the weights before training are not saved", len(outdated))
-        self.live_text = frozenset(learning_rates.parts) & frozenset(model.text_parts)
         groups: list[ParameterGroup] = []
         for trained in self.trained:
             weights = list(trained.weights.values())
@@ -163,8 +165,13 @@ class FullMethod:
         save = save_folder if self._saves_folder(model.blueprint) else save_single_file
         changed = self.origin.find_changed()
         if changed:
-            log.warning("%s has changed since training began; the model is saved from memory alone", changed[0])
-            save(model, path, metadata, dtype, changed=list_all_weights(model), from_memory=True)
+            kept = list_all_weights(model)
+            log.warning(
+                "%s has changed since training began; of the model, what is in memory is saved: %s",
+                changed[0],
+                ", ".join(kept),
+            )
+            save(model, path, metadata, dtype, changed=kept, from_memory=True)
         else:
             save(model, path, metadata, dtype, changed=self._list_changed())
 

@@ -10,6 +10,7 @@ from sfumato.common.text import format_bytes
 from sfumato.config import Config
 from sfumato.data.cache.entries import ContentHashes
 from sfumato.data.cache.maintenance import (
+    NETWORKS,
     USEFUL_TYPES,
     Record,
     RecordTotals,
@@ -87,6 +88,7 @@ def prune_cache(config: Config, *, yes: bool, unused_days: float | None, ask: Ca
         state = "needed by" if reference in current else "no longer needed by"
         print(f"{state} {describe_reference(reference)}")
     records = read_all_records(store, config)
+    keys |= {record.key for record in records if record.content_type == NETWORKS}  # small, and any dataset's
     unneeded = [record for record in records if record.content_type not in USEFUL_TYPES or record.key not in keys]
     if not unneeded:
         print("nothing to delete")

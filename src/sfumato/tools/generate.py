@@ -60,7 +60,10 @@ def generate_images(request: GenerateRequest) -> list[Path]:
         resolution = config.buckets.resolution
         model.set_resolutions([resolution] if resolution else [(image.width, image.height) for image in images])
     paths = choose_file_names(request.outdir, images)
-    frozen, dtype = FrozenTextEncoders(model), MIXED_PRECISION[config.memory.mixed_precision]
+    dtype = MIXED_PRECISION[config.memory.mixed_precision]
+    frozen = encode_all_prompts(model, adapters, images)
+    for part in ("denoiser", "vae"):
+        model.parts[part].load()
     for group in group_requests(list(zip(images, paths, strict=True)), config.samples.sample_batch_size or 1):
         with torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
             batch = generate_batch(model, adapters, [image for image, _ in group], frozen)
@@ -86,7 +89,24 @@ def load_requested_model(request: GenerateRequest) -> Family:
     problems.raise_all()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     blueprint = blueprint.with_dtype(request.float32_parts, torch.float32)
-    return family.load(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
+    return family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
+
+
+def encode_all_prompts(
+    model: Family, adapters: InferenceAdapters, images: Sequence[ImageRequest]
+) -> FrozenTextEncoders:
+    """The features of all prompts, with one encoder in memory at a time; those with adapters stay and run live."""
+    frozen = FrozenTextEncoders(model)
+    for part in model.text_parts:
+        if part in adapters.live_text:
+            model.parts[part].load()
+            continue
+        with model.parts[part].hold():
+            for image in images:
+                frozen.encode(part, [image.prompt], weighted=image.weighted)
+                if image.guided:
+                    frozen.encode(part, [image.negative_prompt], weighted=image.weighted, negative=True)
+    return frozen
 
 
 def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor
 
 from sfumato.config import Config
+from sfumato.data.batch import Tensors
 from sfumato.data.cache.entries import (
     ContentHashes,
     FillCounts,
@@ -21,7 +22,6 @@ from sfumato.data.cache.entries import (
     LatentKeys,
     Store,
     TensorCache,
-    TextKeys,
     fill_latents,
     fill_text,
     list_latent_items,
@@ -34,8 +34,9 @@ from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
 from sfumato.data.plans import DataPlan, SubsetPlan
 from sfumato.data.variants import list_captions_to_cache
 from sfumato.families.base import Family
-from sfumato.families.encoding import encode_captions, encode_images, fingerprint_network
+from sfumato.families.encoding import FrozenTextEncoders, encode_captions, encode_images
 from sfumato.track.progress_task import ProgressTask
+from sfumato.training.fingerprints import fingerprint_part, make_text_keys
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,14 @@ def fill_caches(
     *,
     live_text: Collection[str] = (),
     rewrite: Callable[[str], str] = str,
+    prompts: PreviewPrompts | None = None,
     machine: tuple[int, int] = (0, 1),
 ) -> Caches:
-    """Make what is missing of the caches that are asked for; networks whose output is cached leave the device.
+    """Make what is missing of the caches that are asked for, with one network in memory at a time.
 
-    live_text: encoders that train, which are not cached. rewrite: the method's change of a caption before encoding.
-    machine: which of how many machines without a common store this is.
+    A network that has nothing to encode is not loaded. live_text: encoders that train, which are not cached. rewrite:
+    the method's change of a caption before encoding. prompts: of previews, encoded with the captions. machine: which
+    of how many machines without a common store this is.
     """
     cache = config.cache
     disk = open_store(config) if cache.cache_latents_to_disk or cache.cache_text_encoder_outputs_to_disk else None
@@ -67,23 +70,44 @@ def fill_caches(
         caches.counts["latents"] = task.fill_latents(caches.latents, names)
         if list_mask_items(data):
             caches.counts["masks"] = task.fill_masks(caches.latents, masks)
-        release_network(model.vae, config)
+        model.parts["vae"].unload()
     if cache.cache_text_encoder_outputs:
         store = disk if disk and cache.cache_text_encoder_outputs_to_disk else MemoryStore()
         captions = [rewrite(caption) for caption in list_captions_to_cache(data, variants=cache.text_cache_variants)]
         for part in model.text_parts:
             if part in live_text:
                 continue
-            names = make_text_keys(config, model, part)
+            names = make_text_keys(model, part, store, weighted=config.captions.weighted_captions)
             caches.text[part] = TextFeatures(cache=TensorCache(store), keys=names, rewrite=rewrite)
             caches.counts[f"text of {part}"] = task.fill_text(caches.text[part], part, captions)
-            release_network(model.parts[part].module, config)
+            if prompts is not None:
+                remember_prompts(prompts, part, caches.text[part].cache)
+            model.parts[part].unload()
     return caches
 
 
-def release_network(module: nn.Module, config: Config) -> None:
-    """A network whose output is cached leaves the device; its weights are freed where no preview needs them."""
-    module.to("cpu" if config.samples.sample_prompts else "meta")
+@dataclass(frozen=True, kw_only=True)
+class PreviewPrompts:
+    """The prompts of previews, whose features are remembered before their encoders are unloaded."""
+
+    text: FrozenTextEncoders
+    captions: Sequence[tuple[str, bool]]  # each as it is encoded, and whether it is a negative prompt
+    weighted: bool
+
+
+def remember_prompts(prompts: PreviewPrompts, part: str, cache: TensorCache) -> None:
+    """Take the features of the prompts that the cache knows, and add those that it does not."""
+    text, weighted = prompts.text, prompts.weighted
+    for caption, negative in prompts.captions:
+        keys = make_text_keys(text.model, part, cache.store, weighted=weighted, negative=negative)
+        key = keys.make_key(caption)
+        features = cache.get(key)
+        if features is None:
+            text.model.parts[part].load()
+            (features,) = encode_captions(text.model, part, [caption], weighted=weighted, negative=negative)
+            cache.put(key, features)
+        text.remember(part, caption, features, weighted=weighted, negative=negative)
+    cache.store.flush()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +127,22 @@ class CacheJob:
                 cache,
                 names,
                 list_latent_items(self.data),
-                lambda pixels, seeds: encode_images(self.model, pixels, seeds, vae_batch_size=chunk),
+                self.encode_images,
                 batch_size=chunk,
                 workers=count_workers(self.config),
                 options=self.fill_options("latents", names.fingerprint, cache.store, progress),
             )
         return self.report_counts("latents", counts, cache.store)
+
+    def encode_images(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The autoencoder is loaded for the first images, and stays until all are encoded."""
+        self.model.parts["vae"].load()
+        return encode_images(self.model, pixels, seeds, vae_batch_size=self.config.cache.vae_batch_size)
+
+    def encode_captions(self, part: str, captions: Sequence[str]) -> list[Tensors]:
+        """The encoder is loaded for the first captions, and stays until all are encoded."""
+        self.model.parts[part].load()
+        return encode_captions(self.model, part, captions, weighted=self.config.captions.weighted_captions)
 
     def fill_masks(self, cache: TensorCache, names: MaskKeys) -> FillCounts:
         with self.start_progress("masks", "images") as progress:
@@ -124,7 +158,7 @@ class CacheJob:
                 features.cache,
                 features.keys,
                 captions,
-                partial(encode_captions, self.model, part, weighted=self.config.captions.weighted_captions),
+                partial(self.encode_captions, part),
                 batch_size=self.config.cache.text_encoder_batch_size or 1,
                 options=self.fill_options(kind, features.keys.fingerprint, store, progress),
             )
@@ -156,15 +190,10 @@ class CacheJob:
 
 def make_latent_keys(model: Family, hashes: Store) -> LatentKeys:
     return LatentKeys(
-        fingerprint=fingerprint_network(model.vae, type(model).name),
-        dtype=torch.promote_types(next(model.vae.parameters()).dtype, torch.float32),
+        fingerprint=fingerprint_part(model, "vae", hashes),
+        dtype=torch.promote_types(model.parts["vae"].dtype, torch.float32),
         hashes=ContentHashes(hashes),
     )
-
-
-def make_text_keys(config: Config, model: Family, part: str) -> TextKeys:
-    facts = (part, model.text_fingerprint(part), *(("emphasis",) if config.captions.weighted_captions else ()))
-    return TextKeys(fingerprint=fingerprint_network(model.parts[part].module, *facts))
 
 
 def describe_cache_use(data: DataPlan, kind: str, encoder: str, cache: Path) -> CacheReference:

@@ -17,16 +17,23 @@ from sfumato.families.base import Family
 from sfumato.families.encoding import describe_cut_captions
 from sfumato.methods.base import Method
 from sfumato.plan import RunPlan
-from sfumato.training.caching import cache_folder, count_workers, fill_caches
+from sfumato.training.caching import PreviewPrompts, cache_folder, count_workers, fill_caches
 
 log = logging.getLogger(__name__)
 COUNTED = 5000  # captions whose tokens are counted before training
 
 
-def make_loader(plan: RunPlan, model: Family, processes: PartialState, *, first_step: int = 0) -> Loader:
-    """Fill the caches that are asked for and open the loader; networks whose output is cached leave the device.
+def make_loader(
+    plan: RunPlan,
+    model: Family,
+    processes: PartialState,
+    *,
+    prompts: PreviewPrompts | None = None,
+    first_step: int = 0,
+) -> Loader:
+    """Fill the caches that are asked for and open the loader. No network stays loaded.
 
-    first_step: the number of the step with the first data.
+    prompts: of previews. first_step: the number of the step with the first data.
     """
     config, data, method = plan.config, plan.data, plan.method
     order = BatchSampler(
@@ -39,7 +46,15 @@ def make_loader(plan: RunPlan, model: Family, processes: PartialState, *, first_
     report_cut_captions(config, data, model, method)
     if processes.is_main_process:
         report_empty_masks(data, cache_folder(config), workers=count_workers(config))
-    caches = fill_caches(config, data, model, processes, live_text=method.live_text, rewrite=method.rewrite_caption)
+    caches = fill_caches(
+        config,
+        data,
+        model,
+        processes,
+        live_text=method.live_text,
+        rewrite=method.rewrite_caption,
+        prompts=prompts,
+    )
     return Loader(
         order,
         latent_keys=caches.latent_keys,

@@ -1,8 +1,8 @@
-"""The model on its device, prepared by the method, and what its loss depends on."""
+"""The model: opened, its networks loaded when they are needed, prepared by the method; and what its loss depends on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -19,51 +19,57 @@ from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.optim.bf16_stepper import keep_in_bfloat16
 from sfumato.optim.groups import ParameterGroup
 from sfumato.plan import RunPlan
+from sfumato.training.caching import PreviewPrompts
 
 
-def load_model(plan: RunPlan, device: torch.device) -> tuple[Family, Sequence[ParameterGroup]]:
-    """Load every network, let the method prepare the model; gives the model and what trains."""
+def open_model(plan: RunPlan, device: torch.device) -> Family:
+    """The model on its device, of which no weight is read yet."""
     config = plan.config
     if device.type == "cpu":
         keep_freed_memory()
     trained_dtype = torch.bfloat16 if config.memory.full_bf16 else torch.float32
     blueprint = plan.blueprint.with_dtype(plan.method.full_precision_parts(plan.blueprint), trained_dtype)
-    dtype = MIXED_PRECISION[config.memory.mixed_precision]
-    model = plan.family.load(blueprint, config.model, dtype=dtype, device=device)
+    model = plan.family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
     model.set_resolutions(dataset.settings.resolution for dataset in plan.data.datasets)
+    plan.method.change_frozen(model)
+    return model
+
+
+def read_preview_prompts(plan: RunPlan, model: Family) -> PreviewPrompts:
+    """What previews will have encoded, with the features that are known so far: none."""
+    config, rewrite = plan.config, plan.method.rewrite_caption
+    path = config.samples.sample_prompts
+    captions: list[tuple[str, bool]] = []
+    for prompt in read_prompts(path) if path else ():
+        captions += [(rewrite(prompt.prompt), False), (rewrite(prompt.negative_prompt), True)]
+    text = FrozenTextEncoders(model, weighted=config.captions.weighted_captions)
+    return PreviewPrompts(text=text, captions=captions, weighted=config.samples.prompt_weighting)
+
+
+def load_networks(plan: RunPlan, model: Family, *, cached: Collection[str]) -> Sequence[ParameterGroup]:
+    """Load the networks that the steps run, all but the `cached` ones, and let the method prepare them: what trains."""
+    config = plan.config
+    needed = [part for name, part in model.parts.items() if name not in cached]
+    for part in needed:
+        part.load()
     groups = plan.method.prepare(model)
     if config.memory.full_bf16:
         keep_in_bfloat16(groups)
     if config.memory.gradient_checkpointing:
-        for part in model.parts.values():
+        for part in needed:
             checkpoint_blocks(part.module, part.spec.blocks)
-    return model, groups
+    return groups
 
 
-def make_loss_context(
-    plan: RunPlan, model: Family, uncertainty: Uncertainty | None, device: torch.device
-) -> LossContext:
-    """What training and validation share; prompts of previews are encoded while every encoder is on the device."""
-    config = plan.config
-    text = FrozenTextEncoders(model, weighted=config.captions.weighted_captions)
-    if config.cache.cache_text_encoder_outputs:
-        encode_preview_prompts(plan, text)
+def make_loss_context(plan: RunPlan, text: FrozenTextEncoders, uncertainty: Uncertainty | None) -> LossContext:
+    """What training and validation share."""
+    config, model = plan.config, text.model
     return LossContext(
         model=model,
         method=plan.method,
         recipe=make_recipe(config.noise, config.loss, model.objective, config.model.guidance_scale, uncertainty),
         randomness=Randomness(plan.seed),
         text=text,
-        device=device,
+        device=model.device,
         mixed_dtype=MIXED_PRECISION[config.memory.mixed_precision],
     )
-
-
-def encode_preview_prompts(plan: RunPlan, text: FrozenTextEncoders) -> None:
-    """Remember the prompts' features of every encoder that is about to leave the device."""
-    samples, method = plan.config.samples, plan.method
-    prompts = read_prompts(samples.sample_prompts) if samples.sample_prompts else ()
-    for prompt in prompts:
-        for words, negative in ((prompt.prompt, False), (prompt.negative_prompt, True)):
-            for part in set(text.model.text_parts) - method.live_text:
-                text.encode(part, [method.rewrite_caption(words)], weighted=samples.prompt_weighting, negative=negative)

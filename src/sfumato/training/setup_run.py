@@ -12,7 +12,7 @@ from sfumato.plan import RunPlan, make_run_plan
 from sfumato.track.best import Best
 from sfumato.training import reporting
 from sfumato.training.loaders import make_loader, make_validation_loader
-from sfumato.training.model_setup import load_model, make_loss_context
+from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.output_folder import clean_output_folder, lock_output
@@ -40,10 +40,12 @@ def build_run(config: Config) -> Run | None:
         if processes.is_main_process:
             clean_output_folder(plan, resumed=state.resumed)
         device = device_of(processes)
-        model, groups = load_model(plan, device)
+        model = open_model(plan, device)
+        prompts = read_preview_prompts(plan, model)
+        loader = make_loader(plan, model, processes, prompts=prompts, first_step=start.data)
+        groups = load_networks(plan, model, cached=loader.cached_networks)
         optimization = set_up_optimizer(plan, groups, start, state, device)
-        context = make_loss_context(plan, model, optimization.uncertainty, device)
-        loader = make_loader(plan, model, processes, first_step=start.data)
+        context = make_loss_context(plan, prompts.text, optimization.uncertainty)
         metrics = reporting.make_metrics_logger(plan, processes, start.step, warnings)
         run = Run(
             plan=plan,

@@ -21,10 +21,11 @@ from sfumato.data.cache.store import DiskStore
 from sfumato.data.masks import MASK
 from sfumato.errors import UserError
 
-HASHES, MASKS, TEXT, DAMAGED, REPEATED, TORN = "content hashes", "masks", "text features", "damaged", "repeated", "torn"
-HASH_BYTES = 20  # of a content hash
+HASHES, NETWORKS, MASKS, TEXT = "content hashes", "hashes of networks", "masks", "text features"
+DAMAGED, REPEATED, TORN = "damaged", "repeated", "torn"
+HASH_TYPES = {20: HASHES, 32: NETWORKS}  # by their bytes
 PREFIX_BYTES = 4096  # of a record that show its type: 8 bytes of length, then names and shapes as JSON
-USEFUL_TYPES = (LATENTS, MASKS, TEXT, HASHES)
+USEFUL_TYPES = (LATENTS, MASKS, TEXT, HASHES, NETWORKS)
 
 
 def read_records(store: DiskStore, *, check: bool, progress: Callable[[int], None] | None = None) -> Iterator[Record]:
@@ -59,8 +60,8 @@ def read_records(store: DiskStore, *, check: bool, progress: Callable[[int], Non
 
 def classify_record(content: bytes, length: int) -> str:
     """The content type of a record, from its first bytes."""
-    if length == HASH_BYTES:
-        return HASHES
+    if length in HASH_TYPES:
+        return HASH_TYPES[length]
     end = 8 + int.from_bytes(content[:8], "little")
     try:
         names = decode_json(content[8:end])
@@ -74,7 +75,7 @@ def classify_record(content: bytes, length: int) -> str:
 def is_intact(content: bytes, crc: int, content_type: str) -> bool:
     if zlib.crc32(content) != crc:
         return False
-    if content_type == HASHES:
+    if content_type in HASH_TYPES.values():
         return True
     try:
         deserialize(content)
