@@ -168,6 +168,7 @@ def test_other_kinds_of_files(write, tmp_path):
         "dataset-json-key-twice": write('{"datasets": [], "datasets": []}', "twice.json"),
         "dataset-file-no-object": write("[1]", "list.json"),
         "dataset-file-invalid-json": write("[1", "broken.json"),
+        "dataset-json-half-letter": write('{"datasets": [], "a\\ud83d": 1}', "half.json"),
         "dataset-file-unreadable": tmp_path / "none.toml",
     }
     assert "forward slashes" in find_faults(write('{"datasets": "D:\\sets"}', "path.json"))[0].fix

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from sfumato.common.json_toml import decode_json, decode_toml
 from sfumato.common.registry import did_you_mean
+from sfumato.common.text import has_lone_surrogate
 from sfumato.common.text_files import read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
 from sfumato.config.schema import THEMES, vocabulary
@@ -185,6 +186,9 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
         raise UserError(
             what, code="dataset-file-invalid-json", fix=suggest_json_fix(error, text) or "fix that line"
         ) from error
+    if has_lone_surrogate(json.dumps(content, ensure_ascii=False)):
+        what = f"{path} holds half of a letter, e.g. \\ud83d without what belongs to it"
+        raise UserError(what, code="dataset-json-half-letter", fix="write that text again")
     if not isinstance(content, dict):
         what = f"{path} does not hold a JSON object"
         raise UserError(what, code="dataset-file-no-object", fix='start it with {"datasets": [')
