@@ -196,7 +196,8 @@ def test_paths(faults, load, tmp_path, monkeypatch):
     assert faults(f"--network_weights {wrong}") == [
         f"--network_weights: {wrong} does not exist — did you mean {right}?",
     ]
-    assert faults(f"--network_weights {tmp_path}")[0].endswith("is a folder, not a file")
+    assert faults(f"--sample_prompts {tmp_path} --sample_at_first")[0].endswith("is a folder, not a file")
+    assert load(f"--network_weights {tmp_path}").network.network_weights == tmp_path  # of PEFT or diffusers
     assert faults(f"--reg_data_dir {tmp_path / 'weights.safetensors'}")[0].endswith("is a file, not a folder")
     assert "the folder nowhere does not exist either" in faults("--sample_prompts nowhere/p.txt --sample_at_first")[0]
     assert load("--vae owner/name").model.vae == "owner/name"

@@ -192,6 +192,8 @@ def test_the_names_of_the_export_are_those_of_diffusers_converter(tmp_path: Path
         original[f"{name}.lora_A.weight"] = adapter.lora_down.detach()
         original[f"{name}.lora_B.weight"] = adapter.lora_up.detach()
     save_file(engine.export_tensors(), tmp_path / "lora.safetensors")
-    export_lora(tmp_path / "lora.safetensors", tmp_path / "theirs.safetensors")
-    theirs = lora_conversion_utils._convert_non_diffusers_lumina2_lora_to_diffusers(original)
-    same(load_file(tmp_path / "theirs.safetensors"), theirs)
+    save_file(original, tmp_path / "original.safetensors")
+    theirs = lora_conversion_utils._convert_non_diffusers_lumina2_lora_to_diffusers(dict(original))
+    for name in ("lora", "original"):
+        export_lora(tmp_path / f"{name}.safetensors", tmp_path / "theirs.safetensors", program="diffusers")
+        same(load_file(tmp_path / "theirs.safetensors"), theirs)

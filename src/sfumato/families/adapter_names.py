@@ -49,9 +49,7 @@ def list_shapes(file: AdapterFile) -> dict[str, tuple[int, ...]]:
     """Name in the file -> shape of the weight that it changes, of all its layers stacked."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensors in file.layers.items():
-        down, up = tensors[DOWN], tensors[UP]
-        kernel = tuple(down.shape[2:])
-        shapes[name] = (up.shape[0], down.shape[1], *(kernel if any(size > 1 for size in kernel) else ()))
+        shapes[name] = (tensors[UP].shape[0], *tensors[DOWN].shape[1:])
     return shapes
 
 
