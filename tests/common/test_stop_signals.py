@@ -27,8 +27,13 @@ with handle_stop_signals(lambda: None), stop_blocked_calls():
 ENDING = """
 import atexit, time
 from sfumato.common.stop_signals import exit_process
-atexit.register(time.sleep, 30)
-atexit.register(print, "ready", flush=True)
+
+@atexit.register
+def end_slowly():
+    print("ready", flush=True)
+    for _ in range(300):
+        time.sleep(0.1)
+
 exit_process(7)
 """
 
