@@ -59,7 +59,7 @@ def test_a_file_of_options(load, tmp_path):
         ('{"vae": "C:\\models"}', "config-file-invalid-json", "backslash"),
         ("", "config-file-invalid-json", "line 1"),
         ('["seed"]', "config-file-no-object", "object"),
-        ('{"a": ' * 100_000, "config-file-nested-deeply", "nested"),
+        ('{"a": ' * 100_000, "config-file-invalid-json", "nested"),
         ('{"learning_rate": NaN}', "option-type-wrong", "run.json:1: learning_rate"),
         ('{"a": {"b": {"seed": 1}}}', "config-section-nested", "run.json:1: b "),
     ],

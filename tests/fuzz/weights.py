@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
-from sfumato.formats.lora import read_adapter_file
 
 from fuzz.target import Read, Setup, target, through_file
 from sfumato.errors import UserError
 from sfumato.families.source import Source, read_json
+from sfumato.formats.adapter_file import read_adapter_file
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.header import read_header, read_sharded_headers
 from sfumato.tools.ema import find_saved_emas

@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 
+from sfumato.common.files import open_file
 from sfumato.config.schema import Config, vocabulary
+from sfumato.errors import UserError
 
 SECRET_VARIABLES = (  # read by huggingface_hub, libraries around it, and wandb
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "HUGGINGFACEHUB_API_TOKEN", "WANDB_API_KEY",
@@ -67,9 +69,9 @@ def read_wandb_keys() -> Iterator[str]:
 def read_small_file(path: Path) -> str:
     """Empty where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return file.read(1 << 16).decode(errors="replace") if path.is_file() else ""
-    except OSError:
+        with open_file(path) as file:
+            return file.read(1 << 16).decode(errors="replace")
+    except (OSError, UserError):
         return ""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
 
@@ -45,8 +45,8 @@ def _matches_layer(pattern: str, layer: str) -> bool:
 def read_peft_config(path: Path) -> PeftConfig:
     """An adapter_config.json. Raises UserError for one that is no such file and for what is not the same without it."""
     try:
-        content = json.loads(read_text_file(path))
-    except (ValueError, RecursionError):
+        content = decode_json(read_text_file(path))
+    except ValueError:
         raise UserError(
             f"{path} is no JSON file", code="peft-config-damaged", fix="save or download it again"
         ) from None
@@ -58,8 +58,8 @@ def read_diffusers_configs(path: Path, metadata: Mapping[str, str]) -> dict[str,
     if DIFFUSERS_KEY not in metadata:
         return {}
     try:
-        content = json.loads(metadata[DIFFUSERS_KEY])
-    except (ValueError, RecursionError):
+        content = decode_json(metadata[DIFFUSERS_KEY])
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise UserError(

@@ -25,10 +25,10 @@ def read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store.close()
     normal = os.open
 
-    def refuse(path: Any, flags: int, *more: int) -> int:
+    def refuse(path: Any, flags: int, *more: int, **named: Any) -> int:
         if str(path).startswith(str(tmp_path)) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             raise OSError(errno.EROFS, "Read-only file system", str(path))
-        return normal(path, flags, *more)
+        return normal(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
     return tmp_path

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from sfumato.data.augment import parse_face
 from sfumato.data.find.findings import Findings
+from sfumato.data.find.settings import SubsetSettings
+from sfumato.data.find.tar_source import is_archive_path
 from sfumato.data.plans import DataPlan, SubsetPlan
+from sfumato.errors import UserError
 
 
 def check_image_options(
@@ -76,3 +80,22 @@ def check_masks(subsets: Sequence[SubsetPlan], findings: Findings) -> None:
 def has_masks(subset: SubsetPlan) -> bool:
     settings = subset.settings
     return settings.images.alpha_mask or (settings.images.masked_loss and settings.conditioning_data_dir is not None)
+
+
+def refuse_cache_among_images(subsets: Sequence[SubsetSettings], cache_dir: Path) -> None:
+    """Raise UserError where the cache lies in a folder of images."""
+    cache = cache_dir.resolve()
+    for subset in subsets:
+        for folder in (subset.image_dir, subset.conditioning_data_dir):
+            if folder is None:
+                continue
+            if is_archive_path(folder):
+                inside = cache == folder.parent.resolve()
+            else:
+                inside = cache.is_relative_to(folder.resolve())
+            if inside:
+                raise UserError(
+                    f"--cache_dir {cache_dir} is inside the image folder {folder}, where nothing is ever written",
+                    code="cache-dir-among-images",
+                    fix="give another --cache_dir, or remove the option",
+                )

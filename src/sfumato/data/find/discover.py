@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sfumato.config import Config
-from sfumato.data.find.checks import check_image_options
+from sfumato.data.find.checks import check_image_options, refuse_cache_among_images
 from sfumato.data.find.conditioning_images import attach_conditioning_images, check_unmatched_images
 from sfumato.data.find.dataset_plan import plan_dataset
 from sfumato.data.find.findings import Findings
@@ -17,7 +17,6 @@ from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.index import cache_folder, check_cache_folder
 from sfumato.data.find.policy import Policy
 from sfumato.data.find.settings import SizeSteps, SubsetSettings, load_dataset_settings
-from sfumato.data.find.sources import refuse_cache_among_images
 from sfumato.data.find.subset_images import load_subset_images
 from sfumato.data.find.verify_images import refuse_undecodable
 from sfumato.data.plans import DataPlan, DatasetPlan

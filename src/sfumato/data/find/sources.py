@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from sfumato.common.text import list_some
@@ -18,7 +17,6 @@ from sfumato.data.find.metadata_source import load_metadata_images, load_plugin_
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import METADATA_CACHE_NAME, SubsetSettings
 from sfumato.data.find.tar_source import is_archive_path, load_archive_images
-from sfumato.errors import UserError
 
 
 def load_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
@@ -36,24 +34,6 @@ def load_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> I
         findings.note(f"{subset.where}: images and captions are those of its {METADATA_CACHE_NAME} (cache_info)")
         return load_metadata_images(subset.source / METADATA_CACHE_NAME, subset, policy, findings, beside=True)
     return load_folder_images(subset, policy, findings)
-
-
-def refuse_cache_among_images(subsets: Sequence[SubsetSettings], cache_dir: Path) -> None:
-    cache = cache_dir.resolve()
-    for subset in subsets:
-        for folder in (subset.image_dir, subset.conditioning_data_dir):
-            if folder is None:
-                continue
-            if is_archive_path(folder):
-                inside = cache == folder.parent.resolve()
-            else:
-                inside = cache.is_relative_to(folder.resolve())
-            if inside:
-                raise UserError(
-                    f"--cache_dir {cache_dir} is inside the image folder {folder}, where nothing is ever written",
-                    code="cache-dir-among-images",
-                    fix="give another --cache_dir, or remove the option",
-                )
 
 
 def load_folder_images(subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:

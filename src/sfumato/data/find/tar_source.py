@@ -45,7 +45,7 @@ ADDITIONAL_HEADERS = (  # about the member that follows
 MAX_ADDITION_BYTES = 1 << 20
 MAX_MEMBER_BYTES = 1 << 60
 MAX_ARCHIVES = 100_000  # that one image_dir can stand for
-TEXTS = ("names", "texts", "faults", "fault_codes", "unread")
+TEXT_COLUMNS = ("names", "texts", "faults", "fault_codes", "unread")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -118,7 +118,7 @@ def load_shard(path: str, subset: SubsetSettings, policy: Policy, findings: Find
     if not known["ended"].all():
         findings.note(f"{subset.where}: {path} has no end-of-archive marker; it may have been cut short")
     columns = {name: known[name] for name in ("offsets", "byte_counts", *HEADER_COLUMNS, "endings")}
-    texts = {name: unpack_texts(name, known) for name in TEXTS}
+    texts = {name: unpack_texts(name, known) for name in TEXT_COLUMNS}
     return Shard(path=path, mtime_ns=stat.st_mtime_ns, extensions=extensions, columns=columns, **texts)
 
 
