@@ -19,7 +19,8 @@ from sfumato.errors import UserError
 from sfumato.families.source import Source, read_json
 from sfumato.formats.adapter_file import read_adapter_file
 from sfumato.formats.checkpoint import open_checkpoint
-from sfumato.formats.header import read_header, read_sharded_headers
+from sfumato.formats.header import read_header
+from sfumato.formats.shards import read_sharded_headers
 from sfumato.tools.ema import find_saved_emas
 from sfumato.tools.export_lora import export_lora
 
