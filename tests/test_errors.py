@@ -98,7 +98,8 @@ def foreign_weights(toy: Mapping[str, Path], folder: Path) -> list[str]:
     import torch
     from safetensors.torch import save_file
 
-    save_file({"lora_unet_nowhere.lora_down.weight": torch.zeros(2, 2)}, folder / "foreign.safetensors")
+    weights = {f"lora_unet_nowhere.lora_{side}.weight": torch.zeros(2, 2) for side in ("down", "up")}
+    save_file(weights, folder / "foreign.safetensors")
     return with_images(toy, folder, network_weights=folder / "foreign.safetensors", dim_from_weights=True)
 
 

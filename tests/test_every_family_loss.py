@@ -159,6 +159,7 @@ def test_validation_has_the_loss_of_diffusers_own_modules(case: str, toy_shelf: 
     sampler.num_ids, sampler.num_samples = 12, 1
     run: Any = SimpleNamespace(
         context=context, device=context.device, autocast=nullcontext, processes=SimpleNamespace(num_processes=1),
+        interrupt=SimpleNamespace(requested=False, shared=False, failure_shared=False),
         validation_loader=SimpleNamespace(sampler=sampler, steps=lambda: [SimpleNamespace(batches=(batch,))]),
     )  # fmt: skip
     losses = measure_validation_loss(run, [200, 800])

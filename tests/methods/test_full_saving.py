@@ -47,6 +47,7 @@ def test_the_file_says_what_it_is(toy: Toy, family: str, images: Path, tmp_path:
 
 def test_the_model_that_training_starts_from_is_never_overwritten(sd: Toy, images: Path, tmp_path: Path) -> None:
     copy = tmp_path / "lora-step00000002.safetensors"
+    shutil.copytree(sd["pretrained_model_name_or_path"].parent, tmp_path, dirs_exist_ok=True)  # tokenizers, too
     shutil.copy(sd["pretrained_model_name_or_path"], copy)
     content = copy.read_bytes()
     with pytest.raises(UserError, match="lora-step00000002") as error:

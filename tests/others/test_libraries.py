@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def draw_lora(module: nn.Module, *, std: float = 0.2) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * std)
 
 
+@contextmanager
+def other_network(model: Family, part: str, network: nn.Module) -> Iterator[None]:
+    """A context with another network in the place of a part's own."""
+    own = model.parts[part].module
+    model.parts[part]._module = network
+    try:
+        yield
+    finally:
+        model.parts[part]._module = own
+
+
 def save_with_peft(model: Family, part: str, folder: Path, **config: Any) -> Any:
     """A folder of PEFT's, and what the network gives with PEFT's own layers."""
     from peft import LoraConfig, get_peft_model
@@ -51,12 +63,8 @@ def save_with_peft(model: Family, part: str, folder: Path, **config: Any) -> Any
     adapted: Any = get_peft_model(module, LoraConfig(**config))
     draw_lora(adapted)
     adapted.save_pretrained(folder)
-    own = model.parts[part].module
-    try:
-        model.parts[part].module = adapted.base_model.model
+    with other_network(model, part, adapted.base_model.model):
         return compute_output(model, part)
-    finally:
-        model.parts[part].module = own
 
 
 CONFIGS: dict[str, Mapping[str, Any]] = {
@@ -127,10 +135,8 @@ def test_diffusers_savers(family: str, metadata: bool, toy_shelf: ToyShelf, tmp_
     facts = _collate_lora_metadata({name: network}) if metadata else {}
     type(pipe).save_lora_weights(tmp_path, **layers, **facts)
     plain = compute_output(model)
-    own = model.parts["denoiser"].module
-    model.parts["denoiser"].module = network
-    expected = compute_output(model)
-    model.parts["denoiser"].module = own
+    with other_network(model, "denoiser", network):
+        expected = compute_output(model)
     assert_same_output(compute_with_file(model, tmp_path), expected, plain)
 
 
@@ -150,10 +156,8 @@ def test_diffusers_loads_from_the_same_file(flux: Family, toy_shelf: ToyShelf, t
     pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
     plain = compute_output(flux)
     found = compute_with_file(flux, tmp_path / "a.safetensors")
-    own = flux.parts["denoiser"].module
-    flux.parts["denoiser"].module = pipe.transformer
-    expected = compute_output(flux)
-    flux.parts["denoiser"].module = own
+    with other_network(flux, "denoiser", pipe.transformer):
+        expected = compute_output(flux)
     assert_same_output(found, expected, plain)
 
 

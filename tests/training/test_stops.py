@@ -92,7 +92,7 @@ def test_the_second_wish_ends_at_once(
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("place", ["plan.make_run_plan", "model_setup.load_model", "loaders.fill_caches"])
+@pytest.mark.parametrize("place", ["plan.make_run_plan", "model_setup.open_model", "loaders.fill_caches"])
 def test_before_the_first_step_a_line_and_an_exit_code(
     place: str, number: int, toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
