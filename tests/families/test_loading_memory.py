@@ -75,8 +75,8 @@ KINDS = {
             "feed_forward_proj": "gated-gelu",
         },
         _t5.key_map(),
-        "from sfumato.families._flux_files import read_t5; from sfumato.families._t5 import build; "
-        "network = read_t5(source, SimpleNamespace(config={'joint_attention_dim': 1024}))",
+        "from sfumato.families._flux_files import read_t5; from sfumato.families._t5 import build, spec; "
+        "network = read_t5(source, SimpleNamespace(config={'joint_attention_dim': 1024}), spec)",
     ),
     "gemma2": Kind(
         _gemma2.build,

@@ -221,7 +221,7 @@ def test_a_trained_lora_under_diffusers_names_gives_the_same(toy_shelf: ToyShelf
     entries, model = read_adapter_file(output / "lora.safetensors").layers, load(**checkpoint(toy))
     groups = {group.name: group for group in model.parts["denoiser"].groups(every=True)}
     assert set(entries) == set(groups)
-    export_lora(output / "lora.safetensors", tmp_path / "theirs.safetensors")
+    export_lora(output / "lora.safetensors", tmp_path / "theirs.safetensors", program="diffusers")
     folder = toy_shelf.paths("sd3", "diffusers", "3.5-medium")["pretrained_model_name_or_path"]
     pipe: Any = StableDiffusion3Pipeline.from_pretrained(folder)
     text, t = conditioning(model, CAPTIONS[:1]), torch.tensor([600.0])

@@ -16,6 +16,7 @@ def make_subset(image_dir: Path) -> SubsetSettings:
         class_tokens=None,
         num_repeats=1,
         caption_extension=".txt",
+        caption_extension_given=False,
         conditioning_data_dir=None,
         images=ImageRules(),
         validation_split=0.0,

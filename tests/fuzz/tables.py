@@ -73,7 +73,8 @@ def read_dataset(path: Path) -> object:
 def config_file(folder: Path) -> Setup:
     def read(path: Path) -> object:
         problems = Problems()
-        values = check_values(read_config_file(path, problems), problems)
+        source = read_config_file(path, problems)
+        values = check_values(source, problems) if source else None
         problems.raise_all()
         return values
 

@@ -126,7 +126,7 @@ def lora_file(folder: Path) -> Setup:
     def read(path: Path) -> object:
         entries = read_adapter_file(path)
         with redirect_stdout(StringIO()):
-            export_lora(path, folder / "out.safetensors")
+            export_lora(path, folder / "out.safetensors", program="diffusers")
         return entries
 
     return Setup(seeds=[make_lora()], read=keep_length(through_file(folder / "a.safetensors", read)))

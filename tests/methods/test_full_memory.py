@@ -43,7 +43,7 @@ part.load()
 module = part.module
 facts = dict(title="", base_model_version="", architecture="", text_parts=(), objective=None, latents=None)
 blueprint = Blueprint(source=source, networks={"denoiser": network}, **facts)
-model = SimpleNamespace(blueprint=blueprint, parts={"denoiser": part})
+model = SimpleNamespace(blueprint=blueprint, parts={"denoiser": part}, objective=None)
 names = [name for name, _ in module.named_parameters()]
 save_single_file(model, target, {}, torch.float16, changed={"denoiser": names[:1]})  # warms up
 extra = []

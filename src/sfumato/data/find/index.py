@@ -98,7 +98,7 @@ class Index(NamedTuple):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 head = np.frombuffer(self._make_head(columns), np.uint8)
-                np.savez(file, allow_pickle=False, **{"head": head, **columns})
+                np.savez(file, **{"head": head, **columns})
             os.replace(temporary, self.path)  # not synced to disk: a torn file is not read, and costs only time
         except OSError:
             with suppress(OSError):
