@@ -48,6 +48,8 @@ def attach_file(model: Family, file: Path) -> dict[str, int]:
     engine = AdapterEngine()
     counts: dict[str, int] = {}
     for name, part in model.parts.items():
+        if not part.spec.targets:
+            continue
         groups = [group for group in part.groups() if group.name in entries]
         engine.attach(groups, lambda group: LoRA.from_tensors(group, entries[group.name]))
         counts[name] = len(groups)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
+
 from sfumato.common.stop_signals import exit_process
 from sfumato.compat.launch import main
 from sfumato.demo.toy import write_toy
@@ -80,6 +82,8 @@ def run_rank(arguments: Sequence[str], folder: Path, rank: int, port: int, momen
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))  # a test's are others
+    PartialState._reset_state()  # of the process that this one was forked from
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     counter = CallCounter(lambda: send_signals(folder, moment), moment.call if moment and moment.rank == rank else 0)
