@@ -98,14 +98,18 @@ class PreviewPrompts:
 def remember_prompts(prompts: PreviewPrompts, part: str, cache: TensorCache) -> None:
     """Take the features of the prompts that the cache knows, and add those that it does not."""
     text, weighted = prompts.text, prompts.weighted
+    positive, negatives = (
+        make_text_keys(text.model, part, cache.store, weighted=weighted, negative=negative)
+        for negative in (False, True)
+    )
     for caption, negative in prompts.captions:
-        keys = make_text_keys(text.model, part, cache.store, weighted=weighted, negative=negative)
-        key = keys.make_key(caption)
+        key = (negatives if negative else positive).make_key(caption)
         features = cache.get(key)
         if features is None:
             text.model.parts[part].load()
             (features,) = encode_captions(text.model, part, [caption], weighted=weighted, negative=negative)
-            cache.put(key, features)
+            if cache.store.writable:
+                cache.put(key, features)
         text.remember(part, caption, features, weighted=weighted, negative=negative)
     cache.store.flush()
 

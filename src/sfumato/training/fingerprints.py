@@ -21,7 +21,8 @@ def fingerprint_part(model: Family, part: str, store: Store) -> str:
     stored = store.get(key)
     if stored is None:
         weights = network.hash_weights(salt=model.name)
-        store.put(key, bytes.fromhex(weights))
+        if store.writable:
+            store.put(key, bytes.fromhex(weights))
     else:
         weights = stored.hex()
     changes = [change.identity for change in network.changes if change.identity]
