@@ -52,13 +52,13 @@ def training_loss(
     input_noise = noise
     if recipe.perturb:  # only the input is perturbed, the target keeps the clean noise
         perturb = recipe.perturb
-        input_noise = rng.per_sample("perturb", batch.ids, lambda draw, i: perturb(draw, noise[i])).to(x0)
-    loss = sample_losses(context, batch, x0, t, noise.to(x0), input_noise.to(x0))
-    weight = batch.weight.to(x0)
+        input_noise = rng.per_sample("perturb", batch.ids, lambda draw, i: perturb(draw, noise[i]))
+    loss = sample_losses(context, batch, x0, t, noise.to(x0, non_blocking=True), input_noise.to(x0, non_blocking=True))
+    weight = batch.weight.to(x0, non_blocking=True)
     if log is not None:
         log.append(SampleLosses(t, loss.detach().where(weight > 0, torch.nan)))
     level = model.objective.level(t)
-    weight = recipe.weighting(level, model.objective).to(loss) * weight
+    weight = recipe.weighting(level, model.objective).to(loss, non_blocking=True) * weight
     if recipe.uncertainty:
         loss = recipe.uncertainty(loss, level)
     return (loss * weight).sum() / real_samples
@@ -85,7 +85,7 @@ def sample_losses(
         target = torch.where(per_sample(batch.preserve, x0) > 0, reference, target)
     loss = recipe.loss(estimate, target, level)
     if batch.mask is not None:
-        mask = batch.mask.to(loss)
+        mask = batch.mask.to(loss, non_blocking=True)
         loss = loss * mask  # multiplied, not divided by the mask's sum
         if recipe.outside_mask and reference is not None:
             loss = loss + recipe.outside_mask * (1 - mask) * recipe.loss(estimate, reference, level)
@@ -131,7 +131,7 @@ def make_conditioning(context: LossContext, batch: Batch) -> Tensors:
             features[part] = context.text.encode(part, captions)
     on_device: dict[str, Tensors] = {}
     for part, tensors in features.items():
-        on_device[part] = {name: tensor.to(context.device) for name, tensor in tensors.items()}
+        on_device[part] = {name: tensor.to(context.device, non_blocking=True) for name, tensor in tensors.items()}
     for part, dropped in batch.text_dropped.items():
-        on_device[part] = model.drop_text(part, on_device[part], dropped.to(context.device))
+        on_device[part] = model.drop_text(part, on_device[part], dropped.to(context.device, non_blocking=True))
     return model.condition(on_device, batch.sizes, context.recipe.guidance)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.common import files
 from sfumato.config import Config
 from sfumato.config.output_checks import check_places, check_prompts, check_thumbnail
 from sfumato.data.find.discover import find_data
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from sfumato.formats.state import StateOutline
     from sfumato.methods.base import Method
     from sfumato.methods.base import TrainablePart as TrainablePart
-    from sfumato.methods.model_plan import ModelPlan
 
 
 def with_seed(config: Config) -> Config:
@@ -59,6 +57,7 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     remember: whether the dataset index is written to the cache folder; nothing else ever is.
     """
     from sfumato.formats.save_schedule import make_save_schedule
+    from sfumato.methods.disk_check import check_disk
     from sfumato.methods.model_plan import describe_resolution, plan_model
 
     config = with_seed(config)
@@ -130,6 +129,7 @@ def check_run_options(
     problems: Problems,
 ) -> list[str]:
     """Optimizer, schedule, start, prompts, metadata, trackers and folders; gives notes about them."""
+    from sfumato.memory.blocks import check_compiler
     from sfumato.optim.check import check_optimizer
     from sfumato.track.trackers import check_trackers
 
@@ -145,30 +145,11 @@ def check_run_options(
     with problems.catch():
         check_thumbnail(config)
     with problems.catch():
+        check_compiler(config.memory)
+    with problems.catch():
         check_trackers(config.log)
     check_places(config, problems)
     return notes
-
-
-def check_disk(config: Config, data: DataPlan, total_steps: int, model: ModelPlan) -> None:
-    """Everything that the run will have on the disk at once must fit there; a state counts with what it surely has."""
-    from sfumato.formats.checkpoint import SAVE_DTYPES
-    from sfumato.formats.save_schedule import count_saves_on_disk, make_save_schedule
-
-    save = config.save
-    assert save.output_dir is not None
-    epochs = -(-total_steps // data.count_steps_per_epoch(config.loop.gradient_accumulation_steps))
-    saves = make_save_schedule(save, epochs)
-    averages = config.ema.ema_count
-    outputs = (1 + count_saves_on_disk(saves, steps=total_steps, epochs=epochs, state=False)) * (1 + averages)
-    outputs += 2 if config.validation.save_best else 0  # the best yet stands until a better one does
-    states = count_saves_on_disk(saves, steps=total_steps, epochs=epochs, state=True) if save.save_state else 0
-    states += save.save_state or save.save_state_on_train_end
-    one = model.method.output_bytes(model.blueprint, SAVE_DTYPES[save.save_precision])
-    moments = 2 if config.optim.optimizer == "AdamW" else 0  # other optimizers may keep less than the weights
-    state = sum(part.parameters for part in model.parts) * 4 * (1 + moments + averages)
-    needs = [files.DiskNeed("saves", outputs, one), files.DiskNeed("states", states, state)]
-    files.check_disk_space(save.output_dir, needs, mine=save.output_name)
 
 
 def count_steps(config: Config, data: DataPlan) -> int:

@@ -224,7 +224,7 @@ def encode_prompts(
             encoded = encode_with_grad(model, part, captions, weighted=weighted, negative=negative)
         else:
             encoded = frozen.encode(part, captions, weighted=weighted, negative=negative)
-        features[part] = {name: tensor.to(model.device) for name, tensor in encoded.items()}
+        features[part] = {name: tensor.to(model.device, non_blocking=True) for name, tensor in encoded.items()}
     return model.condition(features, sizes, guidance)
 
 
@@ -268,7 +268,8 @@ def generate_batch(
 
     positive = read([request.prompt for request in requests], negative=False)
     negative = read([request.negative_prompt for request in requests], negative=True) if first.guided else None
-    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(model.device)
+    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    x = x.to(model.device, non_blocking=True)
     scheduler = make_scheduler(first.sampler, model.objective)
     clean = denoise(
         model, method, scheduler, x, positive, negative,

@@ -189,7 +189,7 @@ def test_a_file_as_a_front_end_writes_it(load, write):
         )
     )
     assert config.model.max_token_length is None
-    assert config.memory.dynamo_backend == "inductor"
+    assert config.memory.compile_backend == "inductor"
     assert config.loader.persistent_data_loader_workers is True
     assert len(config.notes) == 2  # the front end's key; the name for wandb and threads that are always kept
 

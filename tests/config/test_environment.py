@@ -8,8 +8,8 @@ import pytest
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "nothing is compiled"),
-        ("DYNAMO_BACKEND", "eager", "nothing is compiled"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile and --compile_backend"),
+        ("DYNAMO_BACKEND", "eager", "--compile and --compile_backend"),
         ("ACCELERATE_USE_FSDP", "true", "whole model"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "whole model"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "--mixed_precision counts, which is no"),

@@ -93,6 +93,11 @@ CASES = {
         "--text_cache_variants 4 --cache_text_encoder_outputs",
     ),
     "disk-cache-disabled": ("--skip_cache_check --cache_latents", "--skip_cache_check --cache_latents_to_disk"),
+    "compile-options-without-compile": ("--compile_dynamic false", "--compile --compile_dynamic false"),
+    "compile-mode-unused": (
+        "--compile --dynamo_backend aot_eager --compile_mode max-autotune",
+        "--torch_compile --dynamo_backend inductor --compile_mode max-autotune",
+    ),
     "optimizer-switches-conflict": ("--use_8bit_adam --use_lion_optimizer", "--use_8bit_adam"),
     "optimizer-given-twice": ("--use_lion_optimizer --optimizer_type Lion", "--optimizer_type Lion"),
     "warmup-with-constant-schedule": ("--lr_warmup_steps 5", "--lr_warmup_steps 5 --lr_scheduler constant_with_warmup"),

@@ -21,6 +21,7 @@ OURS = {
     "timestep_stratified", "save_at_steps", "save_at_epochs",
     "ema_decay", "ema_sigma_rel", "ema_on_cpu", "evaluate_with_ema",
     "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
+    "compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cache_size_limit",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows

@@ -79,7 +79,7 @@ def test_long_captions_are_cut(tmp_path: Path) -> None:
     text = "cat " * 30
     assert tokenizer.encode(text, 8) == library(text, truncation=True, max_length=8).input_ids
     assert len(tokenizer.encode(text, 8)) == 8
-    ids, mask = _gemma2.tokenize(tokenizer, [text, "cat", ""], 8, torch.device("cpu"))
+    ids, mask = _gemma2.tokenize(tokenizer, [text, "cat", ""], 8)
     assert ids.shape == mask.shape == (3, 8)
     assert mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [8, 2, 1]

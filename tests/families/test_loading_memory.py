@@ -21,6 +21,7 @@ from sfumato.formats.keymap import KeyMap
 
 SOURCE = Path(__file__).parents[2] / "src"
 WIDTH = 1024
+TEXT_WIDTH = 2048  # the largest weight of a text encoder shall be larger than the noise of the peak, 5 MiB
 HEADS = {"attention_head_dim": 128, "num_attention_heads": WIDTH // 128, "joint_attention_dim": 128}
 BLOCKS = {"num_layers": 2, "num_single_layers": 4}
 
@@ -71,22 +72,22 @@ KINDS = {
     "t5": Kind(
         _t5.build,
         {
-            "vocab_size": 128, "d_model": WIDTH, "d_kv": 64, "d_ff": 2 * WIDTH, "num_layers": 8, "num_heads": 16,
-            "feed_forward_proj": "gated-gelu",
+            "vocab_size": 128, "d_model": TEXT_WIDTH, "d_kv": 64, "d_ff": 2 * TEXT_WIDTH, "num_layers": 5,
+            "num_heads": 16, "feed_forward_proj": "gated-gelu",
         },
         _t5.key_map(),
         "from sfumato.families._flux_files import read_t5; from sfumato.families._t5 import build, spec; "
-        "network = read_t5(source, SimpleNamespace(config={'joint_attention_dim': 1024}), spec)",
+        "network = read_t5(source, SimpleNamespace(config={'joint_attention_dim': 2048}), spec)",
     ),
     "gemma2": Kind(
         _gemma2.build,
         {
-            "vocab_size": 128, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 8,
+            "vocab_size": 128, "hidden_size": TEXT_WIDTH, "intermediate_size": 2 * TEXT_WIDTH, "num_hidden_layers": 5,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256, "query_pre_attn_scalar": 256,
         },
         _gemma2.GEMMA2_FILE_KEYS,
         "from sfumato.families._gemma2 import build, read_gemma2; "
-        "network = read_gemma2(source, 'text.', width=1024)",
+        "network = read_gemma2(source, 'text.', width=2048)",
     ),
 }  # fmt: skip
 PROGRAM = """

@@ -154,8 +154,8 @@ def tokenize_everywhere(tokenizers: tuple[Any, Any, Any], text: str) -> None:
     cpu = torch.device("cpu")
     for caption in (text, strip_weights(parse_weights(text))):
         _clip.tokenize(clip, [caption], cpu, chunks=3)
-        _t5.tokenize(t5, [caption], 64, cpu)
-        _gemma2.tokenize(gemma, [caption], 64, cpu)
+        _t5.tokenize(t5, [caption], 64)
+        _gemma2.tokenize(gemma, [caption], 64)
     pieces = parse_weights(text)
     for weights in (_clip.make_clip_weights(clip, pieces, chunks=3), _t5.make_t5_weights(t5, pieces, 64)):
         assert bool(torch.isfinite(weights).all())

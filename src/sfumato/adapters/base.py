@@ -107,7 +107,8 @@ class AdapterEngine(nn.Module):
     def _add(
         self, adapter: Adapter, name: str, i: int, layer: nn.Module, args: tuple[Tensor], output: Tensor
     ) -> Tensor:
-        self._names_run.add(name)
+        if not torch.compiler.is_compiling():  # a compiled graph with the name in it would serve this layer alone
+            self._names_run.add(name)
         strength = self.multiplier
         if isinstance(strength, Tensor):
             return adapter.add_to(output, args[0], i, strength.repeat_interleave(output.shape[0] // strength.shape[0]))
@@ -148,10 +149,9 @@ class AdapterEngine(nn.Module):
         for name, adapter in self.adapters.items():
             if name in unread:
                 continue
-            if name not in self._names_run:
-                never_run.append(name)
-            elif is_trainable(adapter) and all(parameter.grad is None for parameter in adapter.parameters()):
-                without_gradient.append(name)
+            if not is_trainable(adapter) or any(parameter.grad is not None for parameter in adapter.parameters()):
+                continue
+            (without_gradient if name in self._names_run else never_run).append(name)
         lines = [f"{len(never_run)} adapted layers never ran: {list_some(never_run)}"] if never_run else []
         if without_gradient:
             lines.append(f"{len(without_gradient)} adapters got no gradient: {list_some(without_gradient)}")

@@ -21,9 +21,14 @@ def asks_for_help(argv: Sequence[str]) -> bool:
     return any(word in HELP_FLAGS for word in argv)
 
 
-def training_help(program: str, summary: str, *, absent: Collection[str] = ()) -> str:
-    """The help of a command that takes the vocabulary of training, but for the options in `absent`."""
-    from sfumato.config.option_table import group_options
+def training_help(
+    program: str, summary: str, *, absent: Collection[str] = (), own: Sequence[type[Options]] = ()
+) -> str:
+    """The help of a command that takes the vocabulary of training, but for the options in `absent`.
+
+    own: themes with further options of the command.
+    """
+    from sfumato.config.option_table import group_options, make_option_table
     from sfumato.config.schema import theme_title, vocabulary
 
     options = [option for option in vocabulary().values() if option.name not in absent]
@@ -35,6 +40,9 @@ def training_help(program: str, summary: str, *, absent: Collection[str] = ()) -
         "Switches are turned off again with --no_NAME.",
         "With --plan, everything is checked and shown, and nothing is trained or written.",
     ]
+    for theme in own:
+        table = make_option_table({theme.__name__: theme})
+        lines += format_section(f"Options of `{program}`", table.options.values())
     for theme, group in group_options(option for option in options if not option.facts.planned).items():
         lines += format_section(theme_title(theme), group)
     return "\n".join([*lines, *format_planned(options)]) + "\n"

@@ -1,13 +1,111 @@
-"""`sfumato plan`: what a run will do, before it does it; `sfumato train` and every script do the same with --plan."""
+"""`sfumato plan`: what a run will do, before it does it; with --rehearse also how much memory each stage needs.
+
+`sfumato train` and every script show the plan with --plan.
+"""
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from sfumato.cli.train import run_training
+from pydantic import PlainValidator
+
+from sfumato.cli.exits import run_guarded
+from sfumato.cli.help import asks_for_help, training_help
+from sfumato.cli.train import is_silent, run_plan, write_output_config
+from sfumato.config.base import Metavar, Options, option
+from sfumato.config.command import CommandLine, read_command
+from sfumato.config.environment import read_launch
+from sfumato.config.load import load_command_config
+from sfumato.config.values import FilePath
+
+if TYPE_CHECKING:
+    from sfumato.config import Config
+
+SUMMARY = "Shows what a run will do, before it does it. Every training command does the same with --plan."
+JSON_ALIASES = {"json": "json_file"}
+GIB = 2**30  # bytes; a "24 GB" card has 24 of them
+
+
+def parse_memory(text: Any) -> int:
+    """`24GB`, `24GiB` or `24` -> bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?", str(text), flags=re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise ValueError("is not the memory of a card; write e.g. 24GB")
+    return int(float(match[1]) * GIB)
+
+
+DeviceMemory = Annotated[int, PlainValidator(parse_memory), Metavar("24GB")]
+
+
+class PlanOptions(Options):
+    """Shows what `sfumato train` would do with the same options, without training."""
+
+    rehearse: bool = option(
+        False, "run every stage once without a GPU and without weights, and list the memory that a GPU needs for it"
+    )
+    published: str | None = option(
+        None, "with --rehearse: a published model by name (flux-dev, sdxl, ...) instead of files"
+    )
+    device: DeviceMemory | None = option(None, "with --rehearse: the memory of a card; says which stages fit it")
+    json_file: FilePath | None = option(
+        None, "with --rehearse: write the stages to this JSON file, sizes in bytes (also --json)"
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato plan`."""
-    summary = "Shows what a run will do, before it does it. Every training command does the same with --plan."
-    return run_training(argv, program="sfumato plan", summary=summary, planning=True)
+    if is_silent():
+        return 0
+    if asks_for_help(argv):
+        print(training_help("sfumato plan", SUMMARY, own=(PlanOptions,)), end="")
+        return 0
+    line = read_command(argv, PlanOptions, aliases=JSON_ALIASES)
+    options = line.options(PlanOptions)
+    check_rehearsal_options(options, line)
+    with ExitStack() as stack:
+        defaults: dict[str, Any] = {}
+        if options.published is not None and not line.problems.found:
+            from sfumato.tools.published_run import make_published_options
+
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sfumato-"))
+            defaults = make_published_options(options.published, Path(folder))
+        config = load_command_config(line, defaults=defaults)
+        if write_output_config(config):
+            return 0
+        if not options.rehearse:
+            return run_plan(config)
+        return run_guarded(lambda: rehearse(config, options), debug=config.log.debug)
+
+
+def check_rehearsal_options(options: PlanOptions, line: CommandLine) -> None:
+    """Add a problem for options that only go with --rehearse, and for what a rehearsal cannot be."""
+    problems = line.problems
+    if not options.rehearse:
+        given = {"--published": options.published, "--device": options.device, "--json": options.json_file}
+        for flag in (flag for flag, value in given.items() if value is not None):
+            problems.add(f"{flag} only goes with --rehearse", code="plan-option-without-rehearse", fix="add --rehearse")
+    elif (processes := read_launch().processes) > 1:
+        problems.add(
+            f"--rehearse is for one GPU, and {processes} processes were launched; each GPU of a run holds the same",
+            code="rehearsal-launched",
+            fix="run `sfumato plan --rehearse` without a launcher",
+        )
+    if options.published is not None and line.values.get("output_config"):
+        problems.add(
+            "--output_config would write the paths of a published model, which end with the command",
+            code="published-output-config",
+            fix="remove --output_config",
+        )
+
+
+def rehearse(config: Config, options: PlanOptions) -> None:
+    """The plan and its rehearsal."""
+    from sfumato.tools.plan import show_plan
+    from sfumato.tools.rehearse import show_rehearsal
+
+    show_rehearsal(show_plan(config), memory=options.device, path=options.json_file)

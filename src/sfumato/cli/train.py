@@ -27,18 +27,17 @@ def run_training(
     summary: str,
     defaults: Mapping[str, Any] = EMPTY,
     absent: Mapping[str, str] = EMPTY,
-    planning: bool = False,
 ) -> int:
     """Train with the options of a command line, or show the plan with --plan; gives the exit code.
 
-    planning: show the plan whatever the options say. For the other arguments see `read_run_config`.
+    For the arguments see `read_run_config`.
     """
-    if (planning or PLAN_FLAG in argv) and is_silent():
+    if PLAN_FLAG in argv and is_silent():
         return 0
     config = read_run_config(argv, program=program, summary=summary, defaults=defaults, absent=absent)
     if config is None:
         return 0
-    if planning or config.run.plan:
+    if config.run.plan:
         return run_plan(config)
     if config.dataset.debug_dataset:
         from sfumato.tools.dataset_inspect import show_dataset
@@ -55,7 +54,10 @@ def run_plan(config: Config) -> int:
         return 0
     from sfumato.tools.plan import show_plan
 
-    return run_guarded(lambda: show_plan(config), debug=config.log.debug)
+    def show() -> None:
+        show_plan(config)
+
+    return run_guarded(show, debug=config.log.debug)
 
 
 def is_silent() -> bool:
@@ -86,9 +88,14 @@ def read_run_config(
     from sfumato.config import load_config
 
     config = load_config(argv, defaults=defaults, absent=absent)
-    if config.run.output_config:
-        from sfumato.config.write import write_config
+    return None if write_output_config(config) else config
 
-        print(f"options written to {write_config(config)}")
-        return None
-    return config
+
+def write_output_config(config: Config) -> bool:
+    """Write the options to the file of --output_config; whether that was all there is to do."""
+    if not config.run.output_config:
+        return False
+    from sfumato.config.write import write_config
+
+    print(f"options written to {write_config(config)}")
+    return True

@@ -32,6 +32,8 @@ PLANNED_NETWORK_ARGS = {  # name in --network_args -> what it comes with
 OPTION_ALIASES = {  # old spelling -> option
     "caption_extention": "caption_extension",
     "skip_latents_validity_check": "skip_cache_check",
+    "torch_compile": "compile",
+    "dynamo_backend": "compile_backend",
 }
 
 SCRIPT_ALIASES = {  # name in use elsewhere -> script

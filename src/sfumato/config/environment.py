@@ -10,8 +10,8 @@ from sfumato.config.schema import Config
 
 OFF = ("", "no", "none", "false", "0")
 REASONS = {  # variable -> why it has no effect
-    "ACCELERATE_DYNAMO_BACKEND": "nothing is compiled",
-    "DYNAMO_BACKEND": "nothing is compiled",
+    "ACCELERATE_DYNAMO_BACKEND": "--compile and --compile_backend say what is compiled",
+    "DYNAMO_BACKEND": "--compile and --compile_backend say what is compiled",
     "ACCELERATE_USE_FSDP": "the processes exchange gradients, and each has the whole model",
     "ACCELERATE_USE_DEEPSPEED": "the processes exchange gradients, and each has the whole model",
     "ACCELERATE_USE_MEGATRON_LM": "the processes exchange gradients, and each has the whole model",

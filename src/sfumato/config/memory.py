@@ -8,22 +8,10 @@ from pydantic import BeforeValidator
 
 from sfumato.config.base import Options, option
 
-Backend = Annotated[
-    Literal[
-        "eager",
-        "aot_eager",
-        "inductor",
-        "aot_ts_nvfuser",
-        "nvprims_nvfuser",
-        "cudagraphs",
-        "ofi",
-        "fx2trt",
-        "onnxrt",
-        "tensort",
-        "ipex",
-        "tvm",
-    ],
-    BeforeValidator(lambda value: "inductor" if value == "no" else value),  # of front ends
+Backend = Annotated[str, BeforeValidator(lambda value: "inductor" if value == "no" else value)]  # of front ends
+Dynamic = Annotated[
+    Literal["true", "false", "auto"],
+    BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool | str) else value),
 ]
 TORCH_ATTENTION = "torch's scaled dot product attention is always used and needs no more memory"
 
@@ -67,5 +55,15 @@ class MemoryOptions(Options):
     highvram: bool = option(
         False, "do not empty the device's cache while encoding", no_effect="it is never emptied while encoding"
     )
-    torch_compile: bool = option(False, "compile the model with torch.compile", planned="compiling")
-    dynamo_backend: Backend = option("inductor", "backend of --torch_compile", planned="compiling")
+    compile: bool = option(False, "compile the repeated blocks with torch.compile: faster after the first steps")
+    compile_backend: Backend = option("inductor", "what compiles: inductor, or another backend of torch")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
+        "default", "how hard inductor tries"
+    )
+    compile_dynamic: Dynamic = option(
+        "auto", "whether one compiled graph serves images of all sizes; auto: from the second size on"
+    )
+    compile_fullgraph: bool = option(False, "fail where a block cannot be compiled whole, instead of compiling parts")
+    compile_cache_size_limit: int | None = option(
+        None, "graphs for one class of blocks, after which it is not compiled; default: 8 for each block", ge=1
+    )

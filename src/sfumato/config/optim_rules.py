@@ -26,6 +26,10 @@ SCHEDULES_OF_OPTION = {  # option -> the schedules that read it
     "lr_scheduler_timescale": ("inverse_sqrt",),
     "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
 }
+COMPILE_OPTIONS = (
+    *("compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"),
+    "compile_cache_size_limit",
+)
 EMA_OPTIONS = ("ema_decay", "ema_sigma_rel")
 EVALUATION_OPTIONS = ("sample_prompts", "validation_split", "dataset_config")  # a dataset file can set a split, too
 
@@ -269,6 +273,26 @@ _UNUSED = (
         what="--no_stochastic_rounding",
         reason="trained weights are in float32",
         fix="remove it, or give --full_bf16",
+    ),
+    OptionRule(
+        code="compile-options-without-compile",
+        severity="no effect",
+        options=("compile", *COMPILE_OPTIONS),
+        is_broken=lambda c: not c.memory.compile and c.is_changed(*COMPILE_OPTIONS),
+        what="--compile_backend and the other options of --compile",
+        reason="nothing is compiled",
+        fix="add --compile",
+    ),
+    OptionRule(
+        code="compile-mode-unused",
+        severity="no effect",
+        options=("compile", "compile_backend", "compile_mode"),
+        is_broken=lambda c: (
+            c.memory.compile and c.memory.compile_backend != "inductor" and c.is_changed("compile_mode")
+        ),
+        what="--compile_mode",
+        reason="only the backend inductor has modes",
+        fix="remove it, or --compile_backend",
     ),
 )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families import _flux_keys
+from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._flux_files import Transformer
 from sfumato.families._flux_parts import keep_time_exact
 from sfumato.families.part import PartSpec
@@ -53,6 +54,7 @@ def build(config: Mapping[str, Any]) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # about a name that diffusers itself uses
         network: Any = ChromaTransformer2DModel.from_config(dict(config))
     keep_time_exact(network)
+    keep_attention_dtype(network)
     for name, module in network.named_modules():
         if name.endswith(".attn"):
             module.register_forward_pre_hook(mask_keys_only, with_kwargs=True)

@@ -195,7 +195,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str], device: torch.device, *, c
     rows: list[list[int]] = []
     for ids in tokens.input_ids:
         rows += iterate_chunks(ids, chunks, begin, end, pad)
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows).to(device, non_blocking=True)
 
 
 def make_clip_weights(tokenizer: Any, pieces: WeightedText, *, chunks: int) -> Tensor:

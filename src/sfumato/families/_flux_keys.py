@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sfumato.common.quiet_imports import without_bitsandbytes
+from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._flux_files import Transformer
 from sfumato.families._flux_parts import keep_time_exact
 from sfumato.families.part import DENOISER_NAMES, PartSpec
@@ -150,6 +151,7 @@ def build(config: Mapping[str, Any]) -> Any:
 
     network: Any = FluxTransformer2DModel.from_config(dict(config))
     keep_time_exact(network)
+    keep_attention_dtype(network)
     return network
 
 

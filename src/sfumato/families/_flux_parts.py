@@ -107,7 +107,7 @@ def make_common_inputs(noisy: Tensor, t: Tensor, text: Tensor) -> dict[str, obje
     """The arguments that the transformers of all these models take. text: (B, L, D)."""
     return {
         "hidden_states": pack(noisy),
-        "timestep": t.to(noisy.device) / 1000,
+        "timestep": t.to(noisy.device, non_blocking=True) / 1000,
         "encoder_hidden_states": text.to(noisy.dtype),
         "img_ids": make_image_ids(noisy),
         "txt_ids": noisy.new_zeros(text.shape[1], 3),
@@ -117,8 +117,10 @@ def make_common_inputs(noisy: Tensor, t: Tensor, text: Tensor) -> dict[str, obje
 def make_image_ids(like: Tensor) -> Tensor:
     """(tokens, 3) positions (0, y, x) of the patches of latents (B, C, h, w)."""
     height, width = like.shape[-2] // 2, like.shape[-1] // 2
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).to(like)
+    y, x = torch.meshgrid(
+        torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij"
+    )
+    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).to(like.dtype)
 
 
 def extend_mask(text: Tensor, noisy: Tensor) -> Tensor:

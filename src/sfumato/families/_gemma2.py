@@ -12,7 +12,7 @@ from sfumato.data.batch import Tensors
 from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
 from sfumato.families._file_kinds import GEMMA2_ENCODER, WIDTH_FAULT, check_network_size, option_context, require_kind
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
-from sfumato.families._text_features import cut_to_mask, multiply_by_weights
+from sfumato.families._text_features import cut_to_mask, multiply_by_weights, to_device
 from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
@@ -107,18 +107,16 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return Gemma2Model(Gemma2Config(**{**config, "attn_implementation": "eager"}))
 
 
-def tokenize(
-    tokenizer: GemmaTokenizer, captions: Sequence[str], length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(B, L) ids and (B, L) bool mask of the tokens that are not padding; L: of the longest caption, at most `length`.
+def tokenize(tokenizer: GemmaTokenizer, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """(B, L) ids and (B, L) bool mask of the tokens that are not padding, on the CPU.
 
-    Attention is causal, so padding after the text changes nothing.
+    L: of the longest caption, at most `length`. Attention is causal, so padding after the text changes nothing.
     """
     rows = [torch.tensor(tokenizer.encode(caption, length)) for caption in captions]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
-    return ids.to(device), mask.to(device)
+    return ids, mask
 
 
 def encode_tokens(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -129,8 +127,9 @@ def encode_tokens(encoder: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 def encode_gemma2(encoder: Part, tokenizer: GemmaTokenizer, captions: Sequence[str], length: int) -> list[Tensors]:
     """hidden (L, D) and mask (L,) of each caption, without padding."""
-    ids, mask = tokenize(tokenizer, captions, length, encoder.device)
-    return cut_to_mask(encode_tokens(encoder.module, ids, mask), mask)
+    ids, mask = tokenize(tokenizer, captions, length)
+    hidden = encode_tokens(encoder.module, *to_device(encoder.device, ids, mask))
+    return cut_to_mask(hidden, mask)
 
 
 def apply_prompt_weights(tokenizer: GemmaTokenizer, features: Tensors, pieces: WeightedText, length: int) -> Tensors:

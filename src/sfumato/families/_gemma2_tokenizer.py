@@ -157,10 +157,11 @@ def _make_tokenizer(
     return GemmaTokenizer(tokenize=tokenize, size=size, begin_id=begin, pad_id=pad)
 
 
-def write_toy_gemma_tokenizer(folder: Path, words: Iterable[str]) -> int:
+def write_toy_gemma_tokenizer(folder: Path, words: Iterable[str], *, size: int = 0) -> int:
     """Write a small Gemma tokenizer in which each of `words`, with a space before it or not, is one token.
 
-    Everything else is encoded by letters and bytes. Returns the vocabulary's size.
+    Everything else is encoded by letters and bytes. size: of the vocabulary, where that should be larger than the words
+    need; unused tokens fill it. Returns the vocabulary's size.
     """
     from transformers import GemmaTokenizer as Library
 
@@ -173,7 +174,7 @@ def write_toy_gemma_tokenizer(folder: Path, words: Iterable[str]) -> int:
     specials = (_PAD, _END, _BEGIN, _UNKNOWN, _MASK)
     letters = (_SPACE, *(chr(code) for code in range(ord("!"), ord("~") + 1)))
     pieces = (*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *map("".join, merges))
-    ids = {token: i for i, token in enumerate(pieces)}
+    ids = {token: i for i, token in enumerate((*pieces, *(f"<unused{i}>" for i in range(size - len(pieces)))))}
     folder.mkdir(parents=True, exist_ok=True)
     Library(vocab=ids, merges=merges, add_bos_token=True).save_pretrained(folder)  # type: ignore[arg-type]
     return len(ids)

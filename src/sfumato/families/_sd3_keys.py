@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sfumato.common.quiet_imports import without_bitsandbytes
+from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._sd3_patches import SD3PatchEmbed
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields
@@ -174,4 +175,5 @@ def build(config: Mapping[str, Any]) -> Any:
     network: Any = SD3Transformer2DModel.from_config({**config, "pos_embed_max_size": 1})
     network.register_to_config(pos_embed_max_size=config["pos_embed_max_size"])
     network.pos_embed = SD3PatchEmbed(network.pos_embed.proj, size=config["pos_embed_max_size"])
+    keep_attention_dtype(network)
     return network

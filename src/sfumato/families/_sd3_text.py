@@ -175,7 +175,8 @@ def encode_clip(part: Part, tokenizer: Any, captions: Sequence[str], *, masked: 
     Attention is causal, so no token sees the padding after the end token.
     """
     end, encoder = tokenizer.eos_token_id, part.module
-    ids = _clip.tokenize(tokenizer, captions, part.device)
+    on_cpu = _clip.tokenize(tokenizer, captions, torch.device("cpu"))
+    ids = on_cpu.to(part.device, non_blocking=True)
     if "text_projection" in dict(encoder.named_children()):
         hidden, pooled = _open_clip.encode_hidden_and_pooled(encoder, ids, end, layer=_clip.PENULTIMATE)
     else:
@@ -183,8 +184,8 @@ def encode_clip(part: Part, tokenizer: Any, captions: Sequence[str], *, masked: 
         pooled = _clip.take_at_end(last, ids, end)
     rows: list[Tensors] = [{"hidden": row} for row in hidden]
     if masked:
-        ends = (ids == end).int().argmax(dim=1)
-        rows = cut_to_mask(hidden, torch.arange(ids.shape[1], device=ids.device) <= ends[:, None])
+        ends = (on_cpu == end).int().argmax(dim=1)
+        rows = cut_to_mask(hidden, torch.arange(on_cpu.shape[1]) <= ends[:, None])
     return [{"pooled": vector, **row} for vector, row in zip(pooled, rows, strict=True)]
 
 

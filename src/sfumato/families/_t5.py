@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sfumato.data.batch import Tensors
 from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
 from sfumato.families._file_kinds import T5_ENCODER, require_kind
-from sfumato.families._text_features import cut_to_mask, multiply_by_weights
+from sfumato.families._text_features import cut_to_mask, multiply_by_weights, to_device
 from sfumato.families.part import Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule
@@ -96,8 +96,9 @@ def encode_tokens(encoder: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 def encode_t5(encoder: Part, tokenizer: Any, captions: Sequence[str], length: int, *, masked: bool) -> list[Tensors]:
     """hidden (length, D) of each caption; masked: attention does not see padding, which is cut, and a mask is added."""
-    ids, mask = tokenize(tokenizer, captions, length, encoder.device)
-    hidden = encode_tokens(encoder.module, ids, mask if masked else None)
+    ids, mask = tokenize(tokenizer, captions, length)
+    on_device = to_device(encoder.device, ids, mask)
+    hidden = encode_tokens(encoder.module, on_device[0], on_device[1] if masked else None)
     return cut_to_mask(hidden, mask) if masked else [{"hidden": row} for row in hidden]
 
 
@@ -114,7 +115,7 @@ def make_t5_weights(tokenizer: Any, pieces: WeightedText, length: int) -> Tensor
     return torch.tensor(weights + [1.0] * (length - len(weights)))
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, L) ids and (B, L) bool mask of the tokens that are not padding."""
+def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+    """(B, L) ids and (B, L) bool mask of the tokens that are not padding, on the CPU."""
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return tokens.input_ids.to(device), tokens.attention_mask.bool().to(device)
+    return tokens.input_ids, tokens.attention_mask.bool()

@@ -184,8 +184,8 @@ def choose_dtype(dtype: torch.dtype, *, no_half: bool = False) -> torch.dtype:
 def encode(vae: Part, latents: LatentSpec, pixels: Tensor, noise: Tensor) -> Tensor:
     """Posterior sample mean + std * noise, then (z - shift) * scale: (B, 3, H, W) -> (B, C, h, w)."""
     network: Any = vae.module
-    posterior = network.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    z = posterior.mean + posterior.std * noise.to(posterior.mean)
+    posterior = network.encode(pixels.to(vae.device, vae.dtype, non_blocking=True)).latent_dist
+    z = posterior.mean + posterior.std * noise.to(posterior.mean, non_blocking=True)
     return (z - latents.shift) * latents.scale
 
 

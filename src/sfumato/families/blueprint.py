@@ -11,6 +11,7 @@ import torch
 from sfumato.diffusion.objective import LatentSpec, Objective
 from sfumato.families.part import Network
 from sfumato.families.source import Source
+from sfumato.formats.checkpoint import HeaderFile
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"  # a value of modelspec.implementation
@@ -90,3 +91,14 @@ class Blueprint:
         """A copy that loads some networks in a dtype of their own."""
         changed = {name: replace(self.networks[name], dtype=dtype) for name in parts}
         return replace(self, networks={**self.networks, **changed})
+
+    def without_weights(self) -> Blueprint:
+        """A copy whose networks are allocated and never read, for rehearsals."""
+        files: dict[int, HeaderFile] = {}  # by identity: networks in one file go on sharing it
+        networks: dict[str, Network] = {}
+        for name, network in self.networks.items():
+            file = network.weights.file
+            empty = files.setdefault(id(file), HeaderFile(file.header))
+            networks[name] = replace(network, weights=replace(network.weights, file=empty))
+        own = None if self.source.is_folder else files.get(id(self.source.file))
+        return replace(self, source=replace(self.source, opened=own), networks=networks)

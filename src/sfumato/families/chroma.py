@@ -14,7 +14,7 @@ from sfumato.data.prompt_weighting import WeightedText
 from sfumato.errors import Problems
 from sfumato.families import _chroma_keys, _flux_files, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
-from sfumato.families._text_features import cut_to_mask
+from sfumato.families._text_features import cut_to_mask, to_device
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import Builder, PartSpec
@@ -88,10 +88,10 @@ class Chroma(Family):
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         """The caption's tokens and one of padding, with which the model was trained."""
         encoder = self.parts[part]
-        ids, mask = _t5.tokenize(self.tokenizer, captions, self.t5_length, encoder.device)
-        hidden = _t5.encode_tokens(encoder.module, ids, mask)
+        ids, mask = _t5.tokenize(self.tokenizer, captions, self.t5_length)
+        hidden = _t5.encode_tokens(encoder.module, *to_device(encoder.device, ids, mask))
         lengths = mask.sum(1, keepdim=True)
-        return cut_to_mask(hidden, torch.arange(mask.shape[1], device=mask.device) <= lengths)
+        return cut_to_mask(hidden, torch.arange(mask.shape[1]) <= lengths)
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
         return _t5.apply_prompt_weights(self.tokenizer, features, pieces)

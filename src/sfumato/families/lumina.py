@@ -142,7 +142,7 @@ class Lumina(Family):
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         return {
             "hidden_states": noisy,
-            "timestep": 1 - t.to(noisy.device) / 1000,
+            "timestep": 1 - t.to(noisy.device, non_blocking=True) / 1000,
             "encoder_hidden_states": conditioning["encoder_hidden_states"].to(noisy.dtype),
             "encoder_attention_mask": conditioning["encoder_attention_mask"],
         }

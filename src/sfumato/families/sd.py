@@ -163,7 +163,8 @@ class StableDiffusion(Family):
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         dtype = self.parts["denoiser"].dtype
         text = conditioning["encoder_hidden_states"].to(dtype)
-        return {"sample": noisy.to(dtype), "timestep": t.to(noisy.device), "encoder_hidden_states": text}
+        time = t.to(noisy.device, non_blocking=True)
+        return {"sample": noisy.to(dtype), "timestep": time, "encoder_hidden_states": text}
 
 
 def is_version_2(source: Source) -> bool:

@@ -170,7 +170,7 @@ class StableDiffusion3(Family):
 
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         text = {name: tensor.to(noisy.dtype) for name, tensor in conditioning.items()}
-        return {"hidden_states": noisy, "timestep": t.to(noisy.device), **text}
+        return {"hidden_states": noisy, "timestep": t.to(noisy.device, non_blocking=True), **text}
 
 
 def make_sd3_grid(shift: float) -> TimestepGrid:

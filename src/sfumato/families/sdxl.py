@@ -175,7 +175,9 @@ class StableDiffusionXL(Family):
         return {
             "encoder_hidden_states": text,
             "text_embeds": features["clip_g"]["pooled"],
-            "time_ids": time_ids.to(text.device, torch.float32),  # bfloat16 rounds to multiples of 4 here
+            "time_ids": time_ids.to(
+                text.device, torch.float32, non_blocking=True
+            ),  # bfloat16 rounds to multiples of 4 here
         }
 
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
@@ -183,7 +185,7 @@ class StableDiffusionXL(Family):
         added = {"text_embeds": conditioning["text_embeds"].to(weight.dtype), "time_ids": conditioning["time_ids"]}
         return {
             "sample": noisy.to(weight.dtype),
-            "timestep": t.to(noisy.device),
+            "timestep": t.to(noisy.device, non_blocking=True),
             "encoder_hidden_states": conditioning["encoder_hidden_states"].to(weight.dtype),
             "added_cond_kwargs": added,
         }

@@ -42,6 +42,7 @@ class Source:
 
     path: Path
     hub_name: str = ""  # owner/name where the folder is in the hub's cache
+    opened: Checkpoint | None = None  # what stands for the single file, where that is not read
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Source:
     @cached_property
     def file(self) -> Checkpoint:
         """The single file. Raises UserError where it is missing or damaged."""
-        return open_checkpoint(self.path)
+        return self.opened or open_checkpoint(self.path)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

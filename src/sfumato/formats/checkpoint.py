@@ -21,7 +21,7 @@ from torch import Tensor
 from sfumato.common.files import open_file, open_unbuffered, refuse_special_file
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
-from sfumato.formats.header import DOWNLOAD_AGAIN, TensorHeader, TensorInfo, merge_headers, read_header
+from sfumato.formats.header import DOWNLOAD_AGAIN, HEADER_ONLY, TensorHeader, TensorInfo, merge_headers, read_header
 from sfumato.formats.safe_pickle import LEGACY_SIGNATURE, ZIP_SIGNATURE, find_state_dict, load_pickle
 from sfumato.formats.scaled import ScaledFile, has_scales
 from sfumato.formats.shards import find_shard_files, is_sharded, read_sharded_headers
@@ -93,6 +93,12 @@ class TensorFile:
         stored = _get_torch_dtype(self.header.path, name, info)
         final = resolve_dtype(stored, dtype)
         path = self._path_of[name]
+        if HEADER_ONLY in self.header.metadata:
+            raise UserError(
+                f"{path} says which tensors a model has, but holds none of them",
+                code="tensor-file-header-only",
+                fix="give the model's own file; this one serves `sfumato plan` alone",
+            )
         widens_on_device = torch.device(device).type != "cpu" and stored.itemsize < final.itemsize
         tensor = torch.empty(info.shape, dtype=stored if widens_on_device else final)
         flat = tensor.reshape(-1)
@@ -206,7 +212,36 @@ class PickledFile:
         self.close()
 
 
-Checkpoint = TensorFile | PickledFile | ScaledFile
+class HeaderFile:
+    """A checkpoint of which the header alone is used: tensors are allocated and never read, for rehearsals."""
+
+    def __init__(self, header: TensorHeader) -> None:
+        self.header = header
+
+    def keys(self) -> KeysView[str]:
+        return self.header.tensors.keys()
+
+    def paths(self) -> list[Path]:
+        """None: there is nothing to read."""
+        return []
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Like TensorFile.read, but the tensor's values are whatever was in memory."""
+        info = _get_info(self.header, name)
+        stored = _get_torch_dtype(self.header.path, name, info)
+        return torch.empty(info.shape, dtype=resolve_dtype(stored, dtype), device=device)
+
+    def close(self) -> None:
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+Checkpoint = TensorFile | PickledFile | ScaledFile | HeaderFile
 
 
 def _get_info(header: TensorHeader, name: str) -> TensorInfo:

@@ -21,7 +21,7 @@ from torch import Tensor
 from sfumato.common import files
 from sfumato.errors import InternalError, UserError
 from sfumato.formats.checkpoint import CHUNK_NUMEL, DTYPE_NAMES, MAX_IO_BYTES, resolve_dtype, view_bytes
-from sfumato.formats.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorInfo, read_header
+from sfumato.formats.header import DTYPE_BITS, HEADER_ONLY, MAX_HEADER_BYTES, TensorInfo, read_header
 
 DTYPE_ORDER = {name: rank for rank, name in enumerate(DTYPE_BITS)}
 TRANSFER_BYTES = 16 << 20  # copied from a device at a time
@@ -65,6 +65,13 @@ def write_stream(
         written = read_header(temporary)
         assert written.tensors == infos, f"{path}: the written tensors differ from those given"
         assert written.metadata == dict(metadata or {}), f"{path}: the written metadata differs from that given"
+
+
+def write_header_only(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+    """A file that says which tensors a model has and holds none of them; reading one from it is a UserError."""
+    head, _ = build_header(specs, {HEADER_ONLY: "true"})
+    with catch_disk_full(path), files.write_atomically(path) as temporary:
+        temporary.write_bytes(head)
 
 
 @contextmanager

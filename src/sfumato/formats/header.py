@@ -36,6 +36,7 @@ FILE_FIXES = {  # for the kinds that another download does not help
     "an old pickled checkpoint (.ckpt, .pt)": RENAME_TO_CKPT,
     "a GGUF file": "give the model as a safetensors file; those in fp8 are small, too",
 }
+HEADER_ONLY = "sfumato.header_only"  # metadata of a file that has this header and no tensors
 
 
 def read_header(path: Path | str) -> TensorHeader:
@@ -61,7 +62,7 @@ def read_header(path: Path | str) -> TensorHeader:
         raise _truncation_error(path, 8 + length, size)
     entries, metadata = _parse_json(path, text)
     header = TensorHeader(path=path, tensors=_parse_entries(path, entries, 8 + length), metadata=metadata)
-    expected = header.find_data_end(8 + length)
+    expected = size if HEADER_ONLY in metadata else header.find_data_end(8 + length)
     if expected > size:
         raise _truncation_error(path, expected, size)
     if expected < size:

@@ -1,1 +1,1 @@
-"""Saving memory: gradient checkpointing and the allocator of main memory."""
+"""Saving memory and time: gradient checkpointing, compiling, and the allocator of main memory."""

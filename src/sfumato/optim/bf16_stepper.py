@@ -108,7 +108,7 @@ class Bf16Stepper:
         if not self.stochastic:
             return values
         if values.device not in self.generators:
-            self.generators[values.device] = Generator(values.device)
+            self.generators[values.device] = torch.Generator(values.device)
         seed = seed_of(self.seed, "rounding", step, number)
         return stochastic_round(values, self.generators[values.device].manual_seed(seed))
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from sfumato.common.registry import Registry, bind_arguments
 from sfumato.config import OptimOptions
@@ -21,7 +22,6 @@ from sfumato.optim.classes import find_class, required_arguments
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
-FUSED_DEVICES = {"cuda", "cpu", "mps"}
 NESTEROV = {"momentum": 0.9, "nesterov": True}
 
 
@@ -145,7 +145,7 @@ def make_optimizer(optim: OptimOptions, groups: Sequence[ParameterGroup]) -> Opt
         devices: set[str] = set()
         for group in groups:
             devices.update(parameter.device.type for parameter in group.parameters)
-        arguments.setdefault("fused", devices <= FUSED_DEVICES)
+        arguments.setdefault("fused", devices <= set(_get_fused_kernels_supported_devices()))
     return construct_optimizer(choice, param_groups(choice, groups, lrs), arguments)
 
 

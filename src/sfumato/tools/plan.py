@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from sfumato.config import Config
 from sfumato.config.environment import read_launch
 from sfumato.config.listing import option_lines
-from sfumato.plan import make_run_plan, with_seed
+from sfumato.plan import RunPlan, make_run_plan, with_seed
 from sfumato.training.plan_report import draw_timesteps, plan_lines, resume_lines
 
 
-def show_plan(config: Config) -> None:
+def show_plan(config: Config) -> RunPlan:
     """Print everything; the options come before torch is imported. Raises what `train` would refuse.
 
     Writes nothing but the chart of --plot_timesteps. A model named on the hub is downloaded: its headers are needed.
@@ -21,6 +21,7 @@ def show_plan(config: Config) -> None:
     plan = make_run_plan(config, processes=read_launch().processes, remember=False)
     print_lines((*plan_lines(plan), *resume_lines(plan)))
     draw_timesteps(plan)
+    return plan
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -55,7 +55,8 @@ def sum_over_processes(parameters: Sequence[nn.Parameter], loss: Tensor, flags: 
     """
     has_gradient = [p.grad is not None for p in parameters]
     wide = torch.promote_types(parameters[0].dtype, torch.float32)  # in which sums are made
-    facts = torch.cat([loss.flatten(), loss.new_tensor([*flags, *has_gradient])]).to(wide)
+    own = torch.tensor([*flags, *has_gradient], dtype=loss.dtype).to(loss.device, non_blocking=True)
+    facts = torch.cat([loss.flatten(), own]).to(wide)
     summed = facts
     for bucket in split_into_buckets(parameters):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]

@@ -28,7 +28,8 @@ def diagnose_nonfinite(run: Run, step: Step) -> str:
     gradients = list_nonfinite_gradients(networks)
     run.optimizer.zero_grad(set_to_none=True)
     facts = [f"{name_images(run, step)} at t = {name_timesteps(run, step)}"]
-    with record_nonfinite_outputs(networks) as modules, torch.no_grad():
+    uncompiled = torch.compiler.set_stance("force_eager")  # hooks on every module would be compiled, too
+    with record_nonfinite_outputs(networks) as modules, torch.no_grad(), uncompiled:
         for micro_step, batch in enumerate(step.batches):
             run.context.randomness.seed_modules(step.index, micro_step, run.processes.process_index)
             with run.autocast():

@@ -14,9 +14,11 @@ def fingerprint_part(model: Family, part: str, store: Store) -> str:
     """A hash of a network's weights as they are loaded and of every change that is made to them.
 
     The same for the same weights in another file or layout. The weights are read where the store does not know the
-    hash yet, or knows it of other sizes and times of the files.
+    hash yet, or knows it of other sizes and times of the files. A network without files has a name of its own.
     """
     network = model.parts[part]
+    if not network.network.weights.file.paths():
+        return combine_facts(part, *describe_weights(model, network))
     key = make_key("network", *describe_weights(model, network))
     stored = store.get(key)
     if stored is None:

@@ -13,7 +13,7 @@ from sfumato.diffusion.uncertainty import Uncertainty
 from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders
 from sfumato.loss import LossContext
-from sfumato.memory.checkpointing import checkpoint_blocks
+from sfumato.memory.blocks import wrap_blocks
 from sfumato.memory.host import keep_freed_memory
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.optim.bf16_stepper import keep_in_bfloat16
@@ -55,9 +55,8 @@ def load_networks(plan: RunPlan, model: Family, *, cached: Collection[str]) -> S
     groups = plan.method.prepare(model)
     if config.memory.full_bf16:
         keep_in_bfloat16(groups)
-    if config.memory.gradient_checkpointing:
-        for part in needed:
-            checkpoint_blocks(part.module, part.spec.blocks)
+    for part in needed:
+        wrap_blocks(part.module, part.spec.blocks, config.memory)
     return groups
 
 

@@ -97,12 +97,14 @@ def measure_validation_loss(run: Run, times: list[int]) -> list[float] | None:
         flags = Flags(stop=run.interrupt.requested)
     finally:  # the other processes wait for this one, also where it has failed
         run.interrupt.failure_shared = flags.failed
-        summed = torch.cat([table.flatten(), table.new_tensor(flags)])
+        on_device = torch.tensor(flags, dtype=table.dtype).to(table.device, non_blocking=True)
+        summed = torch.cat([table.flatten(), on_device])
         if run.processes.num_processes > 1:
             sum_tensor(summed)
+    summed = summed.cpu()  # one wait for all
     losses, flags = summed[: -len(flags)].view_as(table), read_flags(summed[-len(flags) :])
     run.interrupt.shared |= flags.stop
-    return None if flags.stop else (losses.cpu().double().sum(0) / sampler.num_samples).tolist()
+    return None if flags.stop else (losses.double().sum(0) / sampler.num_samples).tolist()
 
 
 def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
@@ -114,14 +116,15 @@ def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
         if run.interrupt.requested:
             return
         (batch,) = step.batches
-        x0, real = load_latents(run, batch, loader), batch.weight > 0
+        x0, positions = load_latents(run, batch, loader), batch.weight.nonzero().flatten()
+        real, rows = (index.to(run.device, non_blocking=True) for index in (positions, batch.ids[positions]))
         for column, t in enumerate(times):
             noise = randomness.per_sample(
                 f"validation noise {column}", batch.ids, lambda draw, i, x0=x0: run.context.recipe.noise(draw, x0[i])
-            ).to(x0)
+            ).to(x0, non_blocking=True)
             with run.autocast():
                 losses = sample_losses(run.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
-            table[batch.ids[real].to(run.device), column] = losses[real.to(run.device)].to(table)
+            table[rows, column] = losses[real].to(table)
 
 
 def report_validation_loss(run: Run, step: int, loss: float, by_level: dict[int, float]) -> None:

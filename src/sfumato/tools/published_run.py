@@ -1,0 +1,39 @@
+"""The options of a run on a published model whose files nobody needs to have: headers, a blank image, a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sfumato.common import files
+from sfumato.families.published import read_published, write_published
+
+CAPTION = "a photo"
+BLANK_SIZE = 2048  # pixels of a side; larger than any resolution, so that nothing is enlarged
+REPEATS = 1000  # of the image, so that any batch is full
+
+
+def make_published_options(name: str, folder: Path) -> dict[str, Any]:
+    """Write what the run needs into `folder`; gives option -> value, for whatever the user does not give.
+
+    Raises UserError for an unknown name.
+    """
+    content = read_published(name)
+    images = folder / "images" / f"{REPEATS}_blank"
+    images.mkdir(parents=True)
+    Image.new("RGB", (BLANK_SIZE, BLANK_SIZE)).save(images / "blank.png")
+    files.write_text(images / "blank.txt", CAPTION)
+    resolution = content["resolution"]
+    return {
+        "pretrained_model_name_or_path": str(write_published(name, folder / "model")),
+        "train_data_dir": images.parent,
+        "caption_extension": ".txt",
+        "output_dir": folder / "output",
+        "cache_dir": folder / "cache",
+        "resolution": (resolution, resolution),
+        "learning_rate": 1e-4,
+        "seed": 0,
+        **content.get("options", {}),
+    }

@@ -1,0 +1,129 @@
+"""`sfumato plan --rehearse`: a run's stages on the rehearsal device, each with what is resident and its peak memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sfumato.common import files
+from sfumato.config import Config
+from sfumato.config.prompts import read_prompts
+from sfumato.diffusion.timesteps import timestep_quantiles
+from sfumato.formats.checkpoint import SAVE_DTYPES
+from sfumato.memory.rehearsal.device import rehearsal_device
+from sfumato.plan import RunPlan
+from sfumato.sample import generate_batch, make_request
+from sfumato.tools.rehearsal_data import keep_largest_batch
+from sfumato.tools.rehearsal_run import make_rehearsal_run
+from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder, describe_stages, format_stages
+from sfumato.train import train_step
+from sfumato.training.evaluation import eval_mode
+from sfumato.training.run import Run
+from sfumato.training.validation import measure_validation_loss
+
+IN_MEMORY = {
+    "cache_latents_to_disk": "cache_latents",
+    "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
+}
+ALLOWANCE = int(1.2e9)  # bytes; assumed, not yet measured on a card
+LARGEST_SAVE = 4e9  # bytes of a file that is written to rehearse its save
+
+
+def rehearse_plan(plan: RunPlan) -> list[Stage]:
+    """Every stage at the batch that needs most memory, with networks whose weights are not read.
+
+    Writes nothing but a temporary file. Raises what the run would raise on a GPU, above all RuntimeError where tensors
+    are on two devices and UnknownValueError where a shape depends on the device's values.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="sfumato-") as folder,
+        rehearsal_device() as rehearsal,
+        StageRecorder(rehearsal).watch_loading() as recorder,
+    ):
+        plan = replace(
+            plan,
+            config=change_for_rehearsal(plan.config, cache_dir=Path(folder)),
+            data=keep_largest_batch(plan.data),
+            blueprint=plan.blueprint.without_weights(),
+        )
+        run = make_rehearsal_run(plan, recorder)
+        make_optimizer_state(run)
+        with recorder.stage(STEP):
+            train_step(run, next(run.loader.steps()))
+        if plan.config.samples.sample_prompts is not None:
+            with recorder.stage("preview"):
+                rehearse_preview(run, plan.config.samples.sample_prompts)
+        if run.validation_loader is not None:
+            with recorder.stage("validation"), eval_mode(run):
+                measure_validation_loss(run, timestep_quantiles(plan.config.noise, 1))
+        dtype = SAVE_DTYPES[plan.config.save.save_precision]
+        if plan.method.output_bytes(plan.blueprint, dtype) <= LARGEST_SAVE:
+            with recorder.stage("save"):
+                plan.method.write(run.model, Path(folder) / "rehearsal.safetensors", {}, dtype)
+        return recorder.stages
+
+
+def change_for_rehearsal(config: Config, *, cache_dir: Path) -> Config:
+    """The same caches, but nothing is found in the user's own and nothing written there; nothing is compiled."""
+    on_disk = {option: kind for option, kind in IN_MEMORY.items() if config.value(option)}
+    caches = {**dict.fromkeys(on_disk, False), **dict.fromkeys(on_disk.values(), True)}
+    return config.with_values({**caches, "cache_dir": cache_dir, "compile": False})
+
+
+def make_optimizer_state(run: Run) -> None:
+    """Let the optimizer make its state, which from the second step on is there during forward and backward."""
+    for parameter in run.all_parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    run.scaler.scale(torch.zeros((), device=run.device))  # makes its state, too
+    run.take_optimizer_step(0)
+    run.scaler.update()
+
+
+def rehearse_preview(run: Run, prompts: Path) -> None:
+    """The largest image of the prompts: one denoising step, and its decoding."""
+    samples = run.config.samples
+    requests = [
+        make_request(prompt, run.model, sampler=samples.sample_sampler, seed=0, weighted=samples.prompt_weighting)
+        for prompt in read_prompts(prompts)
+    ]
+    largest = max(requests, key=lambda request: request.width * request.height)
+    count = min(len(requests), samples.sample_batch_size or 1)
+    with eval_mode(run), run.autocast():
+        generate_batch(run.model, run.method, [replace(largest, steps=1)] * count, run.context.text)
+
+
+def show_rehearsal(plan: RunPlan, *, memory: int | None, path: Path | None) -> None:
+    """Print the table; memory: of a card, in bytes. path: of a JSON file with the same."""
+    started = time.process_time()
+    stages = rehearse_plan(plan)
+    print("\n".join(format_stages(stages)))
+    if plan.config.memory.compile:
+        print("rehearsed without --compile: what it compiles needs a GPU; memory is that of blocks as they are")
+    if all(stage.name != "save" for stage in stages):
+        print(f"the save was not rehearsed, since it would write a file of more than {LARGEST_SAVE / GB:.0f} GB")
+    print(f"rehearsed in {time.process_time() - started:.0f} s of one processor")
+    if memory is not None:
+        print("\n".join(describe_fit(stages, memory)))
+    if path is not None:
+        files.write_text(path, json.dumps({"stages": describe_stages(stages)}, indent=2) + "\n")
+
+
+def describe_fit(stages: Sequence[Stage], memory: int) -> Iterator[str]:
+    """Which stages fit a card with this many bytes."""
+    available = memory - ALLOWANCE
+    over = [stage for stage in stages if stage.peak > available]
+    yield (
+        f"of {memory / GB:.2f} GB on the card, {ALLOWANCE / GB:.2f} GB are set aside for CUDA itself, workspaces and "
+        "fragmentation, which no rehearsal sees"
+    )
+    for stage in over:
+        excess = (stage.peak - available) / GB
+        yield f"does not fit: {stage.name} needs {stage.peak / GB:.2f} GB, {excess:.2f} GB too much"
+    if not over:
+        yield f"every stage fits, {(available - max(stage.peak for stage in stages)) / GB:.2f} GB remain"
