@@ -9,6 +9,7 @@ import struct
 import zlib
 
 import pytest
+from PIL import Image
 import torch
 
 from sfumato.cli.main import main
@@ -19,7 +20,7 @@ from sfumato.track.progress import Progress
 from sfumato.track.report import Report, read_earlier, rebuild_report
 from sfumato.track.report_facts import EMPTY_DESCRIPTION, WarningCollector, read_description, stop_collecting
 from sfumato.track.report_page import render_page
-from sfumato.track.report_samples import MAX_CHARACTERS
+from sfumato.track.report_samples import MAX_CHARACTERS, make_thumbnail
 from track.report_pages import (
     NO_SAMPLES,
     PageParser,
@@ -179,13 +180,17 @@ def test_after_any_error_the_next_update_is_tried(tmp_path, warnings, monkeypatc
     assert "writing the report" in line
 
 
-def test_a_huge_image_among_the_samples_is_skipped(tmp_path):
-    """Its header says 60000 x 60000 pixels, which Pillow refuses to open."""
+@pytest.mark.parametrize("side", [60_000, 12_000])
+def test_a_huge_image_among_the_samples_is_skipped(tmp_path, side):
+    """The larger one Pillow refuses to open; of the smaller one no pixel is read, half a gigabyte."""
     report = open_report(tmp_path)
     (tmp_path / "sample").mkdir()
-    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     content = bomb + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
-    (tmp_path / "sample" / "cat_000001_00_99990101000000.png").write_bytes(content)
+    path = tmp_path / "sample" / "cat_000001_00_99990101000000.png"
+    path.write_bytes(content)
+    with pytest.raises((ValueError, Image.DecompressionBombError), match="pixels"):
+        make_thumbnail(path)
     report.advance(1, 1.0)
     report.close(None, total=1)
     assert "finished" in read_page(tmp_path).text

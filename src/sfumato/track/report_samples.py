@@ -16,6 +16,7 @@ from sfumato.common.files import open_file
 
 MAX_SIDE = 208  # pixels of a thumbnail's longer side
 QUALITY = 80
+MAX_SOURCE_PIXELS = 1 << 26  # of a sample; a damaged file claims anything
 MAX_GRID_STEPS, MAX_GRID_PROMPTS = 12, 12
 MAX_CHARACTERS = 3_000_000  # characters of all thumbnails together
 
@@ -128,7 +129,10 @@ def select_evenly(steps: Sequence[int], count: int) -> list[int]:
 
 
 def make_thumbnail(path: Path) -> Thumbnail:
+    """Raises what Pillow raises for a file that is no PNG, and ValueError for one of more pixels than samples have."""
     with open_file(path) as file, Image.open(file, formats=("PNG",)) as image:
+        if image.width * image.height > MAX_SOURCE_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels")
         texts = {key: value for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
         small = image.convert("RGB")
     small.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
