@@ -9,8 +9,8 @@ import struct
 import zlib
 
 import pytest
-from PIL import Image
 import torch
+from PIL import Image
 
 from sfumato.cli.main import main
 from sfumato.errors import UserError
