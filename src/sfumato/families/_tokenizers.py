@@ -257,7 +257,8 @@ def _check_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
     letters = _list_byte_letters()
     single = {*letters, *(letter + WORD_END for letter in letters)}
     merged = {first + second for first, second in vocabulary.merges if isinstance(first, str)}
-    missing = [token for token in vocabulary.ids if token not in merged | single and not token.startswith("<")]
+    reachable = merged | single
+    missing = [token for token in vocabulary.ids if token not in reachable and not token.startswith("<")]
     unknown = sorted(merged - vocabulary.ids.keys())
     if missing or unknown:
         what = f"merges of {len(missing)} tokens" if missing else f"tokens of {len(unknown)} merges"
