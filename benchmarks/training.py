@@ -142,11 +142,12 @@ def run_child(argv: list[str]) -> None:
     from sfumato.config import load_config
 
     config = load_config(argv[1:])
+    from sfumato.parallel.start import start_parallel
     from sfumato.train import train_step
     from sfumato.training.setup_run import build_run
 
     imported = time.time()
-    run = build_run(config)
+    run = build_run(config, start_parallel())
     assert run is not None
     prepared = time.time()
     times = []

@@ -22,7 +22,7 @@ LAYERS = (
     ("formats",),
     ("adapters", "families"),
     ("optim",),
-    ("memory", "methods", "track"),
+    ("memory", "methods", "parallel", "track"),
     ("sample",),
     ("loss",),
     ("plan",),
@@ -177,6 +177,16 @@ def prints(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
             yield f"{node.lineno}: print()"
+
+
+def talks_to_processes(tree: ast.Module) -> Iterator[str]:
+    """Imports and uses of torch.distributed, by whatever name, and of accelerate's state of processes."""
+    for line, module in imports(tree, "sfumato"):
+        if module.startswith("torch.distributed") or module in ("accelerate.PartialState", "accelerate.Accelerator"):
+            yield f"{line}: imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            yield f"{node.lineno}: uses torch.distributed"
 
 
 def stubs(tree: ast.Module) -> Iterator[str]:

@@ -26,6 +26,7 @@ from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders
 from sfumato.loss import LossContext, training_loss
 from sfumato.methods import make_method
+from sfumato.parallel.single import Single
 from sfumato.training.validation import measure_validation_loss
 
 
@@ -158,8 +159,7 @@ def test_validation_has_the_loss_of_diffusers_own_modules(case: str, toy_shelf: 
     sampler = ValidationSampler(plan, seed=5)
     sampler.num_ids, sampler.num_samples = 12, 1
     run: Any = SimpleNamespace(
-        context=context, device=context.device, autocast=nullcontext, processes=SimpleNamespace(num_processes=1),
-        interrupt=SimpleNamespace(requested=False, shared=False, failure_shared=False),
+        context=context, device=context.device, autocast=nullcontext, parallel=Single(context.device), given_up=set(),
         validation_loader=SimpleNamespace(sampler=sampler, steps=lambda: [SimpleNamespace(batches=(batch,))]),
     )  # fmt: skip
     losses = measure_validation_loss(run, [200, 800])

@@ -52,6 +52,7 @@ from house_rules import (
     public_names,
     relative_name,
     stubs,
+    talks_to_processes,
 )
 from pages import page_maker
 
@@ -68,6 +69,10 @@ def test_imports_point_one_way():
         return imports_upwards(parsed_file(path), layer=layer_of(path), package=package)
 
     assert not everywhere(rule, unless=frozenset({"__init__"}))
+
+
+def test_the_parallel_strategy_alone_talks_to_processes():
+    assert not everywhere(lambda path: talks_to_processes(parsed_file(path)), unless=frozenset({"parallel"}))
 
 
 def test_the_package_itself_imports_nothing():
@@ -254,6 +259,9 @@ def test_the_family_rule_catches(code, faults):
         (prints, "print(1)", "console.print(1)"),
         (stubs, "raise NotImplementedError", "raise ValueError"),
         (stubs, "raise NotImplementedError('later')", "x = 'NotImplementedError'"),
+        (talks_to_processes, "import torch.distributed as d", "import torch"),
+        (talks_to_processes, "from torch import distributed", "from torch import Tensor"),
+        (talks_to_processes, "torch.distributed.barrier()", "run.parallel.exchange()"),
         (long_functions, "def f():\n" + " x = 1\n" * 80, "def f():\n" + " x = 1\n" * 79),
     ],
 )

@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from families.toys import ToyShelf
-from sfumato.config import load_config
 from sfumato.loss import training_loss
 from sfumato.training.latents import load_latents
-from sfumato.training.setup_run import build_run
-from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 FAMILIES = ("sd", "sdxl", "flux", "chroma")
 Toy = Mapping[str, Path]
@@ -63,8 +61,7 @@ def test_a_half_mask_gives_half_the_sum_and_no_gradient_elsewhere(
         options = {"alpha_mask": True}
     else:
         options = {"masked_loss": True, "conditioning_data_dir": masks(images, tmp_path / "masks", 255, 51)}
-    training = build_run(load_config(make_arguments(toy, images, tmp_path / "out", train_batch_size=2, **options)))
-    assert training is not None
+    training = build_toy_run(toy, images, tmp_path / "out", train_batch_size=2, **options)
     seen: list[tuple[Tensor, Tensor]] = []
     plain = training.context.recipe.loss
 

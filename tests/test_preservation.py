@@ -20,6 +20,7 @@ from sfumato.data.batch import Batch
 from sfumato.errors import UserError
 from sfumato.families.encoding import encode_with_grad
 from sfumato.loss import training_loss
+from sfumato.parallel.start import start_parallel
 from sfumato.plan import make_run_plan
 from sfumato.training.latents import load_latents
 from sfumato.training.run import Run
@@ -67,7 +68,7 @@ def make_config(toy: Toy, data: Path | None, output: Path, **options: Any) -> Co
 
 def make_run(toy: Toy, data: Path | None, output: Path, **options: Any) -> Run:
     """A run whose adapters change what they are attached to."""
-    training = build_run(make_config(toy, data, output, **options))
+    training = build_run(make_config(toy, data, output, **options), start_parallel())
     assert training is not None
     generator = torch.Generator().manual_seed(0)
     for name, parameter in training.method.modules.named_parameters():

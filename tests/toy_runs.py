@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.config import load_config
+from sfumato.parallel.start import start_parallel
 from sfumato.train import train
 from sfumato.training.run import Run
 from sfumato.training.setup_run import build_run
@@ -64,7 +65,7 @@ def train_toy(toy: Mapping[str, Path], images: Path, output: Path, **options: An
 
 def build_toy_run(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> Run:
     """A run before its first step."""
-    found = build_run(load_config(make_arguments(toy, images, output, **options)))
+    found = build_run(load_config(make_arguments(toy, images, output, **options)), start_parallel())
     assert found is not None
     return found
 

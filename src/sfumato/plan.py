@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from sfumato.methods.base import TrainablePart as TrainablePart
 
 
-def with_seed(config: Config) -> Config:
-    """Draw the seed where none was given, so that it is written down and a resumed run has it."""
+def draw_seed() -> int:
+    """For a run that was given none."""
+    return random.SystemRandom().randrange(2**32)
+
+
+def with_seed(config: Config, drawn: int | None = None) -> Config:
+    """Where none was given, a drawn one, so that it is written down and a resumed run has it.
+
+    drawn: by the main process for all; None to draw it here.
+    """
     if config.loop.seed is not None:
         return config
-    seed = random.SystemRandom().randrange(2**32)
+    seed = draw_seed() if drawn is None else drawn
     return config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.config import Config
 from sfumato.data.loader import Step
 from sfumato.loss import SampleLosses, training_loss
 from sfumato.optim.lr_schedule import current_learning_rates
-from sfumato.training.all_reduce import Flags, read_flags, sum_over_processes
+from sfumato.parallel.start import start_parallel
 from sfumato.training.diagnose import diagnose_nonfinite
 from sfumato.training.interrupt import interruptible
 from sfumato.training.latents import load_latents
@@ -25,15 +25,16 @@ from sfumato.training.validation import run_due_validation
 
 def train(config: Config) -> None:
     """Train as the configuration says. Ends early, with a state to resume from, when the user interrupts."""
-    run = build_run(config)
-    if run is None:
-        return
-    with interruptible(run.interrupt), run.output_lock, run.hub, run.metrics, StateRescue(run):
-        if config.samples.sample_at_first and not run.state.resumed:
-            save_previews(run, run.step, f"{run.step:06d}")
-        run_due_validation(run, run.step if run.state.resumed else 0)
-        loop(run)
-    check_saves(run)
+    with start_parallel(config.processes.ddp_timeout) as parallel:
+        run = build_run(config, parallel)
+        if run is None:
+            return
+        with interruptible(parallel), run.output_lock, run.hub, run.metrics, StateRescue(run):
+            if run.config.samples.sample_at_first and not run.state.resumed:
+                save_previews(run, run.step, f"{run.step:06d}")
+            run_due_validation(run, run.step if run.state.resumed else 0)
+            loop(run)
+        check_saves(run)
 
 
 def loop(run: Run) -> None:
@@ -54,7 +55,7 @@ def loop(run: Run) -> None:
         if number == total:
             break
         run_due_saves(run, number)
-        if run.must_stop:
+        if run.parallel.must_stop:
             save_stopped(run, number)
             return
     save_final(run)
@@ -75,20 +76,18 @@ def train_step(run: Run, step: Step) -> StepResult:
     total_loss = torch.zeros((), device=run.device)
     samples: list[SampleLosses] = []
     for micro_step, batch in enumerate(step.batches):
-        run.context.randomness.seed_modules(step.index, micro_step, run.processes.process_index)
+        run.context.randomness.seed_modules(step.index, micro_step, run.parallel.rank)
         with run.autocast():
             loss = training_loss(run.context, batch, load_latents(run, batch), step.real_samples, samples)
         run.scaler.scale(loss).backward()
         total_loss += loss.detach()
-    if run.processes.num_processes > 1:
-        flags = sum_over_processes(run.all_parameters, total_loss, Flags(stop=run.interrupt.requested))
-        run.interrupt.shared = read_flags(flags).stop
+    run.parallel.read_facts(run.parallel.reduce(run.all_parameters, total_loss))
     run.scaler.unscale_(run.optimizer)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in run.parameters if p.grad is not None])
+    grad_norm = run.parallel.total_norm(run.parameters)
     run.optimization.lr_schedule.set(run.optimizer, step.index - run.start.schedule)
     if run.nonfinite_guard.allows(total_loss, grad_norm, scale=run.scaler.get_scale()):
         if run.config.optim.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(run.parameters, run.config.optim.max_grad_norm, grad_norm)
+            run.parallel.clip(run.parameters, run.config.optim.max_grad_norm, grad_norm)
         run.take_optimizer_step(step.index)
         if not run.training_check.complete and bool(torch.isfinite(grad_norm)):
             run.training_check.check_step()

@@ -16,13 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from families.toys import ToyShelf
-from sfumato.config import LossOptions, NoiseOptions, load_config
+from sfumato.config import LossOptions, NoiseOptions
 from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow, VariancePreserving
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
 from sfumato.training.latents import load_latents
-from sfumato.training.setup_run import build_run
-from toy_runs import make_arguments, make_images
+from toy_runs import build_toy_run, make_images
 
 LATENTS = LatentSpec(channels=16, downscale=8, patch=2, scale=1.0, shift=0.0, size_multiple=16)
 SHAPE = (16, 64, 96)  # 1536 tokens
@@ -156,8 +155,7 @@ Toy = Mapping[str, Path]
 def drawn_timesteps(toy: Toy, images: Path, output: Path, **options: Any) -> dict[int, float]:
     """id -> t over the first two epochs."""
     options = {"timestep_stratified": True, "network_train_unet_only": True, **options}
-    training = build_run(load_config(make_arguments(toy, images, output, **options)))
-    assert training is not None
+    training = build_toy_run(toy, images, output, **options)
     context = training.context
     timesteps: dict[int, float] = {}
     for step in islice(training.loader.steps(), 2 * training.plan.steps_per_epoch):

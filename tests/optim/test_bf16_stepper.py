@@ -21,6 +21,7 @@ from sfumato.optim.averaging import eval_weights
 from sfumato.optim.bf16_stepper import Bf16Stepper, keep_in_bfloat16, stochastic_round
 from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.optimizers import class_name, make_optimizer, restore_optimizer
+from sfumato.parallel.start import start_parallel
 from sfumato.train import train_step
 from sfumato.training.setup_run import build_run
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
@@ -287,7 +288,7 @@ def test_weights_gradients_and_file_are_in_bfloat16(
 ) -> None:
     """Of a whole denoiser; a step moves some weights, which round-to-nearest would not."""
     words = make_arguments(toy_shelf.paths(family), images, tmp_path, **{**FULL, "learning_rate": "1e-6"})
-    opened_run = build_run(load_config(words))
+    opened_run = build_run(load_config(words), start_parallel())
     assert opened_run is not None
     before = [parameter.detach().clone() for parameter in opened_run.parameters]
     steps = opened_run.loader.steps(0)

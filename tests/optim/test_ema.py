@@ -23,8 +23,7 @@ from sfumato.formats.hashes import calculate_adapter_hashes
 from sfumato.formats.state import load_state
 from sfumato.optim.ema import Ema, EmaSet, ExponentialProfile, PowerProfile, gamma_from_sigma_rel
 from sfumato.tools.ema import reconstruct_ema, solve_coefficients
-from sfumato.training.setup_run import build_run
-from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 
 def walk(steps: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -228,8 +227,7 @@ def test_an_average_may_start_later(
     """With --resume from a state without it: it starts at the resumed weights."""
     toy = toy_shelf.paths("sd")
     train_toy(toy, images, tmp_path, save_state=True, max_train_steps=2, **LORA)
-    resumed = build_run(load_config(make_arguments(toy, images, tmp_path, resume=tmp_path, ema_decay=0.5, **LORA)))
-    assert resumed is not None
+    resumed = build_toy_run(toy, images, tmp_path, resume=tmp_path, ema_decay=0.5, **LORA)
     assert "the saved state has no ema" in capsys.readouterr().err
     (average,) = resumed.ema
     assert all(torch.equal(*pair) for pair in zip(average.weights, resumed.parameters, strict=True))

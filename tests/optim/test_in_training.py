@@ -15,8 +15,7 @@ from sfumato.errors import SeveralErrors, UserError
 from sfumato.formats.state import load_state
 from sfumato.plan import make_run_plan
 from sfumato.train import train_step
-from sfumato.training.setup_run import build_run
-from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 Toy = Mapping[str, Path]
 
@@ -103,9 +102,7 @@ def test_the_file_holds_the_average_and_the_state_what_trains(sd: Toy, images: P
 
 
 def open_at(toy: Toy, images: Path, output: Path, **options: Any) -> Any:
-    opened = build_run(load_config(make_arguments(toy, images, output, **options)))
-    assert opened is not None
-    return opened
+    return build_toy_run(toy, images, output, **options)
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SGDNesterov"])

@@ -23,7 +23,7 @@ from sfumato.families.part import Part
 from sfumato.tools import cache_plan
 from sfumato.tools.ignored_options import describe_ignored_options
 from tools.cache_helpers import CACHED, CREATED, change_letter, change_pixel, counts, fill
-from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "flux"])
@@ -208,14 +208,12 @@ def test_every_variant_is_used_and_none_is_live(
 ) -> None:
     """Cached variants are what an encoder makes of the captions that the batches carry."""
     from sfumato.families.encoding import FrozenTextEncoders
-    from sfumato.training.setup_run import build_run
 
     for i, path in enumerate(sorted((images / "2_cat").glob("*.txt"))):
         path.write_text(f"cat {i}, red, small, blurred, close, facing left")
     (tmp_path / "prompts.txt").write_text("a cat")
     kept = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 100}  # encoders stay for previews
-    run_ = build_run(load_config(make_arguments(sdxl, images, tmp_path / "out", **VARIED, **kept, max_train_steps=40)))
-    assert run_ is not None
+    run_ = build_toy_run(sdxl, images, tmp_path / "out", **VARIED, **kept, max_train_steps=40)
     seen: dict[str, set[str]] = {}
     live = FrozenTextEncoders(run_.model)
     for step in run_.loader.steps():

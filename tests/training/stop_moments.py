@@ -1,8 +1,9 @@
-"""Two processes that are asked to stop at chosen moments, from their first line to their last.
+"""Two processes that are asked to stop, fail or are killed at chosen moments, from their first line to their last.
 
-`make stops MOMENTS=40` tries 40 moments and prints a line for each; the full
-tier tries a few. A moment is the number of the call to one of the package's functions, so no clock is involved. What a
-launcher does is done here: start both processes, pass signals on, and end the other one when one has failed.
+`make stops MOMENTS=40` tries 40 moments of each kind and prints a line for each; the full tier tries a few. A moment is
+the number of the call to one of the package's functions, so no clock is involved. What a launcher does is done here:
+start both processes, pass signals on, and end the other one when one has failed. It does not where one is to learn of
+the other's failure by itself.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-
 from sfumato.common.stop_signals import exit_process
 from sfumato.compat.launch import main
 from sfumato.demo.toy import write_toy
@@ -31,6 +30,7 @@ from toy_runs import equal_tensors, make_arguments, make_images, read_weights
 PACKAGE = str(Path(find_newest_state.__code__.co_filename).parents[1])
 STEPS = 8
 PATIENCE = 120.0  # seconds until a process counts as hanging
+KINDS = ("stop", "error", "kill")
 TARGETS = ("rank 0", "rank 1", "both", "launcher")  # who gets the signal
 
 
@@ -40,11 +40,17 @@ class Moment:
 
     rank: int
     call: int
-    target: str
-    signal: signal.Signals
+    target: str = "itself"
+    signal: signal.Signals | None = None  # None: the process raises an error
 
     def __str__(self) -> str:
-        return f"{self.signal.name} to {self.target} at call {self.call} of rank {self.rank}"
+        what = f"{self.signal.name} to {self.target}" if self.signal else "an error"
+        return f"{what} at call {self.call} of rank {self.rank}"
+
+    @property
+    def has_launcher(self) -> bool:
+        """Whether somebody ends the other process when one has failed."""
+        return self.target != "itself"
 
 
 @dataclass(kw_only=True)
@@ -53,8 +59,9 @@ class Ended:
 
     codes: list[int]
     calls: list[list[int]]  # of each rank, at its first step and in all
-    messages: str
+    messages: list[str]  # of each rank
     timed_out: bool = False
+    seconds: float = 0.0
     states: list[str] = field(default_factory=list)
 
 
@@ -70,11 +77,12 @@ def run_pair(arguments: Sequence[str], folder: Path, moment: Moment | None = Non
         if pid == 0:
             run_rank(arguments, folder, rank, port, moment)
         pids.append(pid)
+    started = time.monotonic()
     (folder / "pids").write_text(" ".join(map(str, pids)))
-    codes, timed_out = wait_for_all(pids)
+    codes, timed_out = wait_for_all(pids, end_others=moment is None or moment.has_launcher)
     texts = [(folder / f"rank{rank}.log").read_text() for rank in range(2)]
     calls = [[int(n) for n in (folder / f"calls{rank}").read_text().split()] for rank in range(2)]
-    return Ended(codes=codes, calls=calls, messages="\n".join(texts), timed_out=timed_out)
+    return Ended(codes=codes, calls=calls, messages=texts, timed_out=timed_out, seconds=time.monotonic() - started)
 
 
 def run_rank(arguments: Sequence[str], folder: Path, rank: int, port: int, moment: Moment | None) -> None:
@@ -83,7 +91,6 @@ def run_rank(arguments: Sequence[str], folder: Path, rank: int, port: int, momen
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))  # a test's are others
-    PartialState._reset_state()  # of the process that this one was forked from
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     counter = CallCounter(lambda: send_signals(folder, moment), moment.call if moment and moment.rank == rank else 0)
@@ -122,21 +129,21 @@ class CallCounter:
 def send_signals(folder: Path, moment: Moment | None) -> None:
     """As a user, a terminal or a launcher would."""
     assert moment is not None
+    if moment.signal is None:
+        raise RuntimeError("something broke")
     while not (folder / "pids").exists():
         time.sleep(0.01)
     pids = [int(pid) for pid in (folder / "pids").read_text().split()]
-    ranks = {"rank 0": [0], "rank 1": [1], "both": [0, 1], "launcher": [1, 0, 1, 0]}[
-        moment.target
-    ]  # twice, as torchrun
-    for rank in ranks:
+    ranks = {"rank 0": [0], "rank 1": [1], "both": [0, 1], "launcher": [1, 0, 1, 0], "itself": [moment.rank]}
+    for rank in ranks[moment.target]:  # a launcher sends twice, as torchrun
         try:
             os.kill(pids[rank], moment.signal)
         except ProcessLookupError:  # that one has ended
             continue
 
 
-def wait_for_all(pids: Sequence[int]) -> tuple[list[int], bool]:
-    """Exit codes (negative: by a signal), and whether one had to be killed; one that fails ends the others."""
+def wait_for_all(pids: Sequence[int], *, end_others: bool) -> tuple[list[int], bool]:
+    """Exit codes (negative: by a signal), and whether one had to be killed. end_others: when one has failed."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + PATIENCE
     passed_on = False
@@ -144,7 +151,7 @@ def wait_for_all(pids: Sequence[int]) -> tuple[list[int], bool]:
         for pid in pids:
             if pid not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid] = os.waitstatus_to_exitcode(ended[1])
-        if any(codes.values()) and not passed_on:
+        if end_others and any(codes.values()) and not passed_on:
             passed_on = True
             for pid in set(pids) - set(codes):
                 os.kill(pid, signal.SIGTERM)
@@ -174,34 +181,62 @@ def judge(
     """Empty where all is well: no traceback, no hang, and the resumed run ends like one that was never stopped."""
     if ended.timed_out:
         return "a process hangs"
-    if "Traceback" in ended.messages:
-        return "a traceback: " + ended.messages[-300:]
-    stopped = re.findall(r"stopped after step (\d+)", ended.messages)
+    messages = "\n".join(ended.messages)
+    if "Traceback" in messages:
+        return "a traceback: " + messages[-300:]
+    stopped = re.findall(r"stopped after step (\d+)", messages)
     if stopped:
         if ended.codes != [0, 0] or not (output / f"lora-step{int(stopped[-1]):08d}-state").is_dir():
             return f"stopped with the exit codes {ended.codes}"
     elif (output / "lora.safetensors").is_file():
         return "" if ended.codes == [0, 0] and equal_tensors(read_weights(output), straight) else "it ended otherwise"
-    elif "error: interrupted" not in ended.messages or not set(ended.codes) <= {130, 0, 2}:
-        return f"ended with {ended.codes}: {ended.messages[-300:]}"
+    elif "error: interrupted" not in messages or not set(ended.codes) <= {130, 0, 2}:
+        return f"ended with {ended.codes}: {messages[-300:]}"
     elif not list(output.glob("*-state")):
         return ""  # before the first step there is nothing to save
     return "" if equal_tensors(resume(find_newest_state(output)), straight) else "the resumed run differs"
 
 
-def try_moments(count: int, folder: Path, seed: int = 0) -> list[str]:
-    """Try random moments; gives what went wrong at each, empty where nothing did."""
+def judge_failure(moment: Moment, ended: Ended, output: Path, straight: Mapping) -> str:
+    """Empty where all is well: the other process ends soon, with one line; or the failure was outlived by both."""
+    other = 1 - moment.rank
+    last = (ended.messages[other].splitlines() or [""])[-1]
+    if ended.timed_out:
+        return "a process hangs"
+    if "Traceback" in ended.messages[other]:
+        return "a traceback of the other process: " + ended.messages[other][-300:]
+    if ended.codes == [0, 0]:
+        return "" if equal_tensors(read_weights(output), straight) else "it ended otherwise"
+    if ended.codes[other] == 0:  # the failure came after the last meeting
+        return "" if (output / "lora.safetensors").is_file() else "the other process noticed nothing"
+    if ended.codes[other] != 2 or not last.startswith("error: "):
+        return f"ended with {ended.codes}: {last}"
+    return ""
+
+
+def choose_moment(kind: str, number: int, draw: random.Random, calls: Sequence[Sequence[int]]) -> Moment:
+    """A third of them before the first step. calls: of each rank, at its first step and in all."""
+    rank = draw.randrange(2)
+    first, last = calls[rank]
+    call = draw.randint(1, first) if number % 3 == 0 else draw.randint(first, last)
+    if kind == "error":
+        return Moment(rank=rank, call=call)
+    if kind == "kill":
+        return Moment(rank=rank, call=call, signal=signal.SIGKILL)
+    sent = draw.choice((signal.SIGINT, signal.SIGTERM))
+    return Moment(rank=rank, call=call, target=TARGETS[number % len(TARGETS)], signal=sent)
+
+
+def try_moments(count: int, folder: Path, seed: int = 0, kinds: Sequence[str] = KINDS) -> list[str]:
+    """Try random moments of each kind; gives what went wrong at each, empty where nothing did."""
     toy, images = write_toy("sd", folder / "toy"), make_images(folder / "images")
     options = make_options(folder)
     straight = run_pair(make_arguments(toy, images, folder / "straight", **options), folder / "straight-logs")
     assert straight.codes == [0, 0], straight.messages
     weights, draw, faults = read_weights(folder / "straight"), random.Random(seed), []
-    for number in range(count):
-        rank = draw.randrange(2)
-        first, last = straight.calls[rank]
-        call = draw.randint(1, first) if number % 3 == 0 else draw.randint(first, last)
-        kind = draw.choice((signal.SIGINT, signal.SIGTERM))
-        moment = Moment(rank=rank, call=call, target=TARGETS[number % len(TARGETS)], signal=kind)
+    for number in range(count * len(kinds)):
+        kind = kinds[number % len(kinds)]
+        moment = choose_moment(kind, number // len(kinds), draw, straight.calls)
         output = folder / f"out{number}"
         ended = run_pair(make_arguments(toy, images, output, **options), folder / f"logs{number}", moment)
 
@@ -211,16 +246,19 @@ def try_moments(count: int, folder: Path, seed: int = 0) -> list[str]:
             assert done.codes == [0, 0], done.messages
             return read_weights(output)
 
-        faults.append(judge(moment, ended, output, resume, weights))
-        reached = re.findall(r"stopped after step (\d+)", ended.messages)
+        if kind == "stop":
+            faults.append(judge(moment, ended, output, resume, weights))
+        else:
+            faults.append(judge_failure(moment, ended, output, weights))
+        reached = re.findall(r"stopped after step (\d+)", "\n".join(ended.messages))
         where = f"stopped after step {reached[-1]}" if reached else f"exit codes {ended.codes}"
-        sys.stdout.write(f"{number + 1:3} {moment}, {where}: {faults[-1] or 'ok'}\n")
+        sys.stdout.write(f"{number + 1:3} {moment}, {where}, {ended.seconds:.1f} s: {faults[-1] or 'ok'}\n")
         sys.stdout.flush()
     return faults
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        wrong = [fault for fault in try_moments(int(sys.argv[1]), Path(place)) if fault]
+        wrong = [fault for fault in try_moments(int(sys.argv[1]), Path(place), kinds=sys.argv[2:] or KINDS) if fault]
     sys.stdout.write(f"{len(wrong)} went wrong\n")
     sys.exit(bool(wrong))

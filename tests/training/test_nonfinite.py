@@ -18,7 +18,7 @@ from sfumato.train import train_step
 from sfumato.training.nonfinite import PATIENCE, NonfiniteGuard, TrainingCheck, record_nonfinite_outputs
 from sfumato.training.run import Run
 from sfumato.training.setup_run import build_run
-from toy_runs import make_arguments, make_images, read_metrics, read_weights
+from toy_runs import build_toy_run, make_arguments, make_images, read_metrics, read_weights
 
 NAN = float("nan")
 Toy = Mapping[str, Path]
@@ -35,9 +35,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(toy: Toy, images: Path, output: Path, **options: Any) -> Run:
-    run = build_run(load_config(make_arguments(toy, images, output, network_train_unet_only=True, **options)))
-    assert run is not None
-    return run
+    return build_toy_run(toy, images, output, network_train_unet_only=True, **options)
 
 
 def spoil(run: Run, calls: set[int]) -> None:
@@ -85,8 +83,8 @@ def test_a_nonfinite_step_is_skipped_and_diagnosed(
 def test_several_in_a_row_end_the_run_with_a_good_state(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(config: Any) -> Run | None:
-        run = build_run(config)
+    def spoiled(*given: Any) -> Run | None:
+        run = build_run(*given)
         assert run is not None
         if run.start.step == 0:
             spoil(run, set(range(3, 100)))

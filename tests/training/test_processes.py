@@ -10,16 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sfumato.demo.toy import write_toy
 from sfumato.formats.state import find_newest_state, load_state
-from sfumato.training.processes import start_processes
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 ROOT = Path(__file__).parents[2]
@@ -34,21 +31,6 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"))
-
-
-def test_how_long_processes_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, object]] = []
-
-    def state(**options: object) -> SimpleNamespace:
-        given.append(options)
-        return SimpleNamespace(num_processes=2)
-
-    monkeypatch.setattr("sfumato.training.processes.PartialState", state)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for patience in (None, 7):
-        start_processes(patience)
-    assert "timeout" not in given[0]
-    assert given[1]["timeout"] == timedelta(minutes=7)
 
 
 @pytest.mark.full

@@ -173,8 +173,8 @@ def test_weights_that_become_infinite_end_the_run_and_spoil_no_state(
     runs: list[Run] = []
     normal = sfumato.training.setup_run.build_run
 
-    def build(config: Any) -> Run | None:
-        found = normal(config)
+    def build(*given: Any) -> Run | None:
+        found = normal(*given)
         assert found is not None
         runs.append(found)
         return found

@@ -16,9 +16,8 @@ from sfumato.config import load_config
 from sfumato.data.loader import Step
 from sfumato.errors import UserError
 from sfumato.plan import make_run_plan
-from sfumato.training.setup_run import build_run
 from sfumato.training.start_point import StartPoint
-from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 Toy = Mapping[str, Path]
 LIGHT: dict[str, Any] = {
@@ -44,8 +43,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def steps(toy: Toy, images: Path, output: Path, **options: Any) -> list[Step]:
-    training = build_run(load_config(make_arguments(toy, images, output, **{**LIGHT, **options})))
-    assert training is not None
+    training = build_toy_run(toy, images, output, **{**LIGHT, **options})
     return list(islice(training.loader.steps(training.start.step), 12))
 
 

@@ -167,7 +167,7 @@ class FrozenTextEncoders:
         """Keep a caption's features, and give up the oldest where they are too many."""
         key = (part, caption, weighted, negative)
         features = {name: tensor.cpu() for name, tensor in features.items()}
-        self._bytes += count_bytes(features)
+        self._bytes += count_bytes(features) - count_bytes(self._features.pop(key, {}))
         while self._bytes > self.limit and self._features:
             self._bytes -= count_bytes(self._features.pop(next(iter(self._features))))
         self._features[key] = features

@@ -6,10 +6,10 @@ import logging
 
 from sfumato.config import Config
 from sfumato.memory.precision import MIXED_PRECISION
+from sfumato.parallel.start import start_parallel
 from sfumato.tools.cache_plan import cache_plan_lines, make_cache_plan
 from sfumato.track.console import configure_logging
 from sfumato.training.caching import Caches, fill_caches
-from sfumato.training.setup_run import start_processes
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +19,12 @@ def fill_dataset_caches(config: Config, *, machine: tuple[int, int] = (0, 1)) ->
 
     machine: index and number of the machines; each encodes its part and waits for no other.
     """
-    processes = start_processes(config.processes.ddp_timeout)
-    assert processes.device is not None
-    configure_logging(config.log, main_process=processes.is_main_process)
-    plan = make_cache_plan(config, processes=processes.num_processes)
-    for line in cache_plan_lines(plan):
-        log.info("%s", line)
-    config = plan.config
-    dtype = MIXED_PRECISION[config.memory.mixed_precision]
-    model = plan.family(plan.blueprint, config.model, dtype=dtype, device=processes.device)
-    return fill_caches(config, plan.data, model, processes, machine=machine)
+    with start_parallel(config.processes.ddp_timeout) as parallel:
+        configure_logging(config.log, main_process=parallel.is_main)
+        plan = make_cache_plan(config, processes=parallel.processes)
+        for line in cache_plan_lines(plan):
+            log.info("%s", line)
+        config = plan.config
+        dtype = MIXED_PRECISION[config.memory.mixed_precision]
+        model = plan.family(plan.blueprint, config.model, dtype=dtype, device=parallel.device)
+        return fill_caches(config, plan.data, model, parallel, machine=machine)

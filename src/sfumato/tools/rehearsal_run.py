@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from contextlib import nullcontext
 
+from sfumato.parallel.single import Single
 from sfumato.plan import RunPlan
 from sfumato.tools.rehearsal_stages import StageRecorder
 from sfumato.track.best import Best
@@ -15,7 +16,6 @@ from sfumato.training.loaders import make_loader, make_validation_loader
 from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import set_up_optimizer
-from sfumato.training.processes import start_processes
 from sfumato.training.run import Run
 from sfumato.training.run_state import RunState
 from sfumato.training.start_point import StartPoint
@@ -23,15 +23,16 @@ from sfumato.training.start_point import StartPoint
 
 def make_rehearsal_run(plan: RunPlan, recorder: StageRecorder) -> Run:
     """As `build_run` makes it, without metrics, files and uploads. Filling caches is a stage for each encoder."""
-    device, processes = recorder.rehearsal.device, start_processes()
+    device = recorder.rehearsal.device
+    parallel = Single(device)
     state, start = RunState(), StartPoint()
     model = open_model(plan, device)
     prompts = read_preview_prompts(plan, model)
     recorder.parts = model.parts
     with recorder.caching_stages():
-        loader = make_loader(plan, model, processes, prompts=prompts)
+        loader = make_loader(plan, model, parallel, prompts=prompts)
     with recorder.stage("loading"):
-        groups = load_networks(plan, model, cached=loader.cached_networks)
+        groups = load_networks(plan, model, parallel, cached=loader.cached_networks)
         recorder.add_trained(plan.method)
     optimization = set_up_optimizer(plan, groups, start, state, device)
     recorder.optimizer = optimization.optimizer
@@ -42,13 +43,13 @@ def make_rehearsal_run(plan: RunPlan, recorder: StageRecorder) -> Run:
         plan=plan,
         start=start,
         state=state,
-        processes=processes,
+        parallel=parallel,
         context=context,
         optimization=optimization,
         nonfinite_guard=NonfiniteGuard(limit=plan.config.loop.max_bad_steps),
         training_check=TrainingCheck(optimization.optimizer),
         loader=loader,
-        validation_loader=make_validation_loader(plan, loader, processes),
+        validation_loader=make_validation_loader(plan, loader, parallel),
         best=Best(),
         metrics=MetricsLogger((), Progress(plan.total_steps, 0, plain=True, visible=False), window=1),
         hub=Hub(plan.config.hub, ()),

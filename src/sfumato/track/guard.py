@@ -5,10 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from sfumato.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Failure:
+    """What went wrong behind the door; empty where nothing did."""
+
+    text: str = ""
 
 
 class Guard:
@@ -21,14 +29,16 @@ class Guard:
         self.warned: set[str] = set()
 
     @contextmanager
-    def survive(self, what: str, *, then: str = ", training goes on") -> Iterator[None]:
-        """Go on after any error inside. what, then: for the message, e.g. "writing the report"."""
+    def survive(self, what: str, *, then: str = ", training goes on") -> Iterator[Failure]:
+        """Go on after any error inside, and keep its text. what, then: for the message, e.g. "writing the report"."""
+        failure = Failure()
         try:
-            yield
+            yield failure
         except Exception as error:  # the only place that catches everything; see tests/house_rules.py
+            failure.text = describe_any_error(error)
             if what not in self.warned:
                 self.warned.add(what)
-                log.warning("%s failed%s: %s", what, then, describe_any_error(error), exc_info=True)
+                log.warning("%s failed%s: %s", what, then, failure.text, exc_info=True)
 
 
 def describe_any_error(error: Exception) -> str:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from sfumato.config import Config
@@ -35,6 +34,7 @@ from sfumato.data.plans import DataPlan, SubsetPlan
 from sfumato.data.variants import list_captions_to_cache
 from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders, encode_captions, encode_images
+from sfumato.parallel.base import ParallelStrategy
 from sfumato.track.progress_task import ProgressTask
 from sfumato.training.fingerprints import fingerprint_part, make_text_keys
 
@@ -45,7 +45,7 @@ def fill_caches(
     config: Config,
     data: DataPlan,
     model: Family,
-    at: PartialState,
+    parallel: ParallelStrategy,
     *,
     live_text: Collection[str] = (),
     rewrite: Callable[[str], str] = str,
@@ -61,7 +61,7 @@ def fill_caches(
     cache = config.cache
     disk = open_store(config) if cache.cache_latents_to_disk or cache.cache_text_encoder_outputs_to_disk else None
     on_disk = disk if disk and cache.cache_latents_to_disk else MemoryStore()
-    task = CacheJob(config=config, data=data, model=model, processes=at, machine=machine)
+    task = CacheJob(config=config, data=data, model=model, parallel=parallel, machine=machine)
     names = make_latent_keys(model, on_disk)
     masks = MaskKeys(downscale=model.latents.downscale, hashes=names.hashes)
     caches = Caches(latent_keys=names, masks=masks)
@@ -121,7 +121,7 @@ class CacheJob:
     config: Config
     data: DataPlan
     model: Family
-    processes: PartialState
+    parallel: ParallelStrategy
     machine: tuple[int, int]
 
     def fill_latents(self, cache: TensorCache, names: LatentKeys) -> FillCounts:
@@ -169,25 +169,26 @@ class CacheJob:
         return self.report_counts(kind, counts, store)
 
     def fill_options(self, kind: str, encoder: str, store: Store, progress: ProgressTask) -> FillOptions:
-        writes = self.processes.is_main_process and store.writable
+        writes = self.parallel.is_main and store.writable
         folder = store.folder if writes and isinstance(store, DiskStore) else None
         return FillOptions(
-            rank=self.processes.process_index,
-            processes=self.processes.num_processes,
+            rank=self.parallel.rank,
+            processes=self.parallel.processes,
             machine=self.machine[0],
             machines=self.machine[1],
+            meet=self.parallel.exchange,
             check=not self.config.cache.skip_cache_check,
             reference=describe_cache_use(self.data, kind, encoder, folder) if folder else None,
             progress=progress,
         )
 
     def start_progress(self, what: str, unit: str) -> ProgressTask:
-        plain, visible = self.config.log.console_log_simple, self.processes.is_main_process
+        plain, visible = self.config.log.console_log_simple, self.parallel.is_main
         return ProgressTask(what, unit, plain=plain, visible=visible)
 
     def report_counts(self, kind: str, counts: FillCounts, store: Store) -> FillCounts:
         log.info("%s: %d found in the cache, %d encoded", kind, counts.existing, counts.created)
-        if self.processes.num_processes > 1 and not store.shared and counts.created:
+        if self.parallel.processes > 1 and not store.shared and counts.created:
             log.info("%s: each process encoded all of them; a cache on disk would have shared the work", kind)
         return counts
 

@@ -31,7 +31,7 @@ def diagnose_nonfinite(run: Run, step: Step) -> str:
     uncompiled = torch.compiler.set_stance("force_eager")  # hooks on every module would be compiled, too
     with record_nonfinite_outputs(networks) as modules, torch.no_grad(), uncompiled:
         for micro_step, batch in enumerate(step.batches):
-            run.context.randomness.seed_modules(step.index, micro_step, run.processes.process_index)
+            run.context.randomness.seed_modules(step.index, micro_step, run.parallel.rank)
             with run.autocast():
                 training_loss(run.context, batch, load_latents(run, batch), step.real_samples)
     if modules:

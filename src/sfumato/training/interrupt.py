@@ -5,31 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from sfumato.common.stop_signals import handle_stop_signals, raise_interrupt
+from sfumato.parallel.base import ParallelStrategy
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Interrupt:
-    """Whether the user asked to stop, and whether all processes know."""
+@contextmanager
+def interruptible(parallel: ParallelStrategy) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into a request that the loop reads between steps."""
 
-    requested: bool = False  # by a signal to this process
-    shared: bool = False  # by a signal to any process, which all have learned with the same sum
-    failure_shared: bool = False  # whether the others know that this process has failed
-
-    def request(self) -> None:
-        """The first time a wish; the second time it ends the program."""
-        if self.requested:
+    def request_stop() -> None:
+        if parallel.stop_requested:
             raise_interrupt()
-        self.requested = True
+        parallel.request_stop()
         log.warning("stopping after this step and saving the state; once more to stop at once")
 
-
-@contextmanager
-def interruptible(interrupt: Interrupt) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into a request that the loop reads between steps."""
-    with handle_stop_signals(interrupt.request):
+    with handle_stop_signals(request_stop):
         yield

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from accelerate import PartialState
-
 from sfumato.config import Config
 from sfumato.data.batch_sampler import BatchSampler
 from sfumato.data.empty_masks import report_empty_masks
@@ -16,6 +14,7 @@ from sfumato.data.variants import make_longest_variant
 from sfumato.families.base import Family
 from sfumato.families.encoding import describe_cut_captions
 from sfumato.methods.base import Method
+from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 from sfumato.training.caching import PreviewPrompts, cache_folder, count_workers, fill_caches
 
@@ -26,7 +25,7 @@ COUNTED = 5000  # captions whose tokens are counted before training
 def make_loader(
     plan: RunPlan,
     model: Family,
-    processes: PartialState,
+    parallel: ParallelStrategy,
     *,
     prompts: PreviewPrompts | None = None,
     first_step: int = 0,
@@ -40,17 +39,17 @@ def make_loader(
         data,
         seed=plan.seed,
         accumulation=config.loop.gradient_accumulation_steps,
-        rank=processes.process_index,
+        rank=parallel.rank,
         first_step=first_step,
     )
     report_cut_captions(config, data, model, method)
-    if processes.is_main_process:
+    if parallel.is_main:
         report_empty_masks(data, cache_folder(config), workers=count_workers(config))
     caches = fill_caches(
         config,
         data,
         model,
-        processes,
+        parallel,
         live_text=method.live_text,
         rewrite=method.rewrite_caption,
         prompts=prompts,
@@ -69,12 +68,12 @@ def make_loader(
     )
 
 
-def make_validation_loader(plan: RunPlan, loader: Loader, processes: PartialState) -> Loader | None:
+def make_validation_loader(plan: RunPlan, loader: Loader, parallel: ParallelStrategy) -> Loader | None:
     """The held-out images from the same caches, without any text dropout; None where there are none."""
     if not plan.data.validation:
         return None
     return Loader(
-        make_validation_sampler(plan.config, plan.data, rank=processes.process_index),
+        make_validation_sampler(plan.config, plan.data, rank=parallel.rank),
         latent_keys=loader.latent_keys,
         mask_keys=loader.mask_keys,
         max_train_steps=loader.max_train_steps,

@@ -18,6 +18,7 @@ from sfumato.memory.host import keep_freed_memory
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.optim.bf16_stepper import keep_in_bfloat16
 from sfumato.optim.groups import ParameterGroup
+from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 from sfumato.training.caching import PreviewPrompts
 
@@ -46,16 +47,19 @@ def read_preview_prompts(plan: RunPlan, model: Family) -> PreviewPrompts:
     return PreviewPrompts(text=text, captions=captions, weighted=config.samples.prompt_weighting)
 
 
-def load_networks(plan: RunPlan, model: Family, *, cached: Collection[str]) -> Sequence[ParameterGroup]:
+def load_networks(
+    plan: RunPlan, model: Family, parallel: ParallelStrategy, *, cached: Collection[str]
+) -> Sequence[ParameterGroup]:
     """Load the networks that the steps run, all but the `cached` ones, and let the method prepare them: what trains."""
     config = plan.config
-    needed = [part for name, part in model.parts.items() if name not in cached]
-    for part in needed:
+    needed = {name: part for name, part in model.parts.items() if name not in cached}
+    for part in needed.values():
         part.load()
     groups = plan.method.prepare(model)
     if config.memory.full_bf16:
         keep_in_bfloat16(groups)
-    for part in needed:
+    for name, part in needed.items():
+        parallel.prepare(name, part.module)
         wrap_blocks(part.module, part.spec.blocks, config.memory)
     return groups
 

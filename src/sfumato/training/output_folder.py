@@ -7,19 +7,18 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from accelerate import PartialState
-
 from sfumato.common.files import remove_leftovers
 from sfumato.common.run_lock import RunLock
 from sfumato.formats.state import remove_useless_copies
+from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 
 log = logging.getLogger(__name__)
 
 
-def lock_output(plan: RunPlan, processes: PartialState) -> AbstractContextManager[Any]:
+def lock_output(plan: RunPlan, parallel: ParallelStrategy) -> AbstractContextManager[Any]:
     """The name of the run in its output folder belongs to the process that writes there."""
-    return RunLock(plan.output_dir, plan.saves.name) if processes.is_main_process else nullcontext()
+    return RunLock(plan.output_dir, plan.saves.name) if parallel.is_main else nullcontext()
 
 
 def clean_output_folder(plan: RunPlan, *, resumed: bool) -> None:

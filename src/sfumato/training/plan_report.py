@@ -18,16 +18,16 @@ from sfumato.plan import RunPlan, count_steps, requested_first_step
 from sfumato.training.start_point import describe_end, find_start_point
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
+    from sfumato.parallel.base import ParallelStrategy
 
 log = logging.getLogger(__name__)
 
 
-def report_plan(plan: RunPlan, processes: PartialState) -> None:
+def report_plan(plan: RunPlan, parallel: ParallelStrategy) -> None:
     """The same tables that --plan shows, before anything is loaded."""
     for line in plan_lines(plan):
         log.info("%s", line)
-    if processes.is_main_process:
+    if parallel.is_main:
         draw_timesteps(plan)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sfumato.common.seeds import seed_of
@@ -13,9 +14,11 @@ from sfumato.config.prompts import Prompt, read_prompts
 from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.image_metadata import generate_command, image_metadata, save_image
+from sfumato.training.memory_shortage import give_up_where_short, run_within_memory
 from sfumato.training.run import Run
 
 log = logging.getLogger(__name__)
+PREVIEWS = "previews"
 
 
 def save_due_previews(run: Run, step: int) -> None:
@@ -30,20 +33,34 @@ def save_due_previews(run: Run, step: int) -> None:
 
 
 def save_previews(run: Run, step: int, label: str) -> None:
-    """One of every prompt; the file is read again each time. A failure is a warning, training goes on."""
+    """One of every prompt; the file is read again each time. A failure is a warning, training goes on.
+
+    The processes share them out. Each image is a function of the step and its prompt's number, whoever makes it.
+    """
     path = run.config.samples.sample_prompts
-    if path is None or not run.is_main:
+    if path is None or PREVIEWS in run.given_up:
         return
-    with run.metrics.guard.survive(f"making previews after step {step}"), eval_mode(run):
+    what, shortage = f"making previews after step {step}", ""
+    with run.metrics.guard.survive(what) as failure:
+        shortage = run_within_memory(partial(save_share, run, path, step, label))
+    for rank, text in enumerate(run.parallel.exchange(failure.text)):
+        if text and rank:  # only the main process is heard, and its own failure was reported
+            log.warning("%s failed in process %d, training goes on: %s", what, rank, text)
+    give_up_where_short(run, PREVIEWS, shortage)
+    run.metrics.publish()
+
+
+def save_share(run: Run, path: Path, step: int, label: str) -> None:
+    """This process's part of the previews."""
+    with eval_mode(run):
         previews: list[tuple[ImageRequest, Path]] = []
         for number, prompt in enumerate(read_prompts(path)):
             previews.append(prepare_preview(run, prompt, number, step, label))
-        for group in group_requests(previews, run.config.samples.sample_batch_size or 1):
-            if run.interrupt.requested:  # whoever stops a run may kill it soon
+        for group in run.parallel.share(list(group_requests(previews, run.config.samples.sample_batch_size or 1))):
+            if run.parallel.stop_requested:  # whoever stops a run may kill it soon
                 log.info("no further previews after step %d, since the run stops", step)
                 break
             save_preview_group(run, group, step)
-    run.metrics.publish()
 
 
 def prepare_preview(run: Run, prompt: Prompt, number: int, step: int, label: str) -> tuple[ImageRequest, Path]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import random
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-from accelerate import PartialState
 from torch.optim import Optimizer
 
-from sfumato.config import Config
+from sfumato.config import Config, ModelOptions
 from sfumato.config.listing import public_options
 from sfumato.config.secrets import collect_secrets, describe_exposed
 from sfumato.data.ss_metadata import build_ss_metadata as data_metadata
-from sfumato.formats.metadata import TrainingFacts, make_training_metadata, read_thumbnail
+from sfumato.formats.metadata import TrainingFacts, describe_files, make_training_metadata, read_thumbnail
 from sfumato.formats.metadata_limit import THUMBNAIL_KEY, fit_metadata
 from sfumato.optim.optimizers import describe_optimizer
 from sfumato.plan import RunPlan
@@ -29,11 +28,11 @@ from sfumato.track.trackers import make_trackers
 log = logging.getLogger(__name__)
 
 
-def start_logging(config: Config, processes: PartialState) -> WarningCollector:
+def start_logging(config: Config, *, is_main: bool) -> WarningCollector:
     """Messages to where the options say, without secrets; warnings are collected for the report page."""
-    configure_logging(config.log, main_process=processes.is_main_process, secrets=collect_secrets(config))
+    configure_logging(config.log, main_process=is_main, secrets=collect_secrets(config))
     collector = collect_warnings()
-    if processes.is_main_process:
+    if is_main:
         warnings, notes = describe_exposed(config)
         for line in warnings:
             log.warning("%s", line)
@@ -47,12 +46,15 @@ def make_hub(config: Config) -> Hub:
 
 
 def make_metrics_logger(
-    plan: RunPlan, processes: PartialState, start: int, warnings: WarningCollector
+    plan: RunPlan, start: int, warnings: WarningCollector, *, is_main: bool, devices: str
 ) -> MetricsLogger:
-    """Progress everywhere; trackers and the report page on the main process alone. start: steps that are done."""
-    config, is_main = plan.config, processes.is_main_process
+    """Progress everywhere; trackers and the report page on the main process alone. start: steps that are done.
+
+    devices: that train, for the report.
+    """
+    config = plan.config
     progress = Progress(plan.total_steps, start, plain=config.log.console_log_simple, visible=is_main)
-    report = make_report(plan, processes, start, warnings) if is_main and config.log.report else None
+    report = make_report(plan, start, warnings, devices) if is_main and config.log.report else None
     trackers = ()
     if is_main:
         options = public_options(config)
@@ -60,7 +62,7 @@ def make_metrics_logger(
     return MetricsLogger(trackers, progress, window=plan.steps_per_epoch, report=report)
 
 
-def make_report(plan: RunPlan, processes: PartialState, start: int, warnings: WarningCollector) -> Report:
+def make_report(plan: RunPlan, start: int, warnings: WarningCollector, devices: str) -> Report:
     """The page that shows the run while it goes on."""
     description = describe_run(
         plan.config,
@@ -70,18 +72,15 @@ def make_report(plan: RunPlan, processes: PartialState, start: int, warnings: Wa
         checkpoint=plan.blueprint.source.name,
         trained_parts=[(part.part, part.modules, part.parameters, part.learning_rate) for part in plan.parts],
         total=plan.total_steps,
-        device=name_devices(processes),
+        device=devices,
         notes=plan.notes,
     )
     return Report(plan.output_dir, description, start=start, warnings=warnings)
 
 
-def name_devices(processes: PartialState) -> str:
-    """For instance "2 × NVIDIA H100", or "CPU"."""
-    device, number = processes.device, processes.num_processes
-    assert device is not None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return f"{number} × {name}" if number > 1 else name
+def start_hashing(model: ModelOptions) -> Future[dict[str, str]]:
+    """The hashes of the checkpoint and --vae for metadata, computed while training goes on."""
+    return ThreadPoolExecutor(1).submit(describe_files, model)
 
 
 def make_run_metadata(plan: RunPlan, optimizer: Optimizer) -> dict[str, str]:

@@ -6,11 +6,9 @@ import logging
 from types import TracebackType
 from typing import Self
 
-import torch
-
-from sfumato.training.all_reduce import Flags, ProcessFailed, sum_over_processes
+from sfumato.parallel.base import ProcessFailed
 from sfumato.training.run import Run
-from sfumato.training.saving import save_state_folder
+from sfumato.training.saving import write_state_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,27 +28,21 @@ class StateRescue:
         if not isinstance(error, Exception):  # a second Ctrl-C ends at once
             return
         run = self.run
-        known = run.interrupt.failure_shared or isinstance(error, ProcessFailed)
-        if run.processes.num_processes > 1 and not known and run.step < run.plan.total_steps:
+        if not isinstance(error, ProcessFailed):
             with run.metrics.guard.survive("informing the other processes", then=""):
-                announce_failure(run)
+                run.parallel.announce_failure(run.all_parameters)
         if run.step > run.start.step:
             with run.metrics.guard.survive(f"saving the state after step {run.step}", then=""):
                 save_rescued_state(run)
-        if isinstance(error, ProcessFailed) and run.interrupt.requested:  # both were to end, the other was first
+        if isinstance(error, ProcessFailed) and run.parallel.stop_requested:  # both were to end, the other was first
             raise KeyboardInterrupt from error
 
 
-def announce_failure(run: Run) -> None:
-    """Take part in the sum that the other processes wait for: without gradients, and with the flag of a failure."""
-    run.optimizer.zero_grad(set_to_none=True)
-    sum_over_processes(run.all_parameters, torch.zeros((), device=run.device), Flags(failed=True))
-
-
 def save_rescued_state(run: Run) -> None:
-    """The last complete step, or what is closest to it."""
-    if not run.is_main:
+    """The last complete step, or what is closest to it. The main process does not wait: the others may be gone."""
+    if not run.parallel.is_main:
         return
-    folder = save_state_folder(run, run.step)
+    run.metrics.flush()
+    folder = write_state_folder(run, run.step)
     inexact = " (inside a step: going on from it is not bit-identical)" if run.mid_step else ""
     log.warning("the state after step %d is saved%s; go on with: --resume %s", run.step, inexact, folder)

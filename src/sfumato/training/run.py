@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -22,11 +21,11 @@ from sfumato.families.base import Family
 from sfumato.loss import LossContext
 from sfumato.methods.base import Method
 from sfumato.optim.ema import EmaSet
+from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 from sfumato.track.best import Best
 from sfumato.track.hub import Hub
 from sfumato.track.metrics_logger import MetricsLogger
-from sfumato.training.interrupt import Interrupt
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import OptimizerSetup
 from sfumato.training.run_state import RunState
@@ -42,7 +41,7 @@ class Run:
     plan: RunPlan
     start: StartPoint
     state: RunState
-    processes: PartialState
+    parallel: ParallelStrategy
     context: LossContext
     optimization: OptimizerSetup
     nonfinite_guard: NonfiniteGuard
@@ -56,9 +55,9 @@ class Run:
     file_hashes: Future[dict[str, str]]  # of the checkpoint and --vae, computed while training goes on
     output_lock: AbstractContextManager[Any]  # on the name of the run in its output folder
     step: int  # the last that is complete, counted from 1
-    interrupt: Interrupt = field(default_factory=Interrupt)
     mid_step: bool = False  # whether the optimizer has begun a step that is not complete
     warned: set[str] = field(default_factory=set)  # warnings that are not repeated
+    given_up: set[str] = field(default_factory=set)  # what surrounds training and needs more memory than there is
     failed_saves: list[str] = field(default_factory=list)  # why saves failed, one line each
 
     @property
@@ -99,16 +98,6 @@ class Run:
         """Everything that gets a gradient: the method's parameters, and the learned weights of the loss."""
         uncertainty = self.optimization.uncertainty
         return [*self.parameters, *(uncertainty.parameters() if uncertainty else ())]
-
-    @property
-    def must_stop(self) -> bool:
-        """Whether to stop after this step; the same in all processes."""
-        return self.interrupt.shared or (self.processes.num_processes == 1 and self.interrupt.requested)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes the files."""
-        return self.processes.is_main_process
 
     def output_path(self, name: str) -> Path:
         """The file or folder of an output."""

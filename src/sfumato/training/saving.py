@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from sfumato.common import files
@@ -51,14 +52,26 @@ def save_final(run: Run) -> None:
     if save_output_and_state(run, name, total, state=state, last=True):
         log.info("saved %s", run.output_path(name))
     elif not state:  # what was learned must not be lost
-        with survive_failed_save(run, state_folder(run, total), total):
-            log.warning("the state is saved instead: %s", save_state_folder(run, total))
+        run.failed_saves += run.parallel.run_on_main(partial(write_state_instead, run, total))
+
+
+def write_state_instead(run: Run, step: int) -> list[str]:
+    """The state, where the output could not be saved; gives why that failed, too."""
+    failures: list[str] = []
+    with survive_failed_save(state_folder(run, step), step, failures):
+        log.warning("the state is saved instead: %s", write_state_folder(run, step))
+    return failures
 
 
 def save_stopped(run: Run, step: int) -> None:
     """The state of a run that stops early. UserError where it cannot be saved."""
+    run.metrics.flush()
+    run.parallel.run_on_main(partial(write_stopped, run, step))
+
+
+def write_stopped(run: Run, step: int) -> None:
     try:
-        folder = save_state_folder(run, step)
+        folder = write_state_folder(run, step)
     except OSError as error:
         raise UserError(
             f"stopped after step {step}, but its state could not be saved: {error}",
@@ -84,32 +97,37 @@ def save_output_and_state(run: Run, name: str, step: int, *, state: bool, last: 
     A save that fails is reported and training goes on.
     """
     run.metrics.flush()
-    if not run.is_main:
-        return True
-    failed = len(run.failed_saves)
+    failures = run.parallel.run_on_main(partial(write_output_and_state, run, name, step, state=state, last=last))
+    run.failed_saves += failures
+    run.metrics.publish()
+    return not failures
+
+
+def write_output_and_state(run: Run, name: str, step: int, *, state: bool, last: bool) -> list[str]:
+    """What the main process does of it; gives a line for each save that failed."""
+    failures: list[str] = []
     path = run.output_path(name)
-    with survive_failed_save(run, path, step), eval_weights(run.optimizer):
+    with survive_failed_save(path, step, failures), eval_weights(run.optimizer):
         save_output(run, path, step)
         run.hub.upload(path, last=last)
     for ema in run.ema:
         path = run.output_path(name + ema.profile.suffix)
-        with survive_failed_save(run, path, step), ema.apply():
+        with survive_failed_save(path, step, failures), ema.apply():
             save_output(run, path, step, ema_metadata(run, ema))
             run.hub.upload(path, last=last)
     if state:
-        with survive_failed_save(run, run.plan.output_dir / f"{name}-state", step):
-            run.hub.upload_state(save_state_folder(run, step, name), last=last)
-    run.metrics.publish()
-    return len(run.failed_saves) == failed
+        with survive_failed_save(run.plan.output_dir / f"{name}-state", step, failures):
+            run.hub.upload_state(write_state_folder(run, step, name), last=last)
+    return failures
 
 
 @contextmanager
-def survive_failed_save(run: Run, path: Path, step: int) -> Iterator[None]:
-    """A save that fails leaves what was there before, a warning now, and an error at the end."""
+def survive_failed_save(path: Path, step: int, failures: list[str]) -> Iterator[None]:
+    """A save that fails leaves what was there before, a warning now, and a line in `failures`, an error at the end."""
     try:
         yield
     except (UserError, OSError) as error:
-        run.failed_saves.append(f"{path.name} after step {step}: {error}")
+        failures.append(f"{path.name} after step {step}: {error}")
         log.warning("%s was not saved after step %d, training goes on: %s", path.name, step, error)
 
 
@@ -144,13 +162,14 @@ def ema_metadata(run: Run, ema: Ema | None) -> dict[str, str]:
     return {EMA_KEY: json.dumps({**ema.facts(), "of": run.plan.saves.name})} if ema else {}
 
 
-def save_state_folder(run: Run, step: int, name: str | None = None) -> Path:
-    """Everything that the next step depends on. name: of the save that it belongs to; None where there is none."""
-    run.metrics.flush()
+def write_state_folder(run: Run, step: int, name: str | None = None) -> Path:
+    """Everything that the next step depends on. name: of the save that it belongs to; None where there is none.
+
+    For the main process, which alone has every loss; all of them have flushed the metrics before.
+    """
     folder = state_folder(run, step, name)
-    if run.is_main:
-        check_finite_weights(run.optimizer, step)
-        run.state.save(folder, run.start, step)
+    check_finite_weights(run.optimizer, step)
+    run.state.save(folder, run.start, step)
     return folder
 
 
@@ -161,11 +180,13 @@ def state_folder(run: Run, step: int, name: str | None = None) -> Path:
 
 def remove_expired(run: Run, outputs: Iterable[str], states: Iterable[str]) -> None:
     """Older saves go once the new one is complete, with the EMAs beside them."""
-    if not run.is_main:
-        return
     paths = [run.plan.output_dir / f"{name}-state" for name in states]
     for name in outputs:
         paths += [run.output_path(name + suffix) for suffix in ("", *run.ema.suffixes)]
+    run.parallel.run_on_main(partial(remove_saves, run, paths))
+
+
+def remove_saves(run: Run, paths: Iterable[Path]) -> None:
     for path in paths:
         run.hub.finish(path)
         files.remove(path)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from sfumato.config import Config
-from sfumato.formats.metadata import describe_files
-from sfumato.plan import RunPlan, make_run_plan
+from sfumato.parallel.base import ParallelStrategy
+from sfumato.plan import RunPlan, draw_seed, make_run_plan, with_seed
 from sfumato.track.best import Best
 from sfumato.training import reporting
+from sfumato.training.agreement import check_agreement
 from sfumato.training.loaders import make_loader, make_validation_loader
 from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.output_folder import clean_output_folder, lock_output
 from sfumato.training.plan_report import report_plan
-from sfumato.training.processes import device_of, start_processes
 from sfumato.training.run import Run
 from sfumato.training.run_state import open_state
 from sfumato.training.start_point import StartPoint, describe_end, describe_start, find_start_point
@@ -25,46 +24,48 @@ from sfumato.training.start_point import StartPoint, describe_end, describe_star
 log = logging.getLogger(__name__)
 
 
-def build_run(config: Config) -> Run | None:
+def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
     """Check all that needs no weights, then load; None when a resumed run has nothing left to do."""
-    processes = start_processes(config.processes.ddp_timeout)
-    warnings = reporting.start_logging(config, processes)
-    plan = make_run_plan(config, processes=processes.num_processes)
-    report_plan(plan, processes)
+    warnings = reporting.start_logging(config, is_main=parallel.is_main)
+    config = with_seed(config, parallel.run_on_main(draw_seed))
+    plan = make_run_plan(config, processes=parallel.processes)
+    report_plan(plan, parallel)
     with ExitStack() as undo:  # whatever ends this early gives the output folder back
-        undo.enter_context(output_lock := lock_output(plan, processes))
+        undo.enter_context(output_lock := lock_output(plan, parallel))
         state = open_state(plan)
         start = find_start_point(plan.config, plan.data, state.counters)
         if not has_steps_left(plan, start, StartPoint(**state.counters)):
             return None
-        if processes.is_main_process:
+        check_agreement(parallel, state.info, start)
+        if parallel.is_main:
             clean_output_folder(plan, resumed=state.resumed)
-        device = device_of(processes)
-        model = open_model(plan, device)
+        model = open_model(plan, parallel.device)
         prompts = read_preview_prompts(plan, model)
-        loader = make_loader(plan, model, processes, prompts=prompts, first_step=start.data)
-        groups = load_networks(plan, model, cached=loader.cached_networks)
-        optimization = set_up_optimizer(plan, groups, start, state, device)
+        loader = make_loader(plan, model, parallel, prompts=prompts, first_step=start.data)
+        groups = load_networks(plan, model, parallel, cached=loader.cached_networks)
+        optimization = set_up_optimizer(plan, groups, start, state, parallel.device)
         context = make_loss_context(plan, prompts.text, optimization.uncertainty)
-        metrics = reporting.make_metrics_logger(plan, processes, start.step, warnings)
+        metrics = reporting.make_metrics_logger(
+            plan, start.step, warnings, is_main=parallel.is_main, devices=parallel.devices
+        )
         run = Run(
             plan=plan,
             start=start,
             state=state,
-            processes=processes,
+            parallel=parallel,
             context=context,
             optimization=optimization,
             nonfinite_guard=NonfiniteGuard(limit=plan.config.loop.max_bad_steps),
             training_check=TrainingCheck(optimization.optimizer),
             loader=loader,
-            validation_loader=make_validation_loader(plan, loader, processes),
+            validation_loader=make_validation_loader(plan, loader, parallel),
             best=state.add("best", Best()),
             metrics=state.add("metrics", metrics),
             hub=reporting.make_hub(config),
             metadata=reporting.make_run_metadata(plan, optimization.optimizer),
             output_lock=output_lock,
             step=start.step,
-            file_hashes=ThreadPoolExecutor(1).submit(describe_files, config.model),
+            file_hashes=reporting.start_hashing(config.model),
         )
         undo.pop_all()
         return run

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,14 +23,15 @@ from sfumato.data.batch_sampler import ValidationSampler
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import timestep_quantiles
 from sfumato.loss import sample_losses
-from sfumato.training.all_reduce import Flags, read_flags, sum_tensor
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.latents import load_latents
+from sfumato.training.memory_shortage import give_up_where_short, run_within_memory
 from sfumato.training.run import Run
 from sfumato.training.saving import ema_metadata, save_output, survive_failed_save
 
 log = logging.getLogger(__name__)
 SERIES = "loss/validation/"  # as sd-scripts names its curves
+VALIDATION = "validation"
 
 
 def run_due_validation(run: Run, step: int) -> None:
@@ -37,14 +39,15 @@ def run_due_validation(run: Run, step: int) -> None:
 
     A run that stops does without; when it is resumed it makes up for that.
     """
-    if run.validation_loader is None or not is_due(run, step) or run.must_stop or run.best.validated == step:
+    if run.validation_loader is None or not is_due(run, step) or run.best.validated == step:
+        return
+    if run.parallel.must_stop or VALIDATION in run.given_up:
         return
     times = timestep_quantiles(run.config.noise, VALIDATION_LEVELS)
     reset_best_if_changed(run, times)
     with eval_mode(run):
         by_level = measure_validation_loss(run, times)
         if by_level is None:
-            log.info("the validation after step %d was cut short, since the run stops", step)
             return
         run.best.validated = step
         loss = sum(by_level) / len(by_level)
@@ -87,24 +90,18 @@ def validation_sampler(run: Run) -> ValidationSampler:
 def measure_validation_loss(run: Run, times: list[int]) -> list[float] | None:
     """The mean loss at each time, the same for any number of processes: each puts its samples into one table.
 
-    None where one of them was asked to stop meanwhile.
+    None where one of them was asked to stop meanwhile, or has too little memory.
     """
     sampler = validation_sampler(run)
     table = torch.zeros(sampler.num_ids, len(times), device=run.device)
-    flags = Flags(failed=True)
-    try:
-        fill_validation_table(run, times, table)
-        flags = Flags(stop=run.interrupt.requested)
-    finally:  # the other processes wait for this one, also where it has failed
-        run.interrupt.failure_shared = flags.failed
-        on_device = torch.tensor(flags, dtype=table.dtype).to(table.device, non_blocking=True)
-        summed = torch.cat([table.flatten(), on_device])
-        if run.processes.num_processes > 1:
-            sum_tensor(summed)
-    summed = summed.cpu()  # one wait for all
-    losses, flags = summed[: -len(flags)].view_as(table), read_flags(summed[-len(flags) :])
-    run.interrupt.shared |= flags.stop
-    return None if flags.stop else (losses.double().sum(0) / sampler.num_samples).tolist()
+    shortage = run_within_memory(partial(fill_validation_table, run, times, table))
+    if give_up_where_short(run, VALIDATION, shortage):
+        return None
+    if run.parallel.must_stop:
+        log.info("the validation was cut short, since the run stops")
+        return None
+    run.parallel.sum(table)
+    return (table.cpu().double().sum(0) / sampler.num_samples).tolist()  # one wait for all
 
 
 def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
@@ -113,7 +110,7 @@ def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
     assert loader is not None
     randomness = Randomness(validation_sampler(run).seed)
     for step in loader.steps():
-        if run.interrupt.requested:
+        if run.parallel.stop_requested:
             return
         (batch,) = step.batches
         x0, positions = load_latents(run, batch, loader), batch.weight.nonzero().flatten()
@@ -142,12 +139,20 @@ def report_validation_loss(run: Run, step: int, loss: float, by_level: dict[int,
 
 def save_best(run: Run, step: int, loss: float) -> bool:
     """Replace the best model before with this one; False where that failed, so that the older one counts."""
-    if not run.config.validation.save_best or not run.is_main:
+    if not run.config.validation.save_best:
         return True
-    path, failed = run.output_path(f"{run.plan.saves.name}-best"), len(run.failed_saves)
+    failures = run.parallel.run_on_main(partial(write_best, run, step, loss))
+    run.failed_saves += failures
+    return not failures
+
+
+def write_best(run: Run, step: int, loss: float) -> list[str]:
+    """What the main process does of it; gives why it failed, if it did."""
+    path = run.output_path(f"{run.plan.saves.name}-best")
+    failures: list[str] = []
     run.hub.finish(path)
-    with survive_failed_save(run, path, step):
+    with survive_failed_save(path, step, failures):
         facts = ema_metadata(run, run.ema.eval_ema)
         save_output(run, path, step, {"ss_validation_loss": f"{loss:.6g}", **facts})
         run.hub.upload(path)
-    return len(run.failed_saves) == failed
+    return failures

@@ -164,8 +164,9 @@ def share_work(
 ) -> FillCounts:
     """Create the missing entries of this process's share, and wait until the other processes have created theirs.
 
-    Waiting polls the store, so that no collective call can time out; the share of a dead process is created here. With
-    options.check every process reads every entry, so that all of them know which are damaged.
+    Nothing here has the time limit of a collective call; what the others have not created, e.g. on machines that share
+    no store after all, is created here. With options.check every process reads every entry, so that all of them know
+    which are damaged.
     """
     keys = [key for key in keys if belongs_to_part(key[:4], options.machine, options.machines)]
     if options.check:
@@ -176,6 +177,8 @@ def share_work(
         missing if alone else [key for key in missing if belongs_to_part(key[-4:], options.rank, options.processes)]
     )
     created = run_and_report(make(own_share), len(own_share), options.progress)
+    cache.store.flush()
+    options.meet()
     left = [] if alone else list_missing(cache, missing)
     deadline = time.monotonic() + PEER_TIMEOUT
     while left:
@@ -188,6 +191,10 @@ def share_work(
             deadline = time.monotonic() + PEER_TIMEOUT
     cache.store.flush()
     return FillCounts(existing=len(keys) - len(missing), created=created)
+
+
+def meet_nobody() -> None:
+    """Where processes know of each other by the store alone."""
 
 
 def belongs_to_part(bits: bytes, part: int, parts: int) -> bool:
@@ -351,6 +358,7 @@ class FillOptions:
     machine: int = 0
     machines: int = 1
     check: bool = False  # whether to read the existing entries once, and create damaged ones again
+    meet: Callable[[], object] = meet_nobody  # waits until all processes have created their share
     reference: CacheReference | None = None  # who needs the entries, stored so that pruning keeps them
     progress: FillProgress | None = None
 

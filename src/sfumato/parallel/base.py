@@ -1,0 +1,117 @@
+"""The interface of parallel strategies: what one process of a run does, what all do together, and how they wait."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import UserError
+
+_T = TypeVar("_T")
+
+
+class ProcessFailed(UserError):
+    """Another process of the run has failed, or does not answer any more."""
+
+
+class ParallelStrategy(ABC):
+    """One process's place among those of a run. What is defined here holds where each has the whole model.
+
+    All processes call the same methods in the same order. Each of them may raise ProcessFailed.
+    """
+
+    def __init__(self, *, rank: int, processes: int, device: torch.device) -> None:
+        self.rank, self.processes, self.device = rank, processes, device
+        self.stop_requested = False  # by a signal to this process
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the others: after all have come to the end, or at once where this process has failed."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and messages."""
+        return self.rank == 0
+
+    @property
+    def devices(self) -> str:
+        """For instance "2 × NVIDIA H100", or "CPU"."""
+        name = name_device(self.device)
+        return f"{self.processes} × {name}" if self.processes > 1 else name
+
+    @property
+    @abstractmethod
+    def must_stop(self) -> bool:
+        """Whether to stop after this step; the same in all processes."""
+
+    def request_stop(self) -> None:
+        """All processes learn of it with their next sum or meeting."""
+        self.stop_requested = True
+
+    @abstractmethod
+    def prepare(self, name: str, module: nn.Module) -> None:
+        """Make a network, whose weights are read, ready for training in all processes. UserError if it cannot be."""
+
+    # ---------------------------------------------------------------- within a step
+
+    @abstractmethod
+    def reduce(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Sum every gradient, and the 0-d loss, in place; each process has divided by the real samples of all.
+
+        A parameter that got a gradient in no process keeps none, so that the optimizer skips it as it does alone.
+        Gives the facts that came with the sums, on the device, for `read_facts`.
+        """
+
+    @abstractmethod
+    def read_facts(self, facts: Tensor) -> None:
+        """Learn whether to stop, and that no process has failed; waits for the device. Before the optimizer's step."""
+
+    def total_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The 2-norm of all gradients together, 0-d."""
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def clip(self, parameters: Sequence[nn.Parameter], maximum: float, norm: Tensor) -> None:
+        """Scale the gradients down to `maximum`, where `norm`, their total norm, is above it."""
+        nn.utils.clip_grads_with_norm_(parameters, maximum, norm)
+
+    # ---------------------------------------------------------------- between steps
+
+    @abstractmethod
+    def sum(self, tensor: Tensor) -> None:
+        """Sum a tensor over all processes, in place; call it right after a meeting, since its waiting has a limit."""
+
+    @abstractmethod
+    def share(self, work: Sequence[_T]) -> Sequence[_T]:
+        """This process's part of the work; the parts of all are everything, once."""
+
+    @abstractmethod
+    def exchange(self, value: Any = None) -> list[Any]:
+        """A meeting: wait without a limit until every process is here; gives the values of all, by rank.
+
+        value: what JSON can hold.
+        """
+
+    def run_on_main(self, work: Callable[[], _T]) -> _T:
+        """Let the main process do the work while the others wait without a limit; all get the result.
+
+        Its result is what JSON can hold. Where it raises, the others end with ProcessFailed.
+        """
+        return self.exchange(work() if self.is_main else None)[0]
+
+    @abstractmethod
+    def announce_failure(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let the others know that this process cannot go on, wherever they wait, also for its gradients."""
+
+
+def name_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

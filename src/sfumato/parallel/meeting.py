@@ -1,0 +1,104 @@
+"""Meetings of processes in torch's key-value store: they exchange small values and wait without limit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed.distributed_c10d import Store
+
+from sfumato.parallel.base import ProcessFailed
+from sfumato.parallel.liveness import Address, Lifeline, Watch
+
+log = logging.getLogger(__name__)
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.1  # seconds between two looks at the store
+FAREWELL = 10.0  # seconds that the main process, which may hold the store, stays for the others at the end
+FAILED = "failed"
+
+
+class Meetings:
+    """The meetings of one process, numbered in the same order in all; whoever waits learns of a failure elsewhere."""
+
+    def __init__(self, store: Store, *, rank: int, processes: int, main_host: str) -> None:
+        self.store, self.rank, self.processes = store, rank, processes
+        self.count = 0
+        self.watch = Watch((), rank)
+        self.lifeline = Lifeline(main_host, processes)
+        addresses: list[Address] = [(host, port) for host, port in self.exchange(self.lifeline.address)]
+        self.watch = Watch(addresses, rank)
+        self.exchange(None)  # from here on each is seen by all
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Wait until every process is at this meeting; gives the values of all, by rank."""
+        keys = [f"meeting {self.count} of {rank}" for rank in range(self.processes)]
+        with lost_store():
+            self.store.set(keys[self.rank], json.dumps(value))
+            self._wait(lambda: self.store.check(keys))
+            values = [json.loads(self.store.get(key)) for key in keys]
+            if self.count:  # nobody reads the one before any more
+                self.store.delete_key(f"meeting {self.count - 1} of {self.rank}")
+        self.count += 1
+        return values
+
+    def announce_failure(self) -> None:
+        """Whoever waits at a meeting, now or later, ends with ProcessFailed."""
+        with lost_store():
+            self.store.set(FAILED, str(self.rank))
+
+    def has_audience(self) -> bool:
+        """Whether a process may still come to what this one takes part in; all others have left where not."""
+        ended = set(self.watch.list_ended())
+        others = [rank for rank in range(self.processes) if rank != self.rank]
+        with lost_store():
+            return not all(rank in ended or self.store.check([left_key(rank)]) for rank in others)
+
+    def leave(self) -> None:
+        """The end of all: the process that may hold the store goes last."""
+        self.exchange(None)
+        with lost_store():
+            self.store.set(left_key(self.rank), "")
+            deadline = time.monotonic() + FAREWELL
+            while self.rank == 0 and self.has_audience() and time.monotonic() < deadline:
+                time.sleep(FIRST_PAUSE)
+
+    def close(self) -> None:
+        self.watch.close()
+        self.lifeline.close()
+
+    def _wait(self, over: Callable[[], bool]) -> None:
+        """Until `over()`, looking now and then, so that signals are received."""
+        pause = FIRST_PAUSE
+        while not over():
+            ended = self.watch.list_ended()  # before the look at what they may have announced
+            if over():
+                return
+            if self.store.check([FAILED]):
+                self._give_up(int(self.store.get(FAILED)), "process-failed", "failed")
+            if ended:
+                self._give_up(ended[0], "process-lost", "ended")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _give_up(self, rank: int, code: str, what: str) -> None:
+        self.store.set(left_key(self.rank), "")
+        raise ProcessFailed(f"process {rank} of this run has {what}", code=code, fix=SEE_OTHERS)
+
+
+SEE_OTHERS = "its own last message says why; --debug shows what this process saw"
+
+
+def left_key(rank: int) -> str:
+    return f"left {rank}"
+
+
+@contextmanager
+def lost_store() -> Iterator[None]:
+    """Turn the loss of the store, whose process has ended, into ProcessFailed."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own errors of stores are of this class
+        raise ProcessFailed("another process of this run has ended", code="process-ended", fix=SEE_OTHERS) from error
