@@ -75,7 +75,9 @@ def read_weights(output: Path, name: str = "lora") -> dict[str, torch.Tensor]:
 
 
 def read_metrics(output: Path, name: str = "lora") -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / f"{name}.run.jsonl").read_text().splitlines()]
+    """The rows of the metrics file without what depends on the machine's mood."""
+    rows = [json.loads(line) for line in (output / f"{name}.run.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("speed/")} for row in rows]
 
 
 def equal_tensors(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sfumato.data.batch import Batch, Tensors
+from sfumato.data.batch import Batch, RandomDraws, Tensors
 from sfumato.diffusion.objective import per_sample
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import Recipe
@@ -46,14 +46,11 @@ def training_loss(
     Latents x0 (B, C, h, w); t in 0 .. 1000; everything random is a function of the samples' ids.
     log: receives each sample's t and loss.
     """
-    model, recipe, rng = context.model, context.recipe, context.randomness
-    t = recipe.timesteps(rng, batch.ids, x0.shape[1:], model.latents)
-    noise = rng.per_sample("noise", batch.ids, lambda draw, i: recipe.noise(draw, x0[i]))
-    input_noise = noise
-    if recipe.perturb:  # only the input is perturbed, the target keeps the clean noise
-        perturb = recipe.perturb
-        input_noise = rng.per_sample("perturb", batch.ids, lambda draw, i: perturb(draw, noise[i]))
-    loss = sample_losses(context, batch, x0, t, noise.to(x0, non_blocking=True), input_noise.to(x0, non_blocking=True))
+    model, recipe = context.model, context.recipe
+    draws = batch.draws or draw_noise(context, batch.ids, x0)
+    t, noise = draws.t, draws.noise.to(x0, non_blocking=True)
+    input_noise = noise if draws.input_noise is None else draws.input_noise.to(x0, non_blocking=True)
+    loss = sample_losses(context, batch, x0, t, noise, input_noise)
     weight = batch.weight.to(x0, non_blocking=True)
     if log is not None:
         log.append(SampleLosses(t, loss.detach().where(weight > 0, torch.nan)))
@@ -62,6 +59,19 @@ def training_loss(
     if recipe.uncertainty:
         loss = recipe.uncertainty(loss, level)
     return (loss * weight).sum() / real_samples
+
+
+def draw_noise(context: LossContext, ids: Tensor, x0: Tensor) -> RandomDraws:
+    """Timesteps and noise on the CPU for latents x0 (B, C, h, w); only the input's noise is perturbed."""
+    recipe, rng = context.recipe, context.randomness
+    t = recipe.timesteps(rng, ids, x0.shape[1:], context.model.latents)
+    noise = rng.per_sample("noise", ids, lambda draw, i: recipe.noise(draw, x0[i]))
+    perturb = recipe.perturb
+    if perturb is None:
+        return RandomDraws(t=t, noise=noise)
+    return RandomDraws(
+        t=t, noise=noise, input_noise=rng.per_sample("perturb", ids, lambda draw, i: perturb(draw, noise[i]))
+    )
 
 
 def sample_losses(
@@ -102,12 +112,13 @@ def reference_estimate(context: LossContext, batch: Batch, noisy: Tensor, t: Ten
     if not len(rows):
         return None
     model, method = context.model, context.method
-    part, part_noisy, part_t = batch.take(rows), noisy[rows], t[rows]
+    places = rows.to(noisy.device, non_blocking=True)
+    part, part_noisy, part_t = batch.take(rows), noisy[places], t[rows]
     with torch.no_grad(), method.disabled():  # text encoders that train are those of before training, too
         conditioning = make_conditioning(context, part)
         prediction = method.predict(model, part_noisy, part_t, conditioning, part.extras).to(noisy.dtype)
     estimate = torch.zeros_like(noisy)
-    estimate[rows] = model.objective.estimate(prediction, part_noisy, model.objective.level(part_t))
+    estimate[places] = model.objective.estimate(prediction, part_noisy, model.objective.level(part_t))
     return estimate
 
 

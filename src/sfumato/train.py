@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
 
 from sfumato.config import Config
 from sfumato.data.loader import Step
 from sfumato.loss import SampleLosses, training_loss
-from sfumato.optim.lr_schedule import current_learning_rates
 from sfumato.parallel.start import start_parallel
-from sfumato.training.diagnose import diagnose_nonfinite
+from sfumato.training.follow import follow_step, settle
 from sfumato.training.interrupt import interruptible
 from sfumato.training.latents import load_latents
+from sfumato.training.outcomes import StepResult, judge_step
+from sfumato.training.prefetch import prefetch
 from sfumato.training.previews import save_previews
 from sfumato.training.rescue import StateRescue
 from sfumato.training.run import Run
-from sfumato.training.saving import check_saves, run_due_saves, save_final, save_stopped, state_folder
+from sfumato.training.saving import check_saves, run_due_saves, save_final, save_stopped
 from sfumato.training.setup_run import build_run
 from sfumato.training.validation import run_due_validation
 
@@ -40,37 +38,32 @@ def train(config: Config) -> None:
 def loop(run: Run) -> None:
     """Step after step; once in a while: log, validate, make previews, save."""
     total = run.plan.total_steps
-    for step in run.loader.steps(run.start.step):
+    for step in prefetch(run, run.start.step):
         result = train_step(run, step)
         number = step.index + 1
-        curves = {"grad_norm": result.grad_norm, **run.method.after_step()}
+        curves = run.method.after_step()
         run.ema.update()
         run.complete_step(number)
-        run.metrics.log_step(number, result.loss, current_learning_rates(run.optimizer), curves, result.samples)
         if number == run.start.step + 1:
             run.warn(run.method.report())
-        if run.nonfinite_guard.exhausted:
-            raise run.nonfinite_guard.error(state_folder(run, number))
+        follow_step(run, step, result, curves)
         run_due_validation(run, number)
         if number == total:
             break
         run_due_saves(run, number)
         if run.parallel.must_stop:
+            settle(run)
             save_stopped(run, number)
             return
+    settle(run)
     save_final(run)
 
 
-class StepResult(NamedTuple):
-    """What a step reports; nothing waits for the device."""
-
-    loss: Tensor  # 0-d, summed over all processes
-    grad_norm: Tensor  # 0-d, of all gradients before they are clipped
-    samples: list[SampleLosses]  # of this process, one for each micro-batch
-
-
 def train_step(run: Run, step: Step) -> StepResult:
-    """One optimizer step over its micro-batches; nothing that is not finite reaches the weights."""
+    """One optimizer step over its micro-batches; nothing that is not finite reaches the weights.
+
+    It launches what the device is to do and does not wait for it.
+    """
     run.method.before_step(step.index)
     run.optimizer.zero_grad(set_to_none=True)
     total_loss = torch.zeros((), device=run.device)
@@ -84,14 +77,11 @@ def train_step(run: Run, step: Step) -> StepResult:
     run.parallel.read_facts(run.parallel.reduce(run.all_parameters, total_loss))
     run.scaler.unscale_(run.optimizer)
     grad_norm = run.parallel.total_norm(run.parameters)
+    verdict = judge_step(total_loss, grad_norm, run.scaler.scale(torch.ones_like(total_loss)))
     run.optimization.lr_schedule.set(run.optimizer, step.index - run.start.schedule)
-    if run.nonfinite_guard.allows(total_loss, grad_norm, scale=run.scaler.get_scale()):
-        if run.config.optim.max_grad_norm > 0:
-            run.parallel.clip(run.parameters, run.config.optim.max_grad_norm, grad_norm)
-        run.take_optimizer_step(step.index)
-        if not run.training_check.complete and bool(torch.isfinite(grad_norm)):
-            run.training_check.check_step()
-    else:
-        run.nonfinite_guard.report_skip(step.index + 1, diagnose_nonfinite(run, step))
+    if run.config.optim.max_grad_norm > 0:
+        run.parallel.clip(run.parameters, run.config.optim.max_grad_norm, grad_norm)
+    run.take_optimizer_step(step.index, verdict.finite)
+    measured = run.outcomes.check.measure()
     run.scaler.update()
-    return StepResult(total_loss, grad_norm, samples)
+    return StepResult(total_loss, grad_norm, samples, verdict, measured)

@@ -89,13 +89,16 @@ class TestDevice:
         network = make_three_layers().to(rehearsal.device)
         optimizer, scaler = torch.optim.AdamW(network.parameters(), **options), torch.amp.GradScaler("rehearsal")
         scaler.scale(network(torch.zeros(1, 10, device=rehearsal.device)).sum()).backward()
-        scaler.step(optimizer)
+        scaler.unscale_(optimizer)
+        optimizer.step()
         scaler.update()
+        assert not rehearsal.take_waits()
         assert rehearsal.memory.sum_storages(x for state in optimizer.state.values() for x in state.values()) >= 8040
 
     def test_everything_is_undone(self):
         def list_patched() -> tuple[object, ...]:
-            return torch.tensor, torch.Generator, torch.Tensor.pin_memory, torch.clear_autocast_cache, Thread.run
+            of_tensors = (torch.Tensor.pin_memory, torch.Tensor.record_stream)
+            return torch.tensor, torch.Generator, *of_tensors, torch.clear_autocast_cache, Thread.run
 
         before = list_patched()
         with rehearsal_device():

@@ -5,12 +5,12 @@ import sys
 import types
 
 import pytest
-import torch
 
 from sfumato.config import LogOptions
 from sfumato.track.metrics_logger import MetricsLogger
 from sfumato.track.progress import Progress
 from sfumato.track.trackers import make_trackers
+from track.readings import Late
 
 
 def quiet(total=10, start=0):
@@ -18,13 +18,14 @@ def quiet(total=10, start=0):
 
 
 class Recorder:
-    """A tracker that keeps its rows."""
+    """A tracker that keeps its rows, but for the speed of steps that say none."""
 
     def __init__(self):
         self.rows = []
 
     def log(self, step, values):
-        self.rows.append((step, dict(values)))
+        unknown = values.get("speed/seconds_per_step") == 0
+        self.rows.append((step, {k: v for k, v in values.items() if not (unknown and k.startswith("speed/"))}))
 
     def close(self):
         self.rows.append("closed")
@@ -34,8 +35,8 @@ def test_series_have_sd_scripts_names_and_average_over_an_epoch():
     recorder = Recorder()
     with MetricsLogger([recorder], quiet(), window=2) as metrics:
         for step, loss in enumerate([1.0, 2.0, 4.0], 1):
-            metrics.log_step(step, torch.tensor(loss), {"unet": 0.5})
-            assert len(recorder.rows) == step - 1  # one step late, so that nothing waits for the device
+            metrics.log_step(step, late := Late(loss), {"unet": 0.5})
+            assert (len(recorder.rows), late.reads) == (step - 1, 0)  # one step late: nothing waits for the device
     assert recorder.rows == [
         (1, {"loss/current": 1.0, "loss/average": 1.0, "lr/unet": 0.5}),
         (2, {"loss/current": 2.0, "loss/average": 1.5, "loss/epoch_average": 1.5, "lr/unet": 0.5}),
@@ -44,13 +45,25 @@ def test_series_have_sd_scripts_names_and_average_over_an_epoch():
     ]
 
 
+def test_speed_and_peak_memory_are_series():
+    recorder = Recorder()
+    with MetricsLogger([recorder], quiet(), window=4) as metrics:
+        metrics.log_step(1, Late(1.0, seconds=2.0, images=3, peak_memory=7_123_456_789), {})
+        metrics.log_step(2, Late(1.0, seconds=1 / 3, images=1), {})
+    speeds = [{k: v for k, v in row.items() if k[:5] in ("speed", "memor")} for _, row in recorder.rows[:-1]]
+    assert speeds == [
+        {"speed/seconds_per_step": 2.0, "speed/images_per_second": 1.5, "memory/peak_gb": 7.123},
+        {"speed/seconds_per_step": 0.3333, "speed/images_per_second": 3.0},
+    ]
+
+
 def test_values_measured_after_a_step_join_its_metrics():
     recorder = Recorder()
     with MetricsLogger([recorder], quiet(), window=4) as metrics:
         metrics.log_values(0, {"loss/validation/t200": 3.0})
-        metrics.log_step(1, torch.tensor(1.0), {})
+        metrics.log_step(1, Late(1.0), {})
         metrics.log_values(1, {"loss/validation/t200": 2.0})
-        metrics.log_step(2, torch.tensor(3.0), {})
+        metrics.log_step(2, Late(3.0), {})
     assert recorder.rows == [
         (0, {"loss/validation/t200": 3.0}),
         (1, {"loss/current": 1.0, "loss/average": 1.0, "loss/validation/t200": 2.0}),
@@ -64,16 +77,16 @@ def test_the_average_continues_after_a_resume():
     straight, before, after = Recorder(), Recorder(), Recorder()
     with MetricsLogger([straight], quiet(), window=4) as metrics:
         for step, loss in enumerate(losses, 1):
-            metrics.log_step(step, torch.tensor(loss), {})
+            metrics.log_step(step, Late(loss), {})
     with MetricsLogger([before], quiet(), window=4) as metrics:
         for step, loss in enumerate(losses[:3], 1):
-            metrics.log_step(step, torch.tensor(loss), {})
+            metrics.log_step(step, Late(loss), {})
         metrics.flush()
         state = json.loads(json.dumps(metrics.state_dict()))
     with MetricsLogger([after], quiet(), window=4) as metrics:
         metrics.load_state_dict(state)
         for step, loss in enumerate(losses[3:], 4):
-            metrics.log_step(step, torch.tensor(loss), {})
+            metrics.log_step(step, Late(loss), {})
     assert before.rows[:-1] + after.rows[:-1] == straight.rows[:-1]
 
 
@@ -88,7 +101,7 @@ def test_a_tracker_that_fails_is_tried_again_with_one_warning(error, warnings):
     recorder, broken = Recorder(), Broken()
     with MetricsLogger([broken, recorder], quiet(), window=2) as metrics:
         for step in (1, 2, 3):
-            metrics.log_step(step, torch.tensor(1.0), {})
+            metrics.log_step(step, Late(1.0), {})
     assert [row[0] for row in recorder.rows[:-1]] == [1, 2, 3]
     assert [row[0] for row in broken.rows[:-1]] == [3]
     assert len(warnings()) == 1
@@ -111,7 +124,7 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, warnings):
     run.log = refuse
     with MetricsLogger(trackers, quiet(), window=2) as metrics:
         for step in (1, 2, 3):
-            metrics.log_step(step, torch.tensor(1.0), {})
+            metrics.log_step(step, Late(1.0), {})
     lines = (tmp_path / "x.run.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert len(warnings()) == 1

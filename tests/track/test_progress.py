@@ -6,7 +6,7 @@ import pytest
 
 from sfumato.config import LogOptions
 from sfumato.track.console import configure_logging
-from sfumato.track.progress import Progress, format_duration
+from sfumato.track.progress import Progress, Speed, format_duration
 
 
 class Clock:
@@ -27,8 +27,9 @@ def train(total, seconds, start=0, pause_at=None):
     clock = Clock()
     with Progress(total, start, plain=False, clock=clock) as progress:
         for step in range(start + 1, total + 1):
-            clock.now += seconds + (1000 if step == pause_at else 0)
-            progress.advance(step, 0.125, 1e-4)
+            taken = seconds + (1000 if step == pause_at else 0)
+            clock.now += taken
+            progress.advance(step, 0.125, 1e-4, Speed(seconds=taken, images=3))
     return progress
 
 
@@ -51,23 +52,23 @@ def test_lines_are_few(lines, total, seconds, expected):
 
 def test_the_text_of_a_line(lines):
     train(100, 2.0)
-    assert lines()[0] == "step 5 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  3:10 left"
-    assert lines()[-1] == "step 100 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  0:00 left"
+    assert lines()[0] == "step 5 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  1.5 images/s  3:10 left"
+    assert lines()[-1] == "step 100 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  1.5 images/s  0:00 left"
 
 
 def test_a_resumed_run_counts_its_own_time(lines):
     train(100, 2.0, start=90)
-    assert lines()[0] == "step 95 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  0:10 left"
+    assert lines()[0] == "step 95 of 100  loss 0.1250  lr 1.00e-04  2.00 s/it  1.5 images/s  0:10 left"
 
 
 def test_a_pause_does_not_change_the_speed(lines):
     progress = train(40, 2.0, pause_at=20)
-    assert progress.seconds_per_step == 2.0
+    assert progress.speed.seconds == 2.0
 
 
 def test_an_invisible_one_is_silent(lines, capsys):
     progress = Progress(2, 0, plain=False, visible=False)
-    progress.advance(2, 0.1, 0.1)
+    progress.advance(2, 0.1, 0.1, Speed())
     assert lines() == []
     assert capsys.readouterr().err == ""
 
@@ -76,16 +77,16 @@ def test_a_bar_on_a_terminal_with_messages_above(lines, new_screen):
     screen = new_screen()
     configure_logging(LogOptions())
     with Progress(4, 0, plain=False) as progress:
-        progress.advance(1, 0.125, 1e-4)
+        progress.advance(1, 0.125, 1e-4, Speed())
         logging.getLogger("sfumato").warning("a message")
-        progress.advance(4, 0.0625, 1e-4)
+        progress.advance(4, 0.0625, 1e-4, Speed())
     text = screen.getvalue()
     assert "a message" in text
     assert "4/4" in text
     assert "loss 0.0625" in text
     assert lines() == []
     with Progress(4, 0, plain=True) as progress:  # --console_log_simple
-        progress.advance(4, 0.5, 1e-4)
+        progress.advance(4, 0.5, 1e-4, Speed())
     assert len(lines()) == 1
 
 

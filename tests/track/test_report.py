@@ -9,18 +9,18 @@ import struct
 import zlib
 
 import pytest
-import torch
 from PIL import Image
 
 from sfumato.cli.main import main
 from sfumato.errors import UserError
 from sfumato.track.charts.chart import format_number
 from sfumato.track.metrics_logger import MetricsLogger
-from sfumato.track.progress import Progress
+from sfumato.track.progress import Progress, Speed
 from sfumato.track.report import Report, read_earlier, rebuild_report
 from sfumato.track.report_facts import EMPTY_DESCRIPTION, WarningCollector, read_description, stop_collecting
 from sfumato.track.report_page import render_page
 from sfumato.track.report_samples import MAX_CHARACTERS, make_thumbnail
+from track.readings import Late
 from track.report_pages import (
     NO_SAMPLES,
     PageParser,
@@ -37,7 +37,7 @@ EVIL = "<script>alert('x')</script> & \"quotes\""
 def test_the_page_shows_the_metrics(tmp_path):
     report = open_report(tmp_path)
     write_lines(tmp_path, range(1, 41), grad_norm=0.375)
-    report.advance(40, 0.5)
+    report.advance(40, Speed(seconds=0.5, images=3, peak_memory=7_100_000_000))
     report.close(None, total=40)
     page = read_page(tmp_path)
     for number in (
@@ -48,6 +48,8 @@ def test_the_page_shows_the_metrics(tmp_path):
         "finished",
         "Toy model",
         "seed 77",
+        "steps/s, 6 images/s",
+        "7.1 \nGB",
     ):
         assert number in page.text
     assert "epoch\n4 \nof 4\n" in page.text
@@ -78,7 +80,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
     )  # fmt: skip
     report.warnings.counts[EVIL], report.warnings.first[EVIL] = 1, 0
     write_sample(tmp_path, "cat_000002_00_99990101000000.png", EVIL)
-    report.advance(3, 1.0)
+    report.advance(3, Speed(seconds=1.0))
     report.close(UserError(EVIL, code="evil-text"), total=40)
     content = (tmp_path / "cat.report.html").read_text()
     assert "<script>alert" not in content
@@ -113,7 +115,7 @@ def test_samples_of_other_runs_are_skipped(tmp_path):
     for file in [*kept, *others]:
         write_sample(tmp_path, file, "a cat")
     (tmp_path / "sample" / "cat_000005_00_99990101000000.png").write_text("torn")
-    report.advance(20, 1.0)
+    report.advance(20, Speed(seconds=1.0))
     report.close(None, total=40)
     links = [attributes["href"] for tag, attributes in read_page(tmp_path).tags if tag == "a"]
     assert links == [f"sample/{kept[1]}", f"sample/{kept[0]}"]
@@ -124,11 +126,11 @@ def test_a_resumed_run_continues_the_report(tmp_path):
     report = open_report(tmp_path)
     write_lines(tmp_path, range(1, 21))
     report.warnings.counts["something was odd"], report.warnings.first["something was odd"] = 2, 5
-    report.advance(20, 1.0)
+    report.advance(20, Speed(seconds=1.0))
     report.close(None, total=40)
     again = open_report(tmp_path, start=20)
     write_lines(tmp_path, range(21, 41))
-    again.advance(40, 1.0)
+    again.advance(40, Speed(seconds=1.0))
     again.close(None, total=40)
     page = read_page(tmp_path)
     for text in ("finished", "at step 20", "something was odd", "after step 5, 2 times"):
@@ -151,7 +153,7 @@ def test_it_is_written_rarely(tmp_path, monkeypatch):
     monkeypatch.setattr("sfumato.track.report.write_page", slow)
     for step in range(1, 2001):
         now[0] += 1.0
-        report.advance(step, 1.0)
+        report.advance(step, Speed(seconds=1.0))
         if step % 10 == 0:
             report.publish()
     assert 2.0 * len(writings) <= 0.05 * now[0] + 2.0
@@ -172,7 +174,7 @@ def test_after_any_error_the_next_update_is_tried(tmp_path, warnings, monkeypatc
         with monkeypatch.context() as broken:
             broken.setattr("sfumato.track.report.write_page", fail)
             for step in (1, 2):
-                metrics.log_step(step, torch.tensor(1.0), {})
+                metrics.log_step(step, Late(1.0), {})
                 metrics.publish()
         assert not (tmp_path / "cat.report.html").exists()
     assert "finished" in read_page(tmp_path).text
@@ -191,7 +193,7 @@ def test_a_huge_image_among_the_samples_is_skipped(tmp_path, side):
     path.write_bytes(content)
     with pytest.raises((ValueError, Image.DecompressionBombError), match="pixels"):
         make_thumbnail(path)
-    report.advance(1, 1.0)
+    report.advance(1, Speed(seconds=1.0))
     report.close(None, total=1)
     assert "finished" in read_page(tmp_path).text
 
@@ -209,7 +211,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 )  # fmt: skip
 def test_a_damaged_description_is_no_earlier_one(tmp_path, change):
     report = open_report(tmp_path)
-    report.advance(1, 1.0)
+    report.advance(1, Speed(seconds=1.0))
     report.close(None, total=4)
     path = tmp_path / "cat.report.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -236,7 +238,7 @@ def test_warnings_are_kept_without_paths(tmp_path):
 def test_a_killed_run_becomes_silent(tmp_path):
     report = open_report(tmp_path)
     write_lines(tmp_path, range(1, 4))
-    report.advance(3, 2.0)
+    report.advance(3, Speed(seconds=2.0))
     for seconds, state in ((1700, "running"), (1900, "silent")):
         content = render_page(report.description, report.curves, NO_SAMPLES, now=report.session["updated"] + seconds)
         assert f'data-state="{state}"' in content
@@ -249,7 +251,7 @@ def test_a_killed_run_becomes_silent(tmp_path):
 def test_the_command_rebuilds_it(tmp_path, capsys):
     report = open_report(tmp_path)
     write_lines(tmp_path, range(1, 5))
-    report.advance(4, 1.0)
+    report.advance(4, Speed(seconds=1.0))
     report.close(None, total=40)
     before = (tmp_path / "cat.report.html").read_text()
     (tmp_path / "cat.report.html").unlink()

@@ -15,6 +15,11 @@ class LogOptions(Options):
 
     strict: bool = option(False, "an option that has no effect in this run is an error")
     debug: bool = option(False, "show the traceback of an error")
+    profile: int | None = option(
+        None,
+        "trace this many steps, and a GPU's memory, into OUTPUT_NAME.trace.json and OUTPUT_NAME.memory.pickle",
+        ge=1,
+    )
     report: bool = option(True, "write a report page of the run, OUTPUT_NAME.report.html, to the output folder")
     logging_dir: FilePath | None = option(None, "folder of the training logs; each run gets a subfolder")
     log_with: Literal["tensorboard", "wandb", "all"] | None = option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -37,6 +37,15 @@ class Extras:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandomDraws:
+    """What is drawn at random for a batch; a function of the seed and the samples' ids alone."""
+
+    t: Tensor  # (B,) in 0 .. 1000, on the CPU
+    noise: Tensor  # (B, C, h, w), as the target has it
+    input_noise: Tensor | None = None  # as the input has it, where that is another
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch; sample i is independent of the other samples, of the rank and of the batch size."""
 
@@ -52,19 +61,38 @@ class Batch:
     entry_seeds: Tensor  # (B,) int64: seed of the autoencoder posterior's noise, from the cache key
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]
     preserve: Tensor | None = None  # (B,) bool: the target is the reference model's prediction; None: for no sample
+    draws: RandomDraws | None = None  # None where they are drawn in the step
 
     def take(self, positions: Tensor) -> Self:
-        """The samples at these positions, (N,) int64."""
+        """The samples at these positions, (N,) int64 on the CPU."""
         return replace(self, **{name: index_batch(value, positions) for name, value in vars(self).items()})
+
+    def map_large(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with latents, text features, noise and control images changed.
+
+        What the host looks at to decide something stays as it is: ids, weights, masks, sizes.
+        """
+        text = {part: {name: change(tensor) for name, tensor in found.items()} for part, found in self.text.items()}
+        draws, control = self.draws, self.extras.control
+        if draws is not None:
+            other = None if draws.input_noise is None else change(draws.input_noise)
+            draws = replace(draws, noise=change(draws.noise), input_noise=other)
+        return replace(
+            self,
+            latents=None if self.latents is None else change(self.latents),
+            text=text,
+            extras=replace(self.extras, control=None if control is None else change(control)),
+            draws=draws,
+        )
 
 
 def index_batch(value: Any, positions: Tensor) -> Any:
-    """The value of a batch's field for the samples at these positions, (N,) int64."""
+    """The value of a batch's field for the samples at these positions, (N,) int64 on the CPU."""
     if isinstance(value, Tensor):
-        return value[positions]
+        return value[positions.to(value.device, non_blocking=True)]
     if isinstance(value, Mapping):
         return {name: index_batch(entry, positions) for name, entry in value.items()}
-    if isinstance(value, Sizes | Extras):
+    if isinstance(value, Sizes | Extras | RandomDraws):
         return replace(value, **index_batch(vars(value), positions))
     return None if value is None else [value[position] for position in positions.tolist()]
 

@@ -74,15 +74,21 @@ class Loader:
         """The networks whose output comes from a cache, the autoencoder as "vae"."""
         return [*self.text, *([] if self.latents is None else ["vae"])]
 
-    def steps(self, first_step: int = 0) -> Iterator[Step]:
+    def steps(self, first_step: int = 0, finish: Callable[[Batch], Batch] | None = None) -> Iterator[Step]:
         """The sampler's steps from `first_step` (counted from 0) on; UserError if an image is damaged.
 
-        The threads end when the iterator is closed or an error is raised.
+        finish: what else is done to each batch, in the threads. They end when the iterator is closed or an error is
+        raised.
         """
         planned = self.sampler.steps(first_step)
+
+        def make(step: PlannedStep, batch: PlannedBatch) -> Batch:
+            made = self._make_batch(step, batch)
+            return finish(made) if finish else made
+
         if self.workers == 0:
             for step in planned:
-                yield make_step(step, [self._make_batch(step, batch) for batch in step.batches])
+                yield make_step(step, [make(step, batch) for batch in step.batches])
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sfumato-loader")
         try:
@@ -92,7 +98,7 @@ class Loader:
                     step = next(planned, None)
                     if step is None:
                         break
-                    prefetched.append((step, [pool.submit(self._make_batch, step, batch) for batch in step.batches]))
+                    prefetched.append((step, [pool.submit(make, step, batch) for batch in step.batches]))
                 if not prefetched:
                     return
                 step, futures = prefetched.popleft()

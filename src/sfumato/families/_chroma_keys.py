@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sfumato.common.quiet_imports import without_bitsandbytes
@@ -55,10 +57,16 @@ def build(config: Mapping[str, Any]) -> Any:
         network: Any = ChromaTransformer2DModel.from_config(dict(config))
     keep_time_exact(network)
     keep_attention_dtype(network)
+    network.time_text_embed.guidance_proj.register_forward_pre_hook(partial(make_guidance, network.time_text_embed))
     for name, module in network.named_modules():
         if name.endswith(".attn"):
             module.register_forward_pre_hook(mask_keys_only, with_kwargs=True)
     return network
+
+
+def make_guidance(owner: Any, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """Zeros on the owner's device; diffusers makes them on the CPU, and their copy waits for the device."""
+    return (torch.zeros(args[0].shape, dtype=args[0].dtype, device=owner.mod_proj.device),)
 
 
 def mask_keys_only(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

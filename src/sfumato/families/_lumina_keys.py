@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.errors import UserError
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
@@ -137,4 +140,19 @@ def build(config: Mapping[str, Any]) -> Any:
     with without_bitsandbytes():
         from diffusers.models.transformers.transformer_lumina2 import Lumina2Transformer2DModel
 
-    return Lumina2Transformer2DModel.from_config(dict(config))
+    network: Any = Lumina2Transformer2DModel.from_config(dict(config))
+    network.rope_embedder.register_forward_pre_hook(prepare_positions)
+    return network
+
+
+def prepare_positions(module: Any, args: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keep diffusers' position embedding, of latents and the caption's mask, from waiting for the device.
+
+    Its tables stay on the device. It reads the mask for the captions' lengths: one caption alone has no padding, so
+    that a mask on the CPU says the same; of several, it has to wait.
+    """
+    latents, mask = args
+    if module.freqs_cis[0].device != latents.device:
+        module.freqs_cis = [table.to(latents.device, non_blocking=True) for table in module.freqs_cis]
+    waits = len(mask) == 1 and mask.device.type != "cpu"
+    return latents, torch.ones(mask.shape, dtype=torch.bool) if waits else mask

@@ -14,8 +14,8 @@ from sfumato.track.metrics_logger import MetricsLogger
 from sfumato.track.progress import Progress
 from sfumato.training.loaders import make_loader, make_validation_loader
 from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
-from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import set_up_optimizer
+from sfumato.training.outcomes import make_outcomes
 from sfumato.training.run import Run
 from sfumato.training.run_state import RunState
 from sfumato.training.start_point import StartPoint
@@ -46,8 +46,7 @@ def make_rehearsal_run(plan: RunPlan, recorder: StageRecorder) -> Run:
         parallel=parallel,
         context=context,
         optimization=optimization,
-        nonfinite_guard=NonfiniteGuard(limit=plan.config.loop.max_bad_steps),
-        training_check=TrainingCheck(optimization.optimizer),
+        outcomes=make_outcomes(plan, device, optimization.optimizer),
         loader=loader,
         validation_loader=make_validation_loader(plan, loader, parallel),
         best=Best(),

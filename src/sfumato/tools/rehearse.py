@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from sfumato.common import files
 from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
@@ -22,7 +20,7 @@ from sfumato.sample import generate_batch, make_request
 from sfumato.tools.rehearsal_data import keep_largest_batch
 from sfumato.tools.rehearsal_run import make_rehearsal_run
 from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder, describe_stages, format_stages
-from sfumato.train import train_step
+from sfumato.tools.rehearsal_step import make_optimizer_state, rehearse_step
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.run import Run
 from sfumato.training.validation import measure_validation_loss
@@ -55,7 +53,7 @@ def rehearse_plan(plan: RunPlan) -> list[Stage]:
         run = make_rehearsal_run(plan, recorder)
         make_optimizer_state(run)
         with recorder.stage(STEP):
-            train_step(run, next(run.loader.steps()))
+            rehearse_step(run)
         if plan.config.samples.sample_prompts is not None:
             with recorder.stage("preview"):
                 rehearse_preview(run, plan.config.samples.sample_prompts)
@@ -70,19 +68,10 @@ def rehearse_plan(plan: RunPlan) -> list[Stage]:
 
 
 def change_for_rehearsal(config: Config, *, cache_dir: Path) -> Config:
-    """The same caches, but nothing is found in the user's own and nothing written there; nothing is compiled."""
+    """The same caches, but nothing is found in the user's own or written there; nothing is compiled or traced."""
     on_disk = {option: kind for option, kind in IN_MEMORY.items() if config.value(option)}
     caches = {**dict.fromkeys(on_disk, False), **dict.fromkeys(on_disk.values(), True)}
-    return config.with_values({**caches, "cache_dir": cache_dir, "compile": False})
-
-
-def make_optimizer_state(run: Run) -> None:
-    """Let the optimizer make its state, which from the second step on is there during forward and backward."""
-    for parameter in run.all_parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    run.scaler.scale(torch.zeros((), device=run.device))  # makes its state, too
-    run.take_optimizer_step(0)
-    run.scaler.update()
+    return config.with_values({**caches, "cache_dir": cache_dir, "compile": False, "profile": None})
 
 
 def rehearse_preview(run: Run, prompts: Path) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
-from sfumato.common.text import EMPTY
 from sfumato.track.guard import Guard
-from sfumato.track.progress import Progress
+from sfumato.track.progress import Progress, Speed
 from sfumato.track.report import Report
 from sfumato.track.report_curves import SAMPLE_LOSSES, TIMESTEPS
 from sfumato.track.trackers import Tracker, Value
@@ -23,18 +22,33 @@ Samples = Sequence[tuple[Tensor, Tensor]]  # t and loss of each sample, (B,) for
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepValues:
+    """What a step has given."""
+
+    loss: float
+    speed: Speed
+    curves: Mapping[str, float] = field(default_factory=dict)  # further values by series name
+    samples: Samples = ()  # on the CPU
+
+
+class Reading(Protocol):
+    """A step's values that may still be on their way from the device."""
+
+    def read(self) -> StepValues: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepMetrics:
     """The metrics of one step, counted from 1."""
 
     step: int
-    loss: Tensor
+    reading: Reading
     learning_rates: Mapping[str, float]  # by parameter group
-    curves: Mapping[str, Tensor | float]  # further values by series name
-    samples: Samples
+    measured: Mapping[str, float] = field(default_factory=dict)  # after the step, e.g. in validation
 
 
 class MetricsLogger:
-    """Logs each step's loss one step late, so that reading it never waits for the device."""
+    """Logs each step one step late: its numbers are then there, while the device computes the next one."""
 
     def __init__(
         self,
@@ -67,22 +81,15 @@ class MetricsLogger:
             with self.guard.survive(REPORT, then=""):
                 self.report.close(error, total=self.progress.total)
 
-    def log_step(
-        self,
-        step: int,
-        loss: Tensor,
-        learning_rates: Mapping[str, float],
-        curves: Mapping[str, Tensor] = EMPTY,
-        samples: Samples = (),
-    ) -> None:
+    def log_step(self, step: int, reading: Reading, learning_rates: Mapping[str, float]) -> None:
         """Call after a step, counted from 1."""
         self.flush()
-        self.pending = StepMetrics(step=step, loss=loss, learning_rates=learning_rates, curves=curves, samples=samples)
+        self.pending = StepMetrics(step=step, reading=reading, learning_rates=learning_rates)
 
     def log_values(self, step: int, values: Mapping[str, float]) -> None:
         """What was measured after this step; joins the step's own metrics, or is written alone before the first."""
         if self.pending is not None and self.pending.step == step:
-            self.pending = replace(self.pending, curves={**self.pending.curves, **values})
+            self.pending = replace(self.pending, measured={**self.pending.measured, **values})
             return
         self.flush()
         self._write(step, values)
@@ -99,7 +106,8 @@ class MetricsLogger:
         if self.pending is None:
             return
         metrics, self.pending = self.pending, None
-        current = float(metrics.loss)
+        found = metrics.reading.read()
+        current = found.loss
         if math.isfinite(current):  # skipped steps do not count in the average
             self.losses.append(current)
         average = sum(self.losses) / max(1, len(self.losses))
@@ -107,14 +115,14 @@ class MetricsLogger:
         if metrics.step % self.window == 0:
             values["loss/epoch_average"] = average
         values |= {f"lr/{name}": lr for name, lr in metrics.learning_rates.items()}
-        values |= {name: float(value) for name, value in metrics.curves.items()}
-        values |= list_samples(metrics.samples)
+        values |= {**found.curves, **metrics.measured, **list_samples(found.samples), **list_speed(found.speed)}
         self._write(metrics.step, values)
         with self.guard.survive("showing the progress"):
-            self.progress.advance(metrics.step, average, max(metrics.learning_rates.values(), default=0.0))
+            learning_rate = max(metrics.learning_rates.values(), default=0.0)
+            self.progress.advance(metrics.step, average, learning_rate, found.speed)
         if self.report:
             with self.guard.survive(REPORT):
-                self.report.advance(metrics.step, self.progress.seconds_per_step)
+                self.report.advance(metrics.step, self.progress.speed)
 
     def _write(self, step: int, values: Mapping[str, Value]) -> None:
         """To every tracker; one that fails is tried again at the next step."""
@@ -132,6 +140,14 @@ class MetricsLogger:
 def describe_tracker(tracker: Tracker) -> str:
     """What is done with it, for a warning."""
     return f"writing to {type(tracker).__name__}"
+
+
+def list_speed(speed: Speed) -> dict[str, float]:
+    """Its series, in few digits; that of memory where the device counts it."""
+    values = {"speed/seconds_per_step": speed.seconds, "speed/images_per_second": speed.images_per_second}
+    if speed.peak_memory is not None:
+        values["memory/peak_gb"] = speed.peak_memory / 1e9
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
 def list_samples(samples: Samples) -> dict[str, list[float]]:

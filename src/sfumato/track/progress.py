@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +21,23 @@ log = logging.getLogger(__name__)
 LINE_SECONDS = 10.0  # between two lines without a terminal, or a tenth of the run if that is sooner
 REFRESH_RATE = 4.0  # of the bar, per second
 RECENT_STEPS = 50  # over which the speed is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Of one step, or of recent ones."""
+
+    seconds: float = 0.0  # for a step, with the wait for its data
+    images: float = 0.0  # in a step, of all processes
+    peak_memory: int | None = None  # bytes; None where the device does not count them
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        memory = "" if self.peak_memory is None else f"  {self.peak_memory / 1e9:.1f} GB"
+        return f"{self.seconds:.2f} s/it  {self.images_per_second:.3g} images/s{memory}"
 
 
 class Progress:
@@ -36,7 +54,7 @@ class Progress:
     ) -> None:
         self.total, self.clock = total, clock
         self.last = self.line_step = start
-        self.seconds: deque[float] = deque(maxlen=RECENT_STEPS)  # of each recent step
+        self.speeds: deque[Speed] = deque(maxlen=RECENT_STEPS)  # of each recent step
         self.now = self.line_time = clock()
         self.bar = _bar(total, start) if visible and not plain and sys.stderr.isatty() else None
         self.lines = visible and self.bar is None
@@ -53,25 +71,31 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, step: int, loss: float, lr: float) -> None:
-        """Call after a step, counted from 1; `loss` is the average."""
-        now = self.clock()
-        if step > self.last:
-            self.seconds.append((now - self.now) / (step - self.last))
-        self.now, self.last = now, step
+    def advance(self, step: int, loss: float, lr: float, speed: Speed) -> None:
+        """Call after a step, counted from 1; `loss` is the average, `speed` that of the step."""
+        self.speeds.append(speed)
+        self.now, self.last = self.clock(), step
         if not self.bar and not self._due():
             return
-        pace = self.seconds_per_step
-        facts = f"loss {loss:.4f}  lr {lr:.2e}  {pace:.2f} s/it  {format_duration(pace * (self.total - step))} left"
+        recent = self.speed
+        left = format_duration(recent.seconds * (self.total - step))
+        facts = f"loss {loss:.4f}  lr {lr:.2e}  {recent}  {left} left"
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step, facts=facts)
         else:
             log.info("step %d of %d  %s", step, self.total, facts)
 
     @property
-    def seconds_per_step(self) -> float:
-        """The median of the recent steps, so that a pause for samples does not count."""
-        return statistics.median(self.seconds) if self.seconds else 0.0
+    def speed(self) -> Speed:
+        """Of the recent steps: medians, and the highest peak of memory."""
+        if not self.speeds:
+            return Speed()
+        peaks = [speed.peak_memory for speed in self.speeds if speed.peak_memory is not None]
+        return Speed(
+            seconds=statistics.median(speed.seconds for speed in self.speeds),
+            images=statistics.median(speed.images for speed in self.speeds),
+            peak_memory=max(peaks, default=None),
+        )
 
     def _due(self) -> bool:
         """Whether a line is due; the last step always has one."""

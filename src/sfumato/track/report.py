@@ -11,6 +11,7 @@ from sfumato.common import files
 from sfumato.common.text import strip_paths
 from sfumato.config.secrets import collect_machine_secrets, redact
 from sfumato.errors import UserError
+from sfumato.track.progress import Speed
 from sfumato.track.report_curves import METRICS_SUFFIX, Curves
 from sfumato.track.report_facts import (
     DESCRIPTION_SUFFIX,
@@ -47,6 +48,7 @@ class Report:
         now = time.time()
         self.session: dict[str, Any] = {
             "started": now, "updated": now, "start": start, "step": start, "seconds_per_step": 0.0, "state": "running",
+            "images_per_second": 0.0, "peak_memory": None,
         }  # fmt: skip
         earlier = [session for session in before.get("sessions", []) if session["start"] < start]
         self.description["sessions"] = [*earlier, self.session]
@@ -54,9 +56,10 @@ class Report:
         self.written, self.cost = -1e9, 0.0
         warnings.step = start
 
-    def advance(self, step: int, seconds_per_step: float) -> None:
-        """Call after a step was written to the metrics file; updates the page when it is due."""
-        self.session["step"], self.session["seconds_per_step"] = step, seconds_per_step
+    def advance(self, step: int, speed: Speed) -> None:
+        """Call after a step was written to the metrics file; updates the page when due. speed: of recent steps."""
+        self.session |= {"step": step, "seconds_per_step": speed.seconds}
+        self.session |= {"images_per_second": speed.images_per_second, "peak_memory": speed.peak_memory}
         self.warnings.step = step
         if self.clock() - self.written >= max(UPDATE_SECONDS, self.cost / MAX_SHARE):
             self.write()

@@ -26,7 +26,9 @@ MAX_OTHER_CHARTS = 6
 COLORS = 8  # in the style
 VALIDATION_PREFIX = "loss/validation/"
 VALIDATION, VALIDATION_LEVEL = f"{VALIDATION_PREFIX}step_average", re.compile(rf"{VALIDATION_PREFIX}t(\d+)")
-OWN_SERIES = ("loss/current", "loss/average", "loss/epoch_average", "grad_norm")  # which have charts of their own
+OWN_SERIES = (  # which have charts of their own, or none
+    "loss/current", "loss/average", "loss/epoch_average", "grad_norm", "speed/seconds_per_step",
+)  # fmt: skip
 
 
 def render_curves(curves: Curves, *, clip: float) -> Iterator[str]:

@@ -112,12 +112,14 @@ def list_facts(description: Mapping[str, Any], curves: Curves, done: int, state:
 
 
 def list_times(sessions: Sequence[Mapping[str, Any]], *, remaining: int, state: str) -> Iterator[tuple[str, str]]:
-    """Speed, times and resumes; remaining: steps."""
-    pace = sessions[-1]["seconds_per_step"]
-    if pace >= 1:
-        yield "speed", f"{pace:.3g} s <small>per step</small>"
-    elif pace:
-        yield "speed", f"{1 / pace:.3g} <small>steps/s</small>"
+    """Speed, memory, times and resumes; remaining: steps."""
+    last = sessions[-1]
+    pace, images, memory = last["seconds_per_step"], last["images_per_second"], last["peak_memory"]
+    if pace:
+        steps = f"{pace:.3g} s <small>per step" if pace >= 1 else f"{1 / pace:.3g} <small>steps/s"
+        yield "speed", steps + (f", {images:.3g} images/s" if images else "") + "</small>"
+    if memory is not None:
+        yield "peak memory", f"{memory / 1e9:.1f} <small>GB</small>"
     yield (
         "time trained",
         format_duration(sum(max(0.0, session["updated"] - session["started"]) for session in sessions)),

@@ -27,6 +27,8 @@ class SessionFacts(_Table):
     seconds_per_step: Number
     state: str
     error: str = ""
+    images_per_second: Number = 0.0
+    peak_memory: Count | None = None  # bytes, of recent steps
 
 
 class WarningFacts(_Table):

@@ -10,7 +10,7 @@ from torch import nn
 from sfumato.common.text import list_some
 from sfumato.data.loader import Step
 from sfumato.loss import training_loss
-from sfumato.training.latents import load_latents
+from sfumato.training.latents import check_latents, load_latents
 from sfumato.training.nonfinite import check_finite_weights, list_nonfinite_gradients, record_nonfinite_outputs
 from sfumato.training.run import Run
 
@@ -18,27 +18,37 @@ MOST_NAMES = 4
 
 
 def diagnose_nonfinite(run: Run, step: Step) -> str:
-    """Run the step's forward pass again and look at every module's output. The step's gradients are lost.
+    """Compute the step's loss and gradients again and look at every module's output. Gradients are lost.
 
-    UserError where the weights themselves are not finite, which no further step can change.
+    The weights are those after the step that followed it. UserError where these are not finite, which no further step
+    can change, or where the latents are not.
     """
-    check_finite_weights(run.optimizer, step.index)
+    check_finite_weights(run.optimizer, run.step)
     networks: dict[str, nn.Module] = {"method": run.method.modules}
     networks |= {name: part.module for name, part in run.model.parts.items()}
+    facts = [f"{name_images(run, step)} at t = {name_timesteps(run, step)}"]
+    run.optimizer.zero_grad(set_to_none=True)
+    with record_nonfinite_outputs(networks) as modules:
+        repeat_step(run, step)
     gradients = list_nonfinite_gradients(networks)
     run.optimizer.zero_grad(set_to_none=True)
-    facts = [f"{name_images(run, step)} at t = {name_timesteps(run, step)}"]
-    uncompiled = torch.compiler.set_stance("force_eager")  # hooks on every module would be compiled, too
-    with record_nonfinite_outputs(networks) as modules, torch.no_grad(), uncompiled:
-        for micro_step, batch in enumerate(step.batches):
-            run.context.randomness.seed_modules(step.index, micro_step, run.parallel.rank)
-            with run.autocast():
-                training_loss(run.context, batch, load_latents(run, batch), step.real_samples)
     if modules:
         facts.append(f"the first module with such an output is {modules[0]}")
     elif gradients:
         facts.append(f"the loss is finite, the gradient of {gradients[0]} is not")
     return "; ".join(facts)
+
+
+def repeat_step(run: Run, step: Step) -> None:
+    """Forward and backward of a step, with the same random numbers; not compiled, since hooks would be, too."""
+    with torch.compiler.set_stance("force_eager"):
+        for micro_step, batch in enumerate(step.batches):
+            run.context.randomness.seed_modules(step.index, micro_step, run.parallel.rank)
+            latents = load_latents(run, batch)
+            check_latents(latents, batch, run.loader)
+            with run.autocast():
+                loss = training_loss(run.context, batch, latents, step.real_samples)
+            run.scaler.scale(loss).backward()
 
 
 def name_images(run: Run, step: Step) -> str:

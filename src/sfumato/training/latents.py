@@ -12,17 +12,17 @@ from sfumato.families.encoding import encode_images
 from sfumato.training.run import Run
 
 
-def load_latents(run: Run, batch: Batch, source: Loader | None = None) -> Tensor:
-    """(B, C, h, w) on the device. UserError that names the images where a latent is not finite.
-
-    source: the loader that the batch came from, where that is not training's.
-    """
+def load_latents(run: Run, batch: Batch) -> Tensor:
+    """(B, C, h, w) on the device."""
     if batch.latents is not None:
         return batch.latents.to(run.device, non_blocking=True)
     assert batch.pixels is not None
     size = run.config.cache.vae_batch_size
-    latents = encode_images(run.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=size)
-    if not torch.isfinite(latents).all():
-        bad = batch.ids[~torch.isfinite(latents).flatten(1).all(1).cpu()]
-        raise make_not_finite_error((source or run.loader).sampler.find_images(bad.tolist()))
-    return latents
+    return encode_images(run.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=size)
+
+
+def check_latents(latents: Tensor, batch: Batch, loader: Loader) -> None:
+    """UserError that names the images whose latents are not finite, of a batch of this loader; waits for the device."""
+    finite = torch.isfinite(latents).flatten(1).all(1).cpu()
+    if not finite.all():
+        raise make_not_finite_error(loader.sampler.find_images(batch.ids[~finite].tolist()))

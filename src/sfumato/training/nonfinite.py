@@ -20,18 +20,15 @@ PATIENCE = 10  # steps with a learning rate above 0 within which a group must ha
 
 
 class NonfiniteGuard:
-    """Looks at each step's loss and gradients before they reach the weights."""
+    """Counts the steps that were skipped since their loss or gradients were not finite."""
 
     def __init__(self, *, limit: int) -> None:
         self.limit = limit
         self.skipped = 0  # steps in a row
         self.reason = ""  # of the last one
 
-    def allows(self, loss: Tensor, norm: Tensor, *, scale: float) -> bool:
-        """Whether a step may be taken. In float16 (scale above 1) the gradient scaler handles infinite gradients."""
-        sound = bool(torch.isfinite(loss) if scale > 1 else torch.isfinite(loss + norm))
+    def count(self, *, sound: bool) -> None:
         self.skipped = 0 if sound else self.skipped + 1
-        return sound
 
     def report_skip(self, step: int, reason: str) -> None:
         self.reason = reason
@@ -82,15 +79,29 @@ class TrainingCheck:
     def complete(self) -> bool:
         return not self.pending
 
-    def check_step(self) -> None:
-        """After a step that was taken, its gradients still there. UserError when a group has not changed in time."""
-        for name, group in list(self.pending.items()):
-            if group["lr"] == 0:
+    def measure(self) -> dict[str, Tensor]:
+        """After an optimizer step, its gradients still there. Nothing waits; `note` is called with the same, read.
+
+        Group -> (2,) bool: whether a gradient is above 0, and whether the weights are others than before training.
+        """
+        return {name: self._measure_group(name, group) for name, group in self.pending.items() if group["lr"] != 0}
+
+    def _measure_group(self, name: str, group: Mapping[str, Any]) -> Tensor:
+        gradients = [p.grad.any() for p in group["params"] if p.grad is not None]
+        changed = (compute_checksum(group["params"]) != self.sums[name]).any()
+        has_gradient = torch.stack(gradients).any() if gradients else torch.zeros_like(changed)
+        return torch.stack([has_gradient, changed])
+
+    def note(self, measured: Mapping[str, Tensor]) -> None:
+        """What was measured after a step that was taken. UserError when a group has not changed in time."""
+        for name, found in measured.items():
+            has_gradient, changed = found.tolist()
+            if name not in self.pending:
                 continue
             self.steps[name] += 1
-            if name not in self.with_gradient and any(has_gradient(p) for p in group["params"]):
+            if has_gradient:
                 self.with_gradient.add(name)
-            if name in self.with_gradient and compute_checksum(group["params"]) != self.sums[name]:
+            if name in self.with_gradient and changed:
                 del self.pending[name]
             elif self.steps[name] >= PATIENCE:
                 self._refuse(name)
@@ -109,19 +120,10 @@ class TrainingCheck:
         )
 
 
-def compute_checksum(parameters: Sequence[Tensor]) -> tuple[float, ...]:
-    """The sums of the values and of their squares: hardly any change leaves both the same."""
-    totals = [sum_powers(parameters, power) for power in (1, 2)]
-    return tuple(float(total) for total in totals)
-
-
 @torch.no_grad()
-def sum_powers(parameters: Sequence[Tensor], power: int) -> Tensor:
-    return torch.stack([(p.double() ** power).sum() for p in parameters]).sum()
-
-
-def has_gradient(parameter: Tensor) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
+def compute_checksum(parameters: Sequence[Tensor]) -> Tensor:
+    """(2,) the sums of the values and of their squares: hardly any change leaves both the same."""
+    return torch.stack([torch.stack([(p.double() ** power).sum() for p in parameters]).sum() for power in (1, 2)])
 
 
 @contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ from sfumato.optim.ema import EmaSet
 from sfumato.optim.groups import ParameterGroup
 from sfumato.optim.lr_schedule import LrSchedule, make_lr_schedule
 from sfumato.optim.optimizers import make_optimizer
+from sfumato.optim.skipping import step_where
 from sfumato.plan import RunPlan
 from sfumato.training.run_state import WEIGHTS, OptimizerState, RunState, ScalerState, UncertaintyState
 from sfumato.training.start_point import StartPoint
@@ -36,6 +38,11 @@ class OptimizerSetup:
     parameters: list[nn.Parameter]  # of the method
     uncertainty: Uncertainty | None  # learned weights of the loss
     ema: EmaSet
+
+    def take_step(self, step: int, taken: Tensor) -> None:
+        """The optimizer step with this index, where `taken`, 0-d bool on the device, holds."""
+        stepper = self.bf16_stepper
+        step_where(taken, self.optimizer, self.optimizer.step if stepper is None else partial(stepper.step, step))
 
 
 def set_up_optimizer(

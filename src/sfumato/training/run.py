@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -26,8 +26,8 @@ from sfumato.plan import RunPlan
 from sfumato.track.best import Best
 from sfumato.track.hub import Hub
 from sfumato.track.metrics_logger import MetricsLogger
-from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import OptimizerSetup
+from sfumato.training.outcomes import Outcomes
 from sfumato.training.run_state import RunState
 from sfumato.training.start_point import StartPoint
 
@@ -44,8 +44,7 @@ class Run:
     parallel: ParallelStrategy
     context: LossContext
     optimization: OptimizerSetup
-    nonfinite_guard: NonfiniteGuard
-    training_check: TrainingCheck
+    outcomes: Outcomes
     loader: Loader
     validation_loader: Loader | None
     best: Best
@@ -107,13 +106,10 @@ class Run:
         dtype = self.context.mixed_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def take_optimizer_step(self, step: int) -> None:
-        """The optimizer's own step; skipped where float16 has overflowed."""
+    def take_optimizer_step(self, step: int, taken: Tensor) -> None:
+        """The optimizer's own step, where `taken`, 0-d bool on the device, holds."""
         self.mid_step = True
-        if self.optimization.bf16_stepper is None:
-            self.scaler.step(self.optimizer)
-        else:
-            self.optimization.bf16_stepper.step(step)
+        self.optimization.take_step(step, taken)
 
     def complete_step(self, number: int) -> None:
         """Everything that a state holds is as it is after this step, counted from 1."""

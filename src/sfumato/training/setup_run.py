@@ -13,8 +13,8 @@ from sfumato.training import reporting
 from sfumato.training.agreement import check_agreement
 from sfumato.training.loaders import make_loader, make_validation_loader
 from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
-from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.optimizer_setup import set_up_optimizer
+from sfumato.training.outcomes import make_outcomes
 from sfumato.training.output_folder import clean_output_folder, lock_output
 from sfumato.training.plan_report import report_plan
 from sfumato.training.run import Run
@@ -55,8 +55,9 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
             parallel=parallel,
             context=context,
             optimization=optimization,
-            nonfinite_guard=NonfiniteGuard(limit=plan.config.loop.max_bad_steps),
-            training_check=TrainingCheck(optimization.optimizer),
+            outcomes=make_outcomes(
+                plan, parallel.device, optimization.optimizer, first_step=start.step, is_main=parallel.is_main
+            ),
             loader=loader,
             validation_loader=make_validation_loader(plan, loader, parallel),
             best=state.add("best", Best()),

@@ -14,8 +14,43 @@ TESTED_TORCH = (2, 13)  # older versions lack parts of it or count otherwise
 _UNNAMED = "privateuseone"  # torch's device type that belongs to no vendor
 
 
+class RehearsedStream:
+    """A stream, on which nothing takes time."""
+
+    def __init__(self, device: object = None) -> None:
+        return
+
+    def wait_stream(self, other: RehearsedStream) -> None:
+        return
+
+
+class RehearsedEvent:
+    """An event, which has happened as soon as it is recorded."""
+
+    def __init__(self, *, enable_timing: bool = False) -> None:
+        return
+
+    def record(self, stream: RehearsedStream) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return
+
+    def elapsed_time(self, later: RehearsedEvent) -> float:
+        return 0.0
+
+
 class BackendModule:
     """What torch asks of a device type: the module `torch.rehearsal`."""
+
+    Stream = RehearsedStream
+    Event = RehearsedEvent
+
+    def current_stream(self, device: object = None) -> RehearsedStream:
+        return RehearsedStream()
+
+    def stream(self, stream: RehearsedStream) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def is_available(self) -> bool:
         return True

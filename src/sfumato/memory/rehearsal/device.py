@@ -18,8 +18,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import DefaultDeviceType
@@ -77,9 +75,9 @@ def rehearsal_device() -> Iterator[Rehearsal]:
         stack.enter_context(patch.object(torch, "tensor", _make_tensor_function(torch.tensor)))
         stack.enter_context(patch.object(torch, "Generator", _make_generator_class(torch.Generator)))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
+        stack.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
         # Recomputation asks once per process which device it is for where a block gets its tensors by keyword.
         stack.enter_context(patch.object(DefaultDeviceType, "_default_device_type", DEVICE_TYPE))
-        stack.enter_context(patch.object(GradScaler, "_maybe_opt_step", _make_scaled_step(rehearsal)))
         # Optimizers choose their fast implementations by the tensors' type.
         types = [*torch_optimizer._foreach_supported_types, FakeTensor]
         stack.enter_context(patch.object(torch_optimizer, "_foreach_supported_types", types))
@@ -119,16 +117,6 @@ def _make_generator_class(real: type[torch.Generator]) -> type:
             return real("cpu" if torch.device(device).type == DEVICE_TYPE else device)
 
     return Generator
-
-
-def _make_scaled_step(rehearsal: Rehearsal) -> Callable[..., Any]:
-    """The gradient scaler's step of a run whose gradients did not overflow; it asks the device whether they did."""
-
-    def step(scaler: GradScaler, optimizer: Optimizer, state: Any, *args: Any, **kwargs: Any) -> Any:
-        rehearsal.waits.append(Wait(find_place(), "reads whether float16 has overflowed"))
-        return optimizer.step(*args, **kwargs)
-
-    return step
 
 
 class _DeviceMode(TorchDispatchMode):

@@ -1,0 +1,98 @@
+"""Copies between host and device that nothing waits for: pinned memory, a stream of their own, events.
+
+The only place that uses any of them. On the CPU, and on devices for which torch has no streams, it does nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WITH_STREAMS = ("cuda", "xpu", "rehearsal")  # the device types whose torch module has Stream and Event
+
+
+class Transfer:
+    """The copies of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.module: Any = torch.get_device_module(device) if device.type in WITH_STREAMS else None
+        self._stream: Any = None
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """The tensor in pinned memory, from which copies wait for nothing; any thread may call it."""
+        return tensor.pin_memory() if self.module and tensor.device.type == "cpu" else tensor
+
+    @contextmanager
+    def sending(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A context with a function that gives a pinned tensor on the device.
+
+        The copies start at once, beside what the device is computing; what is launched after the context waits there.
+        """
+        if not self.module:
+            yield lambda tensor: tensor
+            return
+        if self._stream is None:
+            self._stream = self.module.Stream(self.device)
+        sent: list[Tensor] = []
+
+        def send(tensor: Tensor) -> Tensor:
+            with self.module.stream(self._stream):
+                sent.append(tensor.to(self.device, non_blocking=True))
+            return sent[-1]
+
+        yield send
+        computing = self.module.current_stream(self.device)
+        computing.wait_stream(self._stream)
+        for tensor in sent:
+            tensor.record_stream(computing)  # else its memory could be given away while it is still read
+
+    def fetch(self, tensors: Mapping[str, Tensor]) -> Fetched:
+        """Start copying small results to the host; `Fetched.read` gives them."""
+        if not self.module:
+            return Fetched(tensors={name: tensor.detach().clone() for name, tensor in tensors.items()})
+        on_host = {name: tensor.detach().to("cpu", non_blocking=True) for name, tensor in tensors.items()}  # pinned
+        ready = self.module.Event()
+        ready.record(self.module.current_stream(self.device))
+        return Fetched(tensors=on_host, wait=ready.synchronize)
+
+    def mark(self) -> Moment:
+        """The moment at which the device will have done all that was launched so far."""
+        if not self.module:
+            return Moment(clock=time.perf_counter())
+        event = self.module.Event(enable_timing=True)
+        event.record(self.module.current_stream(self.device))
+        return Moment(event=event)
+
+
+@dataclass(kw_only=True)
+class Fetched:
+    """Tensors on their way to the host."""
+
+    tensors: Mapping[str, Tensor]
+    wait: Callable[[], None] = field(default=lambda: None)
+
+    def read(self) -> dict[str, Tensor]:
+        """On the CPU; waits only for what was launched before they were fetched, not for anything later."""
+        self.wait()
+        return {name: tensor.cpu() for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A moment of the device's time, or of the host's where the device has no events."""
+
+    clock: float = 0.0
+    event: Any = None
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Both must be over."""
+        if self.event is None:
+            return self.clock - earlier.clock
+        return earlier.event.elapsed_time(self.event) / 1000
