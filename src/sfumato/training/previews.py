@@ -38,7 +38,7 @@ def save_previews(run: Run, step: int, label: str) -> None:
     The processes share them out. Each image is a function of the step and its prompt's number, whoever makes it.
     """
     path = run.config.samples.sample_prompts
-    if path is None or PREVIEWS in run.given_up:
+    if path is None or PREVIEWS in run.given_up or "vae" in run.model.blueprint.cached_parts:  # which the plan has said
         return
     what, shortage = f"making previews after step {step}", ""
     with run.metrics.guard.survive(what) as failure:
@@ -55,7 +55,8 @@ def save_share(run: Run, path: Path, step: int, label: str) -> None:
     with eval_mode(run):
         previews: list[tuple[ImageRequest, Path]] = []
         for number, prompt in enumerate(read_prompts(path)):
-            previews.append(prepare_preview(run, prompt, number, step, label))
+            preview = prepare_preview(run, prompt, number, step, label)
+            previews += [preview] if can_preview(run, preview[0]) else []
         for group in run.parallel.share(list(group_requests(previews, run.config.samples.sample_batch_size or 1))):
             if run.parallel.stop_requested:  # whoever stops a run may kill it soon
                 log.info("no further previews after step %d, since the run stops", step)
@@ -75,6 +76,20 @@ def prepare_preview(run: Run, prompt: Prompt, number: int, step: int, label: str
     now = time.strftime("%Y%m%d%H%M%S")
     name = f"{run.plan.saves.name}_{label}_{number:02d}_{now}{given_seed}.png"
     return request, run.plan.output_dir / "sample" / name
+
+
+def can_preview(run: Run, request: ImageRequest) -> bool:
+    """False, with a warning, where an encoder has no file here and the cache has no features of the prompt."""
+    texts = [(request.prompt, False), *([(request.negative_prompt, True)] if request.guided else [])]
+    for part in run.model.blueprint.cached_parts:
+        for text, negative in texts:
+            caption = run.method.rewrite_caption(text)
+            if not run.context.text.can_encode(part, caption, weighted=request.weighted, negative=negative):
+                run.warn_once(
+                    [f"no preview of {text[:40]!r}: the cache has no features of it by {part}, whose file is not here"]
+                )
+                return False
+    return True
 
 
 def save_preview_group(run: Run, group: Sequence[tuple[ImageRequest, Path]], step: int) -> None:

@@ -172,6 +172,8 @@ def share_work(
     if options.check:
         cache.store.check(keys)
     missing = cache.find_missing(keys)
+    if missing and options.refuse:
+        raise options.refuse(len(missing), len(keys))
     alone = options.processes == 1 or not cache.store.shared
     own_share = (
         missing if alone else [key for key in missing if belongs_to_part(key[-4:], options.rank, options.processes)]
@@ -361,6 +363,7 @@ class FillOptions:
     meet: Callable[[], object] = meet_nobody  # waits until all processes have created their share
     reference: CacheReference | None = None  # who needs the entries, stored so that pruning keeps them
     progress: FillProgress | None = None
+    refuse: Callable[[int, int], UserError] | None = None  # missing, all -> the error, where nothing can be encoded
 
 
 class FillCounts(NamedTuple):
