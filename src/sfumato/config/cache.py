@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any
 
@@ -62,3 +63,8 @@ class LoaderOptions(Options):
     persistent_data_loader_workers: bool = option(
         False, "keep these threads between epochs", no_effect="they are always kept"
     )
+
+    @property
+    def workers(self) -> int:
+        """Threads that load data here."""
+        return min(self.max_data_loader_n_workers, os.cpu_count() or 1)

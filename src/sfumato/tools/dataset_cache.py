@@ -9,8 +9,9 @@ from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.parallel.start import start_parallel
 from sfumato.tools.cache_plan import cache_plan_lines, make_cache_plan
 from sfumato.track.console import configure_logging
-from sfumato.training.caching import Caches, fill_caches
-from sfumato.training.model_setup import make_preview_prompts
+from sfumato.training.cache_job import Caches
+from sfumato.training.caching import fill_caches
+from sfumato.training.preview_prompts import make_preview_prompts
 
 log = logging.getLogger(__name__)
 

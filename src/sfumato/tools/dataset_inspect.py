@@ -8,6 +8,7 @@ from pathlib import Path
 from sfumato.common import files
 from sfumato.config import Config
 from sfumato.data.find.discover import find_data
+from sfumato.data.find.index import cache_folder
 from sfumato.data.find.inspect import DatasetInspection, inspect_plan
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
@@ -19,7 +20,6 @@ from sfumato.tools.dataset_page import PageImage, render_dataset_page
 from sfumato.tools.dataset_text import list_report_lines
 from sfumato.track.console import configure_logging
 from sfumato.track.progress_task import ProgressTask
-from sfumato.training.caching import cache_folder, count_workers
 
 
 def inspect_dataset(
@@ -80,7 +80,7 @@ def inspect_datasets(config: Config, plan: DataPlan, *, decoding: bool) -> list[
             cache_dir=cache_folder(config),
             weighted=config.captions.weighted_captions,
             decoding=decoding,
-            workers=count_workers(config),
+            workers=config.loader.workers,
             progress=progress,
         )
 

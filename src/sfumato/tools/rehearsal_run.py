@@ -13,9 +13,10 @@ from sfumato.track.hub import Hub
 from sfumato.track.metrics_logger import MetricsLogger
 from sfumato.track.progress import Progress
 from sfumato.training.loaders import make_loader, make_validation_loader
-from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
+from sfumato.training.model_setup import load_networks, make_loss_context, open_model
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.outcomes import make_outcomes
+from sfumato.training.preview_prompts import read_preview_prompts
 from sfumato.training.run import Run
 from sfumato.training.run_state import RunState
 from sfumato.training.start_point import StartPoint

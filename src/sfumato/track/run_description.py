@@ -65,7 +65,7 @@ class RunDescription(_Table):
     model: str = ""
     checkpoint: str = ""
     method: str = ""
-    trained_parts: list[Annotated[list[str | int | float], Field(min_length=4, max_length=4)]] = []
+    trained_parts: list[Annotated[list[str | Count | Number], Field(min_length=4, max_length=4)]] = []
     total: Count
     steps_per_epoch: Count = 1
     seed: int | None = None

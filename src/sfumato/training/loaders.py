@@ -7,6 +7,7 @@ import logging
 from sfumato.config import Config
 from sfumato.data.batch_sampler import BatchSampler
 from sfumato.data.empty_masks import report_empty_masks
+from sfumato.data.find.index import cache_folder
 from sfumato.data.loader import Loader
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
@@ -16,7 +17,8 @@ from sfumato.families.encoding import describe_cut_captions
 from sfumato.methods.base import Method
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
-from sfumato.training.caching import PreviewPrompts, cache_folder, count_workers, fill_caches
+from sfumato.training.caching import fill_caches
+from sfumato.training.preview_prompts import PreviewPrompts
 
 log = logging.getLogger(__name__)
 COUNTED = 5000  # captions whose tokens are counted before training
@@ -44,7 +46,7 @@ def make_loader(
     )
     report_cut_captions(config, data, model, method)
     if parallel.is_main:
-        report_empty_masks(data, cache_folder(config), workers=count_workers(config))
+        report_empty_masks(data, cache_folder(config), workers=config.loader.workers)
     caches = fill_caches(
         config,
         data,
@@ -63,7 +65,7 @@ def make_loader(
         text=caches.text,
         variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
         text_dropout=text_dropout_rates(config, model),
-        workers=count_workers(config),
+        workers=config.loader.workers,
         skip_bad_images=config.dataset.on_bad_image == "skip",
     )
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
-from sfumato.config import Config
-from sfumato.config.prompts import read_prompts
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
 from sfumato.diffusion.uncertainty import Uncertainty
@@ -21,7 +19,6 @@ from sfumato.optim.bf16_stepper import keep_in_bfloat16
 from sfumato.optim.groups import ParameterGroup
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
-from sfumato.training.caching import PreviewPrompts
 
 
 def open_model(plan: RunPlan, device: torch.device) -> Family:
@@ -35,21 +32,6 @@ def open_model(plan: RunPlan, device: torch.device) -> Family:
     model.set_resolutions(dataset.settings.resolution for dataset in plan.data.datasets)
     plan.method.change_frozen(model)
     return model
-
-
-def read_preview_prompts(plan: RunPlan, model: Family) -> PreviewPrompts:
-    """What previews will have encoded, with the features that are known so far: none."""
-    return make_preview_prompts(plan.config, model, plan.method.rewrite_caption)
-
-
-def make_preview_prompts(config: Config, model: Family, rewrite: Callable[[str], str] = str) -> PreviewPrompts:
-    """The same for any run with this model. rewrite: the method's change of a prompt before encoding."""
-    path = config.samples.sample_prompts
-    captions: list[tuple[str, bool]] = []
-    for prompt in read_prompts(path) if path else ():
-        captions += [(rewrite(prompt.prompt), False), (rewrite(prompt.negative_prompt), True)]
-    text = FrozenTextEncoders(model, weighted=config.captions.weighted_captions)
-    return PreviewPrompts(text=text, captions=captions, weighted=config.samples.prompt_weighting)
 
 
 def load_networks(

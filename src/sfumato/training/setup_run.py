@@ -12,11 +12,12 @@ from sfumato.track.best import Best
 from sfumato.training import reporting
 from sfumato.training.agreement import check_agreement
 from sfumato.training.loaders import make_loader, make_validation_loader
-from sfumato.training.model_setup import load_networks, make_loss_context, open_model, read_preview_prompts
+from sfumato.training.model_setup import load_networks, make_loss_context, open_model
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.outcomes import make_outcomes
 from sfumato.training.output_folder import clean_output_folder, lock_output
 from sfumato.training.plan_report import report_plan
+from sfumato.training.preview_prompts import read_preview_prompts
 from sfumato.training.run import Run
 from sfumato.training.run_state import open_state
 from sfumato.training.start_point import StartPoint, describe_end, describe_start, find_start_point
