@@ -27,18 +27,18 @@ class StepTrace:
         self.first = min(WARM_UP, steps - self.count)  # counted from 0 in this session
         self.path, self.memory_path = folder / f"{name}.trace.json", folder / f"{name}.memory.pickle"
         self.on_cuda = device.type == "cuda"
-        self.done = 0
+        self.steps_done = 0
         self.guard = Guard()
         self.profiler: profile | None = None
 
     def before_step(self) -> None:
-        if self.count and self.done == self.first:
+        if self.count and self.steps_done == self.first:
             with self.guard.survive(WORK):
                 self._start()
 
     def after_step(self) -> None:
-        self.done += 1
-        if self.done == self.first + self.count:
+        self.steps_done += 1
+        if self.steps_done == self.first + self.count:
             self.finish()
 
     def finish(self) -> None:
@@ -51,7 +51,9 @@ class StepTrace:
             with write_atomically(self.path) as temporary:
                 profiler.export_chrome_trace(str(temporary))
             log.info(
-                "%d steps traced: %s; open it with Perfetto or chrome://tracing", self.done - self.first, self.path
+                "%d steps traced: %s; open it with Perfetto or chrome://tracing",
+                self.steps_done - self.first,
+                self.path,
             )
             if self.on_cuda:
                 self._write_snapshot()
