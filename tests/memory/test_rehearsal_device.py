@@ -88,6 +88,7 @@ class TestDevice:
     def test_a_scaled_step_is_taken(self, rehearsal, options):
         network = make_three_layers().to(rehearsal.device)
         optimizer, scaler = torch.optim.AdamW(network.parameters(), **options), torch.amp.GradScaler("rehearsal")
+        rehearsal.take_waits()
         scaler.scale(network(torch.zeros(1, 10, device=rehearsal.device)).sum()).backward()
         scaler.unscale_(optimizer)
         optimizer.step()

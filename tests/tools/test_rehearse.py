@@ -24,6 +24,8 @@ from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.rehearsal_data import keep_largest_batch
 from sfumato.tools.rehearsal_stages import STEP, Stage, format_stages
 from sfumato.tools.rehearse import ALLOWANCE, describe_fit, rehearse_plan
+from sfumato.training import validation
+from sfumato.training.run import Run
 from toy_runs import make_arguments, make_images
 
 # The others take longer: what they do differently is rehearsed in the full tier.
@@ -122,6 +124,8 @@ class TestStages:
         plan = plan_toy(toy_shelf, "flux", images, tmp_path / "out", **options)
         step = find_stage(rehearse_plan(plan), STEP)
         assert step.resident["optimizer"] >= 2 * sum(part.parameters for part in plan.parts)
+        waits = {wait.place.partition(":")[0] for wait in step.waits}
+        assert waits == ({"optim/skipping.py"} if "optimizer_type" in options else set())
 
     @pytest.mark.full
     def test_checkpointing_needs_less(self, toy_shelf, images, tmp_path):
@@ -135,7 +139,7 @@ class TestStages:
     def test_planted_waits_are_seen(self, toy_shelf, images, prompts, tmp_path, monkeypatch):
         options = CACHED | {"sample_prompts": prompts, "sample_every_n_steps": 1, "validation_split": 0.5}
         plan = plan_toy(toy_shelf, "flux", images, tmp_path / "out", **options)
-        predict, write = AdapterMethod.predict, AdapterMethod.write
+        predict, write, after_step = AdapterMethod.predict, AdapterMethod.write, AdapterMethod.after_step
 
         def predict_and_wait(self: AdapterMethod, model: Family, noisy: Tensor, *rest: Any) -> Tensor:
             noisy.mean().item()
@@ -145,18 +149,24 @@ class TestStages:
             next(iter(self.modules.parameters())).sum().item()
             write(self, model, *rest)
 
+        def wait_after_step(self: AdapterMethod) -> Any:
+            assert float(next(iter(self.modules.parameters())).grad.sum()) == 1
+            return after_step(self)
+
+        monkeypatch.setattr(AdapterMethod, "after_step", wait_after_step)
         monkeypatch.setattr(AdapterMethod, "predict", predict_and_wait)
         monkeypatch.setattr(AdapterMethod, "write", write_and_wait)
         stages = rehearse_plan(plan)
         for name in (STEP, "preview", "validation", "save"):
             seen = [wait for wait in find_stage(stages, name).waits if "test_rehearse.py" in wait.place]
-            assert [wait.reason for wait in seen] == ["reads a value of a float32 tensor"], name
+            places = 2 if name == STEP else 1
+            assert [wait.reason for wait in seen] == ["reads a value of a float32 tensor"] * places, name
 
-    @pytest.mark.parametrize("part", ["predict", "decode_latents"])
+    @pytest.mark.parametrize("part", ["predict", "decode_latents", "gradient", "validation"])
     def test_a_misplaced_tensor_is_an_error(self, toy_shelf, images, prompts, tmp_path, monkeypatch, part):
-        options = CACHED | {"sample_prompts": prompts, "sample_every_n_steps": 1}
+        options = CACHED | {"sample_prompts": prompts, "sample_every_n_steps": 1, "validation_split": 0.5}
         plan = plan_toy(toy_shelf, "flux", images, tmp_path / "out", **options)
-        condition, decode = Family.predict, Family.decode
+        condition, decode, measure = Family.predict, Family.decode, validation.fill_validation_table
 
         def misplaced(model: Family, noisy: Tensor, *rest: Any) -> Tensor:
             return condition(model, noisy, *rest) + torch.zeros(noisy.shape)
@@ -164,10 +174,22 @@ class TestStages:
         def misplaced_image(model: Family, latents: Tensor) -> Tensor:
             return decode(model, latents + torch.ones(latents.shape))
 
-        if part == "predict":
-            monkeypatch.setattr(Family, "predict", misplaced)
-        else:
-            monkeypatch.setattr(Family, "decode", misplaced_image)
+        def misplaced_table(run: Run, times: list[int], table: Tensor) -> None:
+            measure(run, times, table)
+            table += torch.zeros(table.shape)
+
+        def misplaced_gradient(self: AdapterMethod) -> dict[str, Tensor]:
+            gradient = next(iter(self.modules.parameters())).grad
+            assert gradient is not None
+            return {"gradient": (gradient * torch.ones(gradient.shape)).sum()}
+
+        planted = {
+            "predict": (Family, "predict", misplaced),
+            "decode_latents": (Family, "decode", misplaced_image),
+            "gradient": (AdapterMethod, "after_step", misplaced_gradient),
+            "validation": (validation, "fill_validation_table", misplaced_table),
+        }
+        monkeypatch.setattr(*planted[part])
         with pytest.raises(RuntimeError, match="on the same device"):
             rehearse_plan(plan)
 

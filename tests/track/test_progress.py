@@ -66,6 +66,13 @@ def test_a_pause_does_not_change_the_speed(lines):
     assert progress.speed.seconds == 2.0
 
 
+def test_memory_is_shown_where_it_is_counted(lines):
+    with Progress(2, 0, plain=False) as progress:
+        progress.advance(1, 0.1, 1e-4, Speed(seconds=2.0, images=1, peak_memory=7_100_000_000))
+        progress.advance(2, 0.1, 1e-4, Speed(seconds=2.0, images=1, peak_memory=6_000_000_000))
+    assert lines()[-1] == "step 2 of 2  loss 0.1000  lr 1.00e-04  2.00 s/it  0.5 images/s  peak 7.1 GB  0:00 left"
+
+
 def test_an_invisible_one_is_silent(lines, capsys):
     progress = Progress(2, 0, plain=False, visible=False)
     progress.advance(2, 0.1, 0.1, Speed())

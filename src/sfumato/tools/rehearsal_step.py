@@ -23,5 +23,6 @@ def make_optimizer_state(run: Run) -> None:
     for parameter in run.all_parameters:
         parameter.grad = torch.zeros_like(parameter)
     run.scaler.scale(torch.zeros((), device=run.device))  # makes its state, too
+    run.scaler.unscale_(run.optimizer)
     run.take_optimizer_step(0, torch.ones((), dtype=torch.bool, device=run.device))
     run.scaler.update()

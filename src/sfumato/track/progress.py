@@ -36,7 +36,7 @@ class Speed:
         return self.images / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
-        memory = "" if self.peak_memory is None else f"  {self.peak_memory / 1e9:.1f} GB"
+        memory = "" if self.peak_memory is None else f"  peak {self.peak_memory / 1e9:.1f} GB"
         return f"{self.seconds:.2f} s/it  {self.images_per_second:.3g} images/s{memory}"
 
 

@@ -59,6 +59,7 @@ class Outcome:
     samples: Sequence[Tensor]  # t of each micro-batch, on the CPU
     curves: Sequence[str]
     groups: Sequence[str]  # of the training check
+    asked: Moment  # for its data
     started: Moment
     ended: Moment
     peak_memory: int | None  # bytes, since the step before
@@ -84,8 +85,14 @@ class Outcome:
     @cached_property
     def speed(self) -> Speed:
         assert self.numbers  # only then the moments are over
-        seconds = self.ended.seconds_since(self.started)
+        seconds = self.ended.seconds_since(self.asked)
         return Speed(seconds=seconds, images=self.step.real_samples, peak_memory=self.peak_memory)
+
+    @property
+    def seconds_computing(self) -> float:
+        """Without the wait for data."""
+        assert self.numbers
+        return self.ended.seconds_since(self.started)
 
     def read(self) -> StepValues:
         return StepValues(
@@ -115,11 +122,15 @@ class Outcomes:
         self.check = TrainingCheck(optimizer)
         self.spill = SpillWatch()
         self.pending: Outcome | None = None
-        self.started = self.transfer.mark()
+        self.asked = self.started = self.transfer.mark()
 
-    def mark_start(self) -> None:
+    def mark_asked(self) -> None:
         """Call before the data of a step is asked for; what came before does not count in the step's time."""
         self.trace.before_step()
+        self.asked = self.transfer.mark()
+
+    def mark_start(self) -> None:
+        """Call when a step has its data."""
         self.started = self.transfer.mark()
 
     def fetch(self, step: Step, result: StepResult, curves: Mapping[str, Tensor]) -> Outcome:
@@ -137,6 +148,7 @@ class Outcomes:
             samples=[sample.t for sample in result.samples],
             curves=list(curves),
             groups=list(result.measured),
+            asked=self.asked,
             started=self.started,
             ended=ended,
             peak_memory=take_peak_memory(self.transfer.device),
@@ -145,7 +157,7 @@ class Outcomes:
     def find_spill(self, outcome: Outcome) -> str:
         """What to say of a step that was slow because the device's memory is full; empty for any other."""
         shapes = [tuple(tensor.shape) for tensor in map(find_batch_images, outcome.step.batches)]
-        return self.spill.check_step(shapes, outcome.speed.seconds, lambda: read_free_memory(self.transfer.device))
+        return self.spill.check_step(shapes, outcome.seconds_computing, lambda: read_free_memory(self.transfer.device))
 
 
 def find_batch_images(batch: Batch) -> Tensor:

@@ -21,12 +21,13 @@ def prefetch(run: Run, first_step: int) -> Iterator[Step]:
     def finish(batch: Batch) -> Batch:
         return pin_batch(run, add_draws(run, batch))
 
-    run.outcomes.mark_start()
+    run.outcomes.mark_asked()
     for step in run.loader.steps(first_step, finish):
         with run.outcomes.transfer.sending() as send:
             sent = replace(step, batches=tuple(batch.map_large(send) for batch in step.batches))
-        yield sent
         run.outcomes.mark_start()
+        yield sent
+        run.outcomes.mark_asked()
 
 
 def add_draws(run: Run, batch: Batch) -> Batch:

@@ -27,18 +27,18 @@ class StepTrace:
         self.first = min(WARM_UP, steps - self.count)  # counted from 0 in this session
         self.path, self.memory_path = folder / f"{name}.trace.json", folder / f"{name}.memory.pickle"
         self.on_cuda = device.type == "cuda"
-        self.steps_taken = 0
+        self.steps_done = 0
         self.guard = Guard()
         self.profiler: profile | None = None
 
     def before_step(self) -> None:
-        if self.count and self.steps_taken == self.first:
+        if self.count and self.steps_done == self.first:
             with self.guard.survive(WORK):
                 self._start()
 
     def after_step(self) -> None:
-        self.steps_taken += 1
-        if self.steps_taken == self.first + self.count:
+        self.steps_done += 1
+        if self.steps_done == self.first + self.count:
             self.finish()
 
     def finish(self) -> None:
@@ -52,7 +52,7 @@ class StepTrace:
                 profiler.export_chrome_trace(str(temporary))
             log.info(
                 "%d steps traced: %s; open it with Perfetto or chrome://tracing",
-                self.steps_taken - self.first,
+                self.steps_done - self.first,
                 self.path,
             )
             if self.on_cuda:

@@ -1,0 +1,204 @@
+"""Filling one cache: of latents, of masks, of one encoder's features; with what its entries are for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.config import Config
+from sfumato.data.batch import Tensors
+from sfumato.data.cache.entries import (
+    ContentHashes,
+    FillCounts,
+    FillOptions,
+    LatentKeys,
+    Store,
+    TensorCache,
+    fill_latents,
+    fill_text,
+    list_latent_items,
+)
+from sfumato.data.cache.references import CacheReference
+from sfumato.data.cache.store import DiskStore
+from sfumato.data.loader import TextFeatures
+from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
+from sfumato.data.plans import DataPlan, SubsetPlan
+from sfumato.data.variants import list_captions_to_cache
+from sfumato.errors import UserError
+from sfumato.families.base import Family
+from sfumato.families.encoding import encode_captions, encode_images
+from sfumato.parallel.base import ParallelStrategy
+from sfumato.track.progress_task import ProgressTask
+from sfumato.training.fingerprints import fingerprint_part, make_text_keys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Caches:
+    """The caches of a run and what filling them did."""
+
+    latent_keys: LatentKeys
+    masks: MaskKeys
+    latents: TensorCache | None = None
+    text: dict[str, TextFeatures] = field(default_factory=dict)
+    counts: dict[str, FillCounts] = field(default_factory=dict)  # "latents", "masks", "text of clip_l"
+
+    def close(self) -> None:
+        """Close the stores; nothing can be read any more."""
+        stores: dict[int, Store] = {}  # by identity: caches share them
+        for cache in (self.latents, *(features.cache for features in self.text.values())):
+            if cache is not None:
+                stores[id(cache.store)] = cache.store
+        for store in stores.values():
+            store.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheJob:
+    """Filling caches for one plan with one model."""
+
+    config: Config
+    data: DataPlan
+    model: Family
+    parallel: ParallelStrategy
+    machine: tuple[int, int]
+
+    def fill_image_caches(self, caches: Caches, store: Store) -> None:
+        """The latents, and masks where images have any."""
+        caches.latents = TensorCache(store)
+        caches.counts["latents"] = self.fill_latents(caches.latents, caches.latent_keys)
+        if list_mask_items(self.data):
+            caches.counts["masks"] = self.fill_masks(caches.latents, caches.masks)
+
+    def fill_text_cache(self, caches: Caches, part: str, store: Store, rewrite: Callable[[str], str]) -> None:
+        """The features of one encoder."""
+        variants = self.config.cache.text_cache_variants
+        captions = [rewrite(caption) for caption in list_captions_to_cache(self.data, variants=variants)]
+        keys = make_text_keys(self.model, part, store, weighted=self.config.captions.weighted_captions)
+        features = TextFeatures(cache=TensorCache(store), keys=keys, rewrite=rewrite)
+        caches.text[part] = features
+        caches.counts[f"text of {part}"] = self.fill_text(features, part, captions)
+
+    def refuse_missing(self, part: str, unit: str) -> Callable[[int, int], UserError] | None:
+        """The error for entries that are missing and whose encoder is not here; None where it is."""
+        network = self.model.parts[part].network
+        if network.record is None:
+            return None
+        return lambda missing, total: network.make_absent_error(
+            f"the outputs of {part} for {missing} of {total} {unit} are not in the cache"
+        )
+
+    def fill_latents(self, cache: TensorCache, names: LatentKeys) -> FillCounts:
+        chunk = self.config.cache.vae_batch_size
+        with self.start_progress("latents", "images") as progress:
+            counts = fill_latents(
+                cache,
+                names,
+                list_latent_items(self.data),
+                self.encode_images,
+                batch_size=chunk,
+                workers=self.config.loader.workers,
+                options=replace(
+                    self.fill_options("latents", names.fingerprint, cache.store, progress),
+                    refuse=self.refuse_missing("vae", "images"),
+                ),
+            )
+        return self.report_counts("latents", counts, cache.store)
+
+    def encode_images(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """The autoencoder is loaded for the first images, and stays until all are encoded."""
+        self.model.parts["vae"].load()
+        return encode_images(self.model, pixels, seeds, vae_batch_size=self.config.cache.vae_batch_size)
+
+    def encode_captions(self, part: str, captions: Sequence[str]) -> list[Tensors]:
+        """The encoder is loaded for the first captions, and stays until all are encoded."""
+        self.model.parts[part].load()
+        return encode_captions(self.model, part, captions, weighted=self.config.captions.weighted_captions)
+
+    def fill_masks(self, cache: TensorCache, names: MaskKeys) -> FillCounts:
+        with self.start_progress("masks", "images") as progress:
+            how = self.fill_options("masks", str(names.downscale), cache.store, progress)
+            items = list_mask_items(self.data)
+            counts = fill_masks(cache, names, items, workers=self.config.loader.workers, options=how)
+        return self.report_counts("masks", counts, cache.store)
+
+    def fill_text(self, features: TextFeatures, part: str, captions: Sequence[str]) -> FillCounts:
+        kind, store = f"text of {part}", features.cache.store
+        with self.start_progress(kind, "captions") as progress:
+            counts = fill_text(
+                features.cache,
+                features.keys,
+                captions,
+                partial(self.encode_captions, part),
+                batch_size=self.config.cache.text_encoder_batch_size or 1,
+                options=replace(
+                    self.fill_options(kind, features.keys.fingerprint, store, progress),
+                    refuse=self.refuse_missing(part, "captions"),
+                ),
+            )
+        return self.report_counts(kind, counts, store)
+
+    def fill_options(self, kind: str, encoder: str, store: Store, progress: ProgressTask) -> FillOptions:
+        writes = self.parallel.is_main and store.writable
+        folder = store.folder if writes and isinstance(store, DiskStore) else None
+        return FillOptions(
+            rank=self.parallel.rank,
+            processes=self.parallel.processes,
+            machine=self.machine[0],
+            machines=self.machine[1],
+            meet=self.parallel.exchange,
+            check=not self.config.cache.skip_cache_check,
+            reference=describe_cache_use(self.data, kind, encoder, folder) if folder else None,
+            progress=progress,
+        )
+
+    def start_progress(self, what: str, unit: str) -> ProgressTask:
+        plain, visible = self.config.log.console_log_simple, self.parallel.is_main
+        return ProgressTask(what, unit, plain=plain, visible=visible)
+
+    def report_counts(self, kind: str, counts: FillCounts, store: Store) -> FillCounts:
+        log.info("%s: %d found in the cache, %d encoded", kind, counts.existing, counts.created)
+        if self.parallel.processes > 1 and not store.shared and counts.created:
+            log.info("%s: each process encoded all of them; a cache on disk would have shared the work", kind)
+        return counts
+
+
+def make_latent_keys(model: Family, hashes: Store) -> LatentKeys:
+    return LatentKeys(
+        fingerprint=fingerprint_part(model, "vae", hashes),
+        dtype=torch.promote_types(model.parts["vae"].dtype, torch.float32),
+        hashes=ContentHashes(hashes),
+    )
+
+
+def describe_cache_use(data: DataPlan, kind: str, encoder: str, cache: Path) -> CacheReference:
+    """What the entries are for."""
+    datasets = (*data.datasets, *data.validation)
+    folders: set[str] = set()
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            folders |= list_image_folders(subset)
+    sizes = {f"{dataset.settings.resolution[0]}x{dataset.settings.resolution[1]}" for dataset in datasets}
+    return CacheReference(
+        cache=cache,
+        content_type=kind,
+        sources=tuple(sorted(folders)),
+        fingerprint=encoder,
+        sizes=tuple(sorted(sizes)) if kind in ("latents", "masks") else (),
+    )
+
+
+def list_image_folders(subset: SubsetPlan) -> set[str]:
+    """The folders and archives that hold the images."""
+    pictures = subset.items.images
+    if "" in pictures.origins:
+        return {os.path.dirname(path) for path in pictures.paths()}  # noqa: PTH120 -- strings, for many thousands
+    return {os.path.abspath(origin) for origin in pictures.origins}  # noqa: PTH100
