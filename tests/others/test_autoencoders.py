@@ -16,6 +16,7 @@ from families.toys import ToyShelf
 from sfumato.errors import UserError
 from sfumato.families import _vae
 from sfumato.families.part import Part
+from sfumato.families.source import Source
 
 SCALING = {"scaling_factor": 0.18215}
 LDM_NAMES = {".attn_1.q.": ".attn_1.to_q.", ".attn_1.k.": ".attn_1.to_k.", ".attn_1.v.": ".attn_1.to_v.",
@@ -73,7 +74,7 @@ def ldm(toy_shelf: ToyShelf) -> State:
 
 
 def load(path: Path) -> Any:
-    network = _vae.read_vae_option(str(path), SCALING)
+    network = _vae.read_vae_option(Source(path), SCALING)
     part = Part(network, _vae.build, dtype=torch.float32, device=torch.device("cpu"))
     part.load()
     return part.module

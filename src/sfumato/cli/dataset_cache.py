@@ -40,9 +40,10 @@ MachineShard = Annotated[tuple[int, int], PlainValidator(parse_shard), Metavar("
 class DatasetCacheOptions(Options):
     """Fills the caches of latents and text encoder outputs without training, and maintains them. Takes the options of
     `sfumato train`; give those of the training, --mixed_precision above all, since an entry is made for the weights as
-    they are loaded. Both caches are filled unless --cache_latents or --cache_text_encoder_outputs names one. Several
-    processes share the work. Machines with caches of their own make a part each: copy all their files of `shards` into
-    one folder. With --plan, everything is checked and shown, and nothing is written.
+    they are loaded. Both caches are filled unless --cache_latents or --cache_text_encoder_outputs names one; prompts of
+    --sample_prompts are encoded with the captions. Several processes share the work. Machines with caches of their own
+    make a part each: copy all their files of `shards` and `networks` into one folder. With --plan, everything is
+    checked and shown, and nothing is written.
     """
 
     stats: bool = option(False, "count what the cache holds, and list the datasets that need it")

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic.fields import FieldInfo
 
-PathKind = Literal["", "file", "folder", "any", "model"]  # "any": a file or a folder; "model": also a name on the hub
+# "any": a file or a folder; "model": also a name on the hub; "encoder": such a model, whose cached outputs may do
+PathKind = Literal["", "file", "folder", "any", "model", "encoder"]
 
 
 def option(

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from sfumato.config.base import Metavar, Options, option
+from sfumato.config.values import FilePath, to_tuple
+
+
+def parse_encoder_choices(value: Any) -> tuple[str, ...]:
+    """Texts PART=ID, e.g. t5=1a2b3c4d5e6f, each part once."""
+    choices = tuple(str(choice).strip() for choice in to_tuple(value))
+    for choice in choices:
+        if not re.fullmatch(r"\w+=[0-9a-f]+", choice):
+            raise ValueError(f"has {choice!r}, which is not of the form PART=ID, e.g. t5=1a2b3c4d5e6f")
+    parts = [choice.partition("=")[0] for choice in choices]
+    if len(set(parts)) < len(parts):
+        raise ValueError("names a part twice; give one ID for each")
+    return choices
+
+
+EncoderChoices = Annotated[tuple[str, ...], BeforeValidator(parse_encoder_choices), Metavar("PART=ID ...")]
 
 
 class CacheOptions(Options):
@@ -17,6 +37,9 @@ class CacheOptions(Options):
     )
     cache_dir: FilePath | None = option(
         None, "folder of the caches, shared by all runs; default: a folder in the user's cache directory"
+    )
+    cached_encoder: EncoderChoices = option(
+        (), "whose cached outputs to use for encoders without a file here, where the cache holds those of several"
     )
     vae_batch_size: int = option(1, "batch size of the VAE when latents are cached", ge=1)
     text_encoder_batch_size: int | None = option(

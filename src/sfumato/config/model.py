@@ -19,7 +19,7 @@ class ModelOptions(Options):
     pretrained_model_name_or_path: ModelPath | None = option(
         None, "base model: a checkpoint file, a Diffusers folder or a name on the hub", path="model"
     )
-    vae: ModelPath | None = option(None, "VAE that replaces the model's own", path="model")
+    vae: ModelPath | None = option(None, "VAE that replaces the model's own", path="encoder")
     no_half_vae: bool = option(False, "keep the VAE in float32")
     tokenizer: ModelPaths = option(
         (), "tokenizers, one per text encoder in the model's order: folders or names on the hub", path="model"
@@ -40,11 +40,11 @@ class ModelOptions(Options):
     model_type: Literal["flux", "chroma"] | None = option(
         None, "variant of the architecture; default: that of the script"
     )
-    clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="model")
-    clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="model")
-    t5xxl: ModelPath | None = option(None, "T5-XXL text encoder", path="model")
-    gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="model")
-    ae: ModelPath | None = option(None, "autoencoder file", path="model")
+    clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="encoder")
+    clip_g: ModelPath | None = option(None, "CLIP-G text encoder", path="encoder")
+    t5xxl: ModelPath | None = option(None, "T5-XXL text encoder", path="encoder")
+    gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="encoder")
+    ae: ModelPath | None = option(None, "autoencoder file", path="encoder")
     controlnet_model_name_or_path: ModelPath | None = option(
         None, "ControlNet to start from", path="model", planned="ControlNet training"
     )

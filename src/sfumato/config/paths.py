@@ -11,6 +11,7 @@ from sfumato.config.base import Option
 from sfumato.config.schema import Config, vocabulary
 from sfumato.errors import Problems
 
+AUTOENCODERS = ("vae", "ae")  # the encoders of images; the others are of text
 MODEL_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 
 
@@ -20,9 +21,18 @@ def check_paths(config: Config, skip: Collection[str], place: Callable[[str], st
     skip: names of options that are not checked. place: name of an option -> where it was given, for messages.
     """
     for option in vocabulary().values():
-        if option.facts.path and option.name not in skip:
+        if option.facts.path and option.name not in skip and not may_be_absent(option, config):
             for path in list_paths(option, config):
                 check_path(path, option, place(option.name), problems)
+
+
+def may_be_absent(option: Option, config: Config) -> bool:
+    """Whether a cache on disk may stand for a network whose file is not there, which the cache alone can say."""
+    if option.facts.path != "encoder":
+        return False
+    cache = config.cache
+    is_image = option.name in AUTOENCODERS
+    return cache.cache_latents_to_disk if is_image else cache.cache_text_encoder_outputs_to_disk
 
 
 def check_path(path: Path, option: Option, place: str, problems: Problems) -> None:
@@ -40,7 +50,7 @@ def list_paths(option: Option, config: Config) -> Iterator[Path]:
     """The paths in the value of an option; names on the hub are none."""
     value = config.value(option.name)
     for name in value if isinstance(value, tuple) else (value,):
-        if name is not None and (option.facts.path != "model" or looks_like_path(str(name))):
+        if name is not None and (option.facts.path not in ("model", "encoder") or looks_like_path(str(name))):
             yield Path(name)
 
 

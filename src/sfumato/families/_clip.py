@@ -16,6 +16,7 @@ from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, s
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import CLIP_ENCODER, ShapeTable, require_kind
 from sfumato.families._tokenizers import CLIP_LENGTH, check_vocabulary_size
+from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import Network, PartSpec
 from sfumato.families.source import Source, Weights, find_path, select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule
@@ -98,8 +99,9 @@ def read_clip_config(source: Source, weights: Weights, *, activation: str = "qui
 
 
 def read_clip(source: Source, folder: str, spec: PartSpec) -> Network:
-    """The encoder in a checkpoint's file, its keys under the spec's prefix, or in a folder of a diffusers model."""
+    """The encoder in a checkpoint's file, its keys under the spec's prefix, or in a folder: a model's or its own."""
     if source.is_folder:
+        folder = source.find_inner(folder)
         weights = Weights(file=source.open_weights(folder), key_map=CLIP_FILE_KEYS)
         config = select_fields(source.read_config(folder), CLIP_FIELDS)
     else:
@@ -108,15 +110,21 @@ def read_clip(source: Source, folder: str, spec: PartSpec) -> Network:
     return Network(spec=spec, config=config, weights=weights)
 
 
-def find_tokenizer_folders(source: Source, model: ModelOptions, names: Sequence[str]) -> list[Path | None]:
-    """For each encoder --tokenizer's value, else the folder of that name in the model or beside the checkpoint.
+def find_tokenizer_folders(
+    blueprint: Blueprint, model: ModelOptions, names: Mapping[str, str]
+) -> dict[str, Path | None]:
+    """For each encoder --tokenizer's value, else the folder of its name in the model or beside the checkpoint.
 
-    None: the vocabulary that ships with the program.
+    Else the one that the cache keeps where it stands for the encoder. names: encoder -> folder. None: the vocabulary
+    that ships with the program.
     """
+    source = blueprint.source
     beside = source.path if source.is_folder else source.path.parent
-    defaults = [beside / name if (beside / name).is_dir() else None for name in names]
-    given = [find_path(folder) for folder in model.tokenizer[: len(names)]]
-    return [*given, *defaults[len(given) :]]
+    folders: dict[str, Path | None] = {}
+    for part, name in names.items():
+        is_there = (beside / name).is_dir()
+        folders[part] = beside / name if is_there else blueprint.find_cached_tokenizer(part)
+    return folders | {part: find_path(folder) for part, folder in zip(names, model.tokenizer, strict=False)}
 
 
 def count_chunks(model: ModelOptions) -> int:

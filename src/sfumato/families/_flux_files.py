@@ -15,6 +15,7 @@ from sfumato.families._file_kinds import (
     check_network_size,
     option_context,
 )
+from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec, RowSplit
 from sfumato.families.source import Source, Weights, drop_private_fields
 from sfumato.formats.keymap import KeyMap, make_identity_map
@@ -98,15 +99,19 @@ def read_flux_vae(source: Source, denoiser: Network) -> Network:
     return vae
 
 
-def find_tokenizer_folder(source: Source, given: str | None, name: str) -> Path | None:
-    """--tokenizer's value, else the folder of that name in the diffusers model or beside the checkpoint."""
+def find_tokenizer_folder(blueprint: Blueprint, part: str, given: str | None, name: str) -> Path | None:
+    """--tokenizer's value, else the folder of that name in the diffusers model or beside the checkpoint.
+
+    Else the one that the cache keeps where it stands for the encoder.
+    """
     if given:
         return Path(given)
+    source = blueprint.source
     beside = source.path if source.is_folder else source.path.parent
-    return beside / name if (beside / name).is_dir() else None
+    return beside / name if (beside / name).is_dir() else blueprint.find_cached_tokenizer(part)
 
 
-def find_t5_tokenizer(source: Source, given: str | None, name: str) -> Any:
+def find_t5_tokenizer(blueprint: Blueprint, given: str | None, name: str) -> Any:
     """From `find_tokenizer_folder`, else from the hub's cache."""
-    folder = find_tokenizer_folder(source, given, name) or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
+    folder = find_tokenizer_folder(blueprint, "t5", given, name) or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
     return _tokenizers.load_t5_tokenizer(folder)

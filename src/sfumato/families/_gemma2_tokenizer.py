@@ -10,7 +10,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
-from sfumato.common.files import read_file
+from sfumato.common.files import read_file, write_bytes, write_text
 from sfumato.errors import UserError
 from sfumato.families._tokenizers import apply_merges, catch_tokenizer_faults, find_in_hub_cache
 from sfumato.families.source import read_json
@@ -40,6 +40,7 @@ class GemmaTokenizer:
     size: int
     begin_id: int
     pad_id: int
+    save_pretrained: Callable[[Path], None]  # writes a folder that `load_gemma_tokenizer` reads; transformers' name
 
     def encode(self, text: str, length: int) -> list[int]:
         """Ids of the begin token and the text's tokens, `length` at most."""
@@ -105,7 +106,10 @@ def _load_json(path: Path) -> GemmaTokenizer:
         encoding = tokenizer.encode(text, add_special_tokens=False)
         return list(zip(encoding.ids, (end for _, end in encoding.offsets), strict=True))
 
-    return _make_tokenizer(str(path), tokenize, tokenizer.get_vocab_size(), tokenizer.token_to_id)
+    def save(folder: Path) -> None:
+        write_text(folder / TOKENIZER_FILES[0], json.dumps(content))
+
+    return _make_tokenizer(str(path), tokenize, tokenizer.get_vocab_size(), tokenizer.token_to_id, save)
 
 
 def _load_model(path: Path) -> GemmaTokenizer:
@@ -130,7 +134,10 @@ def _load_sentencepiece(model: bytes, where: str) -> GemmaTokenizer:
         id_ = processor.piece_to_id(token)
         return None if id_ == processor.unk_id() else id_
 
-    return _make_tokenizer(where, tokenize, processor.get_piece_size(), find_id)
+    def save(folder: Path) -> None:
+        write_bytes(folder / TOKENIZER_FILES[1], model)
+
+    return _make_tokenizer(where, tokenize, processor.get_piece_size(), find_id, save)
 
 
 def find_ends(pieces: Iterable[str]) -> Iterator[int]:
@@ -146,7 +153,11 @@ def find_ends(pieces: Iterable[str]) -> Iterator[int]:
 
 
 def _make_tokenizer(
-    where: str, tokenize: Callable[[str], GemmaTokens], size: int, find_id: Callable[[str], int | None]
+    where: str,
+    tokenize: Callable[[str], GemmaTokens],
+    size: int,
+    find_id: Callable[[str], int | None],
+    save: Callable[[Path], None],
 ) -> GemmaTokenizer:
     begin, pad = find_id(_BEGIN), find_id(_PAD)
     if begin is None or pad is None:
@@ -154,7 +165,7 @@ def _make_tokenizer(
             f"{where} is no Gemma tokenizer: its vocabulary lacks {_BEGIN} or {_PAD}",
             code="gemma-vocabulary-incomplete",
         )
-    return GemmaTokenizer(tokenize=tokenize, size=size, begin_id=begin, pad_id=pad)
+    return GemmaTokenizer(tokenize=tokenize, size=size, begin_id=begin, pad_id=pad, save_pretrained=save)
 
 
 def write_toy_gemma_tokenizer(folder: Path, words: Iterable[str], *, size: int = 0) -> int:

@@ -40,5 +40,7 @@ def _load_tokenizer(blueprint: Blueprint, model: ModelOptions) -> GemmaTokenizer
     folders = [(source.path if source.is_folder else source.path.parent) / "tokenizer"]
     if model.gemma2:
         folders += [Path(model.gemma2), Path(model.gemma2).parent / "tokenizer"]
+    cached = blueprint.find_cached_tokenizer("gemma2")
+    folders += [cached] if cached else []
     keys = (_gemma2.TOKENIZER_KEY, _TEXT + _gemma2.TOKENIZER_KEY)
     return find_gemma_tokenizer(folders, blueprint.networks["gemma2"].weights.file, keys)

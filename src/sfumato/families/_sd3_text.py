@@ -23,7 +23,7 @@ from sfumato.families._file_kinds import (
 from sfumato.families._text_features import cut_to_mask
 from sfumato.families.blueprint import Component
 from sfumato.families.part import Network, Part, PartSpec
-from sfumato.families.source import Source, Weights, find_path
+from sfumato.families.source import Source, Weights, find_given
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -93,16 +93,22 @@ def read_others(
 
 
 def read_encoder(name: str, source: Source, model: ModelOptions) -> Network | None:
-    """The encoder that the option names, else the checkpoint's own; None where there is neither."""
+    """The encoder that the option names, else the checkpoint's own, else what stands for it; None where there is none.
+
+    T5 is optional, so its cached outputs are used only where the options ask for it.
+    """
     location = ENCODER_LOCATIONS[name]
     given = {"clip_l": model.clip_l, "clip_g": model.clip_g, "t5": model.t5xxl}[name]
     if given:
         with option_context(location.option):
-            return replace(_read(name, Source(find_path(given))), option=location.option)
-    if source.is_folder:
-        folder = location.folder
-        return _read(name, Source(source.path / folder)) if source.has_network(folder) else None
-    return _read(name, source) if source.find_prefix(location.prefix) else None
+            return replace(_read(name, find_given(source, name, given)), option=location.option)
+    if source.has_network(location.folder):
+        return _read(name, Source(source.path / location.folder))
+    if source.find_prefix(location.prefix):
+        return _read(name, source)
+    is_wanted = name != "t5" or name in source.cached.chosen
+    cached = source.find_cached(name) if is_wanted else None
+    return replace(_read(name, cached), option=location.option) if cached else None
 
 
 def check_encoders(denoiser: Network, networks: Mapping[str, Network]) -> None:

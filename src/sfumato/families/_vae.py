@@ -16,7 +16,7 @@ from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import AUTOENCODER, ShapeTable, option_context, require_kind
 from sfumato.families.part import Network, Part, PartSpec
-from sfumato.families.source import Source, Weights, find_path, find_weight_file, read_json
+from sfumato.families.source import Source, Weights, find_given, find_weight_file, read_json
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -107,8 +107,14 @@ def spec(names: KeyMap) -> PartSpec:
 
 
 def find_vae(source: Source, model: ModelOptions, scaling: Mapping[str, Any]) -> Network:
-    """The autoencoder that --vae names, else the one in the checkpoint."""
-    return read_vae_option(model.vae, scaling) if model.vae else read_vae(source, VAE_PREFIX, scaling)
+    """The autoencoder that --vae names, else the one in the checkpoint, else what stands for it."""
+    if model.vae:
+        with option_context("vae"):
+            given = find_given(source, "vae", model.vae)
+        return read_vae_option(given, scaling)
+    has_own = source.has_network("vae") or source.find_prefix(VAE_PREFIX + "encoder.")
+    cached = None if has_own else source.find_cached("vae")
+    return replace(read_vae(cached, "", scaling), option="vae") if cached else read_vae(source, VAE_PREFIX, scaling)
 
 
 def read_vae(source: Source, prefix: str, scaling: Mapping[str, Any]) -> Network:
@@ -143,13 +149,12 @@ def _read_diffusers_file(source: Source, prefix: str, scaling: Mapping[str, Any]
     return Network(spec=spec(names), config=config, weights=weights)
 
 
-def read_vae_option(given: str | Source, scaling: Mapping[str, Any], *, option: str = "vae") -> Network:
+def read_vae_option(source: Source, scaling: Mapping[str, Any], *, option: str = "vae") -> Network:
     """The autoencoder in a folder, or in a file with or without the prefix of whole checkpoints.
 
     Raises UserError where it is no autoencoder, or its configuration is that of another model's.
     """
     with option_context(option):
-        source = given if isinstance(given, Source) else Source(find_path(given))
         path = source.path
         prefix = source.find_prefix(*VAE_PREFIXES)
         if not source.is_folder:

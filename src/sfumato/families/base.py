@@ -87,12 +87,15 @@ class Family(ABC):
         for part in self.parts.values():
             part.load()
 
+    @classmethod
+    def choose_dtype(cls, part: str, dtype: torch.dtype, model: ModelOptions) -> torch.dtype:
+        """Of a network's weights. dtype: of those of frozen networks in general."""
+        return _vae.choose_dtype(dtype, no_half=model.no_half_vae) if part == "vae" else dtype
+
     def choose_place(self, part: str) -> Place:
         """Where a network computes, and in which dtype its weights are."""
         dtype = self.blueprint.networks[part].dtype or self.dtype
-        if part == "vae":
-            dtype = _vae.choose_dtype(dtype, no_half=self.model_options.no_half_vae)
-        return Place(dtype, self.device)
+        return Place(self.choose_dtype(part, dtype, self.model_options), self.device)
 
     def finish_denoiser(self, denoiser: nn.Module) -> None:
         """Called after the denoiser's weights were read."""

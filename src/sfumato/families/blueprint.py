@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +81,16 @@ class Blueprint:
     def text_lr_order(self) -> tuple[str, ...]:
         """The text encoders that the values of --text_encoder_lr are for, those that this model lacks included."""
         return self.lr_order or self.text_parts
+
+    @property
+    def cached_parts(self) -> tuple[str, ...]:
+        """The encoders whose files are not here, since their cached outputs are used."""
+        return tuple(name for name, network in self.networks.items() if network.record is not None)
+
+    def find_cached_tokenizer(self, part: str) -> Path | None:
+        """The folder of the tokenizer of such an encoder; None for any other."""
+        record = self.networks[part].record if part in self.networks else None
+        return record.tokenizer if record else None
 
     def in_file(self, part: str) -> bool:
         """Whether a network is in the model's own checkpoint, or would be in a single file of it."""

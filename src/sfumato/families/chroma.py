@@ -50,8 +50,8 @@ class Chroma(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         check_options(model)
         denoiser = _chroma_keys.CHROMA_TRANSFORMER.read(source)
-        ae = find_component(source, "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
-        t5 = find_component(source, "t5xxl", model.t5xxl, "text_encoder", _flux_files.T5_IN_WHOLE)
+        ae = find_component(source, "vae", "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
+        t5 = find_component(source, "t5", "t5xxl", model.t5xxl, "text_encoder", _flux_files.T5_IN_WHOLE)
         vae = _flux_files.read_flux_vae(ae, denoiser)
         return Blueprint(
             source=source,
@@ -75,7 +75,7 @@ class Chroma(Family):
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
         folder = "tokenizer" if blueprint.source.is_folder else "tokenizer_2"  # beside a file: FLUX.1's folder
         given = model.tokenizer[-1] if model.tokenizer else None  # the last one where FLUX.1's two are given
-        return {"t5": _flux_files.find_t5_tokenizer(blueprint.source, given, folder)}
+        return {"t5": _flux_files.find_t5_tokenizer(blueprint, given, folder)}
 
     @classmethod
     def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:

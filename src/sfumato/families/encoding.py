@@ -156,6 +156,11 @@ class FrozenTextEncoders:
         weighted = self.weighted if weighted is None else weighted
         return _stack_features([self._encode_one(part, caption, weighted, negative) for caption in captions])
 
+    def can_encode(self, part: str, caption: str, *, weighted: bool, negative: bool = False) -> bool:
+        """False where the encoder's file is not here and its cached features have no such caption."""
+        known = (part, caption, weighted, negative) in self._features
+        return known or part not in self.model.blueprint.cached_parts
+
     def _encode_one(self, part: str, caption: str, weighted: bool, negative: bool) -> Tensors:
         key = (part, caption, weighted, negative)
         if key not in self._features:

@@ -53,9 +53,9 @@ class Flux(Family):
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         denoiser = _flux_keys.FLUX_TRANSFORMER.read(source)
-        ae = find_component(source, "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
-        clip_l = find_component(source, "clip_l", model.clip_l, "text_encoder", _flux_files.CLIP_L_IN_WHOLE)
-        t5 = find_component(source, "t5xxl", model.t5xxl, "text_encoder_2", _flux_files.T5_IN_WHOLE)
+        ae = find_component(source, "vae", "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
+        clip_l = find_component(source, "clip_l", "clip_l", model.clip_l, "text_encoder", _flux_files.CLIP_L_IN_WHOLE)
+        t5 = find_component(source, "t5", "t5xxl", model.t5xxl, "text_encoder_2", _flux_files.T5_IN_WHOLE)
         vae = _flux_files.read_flux_vae(ae, denoiser)
         guided = bool(denoiser.config["guidance_embeds"])
         return Blueprint(
@@ -79,10 +79,10 @@ class Flux(Family):
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
         clip, t5 = (*model.tokenizer, None, None)[:2]
-        folder = _flux_files.find_tokenizer_folder(blueprint.source, clip, "tokenizer")
+        folder = _flux_files.find_tokenizer_folder(blueprint, "clip_l", clip, "tokenizer")
         tokenizer = _tokenizers.load_clip_tokenizer(folder)
         _clip.check_vocabulary(tokenizer, blueprint.networks["clip_l"].config)
-        return {"clip_l": tokenizer, "t5": _flux_files.find_t5_tokenizer(blueprint.source, t5, "tokenizer_2")}
+        return {"clip_l": tokenizer, "t5": _flux_files.find_t5_tokenizer(blueprint, t5, "tokenizer_2")}
 
     @classmethod
     def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:

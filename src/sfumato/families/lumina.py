@@ -73,9 +73,9 @@ class Lumina(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         denoiser = _lumina_keys.read_lumina_transformer(source)
         _check_length(denoiser, model)
-        ae = find_component(source, "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
+        ae = find_component(source, "vae", "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
         vae = read_lumina_vae(ae, denoiser)
-        gemma2 = find_component(source, "gemma2", model.gemma2, "text_encoder", LUMINA_TEXT_PREFIX)
+        gemma2 = find_component(source, "gemma2", "gemma2", model.gemma2, "text_encoder", LUMINA_TEXT_PREFIX)
         sampling, shift = noise.timestep_sampling or _DEFAULT_SAMPLING, noise.discrete_flow_shift or _DEFAULT_SHIFT
         space = noise.model_prediction_type or "raw"
         return Blueprint(

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sfumato.errors import UserError
 from sfumato.families._file_kinds import option_context
 from sfumato.families.source import Weights, on_meta
 from sfumato.formats.adapter_layers import Views, make_views
 from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, make_meta_layers
 from sfumato.formats.keymap import KeyMap, make_identity_map, matches
+from sfumato.formats.network_record import RECORD_KEY, NetworkRecord
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # configuration -> network
 DENOISER_PREFIX = "model.diffusion_model."  # of the denoiser's keys in most checkpoints
@@ -100,6 +102,23 @@ class Network:
     dtype: torch.dtype | None = None  # None: that of the model
     option: str = ""  # the option that names its file
 
+    @property
+    def record(self) -> NetworkRecord | None:
+        """What stands for a network whose file is not here and whose outputs are cached; None for any other."""
+        header = self.weights.file.header
+        if RECORD_KEY not in header.metadata or not self.weights.file.paths():
+            return None
+        return NetworkRecord.from_metadata(header.metadata, header.path.parent)
+
+    def make_absent_error(self, why: str) -> UserError:
+        """The error where the network is needed and its file is not here. why: a clause."""
+        assert self.record is not None
+        return UserError(
+            f"{why}, and its file is not here; the cache was filled with {self.record}",
+            code="cached-encoder-file-needed",
+            fix=f"--{self.option or 'pretrained_model_name_or_path'} FILE",
+        )
+
     def groups(self, *, every: bool = False) -> list[LayerGroup]:
         """The groups that the loaded Part will have, from the file's header alone."""
         return self.spec.groups(make_meta_layers(self.weights.read_shapes()), every=every)
@@ -147,9 +166,11 @@ class Part:
             change.apply(self.module)
 
     def load(self) -> None:
-        """Read the weights, frozen and in eval mode, unless they are there already."""
+        """Read the weights, frozen and in eval mode, unless they are there. UserError where their file is not here."""
         if self.is_loaded:
             return
+        if self.network.record is not None:
+            raise self.network.make_absent_error(f"the weights of {self.spec.name} are needed")
         self.network.read_into(self.module, dtype=self.dtype, device=self.device)
         self.module.requires_grad_(False).eval()
         for change in self.changes:

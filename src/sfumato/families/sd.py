@@ -21,6 +21,7 @@ from sfumato.formats.keymap import KeyMap, make_identity_map
 
 CLIP_PREFIX = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L
 OPEN_CLIP_PREFIX = "cond_stage_model.model."  # 2.x: OpenCLIP's ViT-H
+_OPEN_CLIP_ACTIVATION = "gelu"
 _OPEN_CLIP_LAYERS = 24  # in files; the model was trained without the last
 _PIPELINE = _unet.make_pipeline(
     "StableDiffusionPipeline",
@@ -89,15 +90,17 @@ class StableDiffusion(Family):
 
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
-        if not (source.has_network("text_encoder") or source.find_prefix(CLIP_PREFIX, OPEN_CLIP_PREFIX)):
+        has_own = source.has_network("text_encoder") or source.find_prefix(CLIP_PREFIX, OPEN_CLIP_PREFIX)
+        text = source if has_own else source.find_cached("clip")
+        if text is None:
             raise make_missing_text_error(source.name, ["CLIP"])
-        second = is_version_2(source)
+        second = is_version_2(text)
         if model.v2 and not second:
             raise _unet.make_v2_error(source, "Stable Diffusion 1.x")
         vae = _vae.find_vae(source, model, {"scaling_factor": 0.18215})
         denoiser = _unet.read_unet(source, _unet_spec, _unet.count_heads if second else _set_eight_heads)
         _unet.check_channels(source, denoiser, vae)
-        clip = _read_clip(source)
+        clip = _read_clip(text)
         _clip.check_clip_skip(model, clip.config)
         objective, notes, declared = _unet.read_objective(source, model, noise)
         v = objective.predicts == "v"
@@ -121,10 +124,12 @@ class StableDiffusion(Family):
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
         source = blueprint.source
-        folder = _clip.find_tokenizer_folders(source, model, ("tokenizer",))[0]
+        folder = _clip.find_tokenizer_folders(blueprint, model, {"clip": "tokenizer"})["clip"]
         merges = None if source.is_folder else source.read_config("tokenizer").get("merges")
-        tokenizer = _tokenizers.load_clip_tokenizer(folder, pad_with_zero=is_version_2(source), merges=merges)
-        _clip.check_vocabulary(tokenizer, blueprint.networks["clip"].config)
+        config = blueprint.networks["clip"].config
+        pad_with_zero = config.get("hidden_act") == _OPEN_CLIP_ACTIVATION
+        tokenizer = _tokenizers.load_clip_tokenizer(folder, pad_with_zero=pad_with_zero, merges=merges)
+        _clip.check_vocabulary(tokenizer, config)
         return {"clip": tokenizer}
 
     @classmethod
@@ -171,7 +176,8 @@ def is_version_2(source: Source) -> bool:
     """Whether the text encoder is OpenCLIP's; in a folder, where the names are the same, by its activation."""
     if not source.is_folder:
         return any(key.startswith(OPEN_CLIP_PREFIX) for key in source.shapes)
-    return source.read_config("text_encoder").get("hidden_act") == "gelu"
+    config = source.read_config(source.find_inner("text_encoder"))
+    return config.get("hidden_act") == _OPEN_CLIP_ACTIVATION
 
 
 def _set_eight_heads(config: Mapping[str, Any]) -> dict[str, Any]:

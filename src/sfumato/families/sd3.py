@@ -90,15 +90,16 @@ class StableDiffusion3(Family):
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
-        folders = _clip.find_tokenizer_folders(blueprint.source, model, ("tokenizer", "tokenizer_2", "tokenizer_3"))
+        names = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+        folders = _clip.find_tokenizer_folders(blueprint, model, names)
         tokenizers: dict[str, Any] = {
-            "clip_l": _tokenizers.load_clip_tokenizer(folders[0]),
-            "clip_g": _tokenizers.load_clip_tokenizer(folders[1], pad_with_zero=True),
+            "clip_l": _tokenizers.load_clip_tokenizer(folders["clip_l"]),
+            "clip_g": _tokenizers.load_clip_tokenizer(folders["clip_g"], pad_with_zero=True),
         }
         for name, tokenizer in tokenizers.items():
             _clip.check_vocabulary(tokenizer, blueprint.networks[name].config)
         if "t5" in blueprint.text_parts:
-            folder = folders[2] or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
+            folder = folders["t5"] or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
             tokenizers["t5"] = _tokenizers.load_t5_tokenizer(folder)
         return tokenizers
 
@@ -108,14 +109,15 @@ class StableDiffusion3(Family):
         clips = {name: _sd3_text.choose_builder(networks[name]) for name in blueprint.text_parts if name != "t5"}
         return {"denoiser": _sd3_keys.build, "t5": _t5.build, **clips}
 
+    @classmethod
+    def choose_dtype(cls, part: str, dtype: torch.dtype, model: ModelOptions) -> torch.dtype:
+        if part == "t5" and model.t5xxl_dtype is not None:
+            return _T5_DTYPES[model.t5xxl_dtype]
+        return super().choose_dtype(part, dtype, model)
+
     def choose_place(self, part: str) -> Place:
-        place = super().choose_place(part)
-        if part != "t5":
-            return place
-        dtype, device = self.model_options.t5xxl_dtype, self.model_options.t5xxl_device
-        return Place(
-            _T5_DTYPES[dtype] if dtype else place.dtype, _sd3_text.find_t5_device(device) if device else place.device
-        )
+        place, device = super().choose_place(part), self.model_options.t5xxl_device
+        return place._replace(device=_sd3_text.find_t5_device(device)) if part == "t5" and device else place
 
     def finish_denoiser(self, denoiser: nn.Module) -> None:
         patch_embed: Any = denoiser.pos_embed

@@ -48,8 +48,9 @@ _PUBLISHED_CONFIG = {  # of every published model; the names of the UNet's block
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }
-_ENCODERS = {"text_encoder": "CLIP-L", "text_encoder_2": "CLIP-G"}  # folder -> name
-_ENCODER_PREFIXES = {"text_encoder": CLIP_L_PREFIX, "text_encoder_2": CLIP_G_PREFIX}
+_ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # part -> folder
+_ENCODER_TITLES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G"}
+_ENCODER_PREFIXES = {"clip_l": CLIP_L_PREFIX, "clip_g": CLIP_G_PREFIX}
 NUM_SIZES = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -95,11 +96,13 @@ class StableDiffusionXL(Family):
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         if model.v2:
             raise _unet.make_v2_error(source, "Stable Diffusion XL")
-        missing = [name for name in _ENCODERS if not _has_encoder(source, name)]
+        sources = {part: _find_encoder(source, part, folder) for part, folder in _ENCODERS.items()}
+        missing = [part for part, found in sources.items() if found is None]
         if missing:
-            raise make_missing_text_error(source.name, [_ENCODERS[name] for name in missing])
+            raise make_missing_text_error(source.name, [_ENCODER_TITLES[part] for part in missing])
         vae = _vae.find_vae(source, model, {"scaling_factor": 0.13025})
-        clip_l, clip_g = _clip.read_clip(source, "text_encoder", clip_l_spec()), _read_clip_g(source)
+        clip_l = _clip.read_clip(sources["clip_l"] or source, "text_encoder", clip_l_spec())
+        clip_g = _read_clip_g(sources["clip_g"] or source)
         denoiser = _unet.read_unet(source, _unet_spec, lambda config: _complete_config(config, clip_g))
         _unet.check_channels(source, denoiser, vae)
         objective, notes, declared = _unet.read_objective(source, model, noise)
@@ -122,10 +125,10 @@ class StableDiffusionXL(Family):
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
-        first, second = _clip.find_tokenizer_folders(blueprint.source, model, ("tokenizer", "tokenizer_2"))
+        folders = _clip.find_tokenizer_folders(blueprint, model, {"clip_l": "tokenizer", "clip_g": "tokenizer_2"})
         tokenizers: dict[str, Any] = {
-            "clip_l": _tokenizers.load_clip_tokenizer(first),
-            "clip_g": _tokenizers.load_clip_tokenizer(second, pad_with_zero=True),
+            "clip_l": _tokenizers.load_clip_tokenizer(folders["clip_l"]),
+            "clip_g": _tokenizers.load_clip_tokenizer(folders["clip_g"], pad_with_zero=True),
         }
         for name, tokenizer in tokenizers.items():
             _clip.check_vocabulary(tokenizer, blueprint.networks[name].config)
@@ -191,8 +194,11 @@ class StableDiffusionXL(Family):
         }
 
 
-def _has_encoder(source: Source, folder: str) -> bool:
-    return source.has_network(folder) or source.find_prefix(_ENCODER_PREFIXES[folder]) != ""
+def _find_encoder(source: Source, part: str, folder: str) -> Source | None:
+    """The checkpoint where it has the encoder, else what stands for it."""
+    if source.has_network(folder) or source.find_prefix(_ENCODER_PREFIXES[part]):
+        return source
+    return source.find_cached(part)
 
 
 def _complete_config(config: Mapping[str, Any], clip_g: Network) -> dict[str, Any]:
@@ -203,8 +209,9 @@ def _complete_config(config: Mapping[str, Any], clip_g: Network) -> dict[str, An
 
 def _read_clip_g(source: Source) -> Network:
     if source.is_folder:
-        config = select_fields(source.read_config("text_encoder_2"), _clip.CLIP_FIELDS)
-        weights = Weights(file=source.open_weights("text_encoder_2"), key_map=_open_clip.PROJECTED_FILE_KEYS)
+        folder = source.find_inner("text_encoder_2")
+        config = select_fields(source.read_config(folder), _clip.CLIP_FIELDS)
+        weights = Weights(file=source.open_weights(folder), key_map=_open_clip.PROJECTED_FILE_KEYS)
     else:
         weights = Weights(file=source.file, key_map=CLIP_G_KEYS, prefix=CLIP_G_PREFIX)
         config = _open_clip.config_from_shapes(weights.read_shapes()) | source.read_config("text_encoder_2")

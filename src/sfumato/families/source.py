@@ -17,8 +17,10 @@ from sfumato.common.files import read_file
 from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.config import ModelOptions
+from sfumato.config.paths import suggest_path
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import ShapeTable, make_missing_error, option_context
+from sfumato.families.cached_encoders import NO_CACHED_ENCODERS, CachedEncoders
 from sfumato.families.finite_check import FiniteCheck
 from sfumato.families.foreign_keys import describe_passed_over, find_conflicts
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint, open_checkpoint
@@ -27,6 +29,7 @@ from sfumato.formats.shards import find_network_file
 
 log = logging.getLogger(__name__)
 Shapes = dict[str, torch.Size]
+NOT_HERE = ("model-path-missing", "hub-model-unavailable")  # codes of errors about a path or name without a model
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MODEL_INDEX = "model_index.json"  # of a whole model in diffusers' layout
 HUB_FILES = (MODEL_INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # folders, no lone checkpoints
@@ -43,6 +46,7 @@ class Source:
     path: Path
     hub_name: str = ""  # owner/name where the folder is in the hub's cache
     opened: Checkpoint | None = None  # what stands for the single file, where that is not read
+    cached: CachedEncoders = NO_CACHED_ENCODERS  # what may stand for encoders that are not here
 
     @property
     def name(self) -> str:
@@ -99,6 +103,18 @@ class Source:
         """Whether this is a folder with one of this name for the network."""
         return self.is_folder and (self.path / network / "config.json").is_file()
 
+    def find_inner(self, network: str) -> str:
+        """The folder of this name; "." where there is none, since this is the network's own folder."""
+        return network if self.has_network(network) else "."
+
+    def find_cached(self, part: str) -> Source | None:
+        """What stands for an encoder that is not here and whose outputs are cached; None where nothing does.
+
+        Raises UserError where the cache knows several.
+        """
+        record = self.cached.find(part)
+        return Source(record.folder) if record else None
+
     def open_weights(self, network: str) -> Checkpoint:
         """The weights of one network inside the folder."""
         return open_checkpoint(find_weight_file(self.path / network))
@@ -126,7 +142,7 @@ def find_path(name: str) -> Path:
     if path.exists():
         return path
     if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{path} does not exist", code="model-path-missing")
+        raise UserError(f"{path} does not exist", code="model-path-missing", fix=suggest_path(path))
     try:
         return _download(name)
     except (OSError, ValueError) as error:  # not found, no access, no connection, a malformed name
@@ -152,19 +168,37 @@ def _download(name: str) -> Path:
     return folder
 
 
-def find_component(source: Source, option: str, given: str | None, folder: str, *prefixes: str) -> Source:
+def find_component(source: Source, part: str, option: str, given: str | None, folder: str, *prefixes: str) -> Source:
     """The file or folder of a network: what its option names, else the folder in a diffusers model.
 
-    Else the checkpoint itself where it has keys with one of `prefixes`. Raises UserError where there is none.
+    Else the checkpoint itself where it has keys with one of `prefixes`, else what stands for it because its outputs
+    are cached. Raises UserError where there is none.
     """
     if given:
         with option_context(option):
-            return Source(find_path(given))
+            return find_given(source, part, given)
     if source.has_network(folder):
         return Source(source.path / folder)
     if source.find_prefix(*prefixes):
         return source
-    raise make_missing_error(option, source.path)
+    cached = source.find_cached(part)
+    if cached is None:
+        raise make_missing_error(option, source.path)
+    return cached
+
+
+def find_given(source: Source, part: str, given: str) -> Source:
+    """The file or folder that an option names for an encoder; where it is not here, what stands for it.
+
+    Raises UserError where there is neither.
+    """
+    try:
+        return Source(find_path(given))
+    except UserError as error:
+        cached = source.find_cached(part) if error.code in NOT_HERE else None
+        if cached is None:
+            raise
+        return cached
 
 
 def find_weight_file(folder: Path) -> Path:

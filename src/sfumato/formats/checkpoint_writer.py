@@ -67,9 +67,9 @@ def write_stream(
         assert written.metadata == dict(metadata or {}), f"{path}: the written metadata differs from that given"
 
 
-def write_header_only(path: Path, specs: Mapping[str, TensorSpec]) -> None:
+def write_header_only(path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
     """A file that says which tensors a model has and holds none of them; reading one from it is a UserError."""
-    head, _ = build_header(specs, {HEADER_ONLY: "true"})
+    head, _ = build_header(specs, {HEADER_ONLY: "true", **(metadata or {})})
     with catch_disk_full(path), files.write_atomically(path) as temporary:
         temporary.write_bytes(head)
 

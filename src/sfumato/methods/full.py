@@ -27,6 +27,7 @@ from sfumato.families.checkpoint_saving import (
     count_saved_bytes,
     find_ema_keys,
     list_all_weights,
+    list_saved_networks,
     save_single_file,
 )
 from sfumato.families.diffusers_folder import is_model_folder, save_folder
@@ -60,6 +61,7 @@ class FullMethod:
         check_text_cache(self.config, learning_rates.parts, blueprint, fix)
         self.live_text = frozenset(learning_rates.parts) & frozenset(blueprint.text_parts)
         check_output_path(self.config, blueprint, self.file_suffix(blueprint))
+        check_saved_networks(blueprint)
         parts: list[TrainablePart] = []
         for name in learning_rates.parts:
             network = blueprint.networks[name]
@@ -210,6 +212,13 @@ class FullMethod:
             for name, weight in trained.weights.items():
                 parameters[f"{trained.part}.{name}"] = weight
         return parameters
+
+
+def check_saved_networks(blueprint: Blueprint) -> None:
+    """Raise UserError where a save would copy a network whose file is not here."""
+    for name in list_saved_networks(blueprint):
+        if name in blueprint.cached_parts:
+            raise blueprint.networks[name].make_absent_error(f"{name} is part of the model that is saved")
 
 
 def check_output_path(config: Config, blueprint: Blueprint, suffix: str) -> None:

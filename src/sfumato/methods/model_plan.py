@@ -10,7 +10,12 @@ from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.detection import describe_model, with_base_resolution
+from sfumato.families.detection import (
+    describe_cached_encoders,
+    describe_idle_choices,
+    describe_model,
+    with_base_resolution,
+)
 from sfumato.families.model_options import (
     check_objective_options,
     describe_further_options,
@@ -36,13 +41,18 @@ class ModelPlan(NamedTuple):
 
 def plan_model(config: Config, problems: Problems) -> ModelPlan:
     """Find the family, describe the checkpoint, ask the method what will train."""
-    family, blueprint = describe_model(config)
+    family, blueprint = describe_model(config, with_cached=True)
     notes = (
         *blueprint.notes,
+        *describe_idle_choices(config, blueprint),
         *describe_idle_options(config, family, blueprint.objective),
         *dropout_notes(config, family, blueprint),
     )
-    remarks = (*blueprint.declared, *describe_further_options(config, family, blueprint.objective))
+    remarks = (
+        *blueprint.declared,
+        *describe_cached_encoders(config, blueprint),
+        *describe_further_options(config, family, blueprint.objective),
+    )
     config = resolve_options(config, family, blueprint.objective)
     check_objective_options(config, blueprint.objective, problems)
     with problems.catch():
@@ -50,6 +60,8 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
     config = with_base_resolution(config, blueprint)
     method = make_method(config)
     parts = tuple(method.plan(blueprint))
+    for part in method.live_text.intersection(blueprint.cached_parts):
+        problems.found.append(blueprint.networks[part].make_absent_error(f"{part} trains"))
     said = method.list_notes(blueprint)
     notes, remarks = (*notes, *said.notes), (*remarks, *said.remarks)
     for note in notes if config.log.strict else ():

@@ -27,6 +27,7 @@ from sfumato.data.find.image_table import ImageRow
 from sfumato.data.find.index import cache_folder
 from sfumato.data.images import hash_content
 from sfumato.errors import Problems, UserError
+from sfumato.formats.network_record import read_network_records
 from sfumato.track.progress_task import ProgressTask
 
 
@@ -43,6 +44,8 @@ def show_stats(config: Config) -> None:
         elif path.suffix == ".shard":
             shards.append(path.stat().st_size)
     print(f"  {'files':<16}{len(shards):>9} shards {format_bytes(sum(shards)):>12}, the rest {format_bytes(others)}")
+    for record in read_network_records(store.folder):
+        print(f"  outputs of {record.part} of the family {record.family}, {record}")
     references = read_references(store.folder)
     current = select_current(references)
     for reference in references:

@@ -12,13 +12,19 @@ from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.detection import describe_model, read_size_steps, with_base_resolution
+from sfumato.families.detection import (
+    describe_cached_encoders,
+    describe_idle_choices,
+    describe_model,
+    read_size_steps,
+    with_base_resolution,
+)
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.training.plan_report import dataset_lines
 
 # The options that caching uses: all of these groups, and single ones of others.
 CACHING_THEMES = ("run", "model", "dataset", "buckets", "captions", "images", "cache", "loader", "log")
-CACHING_OPTIONS = ("mixed_precision",)
+CACHING_OPTIONS = ("mixed_precision", "sample_prompts", "prompt_weighting")
 
 
 def show_cache_plan(config: Config) -> None:
@@ -45,7 +51,7 @@ def make_cache_plan(config: Config, *, processes: int, remember: bool = True) ->
     problems = Problems()
     family, blueprint = None, None
     with problems.catch():
-        family, blueprint = describe_model(config)
+        family, blueprint = describe_model(config, with_cached=True)
         family.load_tokenizers(blueprint, config.model)
     config = with_base_resolution(config, blueprint) if blueprint else config
     steps = read_size_steps(family)
@@ -67,5 +73,7 @@ def cache_plan_lines(plan: CachePlan) -> Iterator[str]:
     """The datasets, the notes about them, and the options that caching ignores."""
     yield from dataset_lines(plan.config, plan.data)
     yield f"model: {plan.blueprint.source.name}, {plan.blueprint.title}"
+    yield from (f"note: {note}" for note in describe_idle_choices(plan.config, plan.blueprint))
+    yield from (f"note: {note}" for note in describe_cached_encoders(plan.config, plan.blueprint))
     yield from (f"note: {note}" for note in (*plan.config.notes, *plan.data.notes))
     yield from describe_ignored_options(plan.config, themes=CACHING_THEMES, options=CACHING_OPTIONS, purpose="caching")

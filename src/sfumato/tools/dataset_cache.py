@@ -9,6 +9,7 @@ from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.tools.cache_plan import cache_plan_lines, make_cache_plan
 from sfumato.track.console import configure_logging
 from sfumato.training.caching import Caches, fill_caches
+from sfumato.training.model_setup import make_preview_prompts
 from sfumato.training.setup_run import start_processes
 
 log = logging.getLogger(__name__)
@@ -28,4 +29,5 @@ def fill_dataset_caches(config: Config, *, machine: tuple[int, int] = (0, 1)) ->
     config = plan.config
     dtype = MIXED_PRECISION[config.memory.mixed_precision]
     model = plan.family(plan.blueprint, config.model, dtype=dtype, device=processes.device)
-    return fill_caches(config, plan.data, model, processes, machine=machine)
+    prompts = make_preview_prompts(config, model)
+    return fill_caches(config, plan.data, model, processes, prompts=prompts, machine=machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from sfumato.data.loader import TextFeatures
 from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
 from sfumato.data.plans import DataPlan, SubsetPlan
 from sfumato.data.variants import list_captions_to_cache
+from sfumato.errors import Problems, UserError
 from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders, encode_captions, encode_images
 from sfumato.track.progress_task import ProgressTask
@@ -60,29 +61,31 @@ def fill_caches(
     """
     cache = config.cache
     disk = open_store(config) if cache.cache_latents_to_disk or cache.cache_text_encoder_outputs_to_disk else None
-    on_disk = disk if disk and cache.cache_latents_to_disk else MemoryStore()
+    latents = disk if disk and cache.cache_latents_to_disk else MemoryStore()
+    text = disk if disk and cache.cache_text_encoder_outputs_to_disk else MemoryStore()
     task = CacheJob(config=config, data=data, model=model, processes=at, machine=machine)
-    names = make_latent_keys(model, on_disk)
+    names = make_latent_keys(model, latents)
     masks = MaskKeys(downscale=model.latents.downscale, hashes=names.hashes)
     caches = Caches(latent_keys=names, masks=masks)
-    if cache.cache_latents:
-        caches.latents = TensorCache(on_disk)
-        caches.counts["latents"] = task.fill_latents(caches.latents, names)
-        if list_mask_items(data):
-            caches.counts["masks"] = task.fill_masks(caches.latents, masks)
-        model.parts["vae"].unload()
-    if cache.cache_text_encoder_outputs:
-        store = disk if disk and cache.cache_text_encoder_outputs_to_disk else MemoryStore()
-        captions = [rewrite(caption) for caption in list_captions_to_cache(data, variants=cache.text_cache_variants)]
-        for part in model.text_parts:
-            if part in live_text:
-                continue
-            names = make_text_keys(model, part, store, weighted=config.captions.weighted_captions)
-            caches.text[part] = TextFeatures(cache=TensorCache(store), keys=names, rewrite=rewrite)
-            caches.counts[f"text of {part}"] = task.fill_text(caches.text[part], part, captions)
+
+    def fill_part(part: str) -> None:
+        if part == "vae":
+            task.fill_image_caches(caches, latents)
+        else:
+            task.fill_text_cache(caches, part, text, rewrite)
             if prompts is not None:
                 remember_prompts(prompts, part, caches.text[part].cache)
-            model.parts[part].unload()
+        model.parts[part].unload()
+
+    wanted = ["vae"] if cache.cache_latents else []
+    wanted += [part for part in model.text_parts if cache.cache_text_encoder_outputs and part not in live_text]
+    absent, problems = model.blueprint.cached_parts, Problems()
+    for part in (part for part in wanted if part in absent):  # first, since it may be refused
+        with problems.catch():
+            fill_part(part)
+    problems.raise_all()
+    for part in (part for part in wanted if part not in absent):
+        fill_part(part)
     return caches
 
 
@@ -105,6 +108,8 @@ def remember_prompts(prompts: PreviewPrompts, part: str, cache: TensorCache) -> 
     for caption, negative in prompts.captions:
         key = (negatives if negative else positive).make_key(caption)
         features = cache.get(key)
+        if features is None and part in text.model.blueprint.cached_parts:
+            continue  # no preview is made of it
         if features is None:
             text.model.parts[part].load()
             (features,) = encode_captions(text.model, part, [caption], weighted=weighted, negative=negative)
@@ -124,6 +129,31 @@ class CacheJob:
     processes: PartialState
     machine: tuple[int, int]
 
+    def fill_image_caches(self, caches: Caches, store: Store) -> None:
+        """The latents, and masks where images have any."""
+        caches.latents = TensorCache(store)
+        caches.counts["latents"] = self.fill_latents(caches.latents, caches.latent_keys)
+        if list_mask_items(self.data):
+            caches.counts["masks"] = self.fill_masks(caches.latents, caches.masks)
+
+    def fill_text_cache(self, caches: Caches, part: str, store: Store, rewrite: Callable[[str], str]) -> None:
+        """The features of one encoder."""
+        variants = self.config.cache.text_cache_variants
+        captions = [rewrite(caption) for caption in list_captions_to_cache(self.data, variants=variants)]
+        keys = make_text_keys(self.model, part, store, weighted=self.config.captions.weighted_captions)
+        features = TextFeatures(cache=TensorCache(store), keys=keys, rewrite=rewrite)
+        caches.text[part] = features
+        caches.counts[f"text of {part}"] = self.fill_text(features, part, captions)
+
+    def refuse_missing(self, part: str, unit: str) -> Callable[[int, int], UserError] | None:
+        """The error for entries that are missing and whose encoder is not here; None where it is."""
+        network = self.model.parts[part].network
+        if network.record is None:
+            return None
+        return lambda missing, total: network.make_absent_error(
+            f"the outputs of {part} for {missing} of {total} {unit} are not in the cache"
+        )
+
     def fill_latents(self, cache: TensorCache, names: LatentKeys) -> FillCounts:
         chunk = self.config.cache.vae_batch_size
         with self.start_progress("latents", "images") as progress:
@@ -134,7 +164,10 @@ class CacheJob:
                 self.encode_images,
                 batch_size=chunk,
                 workers=count_workers(self.config),
-                options=self.fill_options("latents", names.fingerprint, cache.store, progress),
+                options=replace(
+                    self.fill_options("latents", names.fingerprint, cache.store, progress),
+                    refuse=self.refuse_missing("vae", "images"),
+                ),
             )
         return self.report_counts("latents", counts, cache.store)
 
@@ -164,7 +197,10 @@ class CacheJob:
                 captions,
                 partial(self.encode_captions, part),
                 batch_size=self.config.cache.text_encoder_batch_size or 1,
-                options=self.fill_options(kind, features.keys.fingerprint, store, progress),
+                options=replace(
+                    self.fill_options(kind, features.keys.fingerprint, store, progress),
+                    refuse=self.refuse_missing(part, "captions"),
+                ),
             )
         return self.report_counts(kind, counts, store)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
@@ -37,7 +38,11 @@ def open_model(plan: RunPlan, device: torch.device) -> Family:
 
 def read_preview_prompts(plan: RunPlan, model: Family) -> PreviewPrompts:
     """What previews will have encoded, with the features that are known so far: none."""
-    config, rewrite = plan.config, plan.method.rewrite_caption
+    return make_preview_prompts(plan.config, model, plan.method.rewrite_caption)
+
+
+def make_preview_prompts(config: Config, model: Family, rewrite: Callable[[str], str] = str) -> PreviewPrompts:
+    """The same for any run with this model. rewrite: the method's change of a prompt before encoding."""
     path = config.samples.sample_prompts
     captions: list[tuple[str, bool]] = []
     for prompt in read_prompts(path) if path else ():

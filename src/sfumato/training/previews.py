@@ -32,12 +32,13 @@ def save_due_previews(run: Run, step: int) -> None:
 def save_previews(run: Run, step: int, label: str) -> None:
     """One of every prompt; the file is read again each time. A failure is a warning, training goes on."""
     path = run.config.samples.sample_prompts
-    if path is None or not run.is_main:
+    if path is None or not run.is_main or "vae" in run.model.blueprint.cached_parts:  # which the plan has said
         return
     with run.metrics.guard.survive(f"making previews after step {step}"), eval_mode(run):
         previews: list[tuple[ImageRequest, Path]] = []
         for number, prompt in enumerate(read_prompts(path)):
-            previews.append(prepare_preview(run, prompt, number, step, label))
+            preview = prepare_preview(run, prompt, number, step, label)
+            previews += [preview] if can_preview(run, preview[0]) else []
         for group in group_requests(previews, run.config.samples.sample_batch_size or 1):
             if run.interrupt.requested:  # whoever stops a run may kill it soon
                 log.info("no further previews after step %d, since the run stops", step)
@@ -58,6 +59,20 @@ def prepare_preview(run: Run, prompt: Prompt, number: int, step: int, label: str
     now = time.strftime("%Y%m%d%H%M%S")
     name = f"{run.plan.saves.name}_{label}_{number:02d}_{now}{given_seed}.png"
     return request, run.plan.output_dir / "sample" / name
+
+
+def can_preview(run: Run, request: ImageRequest) -> bool:
+    """False, with a warning, where an encoder has no file here and the cache has no features of the prompt."""
+    texts = [(request.prompt, False), *([(request.negative_prompt, True)] if request.guided else [])]
+    for part in run.model.blueprint.cached_parts:
+        for text, negative in texts:
+            caption = run.method.rewrite_caption(text)
+            if not run.context.text.can_encode(part, caption, weighted=request.weighted, negative=negative):
+                run.warn_once(
+                    [f"no preview of {text[:40]!r}: the cache has no features of it by {part}, whose file is not here"]
+                )
+                return False
+    return True
 
 
 def save_preview_group(run: Run, group: Sequence[tuple[ImageRequest, Path]], step: int) -> None:

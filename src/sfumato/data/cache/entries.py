@@ -171,6 +171,8 @@ def share_work(
     if options.check:
         cache.store.check(keys)
     missing = cache.find_missing(keys)
+    if missing and options.refuse:
+        raise options.refuse(len(missing), len(keys))
     alone = options.processes == 1 or not cache.store.shared
     own_share = (
         missing if alone else [key for key in missing if belongs_to_part(key[-4:], options.rank, options.processes)]
@@ -353,6 +355,7 @@ class FillOptions:
     check: bool = False  # whether to read the existing entries once, and create damaged ones again
     reference: CacheReference | None = None  # who needs the entries, stored so that pruning keeps them
     progress: FillProgress | None = None
+    refuse: Callable[[int, int], UserError] | None = None  # missing, all -> the error, where nothing can be encoded
 
 
 class FillCounts(NamedTuple):
