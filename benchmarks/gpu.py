@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -52,7 +53,7 @@ PEAK_FLOPS = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12,
     "L40S": 362e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-ATTENTION = "scaled_dot_product"  # in the names of torch's attention operations
+PRODUCTS = ("scaled_dot_product", "bmm")  # in the names of torch's products of two activations: attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,23 +299,28 @@ def read_memory(device: torch.device) -> dict[str, float]:
 
 
 def count_flops(run: Any, step: Any) -> float:
-    """Operations of a step of an adapter: forward, and gradients of activations but of no frozen weight.
-
-    Recomputation does not count. Attention has two inputs for each product, whose gradients cost twice its forward.
-    """
+    """Operations of a step of an adapter, without recomputation; the forward is run once more to count them."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from sfumato.loss import training_loss
     from sfumato.training.latents import load_latents
 
-    total = 0.0
+    counts: Counter[str] = Counter()
     for batch in step.batches:
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             with torch.no_grad(), run.autocast():
                 training_loss(run.context, batch, load_latents(run, batch), step.real_samples)
-        for operation, count in counter.get_flop_counts()["Global"].items():
-            total += count * (3 if ATTENTION in str(operation) else 2)
-    return total
+        counts.update({str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()})
+    return add_backward(counts)
+
+
+def add_backward(forward: Mapping[str, int]) -> float:
+    """Operations of forward and backward. forward: torch's operation -> how many numbers it multiplies and adds.
+
+    A frozen weight has no gradient, so a layer's backward costs what its forward does, for the gradient of its input. A
+    product of two activations has two such gradients.
+    """
+    return sum(count * (3 if any(part in name for part in PRODUCTS) else 2) for name, count in forward.items())
 
 
 def describe_steps(times: Sequence[float], batch: int, flops: float, device: torch.device) -> dict[str, Any]:

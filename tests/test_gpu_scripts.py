@@ -140,6 +140,10 @@ class TestBenchmark:
         assert found["images_per_second"] == pytest.approx(2 / 0.54)
         assert found["mfu"] == pytest.approx(0.5, abs=0.001)
 
+    def test_arithmetic_of_an_adapter_has_no_gradients_of_weights(self) -> None:
+        counts = {"aten.addmm": 1, "aten._scaled_dot_product_flash_attention": 10, "aten.bmm": 100, "aten.mm": 1000}
+        assert BENCHMARK.add_backward(counts) == 2 + 30 + 300 + 2000
+
     def test_every_row_can_be_configured(self, tmp_path: Path) -> None:
         """What the options say is what the run has; a misspelled one would be an error."""
         rows = BENCHMARK.list_rows()
