@@ -282,3 +282,15 @@ def make_unwritable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return normal(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
+
+
+def test_damaged_records_are_passed_over(tmp_path: Path, filled: Path) -> None:
+    """Whole ones beside them count; what a killed process leaves does not."""
+    cache = copy_cache(filled, tmp_path / "cache")
+    whole = {record.part for record in read_network_records(cache)}
+    (text,) = (cache / "networks").glob("t5-*")
+    shutil.copytree(text, text.with_name(f".{text.name}.01234567.tmp"))
+    header = text / "model.safetensors"
+    for damage in (header.read_bytes()[:40], header.read_bytes().replace(b"fingerprint", b"fingermarks"), b""):
+        header.write_bytes(damage)
+        assert {record.part for record in read_network_records(cache)} == whole - {"t5"}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sfumato.config import Config
 
 MAINTENANCE_SKIPS = ("model-missing", "data-missing", "output-missing")  # rules
-FILLING_SKIPS = ("output-missing",)
+FILLING_SKIPS = ("output-missing", "sample-prompts-unused")
 DISK_OPTIONS = {
     "cache_latents": "cache_latents_to_disk",
     "cache_text_encoder_outputs": "cache_text_encoder_outputs_to_disk",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -69,21 +72,29 @@ def write_network_record(
     specs: Mapping[str, TensorSpec],
     save_tokenizer: Callable[[Path], None] | None,
 ) -> None:
-    """A folder like that of a network in diffusers' layout, whose weight file is a header alone and comes last.
+    """A folder like that of a network in diffusers' layout, whose weight file is a header alone; complete or not there.
 
-    specs: the tensors of the network. save_tokenizer: writes the encoder's tokenizer into a folder.
+    specs: the tensors of the network. save_tokenizer: writes the encoder's tokenizer into a folder. Where several
+    processes write the same, the first one's stays.
     """
     folder = _make_folder(cache, record)
-    files.write_text(folder / _CONFIG, json.dumps(dict(config), indent=2))
-    if save_tokenizer is not None:
-        save_tokenizer(folder / _TOKENIZER)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     content = {name: value for name, value in asdict(record).items() if name != "folder"}
-    write_header_only(folder / _HEADER, specs, {RECORD_KEY: json.dumps(content)})
+    try:
+        temporary.mkdir(parents=True)
+        files.write_text(temporary / _CONFIG, json.dumps(dict(config), indent=2))
+        if save_tokenizer is not None:
+            save_tokenizer(temporary / _TOKENIZER)
+        write_header_only(temporary / _HEADER, specs, {RECORD_KEY: json.dumps(content)})
+        with suppress(OSError):  # another process was faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_network_records(cache: Path) -> Iterator[NetworkRecord]:
     """Every record of a cache folder, in the order of their names; damaged ones are skipped."""
-    for path in sorted((cache / _NETWORKS).glob(f"*/{_HEADER}")):
+    for path in sorted((cache / _NETWORKS).glob(f"[!.]*/{_HEADER}")):
         try:
             record = NetworkRecord.from_metadata(read_header(path).metadata, path.parent)
         except (OSError, UserError):

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from sfumato.data.cache.entries import Store, TextKeys, make_key
+from sfumato.data.cache.shards import make_write_error
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.families.base import Family
 from sfumato.families.part import Part
@@ -62,7 +63,10 @@ def record_network(model: Family, part: Part, fingerprint: str, cache: Path) -> 
     specs = {key: (part.dtype, tensor.shape) for key, tensor in shapes if key not in part.network.weights.tied}
     is_text = name in model.text_parts
     tokenizer = model.load_tokenizers(model.blueprint, model.model_options)[name] if is_text else None
-    write_network_record(cache, record, part.network.config, specs, tokenizer and tokenizer.save_pretrained)
+    try:
+        write_network_record(cache, record, part.network.config, specs, tokenizer and tokenizer.save_pretrained)
+    except OSError as error:
+        raise make_write_error(cache, error) from error
 
 
 def describe_weights(model: Family, part: Part) -> list[str]:
