@@ -29,6 +29,7 @@ REVIEWED = {  # (file, call) -> why it is safe
     ("track/trackers.py", "self.path.open('a+b', buffering=0)"): "appends to a journal of our own",
     ("formats/safe_pickle.py", "torch.load(path, map_location='cpu', weights_only=True, mmap=is_zip)"): "checked",
     ("formats/pickled.py", "load_file(safetensors_path)"): "a file that was just written",
+    ("parallel/meeting.py", "json.loads(self.store.get(key))"): "texts of our own processes",
     ("formats/metadata_limit.py", "json.loads(metadata[name])"): "texts of our own",
     ("families/diffusers_folder.py", "json.loads(module.config.to_json_string(use_diff=False))"): "a text of diffusers",
     ("families/_tokenizers.py", "SHIPPED_MERGES.read_bytes()"): "in this package",

@@ -14,7 +14,7 @@ from sfumato.data.find.data_rows import make_data_rows
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
 from sfumato.formats.save_schedule import describe_retention
-from sfumato.plan import RunPlan, count_steps, requested_first_step
+from sfumato.plan import RunPlan, count_steps, draw_seed, make_run_plan, requested_first_step, with_seed
 from sfumato.training.start_point import describe_end, find_start_point
 
 if TYPE_CHECKING:
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def report_plan(plan: RunPlan, parallel: ParallelStrategy) -> None:
-    """The same tables that --plan shows, before anything is loaded."""
+def make_reported_plan(config: Config, parallel: ParallelStrategy) -> RunPlan:
+    """The plan, with one seed for all processes; the same tables as --plan shows, before anything is loaded."""
+    config = with_seed(config, parallel.run_on_main(draw_seed))
+    plan = make_run_plan(config, processes=parallel.processes)
     for line in plan_lines(plan):
         log.info("%s", line)
     if parallel.is_main:
         draw_timesteps(plan)
+    return plan
 
 
 def plan_lines(plan: RunPlan) -> Iterator[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import ExitStack
 
 from sfumato.config import Config
 from sfumato.parallel.base import ParallelStrategy
-from sfumato.plan import RunPlan, draw_seed, make_run_plan, with_seed
 from sfumato.track.best import Best
 from sfumato.training import reporting
 from sfumato.training.agreement import check_agreement
@@ -16,26 +14,23 @@ from sfumato.training.model_setup import load_networks, make_loss_context, open_
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.outcomes import make_outcomes
 from sfumato.training.output_folder import clean_output_folder, lock_output
-from sfumato.training.plan_report import report_plan
+from sfumato.training.plan_report import make_reported_plan
 from sfumato.training.preview_prompts import read_preview_prompts
 from sfumato.training.run import Run
 from sfumato.training.run_state import open_state
-from sfumato.training.start_point import StartPoint, describe_end, describe_start, find_start_point
-
-log = logging.getLogger(__name__)
+from sfumato.training.start_point import StartPoint, find_start_point, has_steps_left
 
 
 def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
     """Check all that needs no weights, then load; None when a resumed run has nothing left to do."""
     warnings = reporting.start_logging(config, is_main=parallel.is_main)
-    config = with_seed(config, parallel.run_on_main(draw_seed))
-    plan = make_run_plan(config, processes=parallel.processes)
-    report_plan(plan, parallel)
+    plan = make_reported_plan(config, parallel)
+    config = plan.config
     with ExitStack() as undo:  # whatever ends this early gives the output folder back
         undo.enter_context(output_lock := lock_output(plan, parallel))
         state = open_state(plan)
         start = find_start_point(plan.config, plan.data, state.counters)
-        if not has_steps_left(plan, start, StartPoint(**state.counters)):
+        if not has_steps_left(plan.total_steps, start, StartPoint(**state.counters)):
             return None
         check_agreement(parallel, state.info, start)
         if parallel.is_main:
@@ -71,13 +66,3 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
         )
         undo.pop_all()
         return run
-
-
-def has_steps_left(plan: RunPlan, start: StartPoint, saved: StartPoint) -> bool:
-    """Whether training goes on from `start`; says where, if that is not where the saved state ends."""
-    if start.step >= plan.total_steps:
-        log.info("%s", describe_end(start, plan.total_steps))
-        return False
-    if start != saved:
-        log.warning("%s", describe_start(start))
-    return True

@@ -6,12 +6,15 @@ captions that change with the steps), its position in the data, and its position
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan
 from sfumato.plan import requested_first_step
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +54,13 @@ def describe_start(start: StartPoint) -> str:
     data = f"with the data of step {start.step - start.data + 1}"
     schedule = f"the learning-rate schedule is at its step {start.step - start.schedule + 1}"
     return f"the next step has number {start.step + 1}; it goes on {data}, and {schedule}"
+
+
+def has_steps_left(total: int, start: StartPoint, saved: StartPoint) -> bool:
+    """Whether training goes on from `start`; says where, if that is not where the saved state ends."""
+    if start.step >= total:
+        log.info("%s", describe_end(start, total))
+        return False
+    if start != saved:
+        log.warning("%s", describe_start(start))
+    return True
