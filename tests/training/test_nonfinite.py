@@ -143,8 +143,8 @@ def test_several_in_a_row_end_the_run_with_a_good_state(
 def test_a_last_step_that_is_skipped_is_told(
     toy: Toy, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(config: Any) -> Run | None:
-        run = build_run(config)
+    def spoiled(*given: Any) -> Run | None:
+        run = build_run(*given)
         assert run is not None
         spoil(run, {2, 3})
         return run
