@@ -82,7 +82,9 @@ def test_what_is_a_value(load, write, line):
 
 NUMBERS = [option for option in vocabulary().values() if option.metavar in ("N", "X") and not option.facts.planned]
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner), max_leaves=4
+    st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, -(10**400)]) | st.floats() | st.text(),
+    lambda inner: st.lists(inner),
+    max_leaves=4,
 )
 
 

@@ -299,6 +299,7 @@ SESSION = {"started": 1e9, "updated": 1e9, "start": 0, "step": 2, "seconds_per_s
         {"sessions": [{**SESSION, "step": -1}]},
         {"sessions": [{**SESSION, "seconds_per_step": float("nan")}]},
         {"trained_parts": [["unet", 1]]},
+        {"trained_parts": [["unet", 1, 1, 10**400]]},
         {"options": [["a"]]},
         {"data": [{"resolution": 3}]},
         {"warnings": [{"text": None}]},

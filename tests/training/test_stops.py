@@ -92,13 +92,12 @@ def test_the_second_wish_ends_at_once(
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("place", ["plan.make_run_plan", "model_setup.open_model", "loaders.fill_caches"])
+@pytest.mark.parametrize("place", ["plan_report.make_run_plan", "setup_run.open_model", "loaders.fill_caches"])
 def test_before_the_first_step_a_line_and_an_exit_code(
     place: str, number: int, toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    home = "sfumato.training.loaders" if place.startswith("loaders") else "sfumato.training.setup_run"
-    signal_before(monkeypatch, f"{home}.{place.partition('.')[2]}", number=number)
+    signal_before(monkeypatch, f"sfumato.training.{place}", number=number)
     assert main(["train", *make_arguments(toy, images, tmp_path / "out")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
     assert not (tmp_path / "out").exists()  # neither a lock nor an empty folder is left

@@ -41,7 +41,7 @@ def is_plain_default(option: Option, value: Any) -> bool:
 def is_zero(value: Any) -> bool:
     try:
         return not isinstance(value, bool) and float(value) == 0
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of a whole number beyond all floats
         return False
 
 
