@@ -74,9 +74,11 @@ def read_weights(output: Path, name: str = "lora") -> dict[str, torch.Tensor]:
     return load_file(output / f"{name}.safetensors")
 
 
-def read_metrics(output: Path, name: str = "lora") -> list[dict[str, float]]:
-    """The rows of the metrics file without what depends on the machine's mood."""
+def read_metrics(output: Path, name: str = "lora", *, keep_speed: bool = False) -> list[dict[str, float]]:
+    """The rows of the metrics file without their speed, which is another each time."""
     rows = [json.loads(line) for line in (output / f"{name}.run.jsonl").read_text().splitlines()]
+    if keep_speed:
+        return rows
     return [{name: value for name, value in row.items() if not name.startswith("speed/")} for row in rows]
 
 

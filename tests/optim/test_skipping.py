@@ -57,6 +57,12 @@ def test_who_decides(kind: str) -> None:
     assert "found_inf" not in vars(optimizer)
 
 
+def test_on_a_device_that_nobody_has_tried_the_host_decides() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(1, device="meta"))]
+    assert not skips_on_device(optimizer)
+
+
 def test_a_class_made_of_adam_may_ignore_it() -> None:
     class Other(torch.optim.AdamW):
         """Its step might read no flag."""

@@ -45,6 +45,18 @@ def test_a_run_that_ends_early_writes_what_there_is(tmp_path: Path) -> None:
     assert traced.path.is_file()
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_on_a_gpu_its_memory_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_text("memory"))
+    traced = StepTrace(tmp_path, "x", torch.device("cuda"), count=1, steps=1)
+    traced.before_step()
+    traced.after_step()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.memory.pickle", "x.trace.json"]
+    assert [list(options) for options in calls] == [["max_entries"], ["enabled"]]
+
+
 def test_a_trace_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     traced = StepTrace(tmp_path / "file" / "no-folder", "x", torch.device("cpu"), count=1, steps=1)
     (tmp_path / "file").write_text("")

@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+DEVICES = {"cpu", "cuda", "xpu", "rehearsal"}  # whose kernels are known to do so
+
 
 def skips_on_device(optimizer: Optimizer) -> bool:
     """Whether its kernels read `found_inf` themselves, which torch's GradScaler gives to fused optimizers.
 
     torch's fused SGD reads it, too, but after a first step that was skipped its momentum is uninitialised memory.
     """
-    is_adam = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-    return is_adam and all(group["fused"] for group in optimizer.param_groups)
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return False
+    devices: set[str] = set()
+    for group in optimizer.param_groups:
+        devices.update(parameter.device.type for parameter in group["params"])
+    return devices <= DEVICES and all(group["fused"] for group in optimizer.param_groups)
 
 
 def step_where(taken: Tensor, optimizer: Any, step: Callable[[], None]) -> None:
