@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -71,6 +72,11 @@ class Row:
     is_toy: bool = False
 
     @property
+    def work(self) -> str:
+        """What is trained, for tables."""
+        return f"LoRA r{self.rank}, {self.resolution}, batch {self.batch}"
+
+    @property
     def all_options(self) -> dict[str, Any]:
         own = {"network_dim": self.rank, "resolution": self.resolution, "train_batch_size": self.batch}
         return {**COMMON, **own, **self.options}
@@ -109,11 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="rehearse each row, too: predicted against measured")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--json", type=Path, help="append a line for each row")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # what a row's own process is started with
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # what a row's own processes are started with
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     rows = {name: row for name, row in list_rows().items() if any(fnmatch(name, each) for each in args.only)}
     if args.list:
         print("\n".join(rows))
+        return 0
+    if args.peak:
+        print(rehearse_peak(list_rows()[args.peak]))
         return 0
     if args.row:
         print(json.dumps(run_row(list_rows()[args.row], find_device(), steps=args.steps, rehearse=args.rehearse)))
@@ -160,9 +170,8 @@ def run_row(row: Row, device: torch.device, *, steps: int, rehearse: bool = Fals
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as folder:
         config = make_config(row, Path(folder))
-        if rehearse:
-            result["rehearsed_gib"] = rehearse_peak(config) / GIB
         try:
+            result |= {"rehearsed_gib": read_rehearsed_peak(row.name) / GIB} if rehearse else {}
             result |= measure_steps(config, device, steps=steps)
         except torch.OutOfMemoryError as error:
             result["outcome"] = f"does not fit: {str(error).partition('. ')[0]}"
@@ -202,13 +211,20 @@ def make_toy_options(family: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def rehearse_peak(config: Any) -> int:
-    """Bytes of the training step's peak, predicted."""
+def read_rehearsed_peak(name: str) -> int:
+    """Bytes of the training step's peak, predicted in a process that sees no GPU: torch never forgets its device."""
+    command, hidden = [sys.executable, __file__, "--peak", name], {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=hidden, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def rehearse_peak(row: Row) -> int:
     from sfumato.plan import make_run_plan
     from sfumato.tools.rehearsal_stages import STEP
     from sfumato.tools.rehearse import rehearse_plan
 
-    stages = rehearse_plan(make_run_plan(config, processes=1))
+    with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as folder:
+        stages = rehearse_plan(make_run_plan(make_config(row, Path(folder)), processes=1))
     return next(stage.peak for stage in stages if stage.name == STEP)
 
 
@@ -341,17 +357,17 @@ def format_results(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not results:
         return
     rows = list_rows()
-    yield "| Row | s/step | images/s | peak GiB | rehearsed GiB | MFU | published: s / GiB | aim |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | --- | --- |"
+    yield "| Row | work | s/step | images/s | peak GiB | rehearsed GiB | MFU | published: s / GiB | aim |"
+    yield "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |"
     for result in results:
         row = rows[result["row"]]
         if result["outcome"] != "measured":
-            yield f"| {row.name} | {result['outcome']} |||||| {row.aim} |"
+            yield f"| {row.name} | {row.work} | {result['outcome']} |||||| {row.aim} |"
             continue
         cells = [f"{result['seconds_per_step']:.3f}", f"{result['images_per_second']:.2f}"]
         for name, form in (("peak_gib", "{:.2f}"), ("rehearsed_gib", "{:.2f}"), ("mfu", "{:.0%}")):
             cells.append(form.format(result[name]) if name in result else "")
-        yield f"| {row.name} | {' | '.join(cells)} | {row.published} | {row.aim} |"
+        yield f"| {row.name} | {row.work} | {' | '.join(cells)} | {row.published} | {row.aim} |"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from gpu import device_runs, test_parity, test_step, test_whole_run
 from gpu.device_runs import BOUNDS, CPU, FAMILIES, StepFacts, load_benchmark, take_first_step
 from toy_runs import make_images
 
-# One family here; the others take longer, and are run in the full tier.
+# One family here; of the others the full tier tries what is particular to a family.
 SOME_FAMILIES = [name if name == "flux" else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES]
 BENCHMARK = load_benchmark()
 
@@ -44,10 +44,13 @@ def test_one_device_is_equal_to_itself(
 def test_bounds_of_bfloat16_are_those_of_its_rounding(
     family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
 ) -> None:
-    """It is within them of float32, and beyond those of float32."""
-    toy = toy_shelf.paths(family)
-    exact = take_first_step(CPU, toy, images, tmp_path / "exact")
-    found = take_first_step(CPU, toy, images, tmp_path / "rounded", mixed_precision="bf16").compare(exact)
+    """It is within them of float32, and beyond those of float32.
+
+    Latents are the same, and so is the guidance, which diffusers rounds before its sines: 3.5 would be 3.504.
+    """
+    toy, options = toy_shelf.paths(family), {"no_half_vae": True, "guidance_scale": 1 if family == "flux" else None}
+    exact = take_first_step(CPU, toy, images, tmp_path / "exact", **options)
+    found = take_first_step(CPU, toy, images, tmp_path / "rounded", **options, mixed_precision="bf16").compare(exact)
     assert BOUNDS["no"].gradient < found.gradient <= BOUNDS["bf16"].gradient
     assert BOUNDS["no"].loss < found.loss <= BOUNDS["bf16"].loss
 
@@ -68,7 +71,7 @@ def test_recomputation(family: str, toy_shelf: ToyShelf, images: Path, tmp_path:
 
 @pytest.mark.full
 @pytest.mark.parametrize("options", [{**device_runs.CACHED, **test_step.LORA}, test_step.FULL])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_steady_steps(
     family: str, options: dict[str, Any], toy_shelf: ToyShelf, images: Path, tmp_path: Path, facts: dict[str, Any]
 ) -> None:
@@ -77,17 +80,16 @@ def test_steady_steps(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", ["sdxl", "flux"])
 def test_compiled_blocks(
-    family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path, facts: dict[str, Any], monkeypatch: Any
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(test_step.COMPILED, "compile_backend", "aot_eager")
-    test_step.test_compiled_blocks(family, toy_shelf, images, tmp_path, CPU, facts.update)
+    test_step.test_compiled_blocks("flux", toy_shelf, images, tmp_path, CPU, facts.update)
     assert facts["graphs"] == facts["graphs_after_first_steps"]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", "flux"])
 def test_whole_runs(family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path, facts: dict[str, Any]) -> None:
     test_whole_run.test_previews_saves_and_resume(family, toy_shelf, images, tmp_path, CPU, facts.update)
     assert facts["weights"] == facts["resumed"] == facts["preview_levels"] == 0
@@ -104,6 +106,17 @@ class TestBenchmark:
         assert result["loss"] > 0
         assert result["images_per_second"] == pytest.approx(1 / result["seconds_per_step"])
         assert json.loads(json.dumps(result)) == result
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("recomputed", [False, True])
+    def test_a_compiled_row_is_measured(self, recomputed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its arithmetic is that of the plain row."""
+        monkeypatch.setattr(BENCHMARK, "WARM_UP", 1)
+        sizes = {"resolution": 128, "max_bucket_reso": 256}
+        compiled = {"compile": True, "compile_backend": "aot_eager", "gradient_checkpointing": recomputed}
+        rows = [replace(BENCHMARK.TOY, options=options) for options in (sizes, {**sizes, **compiled})]
+        first, second = (BENCHMARK.run_row(row, CPU, steps=1) for row in rows)
+        assert first["tflop_per_step"] == second["tflop_per_step"] > 0
 
     @pytest.mark.full
     def test_the_command_measures_in_processes_of_their_own(self, tmp_path: Path, capsys: Any) -> None:

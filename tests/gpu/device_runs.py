@@ -37,7 +37,7 @@ class Bounds:
 
 # In float32 two devices differ by the order of their sums. bfloat16 has 8 bits: each product rounds by up to 0.4 %,
 # and what a dozen layers make of that differs between kernels as much as between bfloat16 and float32 on one device.
-BOUNDS = {"no": Bounds(loss=1e-5, gradient=1e-3), "bf16": Bounds(loss=2e-2, gradient=0.15)}
+BOUNDS = {"no": Bounds(loss=1e-5, gradient=1e-3), "bf16": Bounds(loss=1e-2, gradient=0.1)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from sfumato.families.part import DENOISER_PREFIX
 from sfumato.formats.network_record import read_network_records
 from sfumato.plan import make_run_plan
 from sfumato.tools.dataset_cache import fill_dataset_caches
+from sfumato.tools.rehearse import rehearse_plan
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 Toy = Mapping[str, Path]
@@ -294,3 +295,31 @@ def test_damaged_records_are_passed_over(tmp_path: Path, filled: Path) -> None:
     for damage in (header.read_bytes()[:40], header.read_bytes().replace(b"fingerprint", b"fingermarks"), b""):
         header.write_bytes(damage)
         assert {record.part for record in read_network_records(cache)} == whole - {"t5"}
+
+
+@pytest.mark.full
+def test_what_is_merged_into_an_encoder_is_part_of_what_is_cached(flux: Toy, images: Path, tmp_path: Path) -> None:
+    """The adapter file is here, the encoder is not; without the adapter nothing in the cache fits."""
+    adapter = train_toy(flux, images, tmp_path / "first", learning_rate=0.5, network_args=["train_t5xxl=True"])
+    options = {**CACHED, "cache_dir": tmp_path / "cache"}
+    merged = {"base_weights": adapter / "lora.safetensors", "base_weights_multiplier": 0.5}
+    here = train_toy(flux, images, tmp_path / "here", **options, **merged)
+    other = move_to_other_machine(flux, tmp_path / "other")
+    there = train_toy(other, images, tmp_path / "there", **options, **merged)
+    assert read_metrics(here) == read_metrics(there)
+    with pytest.raises(UserError) as caught:
+        train_toy(other, images, tmp_path / "without", **options)
+    assert codes_of(caught.value) == ["cached-encoder-file-needed"] * 2
+
+
+@pytest.mark.full
+def test_a_rehearsal_needs_no_file(flux: Toy, images: Path, tmp_path: Path, filled: Path) -> None:
+    """It is that of the run with every file."""
+    plans = [
+        make_run_plan(
+            load_config(make_arguments(toy, images, tmp_path / "out", **CACHED, cache_dir=filled)), processes=1
+        )
+        for toy in (flux, move_to_other_machine(flux, tmp_path / "other"))
+    ]
+    first, second = (rehearse_plan(plan) for plan in plans)
+    assert [(stage.name, stage.peak) for stage in first] == [(stage.name, stage.peak) for stage in second]

@@ -85,7 +85,7 @@ class Blueprint:
     @property
     def cached_parts(self) -> tuple[str, ...]:
         """The encoders whose files are not here, since their cached outputs are used."""
-        return tuple(name for name, network in self.networks.items() if network.record is not None)
+        return tuple(name for name, network in self.networks.items() if network.is_absent)
 
     def find_cached_tokenizer(self, part: str) -> Path | None:
         """The folder of the tokenizer of such an encoder; None for any other."""

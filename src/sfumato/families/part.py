@@ -104,11 +104,15 @@ class Network:
 
     @property
     def record(self) -> NetworkRecord | None:
-        """What stands for a network whose file is not here and whose outputs are cached; None for any other."""
+        """What a cache knows of a network whose file is not here; None where it is."""
         header = self.weights.file.header
-        if RECORD_KEY not in header.metadata or not self.weights.file.paths():
-            return None
-        return NetworkRecord.from_metadata(header.metadata, header.path.parent)
+        is_recorded = RECORD_KEY in header.metadata
+        return NetworkRecord.from_metadata(header.metadata, header.path.parent) if is_recorded else None
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether its file is not here and its weights are never read, since its cached outputs are used."""
+        return self.record is not None and bool(self.weights.file.paths())
 
     def make_absent_error(self, why: str) -> UserError:
         """The error where the network is needed and its file is not here. why: a clause."""
@@ -169,7 +173,7 @@ class Part:
         """Read the weights, frozen and in eval mode, unless they are there. UserError where their file is not here."""
         if self.is_loaded:
             return
-        if self.network.record is not None:
+        if self.network.is_absent:
             raise self.network.make_absent_error(f"the weights of {self.spec.name} are needed")
         self.network.read_into(self.module, dtype=self.dtype, device=self.device)
         self.module.requires_grad_(False).eval()

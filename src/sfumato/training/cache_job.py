@@ -90,7 +90,7 @@ class CacheJob:
     def refuse_missing(self, part: str, unit: str) -> Callable[[int, int], UserError] | None:
         """The error for entries that are missing and whose encoder is not here; None where it is."""
         network = self.model.parts[part].network
-        if network.record is None:
+        if not network.is_absent:
             return None
         return lambda missing, total: network.make_absent_error(
             f"the outputs of {part} for {missing} of {total} {unit} are not in the cache"
