@@ -53,6 +53,7 @@ PROTOCOLS = (  # files -> names that each of them may define
         },
     ),
     (r"demo/toy_\w+\.py", {"write", "write_folder", "make_networks", "single_file", "single_files"}),
+    (r"adapters/\w+\.py", {"SPELLINGS"}),
     (r"cli/\w+\.py|compat/launch\.py", {"main"}),
 )  # fmt: skip
 
