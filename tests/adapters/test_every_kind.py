@@ -23,16 +23,22 @@ from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, re
 LYCORIS = "lycoris.kohya"
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
     "LoKr": ("flux", {"network_module": "networks.lokr", "network_args": ["factor=4", "rank_dropout=0.1"]}),
-    "LoKr with convolutions": ("sd", {"network_module": "networks.lokr", "network_args": ["conv_dim=1", "use_tucker=True"]}),
+    "LoKr with convolutions": (
+        "sd", {"network_module": "networks.lokr", "network_args": ["conv_dim=1", "use_tucker=True"]},
+    ),
     "DoRA of LoRA": ("sd", {"network_module": LYCORIS, "network_args": ["algo=locon", "dora_wd=True", "conv_dim=1"]}),
     "DoRA of LoRA, columns": (
         "flux", {"network_args": ["dora_wd=True", "wd_on_output=False"], "network_train_unet_only": True},
     ),
-    "DoRA of split LoRA": ("flux", {"network_args": ["dora_wd=True", "split_qkv=True"], "network_train_unet_only": True}),
+    "DoRA of split LoRA": (
+        "flux", {"network_args": ["dora_wd=True", "split_qkv=True"], "network_train_unet_only": True},
+    ),
     "DoRA of LoKr": (
         "sdxl", {"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=True", "preset=attn-mlp"]},
     ),
-    "DoRA of LoKr, SD3": ("sd3", {"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=True", "factor=8"]}),
+    "DoRA of LoKr, SD3": (
+        "sd3", {"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=True", "factor=8"]},
+    ),
     "LoKr, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=lokr", "full_matrix=True"]}),
     "LoKr, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=lokr", "preset=attn-only"]}),
 }  # fmt: skip

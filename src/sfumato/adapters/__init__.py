@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 
-from sfumato.common.names import ADAPTER_ENTRY_POINTS
+from sfumato.common.extensions import ADAPTERS_GROUP, load_entry_points
 
 
 @cache
@@ -15,5 +14,4 @@ def register_adapters() -> None:
     """Import every module with a kind, which registers itself."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    for entry in entry_points(group=ADAPTER_ENTRY_POINTS):
-        entry.load()
+    load_entry_points(ADAPTERS_GROUP)

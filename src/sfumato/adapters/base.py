@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sfumato.common.registry import Registry
 from sfumato.common.text import list_some
@@ -200,6 +201,7 @@ class AdapterEngine(nn.Module):
         self.adapters = nn.ModuleDict()
         self.multiplier: float | Tensor = 1.0  # (B,): rows of any layer's batch are sample-major
         self._names_run: set[str] = set()
+        self._handles: list[RemovableHandle] = []
 
     def __iter__(self) -> Iterator[Adapter]:
         for adapter in self.adapters.values():
@@ -215,7 +217,14 @@ class AdapterEngine(nn.Module):
             assert group.name not in self.adapters, f"the adapter name {group.name} is used twice"
             self.adapters[group.name] = adapter
             for i, layer in enumerate(group.layers):
-                layer.register_forward_hook(partial(self._add, adapter, group.name, i))
+                hook = partial(self._add, adapter, group.name, i)
+                self._handles.append(layer.register_forward_hook(hook))
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _add(
         self, adapter: Adapter, name: str, i: int, layer: nn.Module, args: tuple[Tensor], output: Tensor

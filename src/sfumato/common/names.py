@@ -15,7 +15,6 @@ class LycorisPreset:
     more_layers: str = ""  # expression that fits all of a layer's name in adapter files, with dots
 
 
-ADAPTER_ENTRY_POINTS = "sfumato.adapters"  # the group of entry points that name modules with further kinds
 DEFAULT_KIND, DEFAULT_NETWORK_MODULE = "lora", "networks.lora"
 DEFAULT_RANK = 4  # of --network_dim
 

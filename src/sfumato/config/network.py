@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from importlib.metadata import entry_points
 from typing import Annotated
 
 from pydantic import AfterValidator
 
-from sfumato.common.names import ADAPTER_ENTRY_POINTS, LYCORIS_MODULES, NETWORK_MODULES, PLANNED_NETWORK_MODULES
+from sfumato.common.extensions import ADAPTERS_GROUP, is_extension
+from sfumato.common.names import LYCORIS_MODULES, NETWORK_MODULES, PLANNED_NETWORK_MODULES
 from sfumato.common.registry import did_you_mean
 from sfumato.config.base import Options, option
 from sfumato.config.frozen import FrozenAdapterList
@@ -18,22 +17,9 @@ from sfumato.config.values import Arguments, FilePath, FilePaths, Floats
 def check_module(name: str) -> str:
     """One that is known or can be imported; whether it is implemented is reported like the options that are not."""
     known = (*NETWORK_MODULES, *LYCORIS_MODULES, *PLANNED_NETWORK_MODULES)
-    if name not in known and name not in list_installed_adapters() and not is_importable(name):
+    if name not in known and not is_extension(name, ADAPTERS_GROUP):
         raise ValueError(f"is not known; {did_you_mean(name, known)}")
     return name
-
-
-def list_installed_adapters() -> set[str]:
-    """The names of the kinds of adapters that other packages bring."""
-    return {entry.name for entry in entry_points(group=ADAPTER_ENTRY_POINTS)}
-
-
-def is_importable(module: str) -> bool:
-    """Whether Python finds a module of this name; it is imported only once all options are understood."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 class NetworkOptions(Options):

@@ -113,7 +113,7 @@ class AdapterMethod:
         return self.frozen.use_for_sampling()
 
     def list_frozen(self) -> Sequence[nn.Module]:
-        return self.frozen.engines
+        return self.frozen.list_modules()
 
     def list_generate_options(self, file: str) -> Mapping[str, object]:
         """Frozen adapters are files like the trained one."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sfumato.adapters import register_adapters
 from sfumato.adapters.base import ADAPTERS
+from sfumato.common.extensions import ADAPTERS_GROUP, find_registered, import_extension
 from sfumato.common.names import (
     DEFAULT_NETWORK_MODULE,
     DEFAULT_RANK,
@@ -67,28 +67,13 @@ def read_adapter_module(network: NetworkOptions, *, has_convolutions: bool, opt_
 def import_kind(module: str) -> str:
     """The kind of this name, or the one that a module registers when it is imported."""
     register_adapters()
-    if module in ADAPTERS:
-        return module
-    try:
-        imported = importlib.import_module(module)
-    except ImportError as error:
+    if module not in ADAPTERS and "create_network" in vars(import_extension(module, option="--network_module")):
         raise UserError(
-            f"--network_module {module} cannot be imported ({error})",
-            code="network-module-not-importable",
-            fix="install it, or set PYTHONPATH to the folder that it is in",
-        ) from error
-    own = [name for name in ADAPTERS.names if ADAPTERS.get(name).__module__ == module]
-    if len(own) == 1:
-        return own[0]
-    if "create_network" in vars(imported):
-        what = f"--network_module {module} is written for kohya's scripts (create_network), whose models are others"
-    else:
-        what = f"--network_module {module} registers {len(own)} kinds of adapters instead of one"
-    raise UserError(
-        what,
-        code="network-module-without-adapter",
-        fix="docs/extending.md shows an adapter of one's own in one file; LyCORIS' are built in: lycoris.kohya",
-    )
+            f"--network_module {module} is written for kohya's scripts (create_network), whose models are others",
+            code="network-module-of-kohya",
+            fix="docs/extending.md shows an adapter of one's own in one file; LyCORIS' are built in: lycoris.kohya",
+        )
+    return find_registered(ADAPTERS, module, group=ADAPTERS_GROUP, option="--network_module")
 
 
 # ---------------------------------------------------------------- LyCORIS

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from sfumato.adapters.base import AdapterEngine
+from sfumato.adapters.base import Adapter, AdapterEngine
 from sfumato.adapters.kinds import read_adapter_file, restore_adapter
 from sfumato.config.frozen import FrozenAdapter
 from sfumato.errors import UserError
@@ -69,17 +70,25 @@ def check_text_use(files: Sequence[FrozenFile], text_parts: Sequence[str]) -> No
 
 
 class FrozenAdapters:
-    """The hooks of several files; an adapter lives as long as the weights that it is hooked to."""
+    """The hooks of several files.
+
+    Those that take part in training live as long as the weights that they are hooked to; those for previews alone are
+    hooked only while images are made, so that training is what it is without them.
+    """
 
     def __init__(self, files: Sequence[FrozenFile] = ()) -> None:
         self.files = [file for file in files if file.request.strength]  # at strength 0 there is nothing to hook
-        self.sampling = False  # whether images are being made
         self._engines: WeakKeyDictionary[AdapterEngine, FrozenAdapter] = WeakKeyDictionary()
+        self._for_previews: dict[tuple[FrozenAdapter, str], list[Adapter]] = {}  # file and part -> its adapters
 
     @property
     def engines(self) -> list[AdapterEngine]:
         """Those of the networks whose weights are read."""
         return list(self._engines)
+
+    def list_modules(self) -> list[nn.Module]:
+        """All that is in memory."""
+        return [*self.engines, *chain.from_iterable(self._for_previews.values())]
 
     def register(self, model: Family) -> None:
         for file in self.files:
@@ -89,32 +98,38 @@ class FrozenAdapters:
                 model.parts[part].add_change(WeightChange(identity=identity, apply=attach))
 
     def _attach(self, request: FrozenAdapter, found: Sequence[LayerMatch], network: nn.Module) -> None:
-        engine, layers = AdapterEngine(), find_layers(network)
-        for match in found:
-            group = match.view.bind(layers)
-            adapter = restore_adapter(match.kinds, group, match.tensors)
+        layers = find_layers(network)
+        adapters = [restore_adapter(match.kinds, match.view.bind(layers), match.tensors) for match in found]
+        for adapter in adapters:
             adapter.requires_grad_(False).eval()
-            engine.attach([group], lambda _, adapter=adapter: adapter)
-        self._engines[engine] = request
-        self._set_strength(engine)
-
-    def _set_strength(self, engine: AdapterEngine) -> None:
-        request = self._engines[engine]
-        engine.multiplier = request.strength if request.is_used(sampling=self.sampling) else 0.0
+        if request.use == "sample":
+            self._for_previews[request, found[0].view.part] = adapters
+        else:
+            self._engines[hook_adapters(adapters, request.strength)] = request
 
     @contextmanager
     def use_for_sampling(self) -> Iterator[None]:
         """A context in which those for previews are active instead of those for training."""
-        self._set_sampling(True)
+        resting = [engine for engine, request in self._engines.items() if not request.is_used(sampling=True)]
+        hooked = [hook_adapters(adapters, request.strength) for (request, _), adapters in self._for_previews.items()]
+        before = [engine.multiplier for engine in resting]
+        for engine in resting:
+            engine.multiplier = 0.0
         try:
             yield
         finally:
-            self._set_sampling(False)
+            for engine, multiplier in zip(resting, before, strict=True):
+                engine.multiplier = multiplier
+            for engine in hooked:
+                engine.detach()
 
-    def _set_sampling(self, sampling: bool) -> None:
-        self.sampling = sampling
-        for engine in self.engines:
-            self._set_strength(engine)
+
+def hook_adapters(adapters: Sequence[Adapter], strength: float) -> AdapterEngine:
+    """An engine of these adapters at this strength."""
+    engine, by_name = AdapterEngine(), {adapter.group.name: adapter for adapter in adapters}
+    engine.attach([adapter.group for adapter in adapters], lambda group: by_name[group.name])
+    engine.multiplier = strength
+    return engine
 
 
 def hash_matches(found: Sequence[LayerMatch]) -> str:
