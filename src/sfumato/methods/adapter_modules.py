@@ -10,6 +10,7 @@ from sfumato.adapters import register_adapters
 from sfumato.adapters.base import ADAPTERS
 from sfumato.common.extensions import ADAPTERS_GROUP, find_registered, import_extension
 from sfumato.common.names import (
+    DEFAULT_KIND,
     DEFAULT_NETWORK_MODULE,
     DEFAULT_RANK,
     LYCORIS_ALGOS,
@@ -57,6 +58,7 @@ def read_adapter_module(network: NetworkOptions, *, has_convolutions: bool, opt_
 
     UserError for a module that cannot be used, and for values of LyCORIS' arguments that would change the result.
     """
+    register_adapters()
     module = network.network_module or DEFAULT_NETWORK_MODULE
     if module in LYCORIS_MODULES:
         return read_lycoris(network, has_convolutions=has_convolutions, opt_ins=opt_ins)
@@ -66,7 +68,6 @@ def read_adapter_module(network: NetworkOptions, *, has_convolutions: bool, opt_
 
 def import_kind(module: str) -> str:
     """The kind of this name, or the one that a module registers when it is imported."""
-    register_adapters()
     if module not in ADAPTERS and "create_network" in vars(import_extension(module, option="--network_module")):
         raise UserError(
             f"--network_module {module} is written for kohya's scripts (create_network), whose models are others",
@@ -82,7 +83,7 @@ def import_kind(module: str) -> str:
 def read_lycoris(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Collection[str]) -> AdapterModule:
     """LyCORIS' arguments in the words of the adapters here; its convolutions have --network_dim by default."""
     given = dict(network.network_args)
-    kind = read_algo(given.pop("algo", None) or "lora")
+    kind = read_algo(given.pop("algo", None) or DEFAULT_KIND)
     preset = read_preset(given.pop("preset", "full"))
     given = drop_without_effect(given, kind, opt_ins)
     convolutions = {name: given.pop(name, None) for name in ("conv_dim", "conv_alpha")}
