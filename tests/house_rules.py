@@ -53,6 +53,7 @@ PROTOCOLS = (  # files -> names that each of them may define
         },
     ),
     (r"demo/toy_\w+\.py", {"write", "write_folder", "make_networks", "single_file", "single_files"}),
+    (r"adapters/\w+\.py", {"SPELLINGS"}),
     (r"cli/\w+\.py|compat/launch\.py", {"main"}),
 )  # fmt: skip
 
@@ -60,6 +61,13 @@ NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names
 # What the field named after a family though others use it: an option and two keys of adapter files.
 OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
 ALLOWED_FAMILY_NAMES = {("config/model.py", "flux"), ("config/model.py", "chroma")}  # the choices of --model_type
+NAMES_KINDS = {"adapters", "families", "compat", "demo", "cli", "common", "config"}  # classes, names in files, options
+ALLOWED_KIND_NAMES = {  # file -> what it may say: others' keys, arguments and file names, an option, a command
+    "formats/adapter_keys.py": r".*", "formats/peft_config.py": r".*", "tools/export_lora.py": r".*",
+    "formats/adapter_file.py": r"pytorch_lora_weights\..*|lora_", "formats/adapter_layers.py": r".*lora_te2_",
+    "methods/adapter.py": r"/lora", "methods/adapter_modules.py": r"rs_lora",
+}  # fmt: skip
+FROZEN_OPTION = re.compile(r"frozen_lora")
 MAY_CATCH_ALL = {
     ("families/_tokenizers.py", "catch_tokenizer_faults"),  # a library that raises plain Exceptions
     ("track/guard.py", "survive"),  # no report, preview or tracker, nor their libraries, may end a run
@@ -135,6 +143,23 @@ def names_a_family(tree: ast.Module, *, families: set[str], allowed: set[str]) -
             if isinstance(text, str) and id(node) not in docstrings and text not in allowed:
                 for family in family_words(text, families):
                     yield f"{getattr(node, 'lineno', 0)}: {text!r} names {family}"
+
+
+def kind_names() -> set[str]:
+    """The names of the registered kinds of adapters."""
+    files = (path.read_text(encoding="utf-8") for path in (PACKAGE / "adapters").glob("*.py"))
+    return {name for text in files for name in re.findall(r'@ADAPTERS\.register\("(\w+)"', text)}
+
+
+def names_a_kind(tree: ast.Module, *, kinds: set[str], allowed: str) -> Iterator[str]:
+    """Identifiers and string literals with the name of a kind of adapter as a word of letters; not docstrings."""
+    word = re.compile(rf"(?<![a-z])({'|'.join(sorted(kinds))})(?![a-z+])", re.IGNORECASE)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        for text in identifiers(node) if not isinstance(node, ast.Constant) else [node.value]:
+            if isinstance(text, str) and id(node) not in docstrings and word.search(FROZEN_OPTION.sub("", text)):
+                if not re.fullmatch(allowed, text):
+                    yield f"{getattr(node, 'lineno', 0)}: {text!r} names a kind of adapter"
 
 
 def identifiers(node: ast.AST) -> list[str | None]:

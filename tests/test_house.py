@@ -16,6 +16,7 @@ import pytest
 from house_rules import (
     ALLOWED_FAMILY_NAMES,
     ALLOWED_GETATTR,
+    ALLOWED_KIND_NAMES,
     FILES,
     HEAVY,
     IMPORT_NAMES,
@@ -26,6 +27,7 @@ from house_rules import (
     MAY_PRINT,
     MOST_IMPORTS,
     NAMES_FAMILIES,
+    NAMES_KINDS,
     OPTION_NAMES,
     PACKAGE,
     RANK,
@@ -42,10 +44,12 @@ from house_rules import (
     imports,
     imports_upwards,
     is_protocol,
+    kind_names,
     layer_of,
     leftovers,
     long_functions,
     names_a_family,
+    names_a_kind,
     own_modules,
     parsed_file,
     prints,
@@ -88,6 +92,17 @@ def test_shared_code_names_no_family():
         return names_a_family(parsed_file(path), families=families, allowed=allowed)
 
     assert not everywhere(rule, unless=frozenset(NAMES_FAMILIES))
+
+
+def test_shared_code_names_no_kind_of_adapter():
+    kinds = kind_names()
+    assert {"lora", "lokr", "dora"} <= kinds, "no kind was found: has the folder moved?"
+
+    def rule(path: Path) -> Iterator[str]:
+        allowed = ALLOWED_KIND_NAMES.get(relative_name(path), "")
+        return names_a_kind(parsed_file(path), kinds=kinds, allowed=allowed)
+
+    assert not everywhere(rule, unless=frozenset(NAMES_KINDS))
 
 
 def test_files_and_functions_stay_short():
@@ -249,6 +264,14 @@ def test_the_import_rule_catches(layer, code, faults):
 def test_the_family_rule_catches(code, faults):
     found = list(names_a_family(ast.parse(code), families={"toyxl"}, allowed={"toyxl_shift"}))
     assert len(found) == faults, found
+
+
+@pytest.mark.parametrize(
+    ("code", "faults"),
+    [("x = 'LoKr'", 1), ("lokr_w1 = 1", 1), ("f('lokred')", 0), ("x = c.frozen_lokr", 1), ("f('LoKr+')", 0)],
+)
+def test_the_kind_rule_catches(code, faults):
+    assert len(list(names_a_kind(ast.parse(code), kinds={"lokr"}, allowed=""))) == faults
 
 
 @pytest.mark.parametrize(

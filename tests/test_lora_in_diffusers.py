@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from families.loading import load_family
 from sfumato.adapters.base import AdapterEngine
+from sfumato.adapters.kinds import read_adapter_file
 from sfumato.adapters.lora import LoRA
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.demo.toy import write_toy
@@ -19,7 +20,6 @@ from sfumato.families import register_families
 from sfumato.families.base import Family, find_family
 from sfumato.families.encoding import encode_with_grad
 from sfumato.families.source import open_source
-from sfumato.formats.adapter_file import read_adapter_file
 from toy_runs import make_images, train_toy
 
 PROMPT = "a red cup of coffee"

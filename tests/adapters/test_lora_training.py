@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sfumato.adapters.base import Adapter, AdapterEngine
-from sfumato.adapters.lora import LoRA, LoraDropout
-from sfumato.errors import InternalError
+from sfumato.adapters.base import Adapter, AdapterEngine, Dropout
+from sfumato.adapters.lora import LoRA
 from sfumato.formats.groups import LayerGroup, find_layers, group_layers
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
@@ -172,7 +171,7 @@ def project_down(adapter: LoRA, x: Tensor) -> Tensor:
 def test_neuron_dropout_is_torchs() -> None:
     adapter = get_adapter(attach_lora(nn.Sequential(nn.Linear(6, 4))))
     x = torch.randn(2, 5, 6)
-    adapter.dropout = LoraDropout(neuron=0.4)
+    adapter.dropout = Dropout(neuron=0.4)
     torch.manual_seed(1)
     mine = project_down(adapter, x)
     torch.manual_seed(1)
@@ -192,7 +191,7 @@ def test_rank_dropout(layer: nn.Module, x: Tensor, inside: tuple[int, ...]) -> N
     torch.manual_seed(0)
     adapter = get_adapter(attach_lora(nn.Sequential(layer), rank=8))
     plain = project_down(adapter, x)
-    adapter.dropout = LoraDropout(rank=0.25)
+    adapter.dropout = Dropout(rank=0.25)
     factor = project_down(adapter, x) / plain
     ranks = factor if x.ndim == 2 else factor.amax(dim=[d for d in range(factor.ndim) if d not in inside])
     assert torch.equal(ranks.isclose(torch.tensor(0.0)) | ranks.isclose(torch.tensor(4 / 3)), ranks == ranks)
@@ -211,7 +210,7 @@ def test_module_dropout() -> None:
     x = torch.randn(2, 6)
     plain = module(x)
     base = F.linear(x, module[0].weight, module[0].bias)
-    adapter.dropout = LoraDropout(module=0.5)
+    adapter.dropout = Dropout(module=0.5)
     torch.manual_seed(0)
     seen = [module(x) for _ in range(100)]
     kept = [torch.allclose(output, plain) for output in seen]
@@ -226,7 +225,7 @@ def test_no_dropout_in_evaluation() -> None:
     module = nn.Sequential(nn.Linear(6, 4))
     engine = attach_lora(module)
     plain = module(torch.ones(2, 6))
-    get_adapter(engine).dropout = LoraDropout(neuron=0.5, rank=0.5, module=0.5)
+    get_adapter(engine).dropout = Dropout(neuron=0.5, rank=0.5, module=0.5)
     engine.eval()
     assert torch.equal(module(torch.ones(2, 6)), plain)
 
@@ -238,7 +237,7 @@ def test_recomputation_sees_the_same_random_numbers(chance: float) -> None:
     engine = attach_lora(module)
     for adapter in engine:
         assert isinstance(adapter, LoRA)
-        adapter.dropout = LoraDropout(neuron=chance, rank=chance, module=chance)
+        adapter.dropout = Dropout(neuron=chance, rank=chance, module=chance)
     x = torch.randn(7, 5, 6, dtype=torch.float64, requires_grad=True)
 
     def gradients(recompute: bool) -> list[Tensor]:
@@ -304,20 +303,3 @@ def test_a_change_of_zero_keeps_its_matrices() -> None:
         "keys_scaled": 0, "avg_key_norm": 0, "max_key_norm": 0,
     }  # fmt: skip
     assert torch.equal(adapter.lora_down.detach(), torch.ones(1, 3))
-
-
-def test_an_adapter_without_norm_limit() -> None:
-    class Fixed(Adapter):
-        def delta(self, i: int) -> Tensor:
-            return torch.zeros_like(self.group.layers[i].weight)
-
-        def export_tensors(self) -> dict[str, Tensor]:
-            return {}
-
-        @classmethod
-        def from_tensors(cls, group, tensors):
-            return cls(group)
-
-    (group,) = groups_of(nn.Sequential(nn.Linear(3, 2)))
-    with pytest.raises(InternalError, match="Fixed"):
-        Fixed(group).limit_norm(1.0)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sfumato.adapters.base import AdapterEngine
-from sfumato.adapters.lora import LoRA, LoraDropout
+from sfumato.adapters.base import AdapterEngine, Dropout
+from sfumato.adapters.lora import LoRA
 from sfumato.adapters.split_lora import SplitLoRA
 from sfumato.errors import UserError
 from sfumato.formats.groups import LayerGroup, find_layers, group_layers
@@ -99,8 +99,8 @@ def test_a_file_with_shared_ranks_is_refused() -> None:
 def test_dropout_and_norm_limit_reach_every_layer() -> None:
     torch.manual_seed(0)
     adapter = make_random(group_of([4, 3]), 2, 2.0)
-    adapter.dropout = LoraDropout(neuron=0.5)
-    assert adapter.dropout == adapter[1].dropout == LoraDropout(neuron=0.5)
+    adapter.set_dropout(Dropout(neuron=0.5))
+    assert adapter.dropout == adapter[1].dropout == Dropout(neuron=0.5)
     with torch.no_grad():
         adapter[0].lora_up.mul_(1e-3)
     before = adapter.delta(0).norm()

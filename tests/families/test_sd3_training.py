@@ -18,12 +18,12 @@ from torch import nn
 from families.sd3_toys import CAPTIONS, checkpoint, conditioning, load, read, without
 from families.toys import ToyShelf
 from sfumato.adapters.base import AdapterEngine
+from sfumato.adapters.kinds import read_adapter_file
 from sfumato.adapters.lora import LoRA
 from sfumato.config import NoiseOptions, load_config
 from sfumato.errors import UserError
 from sfumato.families._sd3_patches import find_nearest_side, make_scaled_table
 from sfumato.families.sd3 import count_side_patches
-from sfumato.formats.adapter_file import read_adapter_file
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.export_lora import export_lora
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sfumato.adapters.kinds import list_kinds, read_adapter_file
 from sfumato.errors import UserError
-from sfumato.formats.adapter_file import AdapterFile, read_adapter_file
-from sfumato.formats.adapter_keys import find_adapter_kind, parse_adapter_key
+from sfumato.formats.adapter_file import AdapterFile
+from sfumato.formats.adapter_keys import COMMON_SPELLINGS, find_foreign_kind, parse_adapter_key
+from sfumato.formats.adapter_kind import collect_spellings, describe_kinds, find_kinds
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 
@@ -56,7 +58,7 @@ def read_error(path: Path, state: dict[str, Tensor], metadata: dict[str, str] | 
     ("." * 100_000, None),
 ])  # fmt: skip
 def test_keys(key: str, expected: tuple[str, str] | None) -> None:
-    assert parse_adapter_key(key) == expected
+    assert parse_adapter_key(key, {**COMMON_SPELLINGS, **collect_spellings(list_kinds().values())}) == expected
 
 
 @pytest.mark.parametrize(("tensor", "expected"), [
@@ -67,7 +69,9 @@ def test_keys(key: str, expected: tuple[str, str] | None) -> None:
     ("lora_mid.weight", "LoRA"), ("alpha", ""), ("weight", ""),
 ])  # fmt: skip
 def test_kinds(tensor: str, expected: str) -> None:
-    assert find_adapter_kind(tensor) == expected
+    kinds = list_kinds().values()
+    name = collect_spellings(kinds).get(tensor, tensor)
+    assert (describe_kinds(find_kinds([name], kinds)) or find_foreign_kind(tensor)) == expected
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [
@@ -111,17 +115,23 @@ def test_foreign_tensors_are_passed_over_and_named(tmp_path: Path) -> None:
     ({f"x.{DOWN}": torch.ones(2, 3)}, "adapter-matrix-missing", "lora_up"),
     ({f"x.{UP}": torch.ones(2, 3)}, "adapter-matrix-missing", "lora_down"),
     ({"x.alpha": torch.ones(1)}, "adapter-file-without-adapter", "x.alpha"),
-    (pair("x") | {"y.alpha": torch.ones(1)}, "adapter-matrix-missing", "y"),
+    (pair("x") | {"y.alpha": torch.ones(1)}, "adapter-kind-unclear", "y has alpha"),
     (pair("x") | {f"x.{UP}": torch.full((4, 2), torch.nan)}, "adapter-not-finite", "x.lora_up"),
     (pair("x") | {"x.alpha": torch.tensor(torch.inf)}, "adapter-not-finite", "x.alpha"),
     (pair("x") | {"x.alpha": torch.ones(2)}, "adapter-alpha-shape", "2 numbers"),
     (pair("x") | {f"x.{UP}": torch.ones(4, 5)}, "adapter-matrices-mismatch", "(4, 5)"),
     (pair("x") | {f"x.{UP}": torch.ones(4)}, "adapter-matrices-mismatch", "(4,)"),
     ({f"x.{DOWN}": torch.ones(0, 3), f"x.{UP}": torch.ones(4, 0)}, "adapter-matrices-mismatch", "(0, 3)"),
-    (pair("x") | {"x.lora_mid.weight": torch.ones(2, 2)}, "adapter-middle-mismatch", "(2, 2)"),
-    (pair("x") | {"x.dora_scale": torch.ones(4, 1)}, "adapter-kind-unsupported", "a DoRA (1 layers)"),
+    (pair("x") | {"x.lora_mid.weight": torch.ones(2, 2)}, "adapter-matrices-mismatch", "(2, 2)"),
+    (pair("x") | {"x.lokr_w1": torch.ones(4, 1)}, "adapter-kind-unclear", "x has"),
+    ({"x.dora_scale": torch.ones(4, 1)}, "adapter-kind-unclear", "x has dora_scale"),
     ({"x.hada_w1_a": torch.ones(1)}, "adapter-kind-unsupported", "a LoHa (1 layers)"),
-    (pair("x") | {"y.lokr_w1": torch.ones(1)}, "adapter-kind-unsupported", "a LoKr (1 layers)"),
+    (pair("x") | {"y.lokr_w1": torch.ones(2, 2)}, "adapter-matrix-missing", "lokr_w2_a"),
+    ({"x.lokr_w1": torch.ones(1), "x.lokr_w2": torch.ones(2, 2)}, "lokr-tensor-no-matrix", "lokr_w1"),
+    (
+        {"x.lokr_w1": torch.ones(2, 2), "x.lokr_w2_a": torch.ones(3, 2), "x.lokr_w2_b": torch.ones(3, 4)},
+        "adapter-matrices-mismatch", "(3, 2) and (3, 4)",
+    ),
     (pair("x") | {"y.diff_b": torch.ones(1)}, "adapter-kind-unsupported", "whole differences"),
     (pair("u.x") | {"u.norm.scale": torch.ones(1)}, "adapter-with-whole-weights", "u.norm.scale"),
     (pair("lora_unet_x") | {"lora_unet_x.new": torch.ones(1)}, "adapter-with-whole-weights", "lora_unet_x.new"),

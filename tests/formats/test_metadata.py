@@ -64,7 +64,7 @@ def facts(**changes):
 
 def make_metadata(config, **changes):
     """The ss_ keys of an adapter file."""
-    return make_training_metadata(config, facts(method=make_adapter_metadata(config, default_rank=4), **changes))
+    return make_training_metadata(config, facts(method=make_adapter_metadata(config), **changes))
 
 
 # ---------------------------------------------------------------- ss_ keys

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save
 
 from fuzz.target import Read, Setup, target, through_file
+from sfumato.adapters.kinds import read_adapter_file
 from sfumato.errors import UserError
 from sfumato.families.source import Source, read_json
-from sfumato.formats.adapter_file import read_adapter_file
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.header import read_header
 from sfumato.formats.shards import read_sharded_headers

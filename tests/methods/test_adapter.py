@@ -142,7 +142,7 @@ def test_verbose_logs_ranks(sd: Toy, images: Path, tmp_path: Path, capfd: pytest
     options = {"console_log_level": "INFO", "console_log_simple": True}
     build_toy_run(sd, images, tmp_path, network_args=["conv_dim=3", "verbose=True"], **options)
     output = " ".join(capfd.readouterr().err.split())
-    assert "lora_unet_down_blocks_0_resnets_0_conv1: rank 3, alpha 1, learning rate 0.001 (denoiser)" in output
+    assert "lora_unet_down_blocks_0_resnets_0_conv1: LoRA, rank 3, alpha 1, learning rate 0.001 (denoiser)" in output
 
 
 # ---------------------------------------------------------------- weights to start from
@@ -161,9 +161,9 @@ def test_going_on_from_a_file_with_convolutions(sd: Toy, images: Path, first: Pa
 def test_a_file_that_the_options_do_not_cover(sd: Toy, images: Path, first: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"network_weights": first}
     none = get_error(sd, images, tmp_path, **options)
-    assert (none.code, "rank 3" in none.what) == ("lora-rank-mismatch", True)
+    assert (none.code, "rank 3" in none.what) == ("adapter-rank-mismatch", True)
     other = get_error(sd, images, tmp_path, network_args=["conv_dim=4"], **options)
-    assert (other.code, "rank 3, the options ask for 4" in other.what) == ("lora-rank-mismatch", True)
+    assert (other.code, "rank 3, the options ask for 4" in other.what) == ("adapter-rank-mismatch", True)
     options["dim_from_weights"] = True
     both = get_error(sd, images, tmp_path, network_args=["conv_dim=3"], **options)
     assert (both.code, "conv_dim" in both.what) == ("rank-args-with-dim-from-weights", True)

@@ -215,7 +215,7 @@ def test_expressions_take_precedence_and_the_last_one_wins() -> None:
         (flux_dev, {"train_blocks": "triple"}, "network-arg-invalid", "all, double, single"),
         (flux_dev, {"train_double_block_indices": "3-19"}, "block-index-too-high", "from 0 to 18"),
         (flux_dev, {"train_double_block_indices": "3-"}, "network-arg-invalid", "train_double_block_indices=3-"),
-        (sd15, {"split_qkv": True}, "network-arg-without-effect", "split_qkv"),
+        (sd15, {"split_qkv": True}, "split-qkv-without-fused-layer", "split_qkv"),
         (flux_dev, {"split_qkv": 1}, "network-arg-invalid", "split_qkv=1"),
         (
             flux_dev, {"split_qkv": True, "img_attn_dim": 0, "txt_attn_dim": 0, "single_dim": 0},

@@ -108,7 +108,7 @@ def compute_with_file(model: Family, path: Path, part: str = "denoiser", strengt
     """The output with a file attached, as `generate` does; the adapters have no effect afterwards."""
     adapters = InferenceAdapters(model, [(path, strength)])
     found = compute_output(model, part)
-    for engine in adapters.engines:
+    for engine in adapters.frozen.engines:
         engine.multiplier = 0.0
     return found
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from families.toys import ToyShelf
 from others.models import assert_same_output, compute_output, compute_with_file, load_toy
+from sfumato.adapters.kinds import read_adapter_file
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.formats.adapter_file import read_adapter_file
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -73,6 +73,7 @@ CONFIGS: dict[str, Mapping[str, Any]] = {
     "patterns": {
         "r": 4, "lora_alpha": 6, "rank_pattern": {"to_q": 2, "to_out.0": 3}, "alpha_pattern": {"to_v": 1, "to_q": 5},
     },
+    "DoRA": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "fan in": {"r": 2, "lora_alpha": 2, "fan_in_fan_out": False},
 }  # fmt: skip
 
@@ -102,7 +103,6 @@ def test_folders_of_several_networks(flux: Family, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("peft", "code"), [
-    ({"use_dora": True}, "adapter-kind-unsupported"),
     ({"lora_bias": True}, "adapter-kind-unsupported"),
     ({"modules_to_save": ["x_embedder"]}, "adapter-with-whole-weights"),
     ({"init_lora_weights": "olora"}, "peft-init-changes-model"),

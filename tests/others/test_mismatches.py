@@ -11,12 +11,12 @@ from safetensors import safe_open
 from families.toys import ToyShelf
 from others import writers
 from others.models import draw_changes, load_toy
+from sfumato.adapters.kinds import read_adapter_file
 from sfumato.config import NoiseOptions, load_config
 from sfumato.errors import UserError
 from sfumato.families.adapter_names import match_adapter_file
 from sfumato.families.base import Family, find_family
 from sfumato.families.source import open_source
-from sfumato.formats.adapter_file import read_adapter_file
 from sfumato.plan import make_run_plan
 from toy_runs import make_arguments, make_images, train_toy
 
@@ -93,8 +93,8 @@ def test_one_down_matrix_for_all_keeps_the_rank(flux: Family, tmp_path: Path) ->
         file = writers.write(tmp_path / "a.safetensors", writers.write_simpletuner(drawn, "transformer"))
         specs = {name: part.spec for name, part in parts.items()}
         (adapter,) = match_adapter_file(read_adapter_file(file), specs, groups).values()
-        assert (adapter.rank, adapter.is_joined) == (rank, rank == 9)
         tensors = adapter.make_tensors()
+        assert len(tensors["lora_down.weight"]) == rank
         product = tensors["lora_up.weight"].float() @ tensors["lora_down.weight"].float()
         expected = torch.cat([drawn[path].compute_delta(torch.empty(len(drawn[path].up), 64)) for path in QKV])
         torch.testing.assert_close(product * tensors["alpha"] / rank, expected)

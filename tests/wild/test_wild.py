@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from families.toys import ToyShelf
-from sfumato.common.names import PLANNED_NETWORK_MODULES
+from sfumato.common.names import PLANNED_LYCORIS_ALGOS, PLANNED_NETWORK_MODULES
 from sfumato.compat.launch import main as run_script
 from sfumato.compat.scripts import SCRIPTS
 from sfumato.config.schema import vocabulary
@@ -125,6 +125,8 @@ def is_planned(name: str, text: str) -> bool:
     """Whether an option, or a network module of this name in `text`, waits for a feature."""
     if name == "network_module":
         return any(module in text for module in PLANNED_NETWORK_MODULES)
+    if name == "network_args":
+        return any(f"algo={algo}" in text for algo in PLANNED_LYCORIS_ALGOS)
     option = vocabulary().get(name)
     return option is not None and bool(option.facts.planned)
 

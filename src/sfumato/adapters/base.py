@@ -5,24 +5,69 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from sfumato.common.registry import Registry
 from sfumato.common.text import list_some
+from sfumato.config.base import Options
 from sfumato.data.batch import Tensors
 from sfumato.errors import InternalError
+from sfumato.formats.adapter_kind import FileLayer, LayerMatch, LayerTensors, take_whole
 from sfumato.formats.groups import Layer, LayerGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Dropout probabilities in training, applied by each layer of a group for itself.
+
+    Random numbers come from torch's global generators: these are reseeded for every micro-step, and checkpointing
+    replays them.
+    """
+
+    neuron: float = 0.0  # of each value between an adapter's matrices
+    rank: float = 0.0  # of each rank, or of each row of the change: its kind says which
+    module: float = 0.0  # of the adapter's whole change, for the whole batch
+
+    def __bool__(self) -> bool:
+        return bool(self.neuron or self.rank or self.module)
+
+
+NO_DROPOUT = Dropout()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRequest:
+    """What a run's options ask for in one layer group."""
+
+    rank: int  # of --network_dim and the like; each kind says what it means
+    alpha: float
+    options: Options  # of the kind's own `options_class`
+    generator: Generator | None = None  # None: values are not drawn
+    inner: Adapter | None = None  # what a wrapper wraps
 
 
 class Adapter(nn.Module, ABC):
     """A change of the weights of one layer group; knows no family and no file name."""
 
-    lora_plus_params: ClassVar[tuple[str, ...]] = ()  # parameters with the LoRA+ learning rate
+    label: ClassVar[str]  # in messages and documents
+    spellings: ClassVar[Mapping[str, str]] = {}  # the end of a key in files -> the tensor's name here
+    options_class: ClassVar[type[Options]] = Options  # its own arguments in --network_args
+    dim_meaning: ClassVar[str] = "the rank"  # of --network_dim
+    is_wrapper: ClassVar[bool] = False  # whether it changes what another adapter does
+    replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`
+    plus_params: tuple[str, ...] = ()  # parameters that loraplus_lr_ratio speeds up
     has_norm_limit: ClassVar[bool] = False  # whether `limit_norm` is implemented
+    dropouts: ClassVar[frozenset[str]] = frozenset()  # the fields of Dropout that have an effect
+
+    alpha: float
+    dropout: Dropout = NO_DROPOUT
 
     def __init__(self, group: LayerGroup) -> None:
         super().__init__()
@@ -31,6 +76,18 @@ class Adapter(nn.Module, ABC):
     @property
     def group(self) -> LayerGroup:
         return self._group[0]
+
+    @property
+    @abstractmethod
+    def known_rank(self) -> int | None:
+        """Its rank; None where the tensors do not say it."""
+
+    def set_dropout(self, dropout: Dropout) -> None:
+        self.dropout = dropout
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The names and parameters that a learning rate trains; the others stay as they are."""
+        yield from self.named_parameters()
 
     @abstractmethod
     def delta(self, i: int) -> Tensor:
@@ -45,10 +102,7 @@ class Adapter(nn.Module, ABC):
 
         strength: one number, or (rows,), one for each row of the batch. Subclasses may save a pass over the output.
         """
-        change = self(x, i).to(output.dtype)
-        if isinstance(strength, Tensor):
-            return output + change * per_row(strength, change)
-        return torch.add(output, change, alpha=strength)
+        return add_change(output, self(x, i), strength)
 
     def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:
         """Scale the parameters so that the change's norm is at most `maximum`; (norm now, whether it was larger).
@@ -57,14 +111,74 @@ class Adapter(nn.Module, ABC):
         """
         raise InternalError(f"{type(self).__name__} has no norm limit")
 
+    @classmethod
+    def is_wanted(cls, options: Options, group: LayerGroup | None) -> bool:
+        """Of wrappers and replacements: whether their arguments ask for them on this group; None for any group."""
+        return False
+
+    @classmethod
+    def find_rank_limit(cls, group: LayerGroup) -> int | None:
+        """The --network_dim above which the group's adapter can do nothing more; None where there is none."""
+        return None
+
+    @classmethod
+    def check(cls, options: Options, groups: Sequence[LayerGroup]) -> None:
+        """Raise UserError for arguments without effect on these groups, all that get an adapter."""
+
+    @classmethod
+    @abstractmethod
+    def create(cls, group: LayerGroup, request: AdapterRequest) -> Self:
+        """A new adapter, which changes nothing yet."""
+
+    # ------------------------------------------------------------ files
+
     @abstractmethod
     def export_tensors(self) -> Tensors:
         """File suffix -> tensor, e.g. lora_down.weight, alpha."""
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
-        """The adapter that `tensors` were saved from; their sizes are those of the group."""
+    def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor], inner: Adapter | None = None) -> Self:
+        """The adapter that `tensors` were saved from, under their names here; their sizes are those of the group.
+
+        inner: what a wrapper wraps, made from the same tensors.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def complete(layer: FileLayer) -> LayerTensors:
+        """A layer of a file in the form that `from_tensors` takes; UserError for a part that is missing or wrong."""
+
+    @staticmethod
+    @abstractmethod
+    def find_weight_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The shape of the weight that these tensors change; a kernel may be flattened into its columns."""
+
+    @staticmethod
+    def join(group: LayerGroup, found: Sequence[LayerMatch]) -> LayerTensors:
+        """One adapter of the group from those that a file has for its layers; UserError where there is none."""
+        return take_whole(group, found)
+
+    @staticmethod
+    def to_peft(match: LayerMatch) -> list[Tensors] | None:
+        """For each layer of the match the tensors that diffusers loads; None where it does not know the kind."""
+        return None
+
+
+ADAPTERS: Registry[type[Adapter]] = Registry("kind of adapter")
+
+
+def add_change(output: Tensor, change: Tensor, strength: float | Tensor) -> Tensor:
+    """output + strength * change, in the output's dtype; strength: a number, or one for each row of the batch."""
+    change = change.to(output.dtype)
+    if isinstance(strength, Tensor):
+        return output + change * per_row(strength, change)
+    return torch.add(output, change, alpha=strength)
+
+
+def drop_module(change: Tensor, probability: float) -> Tensor:
+    """The change, or 0 with this probability; a factor and no branch, so that every parameter gets a gradient."""
+    return change * (torch.rand((), device=change.device) >= probability).to(change.dtype)
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -87,6 +201,7 @@ class AdapterEngine(nn.Module):
         self.adapters = nn.ModuleDict()
         self.multiplier: float | Tensor = 1.0  # (B,): rows of any layer's batch are sample-major
         self._names_run: set[str] = set()
+        self._handles: list[RemovableHandle] = []
 
     def __iter__(self) -> Iterator[Adapter]:
         for adapter in self.adapters.values():
@@ -102,7 +217,14 @@ class AdapterEngine(nn.Module):
             assert group.name not in self.adapters, f"the adapter name {group.name} is used twice"
             self.adapters[group.name] = adapter
             for i, layer in enumerate(group.layers):
-                layer.register_forward_hook(partial(self._add, adapter, group.name, i))
+                hook = partial(self._add, adapter, group.name, i)
+                self._handles.append(layer.register_forward_hook(hook))
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _add(
         self, adapter: Adapter, name: str, i: int, layer: nn.Module, args: tuple[Tensor], output: Tensor
@@ -161,8 +283,10 @@ class AdapterEngine(nn.Module):
 @torch.no_grad()
 def merge_adapter(adapter: Adapter, multiplier: float = 1.0) -> None:
     """Add an adapter's change to its layers' weights; the sum is rounded once, to the weights' own dtype."""
-    for i, layer in enumerate(adapter.group.layers):
-        layer.weight.copy_(layer.weight + multiplier * adapter.delta(i).to(layer.weight.device))
+    layers = adapter.group.layers
+    deltas = [adapter.delta(i).to(layer.weight.device) for i, layer in enumerate(layers)]  # which may read the weights
+    for layer, delta in zip(layers, deltas, strict=True):
+        layer.weight.copy_(layer.weight + multiplier * delta)
 
 
 def is_trainable(adapter: nn.Module) -> bool:

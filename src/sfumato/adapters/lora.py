@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from sfumato.adapters.base import Adapter, per_row
+from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, drop_module, per_row
 from sfumato.adapters.frozen_linear import add_low_rank, can_fuse
+from sfumato.adapters.lora_files import (
+    DOWN,
+    SPELLINGS,
+    UP,
+    complete_matrices,
+    find_product_shape,
+    join_matrices,
+    name_for_peft,
+)
 from sfumato.formats.groups import LayerGroup
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraDropout:
-    """Dropout probabilities in training, applied by each layer of a group for itself.
+@ADAPTERS.register("lora")
+class LoRA(Adapter):
+    """One shared down matrix for the whole group; the rows of up are sliced over its layers.
 
-    Random numbers come from torch's global generators: these are reseeded for every micro-step, and checkpointing
-    replays them.
+    Dropout between the matrices makes what is left larger by 1 / (1 - p), and so does that of ranks, which drops each
+    rank for each row of the batch.
     """
 
-    neuron: float = 0.0  # of each value between the two matrices; the others grow by 1 / (1 - p)
-    rank: float = 0.0  # of each rank, for each row of the batch; the others grow by 1 / (1 - p)
-    module: float = 0.0  # of the adapter's whole change, for the whole batch
-
-    def __bool__(self) -> bool:
-        return bool(self.neuron or self.rank or self.module)
-
-
-NO_DROPOUT = LoraDropout()
-
-
-class LoRA(Adapter):
-    """One shared down matrix for the whole group; the rows of up are sliced over its layers."""
-
-    lora_plus_params = ("lora_up",)
+    label = "LoRA"
+    spellings = SPELLINGS
+    plus_params = ("lora_up",)
     has_norm_limit = True
+    dropouts = frozenset({"neuron", "rank", "module"})
 
     def __init__(self, group: LayerGroup, *, rank: int, alpha: float, generator: Generator | None = None) -> None:
         super().__init__(group)
@@ -47,12 +44,24 @@ class LoRA(Adapter):
         device = layer.weight.device
         kernel = tuple(layer.weight.shape[2:])
         self.rank, self.alpha = rank, alpha
-        self.dropout = NO_DROPOUT
         down = torch.empty(rank, layer.weight.shape[1], *kernel, device="meta" if device.type == "meta" else "cpu")
         if generator is not None and device.type != "meta":
             nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         self.lora_down = nn.Parameter(down.to(device))
         self.lora_up = nn.Parameter(torch.zeros(group.num_rows, rank, *[1] * len(kernel), device=device))
+
+    @property
+    def known_rank(self) -> int:
+        return self.rank
+
+    @classmethod
+    def create(cls, group: LayerGroup, request: AdapterRequest) -> Self:
+        return cls(group, rank=request.rank, alpha=request.alpha, generator=request.generator)
+
+    @classmethod
+    def find_rank_limit(cls, group: LayerGroup) -> int:
+        """The rank that the group's weight has at most: the smaller of its rows and columns."""
+        return min(group.num_rows, math.prod(group.layers[0].weight.shape[1:]))
 
     @property
     def scale(self) -> float:
@@ -106,9 +115,7 @@ class LoRA(Adapter):
         if dropout.rank:
             mask = torch.rand(low.shape[0], *rank_shape, device=low.device) >= dropout.rank
             low = low * (mask.to(low.dtype) / (1 - dropout.rank))
-        if dropout.module:  # a factor, no branch: nothing waits for the device, and every parameter gets a gradient
-            low = low * (torch.rand((), device=low.device) >= dropout.module).to(low.dtype)
-        return low
+        return drop_module(low, dropout.module) if dropout.module else low
 
     @torch.no_grad()
     def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:
@@ -129,11 +136,15 @@ class LoRA(Adapter):
         }
 
     @classmethod
-    def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
-        """tensors: as `export_tensors` gives them; the sizes were checked when their file was matched to the layers."""
-        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+    def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor], inner: Adapter | None = None) -> Self:
+        down, up = tensors[DOWN], tensors[UP]
         adapter = cls(group, rank=len(down), alpha=float(tensors["alpha"]))
         with torch.no_grad():
             for parameter, value in ((adapter.lora_down, down), (adapter.lora_up, up)):
                 parameter.copy_(value.reshape(parameter.shape))
         return adapter
+
+    complete = staticmethod(complete_matrices)
+    find_weight_shape = staticmethod(find_product_shape)
+    join = staticmethod(join_matrices)
+    to_peft = staticmethod(name_for_peft)

@@ -9,12 +9,21 @@ from typing import Self
 import torch
 from torch import Generator, Tensor, nn
 
-from sfumato.adapters.base import Adapter
-from sfumato.adapters.lora import LoRA, LoraDropout
+from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, Dropout
+from sfumato.adapters.lora import LoRA
+from sfumato.adapters.lora_files import complete_matrices, find_product_shape, join_matrices
+from sfumato.config.base import Options, option
 from sfumato.errors import UserError
 from sfumato.formats.groups import LayerGroup
 
 
+class SplitOptions(Options):
+    """The arguments of LoRA for each layer on its own."""
+
+    split_qkv: bool = option(False, "train the layers of a fused layer, e.g. of qkv, each with matrices of its own")
+
+
+@ADAPTERS.register("split_lora")
 class SplitLoRA(Adapter):
     """A pair of matrices for each layer. In files: the down matrices stacked, the up matrices as a block diagonal.
 
@@ -22,8 +31,12 @@ class SplitLoRA(Adapter):
     rank, and thus the strength in every program, is what was trained.
     """
 
-    lora_plus_params = LoRA.lora_plus_params
+    label = "split LoRA"
+    replaces = "lora"
+    options_class = SplitOptions
+    plus_params = LoRA.plus_params
     has_norm_limit = True
+    dropouts = LoRA.dropouts
 
     def __init__(self, group: LayerGroup, *, rank: int, alpha: float, generator: Generator | None = None) -> None:
         super().__init__(group)
@@ -31,6 +44,33 @@ class SplitLoRA(Adapter):
         groups = [take_layer(group, i) for i in range(len(group.layers))]
         loras = [LoRA(single, rank=rank, alpha=alpha, generator=generator) for single in groups]
         self.layers = nn.ModuleList(loras)
+
+    @classmethod
+    def is_wanted(cls, options: Options, group: LayerGroup | None) -> bool:
+        assert isinstance(options, SplitOptions)
+        return options.split_qkv and (group is None or len(group.layers) > 1)
+
+    @classmethod
+    def check(cls, options: Options, groups: Sequence[LayerGroup]) -> None:
+        assert isinstance(options, SplitOptions)
+        if options.split_qkv and not any(len(group.layers) > 1 for group in groups):
+            raise UserError(
+                "--network_args split_qkv has no effect: no fused layer trains",
+                code="split-qkv-without-fused-layer",
+                fix="remove split_qkv",
+            )
+
+    @property
+    def known_rank(self) -> int:
+        return self.rank
+
+    @classmethod
+    def create(cls, group: LayerGroup, request: AdapterRequest) -> Self:
+        return cls(group, rank=request.rank, alpha=request.alpha, generator=request.generator)
+
+    @classmethod
+    def find_rank_limit(cls, group: LayerGroup) -> int:
+        return LoRA.find_rank_limit(group)
 
     def __getitem__(self, i: int) -> LoRA:
         layer = self.layers[i]
@@ -40,14 +80,10 @@ class SplitLoRA(Adapter):
     def __iter__(self) -> Iterator[LoRA]:
         return (self[i] for i in range(len(self.layers)))
 
-    @property
-    def dropout(self) -> LoraDropout:
-        return self[0].dropout
-
-    @dropout.setter
-    def dropout(self, dropout: LoraDropout) -> None:
+    def set_dropout(self, dropout: Dropout) -> None:
+        self.dropout = dropout
         for layer in self:
-            layer.dropout = dropout
+            layer.set_dropout(dropout)
 
     def delta(self, i: int) -> Tensor:
         return self[i].delta(0)
@@ -79,7 +115,7 @@ class SplitLoRA(Adapter):
         return wide
 
     @classmethod
-    def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor], inner: Adapter | None = None) -> Self:
         """From a file in which each layer has ranks of its own; UserError where layers share ranks."""
         joint, count = LoRA.from_tensors(group, tensors), len(group.layers)
         rank = joint.rank // count
@@ -98,6 +134,10 @@ class SplitLoRA(Adapter):
                 layer.lora_down.copy_(down[columns[i]])
                 layer.lora_up.copy_(rows[i][:, columns[i]])
         return adapter
+
+    complete = staticmethod(complete_matrices)
+    find_weight_shape = staticmethod(find_product_shape)
+    join = staticmethod(join_matrices)
 
 
 def _is_block_diagonal(rows: Sequence[Tensor], columns: Sequence[slice]) -> bool:

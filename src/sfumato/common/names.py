@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LycorisPreset:
+    """Which layers get adapters."""
+
+    has_convolutions: bool = True
+    has_text_encoders: bool = True
+    layers: str = ""  # expression that is searched in the layers' paths; empty for those that sd-scripts adapts
+    more_layers: str = ""  # expression that fits all of a layer's name in adapter files, with dots
+
+
+DEFAULT_KIND, DEFAULT_NETWORK_MODULE = "lora", "networks.lora"
+DEFAULT_RANK = 4  # of --network_dim
+
 NETWORK_MODULES = {  # --network_module -> our adapter
     "networks.lora": "lora",
     "networks.lora_flux": "lora",
@@ -9,24 +25,38 @@ NETWORK_MODULES = {  # --network_module -> our adapter
     "networks.lora_lumina": "lora",
     "networks.lora_hunyuan_image": "lora",
     "networks.lora_anima": "lora",
+    "networks.lokr": "lokr",
     "lora": "lora",
+    "lokr": "lokr",
 }
 
+LYCORIS_MODULES = ("lycoris.kohya", "lycoris.locon", "locon.locon_kohya")  # whose `algo` is the adapter
+LYCORIS_ALGOS = {"lora": "lora", "locon": "lora", "lokr": "lokr"}  # -> our adapter
+LYCORIS_PRESETS = {
+    "full": LycorisPreset(more_layers=r"conv_in|conv_out|time_embedding\.linear_[12]"),
+    "attn-mlp": LycorisPreset(has_convolutions=False),
+    "attn-only": LycorisPreset(has_convolutions=False, layers=r"(^|\.)(attn\d?|self_attn|SelfAttention)\."),
+    "unet-only": LycorisPreset(has_text_encoders=False, more_layers=r"conv_in|conv_out|time_embedding\.linear_[12]"),
+    "unet-transformer-only": LycorisPreset(has_convolutions=False, has_text_encoders=False),
+}
+PLANNED_LYCORIS_PRESETS = ("full-lin", "unet-convblock-only", "ia3")
+PLANNED_LYCORIS_ALGOS = ("loha", "full", "ia3", "diag-oft", "boft", "dylora", "glora", "tlora", "abba")
+
+OTHER_ADAPTERS = "the other adapters"
 PLANNED_NETWORK_MODULES = {  # --network_module -> what it comes with
-    "networks.lora_fa": "the other adapters",
-    "networks.dylora": "the other adapters",
-    "networks.oft": "the other adapters",
-    "networks.oft_flux": "the other adapters",
-    "networks.loha": "the other adapters",
-    "networks.lokr": "the other adapters",
-    "lycoris.kohya": "the other adapters",
-    "lycoris.locon": "the other adapters",
-    "locon.locon_kohya": "the other adapters",
+    "networks.lora_fa": OTHER_ADAPTERS,
+    "networks.dylora": OTHER_ADAPTERS,
+    "networks.oft": OTHER_ADAPTERS,
+    "networks.oft_flux": OTHER_ADAPTERS,
+    "networks.loha": OTHER_ADAPTERS,
 }
 
 PLANNED_NETWORK_ARGS = {  # name in --network_args -> what it comes with
-    "ggpo_sigma": "the other adapters",
-    "ggpo_beta": "the other adapters",
+    "ggpo_sigma": OTHER_ADAPTERS,
+    "ggpo_beta": OTHER_ADAPTERS,
+    "include_patterns": OTHER_ADAPTERS,
+    "exclude_patterns": OTHER_ADAPTERS,
+    "network_reg_alphas": OTHER_ADAPTERS,
 }
 
 OPTION_ALIASES = {  # old spelling -> option

@@ -6,10 +6,11 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from sfumato.errors import UserError
 
+S = TypeVar("S")
 T = TypeVar("T")
 SHORT_NAME, LONG_NAME = 4, 8  # letters
 
@@ -72,11 +73,13 @@ class Registry(Generic[T]):
         self._things: dict[str, T] = {}
         self._names: list[str] = []
 
-    def register(self, *names: str) -> Callable[[T], T]:
-        def keep(thing: T) -> T:
+    def register(self, *names: str) -> Callable[[S], S]:
+        """A decorator; of a class it keeps the type, whatever T is."""
+
+        def keep(thing: S) -> S:
             for name in names:
                 assert name.lower() not in self._things, f"{self.noun} {name} is registered twice"
-                self._things[name.lower()] = thing
+                self._things[name.lower()] = cast(T, thing)
                 self._names.append(name)
             return thing
 

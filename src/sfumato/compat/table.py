@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from sfumato.adapters.kinds import list_kinds
 from sfumato.common.foreign_keys import FOREIGN_KEYS
 from sfumato.common.kohya_gui import RENAMED
-from sfumato.common.names import NETWORK_MODULES, OPTION_ALIASES, PLANNED_NETWORK_MODULES
+from sfumato.common.names import (
+    LYCORIS_ALGOS,
+    LYCORIS_MODULES,
+    NETWORK_MODULES,
+    OPTION_ALIASES,
+    PLANNED_NETWORK_MODULES,
+)
 from sfumato.compat.scripts import SCRIPTS, load_script_options
 from sfumato.config.base import Option
 from sfumato.config.option_table import group_options
@@ -53,7 +60,7 @@ def render_options_page() -> str:
     for theme, group in group_options(options.values()).items():
         parts += [f"## {theme_title(theme)}\n", OPTION_COLUMNS]
         parts.append("\n".join(format_option_row(option) for option in group) + "\n")
-    return "\n".join([*parts, render_rules(), render_names()])
+    return "\n".join([*parts, render_rules(), render_adapters(), render_names()])
 
 
 def format_option_row(option: Option) -> str:
@@ -94,8 +101,33 @@ def render_rules() -> str:
     )
 
 
+def render_adapters() -> str:
+    """What --network_dim means to each kind of adapter, and the arguments of its own."""
+    lines: list[str] = []
+    for kind in list_kinds().values():
+        if kind.options_class.model_fields or not (kind.is_wrapper or kind.replaces):
+            dim = "" if kind.is_wrapper else f"; `--network_dim` is {kind.dim_meaning}"
+            lines.append(f"| {kind.label}{dim} | | |")
+        for name, field in kind.options_class.model_fields.items():
+            lines.append(f"| | `{name}={field.default}` | {escape_cell(field.description or '')} |")
+    return "\n".join(
+        [
+            "## Arguments of the kinds of adapters\n",
+            "In `--network_args`, beside those that all kinds have: `conv_dim`, `conv_alpha`, `rank_dropout`,",
+            "`module_dropout`, `network_reg_dims`, `network_reg_lrs`, `loraplus_...` and those of the model. One of",
+            "your own: [extending.md](extending.md).\n",
+            "| Kind | Argument | What |",
+            "|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
+
+
 def render_names() -> str:
     modules = [f"| `{name}` | {adapter} |" for name, adapter in NETWORK_MODULES.items()]
+    algos = ", ".join(LYCORIS_ALGOS)
+    modules += [f"| `{name}` | by the argument `algo`: {algos} |" for name in LYCORIS_MODULES]
     modules += [f"| `{name}` | later: {feature} |" for name, feature in PLANNED_NETWORK_MODULES.items()]
     aliases = [f"* `--{old}` is `--{new}`." for old, new in OPTION_ALIASES.items()]
     foreign = [f"* {kind}: {', '.join(f'`{key}`' for key in keys)}." for kind, keys in FOREIGN_KEYS.items()]

@@ -23,6 +23,7 @@ def option(
     path: PathKind = "",
     required: bool = False,
     positional: bool = False,
+    repeatable: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare one option: a pydantic field whose name is the option's name.
@@ -32,8 +33,16 @@ def option(
     no_effect: why the option changes nothing here; it is accepted and reported.
     path: what must exist where the value points. limits: pydantic's ge, gt, le, lt.
     required, positional: for the options of one command; a positional argument is given without its name.
+    repeatable: given again on a command line, the values of such an option are added to those before.
     """
-    facts = OptionFacts(planned=planned, no_effect=no_effect, path=path, required=required, positional=positional)
+    facts = OptionFacts(
+        planned=planned,
+        no_effect=no_effect,
+        path=path,
+        required=required,
+        positional=positional,
+        repeatable=repeatable,
+    )
     return Field(default, description=help, json_schema_extra=cast(Any, {"facts": facts}), **limits)
 
 
@@ -96,6 +105,7 @@ class OptionFacts:
     path: PathKind = ""
     required: bool = False
     positional: bool = False
+    repeatable: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

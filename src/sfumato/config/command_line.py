@@ -86,6 +86,8 @@ def store_option(
         surplus = BareWords(values, f"after {flag}, which takes no value")
     elif absent is not None and option.metavar not in TEXTS and values and not any(values):
         source.loose.append(LooseKey(reason=EMPTY_OPTION, name=f"--{name}", place=flag))
+    elif option.arity == "many" and option.facts.repeatable:
+        store_value(name, (*source.values.pop(name, ()), *values), flag, source)
     elif option.arity == "many":
         store_value(name, tuple(values), flag, source)
     elif not values:

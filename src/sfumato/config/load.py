@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.names import PLANNED_NETWORK_MODULES
+from sfumato.common.names import LYCORIS_MODULES, OTHER_ADAPTERS, PLANNED_LYCORIS_ALGOS, PLANNED_NETWORK_MODULES
 from sfumato.common.text import EMPTY, join_parts
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
@@ -17,7 +17,7 @@ from sfumato.config.option_table import group_options
 from sfumato.config.paths import check_paths, suggest_path
 from sfumato.config.rules import broken_rules
 from sfumato.config.schema import THEMES, Config, vocabulary
-from sfumato.config.values import get_last_part
+from sfumato.config.values import get_last_part, parse_arguments
 from sfumato.errors import Problems
 
 IMPLIED = {  # a switch that includes another
@@ -175,13 +175,26 @@ def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problem
     """Add a problem for every value whose feature does not exist yet; gives the names of their options."""
     refused = set()
     for name, value in values.items():
-        feature = PLANNED_NETWORK_MODULES.get(value, "") if name == "network_module" else ""
-        feature = feature or vocabulary()[name].missing_feature(value)
+        what, feature = places[name], vocabulary()[name].missing_feature(value)
+        if name == "network_module" and value in PLANNED_NETWORK_MODULES:
+            what, feature = f"{what} {value}", PLANNED_NETWORK_MODULES[value]
+        if name == "network_args" and (algo := find_planned_algo(values)):
+            what, feature = f"{what} algo={algo}", OTHER_ADAPTERS
         if feature:
             refused.add(name)
-            what = f"{places[name]} {value}" if name == "network_module" else places[name]
             problems.add(f"{what} is not implemented yet (comes with {feature})", code="option-not-implemented")
     return refused
+
+
+def find_planned_algo(values: Mapping[str, Any]) -> str:
+    """The kind of adapter that LyCORIS' arguments ask for where it does not exist here yet; empty otherwise."""
+    if values.get("network_module") not in LYCORIS_MODULES:
+        return ""
+    try:
+        algo = str(parse_arguments(values["network_args"]).get("algo", "")).lower()
+    except ValueError:  # reported with the other values
+        return ""
+    return algo if algo in PLANNED_LYCORIS_ALGOS else ""
 
 
 def check_rules(config: Config, suspects: set[str], problems: Problems, skip_rules: Collection[str]) -> Config:

@@ -6,16 +6,19 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from sfumato.common.names import NETWORK_MODULES, PLANNED_NETWORK_MODULES
+from sfumato.common.extensions import ADAPTERS_GROUP, is_extension
+from sfumato.common.names import LYCORIS_MODULES, NETWORK_MODULES, PLANNED_NETWORK_MODULES
 from sfumato.common.registry import did_you_mean
 from sfumato.config.base import Options, option
+from sfumato.config.frozen import FrozenAdapterList
 from sfumato.config.values import Arguments, FilePath, FilePaths, Floats
 
 
 def check_module(name: str) -> str:
-    """One that is known; whether it is implemented is reported like the options that are not."""
-    if name not in NETWORK_MODULES and name not in PLANNED_NETWORK_MODULES:
-        raise ValueError(f"is not known; {did_you_mean(name, [*NETWORK_MODULES, *PLANNED_NETWORK_MODULES])}")
+    """One that is known or can be imported; whether it is implemented is reported like the options that are not."""
+    known = (*NETWORK_MODULES, *LYCORIS_MODULES, *PLANNED_NETWORK_MODULES)
+    if name not in known and not is_extension(name, ADAPTERS_GROUP):
+        raise ValueError(f"is not known; {did_you_mean(name, known)}")
     return name
 
 
@@ -23,7 +26,7 @@ class NetworkOptions(Options):
     """Adapter"""
 
     network_module: Annotated[str, AfterValidator(check_module)] | None = option(
-        None, "adapter module, e.g. networks.lora; default: LoRA"
+        None, "kind of adapter, e.g. networks.lora, networks.lokr, lycoris.kohya, or a module of one's own"
     )
     network_dim: int | None = option(None, "rank (dimension); default: 4", ge=1)
     network_alpha: float = option(1.0, "the adapter is scaled by alpha / rank; 0 means alpha = rank", ge=0)
@@ -36,11 +39,12 @@ class NetworkOptions(Options):
     scale_weight_norms: float | None = option(None, "maximum norm of a layer's weight change", gt=0)
     base_weights: FilePaths = option((), "adapter files or folders merged into the model before training", path="any")
     base_weights_multiplier: Floats = option((), "multipliers of --base_weights, in their order; 1 where missing")
-
-    @property
-    def adapter(self) -> str:
-        """The adapter's name in this package."""
-        return NETWORK_MODULES[self.network_module] if self.network_module else "lora"
+    frozen_lora: FrozenAdapterList = option(
+        (),
+        "adapter file that takes part without being trained or saved, in training, previews or both; repeatable",
+        path="any",
+        repeatable=True,
+    )
 
 
 class FullOptions(Options):

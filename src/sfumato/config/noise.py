@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from sfumato.config.base import Options, option
+from pydantic import AfterValidator
+
+from sfumato.common.extensions import LOSSES_GROUP, is_extension
+from sfumato.common.registry import did_you_mean
+from sfumato.config.base import Metavar, Options, option
 
 
 class NoiseOptions(Options):
@@ -40,13 +44,23 @@ class NoiseOptions(Options):
     mode_scale: float = option(1.29, "scale of the mode density")
 
 
+def check_loss_type(name: str) -> str:
+    """One that is known, in any case of letters, or can be imported."""
+    if name.lower() in LOSS_TYPES:
+        return name.lower()
+    if not is_extension(name, LOSSES_GROUP):
+        raise ValueError(f"is not known; {did_you_mean(name, LOSS_TYPES)}")
+    return name
+
+
+LOSS_TYPES = ("l1", "l2", "huber", "smooth_l1")
+LossType = Annotated[str, AfterValidator(check_loss_type), Metavar("|".join(LOSS_TYPES))]
+
+
 class LossOptions(Options):
     """Loss"""
 
-    loss_type: Literal["l1", "l2", "huber", "smooth_l1"] = option(
-        "l2",
-        "loss function",
-    )
+    loss_type: LossType = option("l2", "loss function, or a module that registers one")
     masked_prior_preservation_weight: float = option(
         0.0, "weight of a loss towards the untrained model's prediction outside the masks", ge=0
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from sfumato.common.files import refuse_special_file
 from sfumato.common.registry import find_nearest
 from sfumato.config.base import Option
+from sfumato.config.frozen import FrozenAdapter
 from sfumato.config.schema import Config, vocabulary
 from sfumato.errors import Problems
 
@@ -50,7 +51,9 @@ def list_paths(option: Option, config: Config) -> Iterator[Path]:
     """The paths in the value of an option; names on the hub are none."""
     value = config.value(option.name)
     for name in value if isinstance(value, tuple) else (value,):
-        if name is not None and (option.facts.path not in ("model", "encoder") or looks_like_path(str(name))):
+        if isinstance(name, FrozenAdapter):
+            yield name.path
+        elif name is not None and (option.facts.path not in ("model", "encoder") or looks_like_path(str(name))):
             yield Path(name)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sfumato.common.extensions import LOSSES_GROUP, find_registered
 from sfumato.common.registry import Registry
 from sfumato.config import LossOptions
 from sfumato.diffusion.objective import Level, per_sample
@@ -19,7 +20,9 @@ HUBER_SCHEDULES: Registry[Threshold] = Registry("huber schedule")
 
 
 def make_loss(options: LossOptions) -> Loss:
-    return LOSSES.get(options.loss_type)(options)
+    """UserError where a module was named that registers none."""
+    name = find_registered(LOSSES, options.loss_type, group=LOSSES_GROUP, option="--loss_type")
+    return LOSSES.get(name)(options)
 
 
 @LOSSES.register("l2")

@@ -11,7 +11,7 @@ from itertools import chain
 from sfumato.families.base import FAMILIES
 from sfumato.families.part import PartSpec
 from sfumato.formats.adapter_file import AdapterFile
-from sfumato.formats.adapter_keys import DOWN, UP
+from sfumato.formats.adapter_kind import LayerMatch
 from sfumato.formats.adapter_layers import GroupAdapter, LayerTable, collect_groups, match_layers
 from sfumato.formats.groups import Layer, LayerGroup, make_meta_layers
 from sfumato.formats.keymap import KeyMap, matches
@@ -19,10 +19,10 @@ from sfumato.formats.keymap import KeyMap, matches
 LONGEST_NAME = 400  # letters; that of a real layer has up to 120
 
 
-def match_adapter_file(
+def match_file_layers(
     file: AdapterFile, specs: Mapping[str, PartSpec], groups: Mapping[str, Sequence[LayerGroup]]
-) -> dict[str, GroupAdapter]:
-    """Group name -> what the file holds for it. groups: part -> every adaptable layer of the model.
+) -> list[LayerMatch]:
+    """Every name of the file with its layers. groups: part -> every adaptable layer of the model.
 
     Raises UserError for a name of no layer, a matrix of another size than its layer's, a layer under two names.
     """
@@ -32,7 +32,14 @@ def match_adapter_file(
         for group in groups[part]:
             layers |= zip(group.paths, group.layers, strict=True)
         table.add_part(spec.adapter_prefixes, spec.make_views(layers))
-    found = match_layers(file, table, other_models=iterate_families(file))
+    return match_layers(file, table, other_models=iterate_families(file))
+
+
+def match_adapter_file(
+    file: AdapterFile, specs: Mapping[str, PartSpec], groups: Mapping[str, Sequence[LayerGroup]]
+) -> dict[str, GroupAdapter]:
+    """Group name -> what the file holds for it; as `match_file_layers`."""
+    found = match_file_layers(file, specs, groups)
     every = chain.from_iterable(groups[part] for part in specs)
     return {adapter.group.name: adapter for adapter in collect_groups(found, every)}
 
@@ -47,10 +54,7 @@ def iterate_families(file: AdapterFile) -> Iterator[str]:
 
 def list_shapes(file: AdapterFile) -> dict[str, tuple[int, ...]]:
     """Name in the file -> shape of the weight that it changes, of all its layers stacked."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensors in file.layers.items():
-        shapes[name] = (tensors[UP].shape[0], *tensors[DOWN].shape[1:])
-    return shapes
+    return {name: file.find_weight_shape(name) for name in file.layers}
 
 
 def guess_layer_table(specs: Mapping[str, PartSpec], file: AdapterFile) -> LayerTable:

@@ -5,7 +5,7 @@ What a name belongs to is another question, which needs the model: see adapter_l
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,23 +17,20 @@ from sfumato.common.text import list_some
 from sfumato.errors import UserError
 from sfumato.formats.adapter_keys import (
     ALPHA,
-    DOWN,
-    LORA,
-    MIDDLE,
+    COMMON_SPELLINGS,
     SCALAR,
-    UP,
-    find_adapter_kind,
+    find_foreign_kind,
     guess_contents,
     guess_writer,
     parse_adapter_key,
 )
+from sfumato.formats.adapter_kind import AdapterKind, FileLayer, Kinds, LayerTensors, collect_spellings, find_kinds
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import PeftConfig, read_diffusers_configs, read_peft_config
 from sfumato.formats.pickled import is_pickled, write_pickle
 
-LayerTensors = dict[str, Tensor]  # name of a tensor here -> tensor
 PEFT_CONFIG = "adapter_config.json"
 FOLDER_FILES = (  # in the order of preference; PEFT's and diffusers' names
     "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
@@ -43,10 +40,11 @@ LAYER_PREFIXES = ("lora_", "lycoris_", "base_model.model.")  # of keys that belo
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
-    """One adapter. A LoRA's layers have lora_down.weight, lora_up.weight and alpha, and nothing else."""
+    """One adapter; for each of its layers the tensors that its kinds have here, and nothing else."""
 
     path: Path
     layers: Mapping[str, LayerTensors]  # by the layer's name in the file
+    kinds: Mapping[str, Kinds]  # the same
     passed_over: tuple[str, ...] = ()  # keys that no adapter has
     keys: tuple[str, ...] = ()  # all of the file's
     metadata: Mapping[str, str]
@@ -68,21 +66,28 @@ class AdapterFile:
             else []
         )
 
+    def find_weight_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight that a layer of the file changes, of all its layers stacked."""
+        return self.kinds[name][-1].find_weight_shape(self.layers[name])
 
-def read_adapter_file(path: Path) -> AdapterFile:
-    """A file, or a folder of PEFT or diffusers, as any program writes it.
 
-    Raises UserError where there is no adapter, one of another kind than LoRA, or only half of one, and for values that
-    are not finite.
+def parse_adapter_file(path: Path, kinds: Sequence[AdapterKind]) -> AdapterFile:
+    """A file, or a folder of PEFT or diffusers, as any program writes it; `kinds` are all that are known.
+
+    Raises UserError where there is no adapter, one of a foreign kind, or only half of one, and for values that are not
+    finite.
     """
-    files = [_read_file(file, network) for file, network in find_adapter_files(path)]
+    files = [_read_file(file, network, kinds) for file, network in find_adapter_files(path)]
     layers: dict[str, LayerTensors] = {}
+    kinds_by_layer: dict[str, Kinds] = {}
     for file in files:
         layers |= file.layers
+        kinds_by_layer |= file.kinds
     return replace(
         files[0],
         path=path,
         layers=layers,
+        kinds=kinds_by_layer,
         passed_over=tuple(key for file in files for key in file.passed_over),
         keys=tuple(key for file in files for key in file.keys),
     )
@@ -110,13 +115,14 @@ def find_adapter_files(path: Path) -> list[tuple[Path, str]]:
     return [(others[0], "")]
 
 
-def _read_file(path: Path, network: str) -> AdapterFile:
+def _read_file(path: Path, network: str, kinds: Sequence[AdapterKind]) -> AdapterFile:
+    spellings = {**COMMON_SPELLINGS, **collect_spellings(kinds)}
     layers: dict[str, LayerTensors] = defaultdict(dict)
     others: list[str] = []
     with open_checkpoint(path) as file:
         keys, metadata = tuple(file.header.tensors), file.header.metadata
         for key in keys:
-            parsed = parse_adapter_key(key)
+            parsed = parse_adapter_key(key, spellings)
             if parsed is None:
                 others.append(key)
                 continue
@@ -125,38 +131,42 @@ def _read_file(path: Path, network: str) -> AdapterFile:
             if tensor in layers[name]:
                 raise UserError(f"{path} holds {tensor} of {name} twice", code="adapter-tensor-twice")
             layers[name][tensor] = file.read(key)
-    found = AdapterFile(path=path, layers=layers, passed_over=tuple(others), keys=keys, metadata=metadata)
-    _check_kind(found)
-    _check_others(found)
+    found = {name: find_kinds(tensors, kinds) for name, tensors in layers.items()}
+    result = AdapterFile(path=path, layers=layers, kinds=found, passed_over=tuple(others), keys=keys, metadata=metadata)
+    _check_kinds(result, kinds)
+    _check_others(result)
     configs = _read_configs(path, metadata)
-    complete = {name: _complete_lora(path, name, tensors, configs) for name, tensors in layers.items()}
-    return replace(found, layers=complete)
+    complete = {name: _complete_layer(path, name, layers[name], found[name], configs) for name in layers}
+    return replace(result, layers=complete)
 
 
-def _check_kind(file: AdapterFile) -> None:
-    """UserError for a file that holds no adapter, and for one of another kind than LoRA."""
+def _check_kinds(file: AdapterFile, known: Sequence[AdapterKind]) -> None:
+    """UserError for a file that holds no adapter, for one of a foreign kind, and for layers of two kinds at once."""
     if not file.keys:
         raise UserError(f"{file.path} holds no tensors", code="adapter-file-empty", fix="save or download it again")
-    kinds: dict[str, int] = defaultdict(int)
-    for tensors in file.layers.values():
-        found = {name for name in map(find_adapter_kind, tensors) if name}
-        for name in found - {LORA} or found:
-            kinds[name] += 1
-    if not kinds:
+    foreign = Counter(next(filter(None, map(find_foreign_kind, tensors)), "") for tensors in file.layers.values())
+    del foreign[""]
+    if foreign:
+        text = " and ".join(f"a {name} ({count} layers)" for name, count in foreign.items())
+        raise UserError(
+            f"{file.path} is {text}; only {', '.join(kind.label for kind in known)} are supported",
+            code="adapter-kind-unsupported",
+            fix="merge it into the model with the program that made it, or give one of a supported kind",
+        )
+    if not any(file.kinds.values()):
         contents = guess_contents(file.keys)
         raise UserError(
             f"{file.path} holds no adapter" + (f" but {contents}" if contents else f": {list_some(file.keys)}"),
             code="adapter-file-without-adapter",
-            fix="give a LoRA file",
+            fix="give an adapter file",
         )
-    others = {name: count for name, count in kinds.items() if name != LORA}
-    if others:
-        text = " and ".join(f"a {name} ({count} layers)" for name, count in others.items())
-        raise UserError(
-            f"{file.path} is {text}; only LoRA is supported",
-            code="adapter-kind-unsupported",
-            fix="merge it into the model with the program that made it, or give a LoRA",
-        )
+    for name, kinds in file.kinds.items():
+        if len([kind for kind in kinds if not kind.is_wrapper]) != 1:
+            raise UserError(
+                f"{file.path}: {name} has {', '.join(file.layers[name])}, which make no adapter of one kind",
+                code="adapter-kind-unclear",
+                fix="save or download the file again",
+            )
 
 
 def _check_others(file: AdapterFile) -> None:
@@ -180,22 +190,17 @@ def check_whole_weights(path: Path, keys: Sequence[str]) -> None:
 
 
 def _read_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, PeftConfig]:
-    """Network, or "" for all -> what is stored beside the LoRA about its scale."""
+    """Network, or "" for all -> what is stored beside the adapter about its scale."""
     beside = path.with_name(PEFT_CONFIG)
     if path.name in FOLDER_FILES[:2] and beside.is_file():
         return {"": read_peft_config(beside)}
     return read_diffusers_configs(path, metadata)
 
 
-def _complete_lora(path: Path, name: str, tensors: LayerTensors, configs: Mapping[str, PeftConfig]) -> LayerTensors:
-    """Both matrices, as they are, and alpha; what other tensors say is multiplied into the matrices."""
-    missing = [tensor for tensor in (DOWN, UP) if tensor not in tensors]
-    if missing:
-        raise UserError(
-            f"{path}: {name} has {', '.join(tensors)} but no {' and no '.join(missing)}",
-            code="adapter-matrix-missing",
-            fix="save or download the file again",
-        )
+def _complete_layer(
+    path: Path, name: str, tensors: LayerTensors, kinds: Kinds, configs: Mapping[str, PeftConfig]
+) -> LayerTensors:
+    """The tensors that each of the layer's kinds has here, checked."""
     broken = [tensor for tensor, values in tensors.items() if not values.float().isfinite().all()]
     if broken:
         raise UserError(
@@ -203,53 +208,20 @@ def _complete_lora(path: Path, name: str, tensors: LayerTensors, configs: Mappin
             code="adapter-not-finite",
             fix="use an earlier save of it",
         )
-    _check_numbers(path, name, tensors)
-    down, up = tensors[DOWN], tensors[UP]
-    if MIDDLE in tensors:
-        down = fold_middle(path, name, tensors[MIDDLE], down)
-    if SCALAR in tensors:
-        up = up.float() * tensors[SCALAR].float().reshape(())
-    network, _, layer = name.partition(".")
-    config = configs.get("") or configs.get(network)
-    rank = down.shape[0]
-    if ALPHA in tensors:
-        alpha = float(tensors[ALPHA])
-    else:
-        alpha = config.find_alpha(name if "" in configs else layer, rank) if config else float(rank)
-    return {DOWN: down, UP: up, ALPHA: torch.tensor(alpha)}
-
-
-def _check_numbers(path: Path, name: str, tensors: LayerTensors) -> None:
-    """UserError for matrices that do not belong together, and for several numbers where there is one."""
-    down, up = tensors[DOWN], tensors[UP]
     lists = [tensor for tensor in (ALPHA, SCALAR) if tensor in tensors and tensors[tensor].numel() != 1]
     if lists:
         raise UserError(
             f"{path}: {name}.{lists[0]} has {tensors[lists[0]].numel()} numbers instead of one",
             code="adapter-alpha-shape",
         )
-    ranks = down.shape[:1], up.shape[1:2]
-    if min(down.ndim, up.ndim) < 2 or ranks[0] != ranks[1] or 0 in (*down.shape, *up.shape):
-        raise UserError(
-            f"{path}: the matrices of {name} do not belong together: {tuple(down.shape)} and {tuple(up.shape)}",
-            code="adapter-matrices-mismatch",
-            fix="save or download the file again",
-        )
-
-
-def fold_middle(path: Path, name: str, middle: Tensor, down: Tensor) -> Tensor:
-    """The down matrix (rank, in, k, k) of a LoRA with three: middle (rank, rank, k, k) after down (rank, in, 1, 1)."""
-    if (
-        middle.ndim != 4
-        or middle.shape[1] != down.shape[0]
-        or middle.shape[0] != down.shape[0]
-        or down[0, 0].numel() != 1
-    ):
-        raise UserError(
-            f"{path}: the matrices of {name} do not belong together: {tuple(down.shape)} and {tuple(middle.shape)}",
-            code="adapter-middle-mismatch",
-        )
-    return torch.einsum("orhw,ri->oihw", middle.float(), down.flatten(1).float())
+    network, _, rest = name.partition(".")
+    complete: LayerTensors = {}
+    for kind in kinds:
+        own = {each: tensors[each] for each in tensors if each in {*kind.spellings.values(), ALPHA, SCALAR}}
+        config = configs.get("") or configs.get(network)
+        config_name = name if "" in configs else rest
+        complete |= kind.complete(FileLayer(path=path, name=name, tensors=own, config=config, config_name=config_name))
+    return complete
 
 
 def write_adapter_file(

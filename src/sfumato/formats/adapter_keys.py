@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
-LORA = "LoRA"
-DOWN, UP, MIDDLE = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
 ALPHA, SCALAR = "alpha", "scalar"
-SPELLINGS = {  # the end of a key -> the name of this tensor here
-    **dict.fromkeys(("lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight"), DOWN),
-    **dict.fromkeys(("lora_linear_layer.down.weight", "down.weight"), DOWN),
-    **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight"), UP),
-    **dict.fromkeys(("lora_linear_layer.up.weight", "up.weight"), UP),
-    **dict.fromkeys(("alpha", "lora.alpha", "lora_linear_layer.alpha"), ALPHA),
-    "lora_mid.weight": MIDDLE,
-    "scalar": SCALAR,
-}
+COMMON_SPELLINGS = {ALPHA: ALPHA, SCALAR: SCALAR}  # of every kind; scalar is multiplied into the change
 LONGEST_END = 3  # words of a tensor's name, with dots between them
-KINDS = {  # kind of adapter -> the names of its tensors; the first that matches
-    LORA: r"lora_(down|up|mid)\.weight|scalar",
-    "DoRA": r"dora_scale|lora_magnitude_vector(\..+)?",
+FOREIGN_KINDS = {  # kinds without a class here -> the names of their tensors; the first that matches
     "LoHa": r"hada_\w+",
-    "LoKr": r"lokr_\w+",
     "BOFT": r"boft_\w+(\..+)?",
     "OFT": r"oft_\w+(\..+)?",
     "(IA)3": r"on_input|ia3_l(\..+)?",
@@ -65,27 +52,23 @@ CONTENTS = (  # what keys look like in files that are no adapter -> what these a
 )
 
 
-def parse_adapter_key(key: str) -> tuple[str, str] | None:
-    """The layer's name without what programs wrap it in, and the tensor's name here; None for any other key."""
+def parse_adapter_key(key: str, spellings: Mapping[str, str]) -> tuple[str, str] | None:
+    """The layer's name without what programs wrap it in, and the tensor's name here; None for any other key.
+
+    spellings: end of a key -> the tensor's name here, of all kinds that are known. Tensors of foreign ones keep theirs.
+    """
     pieces = key.split(".")
     for count in range(min(LONGEST_END, len(pieces) - 1), 0, -1):
-        tensor = name_tensor(".".join(pieces[-count:]))
-        if tensor:
-            return unwrap_layer(".".join(pieces[:-count])), tensor
+        end = ".".join(pieces[-count:])
+        if end in spellings or find_foreign_kind(end):
+            return unwrap_layer(".".join(pieces[:-count])), spellings.get(end, end)
     return None
 
 
 @lru_cache(maxsize=4096)
-def name_tensor(end: str) -> str:
-    """The name of a tensor of an adapter here; empty where the end of a key is none."""
-    if end in SPELLINGS:
-        return SPELLINGS[end]
-    return end if find_adapter_kind(end) else ""
-
-
-def find_adapter_kind(tensor: str) -> str:
-    """The kind of adapter that has a tensor of this name; empty for alpha, which all have, and for unknown ones."""
-    return next((name for name, pattern in KINDS.items() if re.fullmatch(pattern, tensor)), "")
+def find_foreign_kind(tensor: str) -> str:
+    """The kind without a class here that has a tensor of this name; empty for any other name."""
+    return next((name for name, pattern in FOREIGN_KINDS.items() if re.fullmatch(pattern, tensor)), "")
 
 
 def unwrap_layer(name: str) -> str:

@@ -7,17 +7,14 @@ name in one layout; the adapters here belong to the groups of the layout that is
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-
-import torch
-from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.formats.adapter_file import AdapterFile, LayerTensors, check_whole_weights, make_unmatched_error
-from sfumato.formats.adapter_keys import ALPHA, DOWN, UP
+from sfumato.formats.adapter_file import AdapterFile, check_whole_weights, make_unmatched_error
+from sfumato.formats.adapter_kind import Kinds, LayerMatch, LayerTensors, describe_kinds
 from sfumato.formats.groups import Layer, LayerGroup, make_row_ranges
 from sfumato.formats.keymap import KeyMap, matches
 
@@ -65,86 +62,29 @@ class LayerTable:
 
 
 @dataclass(frozen=True, eq=False)
-class LayerMatch:
-    """One name of a file, the layers that it changes, in the rows of the file's layout, and its tensors."""
-
-    name: str
-    view: LayerGroup
-    tensors: LayerTensors
-
-
-@dataclass(frozen=True, eq=False)
 class GroupAdapter:
-    """What a file holds for one layer group: one LoRA of all its layers, or several, each of some of them."""
+    """What a file holds for one layer group: one adapter of all its layers, or several, each of some of them."""
 
     group: LayerGroup
     matches: tuple[LayerMatch, ...]
 
     @property
-    def is_joined(self) -> bool:
-        """Whether the ranks of several LoRA stand side by side, each for its own layers."""
-        return len(self.matches) > 1 and not self._shares_down
-
-    @cached_property
-    def _shares_down(self) -> bool:
-        """Whether all have the same down matrix and scale: one LoRA whose up matrix was cut."""
-        first, *others = self.matches
-        return all(
-            torch.equal(other.tensors[DOWN], first.tensors[DOWN])
-            and torch.equal(other.tensors[ALPHA], first.tensors[ALPHA])
-            for other in others
-        )
-
-    @property
-    def rank(self) -> int:
-        ranks = [len(match.tensors[DOWN]) for match in self.matches]
-        return sum(ranks) if self.is_joined else ranks[0]
+    def kinds(self) -> Kinds:
+        return self.matches[0].kinds
 
     def make_tensors(self) -> LayerTensors:
-        """One LoRA of the whole group, which changes its layers as all of them do; exact."""
-        first = self.matches[0]
-        shape = self.group.layers[0].weight.shape[1:]
-        if len(self.matches) == 1 and (first.view.paths, first.view.rows) == (self.group.paths, self.group.rows):
-            return {DOWN: first.tensors[DOWN].reshape(-1, *shape), UP: first.tensors[UP], ALPHA: first.tensors[ALPHA]}
-        if not self.is_joined:
-            up = self._stack([_take_ups(match) for match in self.matches], len(first.tensors[DOWN]))
-            return {DOWN: first.tensors[DOWN].reshape(-1, *shape), UP: up, ALPHA: first.tensors[ALPHA]}
-        down = torch.cat([match.tensors[DOWN].float().reshape(-1, *shape) for match in self.matches])
-        wide: list[dict[str, Tensor]] = []
-        start = 0
-        for match in self.matches:
-            wide.append(_widen(match, start, len(down)))
-            start += len(match.tensors[DOWN])
-        return {DOWN: down, UP: self._stack(wide, len(down)), ALPHA: torch.tensor(float(len(down)))}
-
-    def _stack(self, ups: Sequence[Mapping[str, Tensor]], rank: int) -> Tensor:
-        """The up matrix of the group from those of its layers; 0 for layers that have none."""
-        by_path: dict[str, Tensor] = {}
-        for each in ups:
-            by_path |= each
-        like = next(iter(by_path.values()))
-        pieces: list[Tensor] = []
-        for path, layer in zip(self.group.paths, self.group.layers, strict=True):
-            pieces.append(by_path[path] if path in by_path else like.new_zeros(len(layer.weight), rank))
-        up = self.group.stack_rows(pieces)
-        return up.reshape(*up.shape, *[1] * (self.group.layers[0].weight.ndim - 2))
-
-
-def _take_ups(match: LayerMatch) -> dict[str, Tensor]:
-    """Path of a layer -> its rows of the up matrix, (rows, rank)."""
-    up = match.tensors[UP].flatten(1)
-    return {path: match.view.take_rows(up, i) for i, path in enumerate(match.view.paths)}
-
-
-def _widen(match: LayerMatch, start: int, rank: int) -> dict[str, Tensor]:
-    """The same with the scale multiplied in, in columns from `start` of `rank`, and 0 in the others."""
-    own = len(match.tensors[DOWN])
-    scale = float(match.tensors[ALPHA]) / own
-    wide: dict[str, Tensor] = {}
-    for path, up in _take_ups(match).items():
-        wide[path] = torch.zeros(len(up), rank)
-        wide[path][:, start : start + own] = up.float() * scale
-    return wide
+        """One adapter of the whole group, which changes its layers as all of them do; UserError where none does."""
+        mixed = next((match for match in self.matches if match.kinds != self.kinds), None)
+        if mixed:
+            raise UserError(
+                f"{self.group.name} is one adapter here, but the file has {describe_kinds(self.kinds)} and "
+                f"{describe_kinds(mixed.kinds)} for its layers",
+                code="adapter-kinds-mixed",
+            )
+        tensors: LayerTensors = {}
+        for kind in reversed(self.kinds):
+            tensors |= kind.join(self.group, self.matches)
+        return tensors
 
 
 def match_layers(file: AdapterFile, table: LayerTable, *, other_models: Iterable[str] = ()) -> list[LayerMatch]:
@@ -158,7 +98,7 @@ def match_layers(file: AdapterFile, table: LayerTable, *, other_models: Iterable
     for name, tensors in file.layers.items():
         views = table.find(name)
         if views:
-            found.append(LayerMatch(name, _choose_view(file, name, tensors, views), tensors))
+            found.append(LayerMatch(name, _choose_view(file, name, views), file.kinds[name], tensors))
         else:
             unmatched.append(name)
     if unmatched:
@@ -176,9 +116,10 @@ def match_layers(file: AdapterFile, table: LayerTable, *, other_models: Iterable
     return found
 
 
-def _choose_view(file: AdapterFile, name: str, tensors: LayerTensors, views: Sequence[LayerGroup]) -> LayerGroup:
+def _choose_view(file: AdapterFile, name: str, views: Sequence[LayerGroup]) -> LayerGroup:
     """The only one of the views that the matrices have the size of."""
-    suitable = [view for view in views if _has_size(view, tensors)]
+    shape = file.find_weight_shape(name)
+    suitable = [view for view in views if _has_size(view, shape)]
     if len(suitable) == 1:
         return suitable[0]
     if suitable:
@@ -190,16 +131,17 @@ def _choose_view(file: AdapterFile, name: str, tensors: LayerTensors, views: Seq
         )
     weight = views[0].layers[0].weight
     raise UserError(
-        f"{file.path}: {name} has matrices of shape {tuple(tensors[DOWN].shape)} and {tuple(tensors[UP].shape)} for a "
-        f"weight of shape {(views[0].num_rows, *weight.shape[1:])}: the file was made for another model",
+        f"{file.path}: {name} changes a weight of shape {shape}, where the model has one of shape "
+        f"{(views[0].num_rows, *weight.shape[1:])}: the file was made for another model",
         code="adapter-shape-mismatch",
         fix=file.describe_origin(),
     )
 
 
-def _has_size(view: LayerGroup, tensors: LayerTensors) -> bool:
-    down, up, weight = tensors[DOWN], tensors[UP], view.layers[0].weight
-    return down.numel() == len(down) * weight[0].numel() and up.numel() == view.num_rows * len(down)
+def _has_size(view: LayerGroup, shape: Sequence[int]) -> bool:
+    """Whether the view's weight has as many rows and columns; kernels may be flattened in files."""
+    weight = view.layers[0].weight
+    return shape[0] == view.num_rows and math.prod(shape[1:]) == weight[0].numel()
 
 
 def collect_groups(found: Iterable[LayerMatch], groups: Iterable[LayerGroup]) -> Iterator[GroupAdapter]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -35,6 +35,10 @@ class LayerGroup:
     def is_plain(self) -> bool:
         """Whether the group is one layer, with its rows in the file's order."""
         return len(self.rows) == 1 and len(self.rows[0]) == 1
+
+    def bind(self, layers: Mapping[str, Layer]) -> LayerGroup:
+        """The same group of another module's layers, by their paths there."""
+        return replace(self, layers=tuple(layers[path] for path in self.paths))
 
     def take_rows(self, stacked: Tensor, i: int) -> Tensor:
         """The rows of `stacked` that belong to the i-th layer."""

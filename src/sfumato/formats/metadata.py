@@ -14,6 +14,7 @@ from typing import Any
 
 from sfumato import __version__
 from sfumato.common.files import read_file
+from sfumato.common.names import DEFAULT_NETWORK_MODULE, DEFAULT_RANK
 from sfumato.common.text import strip_paths
 from sfumato.config import Config, ModelOptions
 from sfumato.errors import UserError
@@ -21,6 +22,7 @@ from sfumato.formats.hashes import calculate_model_hash, calculate_sha256
 
 PROGRAM = f"sfumato {__version__}"
 EMA_KEY = "sfumato.ema"  # which EMA of the weights a file holds, as JSON
+FROZEN_KEY = "sfumato.frozen_lora"  # the adapters that took part in training beside the saved one, as JSON
 MINIMUM_KEYS = (
     "ss_v2",
     "ss_base_model_version",
@@ -29,6 +31,7 @@ MINIMUM_KEYS = (
     "ss_network_alpha",
     "ss_network_args",
     EMA_KEY,
+    FROZEN_KEY,
 )
 # Keys whose value is the option of the same name without ss_.
 SAME_NAMES = (
@@ -89,12 +92,12 @@ def make_training_metadata(config: Config, facts: TrainingFacts) -> dict[str, st
     return {name: json.dumps(value) if name in JSON_KEYS else str(value) for name, value in values.items()}
 
 
-def make_adapter_metadata(config: Config, *, default_rank: int) -> dict[str, Any]:
+def make_adapter_metadata(config: Config) -> dict[str, Any]:
     """The keys that only adapter files have."""
     network, optim = config.network, config.optim
-    dim = network.network_dim or default_rank
+    dim = network.network_dim or DEFAULT_RANK
     values: dict[str, Any] = {
-        "ss_network_module": network.network_module or "networks.lora",
+        "ss_network_module": network.network_module or DEFAULT_NETWORK_MODULE,
         "ss_network_dim": dim,
         "ss_network_alpha": network.network_alpha or dim,
         "ss_network_dropout": network.network_dropout,
@@ -102,6 +105,9 @@ def make_adapter_metadata(config: Config, *, default_rank: int) -> dict[str, Any
         "ss_unet_lr": optim.unet_lr,
         "ss_text_encoder_lr": None if optim.text_encoder_lr is None else list(optim.text_encoder_lr),
     }
+    if network.frozen_lora:
+        frozen = [{"name": each.path.name, "strength": each.strength, "use": each.use} for each in network.frozen_lora]
+        values[FROZEN_KEY] = json.dumps(frozen)
     if network.network_args:
         arguments = {**network.network_args}
         if network.network_dropout is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, repeat
 from pathlib import Path
@@ -22,10 +22,10 @@ from sfumato.formats.keymap import matches
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter
-from sfumato.methods.adapter_ranks import DEFAULT_RANK
 from sfumato.methods.adapter_settings import AdapterSettings, make_adapter_settings
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.base_weights import BaseWeights, read_base_weights
+from sfumato.methods.frozen_adapters import FrozenAdapters, check_text_use, read_frozen_file
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ class AdapterMethod:
     """The engine holds the adapters, the builder makes them; the model's own weights are frozen."""
 
     modelspec_suffix = "/lora"
-    generate_option = "network_weights"
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -47,6 +46,7 @@ class AdapterMethod:
         self.plan_notes = PlanNotes()
         self.readers_noted = False  # whether it was said what other programs do with the file
         self.base_weights = BaseWeights()
+        self.frozen = FrozenAdapters()
         self.unread: set[str] = set()  # adapters of layers that the model's features do not depend on
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
@@ -55,9 +55,14 @@ class AdapterMethod:
         multipliers = chain(self.config.network.base_weights_multiplier, repeat(1.0))
         files = zip(self.config.network.base_weights, multipliers, strict=False)
         self.base_weights = read_base_weights(files, settings.specs, groups)
+        frozen = [read_frozen_file(each, settings.specs, groups) for each in self.config.network.frozen_lora]
+        check_text_use(frozen, blueprint.text_parts)
+        self.frozen = FrozenAdapters(frozen)
         adapters = self.builder.build(settings, groups)
         self.live_text = frozenset(settings.learning_rates.parts) & frozenset(blueprint.text_parts)
         notes, remarks = self.builder.describe_weights(adapters)
+        notes += [note for file in frozen for note in file.notes]
+        remarks += [file.make_remark() for file in frozen]
         self.plan_notes = PlanNotes((*settings.notes, *self.base_weights.notes, *notes), tuple(remarks))
         return settings.learning_rates.list_trainable(adapters)
 
@@ -70,6 +75,7 @@ class AdapterMethod:
     def change_frozen(self, model: Family) -> None:
         """Those of --base_weights are merged into every network they are for, whether it trains or not."""
         self.base_weights.register(model)
+        self.frozen.register(model)
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
         settings = make_adapter_settings(self.config, model.blueprint)
@@ -103,6 +109,20 @@ class AdapterMethod:
     def disabled(self) -> AbstractContextManager[None]:
         return self.engine.use_multiplier(0.0)
 
+    def sampling(self) -> AbstractContextManager[None]:
+        return self.frozen.use_for_sampling()
+
+    def list_frozen(self) -> Sequence[nn.Module]:
+        return self.frozen.list_modules()
+
+    def list_generate_options(self, file: str) -> Mapping[str, object]:
+        """Frozen adapters are files like the trained one."""
+        frozen = [each for each in self.config.network.frozen_lora if each.is_used(sampling=True)]
+        files = [*([file] if file else []), *(str(each.path) for each in frozen)]
+        strengths = [*([1.0] if file else []), *(each.strength for each in frozen)]
+        options: dict[str, object] = {"network_weights": files} if files else {}
+        return options | ({"network_mul": strengths} if set(strengths) - {1.0} else {})
+
     def after_step(self) -> Mapping[str, Tensor]:
         limit = self.config.network.scale_weight_norms
         norms = {} if limit is None else self.engine.limit_norms(limit)
@@ -115,7 +135,7 @@ class AdapterMethod:
         self.modules.load_state_dict(dict(state))
 
     def metadata(self) -> Mapping[str, Any]:
-        return make_adapter_metadata(self.config, default_rank=DEFAULT_RANK)
+        return make_adapter_metadata(self.config)
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
         return sum(part.parameters for part in self.plan(blueprint)) * (dtype or torch.float32).itemsize

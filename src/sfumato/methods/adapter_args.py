@@ -8,14 +8,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from sfumato.common.names import PLANNED_NETWORK_ARGS
+from pydantic import ValidationError
+
+from sfumato.adapters.base import Adapter
+from sfumato.adapters.kinds import list_related
+from sfumato.common.names import DEFAULT_KIND, PLANNED_NETWORK_ARGS
 from sfumato.common.registry import did_you_mean
+from sfumato.config.base import Options
 from sfumato.config.values import parse_whole_number, to_tuple
 from sfumato.errors import Problems, UserError
 from sfumato.families.part import PartSpec
 
 Reader = Callable[[Any], Any]  # raises ValueError
 Indices = frozenset[int] | None  # None: all
+OWN = "of "  # before the name of a kind of adapter, in the table of its own arguments
 PAIR = re.compile(r"(.+?)=([^=,]+)(?:,|$)")  # a comma that follows no value belongs to the expression
 
 
@@ -38,7 +44,7 @@ class AdapterArgs:
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
     verbose: bool = False
-    split_qkv: bool = False  # each layer of a group has matrices of its own
+    options: Mapping[str, Options] = field(default_factory=dict)  # kind of adapter -> its own arguments
     # The names of the rest come from the model's parts.
     rank_kinds: Mapping[str, int] = field(default_factory=dict)
     extra_targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -60,9 +66,10 @@ class AdapterArgs:
         return (*given, *self.rank_kinds, *self.extra_targets, *self.block_choices, *self.block_indices)
 
 
-def read_args(given: Mapping[str, Any], specs: Iterable[PartSpec]) -> AdapterArgs:
-    """Check --network_args against what the parts of a model offer; every fault is raised at once."""
-    known = list_readers(tuple(specs))
+def read_args(given: Mapping[str, Any], specs: Iterable[PartSpec], *, kind: str = DEFAULT_KIND) -> AdapterArgs:
+    """Check --network_args against what the parts of a model and the kind of adapter offer; all faults at once."""
+    related = list_related(kind)
+    known = list_readers(tuple(specs)) | list_own_readers(related)
     problems = Problems()
     fields: dict[str, Any] = {}
     for name, value in given.items():
@@ -73,7 +80,8 @@ def read_args(given: Mapping[str, Any], specs: Iterable[PartSpec]) -> AdapterArg
             values = fields.setdefault(table, {}) if table else fields
             values[name] = read_argument(name, reader, value)
     problems.raise_all()
-    args = AdapterArgs(**fields)
+    options = {name: each.options_class(**fields.pop(OWN + name, {})) for name, each in related.items()}
+    args = AdapterArgs(**fields, options=options)
     check_partners(args)
     return args
 
@@ -85,8 +93,6 @@ def list_readers(specs: Sequence[PartSpec]) -> dict[str, tuple[str, Reader]]:
         common |= CONVOLUTION_ARGS
     if any(spec.lr_blocks and spec.lr_block_ranges for spec in specs):
         common |= BLOCK_ARGS
-    if any(has_fused_layers(spec) for spec in specs):
-        common |= FUSED_ARGS
     known: dict[str, tuple[str, Reader]] = {name: ("", reader) for name, reader in common.items()}
     for spec in specs:
         known |= dict.fromkeys(spec.rank_kinds, ("rank_kinds", read_rank))
@@ -100,9 +106,20 @@ def list_readers(specs: Sequence[PartSpec]) -> dict[str, tuple[str, Reader]]:
     return known
 
 
-def has_fused_layers(spec: PartSpec) -> bool:
-    """Whether several layers share one name in adapter files."""
-    return any(len(rule.ours) > 1 for rule in spec.adapter_map.rules)
+def list_own_readers(kinds: Mapping[str, type[Adapter]]) -> dict[str, tuple[str, Reader]]:
+    """The same for the own arguments of kinds of adapters."""
+    known: dict[str, tuple[str, Reader]] = {}
+    for name, kind in kinds.items():
+        for argument in kind.options_class.model_fields:
+            known[argument] = (OWN + name, partial(read_own_option, kind.options_class, argument))
+    return known
+
+
+def read_own_option(options: type[Options], name: str, value: Any) -> Any:
+    try:
+        return vars(options(**{name: value}))[name]
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
 
 def make_unknown_argument_error(name: str, known: Iterable[str]) -> UserError:
@@ -111,7 +128,7 @@ def make_unknown_argument_error(name: str, known: Iterable[str]) -> UserError:
             f"--network_args {name} is not implemented yet (comes with {PLANNED_NETWORK_ARGS[name]})",
             code="network-arg-not-implemented",
         )
-    if name in {**COMMON_ARGS, **CONVOLUTION_ARGS, **BLOCK_ARGS, **FUSED_ARGS}:
+    if name in {**COMMON_ARGS, **CONVOLUTION_ARGS, **BLOCK_ARGS}:
         return UserError(
             f"--network_args {name} has no effect: this model has no layers or blocks for it",
             code="network-arg-without-effect",
@@ -255,7 +272,6 @@ COMMON_ARGS: dict[str, Reader] = {
     "verbose": read_flag,
 }
 CONVOLUTION_ARGS: dict[str, Reader] = {"conv_dim": read_rank, "conv_alpha": read_number}
-FUSED_ARGS: dict[str, Reader] = {"split_qkv": read_flag}
 BLOCK_ARGS: dict[str, Reader] = {
     "block_dims": read_ranks,
     "block_alphas": read_numbers,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
-from sfumato.adapters.base import Adapter, is_trainable
-from sfumato.adapters.lora import LoRA, LoraDropout
-from sfumato.adapters.split_lora import SplitLoRA
+from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, Dropout, is_trainable
+from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, read_adapter_file, restore_adapter
 from sfumato.common.text import list_some
 from sfumato.config import Config
 from sfumato.diffusion.randomness import Randomness
 from sfumato.errors import UserError
 from sfumato.families.adapter_names import match_adapter_file
-from sfumato.families.part import PartSpec
-from sfumato.formats.adapter_file import AdapterFile, read_adapter_file
+from sfumato.formats.adapter_file import AdapterFile
+from sfumato.formats.adapter_kind import describe_kinds
 from sfumato.formats.adapter_layers import GroupAdapter
 from sfumato.formats.groups import LayerGroup
 from sfumato.methods.adapter_settings import AdapterSettings
@@ -60,40 +59,64 @@ class AdapterBuilder:
             fix = f"{trained}; or --network_dim instead of --dim_from_weights, which makes new adapters for {part}"
         return UserError(what, code="part-without-adapters", fix=fix)
 
-    def _build_adapter(self, settings: AdapterSettings, group: LayerGroup) -> LoRA | SplitLoRA | None:
+    def _build_adapter(self, settings: AdapterSettings, group: LayerGroup) -> Adapter | None:
         """None for a group without an adapter. At learning rate 0, only an adapter of the file is built, and frozen."""
+        network, options = settings.network, settings.args.options
         learning_rate = settings.learning_rates.find_learning_rate(group).value
-        rank = None if self.network.dim_from_weights else settings.ranks.find_rank(group)
-        adapter_class = SplitLoRA if settings.args.split_qkv and len(group.layers) > 1 else LoRA
+        rank = None if network.dim_from_weights else settings.ranks.find_rank(group)
+        kinds = choose_kinds(settings.adapter_kind, options, group)
         own = self.weights.get(group.name)
         if own is not None:
-            adapter = adapter_class.from_tensors(group, own.make_tensors())
-            if not self.network.dim_from_weights:
-                self._check_rank(group, adapter.rank, rank[0] if rank else 0)
+            self._check_kinds(own, kinds)
+            adapter = restore_adapter(kinds, group, own.make_tensors())
+            if not network.dim_from_weights:
+                self._check_rank(group, adapter.known_rank, rank[0] if rank else 0)
         elif rank is None or learning_rate == 0:
             return None
         else:
             generator = self.randomness.generator("init " + group.name)
-            adapter = adapter_class(group, rank=rank[0], alpha=rank[1], generator=generator)
-        if self.network.scale_weight_norms is not None and not adapter.has_norm_limit:
+            request = AdapterRequest(
+                rank=rank[0], alpha=rank[1], options=options[settings.adapter_kind], generator=generator
+            )
+            adapter = create_adapter(kinds, group, request, options)
+        if network.scale_weight_norms is not None and not adapter.has_norm_limit:
             raise UserError(
-                f"--scale_weight_norms does not work with {adapter_class.__name__}",
+                f"--scale_weight_norms does not work with {describe_kinds(kinds)}",
                 code="norm-limit-unsupported",
                 fix="remove --scale_weight_norms",
             )
-        adapter.dropout = LoraDropout(
-            neuron=self.network.network_dropout or 0.0,
-            rank=settings.args.rank_dropout,
-            module=settings.args.module_dropout,
+        adapter.set_dropout(
+            Dropout(
+                neuron=network.network_dropout or 0.0,
+                rank=settings.args.rank_dropout,
+                module=settings.args.module_dropout,
+            )
         )
-        return adapter.requires_grad_(learning_rate != 0)
+        adapter.requires_grad_(False)
+        for _, parameter in adapter.trainable():
+            parameter.requires_grad_(learning_rate != 0)
+        return adapter
 
-    def _check_rank(self, group: LayerGroup, rank: int, expected: int) -> None:
-        if rank != expected:
+    def _check_kinds(self, own: GroupAdapter, kinds: tuple[type[Adapter], ...]) -> None:
+        """UserError where the file has adapters of another kind than the options ask for."""
+        wanted = {ADAPTERS.get(kind.replaces) if kind.replaces else kind for kind in kinds}
+        found = {*own.kinds}
+        if found != wanted:
+            names = [name for name, kind in list_kinds().items() if kind in found and not kind.is_wrapper]
+            raise UserError(
+                f"{self.network.network_weights} is {describe_kinds(own.kinds)}, the options ask for "
+                f"{describe_kinds(kinds)}",
+                code="network-weights-of-other-kind",
+                fix=f"--network_module {' or '.join(names)} with the arguments that the file was trained with; or use "
+                "it as it is, with --frozen_lora or --base_weights",
+            )
+
+    def _check_rank(self, group: LayerGroup, rank: int | None, expected: int) -> None:
+        if rank is not None and rank != expected:
             requested = f"the options ask for {expected}" if expected else "the options give it no adapter"
             raise UserError(
                 f"{self.network.network_weights}: {group.name} has rank {rank}, {requested}",
-                code="lora-rank-mismatch",
+                code="adapter-rank-mismatch",
                 fix="give the ranks that the file was trained with, or --dim_from_weights",
             )
 
@@ -130,22 +153,14 @@ class AdapterBuilder:
         new = [name for name in names if name not in self.weights]
         rest = f"; {len(new)} start from new values, e.g. {list_some(new, 2)}" if new else ""
         remarks = [f"{path}: {len(names) - len(new)} of {len(names)} adapters start from it{rest}"]
-        joined = [adapter for adapter in self.weights.values() if adapter.is_joined]
-        if joined and not any(isinstance(adapter, SplitLoRA) for adapter in adapters):
+        joined = [own for own in self.weights.values() if len(own.matches) > 1]
+        rank = next((each.known_rank for each in adapters if joined and each.group is joined[0].group), None)
+        if joined and rank is not None:
             remarks.append(
-                f"{path}: {len(joined)} fused layers, e.g. {joined[0].group.name}, have ranks of their own for each of "
-                f"their layers there; they train as one of rank {joined[0].rank}"
+                f"{path}: {len(joined)} fused layers, e.g. {joined[0].group.name}, have an adapter of their own for "
+                f"each of their layers there; they train as one of rank {rank}"
             )
         return unused, remarks
-
-
-def iterate_adapters(file: AdapterFile, specs: Mapping[str, PartSpec], groups: GroupsByPart) -> Iterator[LoRA]:
-    """The adapters of a file one at a time; UserError for a layer that the model does not have.
-
-    specs: of every part that can be adapted. groups: part -> every adaptable layer.
-    """
-    for adapter in match_adapter_file(file, specs, groups).values():
-        yield LoRA.from_tensors(adapter.group, adapter.make_tensors())
 
 
 def list_groups(groups: GroupsByPart, parts: Iterable[str]) -> list[LayerGroup]:
@@ -155,5 +170,5 @@ def list_groups(groups: GroupsByPart, parts: Iterable[str]) -> list[LayerGroup]:
 
 def describe_adapter(adapter: Adapter) -> str:
     """The name, rank and alpha of an adapter, for a log line."""
-    assert isinstance(adapter, LoRA | SplitLoRA)
-    return f"{adapter.group.name}: rank {adapter.rank}, alpha {adapter.alpha:g}"
+    rank = "" if adapter.known_rank is None else f"rank {adapter.known_rank}, "
+    return f"{adapter.group.name}: {adapter.label}, {rank}alpha {adapter.alpha:g}"

@@ -22,7 +22,7 @@ from sfumato.methods.base import TrainablePart
 from sfumato.methods.trained_parts import make_zero_learning_rates_error, read_text_encoder_lr
 from sfumato.optim.groups import ParameterGroup
 
-LORA_PLUS_SUFFIX = "+"  # ends the name of a parameter group with the LoRA+ learning rate
+PLUS_SUFFIX = "+"  # ends the name of a parameter group with the learning rate of loraplus_lr_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,10 @@ class AdapterLearningRates:
         for adapter in adapters:
             if not is_trainable(adapter):
                 continue
-            base, ratio = self.find_learning_rate(adapter.group), self._lora_plus_ratio(adapter.group.part)
-            for name, parameter in adapter.named_parameters():
-                is_plus = ratio != 1 and name.rpartition(".")[2] in adapter.lora_plus_params
-                label = base.label + LORA_PLUS_SUFFIX if is_plus else base.label
+            base, ratio = self.find_learning_rate(adapter.group), self._plus_ratio(adapter.group.part)
+            for name, parameter in adapter.trainable():
+                is_plus = ratio != 1 and name.rpartition(".")[2] in adapter.plus_params
+                label = base.label + PLUS_SUFFIX if is_plus else base.label
                 values[label] = base.value * ratio if is_plus else base.value
                 parameters.setdefault(label, []).append(parameter)
         return [
@@ -80,14 +80,14 @@ class AdapterLearningRates:
         return [
             TrainablePart(
                 part=row.name,
-                modules=labels[row.name.removesuffix(LORA_PLUS_SUFFIX)],
+                modules=labels[row.name.removesuffix(PLUS_SUFFIX)],
                 parameters=sum(parameter.numel() for parameter in row.parameters),
                 learning_rate=row.learning_rate,
             )
             for row in self.make_parameter_groups(adapters)
         ]
 
-    def _lora_plus_ratio(self, part: str) -> float:
+    def _plus_ratio(self, part: str) -> float:
         args = self.args
         own = args.loraplus_unet_lr_ratio if part == "denoiser" else args.loraplus_text_encoder_lr_ratio
         return own or args.loraplus_lr_ratio or 1.0

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sfumato.adapters.kinds import choose_kinds, list_related
+from sfumato.common.names import DEFAULT_KIND, DEFAULT_RANK, LycorisPreset
 from sfumato.config import NetworkOptions
 from sfumato.errors import UserError
 from sfumato.families.part import PartSpec
 from sfumato.formats.groups import LayerGroup, is_pointwise
 from sfumato.formats.keymap import compile_alternatives, matches
 from sfumato.methods.adapter_args import AdapterArgs, make_frozen_part_error
-
-DEFAULT_RANK = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,8 @@ class AdapterRanks:
     network: NetworkOptions
     args: AdapterArgs
     specs: Mapping[str, PartSpec]
+    adapter_kind: str = DEFAULT_KIND
+    preset: LycorisPreset | None = None
 
     def is_target(self, group: LayerGroup) -> bool:
         """Whether the layer is adapted by default, or is one that the arguments add."""
@@ -32,7 +34,13 @@ class AdapterRanks:
             targets += spec.extra_targets.get(option, ())
         if self.args.has_convolutions:
             targets += spec.conv_targets
-        return any(matches(target, path) for target in targets)
+        is_target = any(matches(target, path) for target in targets)
+        return is_target if self.preset is None else self._is_in_preset(self.preset, group, is_target)
+
+    def _is_in_preset(self, preset: LycorisPreset, group: LayerGroup, is_target: bool) -> bool:
+        if preset.layers:
+            return is_target and all(re.search(preset.layers, path) for path in group.paths)
+        return is_target or bool(preset.more_layers and re.fullmatch(preset.more_layers, self.find_name(group)))
 
     def check(self, groups: Sequence[LayerGroup]) -> None:
         """Raise UserError for arguments that have no effect on `groups`, those of the parts that train."""
@@ -44,19 +52,16 @@ class AdapterRanks:
                 code="conv-dim-without-convolution",
                 fix="remove conv_dim",
             )
-        if self.args.split_qkv and not any(len(group.layers) > 1 and self.find_rank(group) for group in groups):
-            raise UserError(
-                "--network_args split_qkv has no effect: no fused layer trains",
-                code="split-qkv-without-fused-layer",
-                fix="remove split_qkv",
-            )
         for expression, _ in (*self.args.network_reg_dims, *self.args.network_reg_lrs):
             if not any(expression.search(group.name) for group in groups):
                 raise UserError(
                     f"--network_args: the expression {expression.pattern!r} matches no adapter name",
                     code="network-arg-expression-unmatched",
                 )
-        self._check_sizes(groups)
+        adapted = [group for group in groups if self.find_rank(group)]
+        for name, kind in list_related(self.adapter_kind).items():
+            kind.check(self.args.options[name], adapted)
+        self._check_sizes(adapted)
         parts = {group.part for group in groups}
         specs = [self.specs[part] for part in parts]
         self._check_parts(specs)
@@ -106,11 +111,14 @@ class AdapterRanks:
                 )
 
     def _check_sizes(self, groups: Sequence[LayerGroup]) -> None:
-        """No rank above that of the largest layer's own weight, which a LoRA of more can add nothing to."""
-        limit = max((count_full_rank(group) for group in groups), default=0)
+        """No rank above that with which an adapter of the largest layer can do everything."""
+        limits = [
+            choose_kinds(self.adapter_kind, self.args.options, group)[-1].find_rank_limit(group) for group in groups
+        ]
+        limit = max((limit for limit in limits if limit is not None), default=0)
         for group in groups:
             rank, _ = self.find_rank(group) or (0, 0.0)
-            if rank > limit:
+            if 0 < limit < rank:
                 raise UserError(
                     f"the rank {rank} is above {limit}, with which an adapter can change every weight in any way",
                     code="adapter-rank-beyond-layers",
@@ -185,11 +193,6 @@ class AdapterRanks:
     def find_name(self, group: LayerGroup) -> str:
         """The group's name in adapter files with dots and without the part's prefix."""
         return self.specs[group.part].adapter_map.locate(group.paths[0]).original
-
-
-def count_full_rank(group: LayerGroup) -> int:
-    """The rank that a group's weight has at most: the smaller of its rows and columns."""
-    return min(group.num_rows, math.prod(group.layers[0].weight.shape[1:]))
 
 
 def find_lr_block(spec: PartSpec, group: LayerGroup) -> int | None:

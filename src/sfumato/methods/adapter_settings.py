@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfumato.config import Config, OptimOptions
+from sfumato.adapters.kinds import choose_kinds
+from sfumato.config import Config, NetworkOptions, OptimOptions
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.model_options import is_launched
@@ -17,6 +18,7 @@ from sfumato.methods.adapter_learning_rates import (
     list_ignored_learning_rates,
     read_adapter_learning_rates,
 )
+from sfumato.methods.adapter_modules import read_adapter_module
 from sfumato.methods.adapter_ranks import AdapterRanks
 from sfumato.methods.trained_parts import check_text_cache, describe_text_encoder_lr
 
@@ -25,6 +27,8 @@ from sfumato.methods.trained_parts import check_text_cache, describe_text_encode
 class AdapterSettings:
     """Which layers are adapted, with which ranks, at which learning rates."""
 
+    adapter_kind: str
+    network: NetworkOptions  # in the words of that kind
     args: AdapterArgs
     specs: Mapping[str, PartSpec]  # of every part that can be adapted, trained or not
     ranks: AdapterRanks
@@ -35,8 +39,14 @@ class AdapterSettings:
 def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettings:
     """Raises UserError for options that do not match the model or would have no effect."""
     specs = {name: network.spec for name, network in blueprint.networks.items() if network.spec.targets}
-    args = read_args(config.network.network_args, specs.values())
-    if config.network.dim_from_weights and args.rank_arguments:
+    module = read_adapter_module(
+        config.network,
+        has_convolutions=any(spec.conv_targets for spec in specs.values()),
+        opt_ins=[spec.opt_in for spec in specs.values()],
+    )
+    network = module.network
+    args = read_args(network.network_args, specs.values(), kind=module.adapter_kind)
+    if config.network.dim_from_weights and args.rank_arguments and module.preset is None:
         names = ", ".join(args.rank_arguments)
         raise UserError(
             f"--network_args {names} has no effect: --dim_from_weights takes ranks from the file",
@@ -47,22 +57,38 @@ def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettin
     frozen = [part for part in blueprint.text_parts if caches_text and specs[part].frozen_by_cache]
     optim, notes = limit_text_encoder_lr(config, blueprint)
     learning_rates = read_adapter_learning_rates(
-        config.network, optim, args, specs, blueprint.text_parts, lr_order=blueprint.text_lr_order, cached=frozen
+        network, optim, args, specs, blueprint.text_parts, lr_order=blueprint.text_lr_order, cached=frozen
     )
     fix = "--network_train_unet_only, or remove --cache_text_encoder_outputs"
     check_text_cache(config, learning_rates.parts.keys(), blueprint, fix)
     opted_out = find_opted_out(specs, args, blueprint.text_parts)
     notes += list_ignored_learning_rates(optim, specs, blueprint.text_lr_order, opted_out)
     notes += describe_text_encoder_lr(optim, blueprint.text_lr_order, learning_rates.parts)
-    if frozen and not config.network.network_train_unet_only:
+    if frozen and not network.network_train_unet_only:
         notes += [f"--cache_text_encoder_outputs: {part} does not train, its features are cached" for part in frozen]
     return AdapterSettings(
+        adapter_kind=module.adapter_kind,
+        network=network,
         args=args,
         specs=specs,
-        ranks=AdapterRanks(network=config.network, args=args, specs=specs),
+        ranks=AdapterRanks(
+            network=network, args=args, specs=specs, adapter_kind=module.adapter_kind, preset=module.preset
+        ),
         learning_rates=learning_rates,
-        notes=tuple(notes),
+        notes=(*notes, *module.notes, *list_idle_dropouts(module.adapter_kind, args, network)),
     )
+
+
+def list_idle_dropouts(kind: str, args: AdapterArgs, network: NetworkOptions) -> list[str]:
+    """A line for each dropout that the run's kinds of adapters do not have."""
+    given = {"neuron": network.network_dropout, "rank": args.rank_dropout, "module": args.module_dropout}
+    options = {"neuron": "--network_dropout", "rank": "rank_dropout", "module": "module_dropout"}
+    return [
+        f"{options[name]}: no effect, {each.label} has no such dropout"
+        for each in choose_kinds(kind, args.options, None)
+        for name, value in given.items()
+        if value and name not in each.dropouts
+    ]
 
 
 def limit_text_encoder_lr(config: Config, blueprint: Blueprint) -> tuple[OptimOptions, list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,6 @@ class Method(Protocol):
     """What is trained, how it is saved, and the model's prediction with it."""
 
     modelspec_suffix: str  # follows the model's name in modelspec.architecture: "/lora", "" for a whole model
-    generate_option: str  # the option of `sfumato generate` for a file that `write` wrote
     modules: nn.ModuleDict  # everything that trains; in eval mode while samples are made
     live_text: frozenset[str]  # encoders that train and so may not be cached; known once the plan is made
 
@@ -79,6 +78,18 @@ class Method(Protocol):
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context with the model as it was before training; UserError at once where it no longer exists."""
+        ...
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """A context in which images are made; what takes part without being trained may differ there."""
+        ...
+
+    def list_frozen(self) -> Sequence[nn.Module]:
+        """What takes part beside the networks without being trained, of those that are loaded."""
+        ...
+
+    def list_generate_options(self, file: str) -> Mapping[str, object]:
+        """The options of `sfumato generate` for a file that `write` wrote; empty for the model before training."""
         ...
 
     def after_step(self) -> Mapping[str, Tensor]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.adapters.base import merge_adapter
-from sfumato.adapters.lora import LoRA
-from sfumato.families.adapter_names import match_adapter_file
+from sfumato.adapters.kinds import restore_adapter
+from sfumato.config.frozen import FrozenAdapter
 from sfumato.families.base import Family
 from sfumato.families.part import PartSpec, WeightChange
-from sfumato.formats.adapter_file import LayerTensors, read_adapter_file
-from sfumato.formats.checkpoint import view_bytes
+from sfumato.formats.adapter_kind import LayerMatch
 from sfumato.formats.groups import find_layers
 from sfumato.methods.adapter_builder import GroupsByPart
+from sfumato.methods.frozen_adapters import hash_matches, read_frozen_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +46,17 @@ def read_base_weights(
     changes: dict[str, list[WeightChange]] = defaultdict(list)
     notes: list[str] = []
     for path, multiplier in files:
-        file = read_adapter_file(path)
-        notes += file.describe_passed_over()
-        entries: dict[str, dict[str, LayerTensors]] = defaultdict(dict)
-        for name, adapter in match_adapter_file(file, specs, groups).items():
-            entries[adapter.group.part][name] = adapter.make_tensors()
-        for part, own in entries.items():
-            merge = partial(merge_entries, specs[part], own, multiplier)
-            changes[part].append(WeightChange(identity=f"{hash_entries(own)} x {multiplier}", apply=merge))
+        file = read_frozen_file(FrozenAdapter(path=path, strength=multiplier), specs, groups)
+        notes += file.notes
+        for part, found in file.matches.items():
+            merge = partial(merge_matches, found, multiplier)
+            changes[part].append(WeightChange(identity=f"{hash_matches(found)} x {multiplier}", apply=merge))
     return BaseWeights(changes=changes, notes=tuple(notes))
 
 
 @torch.no_grad()
-def merge_entries(spec: PartSpec, entries: Mapping[str, LayerTensors], multiplier: float, network: nn.Module) -> None:
-    """Add the changes of adapters, by the names of their layer groups, to a network's weights."""
-    for group in spec.groups(find_layers(network), every=True):
-        if group.name in entries:
-            merge_adapter(LoRA.from_tensors(group, entries[group.name]), multiplier)
-
-
-def hash_entries(entries: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """A hash of all tensors and their names."""
-    digest = hashlib.sha256()
-    for layer, tensors in sorted(entries.items()):
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{layer} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(view_bytes(tensor.contiguous().reshape(-1)))
-    return digest.hexdigest()
+def merge_matches(found: Sequence[LayerMatch], multiplier: float, network: nn.Module) -> None:
+    """Add the changes of a file's adapters to a network's weights."""
+    layers = find_layers(network)
+    for match in found:
+        merge_adapter(restore_adapter(match.kinds, match.view.bind(layers), match.tensors), multiplier)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ class FullMethod:
     """`trained` holds the weights that train; every other weight of the model stays as it was loaded."""
 
     modelspec_suffix = ""
-    generate_option = "pretrained_model_name_or_path"
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -132,6 +131,15 @@ class FullMethod:
             code="full-training-without-reference",
             fix="train an adapter, which can be disabled, or remove these options",
         )
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def list_frozen(self) -> Sequence[nn.Module]:
+        return ()
+
+    def list_generate_options(self, file: str) -> Mapping[str, object]:
+        return {"pretrained_model_name_or_path": file} if file else {}
 
     def after_step(self) -> Mapping[str, Tensor]:
         return {}

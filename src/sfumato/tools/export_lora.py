@@ -10,14 +10,15 @@ from typing import Literal
 
 from torch import Tensor
 
+from sfumato.adapters.kinds import get_class, read_adapter_file
 from sfumato.errors import Problems, UserError
 from sfumato.families import register_families
 from sfumato.families.adapter_names import guess_layer_table, list_shapes
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.part import PartSpec
-from sfumato.formats.adapter_file import AdapterFile, make_unmatched_error, read_adapter_file
-from sfumato.formats.adapter_keys import ALPHA, DOWN, UP
-from sfumato.formats.adapter_layers import LayerMatch, match_layers
+from sfumato.formats.adapter_file import AdapterFile, make_unmatched_error
+from sfumato.formats.adapter_kind import LayerMatch, describe_kinds
+from sfumato.formats.adapter_layers import match_layers
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.groups import make_adapter_name
@@ -183,8 +184,8 @@ def check_need(path: Path, routes: Sequence[Route]) -> None:
 
 def summarize_routes(routes: Sequence[Route], tensors: Collection[str], program: Program) -> str:
     """Parts with their numbers of LoRA, in the file's order, and what they make in the other program."""
-    counts = Counter(route.part for route in routes)
-    parts = ", ".join(f"{count} LoRA of {part}" for part, count in counts.items())
+    counts = Counter((describe_kinds(route.match.kinds), route.part) for route in routes)
+    parts = ", ".join(f"{count} {kinds} of {part}" for (kinds, part), count in counts.items())
     layers = sum(len(route.diffusers_names) for route in routes)
     written = f"{layers} layers in diffusers, " if program == "diffusers" else ""
     return f"{parts}; {written}{len(tensors)} tensors"
@@ -194,32 +195,42 @@ def summarize_routes(routes: Sequence[Route], tensors: Collection[str], program:
 
 
 def convert_to_diffusers(path: Path, routes: Sequence[Route], precision: str | None) -> dict[str, Tensor]:
-    """The two matrices of each layer, under diffusers' names."""
+    """The tensors of each layer, under diffusers' names."""
     converted: dict[str, Tensor] = {}
     for route in routes:
-        converted |= _convert_layers(path, route, precision)
+        for name, tensors in zip(route.diffusers_names, divide_layers(path, route.match), strict=True):
+            for end, tensor in tensors.items():
+                converted[f"{name}.{end}"] = _convert_tensor(path, route.match, tensor, precision)
     return converted
 
 
-def _convert_layers(path: Path, route: Route, precision: str | None) -> dict[str, Tensor]:
-    view, tensors = route.match.view, route.match.tensors
-    down, up = tensors[DOWN], tensors[UP]
-    scale = float(tensors[ALPHA]) / len(down)
-    dtype = SAVE_DTYPES[precision] or down.dtype
-    shape = view.layers[0].weight.shape[1:]
-    down, up = down.reshape(-1, *shape), up.float().reshape(-1, len(down), *[1] * (len(shape) - 1))
-    ups = [view.take_rows(up, i) for i in range(len(view.paths))]
-    converted: dict[str, Tensor] = {}
-    for name, layer_up, ranks in zip(route.diffusers_names, ups, find_own_ranks(ups), strict=True):
-        scaled = (layer_up[:, ranks] * scale).to(dtype)
-        if not scaled.isfinite().all():
+def divide_layers(path: Path, match: LayerMatch) -> list[dict[str, Tensor]]:
+    """Of each layer of one name the tensors that PEFT has; UserError for a kind that it does not know."""
+    layers: list[dict[str, Tensor]] = [{} for _ in match.view.paths]
+    for kind in match.kinds:
+        found = get_class(kind).to_peft(match)
+        if found is None:
             raise UserError(
-                f"{path}: {route.match.name} has values beyond {dtype}",
-                code="lora-overflows-dtype",
-                fix="--save_precision float",
+                f"{path}: diffusers' pipelines load no {describe_kinds(match.kinds)} like that of {match.name}",
+                code="export-kind-unknown",
+                fix="--for comfyui, or merge it into the model",
             )
-        converted[f"{name}.lora_A.weight"] = down[ranks].to(dtype).contiguous()
-        converted[f"{name}.lora_B.weight"] = scaled.contiguous()
+        for tensors, more in zip(layers, found, strict=True):
+            tensors |= more
+    return layers
+
+
+def _convert_tensor(path: Path, match: LayerMatch, tensor: Tensor, precision: str | None) -> Tensor:
+    """In the wanted dtype, or in that of the file's matrices."""
+    own = max((each.dtype for each in match.tensors.values() if each.ndim > 1), key=lambda dtype: -dtype.itemsize)
+    dtype = SAVE_DTYPES[precision] or own
+    converted = tensor.to(dtype).contiguous()
+    if not converted.isfinite().all():
+        raise UserError(
+            f"{path}: {match.name} has values beyond {dtype}",
+            code="lora-overflows-dtype",
+            fix="--save_precision float",
+        )
     return converted
 
 
@@ -231,20 +242,3 @@ def rename_for_comfyui(routes: Sequence[Route], precision: str | None) -> dict[s
         for name, tensor in route.match.tensors.items():
             renamed[f"{route.comfyui_name}.{name}"] = tensor.to(dtype or tensor.dtype).contiguous()
     return renamed
-
-
-def find_own_ranks(ups: Sequence[Tensor]) -> list[slice]:
-    """Which ranks each layer needs: a share of its own where layers were trained one by one, else all of them.
-
-    ups: the rows of `lora_up` of each layer, (rows, rank).
-    """
-    count, rank = len(ups), ups[0].shape[1]
-    everything = [slice(None)] * count
-    if count == 1 or rank % count or not any(up.any() for up in ups):
-        return everything
-    share = rank // count
-    own_ranks = [slice(i * share, (i + 1) * share) for i in range(count)]
-    for up, own in zip(ups, own_ranks, strict=True):
-        if up[:, : own.start].any() or up[:, own.stop :].any():
-            return everything
-    return own_ranks

@@ -29,7 +29,7 @@ def make_rehearsal_run(plan: RunPlan, recorder: StageRecorder) -> Run:
     state, start = RunState(), StartPoint()
     model = open_model(plan, device)
     prompts = read_preview_prompts(plan, model)
-    recorder.parts = model.parts
+    recorder.parts, recorder.method = model.parts, plan.method
     with recorder.caching_stages():
         loader = make_loader(plan, model, parallel, prompts=prompts)
     with recorder.stage("loading"):

@@ -18,7 +18,7 @@ from sfumato.methods.base import Method
 
 GB = 1e9
 STEP = "training step"
-TRAINED = "trained"
+TRAINED, FROZEN = "trained", "frozen"
 LARGEST = 3  # tensors of a peak that the table lists
 
 
@@ -39,6 +39,7 @@ class StageRecorder:
 
     rehearsal: Rehearsal
     parts: Mapping[str, Part] = field(default_factory=dict)
+    method: Method | None = None
     trained: nn.ModuleList = field(default_factory=nn.ModuleList)  # what the method adds to the parts' networks
     optimizer: Optimizer | None = None
     stages: list[Stage] = field(default_factory=list)
@@ -105,7 +106,8 @@ class StageRecorder:
     def list_networks(self) -> dict[str, nn.Module]:
         """The networks that are loaded, and what is trained beside them."""
         loaded = {name: part.module for name, part in self.parts.items() if part.is_loaded}
-        return {**loaded, TRAINED: self.trained}
+        frozen = nn.ModuleList(self.method.list_frozen() if self.method else ())
+        return {**loaded, TRAINED: self.trained, FROZEN: frozen}
 
     def list_resident(self) -> dict[str, int]:
         """Name -> bytes on the device, of what is there."""

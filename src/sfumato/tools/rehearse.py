@@ -83,7 +83,7 @@ def rehearse_preview(run: Run, prompts: Path) -> None:
     ]
     largest = max(requests, key=lambda request: request.width * request.height)
     count = min(len(requests), samples.sample_batch_size or 1)
-    with eval_mode(run), run.autocast():
+    with eval_mode(run), run.autocast(), run.method.sampling():
         generate_batch(run.model, run.method, [replace(largest, steps=1)] * count, run.context.text)
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sfumato import __version__
 from sfumato.common import files
 from sfumato.common.json_toml import decode_json
+from sfumato.common.names import DEFAULT_NETWORK_MODULE
 from sfumato.common.text import strip_paths
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan, DatasetPlan
@@ -69,7 +70,7 @@ def describe_run(
 def describe_method(config: Config) -> str:
     if config.run.method != "adapter":
         return config.run.method
-    return f"adapter, {config.network.network_module or 'networks.lora'}"
+    return f"adapter, {config.network.network_module or DEFAULT_NETWORK_MODULE}"
 
 
 def describe_dataset(dataset: DatasetPlan) -> dict[str, Any]:

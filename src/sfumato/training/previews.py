@@ -94,7 +94,7 @@ def can_preview(run: Run, request: ImageRequest) -> bool:
 
 def save_preview_group(run: Run, group: Sequence[tuple[ImageRequest, Path]], step: int) -> None:
     """PNGs that carry their requests, and the command that makes them again."""
-    with run.autocast():
+    with run.autocast(), run.method.sampling():
         images = generate_batch(run.model, run.method, [request for request, _ in group], run.context.text)
     for image, (request, path) in zip(images, group, strict=True):
         save_image(path, image, image_metadata(request) | describe_origin(run, request, step))
@@ -106,7 +106,7 @@ def describe_origin(run: Run, request: ImageRequest, step: int) -> dict[str, str
     Files by their names, or as the user gave them where that is relative; never an absolute path.
     """
     file, note = find_weights_file(run, step)
-    more: dict[str, object] = {run.method.generate_option: file} if file else {}
+    more = dict(run.method.list_generate_options(file))
     if run.config.memory.mixed_precision != "no" and not run.config.memory.full_bf16:
         more |= {"float32_parts": sorted(run.method.full_precision_parts(run.model.blueprint)) or None}
     if run.config.model.enable_scaled_pos_embed:

@@ -1,0 +1,161 @@
+"""What --network_module and its arguments ask for: a kind of adapter, its arguments, and the layers of a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sfumato.adapters import register_adapters
+from sfumato.adapters.base import ADAPTERS
+from sfumato.common.extensions import ADAPTERS_GROUP, find_registered, import_extension
+from sfumato.common.names import (
+    DEFAULT_KIND,
+    DEFAULT_NETWORK_MODULE,
+    DEFAULT_RANK,
+    LYCORIS_ALGOS,
+    LYCORIS_MODULES,
+    LYCORIS_PRESETS,
+    NETWORK_MODULES,
+    PLANNED_LYCORIS_PRESETS,
+    LycorisPreset,
+)
+from sfumato.common.registry import did_you_mean
+from sfumato.config import NetworkOptions
+from sfumato.errors import UserError
+
+# LyCORIS' arguments -> the values at which they change nothing of the adapters that are known here; None: every value.
+WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
+    "bypass_mode": None,  # another way to compute the same
+    "block_size": None,
+    "constraint": None,
+    "constrain": None,
+    "rescaled": None,
+    "train_on_input": None,
+    "unit": None,
+    "rank_dropout_scale": None,  # which LyCORIS does not read either
+    "train_llm_adapter": (False, None),
+    "use_scalar": (False, None),
+    "train_norm": (False, None),
+    "rs_lora": (False, None),
+}
+TUCKER_NAMES = ("use_tucker", "use_cp", "use_conv_cp")  # LyCORIS' names for one argument, and its opposite
+NO_TUCKER = "disable_conv_cp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterModule:
+    """A run's adapter options in the words that are used here."""
+
+    adapter_kind: str  # a name in ADAPTERS
+    network: NetworkOptions
+    preset: LycorisPreset | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_adapter_module(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Collection[str]) -> AdapterModule:
+    """has_convolutions: whether the model has any that adapters may change. opt_ins: arguments that let a part train.
+
+    UserError for a module that cannot be used, and for values of LyCORIS' arguments that would change the result.
+    """
+    register_adapters()
+    module = network.network_module or DEFAULT_NETWORK_MODULE
+    if module in LYCORIS_MODULES:
+        return read_lycoris(network, has_convolutions=has_convolutions, opt_ins=opt_ins)
+    kind = NETWORK_MODULES[module] if module in NETWORK_MODULES else import_kind(module)
+    return AdapterModule(adapter_kind=kind, network=network)
+
+
+def import_kind(module: str) -> str:
+    """The kind of this name, or the one that a module registers when it is imported."""
+    if module not in ADAPTERS and "create_network" in vars(import_extension(module, option="--network_module")):
+        raise UserError(
+            f"--network_module {module} is written for kohya's scripts (create_network), whose models are others",
+            code="network-module-of-kohya",
+            fix="docs/extending.md shows an adapter of one's own in one file; LyCORIS' are built in: lycoris.kohya",
+        )
+    return find_registered(ADAPTERS, module, group=ADAPTERS_GROUP, option="--network_module")
+
+
+# ---------------------------------------------------------------- LyCORIS
+
+
+def read_lycoris(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Collection[str]) -> AdapterModule:
+    """LyCORIS' arguments in the words of the adapters here; its convolutions have --network_dim by default."""
+    given = dict(network.network_args)
+    kind = read_algo(given.pop("algo", None) or DEFAULT_KIND)
+    preset = read_preset(given.pop("preset", "full"))
+    given = drop_without_effect(given, kind, opt_ins)
+    convolutions = {name: given.pop(name, None) for name in ("conv_dim", "conv_alpha")}
+    notes: list[str] = []
+    if preset.has_convolutions and has_convolutions and not network.network_train_text_encoder_only:
+        given["conv_dim"] = convolutions["conv_dim"] or network.network_dim or DEFAULT_RANK
+        given["conv_alpha"] = convolutions["conv_alpha"] or network.network_alpha
+    elif any(convolutions.values()):
+        notes.append("--network_args conv_dim and conv_alpha: no effect, no convolution is adapted")
+    dropout = given.pop("dropout", None) if "dropout" in given else network.network_dropout
+    changes = {"network_args": given, "network_dropout": dropout or None}
+    if not preset.has_text_encoders:
+        changes["network_train_unet_only"] = True
+    return AdapterModule(
+        adapter_kind=kind, network=network.model_copy(update=changes), preset=preset, notes=tuple(notes)
+    )
+
+
+def read_algo(algo: Any) -> str:
+    """The kind of adapter; those of later are refused while the configuration is read."""
+    found = LYCORIS_ALGOS.get(str(algo).lower())
+    if found is None:
+        raise UserError(
+            f"--network_args algo={algo} is no kind of adapter",
+            code="lycoris-algo-unknown",
+            fix=did_you_mean(str(algo), LYCORIS_ALGOS),
+        )
+    return found
+
+
+def read_preset(name: Any) -> LycorisPreset:
+    if name in LYCORIS_PRESETS:
+        return LYCORIS_PRESETS[name]
+    if name in PLANNED_LYCORIS_PRESETS or str(name).endswith(".toml"):
+        raise UserError(
+            f"--network_args preset={name} is not implemented yet (comes with the other adapters)",
+            code="lycoris-preset-not-implemented",
+            fix=f"one of {', '.join(LYCORIS_PRESETS)}",
+        )
+    raise UserError(
+        f"--network_args preset={name} is not known",
+        code="lycoris-preset-unknown",
+        fix=did_you_mean(str(name), LYCORIS_PRESETS),
+    )
+
+
+def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection[str]) -> dict[str, Any]:
+    """The arguments without those that change nothing; UserError for one that would, and is not implemented."""
+    kept = dict(given)
+    tucker = [kept.pop(name) for name in TUCKER_NAMES if name in kept]
+    tucker += [not kept.pop(NO_TUCKER)] if NO_TUCKER in kept else []
+    known = ADAPTERS.get(kind).options_class.model_fields
+    if "use_tucker" in known:
+        kept["use_tucker"] = any(tucker)
+    elif any(tucker):
+        raise make_later_error("use_tucker", True)
+    for other in (name for name in ADAPTERS.names if not ADAPTERS.get(name).is_wrapper and name != kind):
+        for name in ADAPTERS.get(other).options_class.model_fields:
+            if name not in known:  # LyCORIS gives all arguments to all of its adapters
+                kept.pop(name, None)
+    if "train_t5xxl" not in opt_ins and kept.get("train_t5xxl") in (False, None):
+        kept.pop("train_t5xxl", None)
+    for name, harmless in WITHOUT_EFFECT.items():
+        value = kept.pop(name, None)
+        if harmless is not None and value not in harmless:
+            raise make_later_error(name, value)
+    return {name: value for name, value in kept.items() if value is not None}
+
+
+def make_later_error(name: str, value: Any) -> UserError:
+    return UserError(
+        f"--network_args {name}={value} is not implemented yet (comes with the other adapters)",
+        code="lycoris-arg-not-implemented",
+        fix=f"remove {name}",
+    )

@@ -1,0 +1,142 @@
+"""The contract of every kind of adapter, at toy size: it learns, is saved and loaded, resumes, and is merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from families.toys import ToyShelf
+from others.models import compute_output, compute_with_file, load_toy
+from sfumato.adapters.kinds import read_adapter_file
+from sfumato.cli.main import main
+from sfumato.errors import UserError
+from sfumato.families.base import Family
+from sfumato.formats.adapter_kind import describe_kinds
+from sfumato.methods.inference_adapters import InferenceAdapters
+from sfumato.train import train_step
+from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
+
+LYCORIS = "lycoris.kohya"
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
+    "LoKr": ("flux", {"network_module": "networks.lokr", "network_args": ["factor=4", "rank_dropout=0.1"]}),
+    "LoKr with convolutions": (
+        "sd", {"network_module": "networks.lokr", "network_args": ["conv_dim=1", "use_tucker=True"]},
+    ),
+    "DoRA of LoRA": ("sd", {"network_module": LYCORIS, "network_args": ["algo=locon", "dora_wd=True", "conv_dim=1"]}),
+    "DoRA of LoRA, columns": (
+        "flux", {"network_args": ["dora_wd=True", "wd_on_output=False"], "network_train_unet_only": True},
+    ),
+    "DoRA of split LoRA": (
+        "flux", {"network_args": ["dora_wd=True", "split_qkv=True"], "network_train_unet_only": True},
+    ),
+    "DoRA of LoKr": (
+        "sdxl", {"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=True", "preset=attn-mlp"]},
+    ),
+    "DoRA of LoKr, SD3": (
+        "sd3", {"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=True", "factor=8"]},
+    ),
+    "LoKr, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=lokr", "full_matrix=True"]}),
+    "LoKr, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=lokr", "preset=attn-only"]}),
+}  # fmt: skip
+FAST = {"LoKr", "DoRA of LoRA"}
+each_kind = pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in KINDS]
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 3)
+
+
+@each_kind
+def test_the_loss_of_a_fixed_batch_falls(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    family, options = KINDS[name]
+    run = build_toy_run(toy_shelf.paths(family), images, tmp_path, **options | {"learning_rate": "3e-3"})
+    step = next(run.loader.steps())
+    losses = [float(train_step(run, step).loss) for _ in range(8)]
+    assert losses[-1] < losses[0] * 0.999, losses
+    assert not run.method.report()
+
+
+@each_kind
+def test_saved_loaded_and_resumed(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """Resume is bitwise, `generate` and --base_weights change the model alike, training goes on from the file."""
+    family, options = KINDS[name]
+    toy, common = toy_shelf.paths(family), options | {"max_train_steps": 4, "save_state": True, "learning_rate": "1e-2"}
+    straight = train_toy(toy, images, tmp_path / "straight", **common)
+    parts = train_toy(toy, images, tmp_path / "parts", **common, save_every_n_steps=2)
+    train_toy(toy, images, parts, **common, resume=parts / "lora-step00000002-state")
+    assert equal_tensors(read_weights(straight), read_weights(parts))
+    assert read_metrics(straight) == read_metrics(parts)
+
+    file = straight / "lora.safetensors"
+    read = read_adapter_file(file)
+    label = name.partition(",")[0].partition(" with")[0].replace("split ", "")
+    assert {describe_kinds(kinds) for kinds in read.kinds.values()} == {label}
+    plain, model = compute_output(load_toy(toy_shelf, family)), load_toy(toy_shelf, family)
+    found = compute_with_file(model, file)
+    assert (found - plain).abs().max() > 1e-5
+    merged = load_toy(toy_shelf, family)
+    InferenceAdapters(merged, (), base=[(file, 1.0)])
+    torch.testing.assert_close(compute_output(merged), found, rtol=0, atol=2e-5 * float(found.abs().max()))
+
+    on = {name: value for name, value in options.items() if name != "network_args"}
+    kept = [each for each in options["network_args"] if not each.startswith(("conv_dim", "rank_dropout"))]
+    again = build_toy_run(
+        toy, images, tmp_path / "again", network_weights=file, **on | {"network_args": kept},
+        dim_from_weights=True, network_dim=None,
+    )  # fmt: skip
+    assert equal_tensors(dict(again.method.engine.export_tensors()), read_weights(straight))  # pyright: ignore
+
+
+def test_a_file_of_another_kind_is_named(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    toy = toy_shelf.paths("flux")
+    train_toy(toy, images, tmp_path / "a", max_train_steps=1, **KINDS["LoKr"][1])
+    file = tmp_path / "a" / "lora.safetensors"
+    with pytest.raises(UserError) as error:
+        build_toy_run(toy, images, tmp_path / "b", network_weights=file)
+    assert error.value.code == "network-weights-of-other-kind"
+    assert "--network_module lokr" in error.value.fix
+
+
+def test_lora_export(toy_shelf: ToyShelf, images: Path, tmp_path: Path, codes: list[str]) -> None:
+    """diffusers loads DoRA with the same output, PEFT's kinds alone; what it does not know is refused."""
+    from diffusers import DiffusionPipeline
+
+    toy = toy_shelf.paths("flux")
+    options = {"network_train_unet_only": True, "max_train_steps": 2, "learning_rate": "1e-2"}
+    train_toy(toy, images, tmp_path / "dora", network_args=["dora_wd=True"], **options)
+    source, target = tmp_path / "dora" / "lora.safetensors", tmp_path / "theirs.safetensors"
+    assert main(["lora", "export", str(source), str(target), "--to", "diffusers"]) == 0
+    model = load_toy(toy_shelf, "flux")
+    plain, ours = compute_output(model), compute_with_file(model, source)
+    pipe: Any = DiffusionPipeline.from_pretrained(toy_shelf.paths("flux", "diffusers")["pretrained_model_name_or_path"])
+    pipe.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
+    with other_denoiser(model, pipe.transformer):
+        torch.testing.assert_close(compute_output(model), ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
+    assert (ours - plain).abs().max() > 1e-4
+    train_toy(toy, images, tmp_path / "lokr", **KINDS["LoKr"][1] | options)
+    source = tmp_path / "lokr" / "lora.safetensors"
+    assert main(["lora", "export", str(source), str(tmp_path / "no.safetensors"), "--to", "diffusers"]) == 2
+    assert codes == ["export-kind-unknown"]
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+def other_denoiser(model: Family, network: Any) -> Any:
+    from others.test_libraries import other_network
+
+    return other_network(model, "denoiser", network)
+
+
+def test_the_metadata_name_module_and_arguments(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    _, options = KINDS["DoRA of LoRA"]
+    train_toy(toy_shelf.paths("sd"), images, tmp_path, max_train_steps=1, **options)
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_module"] == LYCORIS
+    assert '"dora_wd": "True"' in metadata["ss_network_args"]
