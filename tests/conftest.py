@@ -28,6 +28,9 @@ settings.load_profile("house")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a module that builds or trains toy models belong to the family tier; the unit tier does neither."""
     for item in items:
+        fast = item.get_closest_marker("fast_for")
+        if fast and not any(name in item.name for name in fast.args):
+            item.add_marker(pytest.mark.full)
         module = getattr(item, "module", None)
         if TOY_HELPERS & vars(module).keys() and not item.get_closest_marker("full"):
             item.add_marker(pytest.mark.family)

@@ -152,6 +152,7 @@ def test_the_target_is_what_an_untouched_model_predicts(toy: Toy, data: Path, tm
     assert torch.equal(target[1 - held], recorder.compared[1][1][1 - held])
 
 
+@pytest.mark.fast_for("plain", "checkpointing-flux", "cached-sd")
 @pytest.mark.parametrize("toy", ["sd", "flux"], indirect=True)
 @pytest.mark.parametrize(
     "options",

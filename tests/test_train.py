@@ -126,6 +126,7 @@ def test_state_holds_what_trains_and_nothing_else(sd: Toy, images: Path, tmp_pat
     assert info["options"]["network_train_unet_only"] == "True"
 
 
+@pytest.mark.fast_for("[sdxl", "[flux")
 def test_cached_is_uncached(toy: Toy, images: Path, tmp_path: Path) -> None:
     plain = train_toy(toy, images, tmp_path / "plain", network_train_unet_only=True, flip_aug=True)
     latents = train_toy(
@@ -139,6 +140,7 @@ def test_cached_is_uncached(toy: Toy, images: Path, tmp_path: Path) -> None:
         assert read_metrics(plain) == read_metrics(other)
 
 
+@pytest.mark.fast_for("[sd]", "[lumina")
 def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# a comment\na cat --w 64 --h 64 --s 2 --d 5 --n a dog --l 3\na red cup --w 64 --h 64 --s 2\n")
@@ -215,6 +217,7 @@ def test_a_fault_in_the_prompts_is_reported_before_the_first_step(sd: Toy, image
     assert caught.value.code == "prompt-sampler-unknown"
 
 
+@pytest.mark.fast_for("sdxl", "flux")
 @pytest.mark.parametrize("only", ["unet", "text_encoder"])
 def test_one_part_only(toy: Toy, images: Path, tmp_path: Path, only: str) -> None:
     on_request = only == "text_encoder" and toy["pretrained_model_name_or_path"].stem == "toy_chroma"
@@ -237,12 +240,14 @@ def test_going_on_from_weights(toy: Toy, images: Path, tmp_path: Path) -> None:
     assert {float(tensor) for name, tensor in after.items() if name.endswith("alpha")} == {3.0}
 
 
+@pytest.mark.fast_for("[sdxl", "[sd3")
 def test_gradient_checkpointing_changes_nothing(toy: Toy, images: Path, tmp_path: Path) -> None:
     plain = train_toy(toy, images, tmp_path / "plain")
     less = train_toy(toy, images, tmp_path / "less", gradient_checkpointing=True)
     assert equal_tensors(read_weights(plain), read_weights(less))
 
 
+@pytest.mark.fast_for("[sd]", "[flux")
 def test_bf16(toy: Toy, images: Path, tmp_path: Path) -> None:
     output = train_toy(toy, images, tmp_path, mixed_precision="bf16", save_precision="fp16", max_train_steps=2)
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in read_weights(output).values())

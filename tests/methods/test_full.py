@@ -29,6 +29,7 @@ from sfumato.plan import make_run_plan
 from toy_runs import equal_tensors, make_arguments, read_metrics, read_weights, train_toy
 
 
+@pytest.mark.fast_for("[sd]", "[sdxl", "[flux")
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "chroma", "sd3", "lumina"])
 def test_the_denoiser_learns_and_nothing_else(
     toy: Toy, family: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -122,6 +123,7 @@ def forget(output: Path, keep: str) -> None:
             path.unlink()
 
 
+@pytest.mark.fast_for("[sd]", "[lumina")
 def test_gradient_checkpointing_changes_nothing(toy: Toy, images: Path, tmp_path: Path) -> None:
     plain = full(toy, images, tmp_path / "plain", max_train_steps=2)
     less = full(toy, images, tmp_path / "less", max_train_steps=2, gradient_checkpointing=True)

@@ -41,6 +41,7 @@ def images(tmp_path: Path) -> Path:
     return make_images(tmp_path / "images")
 
 
+@pytest.mark.fast_for("[sd]")
 def test_training_finds_everything_and_trains_the_same(
     toy: Mapping[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +92,7 @@ def change_weight(toy: Mapping[str, Path], folder: Path, start: str) -> dict[str
     return {**toy, "pretrained_model_name_or_path": copy}
 
 
+@pytest.mark.fast_for("[nothing", "[letter", "[vae", "[resolution", "[second")
 @pytest.mark.parametrize(
     ("change", "latents", "clip_l", "clip_g"),
     [

@@ -91,6 +91,7 @@ def read_command_line(text: str) -> list[str]:
     return [Path(words[script]).stem, *words[script + 1 :]]
 
 
+@pytest.mark.fast_for(*TRAINED)
 @pytest.mark.parametrize("name", list_configurations(*KINDS))
 def test_it_plans(name: str, home: Path, tmp_path: Path, codes: list[str]) -> None:
     command = make_command(name, home, tmp_path / "files")
