@@ -231,19 +231,17 @@ def rehearse_peak(row: Row) -> int:
 def build_random_run(config: Any, device: torch.device) -> Any:
     """The run that `sfumato train` would build, with random weights instead of those of the files."""
     from sfumato.formats.checkpoint import HeaderFile
+    from sfumato.parallel.single import Single
     from sfumato.plan import make_run_plan
-    from sfumato.training import setup_run
+    from sfumato.training import plan_report
+    from sfumato.training.setup_run import build_run
 
     def make_plan(config: Any, *, processes: int) -> Any:
         plan = make_run_plan(config, processes=processes)
         return replace(plan, blueprint=plan.blueprint.without_weights())
 
-    with (
-        patch.object(HeaderFile, "read", read_random),
-        patch.object(setup_run, "make_run_plan", make_plan),
-        patch.object(setup_run, "device_of", lambda _: device),
-    ):
-        run = setup_run.build_run(config)
+    with patch.object(HeaderFile, "read", read_random), patch.object(plan_report, "make_run_plan", make_plan):
+        run = build_run(config, Single(device))
     assert run is not None
     return run
 
@@ -268,18 +266,26 @@ def read_random(
 def measure_steps(config: Any, device: torch.device, *, steps: int) -> dict[str, Any]:
     """Times and memory of steps after the warm-up, and the arithmetic of one."""
     from sfumato.train import train_step
+    from sfumato.training.follow import follow_step
+    from sfumato.training.prefetch import prefetch
 
     run = build_random_run(config, device)
+
+    def take(step: Any) -> Any:
+        result = train_step(run, step)
+        follow_step(run, step, result, run.method.after_step())
+        return result.loss
+
     with run.output_lock, run.hub, run.metrics:
-        planned = run.loader.steps()
+        planned = prefetch(run, 0)
         for step in islice(planned, WARM_UP):
-            result = train_step(run, step)
+            loss = take(step)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         marks = [mark_time(device)]
         for step in islice(planned, steps):
-            result = train_step(run, step)
+            loss = take(step)
             marks.append(mark_time(device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -287,9 +293,7 @@ def measure_steps(config: Any, device: torch.device, *, steps: int) -> dict[str,
         memory = read_memory(device)
         flops = count_flops(run, next(planned))
         planned.close()
-    return (
-        describe_steps(times, config.value("train_batch_size"), flops, device) | memory | {"loss": float(result.loss)}
-    )
+    return describe_steps(times, config.value("train_batch_size"), flops, device) | memory | {"loss": float(loss)}
 
 
 def mark_time(device: torch.device) -> Any:
