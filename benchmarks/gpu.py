@@ -66,6 +66,7 @@ class Row:
     rank: int
     resolution: int
     batch: int
+    method: str = "LoRA"
     options: Mapping[str, Any] = field(default_factory=dict)
     published: str = ""  # s/step / GiB of another trainer on an H100, for the plain and the checkpointed variant
     aim: str = ""
@@ -74,7 +75,7 @@ class Row:
     @property
     def work(self) -> str:
         """What is trained, for tables."""
-        return f"LoRA r{self.rank}, {self.resolution}, batch {self.batch}"
+        return f"{self.method} r{self.rank}, {self.resolution}, batch {self.batch}"
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -85,8 +86,9 @@ class Row:
 WORK = (
     Row(name="sd15", model="sd15", rank=16, resolution=512, batch=1,
         published="0.181 / 2.9, 0.305 / 2.0", aim="0.08"),
-    Row(name="sdxl", model="sdxl", rank=16, resolution=1024, batch=1,
-        published="0.606 / 13.0, 1.080 / 6.5 (LoKr)", aim="0.25 at 13, 0.35 at 6.5"),
+    Row(name="sdxl", model="sdxl", rank=16, resolution=1024, batch=1, method="LoKr",
+        options={"network_module": "networks.lokr"},
+        published="0.606 / 13.0, 1.080 / 6.5", aim="0.25 at 13, 0.35 at 6.5"),
     Row(name="sd3", model="sd3-medium", rank=128, resolution=1024, batch=3,
         published="0.529 / 34.6, 0.721 / 7.7", aim="0.32 at 35, 0.43 at 8"),
     Row(name="chroma", model="chroma", rank=16, resolution=512, batch=1,
@@ -165,7 +167,7 @@ def read_result(name: str, code: int, output: str, errors: str) -> dict[str, Any
 
 def run_row(row: Row, device: torch.device, *, steps: int, rehearse: bool = False) -> dict[str, Any]:
     """Measure one row in this process."""
-    result: dict[str, Any] = {"row": row.name, "model": row.model, "method": f"LoRA r{row.rank}"}
+    result: dict[str, Any] = {"row": row.name, "model": row.model, "method": f"{row.method} r{row.rank}"}
     result |= {"resolution": row.resolution, "batch": row.batch, "outcome": "measured", "torch": torch.__version__}
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as folder:
