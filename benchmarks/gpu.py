@@ -66,6 +66,7 @@ class Row:
     rank: int
     resolution: int
     batch: int
+    method: str = "LoRA"
     options: Mapping[str, Any] = field(default_factory=dict)
     published: str = ""  # s/step / GiB of another trainer on an H100, for the plain and the checkpointed variant
     aim: str = ""
@@ -74,7 +75,7 @@ class Row:
     @property
     def work(self) -> str:
         """What is trained, for tables."""
-        return f"LoRA r{self.rank}, {self.resolution}, batch {self.batch}"
+        return f"{self.method} r{self.rank}, {self.resolution}, batch {self.batch}"
 
     @property
     def all_options(self) -> dict[str, Any]:
@@ -85,8 +86,9 @@ class Row:
 WORK = (
     Row(name="sd15", model="sd15", rank=16, resolution=512, batch=1,
         published="0.181 / 2.9, 0.305 / 2.0", aim="0.08"),
-    Row(name="sdxl", model="sdxl", rank=16, resolution=1024, batch=1,
-        published="0.606 / 13.0, 1.080 / 6.5 (LoKr)", aim="0.25 at 13, 0.35 at 6.5"),
+    Row(name="sdxl", model="sdxl", rank=16, resolution=1024, batch=1, method="LoKr",
+        options={"network_module": "networks.lokr"},
+        published="0.606 / 13.0, 1.080 / 6.5", aim="0.25 at 13, 0.35 at 6.5"),
     Row(name="sd3", model="sd3-medium", rank=128, resolution=1024, batch=3,
         published="0.529 / 34.6, 0.721 / 7.7", aim="0.32 at 35, 0.43 at 8"),
     Row(name="chroma", model="chroma", rank=16, resolution=512, batch=1,
@@ -165,7 +167,7 @@ def read_result(name: str, code: int, output: str, errors: str) -> dict[str, Any
 
 def run_row(row: Row, device: torch.device, *, steps: int, rehearse: bool = False) -> dict[str, Any]:
     """Measure one row in this process."""
-    result: dict[str, Any] = {"row": row.name, "model": row.model, "method": f"LoRA r{row.rank}"}
+    result: dict[str, Any] = {"row": row.name, "model": row.model, "method": f"{row.method} r{row.rank}"}
     result |= {"resolution": row.resolution, "batch": row.batch, "outcome": "measured", "torch": torch.__version__}
     result["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as folder:
@@ -231,19 +233,17 @@ def rehearse_peak(row: Row) -> int:
 def build_random_run(config: Any, device: torch.device) -> Any:
     """The run that `sfumato train` would build, with random weights instead of those of the files."""
     from sfumato.formats.checkpoint import HeaderFile
+    from sfumato.parallel.single import Single
     from sfumato.plan import make_run_plan
-    from sfumato.training import setup_run
+    from sfumato.training import plan_report
+    from sfumato.training.setup_run import build_run
 
     def make_plan(config: Any, *, processes: int) -> Any:
         plan = make_run_plan(config, processes=processes)
         return replace(plan, blueprint=plan.blueprint.without_weights())
 
-    with (
-        patch.object(HeaderFile, "read", read_random),
-        patch.object(setup_run, "make_run_plan", make_plan),
-        patch.object(setup_run, "device_of", lambda _: device),
-    ):
-        run = setup_run.build_run(config)
+    with patch.object(HeaderFile, "read", read_random), patch.object(plan_report, "make_run_plan", make_plan):
+        run = build_run(config, Single(device))
     assert run is not None
     return run
 
@@ -268,18 +268,26 @@ def read_random(
 def measure_steps(config: Any, device: torch.device, *, steps: int) -> dict[str, Any]:
     """Times and memory of steps after the warm-up, and the arithmetic of one."""
     from sfumato.train import train_step
+    from sfumato.training.follow import follow_step
+    from sfumato.training.prefetch import prefetch
 
     run = build_random_run(config, device)
+
+    def take(step: Any) -> Any:
+        result = train_step(run, step)
+        follow_step(run, step, result, run.method.after_step())
+        return result.loss
+
     with run.output_lock, run.hub, run.metrics:
-        planned = run.loader.steps()
+        planned = prefetch(run, 0)
         for step in islice(planned, WARM_UP):
-            result = train_step(run, step)
+            loss = take(step)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         marks = [mark_time(device)]
         for step in islice(planned, steps):
-            result = train_step(run, step)
+            loss = take(step)
             marks.append(mark_time(device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -287,9 +295,7 @@ def measure_steps(config: Any, device: torch.device, *, steps: int) -> dict[str,
         memory = read_memory(device)
         flops = count_flops(run, next(planned))
         planned.close()
-    return (
-        describe_steps(times, config.value("train_batch_size"), flops, device) | memory | {"loss": float(result.loss)}
-    )
+    return describe_steps(times, config.value("train_batch_size"), flops, device) | memory | {"loss": float(loss)}
 
 
 def mark_time(device: torch.device) -> Any:

@@ -15,8 +15,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from sfumato.parallel import start
 from sfumato.train import train_step
-from sfumato.training import setup_run
+from sfumato.training.follow import follow_step
+from sfumato.training.prefetch import prefetch
 from sfumato.training.run import Run
 from toy_runs import SEVERAL_TOKENS, build_toy_run, train_toy
 
@@ -62,7 +64,7 @@ def on_device(device: torch.device) -> Iterator[None]:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        with patch.object(setup_run, "device_of", lambda _: device):
+        with patch.object(start, "choose_device", lambda *_: device):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
@@ -87,7 +89,7 @@ def take_first_step(device: torch.device, toy: Toy, images: Path, output: Path, 
             values = torch.randn(parameter.shape, generator=generator) * 0.05
             parameter.data.copy_(values.to(parameter))
     with on_device(device), run.output_lock:
-        result = train_step(run, next(run.loader.steps()))
+        result = train_step(run, next(prefetch(run, 0)))
     names = {id(parameter): name for name, parameter in run.method.modules.named_parameters()}
     gradients = {
         names[id(parameter)]: parameter.grad.detach().cpu().float()
@@ -98,11 +100,14 @@ def take_first_step(device: torch.device, toy: Toy, images: Path, output: Path, 
     return StepFacts(loss=float(result.loss), gradients=gradients)
 
 
-def take_steps(run: Run, count: int, start: int = 0) -> None:
-    """Steps of a run's loop, without what surrounds them."""
-    for step in islice(run.loader.steps(start), count):
-        train_step(run, step)
+def take_steps(run: Run, count: int, first_step: int = 0) -> None:
+    """Steps of a run's loop with all that comes at every step; at the end nothing is waited for."""
+    for step in islice(prefetch(run, first_step), count):
+        result = train_step(run, step)
+        curves = run.method.after_step()
+        run.ema.update()
         run.complete_step(step.index + 1)
+        follow_step(run, step, result, curves)
 
 
 @contextmanager
