@@ -267,19 +267,19 @@ def read_random(
 
 def measure_steps(config: Any, device: torch.device, *, steps: int) -> dict[str, Any]:
     """Times and memory of steps after the warm-up, and the arithmetic of one."""
-    from sfumato.train import train_step
+    from sfumato.training.prefetch import prefetch
 
     run = build_random_run(config, device)
     with run.output_lock, run.hub, run.metrics:
-        planned = run.loader.steps()
+        planned = prefetch(run, 0)
         for step in islice(planned, WARM_UP):
-            result = train_step(run, step)
+            result = take_step(run, step)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         marks = [mark_time(device)]
         for step in islice(planned, steps):
-            result = train_step(run, step)
+            result = take_step(run, step)
             marks.append(mark_time(device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -290,6 +290,17 @@ def measure_steps(config: Any, device: torch.device, *, steps: int) -> dict[str,
     return (
         describe_steps(times, config.value("train_batch_size"), flops, device) | memory | {"loss": float(result.loss)}
     )
+
+
+def take_step(run: Any, step: Any) -> Any:
+    """As the loop takes one, so that the host is never more than one step ahead."""
+    from sfumato.train import train_step
+    from sfumato.training.follow import follow_step
+
+    result = train_step(run, step)
+    run.complete_step(step.index + 1)
+    follow_step(run, step, result, run.method.after_step())
+    return result
 
 
 def mark_time(device: torch.device) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sfumato.train import train_step
 from sfumato.training import setup_run
+from sfumato.training.follow import follow_step
+from sfumato.training.prefetch import prefetch
 from sfumato.training.run import Run
 from toy_runs import SEVERAL_TOKENS, build_toy_run, train_toy
 
@@ -99,10 +101,13 @@ def take_first_step(device: torch.device, toy: Toy, images: Path, output: Path, 
 
 
 def take_steps(run: Run, count: int, start: int = 0) -> None:
-    """Steps of a run's loop, without what surrounds them."""
-    for step in islice(run.loader.steps(start), count):
-        train_step(run, step)
+    """Steps of a run's loop, without saves, previews and validation."""
+    for step in islice(prefetch(run, start), count):
+        result = train_step(run, step)
+        curves = run.method.after_step()
+        run.ema.update()
         run.complete_step(step.index + 1)
+        follow_step(run, step, result, curves)
 
 
 @contextmanager
