@@ -231,8 +231,10 @@ def rehearse_peak(row: Row) -> int:
 def build_random_run(config: Any, device: torch.device) -> Any:
     """The run that `sfumato train` would build, with random weights instead of those of the files."""
     from sfumato.formats.checkpoint import HeaderFile
+    from sfumato.parallel.single import Single
     from sfumato.plan import make_run_plan
-    from sfumato.training import setup_run
+    from sfumato.training import plan_report
+    from sfumato.training.setup_run import build_run
 
     def make_plan(config: Any, *, processes: int) -> Any:
         plan = make_run_plan(config, processes=processes)
@@ -240,10 +242,9 @@ def build_random_run(config: Any, device: torch.device) -> Any:
 
     with (
         patch.object(HeaderFile, "read", read_random),
-        patch.object(setup_run, "make_run_plan", make_plan),
-        patch.object(setup_run, "device_of", lambda _: device),
+        patch.object(plan_report, "make_run_plan", make_plan),
     ):
-        run = setup_run.build_run(config)
+        run = build_run(config, Single(device))
     assert run is not None
     return run
 

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from sfumato.parallel import start as parallel_start
 from sfumato.train import train_step
-from sfumato.training import setup_run
 from sfumato.training.follow import follow_step
 from sfumato.training.prefetch import prefetch
 from sfumato.training.run import Run
@@ -64,7 +64,7 @@ def on_device(device: torch.device) -> Iterator[None]:
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        with patch.object(setup_run, "device_of", lambda _: device):
+        with patch.object(parallel_start, "choose_device", lambda *_: device):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
