@@ -10,7 +10,7 @@ import torch
 
 import sfumato.training.outcomes as outcomes
 from families.toys import ToyShelf
-from sfumato.memory.device_memory import FreeMemory, read_free_memory, take_peak_memory
+from sfumato.memory.device_memory import FreeMemory, forget_peak_memory, read_free_memory, read_peak_memory
 from sfumato.training.outcomes import Outcome
 from sfumato.training.run_state import RunState
 from toy_runs import make_images, read_metrics, train_toy
@@ -70,8 +70,10 @@ def test_what_a_gpu_says_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda of: calls.append(of) or 5)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda of: (3, 8))
-    assert take_peak_memory(device) == 5
+    assert read_peak_memory(device) == 5
+    forget_peak_memory(device)
     assert calls == [device, device]
     assert read_free_memory(device) == FreeMemory(free=3, total=8)
-    assert take_peak_memory(torch.device("cpu")) is None
+    forget_peak_memory(torch.device("cpu"))
+    assert read_peak_memory(torch.device("cpu")) is None
     assert read_free_memory(torch.device("cpu")) is None

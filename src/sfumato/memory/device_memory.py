@@ -14,13 +14,14 @@ class FreeMemory(NamedTuple):
     total: int
 
 
-def take_peak_memory(device: torch.device) -> int | None:
-    """The most bytes that tensors took since the last call; None where that is not counted."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+def read_peak_memory(device: torch.device) -> int | None:
+    """The most bytes that tensors took, since `forget_peak_memory`; None where that is not counted."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def read_free_memory(device: torch.device) -> FreeMemory | None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from sfumato.data.batch import Batch
 from sfumato.data.loader import Step
 from sfumato.loss import SampleLosses
-from sfumato.memory.device_memory import read_free_memory, take_peak_memory
+from sfumato.memory.device_memory import forget_peak_memory, read_free_memory, read_peak_memory
 from sfumato.memory.spill import SpillWatch
 from sfumato.memory.transfer import Fetched, Moment, Transfer
 from sfumato.plan import RunPlan
@@ -62,7 +62,7 @@ class Outcome:
     asked: Moment  # for its data
     started: Moment
     ended: Moment
-    peak_memory: int | None  # bytes, since the step before
+    peak_memory: int | None  # bytes, since the networks were loaded
 
     @cached_property
     def numbers(self) -> dict[str, Tensor]:
@@ -122,6 +122,7 @@ class Outcomes:
         self.check = TrainingCheck(optimizer)
         self.spill = SpillWatch()
         self.pending: Outcome | None = None
+        forget_peak_memory(device)
         self.asked = self.started = self.transfer.mark()
 
     def mark_asked(self) -> None:
@@ -151,7 +152,7 @@ class Outcomes:
             asked=self.asked,
             started=self.started,
             ended=ended,
-            peak_memory=take_peak_memory(self.transfer.device),
+            peak_memory=read_peak_memory(self.transfer.device),
         )
 
     def find_spill(self, outcome: Outcome) -> str:
