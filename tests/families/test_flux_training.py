@@ -114,7 +114,7 @@ def test_verbose_lists_the_rank_of_every_layer(
         "img_in": 1, "vector_in_in_layer": 6, "txt_in": 7,
     }  # fmt: skip
     for name, rank in expected.items():
-        assert f"lora_unet_{name}: rank {rank}, alpha 1, learning rate 0.001 (denoiser)" in output, name
+        assert f"lora_unet_{name}: LoRA, rank {rank}, alpha 1, learning rate 0.001 (denoiser)" in output, name
     for name in ("txt_mod_lin", "time_in", "guidance_in"):
         assert name not in output
 

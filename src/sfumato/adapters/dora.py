@@ -63,6 +63,7 @@ class DoRA(Adapter):
         super().__init__(inner.group)
         self.inner = inner
         self.on_output = on_output
+        self._factors: dict[int, Tensor] = {}
         self.alpha = inner.alpha
         self.plus_params = inner.plus_params
         with torch.no_grad():
@@ -117,7 +118,15 @@ class DoRA(Adapter):
         return self.group.layers[i].weight.float() + self.inner.delta(i).float()
 
     def _find_factor(self, i: int) -> Tensor:
-        """m / |W + D| for the i-th layer: (rows, 1, ...) or (1, columns, ...)."""
+        """m / |W + D| for the i-th layer: (rows, 1, ...) or (1, columns, ...); of a frozen adapter computed once."""
+        if not self.dora_scale.requires_grad and i in self._factors:
+            return self._factors[i]
+        factor = self._divide(i)
+        if not self.dora_scale.requires_grad:
+            self._factors[i] = factor.detach()
+        return factor
+
+    def _divide(self, i: int) -> Tensor:
         scale = self.group.take_rows(self.dora_scale, i) if self.on_output else self.dora_scale
         return scale / (self._measure_changed(i) + EPS)
 
