@@ -203,7 +203,7 @@ def judge_failure(moment: Moment, ended: Ended, output: Path, straight: Mapping)
     last = (ended.messages[other].splitlines() or [""])[-1]
     if ended.timed_out:
         return "a process hangs"
-    if "Traceback" in ended.messages[other] or "frame #" in ended.messages[other]:  # Python's or C++'s
+    if "Traceback" in ended.messages[other]:
         return "a traceback of the other process: " + ended.messages[other][-300:]
     if ended.codes == [0, 0]:
         return "" if equal_tensors(read_weights(output), straight) else "it ended otherwise"
