@@ -78,7 +78,7 @@ fuzz: setup
 curves: setup
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/curves.py $(if $(WRITE),--write)
 
-# Two processes are asked to stop at so many random moments: make stops MOMENTS=40
+# Two processes are asked to stop, fail or are killed, each at so many random moments: make stops MOMENTS=40
 stops: setup
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/training/stop_moments.py $(or $(MOMENTS),40)
 

@@ -51,9 +51,11 @@ def run_both(act: Callable[[int], Any]) -> list[Any]:
 def meet_both(act: Callable[[Meetings], Any]) -> list[Any]:
     """act(meetings) in both; an error in one is announced, so that the other does not wait."""
     store = HashStore()
+    both: list[Meetings] = []  # until both are done: whoever is gone counts as dead
 
     def meet(rank: int) -> Any:
         meetings = Meetings(store, rank=rank, processes=2, main_host="127.0.0.1")
+        both.append(meetings)
         done = False
         try:
             result = act(meetings)
@@ -63,7 +65,10 @@ def meet_both(act: Callable[[Meetings], Any]) -> list[Any]:
             if not done:
                 meetings.announce_failure()
 
-    return run_both(meet)
+    found = run_both(meet)
+    for meetings in both:
+        meetings.close()
+    return found
 
 
 def run_strategies(act: Callable[[AllReduce], Any]) -> list[Any]:

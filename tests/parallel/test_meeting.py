@@ -8,6 +8,7 @@ import socket
 import time
 from typing import Any
 
+import pytest
 from torch.distributed import HashStore
 
 from parallel.pairs import meet_both, run_both
@@ -55,16 +56,18 @@ def test_a_failure_ends_the_waiting_of_others() -> None:
     assert failing == "nobody waits any more"
 
 
-def test_whoever_ends_in_silence_is_noticed() -> None:
+@pytest.mark.parametrize("silent", [0, 1])
+def test_whoever_ends_in_silence_is_noticed(silent: int) -> None:
     def end(meetings: Meetings) -> Any:
-        if meetings.rank == 0:
+        if meetings.rank == silent:
             meetings.close()
             return None
         return meetings.exchange(None)
 
-    _, waiting = meet_both(end)
+    waiting = meet_both(end)[1 - silent]
     assert isinstance(waiting, UserError)
     assert waiting.code == "process-lost"
+    assert f"process {silent}" in str(waiting)
 
 
 def test_who_has_come_to_the_last_meeting_may_be_gone() -> None:

@@ -178,3 +178,7 @@ def test_features_in_memory_are_bound_by_bytes(toy_shelf: ToyShelf, events: list
         loads.append(events.count("+clip"))
     assert loads == [1, 1, 0, 1, 0, 1]
     assert not model.parts["clip"].is_loaded
+    text.remember("clip", "a cat", features, weighted=False, negative=False)  # again: it counts once
+    events.clear()
+    text.encode("clip", ["a bird", "a cat"])
+    assert not events

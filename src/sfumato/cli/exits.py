@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from io import TextIOWrapper
 
+from sfumato.common.quiet_imports import silence_lost_stores
 from sfumato.common.stop_signals import INTERRUPTED, INTERRUPTED_LINE, handle_stop_signals, raise_interrupt
 from sfumato.errors import InternalError, SeveralErrors, UserError
 
@@ -20,6 +21,7 @@ def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
     debug: show the traceback of what the user can fix, too.
     """
     print_every_letter()
+    silence_lost_stores()
     try:
         with handle_stop_signals(raise_interrupt):
             return run() or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,14 @@ def without_bitsandbytes() -> Iterator[None]:
         yield
     finally:
         del modules["bitsandbytes"]
+
+
+def silence_lost_stores() -> None:
+    """Keep torch from printing C++ stack frames where another process of a run has ended; call before importing torch.
+
+    The run itself says so in one line. Whoever sets the variable sees them.
+    """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def silence_bitsandbytes() -> None:

@@ -56,7 +56,9 @@ NO_DDP_WRAPPER = "gradients are reduced after backward, without DistributedDataP
 class ProcessOptions(Options):
     """Several devices"""
 
-    ddp_timeout: int | None = option(None, "minutes that a process waits for the others", ge=1)
+    ddp_timeout: int | None = option(
+        None, "minutes that processes wait for each other to start and within a step", ge=1
+    )
     ddp_gradient_as_bucket_view: bool = option(
         False, "gradients are views of the communication buffers", no_effect=NO_DDP_WRAPPER
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from sfumato.common.stop_signals import handle_stop_signals
 from sfumato.errors import UserError
 from sfumato.parallel.base import ParallelStrategy, ProcessFailed, name_device
 from sfumato.parallel.gradient_sum import Facts, sum_gradients
@@ -34,8 +35,9 @@ class AllReduce(ParallelStrategy):
     ) -> None:
         try:
             if error is None:
-                self.meetings.leave()
-                distributed.destroy_process_group()
+                with handle_stop_signals(self.request_stop):  # all is done, the others only have to come
+                    self.meetings.leave()
+                    distributed.destroy_process_group()
             elif not isinstance(error, ProcessFailed):
                 with contextlib.suppress(ProcessFailed):  # the error that ends this process is the other one
                     self.meetings.announce_failure()

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sfumato.common.stop_signals import raise_interrupt
 from sfumato.errors import UserError
 
 _T = TypeVar("_T")
@@ -55,7 +56,9 @@ class ParallelStrategy(ABC):
         """Whether to stop after this step; the same in all processes."""
 
     def request_stop(self) -> None:
-        """All processes learn of it with their next sum or meeting."""
+        """What a signal does: all processes learn of it with their next sum or meeting; the second ends this one."""
+        if self.stop_requested:
+            raise_interrupt()
         self.stop_requested = True
 
     @abstractmethod

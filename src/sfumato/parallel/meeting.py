@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
@@ -28,13 +28,17 @@ class Meetings:
         self.count = 0
         self.watch = Watch((), rank)
         self.lifeline = Lifeline(main_host, processes)
-        addresses: list[Address] = [(host, port) for host, port in self.exchange(self.lifeline.address)]
-        self.watch = Watch(addresses, rank)
-        self.exchange(None)  # from here on each is seen by all
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            addresses: list[Address] = [(host, port) for host, port in self.exchange(self.lifeline.address)]
+            self.watch = Watch(addresses, rank)
+            self.exchange(None)  # from here on each is seen by all
+            undo.pop_all()
 
     def exchange(self, value: Any) -> list[Any]:
         """Wait until every process is at this meeting; gives the values of all, by rank."""
         keys = [f"meeting {self.count} of {rank}" for rank in range(self.processes)]
+        self._list_ended()
         with lost_store():
             self.store.set(keys[self.rank], json.dumps(value))
             self._wait(lambda: self.store.check(keys))
@@ -46,12 +50,13 @@ class Meetings:
 
     def announce_failure(self) -> None:
         """Whoever waits at a meeting, now or later, ends with ProcessFailed."""
+        self._list_ended()
         with lost_store():
             self.store.set(FAILED, str(self.rank))
 
     def has_audience(self) -> bool:
         """Whether a process may still come to what this one takes part in; all others have left where not."""
-        ended = set(self.watch.list_ended())
+        ended = self._list_ended()
         others = [rank for rank in range(self.processes) if rank != self.rank]
         with lost_store():
             return not all(rank in ended or self.store.check([left_key(rank)]) for rank in others)
@@ -72,23 +77,41 @@ class Meetings:
     def _wait(self, over: Callable[[], bool]) -> None:
         """Until `over()`, looking now and then, so that signals are received."""
         pause = FIRST_PAUSE
-        while not over():
-            ended = self.watch.list_ended()  # before the look at what they may have announced
-            if over():
-                return
-            if self.store.check([FAILED]):
-                self._give_up(int(self.store.get(FAILED)), "process-failed", "failed")
-            if ended:
-                self._give_up(ended[0], "process-lost", "ended")
+        while not self._is_over(over):
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _give_up(self, rank: int, code: str, what: str) -> None:
-        self.store.set(left_key(self.rank), "")
-        raise ProcessFailed(f"process {rank} of this run has {what}", code=code, fix=SEE_OTHERS)
+    def _is_over(self, over: Callable[[], bool]) -> bool:
+        """One look. A process that has ended may have come here, or announced why it ends, before that."""
+        ended = self._list_ended()
+        if over():
+            return True
+        failed = self.store.get(FAILED).decode() if self.store.check([FAILED]) else ""
+        if failed or ended:
+            self.store.set(left_key(self.rank), "")
+            raise make_failed_error(int(failed)) if failed else make_lost_error(ended[0])
+        return False
+
+    def _list_ended(self) -> list[int]:
+        """The ranks of processes that have ended, before the store is asked.
+
+        ProcessFailed where that is process 0: the store may have been there, of whose loss torch speaks at length.
+        """
+        ended = self.watch.list_ended()
+        if 0 in ended:
+            raise make_lost_error(0)
+        return ended
 
 
 SEE_OTHERS = "its own last message says why; --debug shows what this process saw"
+
+
+def make_failed_error(rank: int) -> ProcessFailed:
+    return ProcessFailed(f"process {rank} of this run has failed", code="process-failed", fix=SEE_OTHERS)
+
+
+def make_lost_error(rank: int) -> ProcessFailed:
+    return ProcessFailed(f"process {rank} of this run has ended", code="process-lost", fix=SEE_OTHERS)
 
 
 def left_key(rank: int) -> str:

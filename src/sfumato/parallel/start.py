@@ -6,16 +6,11 @@ import os
 from datetime import timedelta
 
 import torch
-from torch import distributed
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from sfumato.common.stop_signals import stop_blocked_calls
 from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
-from sfumato.parallel.all_reduce import AllReduce
 from sfumato.parallel.base import ParallelStrategy
-from sfumato.parallel.meeting import Meetings
 from sfumato.parallel.single import Single
 
 
@@ -27,30 +22,12 @@ def start_parallel(timeout_minutes: int | None = None) -> ParallelStrategy:
     launch = read_launch()
     if launch.processes == 1:
         return Single(choose_device())
+    from sfumato.parallel.join import join_processes  # not every build of torch has what several processes need
+
     device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = None if timeout_minutes is None else timedelta(minutes=timeout_minutes)
     with stop_blocked_calls():  # others may never come
-        store = join_processes(device, timeout)
-        main_host = os.environ.get("MASTER_ADDR", "localhost")
-        meetings = Meetings(store, rank=launch.rank, processes=launch.processes, main_host=main_host)
-    return AllReduce(meetings, device)
-
-
-def join_processes(device: torch.device, timeout: timedelta | None) -> Store:
-    """Begin torch's process group; gives the store of meetings. timeout: None for torch's own limits."""
-    try:
-        store, rank, processes = next(rendezvous("env://", timeout=timeout or distributed.default_pg_timeout))
-    except (ValueError, RuntimeError) as error:  # torch's own errors of stores are of the second class
-        raise UserError(
-            f"the processes of this launch did not find each other: {error}",
-            code="processes-not-joined",
-            fix="launch with torchrun --nproc_per_node N, and on several machines give all the same address and port",
-        ) from error
-    backend = "nccl" if device.type == "cuda" and distributed.is_nccl_available() else "gloo"
-    distributed.init_process_group(
-        backend, store=PrefixStore("sums", store), rank=rank, world_size=processes, timeout=timeout
-    )
-    return PrefixStore("meetings", store)
+        return join_processes(launch, device, timeout)
 
 
 def choose_device(local_rank: int | None = None) -> torch.device:

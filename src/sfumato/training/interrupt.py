@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sfumato.common.stop_signals import handle_stop_signals, raise_interrupt
+from sfumato.common.stop_signals import handle_stop_signals
 from sfumato.parallel.base import ParallelStrategy
 
 log = logging.getLogger(__name__)
@@ -17,8 +17,6 @@ def interruptible(parallel: ParallelStrategy) -> Iterator[None]:
     """Turn SIGINT and SIGTERM into a request that the loop reads between steps."""
 
     def request_stop() -> None:
-        if parallel.stop_requested:
-            raise_interrupt()
         parallel.request_stop()
         log.warning("stopping after this step and saving the state; once more to stop at once")
 
