@@ -21,7 +21,7 @@ from sfumato.families.base import Family
 from sfumato.memory.rehearsal.meter import LiveTensor
 from sfumato.methods.adapter import AdapterMethod
 from sfumato.plan import RunPlan, make_run_plan
-from sfumato.tools.rehearsal_data import keep_largest_batch
+from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_stages import STEP, Stage, format_stages
 from sfumato.tools.rehearse import ALLOWANCE, describe_fit, rehearse_plan
 from sfumato.training import validation
@@ -198,7 +198,7 @@ def test_the_largest_batch():
     """Of the bucket whose fullest batch has most pixels: with few images that need not be the largest bucket."""
     data = make_plan([[(1, 5), (3, 1)], [(2, 2)]], batch_size=4)
     sizes = {size: min(count, 4) * size[0] * size[1] for size, count in data.datasets[0].buckets.items()}
-    kept = keep_largest_batch(data)
+    kept = keep_largest_batches(data, accumulation=1)
     assert len(kept.datasets) == 1
     ((size, count),) = kept.buckets.items()
     assert (count, count * size[0] * size[1]) == (4, max(sizes.values()))
