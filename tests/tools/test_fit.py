@@ -18,6 +18,7 @@ from sfumato.common.text import GIB
 from sfumato.config import Config, load_config
 from sfumato.errors import Problems
 from sfumato.memory.measures import MEASURES
+from sfumato.memory.rehearsal.backend import register_backend
 from sfumato.methods.model_plan import plan_model
 from sfumato.plan import make_run_plan
 from sfumato.tools.fit import find_levels
@@ -189,6 +190,12 @@ def test_a_published_run_leaves_no_paths_behind(tmp_path, monkeypatch):
     assert "pretrained_model_name_or_path" not in text
 
 
+def test_it_needs_what_a_rehearsal_needs(codes, monkeypatch):
+    monkeypatch.setattr("sfumato.memory.rehearsal.backend.is_supported", lambda: False)
+    assert main(["plan", "--fit", "12GB", "--published", "sd15", "--network_dim", "8"]) == 2
+    assert codes == ["rehearsal-torch-too-old"]
+
+
 class TestBound:
     def test_by_hand(self, toy_shelf, images):
         """Full training: float32 weights, gradients, two moments; the encoders in bfloat16; the autoencoder is gone."""
@@ -229,6 +236,7 @@ class TestBound:
         options = {"method": method, "cache_latents": True, "mixed_precision": "bf16", "gradient_checkpointing": True}
         options |= {"network_dim": None} if method == "full" else {"network_train_unet_only": True}
         config = load_toy(toy_shelf, images, family, **options)
+        register_backend()
         series = TrialSeries(config=config, available=GIB, choices=[])
         needed = series.rehearse(()).peak
         assert 0 < bound_run(config).peak <= needed

@@ -98,7 +98,9 @@ def check_rehearsal_options(options: PlanOptions, line: CommandLine) -> None:
     if not options.rehearses:
         given = {"--published": options.published, "--device": options.device, "--json": options.json_file}
         for flag in (flag for flag, value in given.items() if value is not None):
-            problems.add(f"{flag} only goes with --rehearse", code="plan-option-without-rehearse", fix="add --rehearse")
+            problems.add(
+                f"{flag} only goes with --rehearse or --fit", code="plan-option-without-rehearse", fix="add --rehearse"
+            )
     elif (processes := read_launch().processes) > 1:
         problems.add(
             f"a rehearsal is for one GPU, and {processes} processes were launched; each GPU of a run holds the same",

@@ -26,6 +26,7 @@ from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_run import make_staged_run
 from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder
 from sfumato.tools.rehearse import cache_in_memory, evaluate, rehearse_plan, write_output
+from sfumato.track.guard import Guard
 from sfumato.train import train_step
 from sfumato.training.processes import device_of, start_processes
 from sfumato.training.run import Run
@@ -74,7 +75,10 @@ def show_dry_run(config: Config) -> None:
         )
     config = config.with_values({"resume": None})
     plan = show_plan(config)
-    predicted = rehearse_plan(plan) if is_supported() else []
+    predicted: list[Stage] = []
+    if is_supported():
+        with Guard().survive("rehearsing this run", then=""):
+            predicted = rehearse_plan(plan)
     meter = DeviceMeter(device_of(start_processes()))
     stages = take_dry_run(make_run_plan(config, processes=1, remember=False), meter)  # a method serves one run
     print("\n".join(format_dry_run(stages, predicted, meter)))
@@ -144,4 +148,4 @@ def format_dry_run(stages: Sequence[Stage], predicted: Sequence[Stage], meter: D
         yield f"{stage.name:{width}}  {stage.seconds:7.1f}  {rehearsed:>12}  {measured:>11}"
     if not meter.measures_memory:
         yield "nothing measures the peak of memory on the CPU; what was rehearsed is for a GPU"
-    yield "the step, its preview and its save work; nothing was written"
+    yield "every stage works, and nothing is left of them"

@@ -12,6 +12,7 @@ from sfumato.config import Config
 from sfumato.config.write import write_options
 from sfumato.errors import UserError
 from sfumato.memory.measures import Values
+from sfumato.memory.rehearsal.backend import register_backend
 from sfumato.plan import RunPlan
 from sfumato.tools.fit_search import Levels, find_fastest
 from sfumato.tools.fit_trials import Choice, TrialSeries, list_choices
@@ -45,7 +46,8 @@ def show_fit(plan: RunPlan, config: Config, *, memory: int, apply: Path | None, 
 
 
 def make_series(plan: RunPlan, config: Config, available: int) -> TrialSeries:
-    """The trials to come; prints what cannot be tried."""
+    """The trials to come; prints what cannot be tried. Raises UserError where nothing can be rehearsed."""
+    register_backend()
     print(
         f"{(available + ALLOWANCE) / GB:.2f} GB on the card, of which {ALLOWANCE / GB:.2f} GB are set aside for CUDA "
         "itself, workspaces and fragmentation, which no rehearsal sees"

@@ -11,9 +11,9 @@ import torch
 
 from sfumato.config import Config
 from sfumato.config.rules import broken_rules
-from sfumato.errors import Problems, UserError
+from sfumato.errors import Problems, SeveralErrors, UserError
 from sfumato.memory.measures import MEASURES, MemoryMeasure, Values
-from sfumato.memory.rehearsal.backend import DEVICE_TYPE, register_backend
+from sfumato.memory.rehearsal.backend import DEVICE_TYPE
 from sfumato.methods.model_plan import plan_model
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.fit_search import Levels, is_within
@@ -109,8 +109,7 @@ def describe_level(choice: Choice, level: int) -> str:
 
 
 def bound_run(config: Config) -> Trial:
-    """From file headers alone, in less than a second."""
-    register_backend()
+    """From file headers alone, in less than a second. The rehearsal device is registered."""
     problems = Problems()
     model = plan_model(config, problems)
     problems.raise_all()
@@ -137,6 +136,8 @@ def find_obstacle(plan: RunPlan, config: Config, values: Values) -> str:
         return conflicts[0]
     try:
         other = make_run_plan(changed, processes=1, remember=False)
+    except SeveralErrors as errors:
+        return errors.errors[0].what
     except UserError as error:
         return error.what
     if [(part.part, part.parameters) for part in other.parts] != [(part.part, part.parameters) for part in plan.parts]:

@@ -6,6 +6,7 @@ result is remembered beside the dataset index for as long as nothing changes tha
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 
@@ -70,9 +71,14 @@ def refuse_above(peak: MemoryBound, total: int, verb: str) -> None:
         raise UserError(
             f"the GPU has {total / GB:.2f} GB, and this run {verb} {peak.size / GB:.2f} GB ({peak.stage})",
             code="run-exceeds-gpu",
-            fix=f"`sfumato plan --fit {total / GIB:.0f}GB` with the same options finds what fits; --no_memory_check "
+            fix=f"`sfumato plan --fit {name_card(total)}` with the same options finds what fits; --no_memory_check "
             "starts the run nevertheless",
         )
+
+
+def name_card(total: int) -> str:
+    """The memory as --fit takes it, never more than there is."""
+    return f"{math.floor(total / GIB * 10) / 10:g}GB"
 
 
 def warn_above(peak: MemoryBound, total: int) -> None:
@@ -80,7 +86,7 @@ def warn_above(peak: MemoryBound, total: int) -> None:
         show(
             f"warning: of the GPU's {total / GB:.2f} GB this run needs {peak.size / GB:.2f} GB ({peak.stage}), and "
             f"CUDA itself, workspaces and fragmentation about {ALLOWANCE / GB:.2f} GB more: it may run out of memory "
-            f"(`sfumato plan --fit {total / GIB:.0f}GB` finds what fits)"
+            f"(`sfumato plan --fit {name_card(total)}` finds what fits)"
         )
 
 
