@@ -110,7 +110,8 @@ def test_the_table():
     lines = list(format_dry_run(measured, predicted, DeviceMeter(torch.device("cuda"))))
     assert lines[1].split() == ["first", "step", "1.2", "-", "2.10"]
     assert lines[2].split() == ["training", "step", "1.2", "2.50", "2.60"]
-    assert len(lines) == 4
+    assert len(lines) == 5
+    assert "--sample_prompts" in lines[3]
 
 
 def test_it_is_for_one_process(codes, monkeypatch, toy_shelf, images, tmp_path):

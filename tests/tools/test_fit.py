@@ -16,7 +16,7 @@ from rehearsing import needs_rehearsal
 from sfumato.cli.main import main
 from sfumato.common.text import GIB
 from sfumato.config import Config, load_config
-from sfumato.errors import Problems
+from sfumato.errors import Problems, UserError
 from sfumato.memory.measures import MEASURES
 from sfumato.memory.rehearsal.backend import register_backend
 from sfumato.methods.model_plan import plan_model
@@ -25,6 +25,7 @@ from sfumato.tools.fit import find_levels
 from sfumato.tools.fit_search import Levels
 from sfumato.tools.fit_trials import Choice, Trial, TrialSeries, bound_run, list_choices
 from sfumato.tools.memory_bound import bound_memory
+from sfumato.tools.rehearsal_stages import Stage
 from sfumato.tools.rehearse import ALLOWANCE
 from toy_runs import make_arguments, make_images
 
@@ -70,11 +71,12 @@ class TestMeasures:
         config = load_toy(toy_shelf, images, "lumina", mixed_precision="bf16", gradient_checkpointing=True)
         assert list(list_names(config)) == ["cached latents 1", "cached text: not possible"]
 
-    def test_a_batch_size_in_the_dataset_file(self, toy_shelf, images, tmp_path):
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_a_batch_size_in_the_dataset_file(self, toy_shelf, images, tmp_path, batch_size):
+        """It takes precedence, so that accumulation alone would change; also where it is the smallest already."""
         path = tmp_path / "data.toml"
-        path.write_text(
-            f'[[datasets]]\nbatch_size = 2\n[[datasets.subsets]]\nimage_dir = "{(images / "2_cat").as_posix()}"\n'
-        )
+        folder = (images / "2_cat").as_posix()
+        path.write_text(f'[[datasets]]\nbatch_size = {batch_size}\n[[datasets.subsets]]\nimage_dir = "{folder}"\n')
         options = {"train_data_dir": None, "dataset_config": path, "train_batch_size": 2, "cache_latents": True}
         config = load_toy(toy_shelf, images, **options, mixed_precision="bf16", gradient_checkpointing=True)
         assert "smaller batches: not possible" in list(list_names(config))
@@ -159,6 +161,22 @@ def test_nothing_fits(toy_shelf, images, tmp_path, codes, capsys):
     needed, missing = re.findall(r"(\d+\.\d\d) GB", capsys.readouterr().err)
     assert float(missing) == pytest.approx((ALLOWANCE - 0.5 * GIB) / 1e9 + float(needed), abs=0.01)
     assert not new.exists()
+
+
+def test_the_least_is_told_from_bounds(toy_shelf, images):
+    """A bound of the run as it is may be below what the least set of measures needs."""
+    config = load_toy(toy_shelf, images, network_train_unet_only=True)
+    choice = Choice(name="some measure", measure=MEASURES.get("bfloat16"), levels=[{"mixed_precision": "bf16"}])
+    series = TrialSeries(config=config, available=2 * 10**9, choices=[choice])
+    stage = Stage(name="preview", peak=10**10, resident={}, largest=(), waits=())
+    series.trials |= {
+        (0,): Trial(peak=3 * 10**9, stage="training step"),
+        (1,): Trial(peak=10**10, stage="preview", stages=[stage]),
+    }
+    with pytest.raises(UserError) as error:
+        find_levels(series)
+    assert "some measure" in error.value.what
+    assert "10.00 GB (preview), 8.00 GB too much" in error.value.what
 
 
 @pytest.mark.parametrize(

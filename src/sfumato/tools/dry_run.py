@@ -146,6 +146,8 @@ def format_dry_run(stages: Sequence[Stage], predicted: Sequence[Stage], meter: D
         rehearsed = f"{peaks[stage.name] / GB:.2f}" if stage.name in peaks else "-"
         measured = f"{stage.peak / GB:.2f}" if meter.measures_memory else "-"
         yield f"{stage.name:{width}}  {stage.seconds:7.1f}  {rehearsed:>12}  {measured:>11}"
+    if all(stage.name != "preview" for stage in stages):
+        yield "no preview was made, since the run has no --sample_prompts"
     if not meter.measures_memory:
         yield "nothing measures the peak of memory on the CPU; what was rehearsed is for a GPU"
     yield "every stage works, and nothing is left of them"

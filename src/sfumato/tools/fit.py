@@ -75,10 +75,16 @@ def find_levels(series: TrialSeries) -> Levels:
 
 
 def make_nothing_fits_error(series: TrialSeries) -> UserError:
-    """Which set misses by least, by how much, and where."""
-    tried = {levels: trial for levels, trial in series.trials.items() if trial is not None}
-    levels = min(tried, key=lambda levels: tried[levels].peak)
-    trial = series.rehearse(levels) if tried[levels].is_bound else tried[levels]
+    """Which set misses by least, by how much, and where: by rehearsals alone, since a bound says too little."""
+    exact = {levels: trial for levels, trial in series.trials.items() if trial is not None and not trial.is_bound}
+    highest = tuple(len(choice.levels) for choice in series.choices)
+    if highest not in exact and series.trials[highest] is not None:
+        exact[highest] = series.rehearse(highest)
+    if not exact:
+        nothing = (0,) * len(series.choices)
+        exact[nothing] = series.rehearse(nothing)
+    levels = min(exact, key=lambda levels: exact[levels].peak)
+    trial = exact[levels]
     return UserError(
         f"nothing fits: the least, {series.name_levels(levels)}, needs {trial}, "
         f"{(trial.peak - series.available) / GB:.2f} GB too much",

@@ -142,7 +142,12 @@ def find_obstacle(plan: RunPlan, config: Config, values: Values) -> str:
         return error.what
     if [(part.part, part.parameters) for part in other.parts] != [(part.part, part.parameters) for part in plan.parts]:
         return "with it other parts would train"
-    sizes = {dataset.settings.batch_size for dataset in other.data.datasets}
-    if "train_batch_size" in values and sizes != {values["train_batch_size"]}:
+    if "train_batch_size" in values and not (has_option_batches(plan) and has_option_batches(other)):
         return "the dataset file sets batch_size"
     return ""
+
+
+def has_option_batches(plan: RunPlan) -> bool:
+    """Whether every dataset has the batch size of --train_batch_size, and none another from the dataset file."""
+    sizes = {dataset.settings.batch_size for dataset in plan.data.datasets}
+    return sizes == {plan.config.value("train_batch_size")}
