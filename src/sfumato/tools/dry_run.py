@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from sfumato.config import Config
 from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
+from sfumato.memory.device_memory import take_peak_memory
 from sfumato.memory.rehearsal.backend import is_supported
+from sfumato.parallel.start import choose_device
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.plan import show_plan
 from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_run import make_staged_run
 from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder
+from sfumato.tools.rehearsal_step import take_step
 from sfumato.tools.rehearse import cache_in_memory, evaluate, rehearse_plan, write_output
 from sfumato.track.guard import Guard
-from sfumato.train import train_step
-from sfumato.training.processes import device_of, start_processes
 from sfumato.training.run import Run
 
 FIRST_STEP = "first step"
@@ -50,14 +51,13 @@ class DeviceMeter:
 
     def start(self) -> None:
         self._wait()
-        if self.measures_memory:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        take_peak_memory(self.device)
         self.started = time.perf_counter()
 
     def finish(self, name: str, resident: Mapping[str, Sequence[Tensor]]) -> Stage:
         self._wait()
         seconds = time.perf_counter() - self.started
-        peak = torch.cuda.max_memory_allocated(self.device) if self.measures_memory else 0
+        peak = take_peak_memory(self.device) or 0
         return Stage(name=name, peak=peak, resident={}, largest=(), waits=(), seconds=seconds)
 
     def _wait(self) -> None:
@@ -79,7 +79,7 @@ def show_dry_run(config: Config) -> None:
     if is_supported():
         with Guard().survive("rehearsing this run", then=""):
             predicted = rehearse_plan(plan)
-    meter = DeviceMeter(device_of(start_processes()))
+    meter = DeviceMeter(choose_device())
     stages = take_dry_run(make_run_plan(config, processes=1, remember=False), meter)  # a method serves one run
     print("\n".join(format_dry_run(stages, predicted, meter)))
 
@@ -97,10 +97,8 @@ def take_dry_run(plan: RunPlan, meter: DeviceMeter) -> list[Stage]:
             data=keep_largest_batches(plan.data, accumulation=plan.config.loop.gradient_accumulation_steps),
         )
         run = make_staged_run(plan, recorder)
-        steps = run.loader.steps()
-        for name in (FIRST_STEP, STEP) if meter.measures_memory else (STEP,):
-            with recorder.stage(name):
-                train_step(run, next(steps))
+        for index, name in enumerate((FIRST_STEP, STEP) if meter.measures_memory else (STEP,)):
+            take_step(run, index, recorder.stage(name))
             check_step(run)
         evaluate(run, recorder)
         write_output(run, recorder, Path(folder))
@@ -114,9 +112,10 @@ def find_existing(folder: Path) -> Path:
 
 def check_step(run: Run) -> None:
     """Raise UserError where the step did not change what trains; warn of layers without a gradient."""
-    if run.nonfinite_guard.skipped:
+    guard = run.outcomes.guard
+    if guard.skipped:
         raise UserError(
-            f"the step gave a non-finite loss or gradient: {run.nonfinite_guard.reason}",
+            f"the step gave a non-finite loss or gradient: {guard.reason}",
             code="dry-run-nonfinite",
             fix="a lower --learning_rate, or --mixed_precision bf16 or no",
         )

@@ -55,7 +55,7 @@ def rehearse_plan(plan: RunPlan, *, saves: bool = True) -> list[Stage]:
     ):
         plan = replace(
             plan,
-            config=cache_in_memory(plan.config, cache_dir=Path(folder)).with_values({"compile": False, "profile": None}),
+            config=cache_in_memory(plan.config, cache_dir=Path(folder)).with_values({"compile": False}),
             data=keep_largest_batches(plan.data, accumulation=plan.config.loop.gradient_accumulation_steps),
             blueprint=plan.blueprint.without_weights(),
         )
@@ -89,10 +89,10 @@ def write_output(run: Run, recorder: StageRecorder, folder: Path) -> None:
 
 
 def cache_in_memory(config: Config, *, cache_dir: Path) -> Config:
-    """The same caches, but nothing is found in the user's own or written there."""
+    """The same caches, but nothing is found in the user's own or written there, and nothing is traced."""
     on_disk = {option: kind for option, kind in IN_MEMORY.items() if config.value(option)}
     caches = {**dict.fromkeys(on_disk, False), **dict.fromkeys(on_disk.values(), True)}
-    return config.with_values({**caches, "cache_dir": cache_dir})
+    return config.with_values({**caches, "cache_dir": cache_dir, "profile": None})
 
 
 def make_preview(run: Run, prompts: Path) -> None:
