@@ -22,7 +22,7 @@ OURS = {
     "ema_decay", "ema_sigma_rel", "ema_on_cpu", "evaluate_with_ema",
     "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
     "compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cache_size_limit",
-    "frozen_lora",
+    "frozen_lora", "dry_run", "memory_check",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows

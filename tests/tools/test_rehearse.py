@@ -21,7 +21,7 @@ from sfumato.families.base import Family
 from sfumato.memory.rehearsal.meter import LiveTensor
 from sfumato.methods.adapter import AdapterMethod
 from sfumato.plan import RunPlan, make_run_plan
-from sfumato.tools.rehearsal_data import keep_largest_batch
+from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_stages import STEP, Stage, format_stages
 from sfumato.tools.rehearse import ALLOWANCE, describe_fit, rehearse_plan
 from sfumato.training import validation
@@ -128,6 +128,16 @@ class TestStages:
         assert waits == ({"optim/skipping.py"} if "optimizer_type" in options else set())
 
     @pytest.mark.full
+    def test_accumulated_gradients_count(self, toy_shelf, images, tmp_path):
+        """They are there during the forward of the second batch; a third one needs no more."""
+        peaks: list[int] = []
+        for accumulation in (1, 2, 3):
+            options = FULL | {"cache_text_encoder_outputs": True, "gradient_accumulation_steps": accumulation}
+            plan = plan_toy(toy_shelf, "flux", images, tmp_path / str(accumulation), **options)
+            peaks.append(find_stage(rehearse_plan(plan), STEP).peak)
+        assert peaks[0] < peaks[1] == peaks[2]
+
+    @pytest.mark.full
     def test_checkpointing_needs_less(self, toy_shelf, images, tmp_path):
         peaks: list[int] = []
         for checkpointing in (False, True):
@@ -198,12 +208,21 @@ def test_the_largest_batch():
     """Of the bucket whose fullest batch has most pixels: with few images that need not be the largest bucket."""
     data = make_plan([[(1, 5), (3, 1)], [(2, 2)]], batch_size=4)
     sizes = {size: min(count, 4) * size[0] * size[1] for size, count in data.datasets[0].buckets.items()}
-    kept = keep_largest_batch(data)
+    kept = keep_largest_batches(data, accumulation=1)
     assert len(kept.datasets) == 1
     ((size, count),) = kept.buckets.items()
     assert (count, count * size[0] * size[1]) == (4, max(sizes.values()))
     repeated = [subset.repeats for subset in kept.datasets[0].subsets]
     assert sum(map(sum, repeated)) == 4
+
+
+def test_batches_of_a_step():
+    """Two show what accumulation needs; a bucket that is smaller than a batch makes no larger ones."""
+    data = make_plan([[(3, 1)]], batch_size=8)
+    for accumulation, batches in ((1, 1), (2, 2), (5, 2)):
+        kept = keep_largest_batches(data, accumulation=accumulation)
+        assert list(kept.buckets.values()) == [3 * batches]
+        assert kept.datasets[0].count_batches(processes=1) == batches
 
 
 def make_stages() -> Iterator[Stage]:

@@ -12,7 +12,7 @@ from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.common.text import EMPTY
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import CommandLine, read_command
+from sfumato.config.command import NO_DRY_RUN, CommandLine, read_command
 from sfumato.config.load import load_command_config
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         print(command_help("sfumato dataset cache", DatasetCacheOptions), end="")
         return 0
-    return run_cache_command(read_command(argv, DatasetCacheOptions))
+    return run_cache_command(read_command(argv, DatasetCacheOptions, absent=NO_DRY_RUN))
 
 
 def run_cache_command(line: CommandLine, *, kinds: Sequence[str] = (), defaults: Mapping[str, Any] = EMPTY) -> int:

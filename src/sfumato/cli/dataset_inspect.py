@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
-from sfumato.config.command import NO_PLAN, CommandLine, read_command
+from sfumato.config.command import NO_TRIALS, CommandLine, read_command
 from sfumato.config.load import load_command_config
 from sfumato.config.values import FilePath
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         print(command_help("sfumato dataset inspect", DatasetInspectOptions), end="")
         return 0
-    line = read_command(argv, DatasetInspectOptions, absent={"plan": NO_PLAN})
+    line = read_command(argv, DatasetInspectOptions, absent=NO_TRIALS)
     options = line.options(DatasetInspectOptions)
     config = make_inspect_config(line)
     from sfumato.tools.dataset_inspect import inspect_dataset

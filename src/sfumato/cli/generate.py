@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import NO_PLAN, read_command
+from sfumato.config.command import NO_TRIALS, read_command
 from sfumato.config.load import load_command_config
 from sfumato.config.prompts import MAX_IMAGE_SIDE, MAX_STEPS, Prompt, parse_line, read_prompts
 from sfumato.config.values import FilePath, FilePaths, Floats
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         print(command_help("sfumato generate", GenerateOptions, highlights=HIGHLIGHTS, aliases=ALIASES), end="")
         return 0
-    line = read_command(argv, GenerateOptions, aliases=ALIASES, absent={"plan": NO_PLAN})
+    line = read_command(argv, GenerateOptions, aliases=ALIASES, absent=NO_TRIALS)
     config = load_command_config(line, skip_rules=GENERATION_SKIPS)
     options = line.options(GenerateOptions)
     prompts = make_prompts(options, config)

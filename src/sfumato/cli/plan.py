@@ -1,4 +1,4 @@
-"""`sfumato plan`: what a run will do, before it does it; with --rehearse also how much memory each stage needs.
+"""`sfumato plan`: what a run will do, before it does it; also how much memory it needs, and what makes it need less.
 
 `sfumato train` and every script show the plan with --plan.
 """
@@ -17,8 +17,9 @@ from pydantic import PlainValidator
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import asks_for_help, training_help
 from sfumato.cli.train import is_silent, run_plan, write_output_config
+from sfumato.common.text import GIB
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import CommandLine, read_command
+from sfumato.config.command import NO_DRY_RUN, CommandLine, read_command
 from sfumato.config.environment import read_launch
 from sfumato.config.load import load_command_config
 from sfumato.config.values import FilePath
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "Shows what a run will do, before it does it. Every training command does the same with --plan."
 JSON_ALIASES = {"json": "json_file"}
-GIB = 2**30  # bytes; a "24 GB" card has 24 of them
 
 
 def parse_memory(text: Any) -> int:
@@ -48,13 +48,23 @@ class PlanOptions(Options):
     rehearse: bool = option(
         False, "run every stage once without a GPU and without weights, and list the memory that a GPU needs for it"
     )
+    fit: DeviceMemory | None = option(
+        None, "find the options with which a run fits the memory of a card and is fastest, by rehearsals"
+    )
+    apply: FilePath | None = option(
+        None, "with --fit: write all options and those that were found to this new file for --config_file"
+    )
     published: str | None = option(
-        None, "with --rehearse: a published model by name (flux-dev, sdxl, ...) instead of files"
+        None, "with --rehearse or --fit: a published model by name (flux-dev, sdxl, ...) instead of files"
     )
     device: DeviceMemory | None = option(None, "with --rehearse: the memory of a card; says which stages fit it")
     json_file: FilePath | None = option(
-        None, "with --rehearse: write the stages to this JSON file, sizes in bytes (also --json)"
+        None, "with --rehearse or --fit: write the stages to this JSON file, sizes in bytes (also --json)"
     )
+
+    @property
+    def rehearses(self) -> bool:
+        return self.rehearse or self.fit is not None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         print(training_help("sfumato plan", SUMMARY, own=(PlanOptions,)), end="")
         return 0
-    line = read_command(argv, PlanOptions, aliases=JSON_ALIASES)
+    line = read_command(argv, PlanOptions, aliases=JSON_ALIASES, absent=NO_DRY_RUN)
     options = line.options(PlanOptions)
     check_rehearsal_options(options, line)
     with ExitStack() as stack:
@@ -77,24 +87,27 @@ def main(argv: Sequence[str]) -> int:
         config = load_command_config(line, defaults=defaults)
         if write_output_config(config):
             return 0
-        if not options.rehearse:
+        if not options.rehearses:
             return run_plan(config)
         return run_guarded(lambda: rehearse(config, options), debug=config.log.debug)
 
 
 def check_rehearsal_options(options: PlanOptions, line: CommandLine) -> None:
-    """Add a problem for options that only go with --rehearse, and for what a rehearsal cannot be."""
+    """Add a problem for options that only go with --rehearse or --fit, and for what a rehearsal cannot be."""
     problems = line.problems
-    if not options.rehearse:
+    if not options.rehearses:
         given = {"--published": options.published, "--device": options.device, "--json": options.json_file}
         for flag in (flag for flag, value in given.items() if value is not None):
-            problems.add(f"{flag} only goes with --rehearse", code="plan-option-without-rehearse", fix="add --rehearse")
+            problems.add(
+                f"{flag} only goes with --rehearse or --fit", code="plan-option-without-rehearse", fix="add --rehearse"
+            )
     elif (processes := read_launch().processes) > 1:
         problems.add(
-            f"--rehearse is for one GPU, and {processes} processes were launched; each GPU of a run holds the same",
+            f"a rehearsal is for one GPU, and {processes} processes were launched; each GPU of a run holds the same",
             code="rehearsal-launched",
-            fix="run `sfumato plan --rehearse` without a launcher",
+            fix="run `sfumato plan` without a launcher",
         )
+    check_fit_options(options, line)
     if options.published is not None and line.values.get("output_config"):
         problems.add(
             "--output_config would write the paths of a published model, which end with the command",
@@ -103,9 +116,34 @@ def check_rehearsal_options(options: PlanOptions, line: CommandLine) -> None:
         )
 
 
-def rehearse(config: Config, options: PlanOptions) -> None:
-    """The plan and its rehearsal."""
-    from sfumato.tools.plan import show_plan
-    from sfumato.tools.rehearse import show_rehearsal
+def check_fit_options(options: PlanOptions, line: CommandLine) -> None:
+    """Add a problem for options that contradict --fit or need it, and for a file that cannot be written at the end."""
+    from sfumato.config.write import check_new_config
 
-    show_rehearsal(show_plan(config), memory=options.device, path=options.json_file)
+    problems = line.problems
+    if options.fit is None and options.apply is not None:
+        problems.add("--apply only goes with --fit", code="apply-without-fit", fix="add e.g. --fit 24GB")
+    if options.fit is not None and (options.rehearse or options.device is not None):
+        problems.add(
+            "--fit rehearses by itself, with other options than --rehearse and --device would",
+            code="fit-with-rehearse",
+            fix="remove --rehearse and --device",
+        )
+    if options.fit is not None and options.apply is not None:
+        with problems.catch():
+            check_new_config(options.apply, option="--apply")
+
+
+def rehearse(config: Config, options: PlanOptions) -> None:
+    """The plan, and its rehearsal or the search for what fits."""
+    from sfumato.tools.plan import show_plan
+
+    plan = show_plan(config)
+    if options.fit is None:
+        from sfumato.tools.rehearse import show_rehearsal
+
+        show_rehearsal(plan, memory=options.device, path=options.json_file)
+    else:
+        from sfumato.tools.fit import show_fit
+
+        show_fit(plan, config, memory=options.fit, apply=options.apply, path=options.json_file)

@@ -43,9 +43,21 @@ def run_training(
         from sfumato.tools.dataset_inspect import show_dataset
 
         return run_guarded(lambda: show_dataset(config), debug=config.log.debug)
+    return run_guarded(lambda: train_or_try(config), debug=config.log.debug)
+
+
+def train_or_try(config: Config) -> None:
+    """Train, where the GPU that is there has memory enough; or take one step with --dry_run."""
+    if config.run.dry_run:
+        from sfumato.tools.dry_run import show_dry_run
+
+        show_dry_run(config)
+        return
+    from sfumato.tools.memory_check import check_memory
     from sfumato.train import train
 
-    return run_guarded(lambda: train(config), debug=config.log.debug)
+    check_memory(config)
+    train(config)
 
 
 def run_plan(config: Config) -> int:

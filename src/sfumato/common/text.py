@@ -8,6 +8,7 @@ from pathlib import PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
+GIB = 2**30  # bytes; a "24 GB" card has 24 of them, while format_bytes counts in 10^9
 LONGEST_LINE = 160  # letters of a line that names many things
 EMPTY: MappingProxyType[str, Any] = MappingProxyType({})  # a default for mappings that nobody changes
 PATH_ROOT = r"(?:file://|~\w*|[A-Za-z]:)?[/\\](?!/)"

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from sfumato.cli.dataset_cache import DatasetCacheOptions, run_cache_command
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_command
+from sfumato.config.command import NO_DRY_RUN, read_command
 
 CACHE_TOOLS = {
     "tools/cache_latents": "cache_latents",
@@ -36,7 +36,7 @@ def run_cache_tool(name: str, argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         sys.stdout.write(command_help(f"{name}.py", CacheToolOptions, DatasetCacheOptions))
         return 0
-    line = read_command(argv, CacheToolOptions, DatasetCacheOptions)
+    line = read_command(argv, CacheToolOptions, DatasetCacheOptions, absent=NO_DRY_RUN)
     options = line.options(CacheToolOptions)
     if options.sdxl and options.flux:
         line.problems.add(

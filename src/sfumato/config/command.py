@@ -14,7 +14,8 @@ from sfumato.config.option_table import OptionTable, make_option_table, merge_ta
 from sfumato.config.schema import training_table
 from sfumato.errors import Problems
 
-NO_PLAN = "it belongs to the commands that train and that fill caches"  # why other commands do not have --plan
+NO_DRY_RUN = {"dry_run": "it belongs to the commands that train"}  # option that other commands lack -> why
+NO_TRIALS = {"plan": "it belongs to the commands that train and that fill caches", **NO_DRY_RUN}
 Theme = TypeVar("Theme", bound=Options)
 
 

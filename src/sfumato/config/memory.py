@@ -21,6 +21,9 @@ class MemoryOptions(Options):
 
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "precision of the computation")
     gradient_checkpointing: bool = option(False, "gradient checkpointing: less memory, more time")
+    memory_check: bool = option(
+        True, "refuse a run that cannot fit the GPU that is there; --no_memory_check starts it nevertheless"
+    )
     sdpa: bool = option(False, "torch's scaled dot product attention", no_effect="it is always used")
     xformers: bool = option(False, "xformers attention", no_effect=TORCH_ATTENTION)
     diffusers_xformers: bool = option(False, "xformers attention through diffusers", no_effect=TORCH_ATTENTION)

@@ -175,6 +175,14 @@ _NOTES = (
         fix="give one of them",
     ),
     OptionRule(
+        code="dry-run-ignored",
+        severity="note",
+        options=("plan", "debug_dataset", "dry_run"),
+        is_broken=lambda c: c.run.dry_run and (c.run.plan or c.dataset.debug_dataset),
+        what="--dry_run is ignored: --plan and --debug_dataset take precedence",
+        fix="give one of them",
+    ),
+    OptionRule(
         code="adapter-file-without-metadata",
         severity="note",
         options=("save_model_as", "method"),

@@ -28,6 +28,9 @@ class RunOptions(Options):
     plan: bool = option(
         False, "check everything, show what the run would do, and exit; no weight is read, no file is written"
     )
+    dry_run: bool = option(
+        False, "take one real step, a preview and a save on the largest batch, show what each needs, and leave nothing"
+    )
     output_config: bool = option(False, "write the given options to --config_file, which must not exist, and exit")
 
 

@@ -1,4 +1,4 @@
-"""Writes options to a configuration file (--output_config)."""
+"""Writes options to a configuration file: those of the command line, or with what a command has found."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.files import write_text
+from sfumato.common.files import check_writable, write_text
 from sfumato.config.config_file import resolve_config_path
 from sfumato.config.option_table import group_options
 from sfumato.config.schema import Config, theme_title, vocabulary
 from sfumato.errors import UserError
 
-NOT_WRITTEN = ("config_file", "output_config", "plan")
+NOT_WRITTEN = ("config_file", "output_config", "plan", "dry_run")
 
 
 def write_config(config: Config) -> Path:
@@ -21,14 +21,27 @@ def write_config(config: Config) -> Path:
     Raises UserError if the file exists, or is called a JSON file.
     """
     assert config.run.config_file is not None, "load_config requires it"
-    path = resolve_config_path(config.run.config_file)
+    return write_options(config, config.run.config_file, option="--config_file")
+
+
+def write_options(config: Config, path: Path, *, option: str) -> Path:
+    """The same to the file that `option` names; .toml is appended where its name has no ending."""
+    path = check_new_config(path, option=option)
+    write_text(path, format_toml(config))
+    return path
+
+
+def check_new_config(path: Path, *, option: str) -> Path:
+    """The whole path of a configuration file that can be written. Raises UserError for any other."""
+    path = resolve_config_path(path)
     if path.suffix.lower() != ".toml":
-        what = f"--config_file: {path} cannot be written, options are written in TOML"
+        what = f"{option}: {path} cannot be written, options are written in TOML"
         raise UserError(what, code="config-written-as-toml", fix=f"give {path.with_suffix('.toml')}")
     if path.exists():
-        what = f"--config_file: {path} already exists"
-        raise UserError(what, code="config-file-exists", fix="choose another name, or remove it")
-    write_text(path, format_toml(config))
+        raise UserError(
+            f"{option}: {path} already exists", code="config-file-exists", fix="choose another name, or remove it"
+        )
+    check_writable(path.parent, option=option)
     return path
 
 

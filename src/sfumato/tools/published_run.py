@@ -8,9 +8,12 @@ from typing import Any
 from PIL import Image
 
 from sfumato.common import files
+from sfumato.config import Config
+from sfumato.config.schema import vocabulary
 from sfumato.families.published import read_published, write_published
 
 CAPTION = "a photo"
+STAND_INS = ("pretrained_model_name_or_path", "train_data_dir", "caption_extension", "output_dir", "cache_dir")
 BLANK_SIZE = 2048  # pixels of a side; larger than any resolution, so that nothing is enlarged
 REPEATS = 1000  # of the image, so that any batch is full
 
@@ -37,3 +40,9 @@ def make_published_options(name: str, folder: Path) -> dict[str, Any]:
         "seed": 0,
         **content.get("options", {}),
     }
+
+
+def drop_stand_ins(config: Config) -> Config:
+    """Without the options that only name what `make_published_options` wrote, for a file that outlives it."""
+    names = [name for name in STAND_INS if config.source(name) == "launcher"]
+    return config.with_values({name: vocabulary()[name].default for name in names})

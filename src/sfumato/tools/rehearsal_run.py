@@ -1,4 +1,4 @@
-"""A run on the rehearsal device, set up in the stages of a real one; it reports and saves nothing."""
+"""A run that is set up in stages and takes no more than a step; it reports nothing and writes no output of its own."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from sfumato.training.run_state import RunState
 from sfumato.training.start_point import StartPoint
 
 
-def make_rehearsal_run(plan: RunPlan, recorder: StageRecorder) -> Run:
+def make_staged_run(plan: RunPlan, recorder: StageRecorder) -> Run:
     """As `build_run` makes it, without metrics, files and uploads. Filling caches is a stage for each encoder."""
-    device = recorder.rehearsal.device
+    device = recorder.meter.device
     parallel = Single(device)
     state, start = RunState(), StartPoint()
     model = open_model(plan, device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from unittest.mock import patch
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,13 +32,62 @@ class Stage:
     resident: Mapping[str, int]  # what is on the device after it
     largest: tuple[LiveTensor, ...]  # of the peak
     waits: tuple[Wait, ...]
+    seconds: float = 0.0
+
+
+class StageMeter(Protocol):
+    """What a stage is measured with."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def name_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        """Called when networks have come or gone."""
+        ...
+
+    def start(self) -> None:
+        """A stage begins."""
+        ...
+
+    def finish(self, name: str, resident: Mapping[str, Sequence[Tensor]]) -> Stage:
+        """It ends. resident: the tensors of what is loaded, by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class RehearsalMeter:
+    """Counts every byte of the rehearsal device."""
+
+    rehearsal: Rehearsal
+
+    @property
+    def device(self) -> torch.device:
+        return self.rehearsal.device
+
+    def name_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        self.rehearsal.memory.name_modules(networks)
+
+    def start(self) -> None:
+        self.rehearsal.memory.reset_peak()
+        self.rehearsal.take_waits()
+
+    def finish(self, name: str, resident: Mapping[str, Sequence[Tensor]]) -> Stage:
+        memory = self.rehearsal.memory
+        sizes = {name: memory.sum_storages(tensors) for name, tensors in resident.items()}
+        return Stage(
+            name=name,
+            peak=memory.peak,
+            resident={name: size for name, size in sizes.items() if size},
+            largest=tuple(memory.list_peak()[:LARGEST]),
+            waits=tuple(self.rehearsal.take_waits()),
+        )
 
 
 @dataclass
 class StageRecorder:
     """Measures stages one after another."""
 
-    rehearsal: Rehearsal
+    meter: StageMeter
     parts: Mapping[str, Part] = field(default_factory=dict)
     method: Method | None = None
     trained: nn.ModuleList = field(default_factory=nn.ModuleList)  # what the method adds to the parts' networks
@@ -84,24 +134,14 @@ class StageRecorder:
 
     def start_stage(self) -> None:
         self.name_networks()
-        self.rehearsal.memory.reset_peak()
-        self.rehearsal.take_waits()
+        self.meter.start()
 
     def end_stage(self, name: str) -> None:
         self.name_networks()
-        memory = self.rehearsal.memory
-        self.stages.append(
-            Stage(
-                name=name,
-                peak=memory.peak,
-                resident=self.list_resident(),
-                largest=tuple(memory.list_peak()[:LARGEST]),
-                waits=tuple(self.rehearsal.take_waits()),
-            )
-        )
+        self.stages.append(self.meter.finish(name, self.list_resident()))
 
     def name_networks(self) -> None:
-        self.rehearsal.memory.name_modules(self.list_networks())
+        self.meter.name_networks(self.list_networks())
 
     def list_networks(self) -> dict[str, nn.Module]:
         """The networks that are loaded, and what is trained beside them."""
@@ -109,16 +149,15 @@ class StageRecorder:
         frozen = nn.ModuleList(self.method.list_frozen() if self.method else ())
         return {**loaded, TRAINED: self.trained, FROZEN: frozen}
 
-    def list_resident(self) -> dict[str, int]:
-        """Name -> bytes on the device, of what is there."""
+    def list_resident(self) -> dict[str, list[Tensor]]:
+        """Name -> tensors, of what is loaded."""
         tensors: dict[str, list[Tensor]] = {}
         for name, network in self.list_networks().items():
             tensors[name] = [*network.parameters(), *network.buffers()]
         if self.optimizer is not None:
             states = self.optimizer.state.values()
             tensors["optimizer"] = [x for state in states for x in state.values() if isinstance(x, Tensor)]
-        sizes = {name: self.rehearsal.memory.sum_storages(found) for name, found in tensors.items()}
-        return {name: size for name, size in sizes.items() if size}
+        return tensors
 
 
 def format_stages(stages: Sequence[Stage]) -> Iterator[str]:

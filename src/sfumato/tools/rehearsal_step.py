@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from sfumato.train import train_step
@@ -15,6 +17,17 @@ def rehearse_step(run: Run) -> None:
     step = next(prefetch(run, 0))
     follow_step(run, step, train_step(run, step), run.method.after_step())
     run.ema.update()
+    settle(run)
+
+
+def take_step(run: Run, index: int, stage: AbstractContextManager[None]) -> None:
+    """The same for one that is measured: looking at its numbers, which resets the device's own peak, is outside."""
+    with stage:
+        step = next(prefetch(run, index))
+        result = train_step(run, step)
+        curves = run.method.after_step()
+        run.ema.update()
+    follow_step(run, step, result, curves)
     settle(run)
 
 

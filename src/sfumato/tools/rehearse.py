@@ -17,9 +17,17 @@ from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.memory.rehearsal.device import rehearsal_device
 from sfumato.plan import RunPlan
 from sfumato.sample import generate_batch, make_request
-from sfumato.tools.rehearsal_data import keep_largest_batch
-from sfumato.tools.rehearsal_run import make_rehearsal_run
-from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder, describe_stages, format_stages
+from sfumato.tools.rehearsal_data import keep_largest_batches
+from sfumato.tools.rehearsal_run import make_staged_run
+from sfumato.tools.rehearsal_stages import (
+    GB,
+    STEP,
+    RehearsalMeter,
+    Stage,
+    StageRecorder,
+    describe_stages,
+    format_stages,
+)
 from sfumato.tools.rehearsal_step import make_optimizer_state, rehearse_step
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.run import Run
@@ -33,48 +41,61 @@ ALLOWANCE = int(1.2e9)  # bytes; assumed, not yet measured on a card
 LARGEST_SAVE = 4e9  # bytes of a file that is written to rehearse its save
 
 
-def rehearse_plan(plan: RunPlan) -> list[Stage]:
+def rehearse_plan(plan: RunPlan, *, saves: bool = True) -> list[Stage]:
     """Every stage at the batch that needs most memory, with networks whose weights are not read.
 
-    Writes nothing but a temporary file. Raises what the run would raise on a GPU, above all RuntimeError where tensors
-    are on two devices and UnknownValueError where a shape depends on the device's values.
+    saves: whether saving is rehearsed, too; it takes seconds, and hardly ever needs more than the step. Writes nothing
+    but a temporary file. Raises what the run would raise on a GPU, above all RuntimeError where tensors are on two
+    devices and UnknownValueError where a shape depends on the device's values.
     """
     with (
         tempfile.TemporaryDirectory(prefix="sfumato-") as folder,
         rehearsal_device() as rehearsal,
-        StageRecorder(rehearsal).watch_loading() as recorder,
+        StageRecorder(RehearsalMeter(rehearsal)).watch_loading() as recorder,
     ):
         plan = replace(
             plan,
-            config=change_for_rehearsal(plan.config, cache_dir=Path(folder)),
-            data=keep_largest_batch(plan.data),
+            config=cache_in_memory(plan.config, cache_dir=Path(folder)).with_values({"compile": False}),
+            data=keep_largest_batches(plan.data, accumulation=plan.config.loop.gradient_accumulation_steps),
             blueprint=plan.blueprint.without_weights(),
         )
-        run = make_rehearsal_run(plan, recorder)
+        run = make_staged_run(plan, recorder)
         make_optimizer_state(run)
         with recorder.stage(STEP):
             rehearse_step(run)
-        if plan.config.samples.sample_prompts is not None:
-            with recorder.stage("preview"):
-                rehearse_preview(run, plan.config.samples.sample_prompts)
-        if run.validation_loader is not None:
-            with recorder.stage("validation"), eval_mode(run):
-                measure_validation_loss(run, timestep_quantiles(plan.config.noise, 1))
+        evaluate(run, recorder)
         dtype = SAVE_DTYPES[plan.config.save.save_precision]
-        if plan.method.output_bytes(plan.blueprint, dtype) <= LARGEST_SAVE:
-            with recorder.stage("save"):
-                plan.method.write(run.model, Path(folder) / "rehearsal.safetensors", {}, dtype)
+        if saves and plan.method.output_bytes(plan.blueprint, dtype) <= LARGEST_SAVE:
+            write_output(run, recorder, Path(folder))
         return recorder.stages
 
 
-def change_for_rehearsal(config: Config, *, cache_dir: Path) -> Config:
-    """The same caches, but nothing is found in the user's own or written there; nothing is compiled or traced."""
+def evaluate(run: Run, recorder: StageRecorder) -> None:
+    """A preview and validation, where the run has them."""
+    prompts = run.config.samples.sample_prompts
+    if prompts is not None:
+        with recorder.stage("preview"):
+            make_preview(run, prompts)
+    if run.validation_loader is not None:
+        with recorder.stage("validation"), eval_mode(run):
+            measure_validation_loss(run, timestep_quantiles(run.config.noise, 1))
+
+
+def write_output(run: Run, recorder: StageRecorder, folder: Path) -> None:
+    """What the run saves, into a folder of its own."""
+    path = folder / f"save{run.method.file_suffix(run.model.blueprint)}"
+    with recorder.stage("save"):
+        run.method.write(run.model, path, {}, SAVE_DTYPES[run.config.save.save_precision])
+
+
+def cache_in_memory(config: Config, *, cache_dir: Path) -> Config:
+    """The same caches, but nothing is found in the user's own or written there, and nothing is traced."""
     on_disk = {option: kind for option, kind in IN_MEMORY.items() if config.value(option)}
     caches = {**dict.fromkeys(on_disk, False), **dict.fromkeys(on_disk.values(), True)}
-    return config.with_values({**caches, "cache_dir": cache_dir, "compile": False, "profile": None})
+    return config.with_values({**caches, "cache_dir": cache_dir, "profile": None})
 
 
-def rehearse_preview(run: Run, prompts: Path) -> None:
+def make_preview(run: Run, prompts: Path) -> None:
     """The largest image of the prompts: one denoising step, and its decoding."""
     samples = run.config.samples
     requests = [

@@ -15,6 +15,7 @@ from sfumato.loss import LossContext
 from sfumato.memory.blocks import wrap_blocks
 from sfumato.memory.host import keep_freed_memory
 from sfumato.memory.precision import MIXED_PRECISION
+from sfumato.methods.model_plan import ModelPlan
 from sfumato.optim.bf16_stepper import keep_in_bfloat16
 from sfumato.optim.groups import ParameterGroup
 from sfumato.parallel.base import ParallelStrategy
@@ -22,14 +23,20 @@ from sfumato.plan import RunPlan
 
 
 def open_model(plan: RunPlan, device: torch.device) -> Family:
-    """The model on its device, of which no weight is read yet."""
-    config = plan.config
+    """The model on its device, of which no weight is read yet, ready for the data's resolutions."""
     if device.type == "cpu":
         keep_freed_memory()
+    model = make_model(plan, device)
+    model.set_resolutions(dataset.settings.resolution for dataset in plan.data.datasets)
+    return model
+
+
+def make_model(plan: RunPlan | ModelPlan, device: torch.device) -> Family:
+    """The model on its device from what is planned for it alone."""
+    config = plan.config
     trained_dtype = torch.bfloat16 if config.memory.full_bf16 else torch.float32
     blueprint = plan.blueprint.with_dtype(plan.method.full_precision_parts(plan.blueprint), trained_dtype)
     model = plan.family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
-    model.set_resolutions(dataset.settings.resolution for dataset in plan.data.datasets)
     plan.method.change_frozen(model)
     return model
 

@@ -98,7 +98,7 @@ def register_backend() -> None:
     """
     if not is_supported():
         raise UserError(
-            f"--rehearse needs torch {'.'.join(map(str, TESTED_TORCH))} or newer, this is {torch.__version__}",
+            f"a rehearsal needs torch {'.'.join(map(str, TESTED_TORCH))} or newer, this is {torch.__version__}",
             code="rehearsal-torch-too-old",
             fix="pip install --upgrade torch",
         )
@@ -107,7 +107,7 @@ def register_backend() -> None:
         return
     if name != _UNNAMED:
         raise UserError(
-            f"--rehearse cannot run where torch has the device {name!r}",
+            f"a rehearsal cannot run where torch has the device {name!r}",
             code="rehearsal-device-taken",
             fix=f"rehearse in an environment without the package that adds {name!r} to torch",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import RLock, Thread
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import DefaultDeviceType
 
 from sfumato.memory.rehearsal.attention import flash_attention
@@ -129,7 +129,7 @@ class _DeviceMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
+        leaves = list(iterate_leaves((*args, *kwargs.values())))
         if not any(_is_on_device(leaf) for leaf in leaves):
             return func(*args, **kwargs)
         if func in (READ_VALUE, COMPARE):
@@ -159,7 +159,7 @@ class _DeviceMode(TorchDispatchMode):
             raise UnknownValueError(what) from error
         # torch moves a module's parameters by swapping them, which it refuses where somebody remembers them.
         self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
-        for leaf in tree_leaves(result):
+        for leaf in iterate_leaves((result,)):
             if isinstance(leaf, Tensor) and leaf.device.type == DEVICE_TYPE:
                 self.rehearsal.memory.count(leaf)
         return result
@@ -192,6 +192,15 @@ class _DeviceMode(TorchDispatchMode):
 
     def _note(self, reason: str) -> None:
         self.rehearsal.waits.append(Wait(find_place(), reason))
+
+
+def iterate_leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """What is in arguments or results of an operator, whose only containers are lists and tuples."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from iterate_leaves(value)
+        else:
+            yield value
 
 
 def _is_on_device(leaf: Any) -> bool:

@@ -1,0 +1,152 @@
+"""`sfumato train --dry_run`: one real step, preview and save on the largest batch, and the memory of each.
+
+On a GPU the step is taken twice, and the second one is measured: from then on the optimizer's state is there, as in
+every further step. A CPU has nothing to measure a peak with; there the run itself is tried, and its times are shown.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.config import Config
+from sfumato.config.environment import read_launch
+from sfumato.errors import UserError
+from sfumato.memory.device_memory import take_peak_memory
+from sfumato.memory.rehearsal.backend import is_supported
+from sfumato.parallel.start import choose_device
+from sfumato.plan import RunPlan, make_run_plan
+from sfumato.tools.plan import show_plan
+from sfumato.tools.rehearsal_data import keep_largest_batches
+from sfumato.tools.rehearsal_run import make_staged_run
+from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder
+from sfumato.tools.rehearsal_step import take_step
+from sfumato.tools.rehearse import cache_in_memory, evaluate, rehearse_plan, write_output
+from sfumato.track.guard import Guard
+from sfumato.training.run import Run
+
+FIRST_STEP = "first step"
+
+
+@dataclass
+class DeviceMeter:
+    """Measures time, and on a GPU the peak of torch's allocator."""
+
+    device: torch.device
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def measures_memory(self) -> bool:
+        return self.device.type == "cuda"
+
+    def name_networks(self, networks: Mapping[str, nn.Module]) -> None:
+        return
+
+    def start(self) -> None:
+        self._wait()
+        take_peak_memory(self.device)
+        self.started = time.perf_counter()
+
+    def finish(self, name: str, resident: Mapping[str, Sequence[Tensor]]) -> Stage:
+        self._wait()
+        seconds = time.perf_counter() - self.started
+        peak = take_peak_memory(self.device) or 0
+        return Stage(name=name, peak=peak, resident={}, largest=(), waits=(), seconds=seconds)
+
+    def _wait(self) -> None:
+        if self.measures_memory:
+            torch.cuda.synchronize(self.device)
+
+
+def show_dry_run(config: Config) -> None:
+    """Print the plan, and for each stage what was predicted and measured. Raises UserError where a stage fails."""
+    if (processes := read_launch().processes) > 1:
+        raise UserError(
+            f"--dry_run is for one process, and {processes} were launched; each of a run needs the same",
+            code="dry-run-launched",
+            fix="run it without a launcher",
+        )
+    config = config.with_values({"resume": None})
+    plan = show_plan(config)
+    predicted: list[Stage] = []
+    if is_supported():
+        with Guard().survive("rehearsing this run", then=""):
+            predicted = rehearse_plan(plan)
+    meter = DeviceMeter(choose_device())
+    stages = take_dry_run(make_run_plan(config, processes=1, remember=False), meter)  # a method serves one run
+    print("\n".join(format_dry_run(stages, predicted, meter)))
+
+
+def take_dry_run(plan: RunPlan, meter: DeviceMeter) -> list[Stage]:
+    """The stages of a run of one step; what it writes lies in a temporary folder where the run's output would."""
+    with (
+        tempfile.TemporaryDirectory(prefix=".sfumato-", dir=find_existing(plan.output_dir)) as folder,
+        StageRecorder(meter).watch_loading() as recorder,
+        report_exhaustion(recorder),
+    ):
+        plan = replace(
+            plan,
+            config=cache_in_memory(plan.config, cache_dir=Path(folder)),
+            data=keep_largest_batches(plan.data, accumulation=plan.config.loop.gradient_accumulation_steps),
+        )
+        run = make_staged_run(plan, recorder)
+        for index, name in enumerate((FIRST_STEP, STEP) if meter.measures_memory else (STEP,)):
+            take_step(run, index, recorder.stage(name))
+            check_step(run)
+        evaluate(run, recorder)
+        write_output(run, recorder, Path(folder))
+        return recorder.stages
+
+
+def find_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+
+
+def check_step(run: Run) -> None:
+    """Raise UserError where the step did not change what trains; warn of layers without a gradient."""
+    guard = run.outcomes.guard
+    if guard.skipped:
+        raise UserError(
+            f"the step gave a non-finite loss or gradient: {guard.reason}",
+            code="dry-run-nonfinite",
+            fix="a lower --learning_rate, or --mixed_precision bf16 or no",
+        )
+    run.warn_once(run.method.report())
+
+
+@contextmanager
+def report_exhaustion(recorder: StageRecorder) -> Iterator[None]:
+    """A context in which too little memory on the GPU is the user's to fix."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        done = recorder.stages[-1].name if recorder.stages else "the start"
+        raise UserError(
+            f"the GPU has too little memory for what follows {done}: {' '.join(str(error).split())}",
+            code="dry-run-out-of-memory",
+            fix="`sfumato plan --fit` finds options with which the run fits",
+        ) from error
+
+
+def format_dry_run(stages: Sequence[Stage], predicted: Sequence[Stage], meter: DeviceMeter) -> Iterator[str]:
+    """A table: stage, seconds, predicted and measured peak; a stage that was not rehearsed has no prediction."""
+    peaks = {stage.name: stage.peak for stage in predicted}
+    width = max(len(stage.name) for stage in stages)
+    yield f"{'stage':{width}}  seconds  rehearsed GB  measured GB"
+    for stage in stages:
+        rehearsed = f"{peaks[stage.name] / GB:.2f}" if stage.name in peaks else "-"
+        measured = f"{stage.peak / GB:.2f}" if meter.measures_memory else "-"
+        yield f"{stage.name:{width}}  {stage.seconds:7.1f}  {rehearsed:>12}  {measured:>11}"
+    if all(stage.name != "preview" for stage in stages):
+        yield "no preview was made, since the run has no --sample_prompts"
+    if not meter.measures_memory:
+        yield "nothing measures the peak of memory on the CPU; what was rehearsed is for a GPU"
+    yield "every stage works, and nothing is left of them"

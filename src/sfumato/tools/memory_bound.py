@@ -1,0 +1,62 @@
+"""A lower bound of a run's peak memory on a GPU, from file headers alone: what exceeds a card by it never fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from sfumato.config import Config
+from sfumato.families.part import Part
+from sfumato.methods.model_plan import ModelPlan
+from sfumato.tools.rehearsal_stages import STEP
+from sfumato.training.model_setup import make_model
+
+MOMENTS = {"adamw": 2}  # float32 numbers that an optimizer keeps for each trained one; 0: it may keep nothing
+FLOAT32_BYTES = 4
+
+
+class MemoryBound(NamedTuple):
+    """The stage with the largest bound."""
+
+    stage: str
+    size: int  # bytes
+
+
+def bound_memory(plan: ModelPlan, device: torch.device) -> MemoryBound:
+    """Of the step what is there at its end; of caching each network on its own. Activations count as nothing."""
+    model = make_model(plan, device)
+    sizes = {name: count_weight_bytes(part) for name, part in model.parts.items() if part.device == device}
+    cached = list_cached(plan)
+    step = sum(size for name, size in sizes.items() if name not in cached) + count_trained_bytes(plan)
+    stages = [MemoryBound(STEP, step)]
+    stages += [MemoryBound(f"caching of {name}", size) for name, size in sizes.items() if name in cached]
+    return max(stages, key=lambda stage: stage.size)
+
+
+def list_cached(plan: ModelPlan) -> set[str]:
+    """The networks that are gone when the first step begins."""
+    cache = plan.config.cache
+    text = set(plan.blueprint.text_parts) - plan.method.live_text if cache.cache_text_encoder_outputs else set[str]()
+    return text | ({"vae"} if cache.cache_latents else set())
+
+
+def count_weight_bytes(part: Part) -> int:
+    """Of a network's own weights; those that share a tensor count once."""
+    weights, known = part.network.weights, part.module.state_dict().keys()
+    shapes = {name: shape for name, shape in weights.read_shapes().items() if name in known}
+    return part.dtype.itemsize * sum(shape.numel() for name, shape in shapes.items() if name not in weights.tied)
+
+
+def count_trained_bytes(plan: ModelPlan) -> int:
+    """Gradients, the optimizer's state, EMAs, and trained weights that are not the networks' own."""
+    own = FLOAT32_BYTES if not plan.config.memory.full_bf16 else torch.bfloat16.itemsize
+    added = 0 if plan.method.full_precision_parts(plan.blueprint) else own
+    return sum(part.parameters for part in plan.parts) * (own + added + sum(count_kept_bytes(plan.config)))
+
+
+def count_kept_bytes(config: Config) -> Iterator[int]:
+    """What is kept for each trained number from step to step."""
+    yield FLOAT32_BYTES * MOMENTS.get(config.optim.optimizer.lower(), 0)
+    yield 0 if config.ema.ema_on_cpu else FLOAT32_BYTES * config.ema.ema_count
