@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.config import Config
 from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
-from sfumato.memory.device_memory import take_peak_memory
+from sfumato.memory.device_memory import forget_peak_memory, read_peak_memory
 from sfumato.memory.rehearsal.backend import is_supported
 from sfumato.parallel.start import choose_device
 from sfumato.plan import RunPlan, make_run_plan
@@ -51,13 +51,13 @@ class DeviceMeter:
 
     def start(self) -> None:
         self._wait()
-        take_peak_memory(self.device)
+        forget_peak_memory(self.device)
         self.started = time.perf_counter()
 
     def finish(self, name: str, resident: Mapping[str, Sequence[Tensor]]) -> Stage:
         self._wait()
         seconds = time.perf_counter() - self.started
-        peak = take_peak_memory(self.device) or 0
+        peak = read_peak_memory(self.device) or 0
         return Stage(name=name, peak=peak, resident={}, largest=(), waits=(), seconds=seconds)
 
     def _wait(self) -> None:
