@@ -181,6 +181,7 @@ CASES = {
         "--full_bf16 --mixed_precision bf16 --no_stochastic_rounding",
         "--full_bf16 --mixed_precision bf16",
     ),
+    "dry-run-ignored": ("--dry_run --plan", "--dry_run"),
     "plan-takes-precedence": ("--plan --debug_dataset", "--plan"),
     "plan-with-output-config": ("--plan --output_config --config_file new.toml", "--plan"),
     "logging-dir-missing": ("--log_with tensorboard", "--log_with tensorboard --logging_dir logs"),

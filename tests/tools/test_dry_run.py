@@ -27,7 +27,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "is_supported", lambda: False)
+    monkeypatch.setattr(dry_run, "rehearse_apart", lambda config: [])
 
 
 def list_rows(text: str) -> dict[str, list[str]]:

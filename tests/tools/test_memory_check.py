@@ -12,10 +12,12 @@ from rehearsing import needs_rehearsal
 from sfumato.cli.main import main
 from sfumato.config import Config, load_config
 from sfumato.errors import UserError
+from sfumato.plan import make_run_plan
 from sfumato.tools import memory_check
 from sfumato.tools.memory_check import check_memory, find_bound
 from sfumato.tools.rehearsal_stages import Stage
-from sfumato.tools.rehearse import ALLOWANCE
+from sfumato.tools.rehearse import ALLOWANCE, rehearse_plan
+from sfumato.tools.rehearse_apart import rehearse_apart
 from toy_runs import make_arguments, make_images
 
 
@@ -29,7 +31,7 @@ class Rehearsals:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.peak = 0, 0
-        monkeypatch.setattr(memory_check, "rehearse_plan", self.rehearse)
+        monkeypatch.setattr(memory_check, "rehearse_apart", self.rehearse)
         monkeypatch.setattr(memory_check, "is_supported", lambda: True)
 
     def rehearse(self, plan: object, *, saves: bool) -> list[Stage]:
@@ -135,7 +137,7 @@ class TestRehearsal:
         def fail(plan: object, *, saves: bool) -> list[Stage]:
             raise RuntimeError("no rule for this operator")
 
-        monkeypatch.setattr(memory_check, "rehearse_plan", fail)
+        monkeypatch.setattr(memory_check, "rehearse_apart", fail)
         config = make_config()
         check_memory(config, find_size(config))
         assert "no rule for this operator" in caplog.text
@@ -159,3 +161,11 @@ class TestRehearsal:
             check_memory(config, find_size(config) + 1000)
         assert error.value.code == "run-exceeds-gpu"
         assert "at least" not in str(error.value)
+
+
+@needs_rehearsal
+@pytest.mark.full
+def test_a_process_of_its_own_finds_the_same(make_config):
+    config = make_config(cache_latents=True)
+    ours = rehearse_plan(make_run_plan(config, processes=1))
+    assert [(stage.name, stage.peak) for stage in rehearse_apart(config)] == [(s.name, s.peak) for s in ours]

@@ -20,7 +20,6 @@ from sfumato.config import Config
 from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
 from sfumato.memory.device_memory import forget_peak_memory, read_peak_memory
-from sfumato.memory.rehearsal.backend import is_supported
 from sfumato.parallel.start import choose_device
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.plan import show_plan
@@ -28,7 +27,8 @@ from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_run import make_staged_run
 from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder
 from sfumato.tools.rehearsal_step import take_step
-from sfumato.tools.rehearse import cache_in_memory, evaluate, rehearse_plan, write_output
+from sfumato.tools.rehearse import cache_in_memory, evaluate, write_output
+from sfumato.tools.rehearse_apart import rehearse_apart
 from sfumato.track.guard import Guard
 from sfumato.training.run import Run
 
@@ -74,11 +74,10 @@ def show_dry_run(config: Config) -> None:
             fix="run it without a launcher",
         )
     config = config.with_values({"resume": None})
-    plan = show_plan(config)
+    show_plan(config)
     predicted: list[Stage] = []
-    if is_supported():
-        with Guard().survive("rehearsing this run", then=""):
-            predicted = rehearse_plan(plan)
+    with Guard().survive("rehearsing this run", then=""):
+        predicted = rehearse_apart(config)
     meter = DeviceMeter(choose_device())
     stages = take_dry_run(make_run_plan(config, processes=1, remember=False), meter)  # a method serves one run
     print("\n".join(format_dry_run(stages, predicted, meter)))

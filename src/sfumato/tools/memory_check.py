@@ -19,11 +19,12 @@ from sfumato.data.find.index import Index
 from sfumato.errors import Problems, UserError
 from sfumato.memory.rehearsal.backend import is_supported
 from sfumato.methods.model_plan import plan_model
-from sfumato.plan import RunPlan, make_run_plan
+from sfumato.plan import make_run_plan
 from sfumato.tools.memory_bound import MemoryBound, bound_memory
 from sfumato.tools.peak_index import find_peak_index, load_peak, save_peak
 from sfumato.tools.rehearsal_stages import GB
-from sfumato.tools.rehearse import ALLOWANCE, rehearse_plan
+from sfumato.tools.rehearse import ALLOWANCE
+from sfumato.tools.rehearse_apart import rehearse_apart
 from sfumato.track.guard import Guard
 
 NEAR = 0.7  # share of the GPU's memory above which the bound says too little
@@ -97,14 +98,14 @@ def find_peak(config: Config) -> MemoryBound | None:
     except UserError:
         return None
     index = find_peak_index(plan, config)
-    return load_peak(index) or rehearse_peak(plan, index)
+    return load_peak(index) or rehearse_peak(config, index)
 
 
-def rehearse_peak(plan: RunPlan, index: Index) -> MemoryBound | None:
+def rehearse_peak(config: Config, index: Index) -> MemoryBound | None:
     """Rehearse and remember; a fault of the rehearsal is no reason not to train."""
     show("rehearsing the memory of this run once, since it is near that of the GPU (--no_memory_check: not)")
     with Guard().survive("rehearsing the memory of this run"):
-        largest = max(rehearse_plan(plan, saves=False), key=lambda stage: stage.peak)
+        largest = max(rehearse_apart(config, saves=False), key=lambda stage: stage.peak)
         return save_peak(index, MemoryBound(largest.name, largest.peak))
     return None
 
