@@ -15,6 +15,8 @@ from torch import Tensor
 from data.test_batch_sampler import make_plan
 from families.toys import ToyShelf
 from rehearsing import needs_rehearsal
+from sfumato.adapters.base import Adapter
+from sfumato.adapters.lora import LoRA
 from sfumato.cli.main import main
 from sfumato.config import load_config
 from sfumato.families.base import Family
@@ -172,7 +174,7 @@ class TestStages:
             places = 2 if name == STEP else 1
             assert [wait.reason for wait in seen] == ["reads a value of a float32 tensor"] * places, name
 
-    @pytest.mark.parametrize("part", ["predict", "decode_latents", "gradient", "validation"])
+    @pytest.mark.parametrize("part", ["predict", "decode_latents", "gradient", "validation", "save"])
     def test_a_misplaced_tensor_is_an_error(self, toy_shelf, images, prompts, tmp_path, monkeypatch, part):
         options = CACHED | {"sample_prompts": prompts, "sample_every_n_steps": 1, "validation_split": 0.5}
         plan = plan_toy(toy_shelf, "flux", images, tmp_path / "out", **options)
@@ -193,8 +195,12 @@ class TestStages:
             assert gradient is not None
             return {"gradient": (gradient * torch.ones(gradient.shape)).sum()}
 
+        def misplaced_export(adapter: Adapter) -> dict[str, Tensor]:
+            return {name: tensor + torch.zeros(tensor.shape) for name, tensor in adapter.named_parameters()}
+
         planted = {
             "predict": (Family, "predict", misplaced),
+            "save": (LoRA, "export_tensors", misplaced_export),
             "decode_latents": (Family, "decode", misplaced_image),
             "gradient": (AdapterMethod, "after_step", misplaced_gradient),
             "validation": (validation, "fill_validation_table", misplaced_table),
