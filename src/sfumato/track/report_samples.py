@@ -16,7 +16,7 @@ from sfumato.common.files import open_file
 
 MAX_SIDE = 208  # pixels of a thumbnail's longer side
 QUALITY = 80
-MAX_SOURCE_PIXELS = 1 << 26  # of a sample; a damaged file claims anything
+MAX_SOURCE_PIXELS = 1 << 25  # of a sample; a damaged file claims anything
 MAX_GRID_STEPS, MAX_GRID_PROMPTS = 12, 12
 MAX_CHARACTERS = 3_000_000  # characters of all thumbnails together
 

@@ -73,12 +73,13 @@ def test_another_store_sees_it_after_a_look(tmp_path):
     assert two.get(key(2)) == content(2)
 
 
-@pytest.mark.parametrize("damage", ["lost", "text", "cut", "zeros", "empty"])
+@pytest.mark.parametrize("damage", ["lost", "text", "cut", "zeros", "empty", "schema"])
 def test_the_index_is_made_anew(tmp_path, damage):
     fill(tmp_path, range(20))
     index = tmp_path / "index.sqlite"
     intact = index.read_bytes()
     new = {"text": b"not a database", "cut": intact[: len(intact) // 2], "zeros": bytes(len(intact)), "empty": b""}
+    new["schema"] = intact.replace(b"CREATE TABLE", b"CREATE\x80TABLE")  # sqlite repeats it in its message
     if damage == "lost":
         index.unlink()
     else:

@@ -37,6 +37,7 @@ _T = TypeVar("_T")
 SHARD_BYTES = 4 << 30  # after which a writer starts a new shard
 RECORDS_PER_COMMIT = 1000  # after which a writer updates the index
 CHECK_THREADS = 4  # that read records to check them
+BROKEN = (sqlite3.Error, UnicodeDecodeError)  # of an index; the second where sqlite names what is damaged in it
 
 SCHEMA = """
 create table if not exists shards (id integer primary key, name text unique, scanned integer, torn integer);
@@ -267,7 +268,7 @@ class DiskStore:
         """Run `work` on the index; if its file is damaged or locked, use a new one in memory, built from the shards."""
         try:
             return work()
-        except sqlite3.Error as error:
+        except BROKEN as error:
             log.warning("cannot use the cache index in %s (%s); reading the shards instead", self.folder, error)
             self._index.close()
             self._index = open_index(None)
@@ -297,7 +298,7 @@ def copy_index(path: Path) -> sqlite3.Connection:
             with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as stored:
                 stored.backup(index)
                 index.executescript(SCHEMA)
-        except sqlite3.Error as error:
+        except BROKEN as error:
             log.warning("cannot read the cache index %s (%s); reading the shards instead", path, error)
             return open_index(None)
     return index
@@ -313,7 +314,7 @@ def open_index(path: Path | None) -> sqlite3.Connection:
             return index
         except sqlite3.OperationalError as error:
             log.warning("cannot use the cache index %s (%s)", name, error)
-        except sqlite3.DatabaseError:
+        except BROKEN:
             log.warning("the cache index %s is damaged and is rebuilt", name)
             assert name is not None
             name.unlink(missing_ok=True)
