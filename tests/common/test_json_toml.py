@@ -30,7 +30,7 @@ def test_nesting_without_end(bracket: str) -> None:
         decode_json_value(bracket * 100_000, 0)
 
 
-@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "{b=" * 100_000])
+@pytest.mark.parametrize("text", ["a = " + "[" * 101 + "]" * 101, "a = " + "[" * 100_000, "a = " + "{b=" * 100_000])
 def test_nesting_without_end_in_toml(text: str) -> None:
     with pytest.raises(ValueError, match=TOO_DEEP):
         decode_toml(text)
@@ -43,6 +43,8 @@ def test_digits_without_end() -> None:
         decode_json_value("9" * 5000, 0)
     with pytest.raises(ValueError, match=TOO_MANY_DIGITS):
         decode_toml("a = " + "9" * 5000)
+    with pytest.raises(ValueError, match=TOO_MANY_DIGITS):
+        decode_toml("a = [{b = 0x" + "f" * 5000 + "}]")  # Python reads it, and cannot write it
 
 
 def test_faults_with_a_place_keep_it() -> None:

@@ -234,6 +234,16 @@ def test_a_damaged_t5_tokenizer_is_one_line(tmp_path, file, content):
     assert "\n" not in error.value.what
 
 
+@pytest.mark.parametrize("count", [10_001, 10**200, 10**400])
+def test_a_t5_tokenizer_with_endless_extra_tokens(tmp_path, count):
+    """The library would make a token for each."""
+    write_toy_t5_tokenizer(tmp_path, ["cat"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": count}))
+    with pytest.raises(UserError, match="extra tokens") as error:
+        load_t5_tokenizer(tmp_path)
+    assert error.value.code == "tokenizer-damaged"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there are no named pipes there")
 def test_a_named_pipe_in_a_t5_folder_is_not_waited_for(tmp_path):
     write_toy_t5_tokenizer(tmp_path, ["cat"])

@@ -124,6 +124,7 @@ def test_surplus_bytes(file):
         (raw(entry()[:-1] + b"," + entry()[1:], b"x" * 8), "safetensors-header-damaged", "'a' is in it twice"),
         (raw(b'{"__metadata__": {"a": "x", "a": "y"}}'), "safetensors-header-damaged", "'a' is in it twice"),
         (raw(b'{"__metadata__": {"a": "\\ud83d"}}'), "safetensors-header-damaged", "half a letter"),
+        (raw(b'{"__metadata__": {"a": "\xed\xa0\xbd"}}'), "safetensors-header-damaged", "half a letter"),
         (raw(entry(data_offsets=[8, 0]), b"x" * 8), "safetensors-header-damaged", "size of 'a'"),
         (raw(entry(data_offsets=[8, 16]), b"x" * 16), "safetensors-header-damaged", "gap or overlap"),
     ],

@@ -12,6 +12,8 @@ from typing import Any
 
 DECODER = json.JSONDecoder()
 TOO_DEEP = "it is nested too deeply"
+DEEPEST = 100  # tables and lists in one another: no file of ours has ten
+LONGEST_NUMBER = 4096  # bits: Python writes no number of thousands of digits, which hexadecimal ones may have
 TOO_MANY_DIGITS = "a number in it has too many digits"
 
 Pairs = list[tuple[str, Any]]
@@ -47,13 +49,28 @@ def decode_json_value(text: str, start: int) -> tuple[Any, int]:
 def decode_toml(text: str) -> dict[str, Any]:
     """The content of a TOML text. ValueError (tomllib.TOMLDecodeError where a place is known) for any fault."""
     try:
-        return tomllib.loads(text)
+        content = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         raise
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     except ValueError as error:
         raise ValueError(reword_number_error(error)) from None
+    check_extent(content)
+    return content
+
+
+def check_extent(content: Any) -> None:
+    """Raise ValueError for values that cannot be shown: numbers of thousands of digits, endless nesting."""
+    values = [(content, 0)]
+    while values:
+        value, depth = values.pop()
+        if depth > DEEPEST:
+            raise ValueError(TOO_DEEP)
+        if isinstance(value, int) and value.bit_length() > LONGEST_NUMBER:
+            raise ValueError(TOO_MANY_DIGITS)
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        values += [(each, depth + 1) for each in inner]
 
 
 def reword_number_error(error: ValueError) -> str:

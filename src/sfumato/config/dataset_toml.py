@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from sfumato.common.json_toml import decode_json, decode_toml
+from sfumato.common.json_toml import check_extent, decode_json, decode_toml
 from sfumato.common.registry import did_you_mean
 from sfumato.common.text import has_lone_surrogate
 from sfumato.common.text_files import read_text_file
@@ -181,6 +181,7 @@ def parse_json(path: Path, text: str) -> dict[str, Any]:
 
     try:
         content = decode_json(text, make_object=make_object)
+        check_extent(content)
     except ValueError as error:
         what = f"{path} is not valid JSON: {error}"
         raise UserError(

@@ -13,6 +13,7 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
 from sfumato.common import files
+from sfumato.common.json_toml import decode_json
 from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
 from sfumato.families.source import read_json
@@ -27,6 +28,7 @@ CLIP_LENGTH = 77  # positions, with begin and end token
 SHIPPED_MERGES = Path(__file__).parent / "assets" / "clip_merges.txt.gz"
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKEN_ID = 1 << 31
+MAX_EXTRA_IDS = 10_000  # T5 has 100; the library makes a token for each
 WORD_END = "</w>"
 T5_ON_HUB = (
     ("google/t5-v1_1-xxl", "spiece.model"),
@@ -107,9 +109,19 @@ def load_t5_tokenizer(folder: Path | None, *, max_length: int = 512, option: str
     for file in folder.iterdir():  # the library would wait for a named pipe
         files.refuse_special_file(file)
     with catch_tokenizer_faults(folder):
+        check_extra_ids(folder)
         tokenizer = T5Tokenizer.from_pretrained(folder, model_max_length=max_length, local_files_only=True)
         tokenizer("a", padding="max_length", max_length=max_length)  # some faults show only here
     return tokenizer
+
+
+def check_extra_ids(folder: Path) -> None:
+    """Raise ValueError where the folder asks for more extra tokens than can be meant."""
+    path = folder / "tokenizer_config.json"
+    content = decode_json(files.read_file(path)) if path.is_file() else {}
+    asked = content.get("extra_ids", 0) if isinstance(content, dict) else 0
+    if isinstance(asked, int | float) and asked > MAX_EXTRA_IDS:
+        raise ValueError(f"{asked:.3g} extra tokens" if asked < 1e300 else "endless extra tokens")
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def _parse_json(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]
         entries = decode_json(text, make_object=_make_object)
     except ValueError as error:
         raise _damage_error(path, str(error)) from None
-    if b"\\u" in text and has_lone_surrogate(json.dumps(entries, ensure_ascii=False)):
+    if (b"\\u" in text or b"\xed" in text) and has_lone_surrogate(json.dumps(entries, ensure_ascii=False)):
         raise _damage_error(path, "half a letter in a name or in the metadata")
     metadata = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
