@@ -92,7 +92,7 @@ def make_input(target: Target, setup: Setup, seed: int, index: int) -> bytes:
 
 
 def run_slices(slices: Sequence[Slice], seed: int, report: Report) -> Iterator[Fault]:
-    """Everything in this process, which `limit_memory` should have limited."""
+    """Everything in this process, whose memory each slice limits anew."""
     for number, part in enumerate(slices):
         target = find_target(part)
         report(number, -1)
@@ -163,9 +163,10 @@ def run_child(slices: Sequence[Slice], seed: int, answers: Any, position: Any) -
     """In a child: puts each fault, then None. position: shared (slice, input) that is being read."""
     for module in ("torch", "transformers"):
         importlib.import_module(module)
-    limit_memory()
 
     def report(number: int, index: int) -> None:
+        if index < 0:  # a slice begins: what earlier ones have loaded for good does not count
+            limit_memory()
         position[:] = number, index
 
     for fault in run_slices(slices, seed, report):
