@@ -21,7 +21,7 @@ from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
 from sfumato.memory.device_memory import forget_peak_memory, read_peak_memory
 from sfumato.parallel.start import choose_device
-from sfumato.plan import RunPlan, make_run_plan
+from sfumato.plan import RunPlan
 from sfumato.tools.plan import show_plan
 from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_run import make_staged_run
@@ -74,12 +74,12 @@ def show_dry_run(config: Config) -> None:
             fix="run it without a launcher",
         )
     config = config.with_values({"resume": None})
-    show_plan(config)
+    plan = show_plan(config)
     predicted: list[Stage] = []
     with Guard().survive("rehearsing this run", then=""):
         predicted = rehearse_apart(config)
     meter = DeviceMeter(choose_device())
-    stages = take_dry_run(make_run_plan(config, processes=1, remember=False), meter)  # a method serves one run
+    stages = take_dry_run(plan, meter)
     print("\n".join(format_dry_run(stages, predicted, meter)))
 
 

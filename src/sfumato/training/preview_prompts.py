@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from sfumato.config import Config
 from sfumato.config.prompts import read_prompts
-from sfumato.data.cache.entries import (
-    TensorCache,
-)
+from sfumato.data.cache.entries import TensorCache
 from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders, encode_captions
 from sfumato.plan import RunPlan
