@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -54,6 +55,11 @@ class CacheOptions(Options):
         ge=1,
     )
     skip_cache_check: bool = option(False, "do not verify cache entries; by default each is read once before training")
+
+    def list_cached_parts(self, text_parts: Collection[str], live_text: Collection[str]) -> list[str]:
+        """The networks whose outputs are cached, so that no step needs them. live_text: encoders that train."""
+        text = [part for part in text_parts if part not in live_text] if self.cache_text_encoder_outputs else []
+        return [*(["vae"] if self.cache_latents else []), *text]
 
 
 class LoaderOptions(Options):

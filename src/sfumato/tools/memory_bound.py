@@ -28,18 +28,11 @@ def bound_memory(plan: ModelPlan, device: torch.device) -> MemoryBound:
     """Of the step what is there at its end; of caching each network on its own. Activations count as nothing."""
     model = make_model(plan, device)
     sizes = {name: count_weight_bytes(part) for name, part in model.parts.items() if part.device == device}
-    cached = list_cached(plan)
+    cached = plan.config.cache.list_cached_parts(plan.blueprint.text_parts, plan.method.live_text)
     step = sum(size for name, size in sizes.items() if name not in cached) + count_trained_bytes(plan)
     stages = [MemoryBound(STEP, step)]
     stages += [MemoryBound(f"caching of {name}", size) for name, size in sizes.items() if name in cached]
     return max(stages, key=lambda stage: stage.size)
-
-
-def list_cached(plan: ModelPlan) -> set[str]:
-    """The networks that are gone when the first step begins."""
-    cache = plan.config.cache
-    text = set(plan.blueprint.text_parts) - plan.method.live_text if cache.cache_text_encoder_outputs else set[str]()
-    return text | ({"vae"} if cache.cache_latents else set())
 
 
 def count_weight_bytes(part: Part) -> int:

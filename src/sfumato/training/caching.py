@@ -51,8 +51,7 @@ def fill_caches(
                 remember_prompts(prompts, part, caches.text[part].cache)
         model.parts[part].unload()
 
-    wanted = ["vae"] if cache.cache_latents else []
-    wanted += [part for part in model.text_parts if cache.cache_text_encoder_outputs and part not in live_text]
+    wanted = cache.list_cached_parts(model.text_parts, live_text)
     absent, problems = model.blueprint.cached_parts, Problems()
     for part in (part for part in wanted if part in absent):  # first, since it may be refused
         with problems.catch():
