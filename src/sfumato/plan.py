@@ -66,7 +66,7 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     """
     from sfumato.formats.save_schedule import make_save_schedule
     from sfumato.methods.disk_check import check_disk
-    from sfumato.methods.model_plan import describe_resolution, plan_model
+    from sfumato.methods.model_plan import check_data, describe_data, plan_model
 
     config = with_seed(config)
     problems = Problems()
@@ -82,6 +82,8 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
         remember=remember,
         problems=problems,
     )
+    if model is not None:
+        check_data(model, data, problems)
     total_steps = count_steps(config, data)
     saved = None
     with problems.catch():
@@ -115,7 +117,7 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
         epochs=epochs,
         saves=make_save_schedule(config.save, epochs),
         saved=saved,
-        notes=(*model.notes, *model.remarks, *describe_resolution(model, data), *notes),
+        notes=(*model.notes, *model.remarks, *describe_data(model, data), *notes),
     )
 
 

@@ -6,18 +6,23 @@ import importlib.util
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 
 from sfumato.common.registry import did_you_mean
 from sfumato.config.prompts import Prompt
-from sfumato.data.batch import Extras, Sizes, Tensors
+from sfumato.data.batch import Extras, ImageInput, Images, Sizes, Tensors, name_reference
+from sfumato.data.cache.entries import to_tensor
+from sfumato.data.images import read_image
 from sfumato.diffusion.objective import Objective
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode_with_grad
+from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode_images, encode_with_grad
 
 _T = TypeVar("_T")
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -64,6 +69,7 @@ class ImageRequest:
     cfg_trunc_ratio: float = 1.0
     renorm_cfg: float = 0.0
     flow_shift: float | None = None  # of the time grid; None: the family's own
+    reference_image: str = ""  # the file of a reference image
     weighted: bool = True  # whether (words) and [words] have more and less weight
 
     @property
@@ -95,6 +101,7 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         cfg_trunc_ratio=defaults.cfg_trunc_ratio if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio,
         renorm_cfg=defaults.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg,
         flow_shift=prompt.flow_shift if _takes_shift(prompt, model) else None,
+        reference_image=(prompt.reference_image or "") if model.num_references else "",
         weighted=weighted,
     )
 
@@ -113,6 +120,8 @@ def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterat
         yield f"{start}--ss is ignored: flow models always use Euler"
     if prompt.controlnet_image:
         yield f"{start}--cn has no effect, there is no control network"
+    if prompt.reference_image and not model.num_references:
+        yield f"{start}--ref has no effect, this model takes no reference images"
     if prompt.flow_shift is not None and not _takes_shift(prompt, model):
         yield f"{start}--fs has no effect on this model, whose steps have no such shift"
     multiple = model.sampling.size_multiple
@@ -237,6 +246,17 @@ def group_requests(requests: Sequence[tuple[ImageRequest, _T]], size: int) -> It
         yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
+def encode_reference(model: Family, request: ImageRequest, count: int) -> Images:
+    """The latents of a request's reference image for so many samples; UserError where it cannot be read."""
+    if not request.reference_image:
+        return {}
+    image = read_image(Path(request.reference_image))
+    size = model.choose_reference_size(image.size, (request.width, request.height))
+    pixels = to_tensor([np.asarray(image.resize(size, Image.Resampling.LANCZOS))])
+    latents = encode_images(model, pixels, None, vae_batch_size=1)
+    return {name_reference(0): ImageInput(latents=latents.expand(count, -1, -1, -1))}
+
+
 def generate(
     model: Family, method: Predictor, request: ImageRequest, frozen: FrozenTextEncoders | None = None
 ) -> Tensor:
@@ -257,7 +277,10 @@ def generate_batch(
     generators = [Generator().manual_seed(request.seed) for request in requests]
     spec = model.latents
     shape = (spec.channels, first.height // spec.downscale, first.width // spec.downscale)
-    extras, sizes = Extras(), Sizes.from_size(count, first.height, first.width)
+    extras, sizes = (
+        Extras(images=encode_reference(model, first, count)),
+        Sizes.from_size(count, first.height, first.width),
+    )
     method.set_batch(model, extras)
 
     def read(texts: list[str], *, negative: bool) -> Tensors:

@@ -10,7 +10,7 @@ from sfumato.loss import SampleLosses, training_loss
 from sfumato.parallel.start import start_parallel
 from sfumato.training.follow import follow_step, settle
 from sfumato.training.interrupt import interruptible
-from sfumato.training.latents import load_latents
+from sfumato.training.latents import load_latents, load_references
 from sfumato.training.outcomes import StepResult, judge_step
 from sfumato.training.prefetch import prefetch
 from sfumato.training.previews import save_previews
@@ -71,7 +71,9 @@ def train_step(run: Run, step: Step) -> StepResult:
     for micro_step, batch in enumerate(step.batches):
         run.context.randomness.seed_modules(step.index, micro_step, run.parallel.rank)
         with run.autocast():
-            loss = training_loss(run.context, batch, load_latents(run, batch), step.real_samples, samples)
+            loss = training_loss(
+                run.context, load_references(run, batch), load_latents(run, batch), step.real_samples, samples
+            )
         run.scaler.scale(loss).backward()
         total_loss += loss.detach()
     run.parallel.read_facts(run.parallel.reduce(run.all_parameters, total_loss))

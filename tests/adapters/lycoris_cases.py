@@ -39,6 +39,16 @@ CASES = [
         for conv in (False, True)
         for options in ({}, {"use_tucker": True}, DORA, OLD_DORA)
     ),
+    *(
+        LycorisCase(algo=algo, conv=conv, options=options)
+        for conv in (False, True)
+        for algo, options in (("full", {}), ("glora", {}), ("ia3", {}), ("ia3", {"train_on_input": True}))
+    ),
+    *(
+        LycorisCase(algo="loha", conv=conv, rank=3, options=options)
+        for conv in (False, True)
+        for options in ({}, {"use_tucker": True}, DORA, OLD_DORA)
+    ),
 ]
 
 
@@ -60,29 +70,31 @@ def make_input(case: LycorisCase) -> Tensor:
     return fill(torch.empty(2, 12, 4, 4) if case.conv else torch.empty(3, 12), 3.0)
 
 
-def fill_tensors(shapes: dict[str, list[int]], alpha: float) -> dict[str, Tensor]:
-    """The tensors of a file with these shapes; lengths of DoRA are above 0."""
-    tensors = {"alpha": torch.tensor(alpha)}
+def fill_tensors(shapes: dict[str, list[int]], alpha: float | None) -> dict[str, Tensor]:
+    """The tensors of a file with these shapes; lengths of DoRA are above 0, and factors have the side of their size."""
+    tensors = {} if alpha is None else {"alpha": torch.tensor(alpha)}
     for i, (name, shape) in enumerate(sorted(shapes.items())):
         values = fill(torch.empty(shape), 10.0 + i)
         tensors[name] = values.abs() + 1 if name == "dora_scale" else values
+    if "on_input" in tensors:
+        tensors["on_input"] = torch.tensor(int(tensors["weight"].numel() == 12))
     return tensors
 
 
 def run_lycoris(case: LycorisCase) -> dict[str, Any]:
     """What LyCORIS has in a file for the case, and what its layer gives: one case of the stored values."""
-    from lycoris.modules.locon import LoConModule  # pyright: ignore[reportMissingImports]
-    from lycoris.modules.lokr import LokrModule  # pyright: ignore[reportMissingImports]
+    from lycoris.wrapper import network_module_dict  # pyright: ignore[reportMissingImports]
 
     layer = make_layer(case)
-    module: Any = (LokrModule if case.algo == "lokr" else LoConModule)("x", layer, 1.0, case.rank, 1.5, **case.options)
+    module: Any = network_module_dict[case.algo]("x", layer, 1.0, case.rank, 1.5, **case.options)
     state = module.state_dict()
     shapes = {name: list(tensor.shape) for name, tensor in state.items() if name != "alpha"}
-    alpha = float(state["alpha"])
+    alpha = float(state["alpha"]) if "alpha" in state else None
+    names = {"weight": "diff", "bias": "diff_b"} if case.algo == "full" else {}
     tensors = fill_tensors(shapes, alpha)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[names.get(name, name)])
         module.apply_to()
         output = layer(make_input(case))
     return {"shapes": shapes, "alpha": alpha, "output": [round(float(value), 7) for value in output.flatten()[:60]]}

@@ -39,10 +39,41 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
     "DoRA of LoKr, SD3": (
         "sd3", {"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=True", "factor=8"]},
     ),
+    "LoRA, FA": ("sd", {"network_module": "networks.lora_fa", "network_args": ["conv_dim=2"]}),
+    "LoRA, FA, FLUX": ("flux", {"network_module": "networks.lora_fa", "network_args": ["rank_dropout=0.1"]}),
+    "LoHa with convolutions": (
+        "sd", {"network_module": LYCORIS, "network_args": ["algo=loha", "conv_dim=2", "use_tucker=True"]},
+    ),
+    "full difference with convolutions": (
+        "sd", {"network_module": LYCORIS, "network_args": ["algo=full"], "learning_rate": "1e-3"},
+    ),
+    "full difference": ("flux", {"network_module": LYCORIS, "network_args": ["algo=full", "preset=attn-mlp"]}),
+    "full difference, SDXL": ("sdxl", {"network_module": LYCORIS, "network_args": ["algo=full", "preset=attn-only"]}),
+    "full difference, SD3": ("sd3", {"network_module": "full_difference", "network_args": []}),
+    "full difference, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=full"]}),
+    "full difference, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=full"]}),
+    "(IA)3 with convolutions": ("sd", {"network_module": LYCORIS, "network_args": ["algo=ia3"]}),
+    "(IA)3": ("flux", {"network_module": "ia3", "network_args": ["train_on_input=True"]}),
+    "(IA)3, SDXL": ("sdxl", {"network_module": LYCORIS, "network_args": ["algo=ia3", "preset=ia3"]}),
+    "(IA)3, SD3": ("sd3", {"network_module": "ia3", "network_args": []}),
+    "(IA)3, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=ia3", "train_on_input=True"]}),
+    "(IA)3, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=ia3"]}),
+    "GLoRA with convolutions": ("sd", {"network_module": LYCORIS, "network_args": ["algo=glora"]}),
+    "GLoRA": ("flux", {"network_module": "glora", "network_args": ["module_dropout=0.1"]}),
+    "GLoRA, SDXL": ("sdxl", {"network_module": LYCORIS, "network_args": ["algo=glora", "preset=attn-mlp"]}),
+    "GLoRA, SD3": ("sd3", {"network_module": "glora", "network_args": []}),
+    "GLoRA, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=glora"]}),
+    "GLoRA, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=glora"]}),
+    "LoHa, FLUX": ("flux", {"network_module": "networks.loha", "network_args": ["rank_dropout=0.1"]}),
+    "LoHa, SDXL": ("sdxl", {"network_module": LYCORIS, "network_args": ["algo=loha", "preset=attn-mlp"]}),
+    "LoHa, SD3": ("sd3", {"network_module": "networks.loha", "network_args": []}),
+    "LoHa, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=loha"]}),
+    "LoHa, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=loha", "preset=attn-only"]}),
+    "DoRA of LoHa": ("sd", {"network_module": LYCORIS, "network_args": ["algo=loha", "dora_wd=True"]}),
     "LoKr, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=lokr", "full_matrix=True"]}),
     "LoKr, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=lokr", "preset=attn-only"]}),
 }  # fmt: skip
-FAST = {"LoKr", "DoRA of LoRA"}
+FAST = {"LoKr", "DoRA of LoRA", "LoHa with convolutions"}
 each_kind = pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in KINDS]
 )

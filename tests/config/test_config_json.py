@@ -155,5 +155,5 @@ def test_words_for_the_command_line_are_refused(codes_of, faults, save):
 
 
 def test_every_kind_of_network_has_a_module(load, codes_of, save):
-    for kind in ("LyCORIS/LoHa", "LoRA-FA", "Kohya DyLoRA", "LyCORIS/iA3"):
+    for kind in ("LyCORIS/BOFT", "LyCORIS/Diag-OFT", "Kohya DyLoRA"):
         assert codes_of(save(LoRA_type=kind)) == ["option-not-implemented"]  # an adapter that comes later

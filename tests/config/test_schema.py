@@ -22,7 +22,7 @@ OURS = {
     "ema_decay", "ema_sigma_rel", "ema_on_cpu", "evaluate_with_ema",
     "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
     "compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cache_size_limit",
-    "frozen_lora", "dry_run", "memory_check",
+    "frozen_lora", "dry_run", "memory_check", "reference_data_dirs", "reference_dropout_rate",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows
@@ -31,7 +31,10 @@ OTHER_DEFAULTS = {
     "output_name": "last", "text_encoder_lr": None, "save_model_as": None, "model_type": None, "guidance_scale": None,
 }  # fmt: skip
 BY_SCRIPT = {"t5xxl_max_token_length", "timestep_sampling", "model_prediction_type", "discrete_flow_shift"}
-MORE_CHOICES = {"resize_interpolation": {"box"}, "save_model_as": {"diffusers", "diffusers_safetensors"}}
+MORE_CHOICES = {
+    "resize_interpolation": {"box"}, "save_model_as": {"diffusers", "diffusers_safetensors"},
+    "model_type": {"flux_kontext"},
+}  # fmt: skip
 
 
 def test_every_option_of_the_scripts_is_known():

@@ -37,6 +37,7 @@ def make_plan(datasets, *, batch_size: int = 2, processes: int = 1) -> DataPlan:
                 caption_extension=".txt",
                 caption_extension_given=True,
                 conditioning_data_dir=None,
+                reference_data_dirs=(),
                 images=ImageRules(),
                 validation_split=0.0,
                 validation_seed=None,

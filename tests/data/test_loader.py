@@ -251,7 +251,7 @@ def test_some_samples_of_a_batch(plan):
         assert torch.equal(vars(part)[name], vars(batch)[name][positions]), name
     assert torch.equal(part.extras.multiplier, batch.extras.multiplier[positions])
     assert torch.equal(part.sizes.original, batch.sizes.original[positions])
-    assert (part.mask, part.pixels, part.text, part.extras.control) == (None, None, {}, None)
+    assert (part.mask, part.pixels, part.text, part.extras.images) == (None, None, {}, {})
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -56,4 +56,4 @@ class NoMethod:
     def set_batch(self, model: Family, extras: Extras) -> None: ...
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Any, extras: Extras) -> Tensor:
-        return model.predict(noisy, t, conditioning)
+        return model.predict(noisy, t, conditioning, extras.images)

@@ -26,6 +26,7 @@ from sfumato.families.published import (
 DENOISERS = {  # parameters
     "chroma": 8_899_983_424,
     "flux-dev": 11_901_408_320,
+    "flux-kontext-dev": 11_901_408_320,
     "flux-schnell": 11_891_178_560,
     "lumina-2": 2_609_769_152,
     "sd15": 859_520_964,
@@ -47,6 +48,7 @@ ENCODERS = {
 TITLES = {
     "chroma": "Chroma",
     "flux-dev": "FLUX.1 dev",
+    "flux-kontext-dev": "FLUX.1 Kontext",
     "flux-schnell": "FLUX.1 schnell",
     "lumina-2": "Lumina-Image 2.0",
     "sd15": "Stable Diffusion 1.x",
@@ -59,6 +61,7 @@ TITLES = {
 GOLDENS = {
     "chroma": "lora_chroma",
     "flux-dev": "lora_flux_unet_only",
+    "flux-kontext-dev": "lora_flux_unet_only",  # the layers of FLUX.1 dev
     "flux-schnell": "lora_flux_schnell",
     "lumina-2": "lora_lumina",
     "sd3-medium": "lora_sd3_medium",

@@ -22,7 +22,10 @@ def read_arguments(**arguments: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("module", "arguments", "kind"), [
     ("networks.lora", {}, "lora"), ("networks.lokr", {}, "lokr"), ("lycoris.kohya", {}, "lora"),
-    ("lycoris.kohya", {"algo": "LoKr"}, "lokr"), ("lycoris.locon", {"algo": "locon"}, "lora"),
+    ("lycoris.kohya", {"algo": "LoKr"}, "lokr"), ("networks.loha", {}, "loha"),
+    ("lycoris.kohya", {"algo": "loha"}, "loha"), ("lycoris.kohya", {"algo": "full"}, "full_difference"),
+    ("lycoris.kohya", {"algo": "ia3"}, "ia3"), ("lycoris.kohya", {"algo": "GLoRA"}, "glora"),
+    ("lycoris.locon", {"algo": "locon"}, "lora"),
     ("locon.locon_kohya", {"algo": None}, "lora"),
 ])  # fmt: skip
 def test_kinds(module: str, arguments: dict[str, Any], kind: str) -> None:
@@ -60,7 +63,7 @@ def test_a_preset_without_text_encoders() -> None:
 
 @pytest.mark.parametrize("argument", [
     {"use_tucker": False}, {"use_cp": False}, {"use_conv_cp": False}, {"disable_conv_cp": True}, {"use_scalar": False},
-    {"train_norm": False}, {"rs_lora": False}, {"bypass_mode": True}, {"block_size": 4}, {"constraint": 1},
+    {"train_norm": False}, {"train_on_input": True}, {"bypass_mode": True}, {"block_size": 4}, {"constraint": 1},
     {"constrain": 1}, {"rescaled": True}, {"rank_dropout_scale": True}, {"factor": 8}, {"full_matrix": True},
     {"decompose_both": True}, {"unbalanced_factorization": True}, {"train_t5xxl": False}, {"train_llm_adapter": False},
 ])  # fmt: skip
@@ -78,11 +81,25 @@ def test_what_counts_is_kept() -> None:
         assert read_arguments(algo="lokr", **tucker)["use_tucker"] is True
 
 
+@pytest.mark.parametrize("algo", ["full", "ia3", "glora"])
+def test_a_form_that_a_kind_does_not_have_is_noted(algo: str) -> None:
+    found = read(network_args={"algo": algo, "dora_wd": True, "wd_on_output": True, "use_tucker": True})
+    assert ["dora_wd" in note for note in found.notes if "wd" in note][:1] == [True]
+    assert not {"dora_wd", "wd_on_output", "use_tucker"} & {*found.network.network_args}
+    assert read(network_args={"algo": algo, "dora_wd": False}).notes == ()
+
+
+def test_arguments_of_ranks_have_no_effect_without_them() -> None:
+    assert "rank_stabilized" not in read_arguments(algo="ia3", rs_lora=True, use_scalar=True)
+    assert read_arguments(algo="ia3", train_on_input=True)["train_on_input"] is True
+    assert read_arguments(algo="glora", rs_lora=True)["rank_stabilized"] is True
+
+
 @pytest.mark.parametrize(("arguments", "code"), [
     ({"algo": "lorka"}, "lycoris-algo-unknown"), ({"preset": "atn-mlp"}, "lycoris-preset-unknown"),
-    ({"preset": "mine.toml"}, "lycoris-preset-not-implemented"), ({"preset": "ia3"}, "lycoris-preset-not-implemented"),
+    ({"preset": "mine.toml"}, "lycoris-preset-not-implemented"),
     ({"use_tucker": True}, "lycoris-arg-not-implemented"), ({"use_scalar": True}, "lycoris-arg-not-implemented"),
-    ({"train_norm": True}, "lycoris-arg-not-implemented"), ({"rs_lora": True}, "lycoris-arg-not-implemented"),
+    ({"train_norm": True}, "lycoris-arg-not-implemented"),
 ])  # fmt: skip
 def test_what_would_give_another_result_is_refused(arguments: dict[str, Any], code: str) -> None:
     with pytest.raises(UserError) as error:

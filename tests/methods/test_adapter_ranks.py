@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from itertools import chain
@@ -15,6 +16,7 @@ from keys import CLIP_G, CLIP_H, CLIP_L, SD3, UNETS, on_meta
 from lora_keys import Shapes, golden
 from sfumato.adapters.lora import LoRA
 from sfumato.adapters.split_lora import SplitLoRA
+from sfumato.common.names import LYCORIS_PRESETS
 from sfumato.config import NetworkOptions
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.families import (
@@ -28,7 +30,7 @@ from sfumato.families import (
     sdxl,
 )
 from sfumato.families.part import PartSpec
-from sfumato.formats.groups import LayerGroup
+from sfumato.formats.groups import LayerGroup, is_pointwise
 from sfumato.methods.adapter_args import read_args
 from sfumato.methods.adapter_ranks import AdapterRanks
 
@@ -165,6 +167,56 @@ def test_alphas() -> None:
     blocks = {"block_alphas": (3,) * 25, "conv_block_dims": (5,) * 25, "conv_block_alphas": (7,) * 25}
     own = find_ranks(parts, blocks, network_dim=16)
     assert (own[linear], own[conv], own[shortcut], own[text]) == ((16, 3), (5, 7), (16, 3), (16, 1))
+
+
+def find_preset(name: str, kind: str = "lora") -> tuple[AdapterRanks, dict[str, LayerGroup]]:
+    """The ranks of a preset of LyCORIS on SD 1.5, and the adapted layers by their names."""
+    parts, preset = sd15(), LYCORIS_PRESETS[name]
+    specs = {part.spec.name: part.spec for part in parts}
+    args = read_args({"conv_dim": 2} if preset.has_convolutions else {}, specs.values(), kind=kind)
+    ranks = AdapterRanks(network=NetworkOptions(), args=args, specs=specs, preset=preset, adapter_kind=kind)
+    groups = [group for part in parts for group in part.groups(every=True)]
+    return ranks, {group.name: group for group in groups if ranks.find_rank(group)}
+
+
+def test_the_preset_of_all_linear_layers() -> None:
+    _, found = find_preset("full-lin")
+    assert all(is_pointwise(group.layers[0]) for group in found.values())
+    every = {name for name, group in find_preset("full")[1].items() if is_pointwise(group.layers[0])}
+    assert {*found} == every
+    assert {"lora_unet_up_blocks_0_resnets_0_conv_shortcut", "lora_unet_mid_block_resnets_0_time_emb_proj",
+            "lora_unet_time_embedding_linear_1", "lora_te_text_model_encoder_layers_0_mlp_fc1"} <= every  # fmt: skip
+
+
+def test_the_preset_of_blocks_of_convolutions() -> None:
+    _, found = find_preset("unet-convblock-only")
+    kinds = {re.sub(r"\d+", "N", name).removeprefix("lora_unet_") for name in found}
+    assert kinds == {
+        "conv_in", "conv_out", "down_blocks_N_downsamplers_N_conv", "up_blocks_N_upsamplers_N_conv",
+        *(f"{block}_resnets_N_{layer}" for block in ("down_blocks_N", "mid_block", "up_blocks_N")
+          for layer in ("convN", "time_emb_proj", "conv_shortcut") if (block, layer) != ("mid_block", "conv_shortcut")),
+    }  # fmt: skip
+
+
+def test_the_preset_of_factors_has_inputs_for_the_second_linear_layers() -> None:
+    """Keys and values by their outputs, ff.net.2 and mlp.fc2 by their inputs, and nothing else."""
+    ranks, found = find_preset("ia3", "ia3")
+    sides: dict[str, set[bool]] = {}
+    for group in found.values():
+        end = re.search(r"to_\w$|\w_proj$|net\.2$|fc\d$", group.paths[0])
+        assert end, group.paths
+        sides.setdefault(end[0], set()).add(vars(ranks.find_options(group)["ia3"])["train_on_input"])
+    assert sides == {
+        "to_k": {False}, "to_v": {False}, "net.2": {True}, "k_proj": {False}, "v_proj": {False}, "fc2": {True},
+    }  # fmt: skip
+    assert len(found) == 16 * 5 + 12 * 3
+
+
+def test_a_stabilized_rank_divides_by_its_root() -> None:
+    """alpha / rank of what is written is alpha / sqrt(rank) of what was asked for; 0 stays alpha = rank."""
+    for given, alpha in ((3.0, 12.0), (0.0, 64.0)):
+        found = find_ranks(sd15(), {"rank_stabilized": True}, network_dim=16, network_alpha=given)
+        assert set(found.values()) == {(16, alpha)}
 
 
 def test_blocks_are_counted_as_in_sd_scripts() -> None:

@@ -58,9 +58,12 @@ class Adapter(nn.Module, ABC):
 
     label: ClassVar[str]  # in messages and documents
     spellings: ClassVar[Mapping[str, str]] = {}  # the end of a key in files -> the tensor's name here
+    plain_spellings: ClassVar[Mapping[str, str]] = {}  # ends that any layer may have: read beside the others alone
     options_class: ClassVar[type[Options]] = Options  # its own arguments in --network_args
     dim_meaning: ClassVar[str] = "the rank"  # of --network_dim
+    uses_rank: ClassVar[bool] = True  # whether --network_dim and --network_alpha say more than which layers it has
     is_wrapper: ClassVar[bool] = False  # whether it changes what another adapter does
+    takes_wrappers: ClassVar[bool] = True  # whether one may change what it does
     replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`
     plus_params: tuple[str, ...] = ()  # parameters that loraplus_lr_ratio speeds up
     has_norm_limit: ClassVar[bool] = False  # whether `limit_norm` is implemented
@@ -92,6 +95,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def delta(self, i: int) -> Tensor:
         """The change of the i-th layer's weight at strength 1, in that weight's shape."""
+
+    def bias_delta(self, i: int) -> Tensor | None:
+        """The change of the i-th layer's bias at strength 1; None where it has none."""
+        return None
 
     def forward(self, x: Tensor, i: int) -> Tensor:
         """The change of the i-th layer's output at strength 1; subclasses may avoid forming delta."""
@@ -152,7 +159,10 @@ class Adapter(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def find_weight_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """The shape of the weight that these tensors change; a kernel may be flattened into its columns."""
+        """The shape of the weight that these tensors change; a kernel may be flattened into its columns.
+
+        0 for a size that they do not tell.
+        """
 
     @staticmethod
     def join(group: LayerGroup, found: Sequence[LayerMatch]) -> LayerTensors:
@@ -186,11 +196,21 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def apply_weight(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-    """The layer's operation with another weight and no bias."""
+def apply_weight(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The layer's operation with another weight and bias."""
     if isinstance(layer, nn.Linear):
-        return F.linear(x, weight)
-    return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)  # pyright: ignore
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)  # pyright: ignore
+
+
+def remove_bias(layer: Layer, output: Tensor) -> Tensor:
+    """The layer's product with its weight alone, from its output."""
+    return output if layer.bias is None else output - over_channels(layer, layer.bias).to(output.dtype)
+
+
+def over_channels(layer: Layer, values: Tensor) -> Tensor:
+    """(channels,) -> the shape in which they are multiplied with the layer's input or output."""
+    return values.flatten() if isinstance(layer, nn.Linear) else values.reshape(-1, 1, 1)
 
 
 class AdapterEngine(nn.Module):
@@ -285,8 +305,12 @@ def merge_adapter(adapter: Adapter, multiplier: float = 1.0) -> None:
     """Add an adapter's change to its layers' weights; the sum is rounded once, to the weights' own dtype."""
     layers = adapter.group.layers
     deltas = [adapter.delta(i).to(layer.weight.device) for i, layer in enumerate(layers)]  # which may read the weights
-    for layer, delta in zip(layers, deltas, strict=True):
+    for i, (layer, delta) in enumerate(zip(layers, deltas, strict=True)):
         layer.weight.copy_(layer.weight + multiplier * delta)
+        bias_delta = adapter.bias_delta(i)
+        if bias_delta is not None:
+            assert layer.bias is not None
+            layer.bias.copy_(layer.bias + multiplier * bias_delta.to(layer.bias.device))
 
 
 def is_trainable(adapter: nn.Module) -> bool:

@@ -22,6 +22,8 @@ from sfumato.adapters.base import (
     add_change,
     apply_weight,
     drop_module,
+    over_channels,
+    remove_bias,
 )
 from sfumato.config.base import Options, option
 from sfumato.data.batch import Tensors
@@ -141,13 +143,12 @@ class DoRA(Adapter):
 
     def add_to(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
         """The layer's own product is taken from its output, without a second one."""
-        bias = self.group.layers[i].bias
-        product = output if bias is None else output - bias.reshape(_over_channels(x, i, self.group)).to(output.dtype)
+        product = remove_bias(self.group.layers[i], output)
         return add_change(output, self._find_change(product, x, i), strength)
 
     def _find_change(self, product: Tensor, x: Tensor, i: int) -> Tensor:
         """The change of the output; product: W x without bias."""
-        factor = self._find_factor(i).flatten().reshape(_over_channels(x, i, self.group)).to(product.dtype)
+        factor = over_channels(self.group.layers[i], self._find_factor(i)).to(product.dtype)
         if self.on_output:
             change = (factor - 1) * product + factor * self.inner(x, i).to(product.dtype)
         else:
@@ -225,8 +226,3 @@ def _square_rows(weight: Tensor) -> Tensor:
 def _square_columns(weight: Tensor) -> Tensor:
     """The squared lengths of columns, each over the rows and the kernel: (1, columns, ...)."""
     return weight.square().sum(dim=(0, *range(2, weight.ndim)), keepdim=True)
-
-
-def _over_channels(x: Tensor, i: int, group: LayerGroup) -> tuple[int, ...]:
-    """The shape in which numbers of channels are multiplied with x: last for linear layers, else second."""
-    return (-1,) if isinstance(group.layers[i], nn.Linear) else (-1, *[1] * (x.ndim - 2))

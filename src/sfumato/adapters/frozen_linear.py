@@ -41,7 +41,7 @@ class _LowRank(torch.autograd.Function):
         low = rows @ down.t()
         output.view(-1, output.shape[-1]).addmm_(low, up.t())
         ctx.mark_dirty(output)
-        ctx.save_for_backward(rows, low, weight, down, up)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[3] else None, low, weight, down, up)
         ctx.shape = x.shape
         return output
 

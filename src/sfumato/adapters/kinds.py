@@ -27,8 +27,9 @@ def list_kinds() -> dict[str, type[Adapter]]:
 def list_related(name: str) -> dict[str, type[Adapter]]:
     """The kind of this name, what may come in its place, and the wrappers: all whose arguments a run may give."""
     kinds = list_kinds()
-    related = {name: ADAPTERS.get(name)}
-    return related | {other: kind for other, kind in kinds.items() if kind.is_wrapper or kind.replaces == name}
+    own = ADAPTERS.get(name)
+    wrappers = {other: kind for other, kind in kinds.items() if kind.is_wrapper and own.takes_wrappers}
+    return {name: own} | wrappers | {other: kind for other, kind in kinds.items() if kind.replaces == name}
 
 
 def choose_kinds(name: str, options: OptionsByKind, group: LayerGroup | None) -> tuple[type[Adapter], ...]:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, drop_module
+from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest
+from sfumato.adapters.formed_change import drop_rows
 from sfumato.config.base import Options, option
 from sfumato.errors import UserError
 from sfumato.formats.adapter_keys import ALPHA, SCALAR
@@ -131,7 +132,7 @@ class LoKr(Adapter):
             low = F.conv2d(blocks, second, None, layer.stride, layer.padding, layer.dilation)  # pyright: ignore
             low = low.unflatten(0, (len(x), first.shape[1])) * self.scale  # (B, m, k, H, W)
         pieces = [self._multiply_first(first, low, start, stop, is_linear) for start, stop in self.group.rows[i]]
-        return self._drop(torch.cat(pieces, -1 if is_linear else 1) if len(pieces) > 1 else pieces[0], is_linear)
+        return drop_rows(self, torch.cat(pieces, -1 if is_linear else 1) if len(pieces) > 1 else pieces[0], i)
 
     def _multiply_first(self, first: Tensor, low: Tensor, start: int, stop: int, is_linear: bool) -> Tensor:
         """The rows from start to stop of the change's output; only the rows of w1 that they lie in are used."""
@@ -143,15 +144,6 @@ class LoKr(Adapter):
             return found[..., start - begin * height : stop - begin * height]
         found = torch.einsum("lm,bmkhw->blkhw", rows, low).flatten(1, 2)
         return found[:, start - begin * height : stop - begin * height]
-
-    def _drop(self, change: Tensor, is_linear: bool) -> Tensor:
-        if not self.training or not self.dropout:
-            return change
-        if self.dropout.rank:
-            count = change.shape[-1 if is_linear else 1]
-            mask = (torch.rand(count, device=change.device) >= self.dropout.rank).to(change.dtype)
-            change = change * (mask if is_linear else mask.reshape(-1, 1, 1))
-        return drop_module(change, self.dropout.module) if self.dropout.module else change
 
     @torch.no_grad()
     def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from sfumato.config.command import NO_TRIALS, read_command
 from sfumato.config.load import load_command_config
 from sfumato.config.prompts import MAX_IMAGE_SIDE, MAX_STEPS, Prompt, parse_line, read_prompts
 from sfumato.config.values import FilePath, FilePaths, Floats
+from sfumato.data.find.prompt_images import check_prompt_images
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class GenerateOptions(Options):
         None, "longest that a guided prediction may be, in lengths of the one for the prompt"
     )
     flow_shift: float | None = option(None, "shift of a flow model's timesteps towards noise", gt=0)
+    reference_image: FilePath | None = option(None, "image that a model for edits starts from")
     float32_parts: Names = option((), "networks kept in float32, e.g. those that were trained as a whole")
 
 
@@ -98,7 +100,9 @@ def make_prompts(options: GenerateOptions, config: Config) -> list[Prompt]:
             "there is no prompt", code="prompt-missing", fix='give --prompt "a cat", or --from_file prompts.txt'
         )
     defaults = list_defaults(options)
-    return [prompt.apply_defaults(defaults) for prompt in prompts]
+    prompts = [prompt.apply_defaults(defaults) for prompt in prompts]
+    check_prompt_images(prompts)
+    return prompts
 
 
 def list_defaults(options: GenerateOptions) -> dict[str, Any]:
@@ -113,6 +117,7 @@ def list_defaults(options: GenerateOptions) -> dict[str, Any]:
         "cfg_trunc_ratio": options.cfg_trunc_ratio,
         "renorm_cfg": options.renorm_cfg,
         "flow_shift": options.flow_shift,
+        "reference_image": options.reference_image and str(options.reference_image),
     }
     return {name: value for name, value in values.items() if value is not None}
 

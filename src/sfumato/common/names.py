@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +14,9 @@ class LycorisPreset:
     has_text_encoders: bool = True
     layers: str = ""  # expression that is searched in the layers' paths; empty for those that sd-scripts adapts
     more_layers: str = ""  # expression that fits all of a layer's name in adapter files, with dots
+    has_transformers: bool = True  # False: of a denoiser only the layers that conv_dim adds
+    has_pointwise: bool = False  # whether those of them with a kernel of 1 are adapted without the others
+    arguments: tuple[tuple[str, str, Any], ...] = ()  # layers as above, an argument of the kind, its value for them
 
 
 DEFAULT_KIND, DEFAULT_NETWORK_MODULE = "lora", "networks.lora"
@@ -25,30 +29,51 @@ NETWORK_MODULES = {  # --network_module -> our adapter
     "networks.lora_lumina": "lora",
     "networks.lora_hunyuan_image": "lora",
     "networks.lora_anima": "lora",
+    "networks.lora_fa": "lora_fa",
     "networks.lokr": "lokr",
+    "networks.loha": "loha",
     "lora": "lora",
+    "lora_fa": "lora_fa",
     "lokr": "lokr",
+    "loha": "loha",
+    "full_difference": "full_difference",
+    "ia3": "ia3",
+    "glora": "glora",
 }
 
 LYCORIS_MODULES = ("lycoris.kohya", "lycoris.locon", "locon.locon_kohya")  # whose `algo` is the adapter
-LYCORIS_ALGOS = {"lora": "lora", "locon": "lora", "lokr": "lokr"}  # -> our adapter
+LYCORIS_ALGOS = {
+    "lora": "lora",
+    "locon": "lora",
+    "lokr": "lokr",
+    "loha": "loha",
+    "full": "full_difference",
+    "ia3": "ia3",
+    "glora": "glora",
+}  # -> our adapter
 LYCORIS_PRESETS = {
     "full": LycorisPreset(more_layers=r"conv_in|conv_out|time_embedding\.linear_[12]"),
     "attn-mlp": LycorisPreset(has_convolutions=False),
     "attn-only": LycorisPreset(has_convolutions=False, layers=r"(^|\.)(attn\d?|self_attn|SelfAttention)\."),
     "unet-only": LycorisPreset(has_text_encoders=False, more_layers=r"conv_in|conv_out|time_embedding\.linear_[12]"),
     "unet-transformer-only": LycorisPreset(has_convolutions=False, has_text_encoders=False),
+    "full-lin": LycorisPreset(has_convolutions=False, has_pointwise=True, more_layers=r"time_embedding\.linear_[12]"),
+    "unet-convblock-only": LycorisPreset(
+        has_text_encoders=False, has_transformers=False, more_layers=r"conv_in|conv_out"
+    ),
+    "ia3": LycorisPreset(
+        has_convolutions=False,
+        layers=r"(^|\.)(to_[kv]|[kv]_proj|ff\.net\.2|mlp\.fc2)$",
+        arguments=((r"(^|\.)(ff\.net\.2|mlp\.fc2)$", "train_on_input", True),),
+    ),
 }
-PLANNED_LYCORIS_PRESETS = ("full-lin", "unet-convblock-only", "ia3")
-PLANNED_LYCORIS_ALGOS = ("loha", "full", "ia3", "diag-oft", "boft", "dylora", "glora", "tlora", "abba")
+PLANNED_LYCORIS_ALGOS = ("diag-oft", "boft", "dylora", "tlora", "abba")
 
 OTHER_ADAPTERS = "the other adapters"
 PLANNED_NETWORK_MODULES = {  # --network_module -> what it comes with
-    "networks.lora_fa": OTHER_ADAPTERS,
     "networks.dylora": OTHER_ADAPTERS,
     "networks.oft": OTHER_ADAPTERS,
     "networks.oft_flux": OTHER_ADAPTERS,
-    "networks.loha": OTHER_ADAPTERS,
 }
 
 PLANNED_NETWORK_ARGS = {  # name in --network_args -> what it comes with

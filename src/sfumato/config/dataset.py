@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath, Range, Resolution
+from sfumato.config.values import FilePath, FilePaths, Range, Resolution
 
 
 class DatasetOptions(Options):
@@ -44,6 +44,12 @@ class DatasetOptions(Options):
     )
     conditioning_data_dir: FilePath | None = option(
         None, "folder of mask or control images, one with the same name for each image", path="folder"
+    )
+    reference_data_dirs: FilePaths = option(
+        (), "folders of reference images for edit models, in each one with the same name for each image", path="folder"
+    )
+    reference_dropout_rate: float = option(
+        0.0, "probability of training a sample without its reference images", ge=0, le=1
     )
     train_inpainting: bool = option(
         False, "train a denoiser for inpainting, which sees a mask and the masked image", planned="inpainting training"

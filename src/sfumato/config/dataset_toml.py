@@ -68,6 +68,7 @@ SUBSET_KEYS = {
 ONLY_SUBSET_KEYS = {
     "alpha_mask": "alpha_mask",
     "conditioning_data_dir": "conditioning_data_dir",
+    "reference_data_dirs": "reference_data_dirs",
     "metadata_file": "in_json",
 }
 OPTION_OF_KEY = {**DATASET_KEYS, **SUBSET_KEYS, **ONLY_SUBSET_KEYS}

@@ -37,7 +37,7 @@ class ModelOptions(Options):
     disable_mmap_load_safetensors: bool = option(
         False, "read safetensors files without memory mapping", no_effect="they are never mapped"
     )
-    model_type: Literal["flux", "chroma"] | None = option(
+    model_type: Literal["flux", "flux_kontext", "chroma"] | None = option(
         None, "variant of the architecture; default: that of the script"
     )
     clip_l: ModelPath | None = option(None, "CLIP-L text encoder", path="encoder")

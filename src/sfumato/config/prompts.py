@@ -42,6 +42,7 @@ class Prompt:
     guidance_scale: float | None = None  # embedded guidance
     sample_sampler: str | None = None
     controlnet_image: str | None = None
+    reference_image: str | None = None  # a file, for models that edit it
     cfg_trunc_ratio: float | None = None  # classifier-free guidance only before this share of the steps
     renorm_cfg: float | None = None  # maximum norm of the guided prediction, relative to that of the prompt's
     flow_shift: float | None = None  # timestep shift of flow models
@@ -98,6 +99,7 @@ LINE_OPTIONS = {
     "g": LineOption("guidance_scale", DECIMAL, _parse_number),
     "ss": LineOption("sample_sampler", ANY_TEXT, str.strip),
     "cn": LineOption("controlnet_image", ANY_TEXT, str.strip),
+    "ref": LineOption("reference_image", ANY_TEXT, str.strip),
     "ctr": LineOption("cfg_trunc_ratio", ANY_TEXT, _parse_number),
     "rcfg": LineOption("renorm_cfg", ANY_TEXT, _parse_number),
     "fs": LineOption("flow_shift", ANY_TEXT, _parse_positive),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -29,11 +29,39 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageInput:
+    """A further image of every sample, as pixels or as latents; its size need not be the target's."""
+
+    pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
+    latents: Tensor | None = None  # (B, C, h, w), scaled and shifted
+    present: Tensor | None = None  # (B,) bool, on the CPU: the samples that have it, zeros for the others; None: all
+
+    def map_large(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with the image changed; `present` stays, since the host looks at it."""
+        pixels = None if self.pixels is None else change(self.pixels)
+        return replace(self, pixels=pixels, latents=None if self.latents is None else change(self.latents))
+
+
+Images = Mapping[str, ImageInput]  # by role: "control", "reference_1"
+CONTROL = "control"
+_REFERENCE = "reference_"
+
+
+def name_reference(number: int) -> str:
+    """The role of a reference image, counted from 0."""
+    return f"{_REFERENCE}{number + 1}"
+
+
+def is_reference(role: str) -> bool:
+    return role.startswith(_REFERENCE)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Extras:
-    """Inputs of some methods besides the image and its text; also built by sample.py for previews."""
+    """Inputs of some methods and families besides the image and its text; also built by sample.py for previews."""
 
     multiplier: Tensor | None = None  # (B,) adapter strength
-    control: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
+    images: Images = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +96,13 @@ class Batch:
         return replace(self, **{name: index_batch(value, positions) for name, value in vars(self).items()})
 
     def map_large(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same with latents, text features, noise and control images changed.
+        """The same with latents, text features, noise and further images changed.
 
         What the host looks at to decide something stays as it is: ids, weights, masks, sizes.
         """
         text = {part: {name: change(tensor) for name, tensor in found.items()} for part, found in self.text.items()}
-        draws, control = self.draws, self.extras.control
+        draws = self.draws
+        images = {role: image.map_large(change) for role, image in self.extras.images.items()}
         if draws is not None:
             other = None if draws.input_noise is None else change(draws.input_noise)
             draws = replace(draws, noise=change(draws.noise), input_noise=other)
@@ -81,7 +110,7 @@ class Batch:
             self,
             latents=None if self.latents is None else change(self.latents),
             text=text,
-            extras=replace(self.extras, control=None if control is None else change(control)),
+            extras=replace(self.extras, images=images),
             draws=draws,
         )
 
@@ -92,7 +121,7 @@ def index_batch(value: Any, positions: Tensor) -> Any:
         return value[positions.to(value.device, non_blocking=True)]
     if isinstance(value, Mapping):
         return {name: index_batch(entry, positions) for name, entry in value.items()}
-    if isinstance(value, Sizes | Extras | RandomDraws):
+    if isinstance(value, Sizes | Extras | ImageInput | RandomDraws):
         return replace(value, **index_batch(vars(value), positions))
     return None if value is None else [value[position] for position in positions.tolist()]
 

@@ -37,13 +37,19 @@ def fingerprint_dataset(dataset: DatasetPlan) -> dict[str, Any]:
 def fingerprint_subset(subset: SubsetPlan) -> dict[str, Any]:
     """The files by their names and sizes, since copying changes their times."""
     images: ImageTable = subset.items.images
+    references = [part for each in images.references for part in (digest_texts(each.names), digest_sizes(each))]
     return {
         "images": len(images),
         "repeats": subset.settings.num_repeats,
         "file names": digest_texts(images.names),
-        "file sizes": digest_bytes(np.ascontiguousarray(images.byte_counts).tobytes()),
+        "file sizes": digest_sizes(images),
         "captions": digest_texts(images.captions),
+        **({"reference images": digest_bytes(*map(str.encode, references))} if references else {}),
     }
+
+
+def digest_sizes(images: ImageTable) -> str:
+    return digest_bytes(np.ascontiguousarray(images.byte_counts).tobytes())
 
 
 def digest_texts(column: TextColumn) -> str:
@@ -86,6 +92,7 @@ def compare_images(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     for fact in ("images", "repeats"):
         if old[fact] != new[fact]:
             yield f"{name} of the dataset had {old[fact]} {fact}, now it has {new[fact]}"
-    changed: Sequence[str] = [fact for fact in ("file names", "file sizes", "captions") if old[fact] != new[fact]]
+    facts = ("file names", "file sizes", "captions", "reference images")
+    changed: Sequence[str] = [fact for fact in facts if old.get(fact) != new.get(fact)]
     if changed and old["images"] == new["images"]:
         yield f"the images of {name} in the dataset have other {' and '.join(changed)}"

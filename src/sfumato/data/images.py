@@ -6,12 +6,14 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sfumato.common.files import read_file
 from sfumato.data.buckets import Size, crop_offset
 from sfumato.data.find.color_profiles import convert_to_srgb
 from sfumato.data.find.gray_levels import is_deep_gray, to_eight_bits
@@ -134,6 +136,17 @@ def change_color(pixels: Pixels, color: ColorChange | None) -> Pixels:
 def decode_image(data: bytes, path: str) -> Image.Image:
     """8-bit RGB in sRGB, rotated by its EXIF orientation; alpha is dropped, not blended; other modes are converted."""
     return decode_layers(data, path, alpha=False)[0]
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image of a file as `decode_image` gives it. UserError where it cannot be read."""
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise UserError(
+            f"the image {path} cannot be read ({error.strerror})", code="prompt-image-unreadable", fix="check the path"
+        ) from error
+    return decode_image(data, str(path))
 
 
 def decode_layers(

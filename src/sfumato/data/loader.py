@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,13 +15,23 @@ from torch import Tensor
 
 from sfumato.common.seeds import python_random
 from sfumato.data.augment import compute_size_conditioning
-from sfumato.data.batch import Batch, Extras, Sizes, Tensors, pad_stack
+from sfumato.data.batch import CONTROL, Batch, Extras, ImageInput, Sizes, Tensors, pad_stack
 from sfumato.data.batch_sampler import BatchSampler, PlannedBatch, PlannedStep, Sample, ValidationSampler
 from sfumato.data.buckets import Size
-from sfumato.data.cache.entries import LATENTS, CacheItem, LatentKeys, TensorCache, TextKeys, make_entry_seed, to_tensor
+from sfumato.data.cache.entries import (
+    LATENTS,
+    REFERENCE,
+    CacheItem,
+    LatentKeys,
+    TensorCache,
+    TextKeys,
+    make_entry_seed,
+    to_tensor,
+)
 from sfumato.data.captions import process_caption
-from sfumato.data.images import Pixels
+from sfumato.data.images import Pixels, Transform
 from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_mask
+from sfumato.data.references import fit_references, stack_references
 from sfumato.data.substitutes import SubstituteFinder
 from sfumato.data.variants import choose_variant
 from sfumato.errors import UserError
@@ -37,7 +47,7 @@ class Loader:
     same for masks.
     latents: the cache of latents and masks; None for batches with pixels. text: features of the encoders whose output
     is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
-    text_dropout: text encoder -> its dropout probability.
+    text_dropout: text encoder -> its dropout probability. reference_dropout: that of a sample's reference images.
     workers: prefetching threads; 0 prepares each batch when it is asked for. skip_bad_images: another image takes the
     place of one that can no longer be read.
     """
@@ -53,6 +63,7 @@ class Loader:
         text: Mapping[str, TextFeatures] | None = None,
         variants: int = 0,
         text_dropout: Mapping[str, float] | None = None,
+        reference_dropout: float = 0.0,
         workers: int = 2,
         skip_bad_images: bool = False,
     ) -> None:
@@ -65,6 +76,7 @@ class Loader:
         self.text = dict(text or {})
         self.variants = variants
         self.text_dropout = dict(text_dropout or {})
+        self.reference_dropout = reference_dropout
         self.workers = workers
         self.skip_bad_images = skip_bad_images
         self._substitutes = SubstituteFinder()
@@ -115,6 +127,7 @@ class Loader:
         pixels = require_all_or_none([sample.image.pixels for sample in samples])
         preserved = [sample.subset.settings.preserved for sample in batch.samples]
         controls = require_all_or_none([sample.control for sample in samples])
+        images = {CONTROL: ImageInput(pixels=to_tensor(controls))} if controls else {}
         return Batch(
             ids=torch.tensor([sample.id for sample in batch.samples]),
             latents=torch.stack(latents) if latents else None,
@@ -127,7 +140,9 @@ class Loader:
                 crop=torch.tensor([sample.crop for sample in samples]),
                 target=torch.tensor([batch.bucket[::-1]] * len(samples)),
             ),
-            extras=Extras(multiplier=multiplier, control=to_tensor(controls) if controls else None),
+            extras=Extras(
+                multiplier=multiplier, images={**images, **stack_references([each.references for each in samples])}
+            ),
             weight=torch.tensor([self._choose_weight(*pair) for pair in zip(batch.samples, samples, strict=True)]),
             entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
             mask=stack_masks([sample.image.mask for sample in samples]),
@@ -170,9 +185,23 @@ class Loader:
             caption=self._make_caption(step, sample),
             image=load(image_item, mask_item),
             control=None if control is None else CacheItem(control, transform.geometry).read_pixels(),
+            references=self._load_references(sample, transform),
             original=original,
             crop=crop,
         )
+
+    def _load_references(self, sample: Sample, transform: Transform) -> list[Tensor | Pixels | None]:
+        """Latents (C, h, w) or pixels; None for each where the sample drops them."""
+        items = fit_references(sample.item, sample.subset.settings.images, transform)
+        drops = python_random(self.sampler.seed, "reference dropout", sample.id).random() < self.reference_dropout
+        if drops or not items:
+            return [None] * len(items)
+        if self.latents is None:
+            return [item.read_pixels() for item in items]
+        keys = replace(self.latent_keys, role=REFERENCE)
+        return [
+            get_cached(self.latents, keys.make_key(item), f"latents of {item.image.path}")[LATENTS] for item in items
+        ]
 
     def _make_empty_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
         """Gray, with weight 0: where no other image has the size of the batch."""
@@ -303,4 +332,5 @@ class PreparedSample:
     control: Pixels | None
     original: Size  # height, width
     crop: Size  # top, left
+    references: Sequence[Tensor | Pixels | None] = ()
     is_empty: bool = False

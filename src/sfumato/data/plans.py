@@ -24,6 +24,7 @@ class Item(NamedTuple):
     image: ImageRow
     choice: BucketChoice
     conditioning: ImageRow | None = None  # its mask or control image
+    references: tuple[ImageRow, ...] = ()
 
     @property
     def size(self) -> Size:
@@ -58,7 +59,8 @@ class Items(ColumnSequence[Item]):
     def get_row(self, index: int) -> Item:
         conditioning = self.images.conditioning
         partner = conditioning.get_row(index) if conditioning is not None else None
-        return Item(self.images.get_row(index), self.choices[self.choice_index[index]], partner)
+        references = tuple(table.get_row(index) for table in self.images.references)
+        return Item(self.images.get_row(index), self.choices[self.choice_index[index]], partner, references)
 
     def take(self, rows: IntColumn) -> Items:
         """The items at these positions, in this order."""
@@ -181,6 +183,14 @@ class DataPlan:
     def has_multipliers(self) -> bool:
         """Whether any dataset sets its own network_multiplier."""
         return any(dataset.settings.network_multiplier != 1.0 for dataset in self.datasets)
+
+    @property
+    def num_references(self) -> int:
+        """The most reference images that any image has."""
+        counts = [0]
+        for dataset in (*self.datasets, *self.validation):
+            counts += [len(subset.items.images.references) for subset in dataset.subsets]
+        return max(counts)
 
     @property
     def has_preserved_samples(self) -> bool:

@@ -17,13 +17,21 @@ from sfumato.families._file_kinds import (
 )
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec, RowSplit
-from sfumato.families.source import Source, Weights, drop_private_fields
+from sfumato.families.source import MODEL_INDEX, Source, Weights, drop_private_fields, read_json
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
 CLIP_L_IN_WHOLE = "text_encoders.clip_l.transformer."  # in ComfyUI's files of whole models
 T5_IN_WHOLE = "text_encoders.t5xxl.transformer."
 _VARIANTS = {2: "FLUX.1 Canny or Depth", 6: "FLUX.1 Fill"}  # by the inputs in those of the plain model
 FLUX_VAE_SCALING = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # which the autoencoder's file does not contain
+
+
+def is_kontext(source: Source) -> bool:
+    """Whether a model folder or a file's metadata says that it is FLUX.1 Kontext; its keys are those of FLUX.1 dev."""
+    if not source.is_folder:
+        return "kontext" in source.file.header.metadata.get("modelspec.architecture", "").lower()
+    index = source.path / MODEL_INDEX
+    return index.is_file() and "Kontext" in str(read_json(index).get("_class_name"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ FLUX_OPTIONS = frozenset(  # of those that only some families read
     | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}
     | {"weighted_captions", "prompt_weighting"}
 )
+KONTEXT = "flux-1-kontext-dev"  # modelspec.architecture
 READ_BY_SCRIPT = frozenset({"ip_noise_gamma", "ip_noise_gamma_random_strength"})
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sfumato.common.registry import Registry
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.config.schema import vocabulary
-from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.batch import Images, Sizes, Tensors
+from sfumato.data.buckets import Size
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.errors import UserError
 from sfumato.families import _vae
@@ -55,6 +56,7 @@ class Family(ABC):
     options: ClassVar[frozenset[str]] = frozenset()  # which of the options that only some families read
     sd_scripts_reads: ClassVar[frozenset[str]] = frozenset()  # options that its script reads and not every flow's does
     components: ClassVar[Mapping[str, Component]] = {}  # part name -> folder in diffusers' layout
+    num_references: ClassVar[int] = 0  # reference images that it takes beside the noisy one
     prompt_prefix: str = ""  # before every caption and prompt, except negative and empty ones
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -191,9 +193,21 @@ class Family(ABC):
         """The denoiser's output as a diffusers scheduler expects it: unpacked, with its sign. Default: unchanged."""
         return raw
 
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> Tensor:
-        """(B, C, h, w), t in 0..1000 float32 -> what a diffusers scheduler calls model_output."""
-        raw = self.denoiser(**self.make_inputs(noisy, t, conditioning), return_dict=False)[0]
+    def add_images(self, arguments: dict[str, object], noisy: Tensor, images: Images) -> dict[str, object]:
+        """The denoiser's arguments with the further images that the family takes. Default: it takes none."""
+        return arguments
+
+    def choose_reference_size(self, image: Size, generated: Size) -> Size:
+        """The size, (width, height) in pixels, at which an image is a reference for an image of the second size."""
+        return generated
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Tensors, images: Images | None = None) -> Tensor:
+        """(B, C, h, w), t in 0..1000 float32 -> what a diffusers scheduler calls model_output.
+
+        images: by role, as latents on the device; only those that the family takes are read.
+        """
+        arguments = self.add_images(self.make_inputs(noisy, t, conditioning), noisy, images or {})
+        raw = self.denoiser(**arguments, return_dict=False)[0]
         return self.convert_output(raw, noisy)
 
 

@@ -23,12 +23,14 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
-def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int], *, vae_batch_size: int) -> Tensor:
+def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int] | None, *, vae_batch_size: int) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, C, h, w) float32; each posterior is drawn with its image's own seed.
 
+    seeds: None for the posterior's mode, as diffusers encodes reference images.
     Latents that are not finite even in float32 are returned as they are: callers know the image's name and report it.
     """
-    noise = draw_posterior_noise(model.latents, pixels.shape, seeds)
+    noise = draw_posterior_noise(model.latents, pixels.shape, seeds or [0] * len(pixels))
+    noise = noise * 0 if seeds is None else noise
 
     def encode(rows: Tensor) -> Tensor:
         latents = model.encode_image(pixels[rows], noise[rows])

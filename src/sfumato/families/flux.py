@@ -48,7 +48,7 @@ class Flux(Family):
 
     @classmethod
     def detect(cls, source: Source) -> bool:
-        return _flux_keys.FLUX_TRANSFORMER.is_in(source)
+        return _flux_keys.FLUX_TRANSFORMER.is_in(source) and not _flux_files.is_kontext(source)
 
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:

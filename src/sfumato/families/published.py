@@ -28,7 +28,8 @@ def list_published() -> list[str]:
 
 
 def read_published(name: str) -> dict[str, Any]:
-    """A model's title, pipeline, resolution in pixels, dtype of its weights, and by folder its networks and tokenizers.
+    """A model's title, pipeline, resolution in pixels, dtype of its weights, and by folder its networks and tokenizers;
+    "references": how many reference images it takes, where it takes any.
 
     Raises UserError for a name that is not known.
     """

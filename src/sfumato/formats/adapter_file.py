@@ -23,9 +23,18 @@ from sfumato.formats.adapter_keys import (
     guess_contents,
     guess_writer,
     parse_adapter_key,
+    unwrap_layer,
 )
-from sfumato.formats.adapter_kind import AdapterKind, FileLayer, Kinds, LayerTensors, collect_spellings, find_kinds
-from sfumato.formats.checkpoint import open_checkpoint
+from sfumato.formats.adapter_kind import (
+    AdapterKind,
+    FileLayer,
+    Kinds,
+    LayerTensors,
+    collect_spellings,
+    find_kinds,
+    list_tensor_names,
+)
+from sfumato.formats.checkpoint import Checkpoint, open_checkpoint
 from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import PeftConfig, read_diffusers_configs, read_peft_config
@@ -131,13 +140,30 @@ def _read_file(path: Path, network: str, kinds: Sequence[AdapterKind]) -> Adapte
             if tensor in layers[name]:
                 raise UserError(f"{path} holds {tensor} of {name} twice", code="adapter-tensor-twice")
             layers[name][tensor] = file.read(key)
-    found = {name: find_kinds(tensors, kinds) for name, tensors in layers.items()}
+        found = {name: find_kinds(tensors, kinds) for name, tensors in layers.items()}
+        others = _read_plain(file, others, layers, found)
     result = AdapterFile(path=path, layers=layers, kinds=found, passed_over=tuple(others), keys=keys, metadata=metadata)
     _check_kinds(result, kinds)
     _check_others(result)
     configs = _read_configs(path, metadata)
     complete = {name: _complete_layer(path, name, layers[name], found[name], configs) for name in layers}
     return replace(result, layers=complete)
+
+
+def _read_plain(
+    file: Checkpoint, keys: Sequence[str], layers: Mapping[str, LayerTensors], found: Mapping[str, Kinds]
+) -> list[str]:
+    """Read the tensors whose names say something only beside others of their kind; the keys that are none."""
+    others: list[str] = []
+    for key in keys:
+        layer, _, end = key.rpartition(".")
+        name = unwrap_layer(layer)
+        plain = next((kind.plain_spellings[end] for kind in found.get(name, ()) if end in kind.plain_spellings), None)
+        if plain is None:
+            others.append(key)
+        else:
+            layers[name][plain] = file.read(key)
+    return others
 
 
 def _check_kinds(file: AdapterFile, known: Sequence[AdapterKind]) -> None:
@@ -217,7 +243,7 @@ def _complete_layer(
     network, _, rest = name.partition(".")
     complete: LayerTensors = {}
     for kind in kinds:
-        own = {each: tensors[each] for each in tensors if each in {*kind.spellings.values(), ALPHA, SCALAR}}
+        own = {each: tensors[each] for each in tensors if each in {*list_tensor_names(kind), SCALAR}}
         config = configs.get("") or configs.get(network)
         config_name = name if "" in configs else rest
         complete |= kind.complete(FileLayer(path=path, name=name, tensors=own, config=config, config_name=config_name))

@@ -10,17 +10,16 @@ ALPHA, SCALAR = "alpha", "scalar"
 COMMON_SPELLINGS = {ALPHA: ALPHA, SCALAR: SCALAR}  # of every kind; scalar is multiplied into the change
 LONGEST_END = 3  # words of a tensor's name, with dots between them
 FOREIGN_KINDS = {  # kinds without a class here -> the names of their tensors; the first that matches
-    "LoHa": r"hada_\w+",
     "BOFT": r"boft_\w+(\..+)?",
     "OFT": r"oft_\w+(\..+)?",
-    "(IA)3": r"on_input|ia3_l(\..+)?",
-    "GLoRA": r"(a1|a2|b1|b2|bm1|bm2)\.weight",
+    "(IA)3 of PEFT": r"ia3_l(\..+)?",
+    "GLoRA with other matrices": r"(bm1|bm2)\.weight",
     "AdaLoRA": r"lora_[ABE]|ranknum",
     "VeRA": r"vera_lambda_\w+(\..+)?",
     "LoRA of an embedding": r"lora_embedding_[AB](\..+)?",
     "LoRA with biases": r"lora_(A|B|up|down)(\.default)?\.bias|lora\.(up|down)\.bias",
     "LyCORIS adapter of norm layers": r"[wb]_norm",
-    "file of whole differences": r"diff|diff_b|set_weight",
+    "file of whole weights": r"set_weight",
     "ControlNet-LLLite": r"lllite_\w+",
 }
 WRAPPERS = (  # what training programs put around the layers' own names -> what replaces it

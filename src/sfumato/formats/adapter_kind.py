@@ -74,6 +74,9 @@ class AdapterKind(Protocol):
     def spellings(self) -> Mapping[str, str]: ...
 
     @property
+    def plain_spellings(self) -> Mapping[str, str]: ...
+
+    @property
     def is_wrapper(self) -> bool: ...
 
     def complete(self, layer: FileLayer) -> LayerTensors: ...
@@ -92,6 +95,11 @@ def collect_spellings(kinds: Iterable[AdapterKind]) -> dict[str, str]:
     for kind in kinds:
         spellings |= kind.spellings
     return spellings
+
+
+def list_tensor_names(kind: AdapterKind) -> set[str]:
+    """The names of all tensors that this kind may have."""
+    return {*kind.spellings.values(), *kind.plain_spellings.values(), ALPHA}
 
 
 def list_marks(kind: AdapterKind) -> set[str]:

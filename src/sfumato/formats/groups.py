@@ -63,15 +63,16 @@ def is_pointwise(layer: Layer) -> bool:
 
 
 def make_meta_layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Layer]:
-    """Layers on the meta device from weight shapes alone; a plan counts with them what a run would train."""
+    """Layers on the meta device from the shapes of weights and biases; with them a plan counts what a run trains."""
     layers: dict[str, Layer] = {}
     for name, shape in shapes.items():
         path = name.removesuffix(".weight")
+        has_bias = f"{path}.bias" in shapes
         if path != name and len(shape) == 2:
-            layers[path] = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+            layers[path] = nn.Linear(shape[1], shape[0], bias=has_bias, device="meta")
         elif path != name and len(shape) == 4:
             kernel = (shape[2], shape[3])
-            layers[path] = nn.Conv2d(shape[1], shape[0], kernel, bias=False, device="meta")
+            layers[path] = nn.Conv2d(shape[1], shape[0], kernel, bias=has_bias, device="meta")
     return layers
 
 

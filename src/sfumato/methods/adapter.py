@@ -104,7 +104,7 @@ class AdapterMethod:
         self.engine.multiplier = 1.0 if strength is None else strength.to(model.device, non_blocking=True)
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
-        return model.predict(noisy, t, conditioning)
+        return model.predict(noisy, t, conditioning, extras.images)
 
     def disabled(self) -> AbstractContextManager[None]:
         return self.engine.use_multiplier(0.0)
@@ -138,7 +138,11 @@ class AdapterMethod:
         return make_adapter_metadata(self.config)
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        return sum(part.parameters for part in self.plan(blueprint)) * (dtype or torch.float32).itemsize
+        """Of all tensors of the file: also of those that do not train."""
+        settings = make_adapter_settings(self.config, blueprint)
+        groups = {part: blueprint.networks[part].groups(every=True) for part in settings.specs}
+        tensors = [adapter.export_tensors().values() for adapter in self.builder.build(settings, groups)]
+        return sum(tensor.numel() for tensor in chain(*tensors)) * (dtype or torch.float32).itemsize
 
     def file_suffix(self, blueprint: Blueprint) -> str:
         return get_file_suffix(self.config.save.save_model_as)

@@ -40,6 +40,7 @@ class AdapterArgs:
     block_lr_zero_threshold: float | None = None
     network_reg_dims: tuple[tuple[re.Pattern[str], int], ...] = ()
     network_reg_lrs: tuple[tuple[re.Pattern[str], float], ...] = ()
+    rank_stabilized: bool = False
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
@@ -269,6 +270,7 @@ COMMON_ARGS: dict[str, Reader] = {
     "loraplus_lr_ratio": read_ratio,
     "loraplus_unet_lr_ratio": read_ratio,
     "loraplus_text_encoder_lr_ratio": read_ratio,
+    "rank_stabilized": read_flag,
     "verbose": read_flag,
 }
 CONVOLUTION_ARGS: dict[str, Reader] = {"conv_dim": read_rank, "conv_alpha": read_number}

@@ -61,7 +61,7 @@ class AdapterBuilder:
 
     def _build_adapter(self, settings: AdapterSettings, group: LayerGroup) -> Adapter | None:
         """None for a group without an adapter. At learning rate 0, only an adapter of the file is built, and frozen."""
-        network, options = settings.network, settings.args.options
+        network, options = settings.network, settings.ranks.find_options(group)
         learning_rate = settings.learning_rates.find_learning_rate(group).value
         rank = None if network.dim_from_weights else settings.ranks.find_rank(group)
         kinds = choose_kinds(settings.adapter_kind, options, group)

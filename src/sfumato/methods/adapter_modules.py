@@ -8,6 +8,7 @@ from typing import Any
 
 from sfumato.adapters import register_adapters
 from sfumato.adapters.base import ADAPTERS
+from sfumato.adapters.kinds import list_related
 from sfumato.common.extensions import ADAPTERS_GROUP, find_registered, import_extension
 from sfumato.common.names import (
     DEFAULT_KIND,
@@ -17,7 +18,6 @@ from sfumato.common.names import (
     LYCORIS_MODULES,
     LYCORIS_PRESETS,
     NETWORK_MODULES,
-    PLANNED_LYCORIS_PRESETS,
     LycorisPreset,
 )
 from sfumato.common.registry import did_you_mean
@@ -37,8 +37,9 @@ WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "train_llm_adapter": (False, None),
     "use_scalar": (False, None),
     "train_norm": (False, None),
-    "rs_lora": (False, None),
 }
+RENAMED_ARGUMENTS = {"rs_lora": "rank_stabilized"}  # LyCORIS' name -> the name here
+OF_RANKS = ("use_scalar", "rs_lora")  # arguments without effect on kinds without a rank
 TUCKER_NAMES = ("use_tucker", "use_cp", "use_conv_cp")  # LyCORIS' names for one argument, and its opposite
 NO_TUCKER = "disable_conv_cp"
 
@@ -85,9 +86,9 @@ def read_lycoris(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Co
     given = dict(network.network_args)
     kind = read_algo(given.pop("algo", None) or DEFAULT_KIND)
     preset = read_preset(given.pop("preset", "full"))
+    notes = list_unread(given, kind)
     given = drop_without_effect(given, kind, opt_ins)
     convolutions = {name: given.pop(name, None) for name in ("conv_dim", "conv_alpha")}
-    notes: list[str] = []
     if preset.has_convolutions and has_convolutions and not network.network_train_text_encoder_only:
         given["conv_dim"] = convolutions["conv_dim"] or network.network_dim or DEFAULT_RANK
         given["conv_alpha"] = convolutions["conv_alpha"] or network.network_alpha
@@ -117,7 +118,7 @@ def read_algo(algo: Any) -> str:
 def read_preset(name: Any) -> LycorisPreset:
     if name in LYCORIS_PRESETS:
         return LYCORIS_PRESETS[name]
-    if name in PLANNED_LYCORIS_PRESETS or str(name).endswith(".toml"):
+    if str(name).endswith(".toml"):
         raise UserError(
             f"--network_args preset={name} is not implemented yet (comes with the other adapters)",
             code="lycoris-preset-not-implemented",
@@ -130,6 +131,16 @@ def read_preset(name: Any) -> LycorisPreset:
     )
 
 
+def list_unread(given: Mapping[str, Any], kind: str) -> list[str]:
+    """A line for each argument of a wrapper that asks for it where the kind takes none."""
+    found = ADAPTERS.get(kind)
+    if found.takes_wrappers:
+        return []
+    wrappers = [ADAPTERS.get(name) for name in ADAPTERS.names if ADAPTERS.get(name).is_wrapper]
+    names = [name for wrapper in wrappers for name in wrapper.options_class.model_fields if given.get(name) is True]
+    return [f"--network_args {name}: no effect, {found.label} has no such form" for name in names]
+
+
 def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection[str]) -> dict[str, Any]:
     """The arguments without those that change nothing; UserError for one that would, and is not implemented."""
     kept = dict(given)
@@ -138,19 +149,24 @@ def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection
     known = ADAPTERS.get(kind).options_class.model_fields
     if "use_tucker" in known:
         kept["use_tucker"] = any(tucker)
-    elif any(tucker):
+    elif any(tucker) and kind == DEFAULT_KIND:  # the other kinds of LyCORIS do not read it
         raise make_later_error("use_tucker", True)
-    for other in (name for name in ADAPTERS.names if not ADAPTERS.get(name).is_wrapper and name != kind):
+    for name in () if ADAPTERS.get(kind).uses_rank else OF_RANKS:
+        kept.pop(name, None)
+    related = list_related(kind)
+    for other in (name for name in ADAPTERS.names if name not in related):
         for name in ADAPTERS.get(other).options_class.model_fields:
             if name not in known:  # LyCORIS gives all arguments to all of its adapters
                 kept.pop(name, None)
     if "train_t5xxl" not in opt_ins and kept.get("train_t5xxl") in (False, None):
         kept.pop("train_t5xxl", None)
     for name, harmless in WITHOUT_EFFECT.items():
+        if name in known:
+            continue
         value = kept.pop(name, None)
         if harmless is not None and value not in harmless:
             raise make_later_error(name, value)
-    return {name: value for name, value in kept.items() if value is not None}
+    return {RENAMED_ARGUMENTS.get(name, name): value for name, value in kept.items() if value is not None}
 
 
 def make_later_error(name: str, value: Any) -> UserError:

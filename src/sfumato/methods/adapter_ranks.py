@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from sfumato.adapters.kinds import choose_kinds, list_related
 from sfumato.common.names import DEFAULT_KIND, DEFAULT_RANK, LycorisPreset
 from sfumato.config import NetworkOptions
+from sfumato.config.base import Options
 from sfumato.errors import UserError
 from sfumato.families.part import PartSpec
 from sfumato.formats.groups import LayerGroup, is_pointwise
@@ -34,13 +36,30 @@ class AdapterRanks:
             targets += spec.extra_targets.get(option, ())
         if self.args.has_convolutions:
             targets += spec.conv_targets
-        is_target = any(matches(target, path) for target in targets)
-        return is_target if self.preset is None else self._is_in_preset(self.preset, group, is_target)
+        if self.preset is not None:
+            return self._is_in_preset(self.preset, group, targets)
+        return any(matches(target, path) for target in targets)
 
-    def _is_in_preset(self, preset: LycorisPreset, group: LayerGroup, is_target: bool) -> bool:
+    def _is_in_preset(self, preset: LycorisPreset, group: LayerGroup, targets: list[str]) -> bool:
+        spec = self.specs[group.part]
+        if preset.has_pointwise and is_pointwise(group.layers[0]):
+            targets = [*targets, *spec.conv_targets]
+        if not preset.has_transformers:
+            targets = [*spec.conv_targets]
+        is_target = any(matches(target, group.paths[0]) for target in targets)
         if preset.layers:
             return is_target and all(re.search(preset.layers, path) for path in group.paths)
         return is_target or bool(preset.more_layers and re.fullmatch(preset.more_layers, self.find_name(group)))
+
+    def find_options(self, group: LayerGroup) -> Mapping[str, Options]:
+        """Kind of adapter -> its own arguments for this group: those given, or others where the preset says so."""
+        options = self.args.options
+        own = options.get(self.adapter_kind)
+        for layers, name, value in self.preset.arguments if self.preset else ():
+            if own is not None and name in type(own).model_fields and re.search(layers, group.paths[0]):
+                own = own.model_copy(update={name: value})
+                options = {**options, self.adapter_kind: own}
+        return options
 
     def check(self, groups: Sequence[LayerGroup]) -> None:
         """Raise UserError for arguments that have no effect on `groups`, those of the parts that train."""
@@ -126,9 +145,15 @@ class AdapterRanks:
                 )
 
     def find_rank(self, group: LayerGroup) -> tuple[int, float] | None:
-        """Rank and alpha of a group's adapter; None where it gets none."""
+        """Rank and alpha of a group's adapter; None where it gets none.
+
+        With rank_stabilized (Kalajdzievski 2023, thm. 3.2) the change is scaled by alpha / sqrt(rank): by a larger
+        alpha here and in files, as every program divides it by the rank.
+        """
         rank, alpha = self._choose_rank(group) if self.is_target(group) else (0, 0.0)
-        return (rank, alpha or rank) if rank else None
+        if not rank:
+            return None
+        return rank, (alpha or rank) * (math.sqrt(rank) if self.args.rank_stabilized else 1)
 
     def _choose_rank(self, group: LayerGroup) -> tuple[int, float]:
         """From the last expression that matches, else block selection, extra targets, kinds, blocks, the plain rank."""

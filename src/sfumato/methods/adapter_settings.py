@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sfumato.adapters.base import ADAPTERS
 from sfumato.adapters.kinds import choose_kinds
 from sfumato.config import Config, NetworkOptions, OptimOptions
 from sfumato.errors import UserError
@@ -75,7 +76,12 @@ def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettin
             network=network, args=args, specs=specs, adapter_kind=module.adapter_kind, preset=module.preset
         ),
         learning_rates=learning_rates,
-        notes=(*notes, *module.notes, *list_idle_dropouts(module.adapter_kind, args, network)),
+        notes=(
+            *notes,
+            *module.notes,
+            *list_idle_dropouts(module.adapter_kind, args, network),
+            *list_idle_ranks(config, module.adapter_kind),
+        ),
     )
 
 
@@ -89,6 +95,15 @@ def list_idle_dropouts(kind: str, args: AdapterArgs, network: NetworkOptions) ->
         for name, value in given.items()
         if value and name not in each.dropouts
     ]
+
+
+def list_idle_ranks(config: Config, kind: str) -> list[str]:
+    """A line about --network_dim and the like where the run's kind of adapters has no rank."""
+    found = ADAPTERS.get(kind)
+    given = [name for name in ("network_dim", "network_alpha") if config.is_changed(name)]
+    if found.uses_rank or not given:
+        return []
+    return [f"{' and '.join(f'--{name}' for name in given)}: no effect, {found.label} has no rank"]
 
 
 def limit_text_encoder_lr(config: Config, blueprint: Blueprint) -> tuple[OptimOptions, list[str]]:

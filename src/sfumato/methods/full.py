@@ -121,7 +121,7 @@ class FullMethod:
         pass
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
-        return model.predict(noisy, t, conditioning)
+        return model.predict(noisy, t, conditioning, extras.images)
 
     def disabled(self) -> AbstractContextManager[None]:
         raise UserError(

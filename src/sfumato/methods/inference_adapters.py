@@ -45,4 +45,4 @@ class InferenceAdapters:
         pass
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
-        return model.predict(noisy, t, conditioning)
+        return model.predict(noisy, t, conditioning, extras.images)

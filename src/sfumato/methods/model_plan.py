@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sfumato.config import Config
+from sfumato.config.output_rules import samples_enabled
+from sfumato.config.prompts import read_prompts
+from sfumato.data.find.prompt_images import check_prompt_images
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 from sfumato.families.base import Family
@@ -23,6 +26,7 @@ from sfumato.families.model_options import (
     read_base_resolution,
     resolve_options,
 )
+from sfumato.families.references import check_reference_folders, describe_references
 from sfumato.methods import make_method
 from sfumato.methods.base import Method, TrainablePart
 
@@ -67,6 +71,20 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
     for note in notes if config.log.strict else ():
         problems.add(note, code="checkpoint-note-strict")
     return ModelPlan(config, family, blueprint, method, parts, notes, remarks)
+
+
+def check_data(model: ModelPlan, data: DataPlan, problems: Problems) -> None:
+    """Add a problem for what the data has and the model does not take, and for images of prompts."""
+    check_reference_folders(model.family, model.blueprint.source, data, problems)
+    if model.config.samples.sample_prompts is not None and samples_enabled(model.config):
+        with problems.catch():
+            check_prompt_images(read_prompts(model.config.samples.sample_prompts))
+
+
+def describe_data(model: ModelPlan, data: DataPlan) -> Iterator[str]:
+    """Lines about what the model makes of the data."""
+    yield from describe_resolution(model, data)
+    yield from describe_references(model.family, data)
 
 
 def describe_resolution(model: ModelPlan, data: DataPlan) -> Iterator[str]:

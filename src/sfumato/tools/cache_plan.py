@@ -19,6 +19,7 @@ from sfumato.families.detection import (
     read_size_steps,
     with_base_resolution,
 )
+from sfumato.families.references import check_reference_folders
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.training.plan_report import dataset_lines
 
@@ -63,6 +64,8 @@ def make_cache_plan(config: Config, *, processes: int, remember: bool = True) ->
         remember=remember,
         problems=problems,
     )
+    if family is not None and blueprint is not None:
+        check_reference_folders(family, blueprint.source, data, problems)
     problems.raise_all()
     assert family is not None
     assert blueprint is not None

@@ -180,6 +180,8 @@ def render_facts(subset: SubsetInspection) -> Iterator[str]:
     yield from render_files("empty captions", dict.fromkeys((Path(path).name for path in subset.empty), ""))
     if subset.masks:
         yield render_row("masks", escape(subset.masks))
+    if subset.references:
+        yield render_row("reference images", escape(subset.references))
     for name, tokens in subset.tokens.items():
         cut = f'<span class="bad">{tokens.over:,} of {count:,} captions are cut</span>' if tokens.over else ""
         longest = f"<details><summary>the longest has {tokens.longest} of {tokens.limit}</summary>"

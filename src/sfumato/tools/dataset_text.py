@@ -44,6 +44,8 @@ def describe_subset(subset: SubsetInspection) -> Iterator[tuple[str, str]]:
         yield "empty captions", f"{len(names)}: {list_some(names, MAX_NAMES)}"
     if subset.masks:
         yield "masks", subset.masks
+    if subset.references:
+        yield "references", subset.references
     for name, tokens in subset.tokens.items():
         cut = f"{tokens.over} of {count} captions are cut; " if tokens.over else ""
         yield f"tokens ({name})", f"{cut}the longest caption has {tokens.longest} of {tokens.limit}"

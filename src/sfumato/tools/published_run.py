@@ -13,7 +13,14 @@ from sfumato.config.schema import vocabulary
 from sfumato.families.published import read_published, write_published
 
 CAPTION = "a photo"
-STAND_INS = ("pretrained_model_name_or_path", "train_data_dir", "caption_extension", "output_dir", "cache_dir")
+STAND_INS = (
+    "pretrained_model_name_or_path",
+    "train_data_dir",
+    "reference_data_dirs",
+    "caption_extension",
+    "output_dir",
+    "cache_dir",
+)
 BLANK_SIZE = 2048  # pixels of a side; larger than any resolution, so that nothing is enlarged
 REPEATS = 1000  # of the image, so that any batch is full
 
@@ -25,13 +32,16 @@ def make_published_options(name: str, folder: Path) -> dict[str, Any]:
     """
     content = read_published(name)
     images = folder / "images" / f"{REPEATS}_blank"
-    images.mkdir(parents=True)
-    Image.new("RGB", (BLANK_SIZE, BLANK_SIZE)).save(images / "blank.png")
+    references = [folder / f"references_{number}" for number in range(content.get("references", 0))]
+    for place in (images, *references):
+        place.mkdir(parents=True)
+        Image.new("RGB", (BLANK_SIZE, BLANK_SIZE)).save(place / "blank.png")
     files.write_text(images / "blank.txt", CAPTION)
     resolution = content["resolution"]
     return {
         "pretrained_model_name_or_path": str(write_published(name, folder / "model")),
         "train_data_dir": images.parent,
+        "reference_data_dirs": tuple(references),
         "caption_extension": ".txt",
         "output_dir": folder / "output",
         "cache_dir": folder / "cache",

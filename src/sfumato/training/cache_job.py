@@ -15,6 +15,8 @@ from torch import Tensor
 from sfumato.config import Config
 from sfumato.data.batch import Tensors
 from sfumato.data.cache.entries import (
+    REFERENCE,
+    CacheItem,
     ContentHashes,
     FillCounts,
     FillOptions,
@@ -74,9 +76,17 @@ class CacheJob:
     def fill_image_caches(self, caches: Caches, store: Store) -> None:
         """The latents, and masks where images have any."""
         caches.latents = TensorCache(store)
-        caches.counts["latents"] = self.fill_latents(caches.latents, caches.latent_keys)
+        items = list_latent_items(self.data)
+        caches.counts["latents"] = self.fill_latents(caches.latents, caches.latent_keys, items, "latents")
         if list_mask_items(self.data):
             caches.counts["masks"] = self.fill_masks(caches.latents, caches.masks)
+
+    def fill_reference_cache(self, caches: Caches, items: Sequence[CacheItem]) -> None:
+        """The latents of reference images, beside those of the images."""
+        assert caches.latents is not None, "the latents come first"
+        keys = replace(caches.latent_keys, role=REFERENCE)
+        counts = self.fill_latents(caches.latents, keys, items, "reference images")
+        caches.counts["reference images"] = counts
 
     def fill_text_cache(self, caches: Caches, part: str, store: Store, rewrite: Callable[[str], str]) -> None:
         """The features of one encoder."""
@@ -96,22 +106,27 @@ class CacheJob:
             f"the outputs of {part} for {missing} of {total} {unit} are not in the cache"
         )
 
-    def fill_latents(self, cache: TensorCache, names: LatentKeys) -> FillCounts:
+    def fill_latents(self, cache: TensorCache, names: LatentKeys, items: Sequence[CacheItem], kind: str) -> FillCounts:
         chunk = self.config.cache.vae_batch_size
-        with self.start_progress("latents", "images") as progress:
+        with self.start_progress(kind, "images") as progress:
             counts = fill_latents(
                 cache,
                 names,
-                list_latent_items(self.data),
-                self.encode_images,
+                items,
+                self.encode_references if names.role else self.encode_images,
                 batch_size=chunk,
                 workers=self.config.loader.workers,
                 options=replace(
-                    self.fill_options("latents", names.fingerprint, cache.store, progress),
+                    self.fill_options(kind, names.fingerprint, cache.store, progress),
                     refuse=self.refuse_missing("vae", "images"),
                 ),
             )
-        return self.report_counts("latents", counts, cache.store)
+        return self.report_counts(kind, counts, cache.store)
+
+    def encode_references(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Without the posterior's noise, so the seeds are not used."""
+        self.model.parts["vae"].load()
+        return encode_images(self.model, pixels, None, vae_batch_size=self.config.cache.vae_batch_size)
 
     def encode_images(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
         """The autoencoder is loaded for the first images, and stays until all are encoded."""
@@ -192,7 +207,7 @@ def describe_cache_use(data: DataPlan, kind: str, encoder: str, cache: Path) -> 
         content_type=kind,
         sources=tuple(sorted(folders)),
         fingerprint=encoder,
-        sizes=tuple(sorted(sizes)) if kind in ("latents", "masks") else (),
+        sizes=tuple(sorted(sizes)) if kind in ("latents", "masks", "reference images") else (),
     )
 
 

@@ -9,6 +9,7 @@ from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.find.index import cache_folder
 from sfumato.data.masks import MaskKeys
 from sfumato.data.plans import DataPlan
+from sfumato.data.references import list_reference_items
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.parallel.base import ParallelStrategy
@@ -45,6 +46,8 @@ def fill_caches(
     def fill_part(part: str) -> None:
         if part == "vae":
             task.fill_image_caches(caches, latents)
+            if references := list_reference_items(data):
+                task.fill_reference_cache(caches, references)
         else:
             task.fill_text_cache(caches, part, text, rewrite)
             if prompts is not None:

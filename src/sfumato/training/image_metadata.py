@@ -38,8 +38,9 @@ def save_image(path: Path, image: Tensor, text: Mapping[str, str]) -> None:
 
 
 def image_metadata(request: ImageRequest) -> dict[str, str]:
-    """All that an image depends on besides the model, as text."""
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in vars(request).items()}
+    """All that an image depends on besides the model, as text; of an absolute path only the last name."""
+    values = vars(request) | {"reference_image": strip_paths(request.reference_image)}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 
 def generate_command(config: Config, request: ImageRequest, defaults: Sampling, more: Mapping[str, object]) -> str:
@@ -74,7 +75,7 @@ def request_options(request: ImageRequest, defaults: Sampling) -> dict[str, obje
     options |= {"scale": request.scale, "guidance": request.guidance}
     for name in ("cfg_trunc_ratio", "renorm_cfg"):
         options |= {name: vars(request)[name]} if vars(request)[name] != vars(defaults)[name] else {}
-    options |= {"flow_shift": request.flow_shift}
+    options |= {"flow_shift": request.flow_shift, "reference_image": request.reference_image or None}
     if request.sampler != vocabulary()["sample_sampler"].default:
         options["sample_sampler"] = request.sampler
     return options

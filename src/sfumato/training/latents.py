@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from sfumato.data.batch import Batch
+from sfumato.data.batch import Batch, ImageInput, is_reference
 from sfumato.data.cache.entries import make_not_finite_error
 from sfumato.data.loader import Loader
 from sfumato.families.encoding import encode_images
@@ -19,6 +21,22 @@ def load_latents(run: Run, batch: Batch) -> Tensor:
     assert batch.pixels is not None
     size = run.config.cache.vae_batch_size
     return encode_images(run.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=size)
+
+
+def load_references(run: Run, batch: Batch) -> Batch:
+    """The batch with its reference images as latents on the device."""
+    images = dict(batch.extras.images)
+    for role, image in batch.extras.images.items():
+        images[role] = load_reference(run, image) if is_reference(role) else image
+    return replace(batch, extras=replace(batch.extras, images=images)) if images else batch
+
+
+def load_reference(run: Run, image: ImageInput) -> ImageInput:
+    if image.latents is not None:
+        return replace(image, latents=image.latents.to(run.device, non_blocking=True))
+    assert image.pixels is not None
+    size = run.config.cache.vae_batch_size
+    return replace(image, pixels=None, latents=encode_images(run.model, image.pixels, None, vae_batch_size=size))
 
 
 def check_latents(latents: Tensor, batch: Batch, loader: Loader) -> None:

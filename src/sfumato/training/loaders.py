@@ -65,6 +65,7 @@ def make_loader(
         text=caches.text,
         variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
         text_dropout=text_dropout_rates(config, model),
+        reference_dropout=config.dataset.reference_dropout_rate,
         workers=config.loader.workers,
         skip_bad_images=config.dataset.on_bad_image == "skip",
     )

@@ -32,6 +32,7 @@ EncodeText = Callable[[Sequence[str]], Sequence[Mapping[str, Tensor]]]  # captio
 FillProgress = Callable[[int, int], None]  # done, total
 
 LATENTS = "latents"
+REFERENCE = "reference"  # a role in keys: the latents are the mode of the autoencoder's posterior
 PEER_TIMEOUT = 60.0  # seconds without new entries from other processes, after which their share is created here
 
 
@@ -310,18 +311,21 @@ class ContentHashes:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentKeys:
-    """Cache keys of latents: what they depend on besides the image."""
+    """Cache keys of latents: what they depend on besides the image. role: "" for those of the images themselves."""
 
     fingerprint: str  # of the encoder: its weights and whatever changes its output
     dtype: torch.dtype  # of the stored latents
     hashes: ContentHashes
 
+    role: str = ""
+
     def make_key(self, item: CacheItem, data: bytes | None = None) -> bytes:
         """data: the file's bytes if they are already in memory."""
         content = self.hashes.hash_image(item.image) if data is None else hash_content(data)
         colors = ("to sRGB",) if item.image.traits & CONVERTED else ()  # other images have the keys of before
+        roles = (f"role {self.role}",) if self.role else ()
         pixels = item.transform.cache_name(item.image.size)
-        return make_key(LATENTS, self.fingerprint, str(self.dtype), pixels, content, *colors)
+        return make_key(LATENTS, self.fingerprint, str(self.dtype), pixels, content, *colors, *roles)
 
 
 @dataclass(frozen=True, kw_only=True)

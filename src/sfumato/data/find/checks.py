@@ -86,7 +86,7 @@ def refuse_cache_among_images(subsets: Sequence[SubsetSettings], cache_dir: Path
     """Raise UserError where the cache lies in a folder of images."""
     cache = cache_dir.resolve()
     for subset in subsets:
-        for folder in (subset.image_dir, subset.conditioning_data_dir):
+        for folder in (subset.image_dir, subset.conditioning_data_dir, *subset.reference_data_dirs):
             if folder is None:
                 continue
             if is_archive_path(folder):

@@ -52,6 +52,8 @@ def make_subset_row(subset: SubsetPlan) -> tuple[str, str]:
     settings = subset.settings
     kind = "regularization images" if settings.is_reg else "images"
     masks = ", with masks" if has_masks(subset) else ""
+    count = len(subset.items.images.references)
+    masks += f", with {count} reference image{'s' if count > 1 else ''} each" if count else ""
     preserved = ", preserving the output of the untrained model" if settings.preserved else ""
     return str(settings.source), f"{len(subset.items)} {kind}{masks}{preserved}, {subset.num_samples} samples per epoch"
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 
 from sfumato.config import Config
 from sfumato.data.find.checks import check_image_options, refuse_cache_among_images
-from sfumato.data.find.conditioning_images import attach_conditioning_images, check_unmatched_images
 from sfumato.data.find.dataset_plan import plan_dataset
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_table import ImageTable
 from sfumato.data.find.index import cache_folder, check_cache_folder
+from sfumato.data.find.partner_images import attach_partner_images, check_unmatched_images
 from sfumato.data.find.policy import Policy
 from sfumato.data.find.settings import SizeSteps, SubsetSettings, load_dataset_settings
 from sfumato.data.find.subset_images import load_subset_images
@@ -68,10 +68,13 @@ def find_data(
     )
     if len(problems.found) == faults_before:
         check_regularization_options(plan, config, findings)
+        if config.dataset.reference_dropout_rate and not plan.num_references:
+            findings.report_no_effect("--reference_dropout_rate has no effect: there are no reference images")
     if len(problems.found) == faults_before:
         check_validation_split(plan, config, findings)
     if decoding and config.dataset.on_bad_image == "error":
-        refuse_undecodable([subset.items.images for dataset in datasets for subset in dataset.subsets], problems)
+        tables = [subset.items.images for dataset in datasets for subset in dataset.subsets]
+        refuse_undecodable([*tables, *(each for table in tables for each in table.references)], problems)
     with problems.catch():
         check_cache_folder(config)
     check_image_options(
@@ -103,7 +106,7 @@ def plan_datasets(
                 sources = [(subset, load_subset_images(subset, policy, findings)) for subset in subsets]
                 loaded += sources
                 sources = [
-                    (subset, attach_conditioning_images(images, subset, policy, findings)) for subset, images in sources
+                    (subset, attach_partner_images(images, subset, policy, findings)) for subset, images in sources
                 ]
                 if settings is not None:
                     train_plan, validation_plans = plan_dataset(settings, sources, seed, findings)

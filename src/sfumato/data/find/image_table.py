@@ -150,6 +150,7 @@ class ImageTable(ColumnSequence[ImageRow]):
     offsets: IntColumn | None = None  # bytes, in the archive; None for plain files
     traits: IntColumn | None = None  # None where no image has any
     conditioning: ImageTable | None = None  # the mask or control image of each
+    references: tuple[ImageTable, ...] = ()  # the reference images of each, one table for each folder
 
     @classmethod
     def from_rows(cls, rows: Sequence[ImageRow]) -> Self:
@@ -203,6 +204,10 @@ class ImageTable(ColumnSequence[ImageRow]):
         assert len(conditioning) == len(self), "every image has one conditioning image"
         return replace(self, conditioning=conditioning)
 
+    def with_references(self, references: Sequence[ImageTable]) -> ImageTable:
+        assert all(len(table) == len(self) for table in references), "every image has one reference of each folder"
+        return replace(self, references=tuple(references))
+
     def sizes(self) -> tuple[list[tuple[int, int]], IntColumn]:
         """The distinct sizes, (width, height) in pixels, and the index of each image's size among them."""
         packed, size_index = np.unique(self.widths << 32 | self.heights, return_inverse=True)
@@ -215,6 +220,8 @@ def take_rows(column: object, rows: IntColumn) -> object:
         return TextColumn.encode(column.get_row(row) for row in rows.tolist())
     if isinstance(column, ImageTable):
         return column.take(rows)
+    if isinstance(column, tuple):
+        return tuple(take_rows(each, rows) for each in column)
     return column[rows] if isinstance(column, np.ndarray) else column
 
 

@@ -68,6 +68,7 @@ def check_all_pixels(
             tables.append((subset.settings.where, images))
             if images.conditioning is not None:
                 tables.append((f"{subset.settings.where}: masks", images.conditioning))
+            tables += [(f"{subset.settings.where}: reference images", references) for references in images.references]
     total, done = sum(len(images) for _, images in tables), 0
     pixels: dict[str, SubsetPixels] = {}
     for where, images in tables:
@@ -117,6 +118,7 @@ def inspect_subset(
         empty=[item.image.path for item in items if not item.image.caption],
         class_tokens=sum(1 for item in items if item.image.caption == subset.settings.class_tokens),
         masks=describe_masks(items, subset),
+        references=describe_reference_folders(subset),
         tags=tags.most_common(COMMON_TAGS),
         distinct_tags=len(tags),
         tokens=tokens,
@@ -160,6 +162,13 @@ def describe_masks(items: Sequence[Item], subset: SubsetPlan) -> str:
     return "the alpha channel of each image that has one" if rules.alpha_mask else ""
 
 
+def describe_reference_folders(subset: SubsetPlan) -> str:
+    """Where a subset's reference images come from; "" where there are none."""
+    count, folders = len(subset.items.images.references), subset.settings.reference_data_dirs
+    named = [f"one in {folder}" for folder in folders] + ["one by its metadata"] * (count - len(folders))
+    return f"each image has {' and '.join(named)}" if count else ""
+
+
 def measure_captions(captions: Sequence[str], count: CountTokens, limit: int) -> TokenStatistics:
     lengths = count(captions)
     longest = max(range(len(lengths)), key=lengths.__getitem__)
@@ -197,6 +206,7 @@ class SubsetInspection:
     empty: Sequence[str]  # images with an empty caption
     class_tokens: int  # images whose caption is the class tokens
     masks: str  # where they come from; "" where there are none
+    references: str  # the same for reference images
     tags: Sequence[tuple[str, int]]  # the most frequent
     distinct_tags: int
     tokens: Mapping[str, TokenStatistics]  # by tokenizer

@@ -7,8 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from sfumato.common.text import list_some
 from sfumato.common.text_files import read_text_file
 from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields, report_shortened
 from sfumato.data.find.findings import Findings
-from sfumato.data.find.folders import list_folder, list_recursively, read_images
+from sfumato.data.find.folders import read_images
 from sfumato.data.find.image_formats import UNREAD_EXTENSIONS, get_extension
 from sfumato.data.find.image_notes import report_unread
-from sfumato.data.find.image_table import ImageTable, TextColumn, join_path
+from sfumato.data.find.image_table import ImageTable, TextColumn
+from sfumato.data.find.named_files import locate_images
+from sfumato.data.find.named_references import attach_named_references, list_reference_names
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.errors import UserError
@@ -221,68 +222,9 @@ def load_named_images(named: NamedImages, policy: Policy, findings: Findings) ->
         names, texts, faults, f"in {where}", subset, policy, findings, empty=lambda _index: False
     )
     report_shortened(named.shortened, len(named.keys), subset, findings)
-    return images.make_table(base, valid).with_captions(table.captions, table.kept_rows)
-
-
-def locate_images(keys: Sequence[str], image_dir: Path | None) -> tuple[str, list[str | None]]:
-    """The folder and each image's path below it, None where the image is missing.
-
-    A key is a path relative to the folder, with or without its extension, one relative to the current folder, or an
-    absolute path. Where not all images are in the folder, paths are absolute and the folder is "".
-    """
-    folder = os.path.abspath(image_dir) if image_dir else ""  # noqa: PTH100
-    folder_names = FolderNames(folder, below=True) if folder else None
-    inside = [folder_names.find(key) if folder_names else None for key in keys]
-    if all(inside):
-        return folder, inside
-    listings: dict[str, FolderNames] = {}
-
-    def find_outside(path: str) -> str | None:
-        parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
-        if parent not in listings:
-            listings[parent] = FolderNames(parent)
-        file = listings[parent].find(name)
-        return file and os.path.join(parent, file)  # noqa: PTH118
-
-    absolute: list[str | None] = []
-    for key, name in zip(keys, inside, strict=True):
-        if name:
-            absolute.append(join_path(folder, name))
-        else:
-            absolute.append(find_outside(key) or find_outside(os.path.join(folder, key)))  # noqa: PTH118
-    prefix = folder + os.sep
-    if folder and all(path is None or path.startswith(prefix) for path in absolute):
-        return folder, [path and path[len(prefix) :] for path in absolute]
-    return "", absolute
-
-
-class FolderNames:
-    """The images of a folder, found by name, or by the name without its extension."""
-
-    def __init__(self, folder: str, *, below: bool = False) -> None:
-        try:
-            images = list_folder(folder).images + (list_recursively(folder).images if below else [])
-        except OSError:
-            images = []
-        self.images = dict(zip(images, images, strict=True))
-
-    @cached_property
-    def by_stem(self) -> dict[str, str]:
-        return {name[: name.rfind(".")]: name for name in reversed(self.images)}
-
-    @cached_property
-    def by_lower_case(self) -> dict[str, str]:
-        """Names that differ in capital letters only are one name on most systems."""
-        return {name.lower(): name for name in reversed(self.images)}
-
-    def find(self, key: str) -> str | None:
-        path = key.replace("\\", "/")
-        return (
-            self.images.get(key)
-            or self.images.get(path)
-            or self.by_stem.get(key)
-            or self.by_lower_case.get(path.lower())
-        )
+    found = images.make_table(base, valid).with_captions(table.captions, table.kept_rows)
+    references = [named.references[row] for row in rows[table.kept_rows].tolist()]
+    return attach_named_references(found, references, subset, policy, findings)
 
 
 class NamedImages:
@@ -293,6 +235,7 @@ class NamedImages:
         self.subset = subset
         self.keys: list[str] = []
         self.captions: list[str] = []
+        self.references: list[tuple[str, ...]] = []
         self.seen: set[str] = set()
         self.repeated: list[str] = []
         self.shortened: list[str] = []  # those whose caption has several lines, of which the first is used
@@ -316,3 +259,4 @@ class NamedImages:
         self.seen.add(key)
         self.keys.append(key)
         self.captions.append(caption)
+        self.references.append(list_reference_names(fields))

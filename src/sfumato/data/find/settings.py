@@ -127,9 +127,9 @@ def has_value(key: str, tables: Tables) -> bool:
 
 def drop_unused_subsets(subsets: Sequence[SubsetSettings], findings: Findings) -> Iterator[SubsetSettings]:
     """Without the subsets that repeat an earlier one and those with 0 repeats."""
-    seen: set[tuple[Path, Path | None]] = set()
+    seen: set[tuple[Path, Path | None, tuple[Path, ...]]] = set()
     for subset in subsets:
-        identity = subset.source.resolve(), subset.conditioning_data_dir
+        identity = subset.source.resolve(), subset.conditioning_data_dir, subset.reference_data_dirs
         if identity in seen:
             findings.report_no_effect(
                 f"{subset.where} is skipped: it names {identity[0].name} a second time in its dataset"
@@ -220,12 +220,14 @@ def make_subset_settings(
     attributes = value("custom_attributes") or {}
     metadata_file = next((table.value("metadata_file") for table in tables), None)  # --in_json needs no dataset file
     class_tokens = folder.class_tokens if folder else value("class_tokens")
+    conditioning = value("conditioning_data_dir")
     check_texts(where, {**rules, "class_tokens": class_tokens})
     return SubsetSettings(
         where=where,
         image_dir=folder.image_dir if folder else value("image_dir"),
         metadata_file=metadata_file,
-        conditioning_data_dir=None if is_reg else choose_conditioning_dir(value("conditioning_data_dir"), folder),
+        conditioning_data_dir=None if is_reg or not conditioning else choose_partner_dir(conditioning, folder),
+        reference_data_dirs=choose_reference_dirs(value("reference_data_dirs"), folder),
         is_reg=is_reg,
         class_tokens=class_tokens,
         num_repeats=folder.num_repeats if folder and folder.num_repeats is not None else value("num_repeats"),
@@ -252,10 +254,15 @@ def check_texts(where: str, texts: Mapping[str, Any]) -> None:
             )
 
 
-def choose_conditioning_dir(root: Path | None, folder: FolderSubset | None) -> Path | None:
-    """The folder of masks or control images; for a folder N_text the subfolder of the same name, if there is one."""
-    nested = root / folder.image_dir.name if root and folder else None
+def choose_partner_dir(root: Path, folder: FolderSubset | None) -> Path:
+    """A folder of further images of a subset; for a folder N_text the subfolder of that name, if there is one."""
+    nested = root / folder.image_dir.name if folder else None
     return nested if nested and nested.is_dir() else root
+
+
+def choose_reference_dirs(roots: Sequence[Path], folder: FolderSubset | None) -> tuple[Path, ...]:
+    """Regularization images of --reg_data_dir have no reference images."""
+    return () if folder and folder.is_reg else tuple(choose_partner_dir(root, folder) for root in roots)
 
 
 def make_image_rules(value: Callable[[str], Any], config: Config) -> ImageRules:
@@ -280,6 +287,7 @@ class SubsetSettings:
     caption_extension: str
     caption_extension_given: bool  # no other one is tried then
     conditioning_data_dir: Path | None  # masks or control images, one per image
+    reference_data_dirs: tuple[Path, ...]  # reference images, in each folder one per image
     images: ImageRules
     validation_split: float
     validation_seed: int | None

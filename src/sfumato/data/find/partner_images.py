@@ -1,4 +1,4 @@
-"""Which mask or control image belongs to which image: the one of the same name in another folder."""
+"""Which mask, control or reference images belong to an image: those of its name in other folders."""
 
 from __future__ import annotations
 
@@ -16,74 +16,96 @@ from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import Listing, list_folder, list_recursively, read_images
 from sfumato.data.find.image_notes import report_unread
 from sfumato.data.find.image_table import ImageTable, IntColumn
+from sfumato.data.find.partner_folders import PartnerFolder, list_partner_folders
 from sfumato.data.find.policy import Policy, select_valid_images
 from sfumato.data.find.settings import SubsetSettings
 from sfumato.data.find.verify_images import find_decodable
 
 
-def attach_conditioning_images(
-    images: ImageTable, subset: SubsetSettings, policy: Policy, findings: Findings
-) -> ImageTable:
-    """The images that have a conditioning image, each with it; all images where the subset has no such folder.
+def attach_partner_images(images: ImageTable, subset: SubsetSettings, policy: Policy, findings: Findings) -> ImageTable:
+    """The images that have a mask or control image and every reference image, each with them.
 
-    Adds a problem for an image without one, for two of the same name and for one of another shape.
+    Adds a problem for an image without one and for two of the same name; for a mask or control image of another shape,
+    too, while reference images of another shape are noted, since they are cropped.
     """
-    if subset.conditioning_data_dir is None or not len(images):
-        return images
-    folder = os.path.abspath(subset.conditioning_data_dir)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
+    for partner in list_partner_folders(subset) if len(images) else ():
+        images = attach_partners(images, partner, subset, policy, findings)
+    return images
+
+
+def attach_partners(
+    images: ImageTable, partner: PartnerFolder, subset: SubsetSettings, policy: Policy, findings: Findings
+) -> ImageTable:
+    """The images that have one in this folder; all of them where it cannot be read, which is a problem."""
+    folder = os.path.abspath(partner.folder)  # noqa: PTH100 -- keeps symbolic links, unlike resolve
     try:
         listing = list_images(folder)
     except OSError as error:
         findings.problems.add(
-            f"{subset.where}: conditioning_data_dir {folder} cannot be read ({error.strerror})",
+            f"{subset.where}: {partner.key} {folder} cannot be read ({error.strerror})",
             code="conditioning-folder-unreadable",
             fix=suggest_path(Path(folder)),
         )
         return images
     names = listing.images
-    report_unread(listing.unread, f"{subset.where}: {folder}", findings)
-    headers = read_images(folder, names, policy.index("images", folder))
     where = f"{subset.where}: {folder}"
+    report_unread(listing.unread, where, findings)
+    headers = read_images(folder, names, policy.index("images", folder))
     valid = select_valid_images(headers, where, policy, findings)
     valid = valid[find_decodable(headers.make_table(folder, valid), where, policy, findings)]
     partners = match_by_stem(images, names)
     rows = np.flatnonzero(np.isin(partners, valid))
-    paired = images.take(rows).with_conditioning(headers.make_table(folder, partners[rows]))
-    check_partner_names(images.take(np.flatnonzero(partners < 0)).names, names, subset, folder, findings)
-    misshapen = paired.take(np.flatnonzero(~compare_shapes(paired))).names
+    found = headers.make_table(folder, partners[rows])
+    check_partner_names(images.take(np.flatnonzero(partners < 0)).names, names, partner, subset, findings)
+    paired = images.take(rows)
+    misshapen = paired.take(np.flatnonzero(~compare_shapes(paired, found))).names
     if len(misshapen):
-        findings.problems.add(
-            f"{subset.where}: the conditioning image in {folder} has another shape than the image for "
-            f"{len(misshapen)} images: {list_some(misshapen)}",
-            code="conditioning-image-shape-mismatch",
-            fix="give each image a conditioning image of its own shape",
+        report_misshapen(misshapen, partner, subset, findings)
+    if partner.is_reference:
+        return paired.with_references((*paired.references, found))
+    return paired.with_conditioning(found)
+
+
+def report_misshapen(names: Sequence[str], partner: PartnerFolder, subset: SubsetSettings, findings: Findings) -> None:
+    """names: of the images whose partner has another shape."""
+    if partner.is_reference:
+        findings.note(
+            f"{subset.where}: the reference image in {partner.folder} has another shape than the image, and is cropped "
+            f"to it, for {len(names)} images: {list_some(names)}"
         )
-    return paired
+        return
+    findings.problems.add(
+        f"{subset.where}: the conditioning image in {partner.folder} has another shape than the image for "
+        f"{len(names)} images: {list_some(names)}",
+        code="conditioning-image-shape-mismatch",
+        fix="give each image a conditioning image of its own shape",
+    )
 
 
 def check_partner_names(
-    unmatched: Sequence[str], names: Sequence[str], subset: SubsetSettings, folder: str, findings: Findings
+    unmatched: Sequence[str], names: Sequence[str], partner: PartnerFolder, subset: SubsetSettings, findings: Findings
 ) -> None:
-    """unmatched: images without a conditioning image. names: of the conditioning images."""
+    """unmatched: images without a partner. names: of the images in the partners' folder."""
     if len(unmatched):
         findings.problems.add(
-            f"{subset.where}: {len(unmatched)} images have no image of the same name in {folder}: "
+            f"{subset.where}: {len(unmatched)} images have no {partner.noun} of the same name in {partner.folder}: "
             f"{list_some(unmatched)}",
             code="conditioning-image-missing",
-            fix="give each image one conditioning image of its name",
+            fix=f"give each image one {partner.noun} of its name",
         )
     counts = Counter(map(strip_extension, names))
     repeated = [name for name in names if counts[strip_extension(name)] > 1]
     if repeated:
         findings.problems.add(
-            f"{subset.where}: {len(repeated)} images in {folder} differ only in their extension: {list_some(repeated)}",
+            f"{subset.where}: {len(repeated)} images in {partner.folder} differ only in their extension: "
+            f"{list_some(repeated)}",
             code="conditioning-image-ambiguous",
-            fix="keep one conditioning image per name",
+            fix=f"keep one {partner.noun} per name",
         )
 
 
 def match_by_stem(images: ImageTable, names: Sequence[str]) -> IntColumn:
-    """For each image the index of its conditioning image in `names`, -1 for none.
+    """For each image the index of its partner in `names`, -1 for none.
 
     Subfolders count as part of the name, unless no two images have the same name without them.
     """
@@ -99,10 +121,8 @@ def match_by_stem(images: ImageTable, names: Sequence[str]) -> IntColumn:
     return np.array([by_stem[stem] for stem in stems], np.int64)
 
 
-def compare_shapes(images: ImageTable) -> NDArray[np.bool_]:
-    """For each image whether its conditioning image has its shape: equal sides to a pixel after scaling."""
-    other = images.conditioning
-    assert other is not None
+def compare_shapes(images: ImageTable, other: ImageTable) -> NDArray[np.bool_]:
+    """For each image whether its partner has its shape: equal sides to a pixel after scaling."""
     swap = images.widths > other.widths
     pairs = [(images.widths, other.widths), (images.heights, other.heights)]
     short = [np.where(swap, theirs, ours) for ours, theirs in pairs]
@@ -112,12 +132,13 @@ def compare_shapes(images: ImageTable) -> NDArray[np.bool_]:
 
 
 def check_unmatched_images(subsets: Iterable[tuple[SubsetSettings, ImageTable]], findings: Findings) -> None:
-    """A conditioning image that belongs to no image of any subset is a problem: its image is missing."""
+    """An image in a partners' folder that belongs to no image of any subset is a problem: its image is missing."""
     stems: defaultdict[Path, set[str]] = defaultdict(set)
     labels: dict[Path, str] = {}
     for subset, images in subsets:
-        folder = subset.conditioning_data_dir
-        if folder is not None and folder.is_dir() and len(images):
+        for folder in (partner.folder for partner in list_partner_folders(subset) if len(images)):
+            if not folder.is_dir():
+                continue
             labels.setdefault(folder, subset.where)
             for stem in map(strip_extension, (*images.names, *findings.skipped_names[subset.where])):
                 stems[folder] |= {stem.lower(), strip_folders(stem).lower()}

@@ -1,0 +1,54 @@
+"""For kinds that form the whole change of a weight: its product with the input, and dropout of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfumato.adapters.base import Adapter, apply_weight, drop_module
+from sfumato.formats.groups import Layer
+
+
+def apply_formed(layer: Layer, x: Tensor, form: Callable[[], Tensor]) -> Tensor:
+    """The layer's operation with the weight that `form` gives; formed again in backward, so that none is kept."""
+
+    def apply(x: Tensor) -> Tensor:
+        return apply_weight(layer, x, form().to(x.dtype))
+
+    if not torch.is_grad_enabled():
+        return apply(x)
+    change = checkpoint(apply, x, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(change, Tensor)
+    return change
+
+
+def drop_rows(adapter: Adapter, change: Tensor, i: int) -> Tensor:
+    """The change of the i-th layer's output with the adapter's dropout: of rows for the whole batch, and of it all."""
+    dropout = adapter.dropout
+    if not adapter.training or not dropout:
+        return change
+    if dropout.rank:
+        is_linear = isinstance(adapter.group.layers[i], nn.Linear)
+        count = change.shape[-1 if is_linear else 1]
+        mask = (torch.rand(count, device=change.device) >= dropout.rank).to(change.dtype)
+        change = change * (mask if is_linear else mask.reshape(-1, 1, 1))
+    return drop_module(change, dropout.module) if dropout.module else change
+
+
+def measure_change(adapter: Adapter) -> Tensor:
+    """The norm of the change of all layers, 0-d."""
+    squares = [adapter.delta(i).float().square().sum() for i in range(len(adapter.group.layers))]
+    return torch.stack(squares).sum().sqrt()
+
+
+def limit_product(adapter: Adapter, maximum: float) -> tuple[Tensor, Tensor]:
+    """`Adapter.limit_norm` where the change is linear in each parameter: all are scaled by one root of the ratio."""
+    norm = measure_change(adapter)
+    ratio = (maximum / norm.clamp(min=maximum / 2)).clamp(max=1)
+    factors = list(adapter.parameters())
+    for factor in factors:
+        factor.mul_(ratio ** (1 / len(factors)))
+    return norm * ratio, ratio < 1
