@@ -23,6 +23,7 @@ LAYERS = (
     ("adapters", "families"),
     ("optim",),
     ("memory", "methods", "parallel", "track"),
+    ("sampling",),
     ("sample",),
     ("loss",),
     ("plan",),

@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from denoising import run_denoising
 from every_family import each_case, find_toys
-from families.loading import NoMethod
 from families.toys import ToyShelf
 from sfumato.config.prompts import Prompt
-from sfumato.data.batch import Extras, Sizes
+from sfumato.data.batch import Sizes
 from sfumato.families._flux_parts import pack, unpack
-from sfumato.sample import denoise, encode_prompts, make_request, make_scheduler
+from sfumato.sample import encode_prompts
+from sfumato.sampling.denoise import Guidance
+from sfumato.sampling.request import make_request
+from sfumato.sampling.schedulers import make_scheduler
 
 
 def sd_pipeline(folder: Path, model: Any, request: Any, x: Tensor) -> Tensor:
@@ -118,13 +121,9 @@ def test_denoising_equals_the_diffusers_pipeline(case: str, toy_shelf: ToyShelf,
     spec = model.latents
     x = torch.randn(1, spec.channels, 12, 8, generator=torch.Generator().manual_seed(request.seed))
     sizes = Sizes.from_size(1, 96, 64)
-    method: Any = NoMethod()
     negative = encode_prompts(model, [request.negative_prompt], sizes, request.guidance) if request.guided else None
-    ours = denoise(
-        model, method, make_scheduler(request.sampler, model.objective), x,
-        encode_prompts(model, [request.prompt], sizes, request.guidance), negative, steps=request.steps,
-        scale=scale, extras=Extras(), generator=torch.Generator().manual_seed(5),
-    )  # fmt: skip
+    text = encode_prompts(model, [request.prompt], sizes, request.guidance)
+    ours = run_denoising(model, x, text, Guidance(negative=negative, scale=scale), seed=5, steps=request.steps)
     theirs = PIPELINES[model.name](toys.folder, model, request, x)
     assert ours.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
+from denoising import run_denoising
 from families.loading import NoMethod, load_model
 from families.toys import ToyShelf
 from sfumato.config.evaluation import SampleOptions
@@ -17,16 +18,10 @@ from sfumato.config.schema import vocabulary
 from sfumato.data.batch import Extras, Sizes
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.sample import (
-    SAMPLERS,
-    denoise,
-    encode_prompts,
-    generate,
-    generate_batch,
-    list_ignored,
-    make_request,
-    make_scheduler,
-)
+from sfumato.sample import encode_prompts, generate, generate_batch
+from sfumato.sampling.denoise import Guidance
+from sfumato.sampling.request import list_ignored, make_request
+from sfumato.sampling.schedulers import SAMPLERS, make_scheduler
 
 STEPS, SCALE = 6, 3.0
 PUBLISHED = {  # scheduler_config.json of Stable Diffusion 1.5, which any scheduler takes its own keys from
@@ -74,13 +69,10 @@ def test_a_sampler_equals_the_pipeline(name: str, folder: Path, model: Family) -
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     texts = [encode_prompts(model, [text], Sizes.from_size(1, 64, 64), None) for text in ("a cat", "a red dog")]
-    method: Any = NoMethod()
     positive, negative = (text["encoder_hidden_states"] for text in texts)
     for written, steps in ((name, STEPS), (f"k_{name}", STEPS + 1)):
-        ours = denoise(
-            model, method, make_scheduler(written, model.objective), x, *texts, steps=steps, scale=SCALE,
-            extras=Extras(), generator=torch.Generator().manual_seed(1),
-        )  # fmt: skip
+        guidance = Guidance(negative=texts[1], scale=SCALE)
+        ours = run_denoising(model, x, texts[0], guidance, sampler=written, steps=steps)
         theirs = pipe(
             prompt_embeds=positive, negative_prompt_embeds=negative, height=64, width=64, num_inference_steps=steps,
             guidance_scale=SCALE, latents=x, output_type="latent", generator=torch.Generator().manual_seed(1),
@@ -165,19 +157,17 @@ class Lines:
         return torch.full_like(noisy, 1.0 if text == "positive" else 2.0)
 
 
-def run_denoise(model: Family, **options: float) -> tuple[torch.Tensor, list[tuple[float, str]]]:
-    method: Any = Lines()
-    found = denoise(
-        model, method, make_scheduler("ddim", model.objective), torch.zeros(1, 4, 2, 2), "positive", "negative",
-        steps=5, scale=4.0, extras=Extras(), generator=torch.Generator(), **options,
-    )  # fmt: skip
+def denoise_lines(model: Family, **options: float) -> tuple[torch.Tensor, list[tuple[float, str]]]:
+    method, negative = Lines(), cast("Any", "negative")
+    guidance = Guidance(negative=negative, scale=4.0, **options)
+    found = run_denoising(model, torch.zeros(1, 4, 2, 2), "positive", guidance, method=method, steps=5)
     return found, method.asked
 
 
 def test_guidance_ends_at_the_truncation_ratio(model: Family) -> None:
     """The negative text is asked only while the share of the way that is done is below the ratio."""
-    _, always = run_denoise(model)
-    _, early = run_denoise(model, cfg_trunc_ratio=0.5)
+    _, always = denoise_lines(model)
+    _, early = denoise_lines(model, truncation=0.5)
     assert [t for t, text in always if text == "negative"] == [801, 601, 401, 201, 1]
     assert [t for t, text in early if text == "negative"] == [801, 601]
     assert [t for t, text in early if text == "positive"] == [801, 601, 401, 201, 1]
@@ -185,9 +175,9 @@ def test_guidance_ends_at_the_truncation_ratio(model: Family) -> None:
 
 def test_a_guided_prediction_is_shortened(model: Family) -> None:
     """2 + 4 (1 - 2) = -2 is twice as long as 1: to 1.5 lengths it is -1.5, and with room for 2 it stays."""
-    plain = run_denoise(model)[0]
-    assert torch.equal(run_denoise(model, renorm_cfg=2.0)[0], plain)
-    torch.testing.assert_close(run_denoise(model, renorm_cfg=1.5)[0], plain * 0.75)
+    plain = denoise_lines(model)[0]
+    assert torch.equal(denoise_lines(model, norm_limit=2.0)[0], plain)
+    torch.testing.assert_close(denoise_lines(model, norm_limit=1.5)[0], plain * 0.75)
 
 
 @pytest.mark.parametrize(("family", "sampler"), [("sd", "euler_a"), ("flux", "ddim"), ("lumina", "ddim")])

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 
 from sfumato.diffusion.objective import RectifiedFlow, VariancePreserving
 from sfumato.errors import UserError
-from sfumato.sample import SAMPLERS, make_scheduler
+from sfumato.sampling.schedulers import SAMPLERS, make_scheduler
 
 MATH = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_text())
 

@@ -21,7 +21,7 @@ from sfumato.data.batch import Sizes
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.encoding import encode_with_grad
-from sfumato.sample import make_scheduler
+from sfumato.sampling.schedulers import make_scheduler
 from sfumato.train import train_step
 from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
 

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from families.loading import NoMethod, load_model, read_model
+from denoising import run_denoising
+from families.loading import load_model, read_model
 from families.toys import ToyShelf
 from sfumato.cli.main import main as run_command
 from sfumato.config import ModelOptions
@@ -23,7 +24,8 @@ from sfumato.families._flux_parts import pack, unpack
 from sfumato.families.base import Family
 from sfumato.families.flux_kontext import PREFERRED_SIZES
 from sfumato.methods.inference_adapters import InferenceAdapters
-from sfumato.sample import denoise, encode_prompts, encode_reference, make_request, make_scheduler
+from sfumato.sample import encode_prompts, encode_reference
+from sfumato.sampling.request import make_request
 from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 EDIT = {"model_type": "flux_kontext", "network_module": "networks.lora_flux", "cache_latents": True} | {
@@ -74,11 +76,8 @@ def test_denoising_equals_the_diffusers_pipeline(model: Family, folder: Path) ->
     )
     x, reference = draw(1, 1, 16, 12, 8), draw(2, 1, 16, 8, 10)
     text = encode_prompts(model, [request.prompt], Sizes.from_size(1, 96, 64), request.guidance)
-    method: Any = NoMethod()
-    ours = denoise(
-        model, method, make_scheduler("ddim", model.objective), x, text, None, steps=4, scale=1.0,
-        extras=Extras(images={"reference_1": ImageInput(latents=reference)}), generator=torch.Generator(),
-    )  # fmt: skip
+    extras = Extras(images={"reference_1": ImageInput(latents=reference)})
+    ours = run_denoising(model, x, text, steps=4, extras=extras)
     pipe = FluxKontextPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
@@ -87,10 +86,7 @@ def test_denoising_equals_the_diffusers_pipeline(model: Family, folder: Path) ->
         output_type="latent", max_sequence_length=512,
     ).images  # fmt: skip
     torch.testing.assert_close(ours, unpack(theirs, x.shape), rtol=0, atol=1e-5)
-    plain = denoise(
-        model, method, make_scheduler("ddim", model.objective), x, text, None, steps=4, scale=1.0, extras=Extras(),
-        generator=torch.Generator(),
-    )  # fmt: skip
+    plain = run_denoising(model, x, text, steps=4)
     assert (ours - plain).abs().max() > 1e-3
 
 
@@ -200,12 +196,11 @@ def test_diffusers_reads_the_trained_file(folder: Path, trained: Path, tmp_path:
         guidance_scale=2.5, height=64, width=64, max_area=64 * 64, num_inference_steps=4, latents=pack(x),
         output_type="latent", max_sequence_length=512,
     ).images  # fmt: skip
-    settings: Any = {"steps": 4, "scale": 1.0, "generator": torch.Generator()}
-    settings["extras"] = Extras(images={"reference_1": ImageInput(latents=reference)})
+    extras = Extras(images={"reference_1": ImageInput(latents=reference)})
 
     def sample(strength: float) -> Tensor:
         method = InferenceAdapters(model, [(trained / "lora.safetensors", strength)])
-        return denoise(model, method, make_scheduler("ddim", model.objective), x, text, None, **settings)
+        return run_denoising(model, x, text, method=method, steps=4, extras=extras)
 
     without = sample(0.0)
     ours = sample(1.0)

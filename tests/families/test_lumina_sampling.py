@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from denoising import run_denoising
 from families.lumina_toys import SYSTEM, Options, load
 from families.toys import ToyShelf
 from sfumato.compat.scripts import SCRIPTS
@@ -19,7 +20,10 @@ from sfumato.data.batch import Extras, Sizes
 from sfumato.diffusion.timesteps import make_density
 from sfumato.families.base import Family
 from sfumato.families.encoding import encode_captions
-from sfumato.sample import denoise, encode_prompts, generate, make_request, make_scheduler
+from sfumato.sample import encode_prompts, generate
+from sfumato.sampling.denoise import Guidance
+from sfumato.sampling.request import make_request
+from sfumato.sampling.schedulers import make_scheduler
 from toy_runs import make_images, train_toy
 
 
@@ -118,12 +122,10 @@ def test_a_prompt_equals_the_pipelines(toy: Options, toy_shelf: ToyShelf, system
         **given, width=96, height=64, num_inference_steps=3, guidance_scale=4.0, cfg_normalization=False, latents=x,
         output_type="latent",
     ).images  # fmt: skip
-    sizes, plain = Sizes.from_size(1, 64, 96), {"steps": 3, "scale": 4.0}
-    anything: Any = method
-    ours = denoise(
-        model, anything, make_scheduler("ddim", model.objective), x, encode_prompts(model, ["a cat"], sizes, None),
-        encode_prompts(model, [""], sizes, None, negative=True), extras=Extras(), generator=torch.Generator(), **plain,
-    )  # fmt: skip
+    sizes = Sizes.from_size(1, 64, 96)
+    guidance = Guidance(negative=encode_prompts(model, [""], sizes, None, negative=True), scale=4.0)
+    text = encode_prompts(model, ["a cat"], sizes, None)
+    ours = run_denoising(model, x, text, guidance, method=method, steps=3)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 

@@ -20,7 +20,7 @@ from sfumato.config import load_config
 from sfumato.config.command import read_command
 from sfumato.config.prompts import Prompt
 from sfumato.families.blueprint import Sampling
-from sfumato.sample import ImageRequest
+from sfumato.sampling.request import ImageRequest
 from sfumato.training.image_metadata import generate_command
 from toy_runs import make_images, train_toy
 

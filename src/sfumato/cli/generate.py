@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     options = line.options(GenerateOptions)
     prompts = make_prompts(options, config)
     networks = list_networks(options, config)
-    from sfumato.tools.generate import GenerateRequest, generate_images
+    from sfumato.tools.generate import generate_images
+    from sfumato.tools.generate_setup import GenerateRequest
 
     request = GenerateRequest(
         config=config,

@@ -16,7 +16,8 @@ from sfumato.families.base import Family
 from sfumato.families.detection import describe_model
 from sfumato.methods import make_method
 from sfumato.methods.base import Method
-from sfumato.sample import ImageRequest, generate
+from sfumato.sample import generate
+from sfumato.sampling.request import ImageRequest
 
 
 @dataclass(frozen=True, kw_only=True)

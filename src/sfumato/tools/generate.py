@@ -6,24 +6,20 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
 
 from sfumato.common.files import check_writable
-from sfumato.config import Config
-from sfumato.config.prompts import Prompt
 from sfumato.config.secrets import collect_secrets
-from sfumato.errors import Problems
 from sfumato.families.base import Family
-from sfumato.families.detection import describe_model
 from sfumato.families.encoding import FrozenTextEncoders
-from sfumato.families.model_options import check_sampler
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.inference_adapters import InferenceAdapters
-from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
+from sfumato.sample import generate_batch
+from sfumato.sampling.request import ImageRequest, group_requests, list_ignored, make_request
+from sfumato.tools.generate_setup import GenerateRequest, load_requested_model, make_adapters
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.track.console import configure_logging
 from sfumato.training.image_metadata import OTHER_OPTIONS, generate_command, image_metadata, save_image
@@ -32,17 +28,6 @@ log = logging.getLogger(__name__)
 # The options that generating uses: all of these groups, and single ones of others.
 GENERATE_THEMES = ("run", "model", "samples", "log")
 GENERATE_OPTIONS = (*OTHER_OPTIONS, "network_weights", "seed", "resolution")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateRequest:
-    """Which images to make with what."""
-
-    config: Config
-    prompts: Sequence[Prompt]
-    networks: Sequence[tuple[Path, float]]  # adapter files and their multipliers
-    outdir: Path
-    float32_parts: Sequence[str] = ()  # kept in float32 whatever --mixed_precision says, as in training
 
 
 def generate_images(request: GenerateRequest) -> list[Path]:
@@ -73,25 +58,6 @@ def generate_images(request: GenerateRequest) -> list[Path]:
     return paths
 
 
-def load_requested_model(request: GenerateRequest) -> Family:
-    """The model, in the dtypes of training."""
-    config, problems = request.config, Problems()
-    family, blueprint = describe_model(config)
-    check_sampler(config, blueprint.objective)
-    for note in (*blueprint.notes, *blueprint.declared):
-        log.info("note: %s", note)
-    for name in (name for name in request.float32_parts if name not in blueprint.networks):
-        problems.add(
-            f"--float32_parts: this model has no part {name}",
-            code="float32-part-unknown",
-            fix=f"one of {', '.join(blueprint.networks)}",
-        )
-    problems.raise_all()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    blueprint = blueprint.with_dtype(request.float32_parts, torch.float32)
-    return family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
-
-
 def encode_all_prompts(
     model: Family, adapters: InferenceAdapters, images: Sequence[ImageRequest]
 ) -> FrozenTextEncoders:
@@ -107,16 +73,6 @@ def encode_all_prompts(
                 if image.guided:
                     frozen.encode(part, [image.negative_prompt], weighted=image.weighted, negative=True)
     return frozen
-
-
-def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:
-    """The adapter files of the request on top of those of --base_weights, whose missing multipliers are 1."""
-    network = request.config.network
-    multipliers = (*network.base_weights_multiplier, *[1.0] * len(network.base_weights))
-    base = list(zip(network.base_weights, multipliers, strict=False))
-    adapters = InferenceAdapters(model, request.networks, base=base)
-    adapters.live_text |= set(request.float32_parts) & {*model.text_parts}
-    return adapters
 
 
 def make_image_requests(request: GenerateRequest, model: Family) -> Iterator[ImageRequest]:

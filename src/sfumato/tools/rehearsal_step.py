@@ -1,12 +1,18 @@
-"""The training step of a rehearsal, as the loop takes one."""
+"""The training step and the preview of a rehearsal, as the loop takes them."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from sfumato.config.prompts import read_prompts
+from sfumato.sample import generate_batch
+from sfumato.sampling.request import make_request
 from sfumato.train import train_step
+from sfumato.training.evaluation import eval_mode
 from sfumato.training.follow import follow_step, settle
 from sfumato.training.prefetch import prefetch
 from sfumato.training.run import Run
@@ -39,3 +45,16 @@ def make_optimizer_state(run: Run) -> None:
     run.scaler.unscale_(run.optimizer)
     run.take_optimizer_step(0, torch.ones((), dtype=torch.bool, device=run.device))
     run.scaler.update()
+
+
+def rehearse_preview(run: Run, prompts: Path) -> None:
+    """The largest image of the prompts: one denoising step, and its decoding."""
+    samples = run.config.samples
+    requests = [
+        make_request(prompt, run.model, sampler=samples.sample_sampler, seed=0, weighted=samples.prompt_weighting)
+        for prompt in read_prompts(prompts)
+    ]
+    largest = max(requests, key=lambda request: request.width * request.height)
+    count = min(len(requests), samples.sample_batch_size or 1)
+    with eval_mode(run), run.autocast(), run.method.sampling():
+        generate_batch(run.model, run.method, [replace(largest, steps=1)] * count, run.context.text)

@@ -11,12 +11,10 @@ from pathlib import Path
 
 from sfumato.common import files
 from sfumato.config import Config
-from sfumato.config.prompts import read_prompts
 from sfumato.diffusion.timesteps import timestep_quantiles
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.memory.rehearsal.device import rehearsal_device
 from sfumato.plan import RunPlan
-from sfumato.sample import generate_batch, make_request
 from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_run import make_staged_run
 from sfumato.tools.rehearsal_stages import (
@@ -28,7 +26,7 @@ from sfumato.tools.rehearsal_stages import (
     describe_stages,
     format_stages,
 )
-from sfumato.tools.rehearsal_step import make_optimizer_state, rehearse_step
+from sfumato.tools.rehearsal_step import make_optimizer_state, rehearse_preview, rehearse_step
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.run import Run
 from sfumato.training.validation import measure_validation_loss
@@ -75,7 +73,7 @@ def evaluate(run: Run, recorder: StageRecorder) -> None:
     prompts = run.config.samples.sample_prompts
     if prompts is not None:
         with recorder.stage("preview"):
-            make_preview(run, prompts)
+            rehearse_preview(run, prompts)
     if run.validation_loader is not None:
         with recorder.stage("validation"), eval_mode(run):
             measure_validation_loss(run, timestep_quantiles(run.config.noise, 1))
@@ -93,19 +91,6 @@ def cache_in_memory(config: Config, *, cache_dir: Path) -> Config:
     on_disk = {option: kind for option, kind in IN_MEMORY.items() if config.value(option)}
     caches = {**dict.fromkeys(on_disk, False), **dict.fromkeys(on_disk.values(), True)}
     return config.with_values({**caches, "cache_dir": cache_dir, "profile": None})
-
-
-def make_preview(run: Run, prompts: Path) -> None:
-    """The largest image of the prompts: one denoising step, and its decoding."""
-    samples = run.config.samples
-    requests = [
-        make_request(prompt, run.model, sampler=samples.sample_sampler, seed=0, weighted=samples.prompt_weighting)
-        for prompt in read_prompts(prompts)
-    ]
-    largest = max(requests, key=lambda request: request.width * request.height)
-    count = min(len(requests), samples.sample_batch_size or 1)
-    with eval_mode(run), run.autocast(), run.method.sampling():
-        generate_batch(run.model, run.method, [replace(largest, steps=1)] * count, run.context.text)
 
 
 def show_rehearsal(plan: RunPlan, *, memory: int | None, path: Path | None) -> None:

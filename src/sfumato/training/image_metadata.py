@@ -19,7 +19,7 @@ from sfumato.config.prompts import parse_line
 from sfumato.config.schema import vocabulary
 from sfumato.config.secrets import collect_secrets, redact
 from sfumato.families.blueprint import Sampling
-from sfumato.sample import ImageRequest
+from sfumato.sampling.request import ImageRequest
 
 # Options that an image depends on: the base model's but those that only training reads, and these.
 OTHER_OPTIONS = ("base_weights", "base_weights_multiplier", "mixed_precision", "prompt_weighting", "zero_terminal_snr")

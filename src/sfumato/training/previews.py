@@ -11,7 +11,8 @@ from pathlib import Path
 from sfumato.common.seeds import seed_of
 from sfumato.common.text import strip_paths
 from sfumato.config.prompts import Prompt, read_prompts
-from sfumato.sample import ImageRequest, generate_batch, group_requests, list_ignored, make_request
+from sfumato.sample import generate_batch
+from sfumato.sampling.request import ImageRequest, group_requests, list_ignored, make_request
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.image_metadata import generate_command, image_metadata, save_image
 from sfumato.training.memory_shortage import give_up_where_short, run_within_memory

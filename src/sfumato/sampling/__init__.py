@@ -1,0 +1,1 @@
+"""What one image asks for, and the denoising loop."""

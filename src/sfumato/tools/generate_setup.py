@@ -1,0 +1,61 @@
+"""What `sfumato generate` is asked for, and the model and adapters that it makes images with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sfumato.config import Config
+from sfumato.config.prompts import Prompt
+from sfumato.errors import Problems
+from sfumato.families.base import Family
+from sfumato.families.detection import describe_model
+from sfumato.families.model_options import check_sampler
+from sfumato.memory.precision import MIXED_PRECISION
+from sfumato.methods.inference_adapters import InferenceAdapters
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """Which images to make with what."""
+
+    config: Config
+    prompts: Sequence[Prompt]
+    networks: Sequence[tuple[Path, float]]  # adapter files and their multipliers
+    outdir: Path
+    float32_parts: Sequence[str] = ()  # kept in float32 whatever --mixed_precision says, as in training
+
+
+def load_requested_model(request: GenerateRequest) -> Family:
+    """The model, in the dtypes of training."""
+    config, problems = request.config, Problems()
+    family, blueprint = describe_model(config)
+    check_sampler(config, blueprint.objective)
+    for note in (*blueprint.notes, *blueprint.declared):
+        log.info("note: %s", note)
+    for name in (name for name in request.float32_parts if name not in blueprint.networks):
+        problems.add(
+            f"--float32_parts: this model has no part {name}",
+            code="float32-part-unknown",
+            fix=f"one of {', '.join(blueprint.networks)}",
+        )
+    problems.raise_all()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    blueprint = blueprint.with_dtype(request.float32_parts, torch.float32)
+    return family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
+
+
+def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:
+    """The adapter files of the request on top of those of --base_weights, whose missing multipliers are 1."""
+    network = request.config.network
+    multipliers = (*network.base_weights_multiplier, *[1.0] * len(network.base_weights))
+    base = list(zip(network.base_weights, multipliers, strict=False))
+    adapters = InferenceAdapters(model, request.networks, base=base)
+    adapters.live_text |= set(request.float32_parts) & {*model.text_parts}
+    return adapters
