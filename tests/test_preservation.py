@@ -115,9 +115,9 @@ class Recorder:
         self.compared.append((estimate, target))
         return self.loss(estimate, target, level)
 
-    def recorded_predict(self, noisy: Tensor, t: Tensor, conditioning: Any) -> Tensor:
+    def recorded_predict(self, noisy: Tensor, t: Tensor, conditioning: Any, images: Any) -> Tensor:
         self.met.append((noisy, t))
-        return self.predict(noisy, t, conditioning)
+        return self.predict(noisy, t, conditioning, images)
 
 
 @torch.no_grad()

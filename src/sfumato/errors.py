@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -39,7 +39,7 @@ class Problems:
         self.found: list[UserError] = []
 
     def add(self, what: str, *, code: str, fix: str = "") -> None:
-        self.found.append(UserError(what, code=code, fix=fix))
+        self._keep([UserError(what, code=code, fix=fix)])
 
     @contextmanager
     def catch(self) -> Iterator[None]:
@@ -47,9 +47,14 @@ class Problems:
         try:
             yield
         except SeveralErrors as errors:
-            self.found.extend(errors.errors)
+            self._keep(errors.errors)
         except UserError as error:
-            self.found.append(error)
+            self._keep([error])
+
+    def _keep(self, errors: Sequence[UserError]) -> None:
+        """A fault that two checks meet (both read the same file, say) is said once."""
+        said = {str(error) for error in self.found}
+        self.found += [error for error in errors if str(error) not in said]
 
     def raise_all(self) -> None:
         if len(self.found) == 1:
