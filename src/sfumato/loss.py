@@ -47,7 +47,7 @@ def training_loss(
     log: receives each sample's t and loss.
     """
     model, recipe = context.model, context.recipe
-    draws = batch.draws or draw_noise(context, batch.ids, x0)
+    draws = batch.draws or draw_noise(context, batch, x0)
     t, noise = draws.t, draws.noise.to(x0, non_blocking=True)
     input_noise = noise if draws.input_noise is None else draws.input_noise.to(x0, non_blocking=True)
     loss = sample_losses(context, batch, x0, t, noise, input_noise)
@@ -61,10 +61,10 @@ def training_loss(
     return (loss * weight).sum() / real_samples
 
 
-def draw_noise(context: LossContext, ids: Tensor, x0: Tensor) -> RandomDraws:
+def draw_noise(context: LossContext, batch: Batch, x0: Tensor) -> RandomDraws:
     """Timesteps and noise on the CPU for latents x0 (B, C, h, w); only the input's noise is perturbed."""
-    recipe, rng = context.recipe, context.randomness
-    t = recipe.timesteps(rng, ids, x0.shape[1:], context.model.latents)
+    recipe, rng, ids = context.recipe, context.randomness, batch.ids
+    t = recipe.timesteps(rng, ids, x0.shape[1:], context.model.latents, batch.timestep_offset)
     noise = rng.per_sample("noise", ids, lambda draw, i: recipe.noise(draw, x0[i]))
     perturb = recipe.perturb
     if perturb is None:

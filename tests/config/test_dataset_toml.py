@@ -212,6 +212,10 @@ def test_keys_of_one_source_are_refused_above_it(write, key):
         ("metadata_file = 'm.json'\ncaption_extension = '.txt'", "subset-key-with-metadata"),
         ("is_reg = true\nconditioning_data_dir = 'm'", "subset-conditioning-for-regularization"),
         ("custom_attributes = { diff_output_preservation = 'yes' }", "subset-preservation-not-boolean"),
+        ("custom_attributes = { timestep_sampling = 0.5 }", "subset-timestep-offset-invalid"),
+        ("custom_attributes = { timestep_sampling = { ofset = 0.5 } }", "subset-timestep-offset-invalid"),
+        ("custom_attributes = { timestep_sampling = { offset = true } }", "subset-timestep-offset-invalid"),
+        ("custom_attributes = { timestep_sampling = { offset = 50 } }", "subset-timestep-offset-invalid"),
     ],
 )
 def test_contradictions_inside_a_subset(write, lines, code):

@@ -236,6 +236,23 @@ def test_samples_are_preserved_by_subset(plan, reg, option, preserved):
     assert alone
 
 
+def test_timestep_offsets_by_subset(plan):
+    """In batches that mix subsets, too; None where no sample has one."""
+    text = PRESERVED.replace("{reg}", "").replace(
+        "diff_output_preservation = true", "timestep_sampling = {offset = -0.5}"
+    )
+    loader = make_loader(plan(text, "--caption_extension", ".txt"))
+    found = set()
+    for step in islice(loader.steps(), 2 * loader.sampler.steps_per_epoch):
+        for batch in step.batches:
+            offsets = batch.timestep_offset
+            found |= {
+                (caption.split(", ")[-1], 0.0 if offsets is None else offsets[i].item())
+                for i, caption in enumerate(batch.captions)
+            }
+    assert found == {("a", 0.0), ("b", -0.5), ("reg", 0.0)}
+
+
 def test_some_samples_of_a_batch(plan):
     """Every field has the values of the samples at the positions."""
     text = (

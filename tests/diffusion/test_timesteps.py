@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from sfumato.config import NoiseOptions
+from sfumato.config import LossOptions, NoiseOptions
 from sfumato.diffusion import timesteps
 from sfumato.diffusion.objective import LatentSpec, RectifiedFlow
+from sfumato.diffusion.randomness import Randomness
+from sfumato.diffusion.recipe import make_recipe
 
 MATH = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_text())
 LUMINA = [{"overrides": {"discrete_flow_shift": 6.0}, **row} for row in MATH["lumina_timestep_sampling"]]
@@ -126,3 +128,38 @@ def test_the_ends_of_the_uniform_numbers_give_timesteps_in_range(sampling: str, 
     assert t.isfinite().all()
     assert t.min() >= 0
     assert t.max() <= 1000
+
+
+@pytest.mark.parametrize(
+    ("sampling", "offset", "mean", "median"),
+    [
+        ("sigmoid", 0.5, None, 0.622),
+        ("sigmoid", -0.5, None, 0.378),
+        ("shift", -0.5, 0.621, 0.645),
+        ("shift", 0.0, 0.714, 0.750),
+        ("shift", 0.5, 0.793, 0.832),
+    ],
+)
+def test_the_offset_moves_the_density_as_in_sd_scripts(
+    sampling: Any, offset: float, mean: float | None, median: float
+) -> None:
+    """The numbers are those of its documentation, for a shift of 3."""
+    density = timesteps.make_density(
+        NoiseOptions(timestep_sampling=sampling, discrete_flow_shift=3.0), RectifiedFlow(grid=lambda *_: None)
+    )
+    t = density(timesteps.offset_quantile(EVEN, torch.tensor(offset)), (16, 64, 64), LATENTS) / 1000
+    assert t.quantile(0.5).item() == pytest.approx(median, abs=1e-3)
+    if mean is not None:
+        assert t.mean().item() == pytest.approx(mean, abs=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "logit_normal", "mode"])
+@pytest.mark.parametrize("sampling", ["sigma", "uniform", "nextdit_shift"])
+def test_an_offset_above_0_is_more_noise_in_every_density(sampling: Any, scheme: Any) -> None:
+    noise = NoiseOptions(timestep_sampling=sampling, weighting_scheme=scheme, discrete_flow_shift=3.0)
+    recipe = make_recipe(noise, LossOptions(), RectifiedFlow(grid=lambda *_: None), None)
+    randomness, ids = Randomness(1), torch.arange(200)
+    plain = recipe.timesteps(randomness, ids, (16, 64, 64), LATENTS)
+    moved = recipe.timesteps(randomness, ids, (16, 64, 64), LATENTS, torch.full((200,), 0.5))
+    assert (moved >= plain).all()
+    assert moved.mean() > plain.mean() + 50

@@ -285,8 +285,8 @@ def test_arguments_that_do_not_match_the_model(parts: Any, arguments: dict[str, 
 
 
 def test_an_argument_that_is_not_implemented() -> None:
-    with pytest.raises(UserError, match="ggpo_beta") as error:
-        read_args({"ggpo_beta": 1}, [_flux_keys.spec("")])
+    with pytest.raises(UserError, match="include_patterns") as error:
+        read_args({"include_patterns": 1}, [_flux_keys.spec("")])
     assert error.value.code == "network-arg-not-implemented"
 
 

@@ -36,7 +36,7 @@ FLOW = RectifiedFlow(space="raw", grid=lambda scheduler, steps, tokens: None)
 
 def measure(objective: Objective, buckets: dict[tuple[int, int], int], *, gamma: float | None = None, **noise: Any):
     recipe = make_recipe(NoiseOptions(**noise), LossOptions(min_snr_gamma=gamma), objective, None)
-    return measure_timesteps(recipe, objective, LATENTS, buckets)
+    return measure_timesteps(recipe, objective, LATENTS, {(size, 0.0): count for size, count in buckets.items()})
 
 
 def logit_normal(shift: float) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sfumato.adapters.perturbation import Perturbation
 from sfumato.common.registry import Registry
 from sfumato.common.text import list_some
 from sfumato.config.base import Options
@@ -67,6 +68,7 @@ class Adapter(nn.Module, ABC):
     replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`
     plus_params: tuple[str, ...] = ()  # parameters that loraplus_lr_ratio speeds up
     has_norm_limit: ClassVar[bool] = False  # whether `limit_norm` is implemented
+    has_perturbation: ClassVar[bool] = False  # whether `measure_rows` is implemented, which GGPO needs
     dropouts: ClassVar[frozenset[str]] = frozenset()  # the fields of Dropout that have an effect
 
     alpha: float
@@ -75,6 +77,7 @@ class Adapter(nn.Module, ABC):
     def __init__(self, group: LayerGroup) -> None:
         super().__init__()
         self._group = (group,)  # in a tuple: the layers are not this module's children
+        self.perturbation: Perturbation | None = None
 
     @property
     def group(self) -> LayerGroup:
@@ -117,6 +120,19 @@ class Adapter(nn.Module, ABC):
         Both 0-d and on the device, so that nothing waits for it.
         """
         raise InternalError(f"{type(self).__name__} has no norm limit")
+
+    def measure_rows(self) -> tuple[Tensor, Tensor]:
+        """(rows,) twice: the squared lengths of the rows of the change at strength 1, and of its gradient."""
+        raise InternalError(f"{type(self).__name__} does not measure its rows")
+
+    def perturb(self, output: Tensor, x: Tensor, i: int) -> Tensor:
+        """The i-th layer's output for x while its weight is perturbed; unchanged but for training with GGPO."""
+        if self.perturbation is None or not self.training:
+            return output
+        noise = self.perturbation.draw(self.group, i, output)
+        with torch.no_grad():
+            change = apply_weight(self.group.layers[i], x.to(output.dtype), noise)
+        return output + change
 
     @classmethod
     def is_wanted(cls, options: Options, group: LayerGroup | None) -> bool:
@@ -252,9 +268,12 @@ class AdapterEngine(nn.Module):
         if not torch.compiler.is_compiling():  # a compiled graph with the name in it would serve this layer alone
             self._names_run.add(name)
         strength = self.multiplier
+        x = args[0]
         if isinstance(strength, Tensor):
-            return adapter.add_to(output, args[0], i, strength.repeat_interleave(output.shape[0] // strength.shape[0]))
-        return output if strength == 0 else adapter.add_to(output, args[0], i, strength)
+            strength = strength.repeat_interleave(output.shape[0] // strength.shape[0])
+        elif strength == 0:
+            return output
+        return adapter.perturb(adapter.add_to(output, x, i, strength), x, i)
 
     @contextmanager
     def use_multiplier(self, multiplier: float | Tensor) -> Iterator[None]:
@@ -272,6 +291,20 @@ class AdapterEngine(nn.Module):
         norms = torch.stack([norm for norm, _ in limited])
         was_larger = torch.stack([larger for _, larger in limited])
         return {"keys_scaled": was_larger.sum(), "avg_key_norm": norms.mean(), "max_key_norm": norms.max()}
+
+    @torch.no_grad()
+    def update_perturbations(self) -> dict[str, Tensor]:
+        """After a step: the perturbations of the next one; the values of sd-scripts' curves of them, 0-d."""
+        gradients: list[Tensor] = []
+        weights: list[Tensor] = []
+        for adapter in self:
+            if adapter.perturbation is not None:
+                gradient, weight = adapter.perturbation.update(*adapter.measure_rows())
+                gradients.append(gradient)
+                weights.append(weight)
+        if not gradients:
+            return {}
+        return {"avg_grad_norm": torch.stack(gradients).mean(), "avg_combined_norm": torch.stack(weights).mean()}
 
     def export_tensors(self) -> Tensors:
         """All entries of an adapter file: <group name>.<suffix> -> tensor, detached."""

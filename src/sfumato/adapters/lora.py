@@ -36,6 +36,7 @@ class LoRA(Adapter):
     spellings = SPELLINGS
     plus_params = ("lora_up",)
     has_norm_limit = True
+    has_perturbation = True
     dropouts = frozenset({"neuron", "rank", "module"})
 
     def __init__(self, group: LayerGroup, *, rank: int, alpha: float, generator: Generator | None = None) -> None:
@@ -127,6 +128,21 @@ class LoRA(Adapter):
         self.lora_up.mul_(ratio.sqrt())
         self.lora_down.mul_(ratio.sqrt())
         return norm * ratio, ratio < 1
+
+    @torch.no_grad()
+    def measure_rows(self) -> tuple[Tensor, Tensor]:
+        """From products of rank x rank: |up_i down|^2 = up_i (down down^T) up_i^T, and the same of the gradient.
+
+        The gradient of up @ down is taken as up @ grad(down) + grad(up) @ down, as sd-scripts does.
+        """
+        up, down = (each.float().flatten(1) for each in (self.lora_up, self.lora_down))
+        grads = [torch.zeros_like(each) if each.grad is None else each.grad for each in (self.lora_up, self.lora_down)]
+        up_grad, down_grad = (each.float().flatten(1) for each in grads)
+        left = torch.cat([up, up_grad], dim=1)  # (rows, 2 rank) @ right (2 rank, columns) = the gradient
+        right = torch.cat([down_grad, down])
+        change = ((up @ (down @ down.t())) * up).sum(1)
+        gradient = ((left @ (right @ right.t())) * left).sum(1).clamp(min=0)
+        return self.scale**2 * change, self.scale**2 * gradient
 
     def export_tensors(self) -> dict[str, Tensor]:
         return {

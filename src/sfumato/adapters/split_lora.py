@@ -36,6 +36,7 @@ class SplitLoRA(Adapter):
     options_class = SplitOptions
     plus_params = LoRA.plus_params
     has_norm_limit = True
+    has_perturbation = True
     dropouts = LoRA.dropouts
 
     def __init__(self, group: LayerGroup, *, rank: int, alpha: float, generator: Generator | None = None) -> None:
@@ -98,6 +99,10 @@ class SplitLoRA(Adapter):
         """Limit each layer's norm; the largest of them, and whether any was larger."""
         norms, larger = zip(*(layer.limit_norm(maximum) for layer in self), strict=True)
         return torch.stack(norms).amax(), torch.stack(larger).any()
+
+    def measure_rows(self) -> tuple[Tensor, Tensor]:
+        changes, gradients = zip(*(layer.measure_rows() for layer in self), strict=True)
+        return self.group.stack_rows(changes), self.group.stack_rows(gradients)
 
     def export_tensors(self) -> dict[str, Tensor]:
         count, down = len(self.layers), torch.cat([layer.lora_down for layer in self])

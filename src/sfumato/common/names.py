@@ -77,8 +77,6 @@ PLANNED_NETWORK_MODULES = {  # --network_module -> what it comes with
 }
 
 PLANNED_NETWORK_ARGS = {  # name in --network_args -> what it comes with
-    "ggpo_sigma": OTHER_ADAPTERS,
-    "ggpo_beta": OTHER_ADAPTERS,
     "include_patterns": OTHER_ADAPTERS,
     "exclude_patterns": OTHER_ADAPTERS,
     "network_reg_alphas": OTHER_ADAPTERS,

@@ -74,8 +74,11 @@ ONLY_SUBSET_KEYS = {
 OPTION_OF_KEY = {**DATASET_KEYS, **SUBSET_KEYS, **ONLY_SUBSET_KEYS}
 # Of custom_attributes: the target is the prediction of the untrained model.
 PRESERVATION_KEY = "diff_output_preservation"
+# Of custom_attributes: {offset = X}, which moves the subset's timesteps towards noise.
+TIMESTEP_KEY, OFFSET_KEY = "timestep_sampling", "offset"
 
 KeyPath = tuple[str | int, ...]  # e.g. ("datasets", 0, "subsets", 1, "key")
+MAX_OFFSET = 4  # at most one sample in 30000 is beyond a normal number of this size
 TABLES = ("general", "datasets", "subsets")
 
 TYPE_NAMES = {
@@ -247,8 +250,10 @@ def check_datasets(file: DatasetFile, problems: Problems) -> None:
     if not file.datasets:
         fix = "add a [[datasets]] table with a [[datasets.subsets]] table in it"
         problems.add(f"{file.path}: no [[datasets]]", code="dataset-list-missing", fix=fix)
+    check_attributes(file.general, f"{file.path}: general", problems)
     for i, dataset in enumerate(file.datasets):
         where = f"{file.path}: datasets[{i}]"
+        check_attributes(dataset.table, where, problems)
         if not dataset.subsets:
             fix = "add a [[datasets.subsets]] table with image_dir below it"
             problems.add(f"{where} has no subsets", code="dataset-without-subsets", fix=fix)
@@ -273,9 +278,30 @@ def check_subset(subset: Table, where: str, is_faulty: bool, problems: Problems)
     if subset.value("is_reg") and subset.value("conditioning_data_dir") is not None:
         what = f"{where}.conditioning_data_dir has no effect for regularization images"
         problems.add(what, code="subset-conditioning-for-regularization", fix="remove it")
-    if not isinstance((subset.value("custom_attributes") or {}).get(PRESERVATION_KEY, False), bool):
+    check_attributes(subset, where, problems)
+
+
+def check_attributes(table: Table, where: str, problems: Problems) -> None:
+    """Add a problem for each value of custom_attributes that cannot be used."""
+    attributes = table.value("custom_attributes") or {}
+    if not isinstance(attributes.get(PRESERVATION_KEY, False), bool):
         what = f"{where}.custom_attributes.{PRESERVATION_KEY} is neither true nor false"
         problems.add(what, code="subset-preservation-not-boolean", fix="write true or false")
+    if TIMESTEP_KEY in attributes and not is_offset_table(attributes[TIMESTEP_KEY]):
+        given = json.dumps(attributes[TIMESTEP_KEY], default=str)
+        problems.add(
+            f"{where}.custom_attributes.{TIMESTEP_KEY} is {given}",
+            code="subset-timestep-offset-invalid",
+            fix=f"write {TIMESTEP_KEY} = {{ {OFFSET_KEY} = -0.5 }}, a number from -{MAX_OFFSET} to {MAX_OFFSET}",
+        )
+
+
+def is_offset_table(value: Any) -> bool:
+    """Whether it is {offset = X} with a number that leaves some noise and some image."""
+    if not isinstance(value, dict) or set(value) != {OFFSET_KEY}:
+        return False
+    offset = value[OFFSET_KEY]
+    return isinstance(offset, int | float) and not isinstance(offset, bool) and abs(offset) <= MAX_OFFSET
 
 
 def make_fields(keys: Mapping[str, str]) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class Batch:
     entry_seeds: Tensor  # (B,) int64: seed of the autoencoder posterior's noise, from the cache key
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]
     preserve: Tensor | None = None  # (B,) bool: the target is the reference model's prediction; None: for no sample
+    timestep_offset: Tensor | None = None  # (B,) float64, towards more noise; None: 0 for every sample
     draws: RandomDraws | None = None  # None where they are drawn in the step
 
     def take(self, positions: Tensor) -> Self:

@@ -126,6 +126,7 @@ class Loader:
         latents = require_all_or_none([sample.image.latents for sample in samples])
         pixels = require_all_or_none([sample.image.pixels for sample in samples])
         preserved = [sample.subset.settings.preserved for sample in batch.samples]
+        offsets = [sample.subset.settings.timestep_offset for sample in batch.samples]
         controls = require_all_or_none([sample.control for sample in samples])
         images = {CONTROL: ImageInput(pixels=to_tensor(controls))} if controls else {}
         return Batch(
@@ -147,6 +148,7 @@ class Loader:
             entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
             mask=stack_masks([sample.image.mask for sample in samples]),
             preserve=torch.tensor(preserved) if any(preserved) else None,
+            timestep_offset=torch.tensor(offsets, dtype=torch.float64) if any(offsets) else None,
         )
 
     def _draw_text_dropout(self, name: str, samples: Sequence[Sample]) -> Tensor:

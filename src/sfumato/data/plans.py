@@ -88,6 +88,13 @@ class SubsetPlan:
     def num_samples(self) -> int:
         return sum(self.repeats)
 
+    @cached_property
+    def buckets(self) -> dict[Size, int]:
+        """Samples per epoch by bucket size, ascending."""
+        repeats = np.array(self.repeats, np.int64)
+        counts = {size: int(repeats[rows].sum()) for size, rows in self.items.group_by_bucket().items()}
+        return {size: count for size, count in counts.items() if count}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetPlan:
@@ -99,12 +106,10 @@ class DatasetPlan:
     @cached_property
     def buckets(self) -> dict[Size, int]:
         """Samples per epoch by bucket size, ascending."""
-        counts: dict[Size, int] = {}
+        counts: Counter[Size] = Counter()
         for subset in self.subsets:
-            repeats = np.array(subset.repeats, np.int64)
-            for size, positions in subset.items.group_by_bucket().items():
-                counts[size] = counts.get(size, 0) + int(repeats[positions].sum())
-        return {size: counts[size] for size in sorted(counts) if counts[size]}
+            counts.update(subset.buckets)
+        return {size: counts[size] for size in sorted(counts)}
 
     def count_batches(self, processes: int) -> int:
         """Global batches per epoch; the last of a bucket may be short."""
@@ -169,6 +174,15 @@ class DataPlan:
         for dataset in self.datasets:
             counts.update(dataset.buckets)
         return {size: counts[size] for size in sorted(counts)}
+
+    @property
+    def sizes_and_offsets(self) -> dict[tuple[Size, float], int]:
+        """Samples per epoch by bucket size and timestep offset."""
+        counts: Counter[tuple[Size, float]] = Counter()
+        for subset in (subset for dataset in self.datasets for subset in dataset.subsets):
+            for size, count in subset.buckets.items():
+                counts[size, subset.settings.timestep_offset] += count
+        return dict(counts)
 
     @property
     def batches_per_epoch(self) -> int:

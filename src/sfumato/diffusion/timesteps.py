@@ -22,6 +22,7 @@ Timestep = Callable[[Tensor, Sequence[int], LatentSpec], Tensor]  # u (B,) in [0
 Density = Callable[[Tensor, NoiseOptions, int], Tensor]  # u, options with a shift, tokens -> sigma in [0, 1]
 FLOW_DENSITIES: Registry[Density] = Registry("timestep sampling")
 INTEGER_DENSITIES = frozenset({"whole_steps"})  # t is rounded down to an integer
+SCHEME_DENSITIES = frozenset({"sigma", "whole_steps"})  # those that read --weighting_scheme
 
 
 def make_density(noise: NoiseOptions, objective: Objective) -> Timestep:
@@ -52,6 +53,18 @@ def timestep_quantiles(noise: NoiseOptions, count: int) -> list[int]:
     if minimum >= maximum:
         return [maximum - 1]
     return list(dict.fromkeys(minimum + (maximum - minimum) * i // (count + 1) for i in range(1, count + 1)))
+
+
+def offset_quantile(u: Tensor, offset: Tensor) -> Tensor:
+    """The uniform number whose normal quantile is larger by `offset`: more noise where that is above 0."""
+    return torch.special.ndtr(normal(u) + offset)
+
+
+def is_falling(noise: NoiseOptions, objective: Objective) -> bool:
+    """Whether larger uniform numbers mean less noise in the density that the options name."""
+    if not isinstance(objective, RectifiedFlow) or noise.weighting_scheme != "mode":
+        return False
+    return (noise.timestep_sampling or objective.default_sampling) in SCHEME_DENSITIES
 
 
 def uniform_index(u: Tensor, minimum: int, maximum: int) -> Tensor:

@@ -126,7 +126,11 @@ class AdapterMethod:
     def after_step(self) -> Mapping[str, Tensor]:
         limit = self.config.network.scale_weight_norms
         norms = {} if limit is None else self.engine.limit_norms(limit)
-        return {f"max_norm/{name}": value for name, value in norms.items()}
+        perturbed = self.engine.update_perturbations()
+        return {
+            **{f"max_norm/{name}": value for name, value in norms.items()},
+            **{f"norm/{name}": value for name, value in perturbed.items()},
+        }
 
     def state_dict(self) -> Tensors:
         return dict(self.modules.state_dict())

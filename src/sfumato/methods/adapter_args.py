@@ -44,6 +44,8 @@ class AdapterArgs:
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
     loraplus_text_encoder_lr_ratio: float | None = None
+    ggpo_sigma: float | None = None
+    ggpo_beta: float | None = None
     verbose: bool = False
     options: Mapping[str, Options] = field(default_factory=dict)  # kind of adapter -> its own arguments
     # The names of the rest come from the model's parts.
@@ -176,6 +178,13 @@ def check_partners(args: AdapterArgs) -> None:
             "--network_args block_lr_zero_threshold has no effect: no block has a learning rate of its own",
             code="lr-threshold-without-blocks",
         )
+    if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
+        given, other = ("ggpo_sigma", "ggpo_beta") if args.ggpo_beta is None else ("ggpo_beta", "ggpo_sigma")
+        problems.add(
+            f"--network_args {given} has no effect without {other}",
+            code="ggpo-incomplete",
+            fix="give both, e.g. ggpo_sigma=0.03 ggpo_beta=0.01, or none",
+        )
     problems.raise_all()
 
 
@@ -271,6 +280,8 @@ COMMON_ARGS: dict[str, Reader] = {
     "loraplus_unet_lr_ratio": read_ratio,
     "loraplus_text_encoder_lr_ratio": read_ratio,
     "rank_stabilized": read_flag,
+    "ggpo_sigma": read_number,
+    "ggpo_beta": read_number,
     "verbose": read_flag,
 }
 CONVOLUTION_ARGS: dict[str, Reader] = {"conv_dim": read_rank, "conv_alpha": read_number}

@@ -7,6 +7,7 @@ from itertools import chain
 
 from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, Dropout, is_trainable
 from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, read_adapter_file, restore_adapter
+from sfumato.adapters.perturbation import Perturbation
 from sfumato.common.text import list_some
 from sfumato.config import Config
 from sfumato.diffusion.randomness import Randomness
@@ -85,17 +86,27 @@ class AdapterBuilder:
                 code="norm-limit-unsupported",
                 fix="remove --scale_weight_norms",
             )
+        self._set_up_training(adapter, settings, learning_rate)
+        return adapter
+
+    def _set_up_training(self, adapter: Adapter, settings: AdapterSettings, learning_rate: float) -> None:
+        """Dropout, perturbation, and what a learning rate trains."""
+        args = settings.args
         adapter.set_dropout(
-            Dropout(
-                neuron=network.network_dropout or 0.0,
-                rank=settings.args.rank_dropout,
-                module=settings.args.module_dropout,
-            )
+            Dropout(neuron=settings.network.network_dropout or 0.0, rank=args.rank_dropout, module=args.module_dropout)
         )
         adapter.requires_grad_(False)
         for _, parameter in adapter.trainable():
             parameter.requires_grad_(learning_rate != 0)
-        return adapter
+        if args.ggpo_sigma is None or args.ggpo_beta is None or learning_rate == 0:
+            return
+        if not adapter.has_perturbation:
+            raise UserError(
+                f"--network_args ggpo_sigma and ggpo_beta do not work with {adapter.label}",
+                code="ggpo-unsupported",
+                fix="remove them",
+            )
+        adapter.perturbation = Perturbation(adapter.group, sigma=args.ggpo_sigma, beta=args.ggpo_beta)
 
     def _check_kinds(self, own: GroupAdapter, kinds: tuple[type[Adapter], ...]) -> None:
         """UserError where the file has adapters of another kind than the options ask for."""

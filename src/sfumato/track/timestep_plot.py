@@ -30,15 +30,17 @@ class TimestepProfile:
 
 
 def measure_timesteps(
-    recipe: Recipe, objective: Objective, latents: LatentSpec, buckets: Mapping[Size, int]
+    recipe: Recipe, objective: Objective, latents: LatentSpec, samples: Mapping[tuple[Size, float], int]
 ) -> TimestepProfile:
-    """Measured on the functions that training calls; `buckets`: samples per size (width, height) of images."""
-    total = sum(buckets.values())
+    """Measured on the functions that training calls; `samples`: by the images' (width, height) and timestep offset."""
+    total = sum(samples.values())
     u = (torch.arange(SAMPLES, dtype=torch.float64) + 0.5) / SAMPLES
     density = torch.zeros(BINS)
-    for (width, height), samples in buckets.items():
-        t = recipe.timestep(u, (latents.channels, height // latents.downscale, width // latents.downscale), latents)
-        density += torch.histc(t, BINS, 0, LAST_TIMESTEP) * (BINS / SAMPLES * samples / total)
+    for ((width, height), offset), count in samples.items():
+        shape = (latents.channels, height // latents.downscale, width // latents.downscale)
+        moved = recipe.shift_quantile(u, torch.tensor(offset)) if offset else u
+        t = recipe.timestep(moved, shape, latents)
+        density += torch.histc(t, BINS, 0, LAST_TIMESTEP) * (BINS / SAMPLES * count / total)
     middles = (torch.arange(BINS) + 0.5) * (LAST_TIMESTEP / BINS)
     return TimestepProfile(density=density.tolist(), weight=measure_weights(recipe, objective, middles).tolist())
 

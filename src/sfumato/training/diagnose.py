@@ -65,6 +65,6 @@ def name_timesteps(run: Run, step: Step) -> str:
     context, names = run.context, []
     for batch in step.batches[:MOST_NAMES]:
         shape = load_latents(run, batch).shape[1:]
-        t = context.recipe.timesteps(context.randomness, batch.ids, shape, context.model.latents)
+        t = context.recipe.timesteps(context.randomness, batch.ids, shape, context.model.latents, batch.timestep_offset)
         names += [f"{value:.0f}" for value in t.tolist()[:MOST_NAMES]]
     return ", ".join(names)

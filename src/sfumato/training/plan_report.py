@@ -109,7 +109,7 @@ def draw_timesteps(plan: RunPlan) -> None:
     from sfumato.track.timestep_plot import draw_timestep_plot, measure_timesteps
 
     recipe = make_recipe(config.noise, config.loss, blueprint.objective, config.model.guidance_scale)
-    found = measure_timesteps(recipe, blueprint.objective, blueprint.latents, buckets)
+    found = measure_timesteps(recipe, blueprint.objective, blueprint.latents, plan.data.sizes_and_offsets)
     width, height = next(iter(buckets))
     sizes = f"images of {len(buckets)} sizes" if len(buckets) > 1 else f"images of {width}x{height}"
     with files.write_atomically(path) as temporary:

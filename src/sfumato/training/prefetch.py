@@ -34,7 +34,7 @@ def add_draws(run: Run, batch: Batch) -> Batch:
     """Where latents are not cached, they are drawn in the step: noise may depend on them."""
     if batch.latents is None:
         return batch
-    return replace(batch, draws=draw_noise(run.context, batch.ids, batch.latents))
+    return replace(batch, draws=draw_noise(run.context, batch, batch.latents))
 
 
 def pin_batch(run: Run, batch: Batch) -> Batch:

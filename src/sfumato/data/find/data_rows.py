@@ -55,6 +55,7 @@ def make_subset_row(subset: SubsetPlan) -> tuple[str, str]:
     count = len(subset.items.images.references)
     masks += f", with {count} reference image{'s' if count > 1 else ''} each" if count else ""
     preserved = ", preserving the output of the untrained model" if settings.preserved else ""
+    preserved += f", timestep offset {settings.timestep_offset:+g}" if settings.timestep_offset else ""
     return str(settings.source), f"{len(subset.items)} {kind}{masks}{preserved}, {subset.num_samples} samples per epoch"
 
 

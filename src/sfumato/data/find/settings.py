@@ -14,9 +14,11 @@ from sfumato.common.text import has_lone_surrogate
 from sfumato.config import Config
 from sfumato.config.dataset_toml import (
     DATASET_KEYS,
+    OFFSET_KEY,
     OPTION_OF_KEY,
     PRESERVATION_KEY,
     SUBSET_KEYS,
+    TIMESTEP_KEY,
     DatasetFile,
     Table,
     read_dataset_config,
@@ -196,7 +198,7 @@ def list_unread_options(subset: SubsetSettings) -> Iterator[str]:
     """Options that need another one, or that nothing reads."""
     if subset.cache_info and not (subset.image_dir and (subset.image_dir / METADATA_CACHE_NAME).is_file()):
         yield "cache_info has no effect: sizes and captions are always stored in the cache folder and checked"
-    for name in sorted(set(subset.custom_attributes) - {PRESERVATION_KEY}):
+    for name in sorted(set(subset.custom_attributes) - {PRESERVATION_KEY, TIMESTEP_KEY}):
         yield f"custom_attributes.{name} has no effect: nothing reads it"
     if subset.rules.changes_tags and not subset.rules.caption_separator:
         yield "caption_separator is empty, which separates no tags; commas do"
@@ -238,6 +240,7 @@ def make_subset_settings(
         validation_split=value("validation_split"),
         validation_seed=value("validation_seed"),
         custom_attributes=attributes,
+        timestep_offset=float(attributes.get(TIMESTEP_KEY, {}).get(OFFSET_KEY, 0)),
         preserved=attributes.get(PRESERVATION_KEY, is_reg and config.dataset.preserve_reg_images),
         rules=CaptionRules(**rules),
     )
@@ -297,6 +300,7 @@ class SubsetSettings:
     class_arguments: Mapping[str, Any] = field(default_factory=dict)  # what a dataset class may take by name
     cache_info: bool = False
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    timestep_offset: float = 0.0  # in standard deviations of a normal number, towards more noise
     preserved: bool = False  # whether the target is the output of the model before training
 
     @property
