@@ -49,6 +49,7 @@ def some_pixels() -> Tensor:
     return dark.clamp(-1, 1)
 
 
+@pytest.mark.full
 def test_an_image_that_overflows_is_encoded_in_float32(
     toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,6 +103,7 @@ def test_an_unloaded_autoencoder_decodes_on_the_device(toy_shelf: ToyShelf, monk
     torch.testing.assert_close(here, there.cpu(), rtol=0, atol=1e-2)
 
 
+@pytest.mark.full
 def test_what_is_not_finite_in_float32_either(toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(toy_shelf, torch.float16, monkeypatch, overflows=False)
     latents = torch.zeros(1, 4, 8, 8)
@@ -158,6 +160,7 @@ def test_cached_is_uncached_though_some_overflow(
     assert read_metrics(live) == read_metrics(cached)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cached", [False, True, None])
 def test_a_damaged_autoencoder_names_the_image(
     cached: bool | None, toy_shelf: ToyShelf, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch

@@ -182,6 +182,7 @@ def test_augmented_runs_are_the_same_for_any_number_of_workers(toy: Toy, images:
     assert read_metrics(one) == read_metrics(several)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("toy", ["sd"], indirect=True)
 def test_black_masks_leave_a_fully_trained_model_as_it_was(toy: Toy, images: Path, tmp_path: Path) -> None:
     common = {"method": "full", "network_dim": None, "learning_rate": "1e-2", "max_train_steps": 2, "masked_loss": True}

@@ -53,6 +53,7 @@ def model(toy_shelf: ToyShelf) -> Family:
     return load_model(toy_shelf.options("sd", "diffusers"))
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::DeprecationWarning:numpy")
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers")
 @pytest.mark.parametrize("name", SCHEDULERS)

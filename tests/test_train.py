@@ -54,6 +54,7 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
+@pytest.mark.full
 def test_equal_runs_give_equal_files(sd: Toy, images: Path, tmp_path: Path) -> None:
     first, second = train_toy(sd, images, tmp_path / "1"), train_toy(sd, images, tmp_path / "2")
     assert equal_tensors(read_weights(first), read_weights(second))
@@ -110,6 +111,7 @@ def forget(output: Path, keep: str) -> None:
             path.unlink()
 
 
+@pytest.mark.full
 def test_nothing_left_to_do(sd: Toy, images: Path, tmp_path: Path) -> None:
     train_toy(sd, images, tmp_path, save_state=True)
     before = (tmp_path / "lora.safetensors").stat().st_mtime_ns
@@ -126,6 +128,7 @@ def test_state_holds_what_trains_and_nothing_else(sd: Toy, images: Path, tmp_pat
     assert info["options"]["network_train_unet_only"] == "True"
 
 
+@pytest.mark.full
 @pytest.mark.fast_for("[sdxl", "[flux")
 def test_cached_is_uncached(toy: Toy, images: Path, tmp_path: Path) -> None:
     plain = train_toy(toy, images, tmp_path / "plain", network_train_unet_only=True, flip_aug=True)
@@ -140,6 +143,7 @@ def test_cached_is_uncached(toy: Toy, images: Path, tmp_path: Path) -> None:
         assert read_metrics(plain) == read_metrics(other)
 
 
+@pytest.mark.full
 @pytest.mark.fast_for("[sd]", "[lumina")
 def test_previews_do_not_disturb(toy: Toy, images: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -217,6 +221,7 @@ def test_a_fault_in_the_prompts_is_reported_before_the_first_step(sd: Toy, image
     assert caught.value.code == "prompt-sampler-unknown"
 
 
+@pytest.mark.full
 @pytest.mark.fast_for("sdxl", "flux")
 @pytest.mark.parametrize("only", ["unet", "text_encoder"])
 def test_one_part_only(toy: Toy, images: Path, tmp_path: Path, only: str) -> None:
@@ -240,6 +245,7 @@ def test_going_on_from_weights(toy: Toy, images: Path, tmp_path: Path) -> None:
     assert {float(tensor) for name, tensor in after.items() if name.endswith("alpha")} == {3.0}
 
 
+@pytest.mark.full
 @pytest.mark.fast_for("[sdxl", "[sd3")
 def test_gradient_checkpointing_changes_nothing(toy: Toy, images: Path, tmp_path: Path) -> None:
     plain = train_toy(toy, images, tmp_path / "plain")
@@ -253,6 +259,7 @@ def test_bf16(toy: Toy, images: Path, tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in read_weights(output).values())
 
 
+@pytest.mark.full
 def test_keeping_only_the_last_saves(sd: Toy, images: Path, tmp_path: Path) -> None:
     options = {"save_every_n_steps": 2, "save_last_n_steps": 4, "save_last_n_steps_state": 2, "save_state": True}
     train_toy(sd, images, tmp_path, max_train_steps=10, **options)

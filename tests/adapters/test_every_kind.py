@@ -94,6 +94,7 @@ def test_the_loss_of_a_fixed_batch_falls(name: str, toy_shelf: ToyShelf, images:
     assert not run.method.report()
 
 
+@pytest.mark.full
 @each_kind
 def test_saved_loaded_and_resumed(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """Resume is bitwise, `generate` and --base_weights change the model alike, training goes on from the file."""
@@ -135,6 +136,7 @@ def test_a_file_of_another_kind_is_named(toy_shelf: ToyShelf, images: Path, tmp_
     assert "--network_module lokr" in error.value.fix
 
 
+@pytest.mark.full
 def test_lora_export(toy_shelf: ToyShelf, images: Path, tmp_path: Path, codes: list[str]) -> None:
     """diffusers loads DoRA with the same output, PEFT's kinds alone; what it does not know is refused."""
     from diffusers import DiffusionPipeline

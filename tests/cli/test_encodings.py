@@ -74,6 +74,7 @@ def test_a_script_of_sd_scripts(rest, code):
     assert output
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp932", marks=pytest.mark.full)])
 def test_a_dataset_with_many_letters_is_inspected(tmp_path, encoding):
     folder = tmp_path / "1_写真"

@@ -62,6 +62,7 @@ def test_each_mutation_is_rejected_and_the_right_name_suggested():
     assert right / len(wrong) > 0.97
 
 
+@pytest.mark.full
 def test_no_mutation_whatever_is_accepted(monkeypatch):
     """One in forty of all; the search for suggestions is skipped for time."""
     monkeypatch.setattr("sfumato.config.option_source.find_nearest_option", lambda name, table: None)

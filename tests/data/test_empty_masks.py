@@ -23,6 +23,7 @@ def set_alpha(path: Path, value: int) -> None:
     pixels.save(path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cached", [True, False])
 def test_images_without_anything_left_are_named_once(
     cached: bool,

@@ -166,6 +166,7 @@ def drawn_timesteps(toy: Toy, images: Path, output: Path, **options: Any) -> dic
     return timesteps
 
 
+@pytest.mark.full
 def test_batches_and_accumulation_change_nothing(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     images = make_images(tmp_path / "images", 5)
     toy = toy_shelf.paths("flux")

@@ -154,6 +154,7 @@ def trained(toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path_factory: pyte
     )  # fmt: skip
 
 
+@pytest.mark.full
 def test_the_reference_is_learned_from(toy_shelf: ToyShelf, data: tuple[Path, Path], trained: Path, tmp_path: Path):
     """Cached or not, the numbers are the same; with other references, or none, they are not."""
     toy, rows = toy_shelf.paths("flux_kontext"), read_metrics(trained)
@@ -232,6 +233,7 @@ def test_generate_makes_the_preview_again(
     assert raised.value.code == "prompt-image-unreadable"
 
 
+@pytest.mark.full
 def test_whole_models_learn_and_say_what_they_are(toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path) -> None:
     options = edit_options(
         data, method="full", network_module=None, network_dim=None, network_train_unet_only=None,

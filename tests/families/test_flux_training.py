@@ -44,6 +44,7 @@ def test_learning_rates_of_text_encoders(
     assert groups == {"denoiser": 4e-4, "clip_l": rates[0], "t5": rates[1]}
 
 
+@pytest.mark.full
 def test_one_encoder_cached_is_both_live(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """CLIP-L learns, T5's features come from the cache."""
     toy = toy_shelf.paths("flux")
@@ -77,6 +78,7 @@ def test_split_qkv_in_a_run(family: str, args: list[str], toy_shelf: ToyShelf, i
         assert all(torch.allclose(other[key], file[key], atol=1e-7) for key in file)
 
 
+@pytest.mark.full
 def test_split_qkv_resumes_exactly(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     toy = toy_shelf.paths("flux")
     options = {"network_args": ["split_qkv=True", "rank_dropout=0.2", "loraplus_lr_ratio=4"], "max_train_steps": 4}

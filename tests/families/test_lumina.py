@@ -194,6 +194,7 @@ def test_another_text_encoder_is_refused(toy: Options, toy_shelf: ToyShelf) -> N
     assert error.value.code == "network-kind-mismatch"
 
 
+@pytest.mark.full
 def test_other_models_are_not_taken_for_it(toy: Options, toy_shelf: ToyShelf, tmp_path: Path) -> None:
     register_families()
     for family in ("sd", "sdxl", "flux"):

@@ -101,6 +101,7 @@ def test_encoders_have_the_published_size(name, folder):
     assert count_parameters(build_published(read_published(name)["networks"][folder])) == ENCODERS[name, folder]
 
 
+@pytest.mark.full
 def test_headers_are_recognized(blueprints):
     assert {name: blueprint.title for name, blueprint in blueprints.items()} == TITLES
 

@@ -298,6 +298,7 @@ def test_text_encoder_configuration_from_shapes() -> None:
     assert _clip.config_from_shapes(shapes_of(on_meta(lambda: _clip.build(CLIP_L)))) == CLIP_L
 
 
+@pytest.mark.full
 def test_training_on_v(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """The header of the adapter file says what it was made for; longer captions train, too."""
     toy = toy_shelf.paths("sd", variant="2")

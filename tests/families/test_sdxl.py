@@ -251,6 +251,7 @@ def test_a_file_in_diffusers_names_is_read(toy: Mapping[str, Path], images: Path
     assert error.value.code == "adapter-layer-twice"
 
 
+@pytest.mark.full
 def test_one_encoder_trains_and_the_other_is_cached(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     options = {"text_encoder_lr": ["1e-3", "0"], "max_train_steps": 3}
     live = train_toy(toy, images, tmp_path / "live", **options)

@@ -109,6 +109,7 @@ def count_saved(net: Net) -> int:
     return total
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_blocks_share_their_graphs(checkpointing: bool, graphs: list[int]) -> None:
     """However many there are, adapters included; none is left uncompiled."""

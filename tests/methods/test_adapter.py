@@ -121,6 +121,7 @@ def test_a_block_at_learning_rate_0_gets_no_adapter(sd: Toy, images: Path, tmp_p
     assert (rates["lr/denoiser"], rates["lr/denoiser.block12"]) == (1e-3, 5e-4)
 
 
+@pytest.mark.full
 def test_a_block_at_learning_rate_0_stays_as_the_file_has_it(
     sd: Toy, images: Path, first: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_verbose_logs_ranks(sd: Toy, images: Path, tmp_path: Path, capfd: pytest
 # ---------------------------------------------------------------- weights to start from
 
 
+@pytest.mark.full
 def test_going_on_from_a_file_with_convolutions(sd: Toy, images: Path, first: Path, tmp_path: Path) -> None:
     options = {"network_weights": first, "learning_rate": "1e-12", "max_train_steps": 1}
     by_file = train_toy(sd, images, tmp_path / "1", dim_from_weights=True, **options)

@@ -131,6 +131,7 @@ def test_at_strength_0_it_is_bitwise_not_there(flux: Toy, images: Path, style: P
     assert read_metrics(plain) == read_metrics(frozen)
 
 
+@pytest.mark.full
 def test_resume_with_it_is_exact(flux: Toy, images: Path, style: Path, tmp_path: Path) -> None:
     common = {"max_train_steps": 4, "save_state": True, "frozen_lora": f"{style}:0.7"}
     straight = train_toy(flux, images, tmp_path / "straight", **common)
@@ -141,6 +142,7 @@ def test_resume_with_it_is_exact(flux: Toy, images: Path, style: Path, tmp_path:
     assert not equal_tensors(read_weights(straight), read_weights(plain))
 
 
+@pytest.mark.full
 def test_previews_with_what_is_for_previews(flux: Toy, images: Path, denoiser_style: Path, tmp_path: Path) -> None:
     """One for previews leaves the training as it is and changes the preview; one for training the reverse."""
     prompts = tmp_path / "prompts.txt"
@@ -175,6 +177,7 @@ def test_a_file_of_another_model(toy_shelf: ToyShelf, images: Path, style: Path,
     assert error.value.code == "adapter-names-unmatched"
 
 
+@pytest.mark.full
 @needs_rehearsal
 def test_plan_and_rehearsal_have_it(flux: Toy, images: Path, denoiser_style: Path, tmp_path: Path) -> None:
     argv = make_arguments(

@@ -171,6 +171,7 @@ def test_block_learning_rates_need_numbered_blocks(toy_shelf: ToyShelf, images: 
     assert error.value.code == "block-lr-without-blocks"
 
 
+@pytest.mark.full
 def test_samples_do_not_disturb(sd: Toy, images: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64 --s 2\n")

@@ -56,6 +56,7 @@ def test_the_model_that_training_starts_from_is_never_overwritten(sd: Toy, image
     assert copy.read_bytes() == content
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["sd", "sdxl"])  # diffusers' converter for the third knows one width alone
 def test_diffusers_reads_the_file_as_we_do(
     toy: Toy, family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
@@ -143,6 +144,7 @@ def test_only_the_last_saves_stay(sd: Toy, images: Path, tmp_path: Path) -> None
     assert names == ["lora", "lora-step00000003", "lora-step00000004", *REPORT, "lora.run.jsonl"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "save_model_as"), [("sd", "safetensors"), ("sdxl", "diffusers")])
 def test_a_lost_source_does_not_cost_the_run(
     toy: Toy, family: str, save_model_as: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +169,7 @@ def test_a_lost_source_does_not_cost_the_run(
     assert all(equal_tensors(first[network], second[network]) for network in first)
 
 
+@pytest.mark.full
 def test_a_disk_without_space_is_an_error_before_the_first_step(
     sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,6 +235,7 @@ def test_an_average_may_start_later(
     assert state["ema"] == {}
 
 
+@pytest.mark.full
 def test_previews_show_the_average(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

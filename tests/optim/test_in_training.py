@@ -105,6 +105,7 @@ def open_at(toy: Toy, images: Path, output: Path, **options: Any) -> Any:
     return build_toy_run(toy, images, output, **options)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["AdamW", "SGDNesterov"])
 def test_an_overflow_costs_one_step_and_half_the_scale(sd: Toy, images: Path, tmp_path: Path, kind: str) -> None:
     """The weights and the optimizer's state stay; the next steps go on with gradients of the right size."""
@@ -140,6 +141,7 @@ def test_gradients_are_clipped_at_their_own_size(sd: Toy, images: Path, tmp_path
     assert norms["no"] == pytest.approx(1e-3, rel=1e-2)
 
 
+@pytest.mark.full
 def test_float16_is_near_float32(sd: Toy, images: Path, tmp_path: Path) -> None:
     options = {"max_train_steps": 3, "no_half_vae": True}
     plain = read_metrics(train_toy(sd, images, tmp_path / "plain", **options))
@@ -147,6 +149,7 @@ def test_float16_is_near_float32(sd: Toy, images: Path, tmp_path: Path) -> None:
     assert [row["loss/current"] for row in half] == pytest.approx([row["loss/current"] for row in plain], rel=2e-3)
 
 
+@pytest.mark.full
 def test_resume_in_another_precision(sd: Toy, images: Path, tmp_path: Path) -> None:
     train_toy(sd, images, tmp_path, max_train_steps=2, save_state=True)
     train_toy(sd, images, tmp_path, max_train_steps=3, mixed_precision="fp16", resume=tmp_path, save_state=True)

@@ -143,6 +143,7 @@ def test_the_implementation_in_a_file(toy_shelf: ToyShelf, tmp_path: Path) -> No
         assert file.metadata()["modelspec.implementation"] == IMPLEMENTATIONS["flux"]
 
 
+@pytest.mark.full
 def test_ranks_of_a_file_for_one_part(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     """--dim_from_weights with a file for the denoiser alone, while the encoder would train, too."""
     model = load_toy(toy_shelf, "sd")

@@ -216,6 +216,7 @@ def test_folders_of_diffusers(layout: str, sd_folder: Path, tmp_path: Path) -> N
         torch.testing.assert_close(ours(x, 500, text).sample, theirs(x, 500, text).sample, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["variant in shards", "bin in shards"])
 def test_a_folder_saved_again_is_whole(layout: str, sd_folder: Path, tmp_path: Path) -> None:
     """One file of weights, without the old index."""

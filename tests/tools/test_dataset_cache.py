@@ -41,6 +41,7 @@ def images(tmp_path: Path) -> Path:
     return make_images(tmp_path / "images")
 
 
+@pytest.mark.full
 @pytest.mark.fast_for("[sd]")
 def test_training_finds_everything_and_trains_the_same(
     toy: Mapping[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -205,6 +206,7 @@ def test_variants_train_and_resume_exactly(sdxl: Mapping[str, Path], images: Pat
     assert read_metrics(plain) != read_metrics(straight)
 
 
+@pytest.mark.full
 def test_every_variant_is_used_and_none_is_live(
     sdxl: Mapping[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

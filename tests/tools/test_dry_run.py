@@ -37,6 +37,7 @@ def list_rows(text: str) -> dict[str, list[str]]:
     return {name.strip(): rest for name, *rest in rows}
 
 
+@pytest.mark.full
 def test_the_command(toy_shelf, images, tmp_path, capsys, monkeypatch):
     """The weights train, are decoded and written; the output and cache folders are as they were."""
     output, cache, prompts = tmp_path / "out", tmp_path / "cache", tmp_path / "prompts.txt"

@@ -152,6 +152,7 @@ def test_the_file_has_what_was_found(toy_shelf, images, tmp_path, monkeypatch):
     assert written.network.network_dim == 2
 
 
+@pytest.mark.full
 @needs_rehearsal
 def test_nothing_fits(toy_shelf, images, tmp_path, codes, capsys):
     argv = make_arguments(toy_shelf.paths("flux"), images, tmp_path / "out", network_train_unet_only=True)
@@ -194,6 +195,7 @@ def test_faults(codes, argv, code):
     assert code in codes
 
 
+@pytest.mark.full
 def test_a_published_run_leaves_no_paths_behind(tmp_path, monkeypatch):
     """The model and the images of the command end with it."""
     monkeypatch.setattr("sfumato.tools.fit.find_levels", lambda series: (0,) * len(series.choices))

@@ -153,6 +153,7 @@ class TestRehearsal:
         check_memory(config, 1)
         assert rehearsals.count == 0
 
+    @pytest.mark.full
     @needs_rehearsal
     def test_a_real_one(self, make_config):
         """The toy's activations need more than its weights, so the bound lets it pass and the rehearsal does not."""

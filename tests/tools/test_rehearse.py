@@ -88,6 +88,7 @@ class TestStages:
         assert step.peak > sum(step.resident.values()) + 4 * adapters  # gradients
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.full
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_full_model(self, toy_shelf, images, tmp_path, family):
         """Float32 weights, their gradients and two moments are on the device at the peak."""
@@ -148,6 +149,7 @@ class TestStages:
             peaks.append(find_stage(rehearse_plan(plan), STEP).peak)
         assert peaks[1] < peaks[0]
 
+    @pytest.mark.full
     def test_planted_waits_are_seen(self, toy_shelf, images, prompts, tmp_path, monkeypatch):
         options = CACHED | {"sample_prompts": prompts, "sample_every_n_steps": 1, "validation_split": 0.5}
         plan = plan_toy(toy_shelf, "flux", images, tmp_path / "out", **options)
@@ -174,6 +176,7 @@ class TestStages:
             places = 2 if name == STEP else 1
             assert [wait.reason for wait in seen] == ["reads a value of a float32 tensor"] * places, name
 
+    @pytest.mark.full
     @pytest.mark.parametrize("part", ["predict", "decode_latents", "gradient", "validation", "save"])
     def test_a_misplaced_tensor_is_an_error(self, toy_shelf, images, prompts, tmp_path, monkeypatch, part):
         options = CACHED | {"sample_prompts": prompts, "sample_every_n_steps": 1, "validation_split": 0.5}
@@ -206,7 +209,7 @@ class TestStages:
             "validation": (validation, "fill_validation_table", misplaced_table),
         }
         monkeypatch.setattr(*planted[part])
-        with pytest.raises(RuntimeError, match="on the (same|expected) device"):
+        with pytest.raises(RuntimeError, match=r"on the (same|expected) device"):
             rehearse_plan(plan)
 
 

@@ -47,6 +47,7 @@ def options(prompts: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
+@pytest.mark.full
 def test_weights_and_losses_are_the_same_without_it(sd: Toy, images: Path, output: Path, tmp_path: Path) -> None:
     silent = train_toy(sd, images, tmp_path / "out", **options(output.parent / "prompts.txt"), no_report=True)
     assert equal_tensors(read_weights(output), read_weights(silent))
@@ -102,6 +103,7 @@ def test_the_samples_of_a_step_make_its_loss(output: Path) -> None:
     assert len(rows[0]["loss/samples"]) + len(rows[1]["loss/samples"]) == 10  # an epoch: 4 + 2 and 4 images
 
 
+@pytest.mark.full
 def test_a_resumed_run_continues(sd: Toy, images: Path, tmp_path: Path) -> None:
     common = {"network_train_unet_only": True, "cache_latents": True}
     train_toy(sd, images, tmp_path, max_train_steps=2, save_state=True, **common)

@@ -41,6 +41,7 @@ def half_written(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.suffix in (".tmp", ".old")]
 
 
+@pytest.mark.full
 def test_a_failed_save_keeps_the_older_and_training_goes_on(
     toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

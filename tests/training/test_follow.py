@@ -37,6 +37,7 @@ def test_a_state_has_the_lines_of_all_its_steps(
     assert found == {2: [1, 2], 3: [1, 2, 3]}
 
 
+@pytest.mark.full
 def test_speed_is_in_every_line(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """Of the steps alone: a save that takes long does not count."""
     options = {"max_train_steps": 3, "gradient_accumulation_steps": 2, "network_train_unet_only": True}

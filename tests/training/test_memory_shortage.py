@@ -46,6 +46,7 @@ def test_where_one_process_lacks_memory_all_give_up() -> None:
     assert run_strategies(act) == [(True, {"previews"}, False)] * 2
 
 
+@pytest.mark.full
 def test_training_goes_on_without_and_tries_no_more(
     toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

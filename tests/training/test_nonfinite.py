@@ -117,6 +117,7 @@ def test_a_first_step_that_is_skipped_leaves_no_trace(toy: Toy, images: Path, tm
     assert equal_tensors(*found)
 
 
+@pytest.mark.full
 def test_several_in_a_row_end_the_run_with_a_good_state(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

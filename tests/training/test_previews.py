@@ -26,6 +26,7 @@ def prompts_of(output: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.full
 def test_prompts_are_read_again_while_training(
     toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_period_below_one_is_told_and_ignored(option: str, period: int, toy_sh
     assert f"--{option} {period} is ignored: a period is at least 1" in log.read_text()
 
 
+@pytest.mark.full
 def test_a_control_image_without_a_control_network_is_told(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     (tmp_path / "prompts.txt").write_text(f"a cat{LINE} --cn edges.png\n")

@@ -84,6 +84,7 @@ def test_whatever_raises_wherever(
     assert read_metrics(straight) == read_metrics(tmp_path)
 
 
+@pytest.mark.full
 def test_an_error_inside_the_optimizers_step_says_that_the_state_is_not_exact(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,6 +190,7 @@ def test_weights_that_become_infinite_end_the_run_and_spoil_no_state(
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["lora-step00000001.safetensors"]
 
 
+@pytest.mark.full
 def test_a_final_save_that_fails_leaves_at_least_a_state(
     toy: Toy, images: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_what_is_not_cached_stays(flux: Toy, images: Path, tmp_path: Path) -> No
     assert {name for name, part in run.model.parts.items() if part.is_loaded} == {"denoiser", "clip_l", "t5"}
 
 
+@pytest.mark.full
 def test_previews_bring_networks_in_for_a_moment(
     flux: Toy, images: Path, tmp_path: Path, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_hash_of_weights_is_that_of_the_loaded_network(toy_shelf: ToyShelf, dt
     assert found[0] == found[1]
 
 
+@pytest.mark.full
 def test_base_weights_are_part_of_what_is_cached(flux: Toy, images: Path, tmp_path: Path) -> None:
     """Cached features are those of the encoder with the file merged, and those without it are not taken for them."""
     trained = train_toy(flux, images, tmp_path / "first", learning_rate=0.5, network_args=["train_t5xxl=True"])

@@ -39,6 +39,7 @@ def warnings_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.partition("WARNING ")[2] for line in capsys.readouterr().err.splitlines() if "WARNING " in line]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
@@ -116,6 +117,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, now: float) -> None:
     monkeypatch.setattr("sfumato.formats.state.time.time", lambda: now)
 
 
+@pytest.mark.full
 def test_the_newest_state_of_a_run_has_the_most_steps(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +142,7 @@ def test_the_newest_state_of_a_run_has_the_most_steps(
     assert find_newest_state(tmp_path, "lora").name == "lora-step00000002-state"
 
 
+@pytest.mark.full
 def test_going_on_from_an_older_state_is_a_run_of_its_own(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_whole_model_as_torch_pickles_it(layout: Any, toy_shelf: ToyShelf, tmp
     assert main([*argv, "--outdir", str(tmp_path / "drawn")]) == 0
 
 
+@pytest.mark.full
 def test_saves_after_listed_steps_and_epochs(toy_shelf: ToyShelf, tmp_path: Path, images: Path) -> None:
     """They stay though older ones go; the last step and what lies behind the end need no save of their own."""
     output = train_toy(
@@ -68,6 +69,7 @@ def test_saves_after_listed_steps_and_epochs(toy_shelf: ToyShelf, tmp_path: Path
     assert saves == sorted([*kept, *(f"{name}-state" for name in kept)])
 
 
+@pytest.mark.full
 def test_a_state_at_the_end_alone(toy_shelf: ToyShelf, tmp_path: Path, images: Path) -> None:
     """The state of --save_state_on_train_end goes on where one that was saved on the way does."""
     toy = toy_shelf.paths("sd")

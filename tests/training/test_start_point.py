@@ -126,6 +126,7 @@ def test_rates_begin_anew_or_go_on_with_the_state(toy: Toy, images: Path, tmp_pa
     assert not equal_tensors(read_weights(skipped), read_weights(straight))
 
 
+@pytest.mark.full
 def test_a_run_that_began_elsewhere_resumes_exactly(toy: Toy, images: Path, tmp_path: Path) -> None:
     options = {**RATES, "save_every_n_steps": 8}
     straight = train_toy(toy, images, tmp_path / "straight", **options, initial_step=3)

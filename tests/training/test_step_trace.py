@@ -65,6 +65,7 @@ def test_a_trace_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptu
     assert "tracing steps" in caplog.text
 
 
+@pytest.mark.full
 def test_training_with_it_is_the_same(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     toy, images = toy_shelf.paths("sd"), make_images(tmp_path / "images", 2)
     options = {"network_train_unet_only": True, "max_train_steps": 2}

@@ -124,6 +124,7 @@ def test_generate_and_dataset_cache_end_alike(
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
 
 
+@pytest.mark.full
 def test_a_stop_cuts_previews_and_validation_short_and_the_resumed_run_makes_up_for_the_latter(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

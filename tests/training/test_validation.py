@@ -262,6 +262,7 @@ def test_another_split_after_a_resume_starts_anew(sd: Toy, images: Path, tmp_pat
     assert file_metadata(tmp_path / "lora-best.safetensors")["ss_steps"] == "2"
 
 
+@pytest.mark.full
 def test_a_best_that_cannot_be_written_leaves_the_one_before(
     sd: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

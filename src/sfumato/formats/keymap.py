@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -58,6 +58,7 @@ class KeyMap:
         for rule in rules:
             names += [(name, rule, i) for i, name in enumerate(rule.ours)]
         self._from_ours = _RuleTable(names)
+        self._locations: dict[str, KeyLocation | None] = {}
         self._drop = [compile_pattern(text) for text in drop]
         self._beside = [compile_pattern(text) for text in beside]
 
@@ -71,6 +72,11 @@ class KeyMap:
 
     def find_original(self, ours: str) -> KeyLocation | None:
         """Where one of our names lies in the original layout; None where no rule covers it."""
+        if ours not in self._locations:
+            self._locations[ours] = self._locate(ours)
+        return self._locations[ours]
+
+    def _locate(self, ours: str) -> KeyLocation | None:
         match = self._from_ours.find(ours)
         if match is None:
             return None
@@ -180,6 +186,7 @@ class _RuleTable:
         return None
 
 
+@cache
 def compile_pattern(text: str) -> re.Pattern[str]:
     """A pattern with {n} and {*} as a regular expression for whole names."""
     body = re.escape(text)
@@ -188,6 +195,7 @@ def compile_pattern(text: str) -> re.Pattern[str]:
     return re.compile(body)
 
 
+@lru_cache(maxsize=1 << 16)  # a run asks for each of its layers many times
 def matches(alternatives: str, name: str) -> bool:
     """Whether a whole name fits one of the patterns of a|b."""
     return any(regex.fullmatch(name) for regex in compile_alternatives(alternatives))
@@ -203,6 +211,7 @@ def _first_component(text: str) -> str:
     return "" if "{" in first else first
 
 
+@cache
 def _compile_rule(text: str) -> re.Pattern[str]:
     regex = compile_pattern(text)
     return regex if text.endswith("{*}") else re.compile(regex.pattern + PARAMETER_SUFFIX)

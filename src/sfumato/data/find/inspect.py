@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,35 +60,39 @@ def inspect_plan(
 def check_all_pixels(
     plan: DataPlan, *, cache_dir: Path, workers: int, progress: DecodeCallback | None
 ) -> dict[str, SubsetPixels]:
-    """By subset what decoding shows of its images, of those held out for validation and of its masks."""
-    tables: list[tuple[str, ImageTable]] = []
-    for dataset in (*plan.datasets, *plan.validation):
-        for subset in dataset.subsets:
-            images = subset.items.images
-            tables.append((subset.settings.where, images))
-            if images.conditioning is not None:
-                tables.append((f"{subset.settings.where}: masks", images.conditioning))
-            tables += [(f"{subset.settings.where}: reference images", references) for references in images.references]
-    total, done = sum(len(images) for _, images in tables), 0
+    """By subset what decoding shows of its images, of those held out for validation, and of masks and references."""
+    tables = [table for dataset in (*plan.datasets, *plan.validation) for table in list_tables(dataset)]
+    total, done = sum(len(images) for _, _, images in tables), 0
     pixels: dict[str, SubsetPixels] = {}
-    for where, images in tables:
+    for subset, role, images in tables:
 
         def report(count: int, of: int, before: int = done + len(images)) -> None:
             if progress is not None:
                 progress(before - of + count, total)
 
-        index = Index(cache_dir, ("decoded", *list_origins(images, where)))
+        index = Index(cache_dir, ("decoded", *list_origins(images, subset + role)))
         check = check_pixels(images, index, workers=workers, progress=report)
         done += len(images)
         report(0, 0, done)
-        found = pixels.setdefault(where.removesuffix(": masks"), SubsetPixels())
+        found = pixels.setdefault(subset, SubsetPixels())
         for row, fault in check.faults.items():
             path = images.get_row(row).path
             found.damaged[path] = fault.what.removeprefix(path).strip()
-        if not where.endswith(": masks"):
+        if not role:
             transparent = np.flatnonzero(check.lowest_alpha < OPAQUE).tolist()
             found.transparent.extend(images.names.get_row(row) for row in transparent)
     return pixels
+
+
+def list_tables(dataset: DatasetPlan) -> Iterator[tuple[str, str, ImageTable]]:
+    """Where a subset is, what its images of this table are beside the trained ones ("" for those), the table."""
+    for subset in dataset.subsets:
+        where, images = subset.settings.where, subset.items.images
+        yield where, "", images
+        if images.conditioning is not None:
+            yield where, ": masks", images.conditioning
+        for references in images.references:
+            yield where, ": reference images", references
 
 
 def inspect_subset(
