@@ -30,8 +30,9 @@ from sfumato.data.fingerprint import compare_fingerprints, fingerprint_data
 from sfumato.data.loader import Loader
 from sfumato.data.masks import MaskKeys
 from sfumato.data.plans import DataPlan
-from sfumato.data.references import list_reference_items
+from sfumato.data.references import fit_references, list_reference_items
 from sfumato.errors import UserError
+from sfumato.tools.dataset_images import make_page_images
 
 SIZES = [(64, 64), (128, 32), (32, 128), (64, 64)]
 TEXT = """
@@ -179,6 +180,20 @@ def test_inspection_shows_them_and_reads_them(find, root):
     (subset,) = dataset.subsets
     assert str(root / "before") in subset.references
     assert list(subset.damaged) == [str(damaged)]
+
+
+def test_the_page_shows_them_before_their_image(find, root):
+    plan = find.toml(TEXT)
+    (dataset,) = inspect_plan(plan, {}, cache_dir=root / "cache")
+    (subset,) = dataset.subsets
+    for shown, item in zip(make_page_images(subset, len(subset.plan.items)), subset.plan.items, strict=True):
+        width, height = item.choice.bucket
+        rules = subset.plan.settings.images
+        references = fit_references(item, rules, item.center_transform(rules))
+        assert shown.image.size == ((len(references) + 1) * width, height)
+        for i, reference in enumerate(references):
+            part = shown.image.crop((i * width, 0, (i + 1) * width, height))
+            assert part.tobytes() == Image.fromarray(reference.read_pixels()).tobytes()
 
 
 def test_an_image_needs_every_reference(find, root):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.config import Config
+from sfumato.data.augment import ImageRules
 from sfumato.data.batch import Batch
 from sfumato.data.batch_sampler import BatchSampler
 from sfumato.data.cache.entries import CacheItem, ContentHashes, LatentKeys
 from sfumato.data.cache.store import MemoryStore
 from sfumato.data.find.inspect import SubsetInspection
+from sfumato.data.images import Transform
 from sfumato.data.loader import Loader
 from sfumato.data.masks import MaskKeys, find_mask
 from sfumato.data.plans import DataPlan, Item, SubsetPlan
+from sfumato.data.references import fit_references
 from sfumato.plan import count_steps
 from sfumato.tools.dataset_page import PageImage
 
@@ -46,12 +49,26 @@ def make_page_images(subset: SubsetInspection, count: int) -> Iterator[PageImage
 
 
 def crop_to_bucket(item: Item, subset: SubsetPlan) -> Image.Image:
-    """The image in its bucket, darkened where its mask hides it from the loss."""
+    """The image in its bucket, after its reference images, darkened where its mask hides it from the loss."""
     rules = subset.settings.images
     transform = item.center_transform(rules)
     pixels = CacheItem(item.image, transform).read_pixels()
     mask = find_mask(item, rules, transform)
-    return Image.fromarray(pixels) if mask is None else darken_masked(pixels, mask.read() / 255)
+    image = Image.fromarray(pixels) if mask is None else darken_masked(pixels, mask.read() / 255)
+    return put_side_by_side([*crop_references(item, rules, transform), image])
+
+
+def crop_references(item: Item, rules: ImageRules, transform: Transform) -> list[Image.Image]:
+    return [Image.fromarray(reference.read_pixels()) for reference in fit_references(item, rules, transform)]
+
+
+def put_side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Images of one size from left to right."""
+    width, height = images[0].size
+    row = Image.new("RGB", (width * len(images), height))
+    for i, image in enumerate(images):
+        row.paste(image, (i * width, 0))
+    return row
 
 
 def darken_masked(pixels: NDArray[Any], mask: NDArray[Any]) -> Image.Image:
@@ -90,15 +107,21 @@ def iterate_samples(loader: Loader) -> Iterator[PageImage]:
 
 
 def to_image(batch: Batch, i: int) -> Image.Image:
-    """The pixels of a sample, with its mask at the resolution that the loss uses."""
+    """The pixels of a sample after those of its references, with its mask at the resolution that the loss uses."""
     assert batch.pixels is not None
-    pixels = ((batch.pixels[i] + 1) * 127.5).permute(1, 2, 0).numpy()
+    pixels = to_levels(batch.pixels[i])
     height, width = pixels.shape[:2]
     mask = np.ones((height, width))
     if batch.mask is not None:
         coarse = batch.mask[i, 0].numpy()
         mask = coarse.repeat(height // coarse.shape[0], 0).repeat(width // coarse.shape[1], 1)
-    return darken_masked(pixels, mask)
+    beside = [each.pixels[i] for each in batch.extras.images.values() if each.pixels is not None]
+    return put_side_by_side([*map(Image.fromarray, map(to_levels, beside)), darken_masked(pixels, mask)])
+
+
+def to_levels(pixels: Tensor) -> NDArray[Any]:
+    """(3, H, W) in [-1, 1] -> uint8 (H, W, 3)."""
+    return np.rint(((pixels + 1) * 127.5).permute(1, 2, 0).numpy()).astype(np.uint8)
 
 
 def describe_sizes(batch: Batch, i: int) -> str:

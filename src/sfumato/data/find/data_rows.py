@@ -51,12 +51,16 @@ def make_subset_row(subset: SubsetPlan) -> tuple[str, str]:
     """(source, what it contains)."""
     settings = subset.settings
     kind = "regularization images" if settings.is_reg else "images"
-    masks = ", with masks" if has_masks(subset) else ""
-    count = len(subset.items.images.references)
-    masks += f", with {count} reference image{'s' if count > 1 else ''} each" if count else ""
-    preserved = ", preserving the output of the untrained model" if settings.preserved else ""
-    preserved += f", timestep offset {settings.timestep_offset:+g}" if settings.timestep_offset else ""
-    return str(settings.source), f"{len(subset.items)} {kind}{masks}{preserved}, {subset.num_samples} samples per epoch"
+    facts = [f"{len(subset.items)} {kind}"]
+    if has_masks(subset):
+        facts.append("with masks")
+    if count := len(subset.items.images.references):
+        facts.append(f"with {count} reference image{'s' if count > 1 else ''} each")
+    if settings.preserved:
+        facts.append("preserving the output of the untrained model")
+    if settings.timestep_offset:
+        facts.append(f"timestep offset {settings.timestep_offset:+g}")
+    return str(settings.source), ", ".join([*facts, f"{subset.num_samples} samples per epoch"])
 
 
 def count_enlarged(dataset: DatasetPlan) -> Counter[Size]:
