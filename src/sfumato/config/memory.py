@@ -13,6 +13,7 @@ Dynamic = Annotated[
     Literal["true", "false", "auto"],
     BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool | str) else value),
 ]
+SPLIT_MODE_BLOCKS = 18  # that sd-scripts swaps with it
 TORCH_ATTENTION = "torch's scaled dot product attention is always used and needs no more memory"
 
 
@@ -43,15 +44,18 @@ class MemoryOptions(Options):
     fp8_base: bool = option(False, "keep the frozen model in float8", planned="fp8 weights")
     fp8_base_unet: bool = option(False, "keep the frozen denoiser in float8", planned="fp8 weights")
     blocks_to_swap: int | None = option(
-        None, "number of blocks kept in CPU memory until they are needed", planned="block swap", ge=1
+        None,
+        "blocks of the denoiser whose weights stay in main memory until they are needed, counted in its largest block",
+        ge=1,
+    )
+    text_encoder_blocks_to_swap: int | None = option(
+        None, "the same for each text encoder while its features are cached", ge=1
     )
     double_blocks_to_swap: int | None = option(
-        None, "deprecated: number of double blocks kept in CPU memory", planned="block swap", ge=0
+        None, "deprecated: as --blocks_to_swap, added to half of --single_blocks_to_swap", ge=0
     )
-    single_blocks_to_swap: int | None = option(
-        None, "deprecated: number of single blocks kept in CPU memory", planned="block swap", ge=0
-    )
-    split_mode: bool = option(False, "deprecated: swap 18 blocks", planned="block swap")
+    single_blocks_to_swap: int | None = option(None, "deprecated: as half as many --blocks_to_swap", ge=0)
+    split_mode: bool = option(False, "deprecated: same as --blocks_to_swap 18")
     cpu_offload_checkpointing: bool = option(
         False, "offload checkpointed activations to CPU memory", planned="block swap"
     )
@@ -70,3 +74,9 @@ class MemoryOptions(Options):
     compile_cache_size_limit: int | None = option(
         None, "graphs for one class of blocks, after which it is not compiled; default: 8 for each block", ge=1
     )
+
+    @property
+    def swapped_blocks(self) -> int:
+        """Of the largest size; 0 for none."""
+        older = (self.double_blocks_to_swap or 0) + ((self.single_blocks_to_swap or 0) + 1) // 2
+        return self.blocks_to_swap or older or (SPLIT_MODE_BLOCKS if self.split_mode else 0)

@@ -275,6 +275,27 @@ _UNUSED = (
         fix="remove it, or give --full_bf16",
     ),
     OptionRule(
+        code="text-encoder-swap-without-cache",
+        severity="no effect",
+        options=("text_encoder_blocks_to_swap", "cache_text_encoder_outputs"),
+        is_broken=lambda c: c.memory.text_encoder_blocks_to_swap is not None and not c.cache.cache_text_encoder_outputs,
+        what="--text_encoder_blocks_to_swap",
+        reason="text features are not cached",
+        fix="give --cache_text_encoder_outputs, or remove it",
+    ),
+    OptionRule(
+        code="older-swap-options-unused",
+        severity="no effect",
+        options=("blocks_to_swap", "double_blocks_to_swap", "single_blocks_to_swap", "split_mode"),
+        is_broken=lambda c: (
+            c.memory.blocks_to_swap is not None
+            and c.is_changed("double_blocks_to_swap", "single_blocks_to_swap", "split_mode")
+        ),
+        what="--double_blocks_to_swap, --single_blocks_to_swap and --split_mode",
+        reason="--blocks_to_swap takes precedence",
+        fix="remove them",
+    ),
+    OptionRule(
         code="compile-options-without-compile",
         severity="no effect",
         options=("compile", *COMPILE_OPTIONS),

@@ -127,12 +127,21 @@ class Network:
         """The groups that the loaded Part will have, from the file's header alone."""
         return self.spec.groups(make_meta_layers(self.weights.read_shapes()), every=every)
 
-    def read_into(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Read the weights straight in the wanted dtype into a module on the meta device; its buffers follow."""
+    def read_into(
+        self, module: nn.Module, *, dtype: torch.dtype, device: torch.device, hosted_blocks: Sequence[str] = ()
+    ) -> None:
+        """Read the weights straight in the wanted dtype into a module on the meta device; its buffers follow.
+
+        hosted_blocks: paths of modules that stay in main memory, whatever the device.
+        """
+        on_host = tuple(f"{path}." for path in hosted_blocks)
         with option_context(self.option):
-            self.weights.fill_module(module, dtype=dtype, device=device)
+            self.weights.fill_module(module, dtype=dtype, device=device, on_host=on_host)
         self.weights.file.close()  # reopens by itself
-        nn.Module.to(module, device)  # buffers; networks' own versions warn of lost precision
+        for path, child in module.named_modules():
+            for name, buffer in child.named_buffers(recurse=False):
+                if not f"{path}.".startswith(on_host):
+                    setattr(child, name, buffer.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +161,7 @@ class Part:
         self.dtype = dtype  # of its floating-point weights
         self.device = device
         self.changes: list[WeightChange] = []
+        self.hosted_blocks: tuple[str, ...] = ()  # paths of the blocks whose weights `load` leaves in main memory
         self.is_loaded = False
         self._build = build
         self._module: nn.Module | None = None
@@ -175,7 +185,7 @@ class Part:
             return
         if self.network.is_absent:
             raise self.network.make_absent_error(f"the weights of {self.spec.name} are needed")
-        self.network.read_into(self.module, dtype=self.dtype, device=self.device)
+        self.network.read_into(self.module, dtype=self.dtype, device=self.device, hosted_blocks=self.hosted_blocks)
         self.module.requires_grad_(False).eval()
         for change in self.changes:
             change.apply(self.module)

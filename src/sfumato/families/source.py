@@ -325,10 +325,13 @@ class Weights:
             return self.row_split(original, shape)
         return [shape[0] // count] * count
 
-    def fill_module(self, module: nn.Module, *, dtype: torch.dtype, device: torch.device) -> None:
+    def fill_module(
+        self, module: nn.Module, *, dtype: torch.dtype, device: torch.device, on_host: tuple[str, ...] = ()
+    ) -> None:
         """Read the file's tensors one at a time into a module on the meta device.
 
-        Raises UserError where the file lacks tensors, has further ones, or one has another shape.
+        on_host: what the names start with of those that stay in main memory, whatever the device. Raises UserError
+        where the file lacks tensors, has further ones, or one has another shape.
         """
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         self._pass_over_foreign(expected)
@@ -338,8 +341,10 @@ class Weights:
             names = self.key_map.find_ours(original)
             if names is None or not set(names[0]) <= set(expected):
                 continue
-            tensor = self.file.read(self.prefix + original, dtype=dtype, device=device)
-            finite.add(self.prefix + original, tensor)
+            place = torch.device("cpu") if names[0][0].startswith(on_host) else device
+            tensor = self.file.read(self.prefix + original, dtype=dtype, device=place)
+            if self.file.paths():  # else nothing is read, and there are no numbers to look at
+                finite.add(self.prefix + original, tensor)
             for name, piece in self.key_map.split(original, tensor, expected):
                 if piece.shape != expected[name]:
                     raise UserError(

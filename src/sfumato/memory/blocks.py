@@ -1,11 +1,11 @@
-"""Wraps a network's repeated blocks in one order for every family: compiled inside, checkpointed around that."""
+"""Wraps a network's repeated blocks in one order for every family: compiled, then offloaded, then checkpointed."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from sfumato.config.memory import MemoryOptions
 from sfumato.errors import UserError
 from sfumato.formats.keymap import compile_pattern
+from sfumato.memory.offload import BlockOffload
 
+CPU = torch.device("cpu")
 INDUCTOR = "inductor"
 COMPILERS = ("c++", "g++", "clang++", "cl")
 GRAPHS_PER_BLOCK = 8  # torch's own limit, for one block: its sizes of images, with and without gradients
@@ -29,29 +31,41 @@ class WrappedBlocks:
     """The repeated blocks of one network, whose `forward` is wrapped until `remove` is called."""
 
     blocks: tuple[nn.Module, ...]
+    offload: BlockOffload | None = None
 
     def remove(self) -> None:
         for block in self.blocks:
             del block.forward  # the instance's; that of the class shows again
 
 
-def wrap_blocks(network: nn.Module, patterns: Sequence[str], memory: MemoryOptions) -> WrappedBlocks:
+def wrap_blocks(
+    network: nn.Module,
+    patterns: Sequence[str],
+    memory: MemoryOptions,
+    *,
+    device: torch.device = CPU,
+    hosted: Collection[str] = (),
+) -> WrappedBlocks:
     """Compile each block and recompute it in backward, as the options say; blocks whose path matches are wrapped.
+
+    hosted: paths of the blocks whose weights are in main memory and visit the device: they are recomputed in any case,
+    since autograd would keep views of the weights.
 
     Equal blocks share one compiled graph, adapters included, whose parameters are its inputs. Recomputation is
     non-reentrant, so keyword arguments, nested outputs and adapters inside the blocks all work; the global generators
     are replayed, an adapter's dropout included.
     """
-    if not (memory.compile or memory.gradient_checkpointing):
+    if not (memory.compile or memory.gradient_checkpointing or hosted):
         return WrappedBlocks(blocks=())
     expressions = [compile_pattern(pattern) for pattern in patterns]
-    modules = network.named_modules()
-    blocks = tuple(block for path, block in modules if any(each.fullmatch(path) for each in expressions))
+    modules = list(network.named_modules())
+    blocks = {path: block for path, block in modules if any(each.fullmatch(path) for each in expressions)}
     if memory.compile:
         limit_graphs(memory, len(blocks))
-    for block in blocks:
-        block.forward = wrap_forward(block.forward, memory)
-    return WrappedBlocks(blocks=blocks)
+    offload = BlockOffload(device) if hosted else None
+    for path, block in blocks.items():
+        block.forward = wrap_forward(block, memory, offload if path in hosted else None)
+    return WrappedBlocks(blocks=tuple(blocks.values()), offload=offload)
 
 
 def limit_graphs(memory: MemoryOptions, blocks: int) -> None:
@@ -64,10 +78,12 @@ def limit_graphs(memory: MemoryOptions, blocks: int) -> None:
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
 
 
-def wrap_forward(forward: Callable[..., Any], memory: MemoryOptions) -> Callable[..., Any]:
-    if memory.compile:
-        forward = compile_forward(forward, memory)
-    return partial(checkpoint, forward, use_reentrant=False) if memory.gradient_checkpointing else forward
+def wrap_forward(block: nn.Module, memory: MemoryOptions, offload: BlockOffload | None) -> Callable[..., Any]:
+    forward = compile_forward(block.forward, memory) if memory.compile else block.forward
+    if offload is not None:
+        forward = offload.wrap(block, forward)
+    recomputes = memory.gradient_checkpointing or offload is not None
+    return partial(checkpoint, forward, use_reentrant=False) if recomputes else forward
 
 
 def compile_forward(forward: Callable[..., Any], memory: MemoryOptions) -> Callable[..., Any]:

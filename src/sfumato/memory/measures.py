@@ -21,6 +21,7 @@ class MemoryMeasure:
     list_levels: Callable[[Config], Sequence[Values]]  # what each level sets, mildest first; empty: nothing to set
 
 
+HOSTED_BLOCKS = (10, 20, 30, 64)  # levels of --blocks_to_swap
 MEASURES: Registry[MemoryMeasure] = Registry("memory measure")
 
 
@@ -32,6 +33,13 @@ def list_smaller_batches(config: Config) -> list[Values]:
         for part in range(size - 1, 0, -1)
         if size % part == 0
     ]
+
+
+def list_more_hosted_blocks(config: Config) -> list[Values]:
+    """More blocks than are in main memory already; the last level is all blocks of every published model."""
+    if config.run.method == "full":
+        return []
+    return [{"blocks_to_swap": count} for count in HOSTED_BLOCKS if count > config.memory.swapped_blocks]
 
 
 def offer(values: Values, when: Callable[[Config], bool]) -> Callable[[Config], Sequence[Values]]:
@@ -72,6 +80,16 @@ MEASURES.register("captions encoded one at a time")(
         list_levels=offer({"text_encoder_batch_size": None}, when=lambda c: (c.cache.text_encoder_batch_size or 1) > 1),
     )
 )
+MEASURES.register("text encoders' blocks in main memory")(
+    MemoryMeasure(
+        time=0.0,
+        cost="time of encoding captions alone, where they are cached",
+        list_levels=offer(
+            {"text_encoder_blocks_to_swap": HOSTED_BLOCKS[-1]},
+            when=lambda c: c.memory.text_encoder_blocks_to_swap is None,
+        ),
+    )
+)
 MEASURES.register("previews one at a time")(
     MemoryMeasure(
         time=0.0,
@@ -109,6 +127,13 @@ MEASURES.register("smaller batches")(
         time=0.05,
         cost="some speed; a step has as many images as before, by accumulation",
         list_levels=list_smaller_batches,
+    )
+)
+MEASURES.register("blocks in main memory")(
+    MemoryMeasure(
+        time=0.15,
+        cost="weights are copied to the device in every step, beside what computes; room in main memory",
+        list_levels=list_more_hosted_blocks,
     )
 )
 MEASURES.register("gradient checkpointing")(

@@ -38,20 +38,55 @@ class Transfer:
         if not self.module:
             yield lambda tensor: tensor
             return
-        if self._stream is None:
-            self._stream = self.module.Stream(self.device)
-        sent: list[Tensor] = []
+        copying, sent = self._find_stream(), list[Tensor]()
 
         def send(tensor: Tensor) -> Tensor:
-            with self.module.stream(self._stream):
+            with self.module.stream(copying):
                 sent.append(tensor.to(self.device, non_blocking=True))
             return sent[-1]
 
         yield send
         computing = self.module.current_stream(self.device)
-        computing.wait_stream(self._stream)
+        computing.wait_stream(copying)
         for tensor in sent:
             tensor.record_stream(computing)  # else its memory could be given away while it is still read
+
+    @contextmanager
+    def beside(self, after: Any) -> Iterator[None]:
+        """A context whose copies start after an event of `record_computed`, beside what the device is computing."""
+        if not self.module:
+            yield
+            return
+        copying = self._find_stream()
+        if after is not None:
+            copying.wait_event(after)
+        with self.module.stream(copying):
+            yield
+
+    def record_computed(self) -> Any:
+        """An event after everything that was launched to compute; None where the device has no streams."""
+        return self._record(lambda: self.module.current_stream(self.device))
+
+    def record_copied(self) -> Any:
+        """An event after everything that was launched in `beside`; None where the device has no streams."""
+        return self._record(self._find_stream)
+
+    def wait_for(self, event: Any) -> None:
+        """Let what is launched from now on compute after an event; the host does not wait."""
+        if event is not None:
+            self.module.current_stream(self.device).wait_event(event)
+
+    def _record(self, find_stream: Callable[[], Any]) -> Any:
+        if not self.module:
+            return None
+        event = self.module.Event()
+        event.record(find_stream())
+        return event
+
+    def _find_stream(self) -> Any:
+        if self._stream is None:
+            self._stream = self.module.Stream(self.device)
+        return self._stream
 
     def fetch(self, tensors: Mapping[str, Tensor]) -> Fetched:
         """Start copying small results to the host; `Fetched.read` gives them."""

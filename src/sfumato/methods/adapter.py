@@ -83,6 +83,8 @@ class AdapterMethod:
         adapters = {adapter.group.name: adapter for adapter in self.builder.build(settings, groups)}
         for part in settings.learning_rates.parts:
             self.engine.attach(groups[part], lambda group: adapters.get(group.name))
+        for adapter in self.engine:
+            adapter.to(model.parts[adapter.group.part].device)  # the layers of a block may be in main memory
         for part in settings.learning_rates.parts:
             unread = model.unread_layers(part)
             self.unread |= {

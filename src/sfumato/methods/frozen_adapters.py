@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from sfumato.adapters.base import Adapter, AdapterEngine
@@ -94,14 +95,16 @@ class FrozenAdapters:
         for file in self.files:
             for part, found in file.matches.items():
                 identity = f"{hash_matches(found)} beside it, {file.request.strength}"
-                attach = partial(self._attach, file.request, found)
+                attach = partial(self._attach, file.request, found, model.parts[part].device)
                 model.parts[part].add_change(WeightChange(identity=identity, apply=attach))
 
-    def _attach(self, request: FrozenAdapter, found: Sequence[LayerMatch], network: nn.Module) -> None:
+    def _attach(
+        self, request: FrozenAdapter, found: Sequence[LayerMatch], device: torch.device, network: nn.Module
+    ) -> None:
         layers = find_layers(network)
         adapters = [restore_adapter(match.kinds, match.view.bind(layers), match.tensors) for match in found]
         for adapter in adapters:
-            adapter.requires_grad_(False).eval()
+            adapter.requires_grad_(False).eval().to(device)  # the layers of a block may be in main memory
         if request.use == "sample":
             self._for_previews[request, found[0].view.part] = adapters
         else:

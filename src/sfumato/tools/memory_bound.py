@@ -36,9 +36,12 @@ def bound_memory(plan: ModelPlan, device: torch.device) -> MemoryBound:
 
 
 def count_weight_bytes(part: Part) -> int:
-    """Of a network's own weights; those that share a tensor count once."""
+    """Of a network's own weights on its device; those that share a tensor count once."""
     weights, known = part.network.weights, part.module.state_dict().keys()
-    shapes = {name: shape for name, shape in weights.read_shapes().items() if name in known}
+    on_host = tuple(f"{path}." for path in part.hosted_blocks)
+    shapes = {
+        name: shape for name, shape in weights.read_shapes().items() if name in known and not name.startswith(on_host)
+    }
     return part.dtype.itemsize * sum(shape.numel() for name, shape in shapes.items() if name not in weights.tied)
 
 

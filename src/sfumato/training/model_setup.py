@@ -12,7 +12,6 @@ from sfumato.diffusion.uncertainty import Uncertainty
 from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders
 from sfumato.loss import LossContext
-from sfumato.memory.blocks import wrap_blocks
 from sfumato.memory.host import keep_freed_memory
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.model_plan import ModelPlan
@@ -20,6 +19,7 @@ from sfumato.optim.bf16_stepper import keep_in_bfloat16
 from sfumato.optim.groups import ParameterGroup
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
+from sfumato.training.block_setup import choose_hosted_parts, wrap_part
 
 
 def open_model(plan: RunPlan, device: torch.device) -> Family:
@@ -38,6 +38,7 @@ def make_model(plan: RunPlan | ModelPlan, device: torch.device) -> Family:
     blueprint = plan.blueprint.with_dtype(plan.method.full_precision_parts(plan.blueprint), trained_dtype)
     model = plan.family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
     plan.method.change_frozen(model)
+    choose_hosted_parts(plan, model)
     return model
 
 
@@ -54,7 +55,7 @@ def load_networks(
         keep_in_bfloat16(groups)
     for name, part in needed.items():
         parallel.prepare(name, part.module)
-        wrap_blocks(part.module, part.spec.blocks, config.memory)
+        wrap_part(part, config.memory)
     return groups
 
 

@@ -23,6 +23,9 @@ class RehearsedStream:
     def wait_stream(self, other: RehearsedStream) -> None:
         return
 
+    def wait_event(self, event: RehearsedEvent) -> None:
+        return
+
 
 class RehearsedEvent:
     """An event, which has happened as soon as it is recorded."""

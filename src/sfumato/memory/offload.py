@@ -1,0 +1,240 @@
+"""Block offload: the weights of some blocks stay in main memory and visit a few slots on the device.
+
+A slot holds one block. While one block computes, the block that came after it the last time is copied into another
+slot, on a stream of its own: nothing waits but the device, and only for copies that are not there in time. Frozen
+weights are never copied back. A block in a slot computes with stand-ins of its parameters, so that the parameters
+themselves stay where they are, with the values that saving and resuming need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from sfumato.formats.keymap import compile_pattern
+from sfumato.memory.transfer import Transfer
+
+SLOTS = 2  # one computes, the other is being filled
+ALIGNMENT = 256  # bytes, of each tensor in a slot
+
+Pass = Literal["inference", "forward", "backward"]
+
+
+class Visit(NamedTuple):
+    """A block's turn to compute."""
+
+    block: int
+    during: Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedTensor:
+    """One tensor of a block: where the block looks for it, and what it finds there in and out of a slot."""
+
+    place: dict[str, Tensor | None]  # a module's own parameters or buffers
+    name: str
+    host: Tensor
+    stand_in: nn.Parameter | None  # None for buffers
+
+
+@dataclass(kw_only=True, eq=False)
+class Slot:
+    """Room for one block on the device."""
+
+    buffer: Tensor  # bytes
+    block: HostedBlock | None = None
+    ready: Any = None  # the event after the copies into it
+    free: Any = None  # the event after the last use of what it holds
+
+
+@dataclass(kw_only=True, eq=False)
+class HostedBlock:
+    """A block whose weights are in main memory."""
+
+    tensors: Sequence[HostedTensor]
+    slot: Slot | None = None
+    changed: bool = False  # whether its weights in the slot are newer than those in main memory
+    views: dict[int, list[Tensor]] = field(default_factory=dict)  # by slot
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Of each tensor in a slot, and the size of all, in bytes."""
+        sizes = [math.ceil(each.host.nbytes / ALIGNMENT) * ALIGNMENT for each in self.tensors]
+        return [0, *accumulate(sizes)]
+
+    def view(self, slot: Slot) -> list[Tensor]:
+        """Its tensors in a slot."""
+        if id(slot) not in self.views:
+            self.views[id(slot)] = [
+                slot.buffer[start : start + each.host.nbytes].view(each.host.dtype).view(each.host.shape)
+                for each, start in zip(self.tensors, self.offsets, strict=False)
+            ]
+        return self.views[id(slot)]
+
+    def enter(self, slot: Slot) -> None:
+        """Compute with what is in the slot."""
+        for each, tensor in zip(self.tensors, self.view(slot), strict=True):
+            if each.stand_in is not None:
+                each.stand_in.data = tensor
+            each.place[each.name] = tensor if each.stand_in is None else each.stand_in
+
+    def leave(self) -> None:
+        for each in self.tensors:
+            each.place[each.name] = each.host
+
+
+class BlockOffload:
+    """The blocks of one network that are in main memory, and the slots that they share.
+
+    `wrap` their forwards, inside of what recomputes them: the pass that recomputes brings a block for its backward.
+    """
+
+    def __init__(self, device: torch.device, *, slots: int = SLOTS) -> None:
+        self.transfer = Transfer(device)
+        self.count = slots
+        self.blocks: list[HostedBlock] = []
+        self.stand_ins: dict[Tensor, nn.Parameter] = {}  # parameter that trains -> what gets its gradient
+        self._slots: list[Slot] = []  # those used longest ago first
+        self._current: Visit | None = None
+        self._last: Visit | None = None
+        self._next: dict[Visit, Visit] = {}  # what came after each, the last time
+        self._in_backward = False  # whether `_finish` is to be called at the end of this backward
+
+    def wrap(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The block's forward with its weights in a slot. All blocks are wrapped before the first one computes."""
+        number = len(self.blocks)
+        self.blocks.append(HostedBlock(tensors=list(self._hold(block))))
+
+        def forward_in_slot(*args: Any, **kwargs: Any) -> Any:
+            visit = Visit(number, find_pass())
+            self._bring(visit)
+            output = forward(*args, **kwargs)
+            if visit.during != "backward":  # there its gradients are still to come
+                self._release()
+            return output
+
+        return forward_in_slot
+
+    def mark_changed(self) -> None:
+        """Say that the weights of the block that computes were changed in its slot: they are copied back."""
+        assert self._current is not None
+        self.blocks[self._current.block].changed = True
+
+    def _hold(self, block: nn.Module) -> Iterator[HostedTensor]:
+        device = self.transfer.device
+        for module in block.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                parameter.data = self.transfer.pin(parameter.data.contiguous())
+                empty = torch.empty(0, dtype=parameter.dtype, device=device)
+                stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                if parameter.requires_grad:
+                    self.stand_ins[parameter] = stand_in
+                yield HostedTensor(place=cast(Any, module._parameters), name=name, host=parameter, stand_in=stand_in)
+            for name, buffer in module.named_buffers(recurse=False):
+                pinned = module._buffers[name] = self.transfer.pin(buffer.contiguous())
+                yield HostedTensor(place=module._buffers, name=name, host=pinned, stand_in=None)
+
+    def _bring(self, visit: Visit) -> None:
+        """Let a block compute in a slot, and start filling the others with those that will come after it."""
+        self._release()
+        if self._last is not None:
+            self._next[self._last] = visit
+        self._current = self._last = visit
+        block = self.blocks[visit.block]
+        slot = block.slot or self._copy_in(block, keep=())
+        self._slots.remove(slot)
+        self._slots.append(slot)
+        self.transfer.wait_for(slot.ready)
+        block.enter(slot)
+        if visit.during == "backward" and not self._in_backward:
+            self._in_backward = True
+            Variable._execution_engine.queue_callback(self._finish)
+        self._prefetch(visit)
+
+    def _prefetch(self, visit: Visit) -> None:
+        """As many of the blocks that came next the last time as there are slots for."""
+        keep = [self.blocks[visit.block]]
+        for _ in range(self.count):  # the last block of a forward comes twice, since backward begins with it
+            if visit not in self._next or len(keep) == self.count:
+                return
+            visit = self._next[visit]
+            block = self.blocks[visit.block]
+            if block.slot is None:
+                self._copy_in(block, keep=keep)
+            keep.append(block)
+
+    def _copy_in(self, block: HostedBlock, keep: Sequence[HostedBlock]) -> Slot:
+        """Start copying a block into the slot that was used longest ago, of those that hold no block to `keep`."""
+        slot = next(slot for slot in self._find_slots() if slot.block is None or slot.block not in keep)
+        if slot.block is not None:
+            slot.block.slot = None
+        with self.transfer.beside(slot.free), torch.no_grad():
+            for tensor, each in zip(block.view(slot), block.tensors, strict=True):
+                tensor.copy_(each.host, non_blocking=True)
+        slot.ready, slot.block, block.slot = self.transfer.record_copied(), block, slot
+        return slot
+
+    def _find_slots(self) -> list[Slot]:
+        if not self._slots:
+            size = max(block.offsets[-1] for block in self.blocks)
+            count = min(self.count, len(self.blocks))
+            buffers = [torch.empty(size, dtype=torch.uint8, device=self.transfer.device) for _ in range(count)]
+            self._slots = [Slot(buffer=buffer) for buffer in buffers]
+        return self._slots
+
+    def _release(self) -> None:
+        """The block that computes has launched all that reads its slot; changed weights are copied back."""
+        if self._current is None:
+            return
+        block = self.blocks[self._current.block]
+        self._current = None
+        block.leave()
+        slot = block.slot
+        assert slot is not None
+        slot.free = self.transfer.record_computed()
+        if block.changed:
+            block.changed = False
+            with self.transfer.beside(slot.free), torch.no_grad():
+                for tensor, each in zip(block.view(slot), block.tensors, strict=True):
+                    if each.host.requires_grad:
+                        each.host.copy_(tensor, non_blocking=True)
+            slot.ready = self.transfer.record_copied()
+
+    def _finish(self) -> None:
+        """At the end of a backward every weight is in main memory again."""
+        self._in_backward = False
+        self._release()
+
+
+def find_pass() -> Pass:
+    """What the program is doing."""
+    if torch._C._current_graph_task_id() != -1:
+        return "backward"
+    return "forward" if torch.is_grad_enabled() else "inference"
+
+
+def choose_hosted_blocks(network: nn.Module, patterns: Sequence[str], units: int) -> tuple[str, ...]:
+    """Paths of blocks, spread over the network, that together hold as many numbers as `units` of its largest one.
+
+    All blocks where these are fewer; none for 0. Spread, so that a block is copied while others compute.
+    """
+    expressions = [compile_pattern(pattern) for pattern in patterns]
+    sizes: dict[str, int] = {}
+    for path, module in network.named_modules():
+        if units and any(each.fullmatch(path) for each in expressions):
+            sizes[path] = sum(parameter.numel() for parameter in module.parameters())
+    paths = tuple(sizes)
+    wanted = units * max(sizes.values(), default=0)
+    for count in range(1, len(paths)):
+        chosen = [paths[(2 * i + 1) * len(paths) // (2 * count)] for i in range(count)]
+        if sum(sizes[path] for path in chosen) >= wanted:
+            return tuple(chosen)
+    return paths
