@@ -9,8 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.set-up
 
-# One thread per worker: toy networks gain nothing from more. No test may reach the network.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+# One thread per worker: toy networks gain nothing from more. Compiled tests are kept for the next worker, whatever the
+# environment says. No test may reach the network.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: setup demo test unit family full fast gpu fuzz curves stops lint check wheel lowest format pages bench clean
