@@ -165,7 +165,7 @@ def test_under_autocast() -> None:
 
 
 def project_down(adapter: LoRA, x: Tensor) -> Tensor:
-    return adapter._project_down(x, 0)
+    return adapter._project_down(x, adapter.lora_down, 0)
 
 
 def test_neuron_dropout_is_torchs() -> None:

@@ -62,10 +62,14 @@ class Adapter(nn.Module, ABC):
     plain_spellings: ClassVar[Mapping[str, str]] = {}  # ends that any layer may have: read beside the others alone
     options_class: ClassVar[type[Options]] = Options  # its own arguments in --network_args
     dim_meaning: ClassVar[str] = "the rank"  # of --network_dim
-    uses_rank: ClassVar[bool] = True  # whether --network_dim and --network_alpha say more than which layers it has
+    uses_rank: ClassVar[bool] = True  # whether --network_dim says more than which layers it has
+    uses_alpha: ClassVar[bool] = True  # whether --network_alpha has an effect
+    dim_arguments: ClassVar[tuple[str, ...]] = ()  # in --network_args, which say the same as --network_dim
+    renamed: ClassVar[tuple[str, str]] = ("", "")  # the start of layers' names, and what files of it have instead
     is_wrapper: ClassVar[bool] = False  # whether it changes what another adapter does
     takes_wrappers: ClassVar[bool] = True  # whether one may change what it does
     replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`
+    files_of: ClassVar[str] = ""  # the kind whose tensors its files have; empty for its own
     plus_params: tuple[str, ...] = ()  # parameters that loraplus_lr_ratio speeds up
     has_norm_limit: ClassVar[bool] = False  # whether `limit_norm` is implemented
     has_perturbation: ClassVar[bool] = False  # whether `measure_rows` is implemented, which GGPO needs
@@ -90,6 +94,9 @@ class Adapter(nn.Module, ABC):
 
     def set_dropout(self, dropout: Dropout) -> None:
         self.dropout = dropout
+
+    def configure(self, options: Options) -> None:
+        """Take from its own arguments what files do not say of training, whether it is new or from a file."""
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The names and parameters that a learning rate trains; the others stay as they are."""
@@ -145,6 +152,11 @@ class Adapter(nn.Module, ABC):
         return None
 
     @classmethod
+    def allows_dim(cls, group: LayerGroup, dim: int, options: Options) -> bool:
+        """Whether the group can have an adapter with this --network_dim."""
+        return True
+
+    @classmethod
     def check(cls, options: Options, groups: Sequence[LayerGroup]) -> None:
         """Raise UserError for arguments without effect on these groups, all that get an adapter."""
 
@@ -154,6 +166,13 @@ class Adapter(nn.Module, ABC):
         """A new adapter, which changes nothing yet."""
 
     # ------------------------------------------------------------ files
+
+    @property
+    def file_name(self) -> str:
+        """The name of its layers in files."""
+        start, instead = self.renamed
+        name = self.group.name
+        return instead + name.removeprefix(start) if start and name.startswith(start) else name
 
     @abstractmethod
     def export_tensors(self) -> Tensors:
@@ -166,6 +185,11 @@ class Adapter(nn.Module, ABC):
 
         inner: what a wrapper wraps, made from the same tensors.
         """
+
+    @classmethod
+    def owns(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Of a file's tensors with names of this kind: whether they are its own, where another kind has such names."""
+        return True
 
     @staticmethod
     @abstractmethod
@@ -307,11 +331,11 @@ class AdapterEngine(nn.Module):
         return {"avg_grad_norm": torch.stack(gradients).mean(), "avg_combined_norm": torch.stack(weights).mean()}
 
     def export_tensors(self) -> Tensors:
-        """All entries of an adapter file: <group name>.<suffix> -> tensor, detached."""
+        """All entries of an adapter file: <file name>.<suffix> -> tensor, detached."""
         tensors: Tensors = {}
         for adapter in self:
             for suffix, tensor in adapter.export_tensors().items():
-                tensors[f"{adapter.group.name}.{suffix}"] = tensor.detach()
+                tensors[f"{adapter.file_name}.{suffix}"] = tensor.detach()
         return tensors
 
     def report(self, unread: Collection[str] = ()) -> list[str]:

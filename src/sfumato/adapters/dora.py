@@ -92,6 +92,9 @@ class DoRA(Adapter):
         self.dropout = replace(dropout, neuron=0.0)
         self.inner.set_dropout(Dropout(rank=dropout.rank))
 
+    def configure(self, options: Options) -> None:
+        self.inner.configure(options)
+
     # ------------------------------------------------------------ lengths
 
     def _measure_group(self) -> Tensor:

@@ -1,15 +1,36 @@
-"""For kinds that form the whole change of a weight: its product with the input, and dropout of its rows."""
+"""For kinds that form the whole change of a weight: their tensors, its product with the input, dropout of its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sfumato.adapters.base import Adapter, apply_weight, drop_module
-from sfumato.formats.groups import Layer
+from sfumato.data.batch import Tensors
+from sfumato.formats.adapter_keys import ALPHA
+from sfumato.formats.groups import Layer, LayerGroup
+
+
+def make_zeros(group: LayerGroup, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    """A tensor of each shape, on the CPU, where values are drawn, or on the meta device with the group's layers."""
+    device = "meta" if group.layers[0].weight.is_meta else "cpu"
+    return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+
+
+def add_parameters(adapter: Adapter, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """A parameter of each name, on the layers' device; None where there is no tensor of the name."""
+    device = adapter.group.layers[0].weight.device
+    for name in names:
+        value = tensors.get(name)
+        adapter.register_parameter(name, None if value is None else nn.Parameter(value.to(device)))
+
+
+def export_parameters(adapter: Adapter) -> Tensors:
+    """All parameters under their own names, and alpha."""
+    return {**dict(adapter.named_parameters()), ALPHA: torch.tensor(float(adapter.alpha))}
 
 
 def apply_formed(layer: Layer, x: Tensor, form: Callable[[], Tensor]) -> Tensor:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest
-from sfumato.adapters.formed_change import apply_formed, drop_rows, limit_product
+from sfumato.adapters.formed_change import (
+    add_parameters,
+    apply_formed,
+    drop_rows,
+    export_parameters,
+    limit_product,
+    make_zeros,
+)
 from sfumato.config.base import Options, option
 from sfumato.formats.adapter_keys import ALPHA, SCALAR
 from sfumato.formats.adapter_kind import FileLayer, LayerTensors
@@ -60,21 +67,16 @@ class LoHa(Adapter):
         """tensors: under the names above, without alpha."""
         super().__init__(group)
         self.alpha = alpha
-        for name in TENSORS:
-            value = tensors.get(name)
-            device = group.layers[0].weight.device
-            self.register_parameter(name, None if value is None else nn.Parameter(value.to(device)))
+        add_parameters(self, TENSORS, tensors)
 
     @classmethod
     def create(cls, group: LayerGroup, request: AdapterRequest) -> Self:
         """Drawn from normal distributions; one matrix is 0."""
         options = request.options
         assert isinstance(options, LohaOptions)
-        is_meta = group.layers[0].weight.is_meta
-        shapes = _choose_shapes(group, request.rank, use_tucker=options.use_tucker)
-        tensors = {name: torch.zeros(shape, device="meta" if is_meta else "cpu") for name, shape in shapes.items()}
+        tensors = make_zeros(group, _choose_shapes(group, request.rank, use_tucker=options.use_tucker))
         for name, tensor in tensors.items():
-            if START_STD[name] and request.generator is not None and not is_meta:
+            if START_STD[name] and request.generator is not None and not tensor.is_meta:
                 nn.init.normal_(tensor, std=START_STD[name], generator=request.generator)
         return cls(group, tensors, alpha=request.alpha)
 
@@ -107,7 +109,7 @@ class LoHa(Adapter):
     # ------------------------------------------------------------ files
 
     def export_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), ALPHA: torch.tensor(float(self.alpha))}
+        return export_parameters(self)
 
     @classmethod
     def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor], inner: Adapter | None = None) -> Self:

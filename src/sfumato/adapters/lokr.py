@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest
-from sfumato.adapters.formed_change import drop_rows
+from sfumato.adapters.formed_change import add_parameters, drop_rows, export_parameters, make_zeros
 from sfumato.config.base import Options, option
 from sfumato.errors import UserError
 from sfumato.formats.adapter_keys import ALPHA, SCALAR
@@ -64,23 +64,18 @@ class LoKr(Adapter):
     def __init__(self, group: LayerGroup, tensors: Mapping[str, Tensor], *, rank: int | None, alpha: float) -> None:
         """tensors: under the names above, without alpha. rank: None where it is only known that both are whole."""
         super().__init__(group)
-        device = group.layers[0].weight.device
         self.rank, self.alpha = rank, alpha
-        for name in NAMES:
-            value = tensors.get(name)
-            self.register_parameter(name, None if value is None else nn.Parameter(value.to(device)))
+        add_parameters(self, NAMES, tensors)
 
     @classmethod
     def create(cls, group: LayerGroup, request: AdapterRequest) -> Self:
         """w1 and all but the last factor of w2 are drawn as linear layers' weights are; the last one is 0."""
         options = request.options
         assert isinstance(options, LokrOptions)
-        shapes = choose_shapes(group, request.rank, options)
-        is_meta = group.layers[0].weight.is_meta
-        tensors = {name: torch.zeros(shape, device="meta" if is_meta else "cpu") for name, shape in shapes.items()}
+        tensors = make_zeros(group, choose_shapes(group, request.rank, options))
         last = W2 if W2 in tensors else W2_B
         for name in (W1, W1_A, W1_B, T2, W2_A):
-            if name in tensors and name != last and request.generator is not None and not is_meta:
+            if name in tensors and name != last and request.generator is not None and not tensors[name].is_meta:
                 nn.init.kaiming_uniform_(tensors[name], a=math.sqrt(5), generator=request.generator)
         is_whole = W1 in tensors and W2 in tensors
         return cls(group, tensors, rank=request.rank, alpha=float(request.rank) if is_whole else request.alpha)
@@ -158,7 +153,7 @@ class LoKr(Adapter):
     # ------------------------------------------------------------ files
 
     def export_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.named_parameters()), ALPHA: torch.tensor(float(self.alpha))}
+        return export_parameters(self)
 
     @classmethod
     def from_tensors(cls, group: LayerGroup, tensors: Mapping[str, Tensor], inner: Adapter | None = None) -> Self:

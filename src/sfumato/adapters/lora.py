@@ -68,17 +68,20 @@ class LoRA(Adapter):
     def scale(self) -> float:
         return self.alpha / self.rank
 
-    def _up(self, i: int) -> Tensor:
-        return self.lora_up if self.group.is_plain else self.group.take_rows(self.lora_up, i)
+    def take_matrices(self, i: int) -> tuple[Tensor, Tensor]:
+        """The down matrix and the i-th layer's rows of the up matrix."""
+        return self.lora_down, self.lora_up if self.group.is_plain else self.group.take_rows(self.lora_up, i)
 
     def delta(self, i: int) -> Tensor:
-        product = self._up(i).flatten(1) @ self.lora_down.flatten(1)
+        down, up = self.take_matrices(i)
+        product = up.flatten(1) @ down.flatten(1)
         return self.scale * product.reshape(self.group.layers[i].weight.shape)
 
     def forward(self, x: Tensor, i: int) -> Tensor:
         """The scale is applied to the rank-wide product: the full-size tensor is written once."""
-        low = self._project_down(x, i) * self.scale
-        up = self._up(i).to(low.dtype)
+        down, up = self.take_matrices(i)
+        low = self._project_down(x, down, i) * self.scale
+        up = up.to(low.dtype)
         return F.linear(low, up) if isinstance(self.group.layers[i], nn.Linear) else F.conv2d(low, up)
 
     def add_to(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
@@ -87,10 +90,11 @@ class LoRA(Adapter):
         if not isinstance(layer, nn.Linear):
             return super().add_to(output, x, i, strength)
         is_per_row = isinstance(strength, Tensor)
-        up = (self._up(i) * (self.scale if is_per_row else self.scale * strength)).to(output.dtype)
+        down, up = self.take_matrices(i)
+        up = (up * (self.scale if is_per_row else self.scale * strength)).to(output.dtype)
         if not is_per_row and not self._uses_dropout and can_fuse(layer, x, output):
-            return add_low_rank(output, x, layer.weight, self.lora_down.to(x.dtype), up)
-        low = self._project_down(x, i).to(output.dtype)
+            return add_low_rank(output, x, layer.weight, down.to(x.dtype), up)
+        low = self._project_down(x, down, i).to(output.dtype)
         if is_per_row:
             low = low * per_row(strength, low)
         # Not in place: the output of a linear layer may be a view, whose gradient autograd would copy.
@@ -100,9 +104,9 @@ class LoRA(Adapter):
     def _uses_dropout(self) -> bool:
         return self.training and bool(self.dropout)
 
-    def _project_down(self, x: Tensor, i: int) -> Tensor:
+    def _project_down(self, x: Tensor, down: Tensor, i: int) -> Tensor:
         """down(x) with dropout: rank channels, last for linear layers, second for convolutions."""
-        layer, down = self.group.layers[i], self.lora_down.to(x.dtype)
+        layer, down = self.group.layers[i], down.to(x.dtype)
         if isinstance(layer, nn.Linear):
             low, rank_shape = F.linear(x, down), [1] * (x.ndim - 2) + [self.rank]
         else:

@@ -9,7 +9,7 @@ from torch import nn
 from sfumato.adapters.base import ADAPTERS
 from sfumato.adapters.lora import LoRA
 
-NO_SPELLINGS: dict[str, str] = {}
+SPELLINGS: dict[str, str] = {}
 
 
 @ADAPTERS.register("lora_fa")
@@ -17,8 +17,8 @@ class LoraFA(LoRA):
     """Trains the up matrix alone. In files it is a LoRA."""
 
     label = "LoRA-FA"
-    spellings = NO_SPELLINGS  # files of it are LoRA's
-    replaces = "lora"
+    spellings = SPELLINGS  # files of it are LoRA's
+    files_of = "lora"
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield "lora_up", self.lora_up

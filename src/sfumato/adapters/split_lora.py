@@ -33,6 +33,7 @@ class SplitLoRA(Adapter):
 
     label = "split LoRA"
     replaces = "lora"
+    files_of = "lora"
     options_class = SplitOptions
     plus_params = LoRA.plus_params
     has_norm_limit = True

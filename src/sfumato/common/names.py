@@ -22,6 +22,12 @@ class LycorisPreset:
 DEFAULT_KIND, DEFAULT_NETWORK_MODULE = "lora", "networks.lora"
 DEFAULT_RANK = 4  # of --network_dim
 
+
+def find_default_rank(module: str | None) -> int:
+    """Of --network_dim, for this --network_module."""
+    return MODULE_RANKS.get(module or DEFAULT_NETWORK_MODULE, DEFAULT_RANK)
+
+
 NETWORK_MODULES = {  # --network_module -> our adapter
     "networks.lora": "lora",
     "networks.lora_flux": "lora",
@@ -30,15 +36,26 @@ NETWORK_MODULES = {  # --network_module -> our adapter
     "networks.lora_hunyuan_image": "lora",
     "networks.lora_anima": "lora",
     "networks.lora_fa": "lora_fa",
+    "networks.dylora": "dylora",
     "networks.lokr": "lokr",
     "networks.loha": "loha",
+    "networks.oft": "oft",
+    "networks.oft_flux": "oft",
+    "networks.oft_v2": "oft_v2",
+    "networks.boft": "boft_v2",
     "lora": "lora",
     "lora_fa": "lora_fa",
+    "dylora": "dylora",
     "lokr": "lokr",
     "loha": "loha",
     "full_difference": "full_difference",
     "ia3": "ia3",
     "glora": "glora",
+    "oft": "oft",
+    "diag_oft": "diag_oft",
+    "boft": "boft",
+    "oft_v2": "oft_v2",
+    "boft_v2": "boft_v2",
 }
 
 LYCORIS_MODULES = ("lycoris.kohya", "lycoris.locon", "locon.locon_kohya")  # whose `algo` is the adapter
@@ -50,11 +67,16 @@ LYCORIS_ALGOS = {
     "full": "full_difference",
     "ia3": "ia3",
     "glora": "glora",
+    "diag-oft": "diag_oft",
+    "boft": "boft",
+    "dylora": "dylora",
 }  # -> our adapter
+LYCORIS_DEFAULTS: dict[str, dict[str, Any]] = {"dylora": {"unit": 4}}  # where the argument is not given
+_ATTENTION = r"(^|\.)(attn\d?|self_attn|SelfAttention)\."
 LYCORIS_PRESETS = {
     "full": LycorisPreset(more_layers=r"conv_in|conv_out|time_embedding\.linear_[12]"),
     "attn-mlp": LycorisPreset(has_convolutions=False),
-    "attn-only": LycorisPreset(has_convolutions=False, layers=r"(^|\.)(attn\d?|self_attn|SelfAttention)\."),
+    "attn-only": LycorisPreset(has_convolutions=False, layers=_ATTENTION),
     "unet-only": LycorisPreset(has_text_encoders=False, more_layers=r"conv_in|conv_out|time_embedding\.linear_[12]"),
     "unet-transformer-only": LycorisPreset(has_convolutions=False, has_text_encoders=False),
     "full-lin": LycorisPreset(has_convolutions=False, has_pointwise=True, more_layers=r"time_embedding\.linear_[12]"),
@@ -67,14 +89,17 @@ LYCORIS_PRESETS = {
         arguments=((r"(^|\.)(ff\.net\.2|mlp\.fc2)$", "train_on_input", True),),
     ),
 }
-PLANNED_LYCORIS_ALGOS = ("diag-oft", "boft", "dylora", "tlora", "abba")
+PLANNED_LYCORIS_ALGOS = ("tlora", "abba")
+
+_OFT_LAYERS = LycorisPreset(has_convolutions=False, has_text_encoders=False, layers=_ATTENTION)
+MODULE_PRESETS = {  # --network_module -> the layers that it adapts, where these are not those of LoRA
+    "networks.oft": _OFT_LAYERS,
+    "networks.oft_flux": _OFT_LAYERS,
+}
+MODULE_ARGUMENTS: dict[str, dict[str, Any]] = {"networks.oft_flux": {"divided": True}}  # which the name itself says
+MODULE_RANKS = {"networks.oft_v2": 32, "oft_v2": 32}  # of --network_dim, where it is another one
 
 OTHER_ADAPTERS = "the other adapters"
-PLANNED_NETWORK_MODULES = {  # --network_module -> what it comes with
-    "networks.dylora": OTHER_ADAPTERS,
-    "networks.oft": OTHER_ADAPTERS,
-    "networks.oft_flux": OTHER_ADAPTERS,
-}
 
 PLANNED_NETWORK_ARGS = {  # name in --network_args -> what it comes with
     "include_patterns": OTHER_ADAPTERS,

@@ -12,7 +12,6 @@ from sfumato.common.names import (
     LYCORIS_MODULES,
     NETWORK_MODULES,
     OPTION_ALIASES,
-    PLANNED_NETWORK_MODULES,
 )
 from sfumato.compat.scripts import SCRIPTS, load_script_options
 from sfumato.config.base import Option
@@ -129,7 +128,6 @@ def render_names() -> str:
     modules = [f"| `{name}` | {adapter} |" for name, adapter in NETWORK_MODULES.items()]
     algos = ", ".join(LYCORIS_ALGOS)
     modules += [f"| `{name}` | by the argument `algo`: {algos} |" for name in LYCORIS_MODULES]
-    modules += [f"| `{name}` | later: {feature} |" for name, feature in PLANNED_NETWORK_MODULES.items()]
     aliases = [f"* `--{old}` is `--{new}`." for old, new in OPTION_ALIASES.items()]
     foreign = [f"* {kind}: {', '.join(f'`{key}`' for key in keys)}." for kind, keys in FOREIGN_KEYS.items()]
     renamed = [f"`{key}` is `{option}`" for key, option in RENAMED.items()]

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.names import LYCORIS_MODULES, OTHER_ADAPTERS, PLANNED_LYCORIS_ALGOS, PLANNED_NETWORK_MODULES
+from sfumato.common.names import LYCORIS_MODULES, OTHER_ADAPTERS, PLANNED_LYCORIS_ALGOS
 from sfumato.common.text import EMPTY, join_parts
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
@@ -176,8 +176,6 @@ def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problem
     refused = set()
     for name, value in values.items():
         what, feature = places[name], vocabulary()[name].missing_feature(value)
-        if name == "network_module" and value in PLANNED_NETWORK_MODULES:
-            what, feature = f"{what} {value}", PLANNED_NETWORK_MODULES[value]
         if name == "network_args" and (algo := find_planned_algo(values)):
             what, feature = f"{what} algo={algo}", OTHER_ADAPTERS
         if feature:

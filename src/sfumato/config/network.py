@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from sfumato.common.extensions import ADAPTERS_GROUP, is_extension
-from sfumato.common.names import LYCORIS_MODULES, NETWORK_MODULES, PLANNED_NETWORK_MODULES
+from sfumato.common.names import LYCORIS_MODULES, NETWORK_MODULES
 from sfumato.common.registry import did_you_mean
 from sfumato.config.base import Options, option
 from sfumato.config.frozen import FrozenAdapterList
@@ -15,8 +15,8 @@ from sfumato.config.values import Arguments, FilePath, FilePaths, Floats
 
 
 def check_module(name: str) -> str:
-    """One that is known or can be imported; whether it is implemented is reported like the options that are not."""
-    known = (*NETWORK_MODULES, *LYCORIS_MODULES, *PLANNED_NETWORK_MODULES)
+    """One that is known or can be imported."""
+    known = (*NETWORK_MODULES, *LYCORIS_MODULES)
     if name not in known and not is_extension(name, ADAPTERS_GROUP):
         raise ValueError(f"is not known; {did_you_mean(name, known)}")
     return name
@@ -28,7 +28,7 @@ class NetworkOptions(Options):
     network_module: Annotated[str, AfterValidator(check_module)] | None = option(
         None, "kind of adapter, e.g. networks.lora, networks.lokr, lycoris.kohya, or a module of one's own"
     )
-    network_dim: int | None = option(None, "rank (dimension); default: 4", ge=1)
+    network_dim: int | None = option(None, "rank (dimension), or a size in that kind's place; default: 4", ge=1)
     network_alpha: float = option(1.0, "the adapter is scaled by alpha / rank; 0 means alpha = rank", ge=0)
     network_args: Arguments = option({}, "additional arguments of the adapter, e.g. conv_dim=4 rank_dropout=0.1")
     network_weights: FilePath | None = option(None, "adapter file or folder to continue from", path="any")

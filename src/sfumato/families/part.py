@@ -22,7 +22,7 @@ from sfumato.formats.network_record import RECORD_KEY, NetworkRecord
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # configuration -> network
 DENOISER_PREFIX = "model.diffusion_model."  # of the denoiser's keys in most checkpoints
-DENOISER_NAMES = ("lora_transformer", "unet", "transformer", "diffusion_model", "model.diffusion_model")
+DENOISER_NAMES = ("lora_transformer", "oft_unet", "unet", "transformer", "diffusion_model", "model.diffusion_model")
 ANY_NAMES = ("lycoris", "")  # before the names of any network's layers
 RowSplit = Callable[[str, Sequence[int]], Sequence[int]]  # key, shape of a stacked weight -> rows of each layer
 

@@ -10,8 +10,7 @@ ALPHA, SCALAR = "alpha", "scalar"
 COMMON_SPELLINGS = {ALPHA: ALPHA, SCALAR: SCALAR}  # of every kind; scalar is multiplied into the change
 LONGEST_END = 3  # words of a tensor's name, with dots between them
 FOREIGN_KINDS = {  # kinds without a class here -> the names of their tensors; the first that matches
-    "BOFT": r"boft_\w+(\..+)?",
-    "OFT": r"oft_\w+(\..+)?",
+    "OFT of PEFT before 0.16": r"oft_(r|diag)(\..+)?",
     "(IA)3 of PEFT": r"ia3_l(\..+)?",
     "GLoRA with other matrices": r"(bm1|bm2)\.weight",
     "AdaLoRA": r"lora_[ABE]|ranknum",

@@ -79,6 +79,8 @@ class AdapterKind(Protocol):
     @property
     def is_wrapper(self) -> bool: ...
 
+    def owns(self, tensors: Mapping[str, Tensor]) -> bool: ...
+
     def complete(self, layer: FileLayer) -> LayerTensors: ...
 
     def find_weight_shape(self, tensors: Mapping[str, Tensor]) -> tuple[int, ...]: ...
@@ -103,14 +105,14 @@ def list_tensor_names(kind: AdapterKind) -> set[str]:
 
 
 def list_marks(kind: AdapterKind) -> set[str]:
-    """The names of tensors that only this kind has."""
+    """The names of tensors that other kinds do not have, or only in other shapes (see `owns`)."""
     return {*kind.spellings.values()} - {ALPHA}
 
 
-def find_kinds(tensors: Iterable[str], kinds: Iterable[AdapterKind]) -> Kinds:
-    """The kinds that have tensors of these names, wrappers first."""
-    names = set(tensors)
-    return tuple(sorted((kind for kind in kinds if names & list_marks(kind)), key=lambda kind: not kind.is_wrapper))
+def find_kinds(tensors: Mapping[str, Tensor], kinds: Iterable[AdapterKind]) -> Kinds:
+    """The kinds that have these tensors, wrappers first."""
+    found = [kind for kind in kinds if tensors.keys() & list_marks(kind) and kind.owns(tensors)]
+    return tuple(sorted(found, key=lambda kind: not kind.is_wrapper))
 
 
 def describe_kinds(kinds: Kinds) -> str:

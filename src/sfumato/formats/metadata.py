@@ -14,7 +14,7 @@ from typing import Any
 
 from sfumato import __version__
 from sfumato.common.files import read_file
-from sfumato.common.names import DEFAULT_NETWORK_MODULE, DEFAULT_RANK
+from sfumato.common.names import DEFAULT_NETWORK_MODULE, find_default_rank
 from sfumato.common.text import strip_paths
 from sfumato.config import Config, ModelOptions
 from sfumato.errors import UserError
@@ -95,7 +95,7 @@ def make_training_metadata(config: Config, facts: TrainingFacts) -> dict[str, st
 def make_adapter_metadata(config: Config) -> dict[str, Any]:
     """The keys that only adapter files have."""
     network, optim = config.network, config.optim
-    dim = network.network_dim or DEFAULT_RANK
+    dim = network.network_dim or find_default_rank(network.network_module)
     values: dict[str, Any] = {
         "ss_network_module": network.network_module or DEFAULT_NETWORK_MODULE,
         "ss_network_dim": dim,

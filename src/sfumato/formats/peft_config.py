@@ -29,6 +29,7 @@ class PeftConfig:
     rank: float | None = None
     rank_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilized: bool = False  # alpha / sqrt(rank) instead of alpha / rank
+    is_exact_rotation: bool = False  # of rotations: Cayley's transform itself instead of a series
 
     def find_alpha(self, layer: str, rank: int) -> float:
         """The alpha with which alpha / rank is the scale of this layer (peft.tuners.lora.layer, `update_layer`)."""
@@ -115,6 +116,7 @@ def _make_config(path: Path, content: Any) -> PeftConfig:
         rank=None if values.get("r") is None else float(values["r"]),
         rank_pattern={str(name): float(value) for name, value in ranks.items()},
         rank_stabilized=bool(values.get("use_rslora", False)),
+        is_exact_rotation=values.get("use_cayley_neumann") is False,
     )
 
 

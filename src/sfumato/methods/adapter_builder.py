@@ -86,6 +86,7 @@ class AdapterBuilder:
                 code="norm-limit-unsupported",
                 fix="remove --scale_weight_norms",
             )
+        adapter.configure(options[settings.adapter_kind])
         self._set_up_training(adapter, settings, learning_rate)
         return adapter
 
@@ -110,7 +111,7 @@ class AdapterBuilder:
 
     def _check_kinds(self, own: GroupAdapter, kinds: tuple[type[Adapter], ...]) -> None:
         """UserError where the file has adapters of another kind than the options ask for."""
-        wanted = {ADAPTERS.get(kind.replaces) if kind.replaces else kind for kind in kinds}
+        wanted = {ADAPTERS.get(kind.files_of) if kind.files_of else kind for kind in kinds}
         found = {*own.kinds}
         if found != wanted:
             names = [name for name, kind in list_kinds().items() if kind in found and not kind.is_wrapper]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sfumato.adapters import register_adapters
@@ -13,12 +13,15 @@ from sfumato.common.extensions import ADAPTERS_GROUP, find_registered, import_ex
 from sfumato.common.names import (
     DEFAULT_KIND,
     DEFAULT_NETWORK_MODULE,
-    DEFAULT_RANK,
     LYCORIS_ALGOS,
+    LYCORIS_DEFAULTS,
     LYCORIS_MODULES,
     LYCORIS_PRESETS,
+    MODULE_ARGUMENTS,
+    MODULE_PRESETS,
     NETWORK_MODULES,
     LycorisPreset,
+    find_default_rank,
 )
 from sfumato.common.registry import did_you_mean
 from sfumato.config import NetworkOptions
@@ -27,19 +30,17 @@ from sfumato.errors import UserError
 # LyCORIS' arguments -> the values at which they change nothing of the adapters that are known here; None: every value.
 WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "bypass_mode": None,  # another way to compute the same
-    "block_size": None,
-    "constraint": None,
-    "constrain": None,
-    "rescaled": None,
-    "train_on_input": None,
-    "unit": None,
     "rank_dropout_scale": None,  # which LyCORIS does not read either
     "train_llm_adapter": (False, None),
     "use_scalar": (False, None),
     "train_norm": (False, None),
 }
-RENAMED_ARGUMENTS = {"rs_lora": "rank_stabilized"}  # LyCORIS' name -> the name here
-OF_RANKS = ("use_scalar", "rs_lora")  # arguments without effect on kinds without a rank
+RENAMED_ARGUMENTS = {  # LyCORIS' name -> the name here
+    "rs_lora": "rank_stabilized",
+    "constrain": "constraint",
+    "block_size": "unit",
+}
+OF_RANKS = ("use_scalar", "rank_stabilized")  # arguments without effect on kinds without a rank or its alpha
 TUCKER_NAMES = ("use_tucker", "use_cp", "use_conv_cp")  # LyCORIS' names for one argument, and its opposite
 NO_TUCKER = "disable_conv_cp"
 
@@ -64,7 +65,41 @@ def read_adapter_module(network: NetworkOptions, *, has_convolutions: bool, opt_
     if module in LYCORIS_MODULES:
         return read_lycoris(network, has_convolutions=has_convolutions, opt_ins=opt_ins)
     kind = NETWORK_MODULES[module] if module in NETWORK_MODULES else import_kind(module)
-    return AdapterModule(adapter_kind=kind, network=network)
+    return read_module(network, module, kind)
+
+
+def read_module(network: NetworkOptions, module: str, kind: str) -> AdapterModule:
+    """A module of sd-scripts or of one's own: what its name and its arguments say of layers and sizes."""
+    given = {**MODULE_ARGUMENTS.get(module, {}), **network.network_args}
+    dim, alpha = take_dim(given, kind, network), network.network_alpha
+    preset = MODULE_PRESETS.get(module)
+    if preset is not None and given.pop("enable_all_linear", False):
+        preset = replace(preset, layers="")
+    has_flag = "enable_conv" in given
+    if given.pop("enable_conv", False):
+        given |= {"conv_dim": dim, "conv_alpha": alpha}
+    changes: dict[str, Any] = {"network_args": given, "network_dim": dim}
+    notes: list[str] = []
+    if preset is not None and not preset.has_text_encoders and not network.network_train_unet_only:
+        changes["network_train_unet_only"] = True
+        notes.append(f"--network_module {module} adapts the denoiser alone; --network_module {kind} has all parts")
+    preset = preset or (LycorisPreset() if has_flag else None)
+    return AdapterModule(
+        adapter_kind=kind, network=network.model_copy(update=changes), preset=preset, notes=tuple(notes)
+    )
+
+
+def take_dim(given: dict[str, Any], kind: str, network: NetworkOptions) -> int:
+    """What --network_dim is, or an argument that says the same for this kind, which is taken out."""
+    values = [given.pop(name) for name in ADAPTERS.get(kind).dim_arguments if name in given]
+    values = [value for value in values if value]
+    if any(not isinstance(value, int) or value < 1 for value in values):
+        raise UserError(
+            f"--network_args {'='.join(ADAPTERS.get(kind).dim_arguments[:1])}={values[0]}: a number of 1 or more is "
+            "expected",
+            code="dim-argument-invalid",
+        )
+    return values[0] if values else network.network_dim or find_default_rank(network.network_module)
 
 
 def import_kind(module: str) -> str:
@@ -87,10 +122,11 @@ def read_lycoris(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Co
     kind = read_algo(given.pop("algo", None) or DEFAULT_KIND)
     preset = read_preset(given.pop("preset", "full"))
     notes = list_unread(given, kind)
-    given = drop_without_effect(given, kind, opt_ins)
+    given = {**LYCORIS_DEFAULTS.get(kind, {}), **drop_without_effect(given, kind, opt_ins)}
+    dim = network.network_dim or find_default_rank(network.network_module)
     convolutions = {name: given.pop(name, None) for name in ("conv_dim", "conv_alpha")}
     if preset.has_convolutions and has_convolutions and not network.network_train_text_encoder_only:
-        given["conv_dim"] = convolutions["conv_dim"] or network.network_dim or DEFAULT_RANK
+        given["conv_dim"] = convolutions["conv_dim"] or dim
         given["conv_alpha"] = convolutions["conv_alpha"] or network.network_alpha
     elif any(convolutions.values()):
         notes.append("--network_args conv_dim and conv_alpha: no effect, no convolution is adapted")
@@ -143,7 +179,7 @@ def list_unread(given: Mapping[str, Any], kind: str) -> list[str]:
 
 def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection[str]) -> dict[str, Any]:
     """The arguments without those that change nothing; UserError for one that would, and is not implemented."""
-    kept = dict(given)
+    kept = {RENAMED_ARGUMENTS.get(name, name): value for name, value in given.items()}
     tucker = [kept.pop(name) for name in TUCKER_NAMES if name in kept]
     tucker += [not kept.pop(NO_TUCKER)] if NO_TUCKER in kept else []
     known = ADAPTERS.get(kind).options_class.model_fields
@@ -151,8 +187,9 @@ def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection
         kept["use_tucker"] = any(tucker)
     elif any(tucker) and kind == DEFAULT_KIND:  # the other kinds of LyCORIS do not read it
         raise make_later_error("use_tucker", True)
-    for name in () if ADAPTERS.get(kind).uses_rank else OF_RANKS:
-        kept.pop(name, None)
+    if not (ADAPTERS.get(kind).uses_rank and ADAPTERS.get(kind).uses_alpha):
+        for name in OF_RANKS:
+            kept.pop(name, None)
     related = list_related(kind)
     for other in (name for name in ADAPTERS.names if name not in related):
         for name in ADAPTERS.get(other).options_class.model_fields:
@@ -166,7 +203,7 @@ def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection
         value = kept.pop(name, None)
         if harmless is not None and value not in harmless:
             raise make_later_error(name, value)
-    return {RENAMED_ARGUMENTS.get(name, name): value for name, value in kept.items() if value is not None}
+    return {name: value for name, value in kept.items() if value is not None}
 
 
 def make_later_error(name: str, value: Any) -> UserError:

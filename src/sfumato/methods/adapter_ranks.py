@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sfumato.adapters.base import ADAPTERS
 from sfumato.adapters.kinds import choose_kinds, list_related
 from sfumato.common.names import DEFAULT_KIND, DEFAULT_RANK, LycorisPreset
 from sfumato.config import NetworkOptions
@@ -47,7 +48,7 @@ class AdapterRanks:
         if not preset.has_transformers:
             targets = [*spec.conv_targets]
         is_target = any(matches(target, group.paths[0]) for target in targets)
-        if preset.layers:
+        if preset.layers and not (self.args.has_convolutions and matches("|".join(spec.conv_targets), group.paths[0])):
             return is_target and all(re.search(preset.layers, path) for path in group.paths)
         return is_target or bool(preset.more_layers and re.fullmatch(preset.more_layers, self.find_name(group)))
 
@@ -81,6 +82,8 @@ class AdapterRanks:
         for name, kind in list_related(self.adapter_kind).items():
             kind.check(self.args.options[name], adapted)
         self._check_sizes(adapted)
+        if not self.network.dim_from_weights:
+            self._check_dims(adapted)
         parts = {group.part for group in groups}
         specs = [self.specs[part] for part in parts]
         self._check_parts(specs)
@@ -143,6 +146,29 @@ class AdapterRanks:
                     code="adapter-rank-beyond-layers",
                     fix=f"give a rank of {limit} or less; 4 to 128 are usual",
                 )
+
+    def _check_dims(self, groups: Sequence[LayerGroup]) -> None:
+        """Every group can have an adapter with its --network_dim; which are possible, the kind knows."""
+        kind = ADAPTERS.get(self.adapter_kind)
+        options = [self.find_options(group)[self.adapter_kind] for group in groups]
+        chosen = [(self.find_rank(group) or (0, 0.0))[0] for group in groups]
+        each = list(zip(groups, options, strict=True))
+        wrong = [i for i, (group, own) in enumerate(each) if not kind.allows_dim(group, chosen[i], own)]
+        if not wrong:
+            return
+        first, dim = groups[wrong[0]], chosen[wrong[0]]
+        possible = [
+            other for other in range(1, 2 * dim + 65) if all(kind.allows_dim(group, other, own) for group, own in each)
+        ]
+        near = sorted(sorted(possible, key=lambda other: abs(other - dim))[:4])
+        raise UserError(
+            f"--network_dim is {kind.dim_meaning}: with {dim}, {len(wrong)} of {len(groups)} layers can have no "
+            f"{kind.label}, e.g. {first.name} with a weight of {first.num_rows} rows",
+            code="network-dim-impossible",
+            fix=f"a --network_dim that works for all of them, e.g. {', '.join(map(str, near))}"
+            if near
+            else f"no small --network_dim works for all of them; skip layers with network_reg_dims={first.name}=0",
+        )
 
     def find_rank(self, group: LayerGroup) -> tuple[int, float] | None:
         """Rank and alpha of a group's adapter; None where it gets none.

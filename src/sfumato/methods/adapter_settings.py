@@ -100,10 +100,12 @@ def list_idle_dropouts(kind: str, args: AdapterArgs, network: NetworkOptions) ->
 def list_idle_ranks(config: Config, kind: str) -> list[str]:
     """A line about --network_dim and the like where the run's kind of adapters has no rank."""
     found = ADAPTERS.get(kind)
-    given = [name for name in ("network_dim", "network_alpha") if config.is_changed(name)]
-    if found.uses_rank or not given:
+    has_effect = {"network_dim": found.uses_rank, "network_alpha": found.uses_rank and found.uses_alpha}
+    idle = [name for name, used in has_effect.items() if not used and config.is_changed(name)]
+    if not idle:
         return []
-    return [f"{' and '.join(f'--{name}' for name in given)}: no effect, {found.label} has no rank"]
+    reason = "has no such factor" if found.uses_rank else "has no rank"
+    return [f"{' and '.join(f'--{name}' for name in idle)}: no effect, {found.label} {reason}"]
 
 
 def limit_text_encoder_lr(config: Config, blueprint: Blueprint) -> tuple[OptimOptions, list[str]]:
