@@ -49,6 +49,12 @@ CASES = [
         for conv in (False, True)
         for options in ({}, {"use_tucker": True}, DORA, OLD_DORA)
     ),
+    *(
+        LycorisCase(algo=algo, conv=conv, rank=rank, options=options)
+        for conv in (False, True)
+        for algo, rank in (("diag-oft", 5), ("diag-oft", 4), ("boft", 11))
+        for options in ({}, {"constraint": 0.03}, {"rescaled": True})
+    ),
 ]
 
 

@@ -21,6 +21,7 @@ from sfumato.train import train_step
 from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 LYCORIS = "lycoris.kohya"
+BUTTERFLY: dict[str, Any] = {"network_args": ["algo=boft"], "network_dim": 64}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
     "LoKr": ("flux", {"network_module": "networks.lokr", "network_args": ["factor=4", "rank_dropout=0.1"]}),
     "LoKr with convolutions": (
@@ -70,12 +71,65 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
     "LoHa, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=loha"]}),
     "LoHa, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=loha", "preset=attn-only"]}),
     "DoRA of LoHa": ("sd", {"network_module": LYCORIS, "network_args": ["algo=loha", "dora_wd=True"]}),
+    "LoRA, DyLoRA": (
+        "sdxl", {"network_module": "networks.dylora", "network_dim": 4, "network_args": ["unit=2", "conv_dim=4"]},
+    ),
+    "LoRA, DyLoRA, FLUX": ("flux", {"network_module": LYCORIS, "network_args": ["algo=dylora", "block_size=1"]}),
+    "Diag-OFT with convolutions": (
+        "sd", {"network_module": LYCORIS, "network_args": ["algo=diag-oft", "constraint=1e-2", "rescaled=True"]},
+    ),
+    "Diag-OFT": ("flux", {"network_module": LYCORIS, "network_args": ["algo=diag-oft", "rank_dropout=0.1"]}),
+    "Diag-OFT, SDXL": ("sdxl", {"network_module": LYCORIS, "network_args": ["algo=diag-oft", "preset=attn-mlp"]}),
+    "Diag-OFT, SD3": ("sd3", {"network_module": "diag_oft", "network_args": []}),
+    "Diag-OFT, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=diag-oft"]}),
+    "Diag-OFT, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=diag-oft"]}),
+    "Diag-OFT, OFT with convolutions": (
+        "sd", {"network_module": "networks.oft", "network_args": ["enable_all_linear=True", "enable_conv=True"]},
+    ),
+    "Diag-OFT, OFT": ("flux", {"network_module": "networks.oft_flux", "network_args": []}),
+    "Diag-OFT, OFT, SDXL": ("sdxl", {"network_module": "networks.oft", "network_args": []}),
+    "Diag-OFT, OFT, SD3": ("sd3", {"network_module": "oft", "network_args": ["divided=True"]}),
+    "Diag-OFT, OFT, Lumina": ("lumina", {"network_module": "oft", "network_args": []}),
+    "Diag-OFT, OFT, Chroma": ("chroma", {"network_module": "networks.oft_flux", "network_args": []}),
+    "BOFT with convolutions": ("sd", {"network_module": LYCORIS, **BUTTERFLY}),
+    "BOFT": ("flux", {"network_module": LYCORIS, **BUTTERFLY}),
+    "BOFT, SDXL": ("sdxl", {"network_module": LYCORIS, **BUTTERFLY}),
+    "BOFT, SD3": ("sd3", {"network_module": LYCORIS, **BUTTERFLY}),
+    "BOFT, Lumina": ("lumina", {"network_module": LYCORIS, **BUTTERFLY}),
+    "BOFT, Chroma": ("chroma", {"network_module": LYCORIS, **BUTTERFLY}),
+    "OFTv2 with convolutions": (
+        "sd", {"network_module": "networks.oft_v2", "network_args": ["oft_block_size=4", "enable_conv=True"]},
+    ),
+    "OFTv2": (
+        "flux",
+        {"network_module": "networks.oft_v2", "network_args": ["coft=True", "coft_eps=0.1"], "network_dropout": 0.1},
+    ),
+    "OFTv2, SDXL": ("sdxl", {"network_module": "networks.oft_v2", "network_args": ["block_share=True"]}),
+    "OFTv2, SD3": ("sd3", {"network_module": "networks.oft_v2", "network_args": []}),
+    "OFTv2, Lumina": ("lumina", {"network_module": "networks.oft_v2", "network_args": []}),
+    "OFTv2, Chroma": ("chroma", {"network_module": "networks.oft_v2", "network_args": []}),
+    "BOFT of PEFT with convolutions": (
+        "sd", {"network_module": "networks.boft", "network_args": ["boft_block_size=4", "enable_conv=True"]},
+    ),
+    "BOFT of PEFT": (
+        "flux", {"network_module": "networks.boft", "network_args": ["boft_n_butterfly_factor=2"]},
+    ),
+    "BOFT of PEFT, SDXL": ("sdxl", {"network_module": "networks.boft", "network_args": ["module_dropout=0.1"]}),
+    "BOFT of PEFT, SD3": ("sd3", {"network_module": "networks.boft", "network_args": []}),
+    "BOFT of PEFT, Lumina": ("lumina", {"network_module": "networks.boft", "network_args": []}),
+    "BOFT of PEFT, Chroma": ("chroma", {"network_module": "networks.boft", "network_args": []}),
     "LoKr, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=lokr", "full_matrix=True"]}),
     "LoKr, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=lokr", "preset=attn-only"]}),
 }  # fmt: skip
 FAST = {"LoKr", "DoRA of LoRA", "LoHa with convolutions"}
+OTHER_FAMILIES = [name for name in KINDS if "OFT" in name and name.endswith(("SDXL", "SD3", "Lumina", "Chroma"))]
 each_kind = pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.full) for name in KINDS]
+    "name",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.full)
+        for name in KINDS
+        if name not in OTHER_FAMILIES
+    ],
 )
 
 
@@ -107,6 +161,18 @@ def test_saved_loaded_and_resumed(name: str, toy_shelf: ToyShelf, images: Path, 
     assert read_metrics(straight) == read_metrics(parts)
 
     file = straight / "lora.safetensors"
+    check_file(name, family, toy_shelf, file)
+    on = {name: value for name, value in options.items() if name not in ("network_args", "network_dim")}
+    kept = [each for each in options["network_args"] if not each.startswith(("conv_dim", "enable_", "rank_dropout"))]
+    again = build_toy_run(
+        toy, images, tmp_path / "again", network_weights=file, **on | {"network_args": kept},
+        dim_from_weights=True, network_dim=None,
+    )  # fmt: skip
+    assert equal_tensors(dict(again.method.engine.export_tensors()), read_weights(straight))  # pyright: ignore
+
+
+def check_file(name: str, family: str, toy_shelf: ToyShelf, file: Path) -> None:
+    """It is of the kind; hooked and merged, it changes the model alike."""
     read = read_adapter_file(file)
     label = name.partition(",")[0].partition(" with")[0].replace("split ", "")
     assert {describe_kinds(kinds) for kinds in read.kinds.values()} == {label}
@@ -117,13 +183,13 @@ def test_saved_loaded_and_resumed(name: str, toy_shelf: ToyShelf, images: Path, 
     InferenceAdapters(merged, (), base=[(file, 1.0)])
     torch.testing.assert_close(compute_output(merged), found, rtol=0, atol=2e-5 * float(found.abs().max()))
 
-    on = {name: value for name, value in options.items() if name != "network_args"}
-    kept = [each for each in options["network_args"] if not each.startswith(("conv_dim", "rank_dropout"))]
-    again = build_toy_run(
-        toy, images, tmp_path / "again", network_weights=file, **on | {"network_args": kept},
-        dim_from_weights=True, network_dim=None,
-    )  # fmt: skip
-    assert equal_tensors(dict(again.method.engine.export_tensors()), read_weights(straight))  # pyright: ignore
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_further_families_train_save_and_load(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    family, options = KINDS[name]
+    train_toy(toy_shelf.paths(family), images, tmp_path, **options | {"max_train_steps": 3, "learning_rate": "1e-2"})
+    check_file(name, family, toy_shelf, tmp_path / "lora.safetensors")
 
 
 def test_a_file_of_another_kind_is_named(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:

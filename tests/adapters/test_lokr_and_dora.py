@@ -19,6 +19,7 @@ from sfumato.adapters.lokr import LoKr, LokrOptions
 from sfumato.adapters.lora import LoRA
 from sfumato.common.names import LYCORIS_ALGOS
 from sfumato.errors import InternalError
+from sfumato.formats.adapter_kind import find_kinds
 from sfumato.formats.groups import LayerGroup
 from sfumato.formats.keymap import KeyMap, KeyRule
 from sfumato.formats.peft_config import PeftConfig
@@ -205,6 +206,9 @@ def test_dora_has_no_norm_limit() -> None:
 
 def test_no_kind_has_the_tensors_of_another() -> None:
     kinds = [kind for kind in list_kinds().values() if kind.spellings]
-    names = [end for kind in kinds for end in kind.spellings]
-    assert len(names) == len(set(names))
+    ends = [(end, kind) for kind in kinds for end in kind.spellings]
+    shared = {end for end, kind in ends if any(end == other and kind is not its for other, its in ends)}
+    assert shared == {"oft_blocks", "rescale"}
+    for shape in ((2, 3, 3), (2, 2, 3, 3)):
+        assert len(find_kinds({"oft_blocks": torch.zeros(shape)}, kinds)) == 1
     assert {*ADAPTERS.names} >= {"lora", "split_lora", "lokr", "dora"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from compat.helpers import ROOT, THEIR_OPTIONS
-from sfumato.common.names import PLANNED_NETWORK_MODULES
 from sfumato.compat.table import describe_status, render_options_page
 from sfumato.config.schema import vocabulary
 
@@ -25,7 +24,6 @@ def test_every_option_works_or_says_why_not():
     for option in vocabulary().values():
         status = describe_status(option)
         assert status == "yes" or status.startswith(begins), option.name
-    assert set(PLANNED_NETWORK_MODULES.values()) <= set(TO_COME)
 
 
 def test_the_page_holds_every_option_of_sd_scripts():

@@ -63,8 +63,9 @@ def test_keys(key: str, expected: tuple[str, str] | None) -> None:
 
 @pytest.mark.parametrize(("tensor", "expected"), [
     ("dora_scale", "DoRA"), ("lora_magnitude_vector", "DoRA"), ("lora_magnitude_vector.weight", "DoRA"),
-    ("hada_w2_b", "LoHa"), ("hada_t1", "LoHa"), ("lokr_w1", "LoKr"), ("lokr_t2", "LoKr"), ("oft_blocks", "OFT"),
-    ("oft_R.weight", "OFT"), ("oft_diag", "OFT"), ("boft_R", "BOFT"), ("boft_s", "BOFT"), ("on_input", "(IA)3"),
+    ("hada_w2_b", "LoHa"), ("hada_t1", "LoHa"), ("lokr_w1", "LoKr"), ("lokr_t2", "LoKr"), ("oft_blocks", "Diag-OFT"),
+    ("oft_R.weight", "OFTv2"), ("oft_diag", "OFT of PEFT before 0.16"), ("boft_R", "BOFT of PEFT"),
+    ("boft_s", "BOFT of PEFT"), ("oft_blocks.1", "Diag-OFT"), ("on_input", "(IA)3"),
     ("ia3_l.weight", "(IA)3 of PEFT"), ("diff", "full difference"),
     ("a1.weight", "GLoRA"), ("lora_B.bias", "LoRA with biases"),
     ("lora_mid.weight", "LoRA"), ("alpha", ""), ("weight", ""),
@@ -72,7 +73,8 @@ def test_keys(key: str, expected: tuple[str, str] | None) -> None:
 def test_kinds(tensor: str, expected: str) -> None:
     kinds = list_kinds().values()
     name = collect_spellings(kinds).get(tensor, tensor)
-    assert (describe_kinds(find_kinds([name], kinds)) or find_foreign_kind(tensor)) == expected
+    tensors = {name: torch.zeros(1, 2, 2)}
+    assert (describe_kinds(find_kinds(tensors, kinds)) or find_foreign_kind(tensor)) == expected
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [
@@ -127,7 +129,14 @@ def test_foreign_tensors_are_passed_over_and_named(tmp_path: Path) -> None:
     (pair("x") | {"x.lokr_w1": torch.ones(4, 1)}, "adapter-kind-unclear", "x has"),
     ({"x.dora_scale": torch.ones(4, 1)}, "adapter-kind-unclear", "x has dora_scale"),
     ({"x.hada_w1_a": torch.ones(1)}, "adapter-matrix-missing", "hada_w1_b"),
-    ({"x.boft_R": torch.ones(1)}, "adapter-kind-unsupported", "a BOFT (1 layers)"),
+    ({"x.oft_r": torch.ones(1)}, "adapter-kind-unsupported", "a OFT of PEFT before 0.16 (1 layers)"),
+    ({"x.boft_R": torch.ones(1)}, "adapter-matrix-missing", "boft_s"),
+    ({"x.boft_R": torch.ones(3, 2, 2, 2), "x.boft_s": torch.ones(4, 1)}, "adapter-matrices-mismatch", "(3, 2, 2, 2)"),
+    ({"x.oft_blocks": torch.ones(2, 3, 2)}, "adapter-matrices-mismatch", "(2, 3, 2)"),
+    ({"x.oft_blocks": torch.ones(2, 2, 2), "x.rescale": torch.ones(3, 1)}, "adapter-matrices-mismatch", "(3, 1)"),
+    ({"x.rescale": torch.ones(3, 1)}, "adapter-matrix-missing", "oft_blocks"),
+    ({"x.oft_blocks.1": torch.ones(2, 2, 2)}, "adapter-matrix-missing", "oft_blocks.0"),
+    ({"x.oft_R.weight": torch.ones(2, 2)}, "adapter-matrices-mismatch", "(2, 2)"),
     (pair("x") | {"y.lokr_w1": torch.ones(2, 2)}, "adapter-matrix-missing", "lokr_w2_a"),
     ({"x.lokr_w1": torch.ones(1), "x.lokr_w2": torch.ones(2, 2)}, "lokr-tensor-no-matrix", "lokr_w1"),
     (

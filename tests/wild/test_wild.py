@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from families.toys import ToyShelf
-from sfumato.common.names import PLANNED_LYCORIS_ALGOS, PLANNED_NETWORK_MODULES
+from sfumato.common.names import PLANNED_LYCORIS_ALGOS
 from sfumato.compat.launch import main as run_script
 from sfumato.compat.scripts import SCRIPTS
 from sfumato.config.schema import vocabulary
@@ -123,9 +123,7 @@ def test_it_trains_two_steps_and_saves(name: str, home: Path, tmp_path: Path, co
 
 
 def is_planned(name: str, text: str) -> bool:
-    """Whether an option, or a network module of this name in `text`, waits for a feature."""
-    if name == "network_module":
-        return any(module in text for module in PLANNED_NETWORK_MODULES)
+    """Whether an option, or the arguments in `text`, wait for a feature."""
     if name == "network_args":
         return any(f"algo={algo}" in text for algo in PLANNED_LYCORIS_ALGOS)
     option = vocabulary().get(name)
@@ -133,14 +131,13 @@ def is_planned(name: str, text: str) -> bool:
 
 
 def drop_planned(text: str) -> str:
-    """The configuration without what waits for a feature; the arguments of such a module go with it."""
-    planned_module = is_planned("network_module", text)
+    """The configuration without what waits for a feature."""
     kept: list[str] = []
     for line in text.splitlines():
         pieces: list[str] = []
         for piece in re.split(r"(?=--\w)", line) if "--" in line else [line]:
             name = piece.strip().removeprefix("--").replace("=", " ").partition(" ")[0]
-            if not (is_planned(name, piece) or (name == "network_args" and planned_module)):
+            if not is_planned(name, piece):
                 pieces.append(piece)
         kept.append("".join(pieces) or ("\\" if line.endswith("\\") else ""))
     return "\n".join(kept)

@@ -37,6 +37,7 @@ class DyLoRA(LoRA):
     options_class = DyloraOptions
     dim_meaning = "the largest rank, a multiple of unit"
     takes_wrappers = False
+    has_perturbation = False
     dropouts = frozenset({"module"})
     unit = 1
 

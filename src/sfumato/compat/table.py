@@ -103,7 +103,7 @@ def render_rules() -> str:
 def render_adapters() -> str:
     """What --network_dim means to each kind of adapter, and the arguments of its own."""
     lines: list[str] = []
-    for kind in list_kinds().values():
+    for _, kind in sorted(list_kinds().items()):
         if kind.options_class.model_fields or not (kind.is_wrapper or kind.replaces):
             dim = "" if kind.is_wrapper else f"; `--network_dim` is {kind.dim_meaning}"
             lines.append(f"| {kind.label}{dim} | | |")
