@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ def argv(tmp_path) -> list[str]:
 @pytest.fixture
 def calls(monkeypatch):
     """What the commands call, replaced by something that writes down its arguments."""
+    importlib.import_module("sfumato.tools.rehearse")  # of which the module that is replaced here is a part
+
     made = []
 
     def module(name: str, **functions):

@@ -1,0 +1,89 @@
+"""The images of a folder in batches, decoded in threads ahead of the model that looks at them."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from sfumato.common.files import read_file
+from sfumato.data.find.folders import list_folder, list_recursively
+from sfumato.data.find.headers import parse_image_header
+from sfumato.errors import UserError
+
+Content = TypeVar("Content")
+BATCHES_AHEAD = 2
+MAX_NAMED = 10  # unreadable images that the last lines name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadImage(Generic[Content]):
+    """An image that was read. size: width and height in pixels. content: as the model takes it."""
+
+    path: Path
+    size: tuple[int, int]
+    content: Content
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader(Generic[Content]):
+    """prepare: from a file's bytes and its name to what the model takes. faults: of images that cannot be read, which
+    are left out of their batch.
+    """
+
+    prepare: Callable[[bytes, str], Content]
+    batch_size: int
+    workers: int
+    faults: list[str]
+
+    def read(self, path: Path) -> ReadImage[Content] | None:
+        try:
+            data = read_file(path)
+            header = parse_image_header(data, str(path))
+            return ReadImage(path=path, size=(header.width, header.height), content=self.prepare(data, str(path)))
+        except (OSError, UserError) as error:
+            self.faults.append(str(error))
+            return None
+
+    def read_batches(self, images: Sequence[Path]) -> Iterator[tuple[int, list[ReadImage[Content]]]]:
+        """(how many files, those of them that can be read); two batches are decoded ahead."""
+        waiting, size = iter(images), self.batch_size
+        ready: deque[Future[ReadImage[Content] | None]] = deque()
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="sfumato-images") as pool:
+            try:
+                while True:
+                    missing = (BATCHES_AHEAD + 1) * size - len(ready)
+                    ready += [pool.submit(self.read, path) for path in islice(waiting, missing)]
+                    if not ready:
+                        return
+                    batch = [ready.popleft().result() for _ in range(min(size, len(ready)))]
+                    yield len(batch), [image for image in batch if image is not None]
+            finally:
+                for future in ready:
+                    future.cancel()
+
+
+def list_image_paths(folder: Path, *, recursive: bool) -> list[Path]:
+    """The images of a folder. UserError where it has none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", code="image-folder-missing", fix="give a folder of images")
+    names = list_folder(str(folder)).images
+    if recursive:
+        names = [*names, *list_recursively(str(folder)).images]
+    if not names:
+        inside = "" if recursive else "; --recursive looks into its subfolders, too"
+        raise UserError(f"{folder} has no images{inside}", code="image-folder-empty", fix="give a folder of images")
+    return [folder / name for name in names]
+
+
+def report_unreadable(faults: Sequence[str], what: str) -> None:
+    """what: has not been done with them."""
+    for fault in sorted(faults)[:MAX_NAMED]:
+        sys.stderr.write(f"{what}: {fault}\n")
+    if len(faults) > MAX_NAMED:
+        sys.stderr.write(f"{what}: {len(faults) - MAX_NAMED:,} further images that cannot be read\n")
