@@ -27,8 +27,10 @@ def test_a_mask_of_nothing(name: str, toy_shelf: ToyShelf, tmp_path: Path) -> No
         Image.fromarray(np.zeros(Image.open(path).size[::-1], np.uint8)).save(masks / path.name)
         rows[path.name] = {"caption": "a cat"}
     options = {"masked_loss": True, "conditioning_data_dir": masks, "max_train_steps": 1}
-    if script.method == "full":
+    if script.method != "adapter":
         options |= {"network_dim": None}
+    if script.method == "textual_inversion":
+        options |= {"token_string": "zwx", "use_object_template": True, "save_model_as": "pt"}
     if "in_json" in script.options:
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         options |= {"in_json": tmp_path / "rows.json", "train_data_dir": images / "2_cat"}

@@ -90,7 +90,7 @@ def test_a_missing_file_is_the_only_fault(faults, codes_of, write, tmp_path):
     assert faults(f"--config_file {tmp_path / 'runn.toml'}")[0].endswith(f"did you mean {tmp_path / 'run.toml'}?")
 
 
-FOREIGN = "epoch = 1\nlowvram = true\nconv_dim = 4\ntoken_string = 'x'\nsomething_else = 3\nnum_repeats = 10\n"
+FOREIGN = "epoch = 1\nlowvram = true\nconv_dim = 4\nqwen3 = 'x'\nsomething_else = 3\nnum_repeats = 10\n"
 FOREIGN += "config_file = 'other.toml'\noutput_config = false\nshiny = false\nempty = ''\n"
 
 
@@ -101,7 +101,7 @@ def test_keys_of_other_programs_are_named_in_one_line(load, write):
     assert kinds == {
         "ignored, of a front end or accelerate": "epoch, lowvram",
         "ignored, only in network_args": "conv_dim",
-        "ignored, of other scripts": "token_string",
+        "ignored, of other scripts": "qwen3",
         "ignored, unknown": "something_else",
         "ignored, only in the file of dataset_config": "num_repeats",
         "ignored, only on the command line": "config_file",

@@ -38,6 +38,26 @@ CASES = {
     ),
     "block-lr-with-unet-lr": ("--method full --block_lr 0,1e-5 --unet_lr 1e-5", "--method full --block_lr 0,1e-5"),
     "adapter-as-folder": ("--save_model_as diffusers", "--save_model_as diffusers --method full"),
+    "token-string-missing": ("--method textual_inversion", "--method textual_inversion --token_string zwx"),
+    "token-string-with-other-method": ("--method full --token_string zwx", "--token_string zwx"),
+    "token-string-counts-differ": (
+        "--token_string zwx --init_word oil painting",
+        "--token_string zwx yqv --init_word oil painting --num_vectors_per_token 2",
+    ),
+    "two-templates": (
+        "--token_string zwx --use_object_template --use_style_template",
+        "--token_string zwx --use_style_template",
+    ),
+    "adapter-options-in-textual-inversion": (
+        "--method textual_inversion --token_string zwx --network_dim 4",
+        "--token_string zwx --network_dim 4",
+    ),
+    "embedding-options-without-token-string": ("--init_word cat", "--token_string zwx --init_word cat"),
+    "init-word-unused": ("--token_string zwx --init_word cat --weights FILE", "--token_string zwx --weights FILE"),
+    "learning-rates-in-textual-inversion": (
+        "--method textual_inversion --token_string zwx --text_encoder_lr 1e-3",
+        "--method textual_inversion --token_string zwx --embedding_lr 1e-3",
+    ),
     "captions-without-padding": ("--method full --no_token_padding", "--method full"),
     "sage-attention-without-gradients": ("--use_sage_attn", "--use_flash_attn"),
     "initial-step-takes-precedence": ("--initial_epoch 2 --initial_step 30", "--initial_step 30"),

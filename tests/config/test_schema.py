@@ -11,8 +11,9 @@ from sfumato.common.names import OPTION_ALIASES
 from sfumato.config.schema import THEMES, Config, vocabulary
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-NETWORK, FULL = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in ("network", "full"))
-THEIR_OPTIONS = FULL | NETWORK  # where both have an option, they agree but for what stands below
+KINDS = ("inversion", "full", "network")
+INVERSION, FULL, NETWORK = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in KINDS)
+THEIR_OPTIONS = INVERSION | FULL | NETWORK  # where both have an option, they agree but for what stands below
 OURS = {
     "skip_image_resolution", "train_inpainting",
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
@@ -23,6 +24,7 @@ OURS = {
     "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
     "compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cache_size_limit",
     "frozen_lora", "dry_run", "memory_check", "reference_data_dirs", "reference_dropout_rate",
+    "embedding_lr",
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows
@@ -31,6 +33,7 @@ OTHER_DEFAULTS = {
     "output_name": "last", "text_encoder_lr": None, "save_model_as": None, "model_type": None, "guidance_scale": None,
 }  # fmt: skip
 BY_SCRIPT = {"t5xxl_max_token_length", "timestep_sampling", "model_prediction_type", "discrete_flow_shift"}
+SEVERAL_HERE = {"token_string", "init_word", "num_vectors_per_token", "weights"}  # lists, where they take one value
 MORE_CHOICES = {
     "resize_interpolation": {"box"}, "save_model_as": {"diffusers", "diffusers_safetensors"},
     "model_type": {"flux_kontext"},
@@ -60,9 +63,9 @@ def test_default_choices_and_number_of_values(name):
     elif theirs["default"] is None:
         assert ours.default in (None, (), {})
     else:
-        assert ours.default == theirs["default"]
+        assert ours.default == ((theirs["default"],) if name in SEVERAL_HERE else theirs["default"])
         assert isinstance(ours.default, bool) == isinstance(theirs["default"], bool)
-    assert {0: "flag", "*": "many", None: "one"}[theirs["nargs"]] == ours.arity
+    assert {0: "flag", "*": "many", None: "many" if name in SEVERAL_HERE else "one"}[theirs["nargs"]] == ours.arity
     if ours.choices and name != "lr_scheduler":
         assert set(ours.choices) - MORE_CHOICES.get(name, set()) == choices(theirs["choices"])
 

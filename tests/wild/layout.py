@@ -74,6 +74,9 @@ def make_data(home: Path) -> None:
     for folder in ("train/img/10_sks robot", "train/img/2_statue", "datasets/robot", "Loras/robot/dataset"):
         make_images(home / folder, captions=True)
     make_images(home / "train/reg/1_robot")
+    make_images(home / "inversion/20_robot4 toy")
+    (home / "embeddings").mkdir()
+    torch.save({"emb_params": torch.zeros(2, 64)}, home / "embeddings" / "robot4.pt")
     make_images(home / "datasets/masks", mode="L")
     make_images(home / "datasets/cutouts", captions=True, mode="RGBA")
     entries = {

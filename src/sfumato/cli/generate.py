@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import BeforeValidator
+
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import NO_TRIALS, read_command
 from sfumato.config.load import load_command_config
 from sfumato.config.prompts import MAX_IMAGE_SIDE, MAX_STEPS, Prompt, parse_line, read_prompts
-from sfumato.config.values import FilePath, FilePaths, Floats
+from sfumato.config.values import FilePath, FilePaths, Floats, to_tuple
 from sfumato.data.find.prompt_images import check_prompt_images
 from sfumato.errors import UserError
 
@@ -26,7 +28,8 @@ ALIASES = {"ckpt": "pretrained_model_name_or_path", "from_file": "sample_prompts
 HIGHLIGHTS = (
     "pretrained_model_name_or_path", "sample_prompts", "seed", "sample_sampler", "sample_batch_size", "mixed_precision",
 )  # fmt: skip
-Names = Annotated[tuple[str, ...], Metavar("NAME ...")]
+EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
+Names = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("NAME ...")]
 
 
 class GenerateOptions(Options):
@@ -41,6 +44,9 @@ class GenerateOptions(Options):
     negative_prompt: str | None = option(None, "what not to show")
     network_weights: FilePaths = option((), "adapter files, or folders of PEFT or diffusers")
     network_mul: Floats = option((), "their multipliers, in their order; 1 where missing")
+    textual_inversion_embeddings: Names = option(
+        (), "files of textual inversion, each perhaps with its word: FILE=WORD; default: the file's own, or its name"
+    )
     outdir: FilePath = option(Path("outputs"), "folder for the images")
     W: int | None = option(None, "width", ge=1, le=MAX_IMAGE_SIDE)
     H: int | None = option(None, "height", ge=1, le=MAX_IMAGE_SIDE)
@@ -73,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
         config=config,
         prompts=prompts,
         networks=networks,
+        embeddings=list_embeddings(options),
         outdir=options.outdir,
         float32_parts=options.float32_parts,
     )
@@ -138,3 +145,22 @@ def list_networks(options: GenerateOptions, config: Config) -> list[tuple[Path, 
         if not path.exists():
             raise UserError(f"--network_weights: {path} does not exist", code="network-weights-missing")
     return list(zip(paths, (*multipliers, *[1.0] * len(paths)), strict=False))
+
+
+def list_embeddings(options: GenerateOptions) -> list[tuple[Path, str]]:
+    """Files of textual inversion, each with its word or ""; a folder stands for the files in it."""
+    found: list[tuple[Path, str]] = []
+    for given in options.textual_inversion_embeddings:
+        path, word = Path(given), ""
+        if not path.exists():
+            name, _, word = given.rpartition("=")
+            path = Path(name)
+        if not path.exists() or (path.is_dir() and word):
+            raise UserError(
+                f"--textual_inversion_embeddings: {given} is no file",
+                code="embedding-file-missing",
+                fix="give FILE or FILE=WORD",
+            )
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        found += [(file, word) for file in files if file.suffix in EMBEDDING_SUFFIXES or not path.is_dir()]
+    return found

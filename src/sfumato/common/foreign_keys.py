@@ -51,8 +51,7 @@ FOREIGN_KEYS: dict[str, tuple[str, ...]] = {  # kind -> keys
         "network_multiplier", "num_repeats",
     ),
     OTHER_SCRIPT: (
-        # textual inversion, ControlNet, LLLite, LECO
-        "init_word", "num_vectors_per_token", "token_string", "use_object_template", "use_style_template", "weights",
+        # ControlNet, LLLite, LECO
         "cond_emb_dim", "cond_in_channels", "control_net_lllite_path", "leco_denoise_guidance_scale",
         "max_denoising_steps", "prompts_file",
         "lllite_cond_dim", "lllite_cond_emb_dim", "lllite_cond_in_channels", "lllite_cond_resblocks",

@@ -159,7 +159,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "sdxl_minimal_inference",
     "sdxl_train_control_net",
     "sdxl_train_control_net_lllite",
-    "sdxl_train_textual_inversion",
     "tools/canny",
     "tools/convert_diffusers20_original_sd",
     "tools/convert_diffusers_to_flux",
@@ -170,7 +169,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "tools/resize_images_to_resolution",
     "tools/show_metadata",
     "train_control_net",
-    "train_textual_inversion",
 )
 
 RETIRED_SCRIPTS = {  # out of use: what to use instead, once it is there

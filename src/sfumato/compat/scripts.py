@@ -111,6 +111,20 @@ SCRIPTS = {
             description="Trains the whole transformer of FLUX.1 (experimental).",
             defaults=FLUX_DEFAULTS,
         ),
+        Script(
+            name="train_textual_inversion",
+            family="sd",
+            method="textual_inversion",
+            description="Trains the vectors of new words for Stable Diffusion 1 and 2.",
+            defaults={"save_model_as": "pt"},
+        ),
+        Script(
+            name="sdxl_train_textual_inversion",
+            family="sdxl",
+            method="textual_inversion",
+            description="Trains the vectors of new words for Stable Diffusion XL.",
+            defaults={"save_model_as": "pt"},
+        ),
     )
 }
 

@@ -43,7 +43,11 @@ Status: **yes**: works. **later**: known and typed, refused until the named feat
 **no effect**: accepted and reported. *Scripts*: which of sd-scripts have the option; `sfumato train` has all.
 """
 
-SCRIPT_GROUPS = {"adapter": "adapter scripts", "full": "whole-model scripts"}
+SCRIPT_GROUPS = {
+    "adapter": "adapter scripts",
+    "full": "whole-model scripts",
+    "textual_inversion": "textual inversion scripts",
+}
 OPTION_COLUMNS = """| Option | Takes | Default | Status | Scripts | Meaning |
 |---|---|---|---|---|---|"""
 RULES_HEAD = """*required* and *conflict* end the program before it starts; *no effect* is a line in the report,

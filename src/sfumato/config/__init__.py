@@ -3,6 +3,7 @@
 from sfumato.config.base import Options
 from sfumato.config.cache import CacheOptions, LoaderOptions
 from sfumato.config.dataset import BucketOptions, CaptionOptions, DatasetOptions, ImageOptions
+from sfumato.config.embedding import EmbeddingOptions
 from sfumato.config.evaluation import SampleOptions, ValidationOptions
 from sfumato.config.load import load_config
 from sfumato.config.log import LogOptions
@@ -22,6 +23,7 @@ __all__ = [
     "Config",
     "DatasetOptions",
     "EmaOptions",
+    "EmbeddingOptions",
     "FullOptions",
     "HubOptions",
     "ImageOptions",

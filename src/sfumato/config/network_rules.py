@@ -57,7 +57,7 @@ _CONFLICTS = (
         severity="conflict",
         options=("save_model_as", "method"),
         is_broken=lambda c: not is_full(c) and c.save.save_model_as in DIFFUSERS_FORMATS,
-        what="--save_model_as diffusers saves a folder, but an adapter is one file",
+        what="--save_model_as diffusers saves a whole model as a folder, but none is trained",
         fix="give --save_model_as safetensors",
     ),
     OptionRule(

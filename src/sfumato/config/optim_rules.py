@@ -47,6 +47,10 @@ def schedule_name(config: Config) -> str:
 def used_learning_rates(config: Config) -> Iterator[float]:
     """The learning rates of the parts that are trained."""
     optim, network = config.optim, config.network
+    if config.embedding.token_string:
+        yield optim.learning_rate if config.embedding.embedding_lr is None else config.embedding.embedding_lr
+    if config.run.method == "textual_inversion":
+        return
     if config.run.method == "full":
         yield from optim.block_lr or (optim.learning_rate if optim.unet_lr is None else optim.unet_lr,)
         if config.full.trains_text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sfumato.config.data_rules import DATA_RULES
+from sfumato.config.embedding_rules import EMBEDDING_RULES
 from sfumato.config.network_rules import NETWORK_RULES
 from sfumato.config.noise_rules import NOISE_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
@@ -63,4 +64,4 @@ MODEL_RULES = (
     ),
 )
 
-RULES = MODEL_RULES + DATA_RULES + NETWORK_RULES + NOISE_RULES + OPTIM_RULES + OUTPUT_RULES
+RULES = MODEL_RULES + DATA_RULES + NETWORK_RULES + EMBEDDING_RULES + NOISE_RULES + OPTIM_RULES + OUTPUT_RULES

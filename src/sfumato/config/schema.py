@@ -12,6 +12,7 @@ from sfumato.common.names import OPTION_ALIASES
 from sfumato.config.base import Option, Options
 from sfumato.config.cache import CacheOptions, LoaderOptions
 from sfumato.config.dataset import BucketOptions, CaptionOptions, DatasetOptions, ImageOptions
+from sfumato.config.embedding import EmbeddingOptions
 from sfumato.config.evaluation import SampleOptions, ValidationOptions
 from sfumato.config.log import LogOptions
 from sfumato.config.memory import MemoryOptions
@@ -28,6 +29,7 @@ THEMES: dict[str, type[Options]] = {
     "model": ModelOptions,
     "network": NetworkOptions,
     "full": FullOptions,
+    "embedding": EmbeddingOptions,
     "dataset": DatasetOptions,
     "buckets": BucketOptions,
     "captions": CaptionOptions,
@@ -73,6 +75,7 @@ class Config(Options):
     model: ModelOptions = ModelOptions()
     network: NetworkOptions = NetworkOptions()
     full: FullOptions = FullOptions()
+    embedding: EmbeddingOptions = EmbeddingOptions()
     dataset: DatasetOptions = DatasetOptions()
     buckets: BucketOptions = BucketOptions()
     captions: CaptionOptions = CaptionOptions()

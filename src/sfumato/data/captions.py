@@ -19,7 +19,8 @@ def process_caption(text: str, rules: CaptionRules, rng: Random, *, epoch: int, 
     """The caption that is encoded for one sample at one step.
 
     epoch counts from 1, step from 0 (optimizer steps already done). Order: prefix and suffix, dropout of the whole
-    caption, wildcards, fixed and flexible tags (warmup, shuffle, tag dropout), secondary separator.
+    caption, a template in its place, wildcards, fixed and flexible tags (warmup, shuffle, tag dropout), secondary
+    separator.
     """
     if rules.caption_prefix:
         text = f"{rules.caption_prefix} {text}"
@@ -27,6 +28,8 @@ def process_caption(text: str, rules: CaptionRules, rng: Random, *, epoch: int, 
         text = f"{text} {rules.caption_suffix}"
     if drops_caption(rules, rng, epoch):
         return ""
+    if rules.templates:
+        return rng.choice(rules.templates)
     text = expand_wildcards(text, rng) if rules.enable_wildcard else text.split("\n")[0]
     if rules.changes_tags or has_keep_tokens_separator(text, rules):
         text = change_tags(text, rules, rng, step=step, max_train_steps=max_train_steps)
@@ -136,6 +139,7 @@ class CaptionRules:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+    templates: tuple[str, ...] = ()  # captions, one of which takes the place of the image's own
 
     @property
     def tag_separator(self) -> str:
@@ -149,7 +153,7 @@ class CaptionRules:
     @property
     def varying_options(self) -> tuple[str, ...]:
         """The options in use that make many captions of one, so that text features cannot simply be cached."""
-        names = ("shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate", "enable_wildcard")
+        names = ("shuffle_caption", "token_warmup_step", "caption_tag_dropout_rate", "enable_wildcard", "templates")
         return tuple(name for name in names if vars(self)[name])
 
     @property

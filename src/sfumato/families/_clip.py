@@ -29,6 +29,7 @@ TARGETS = (
     *(f"encoder.layers.{{n}}.mlp.{name}" for name in ("fc1", "fc2")),
 )
 BLOCKS = ("encoder.layers.{n}",)
+TOKEN_TABLE = "embeddings.token_embedding"
 CLIP_L_NAMES = ("text_encoder", "clip_l", "clip_l.transformer", "text_encoders.clip_l.transformer")  # of CLIP-L
 UNUSED_KEYS = ("{*}position_ids", "position_ids")  # whatever their name and type: the positions are 0 to 76
 IMAGE_ENCODER_KEYS = ("vision_model.{*}", "visual_projection{*}", "visual.{*}")  # in files of the whole of CLIP
@@ -51,11 +52,17 @@ def key_map() -> KeyMap:
 
 
 def spec(
-    name: str, prefix: str, adapter_prefix: str, file_map: KeyMap | None = None, *, names: tuple[str, ...] = ()
+    name: str,
+    prefix: str,
+    adapter_prefix: str,
+    file_map: KeyMap | None = None,
+    *,
+    names: tuple[str, ...] = (),
+    embedding_name: str = "",
 ) -> PartSpec:
     """prefix: of its keys in a checkpoint. file_map: the checkpoint's keys where they are not those of `key_map`.
 
-    names: further prefixes in adapter files.
+    names: further prefixes in adapter files. embedding_name: in files of textual inversion; default: its name.
     """
     own = key_map()
     return PartSpec(
@@ -67,6 +74,8 @@ def spec(
         adapter_names=names,
         targets=TARGETS,
         blocks=BLOCKS,
+        token_table=TOKEN_TABLE,
+        embedding_name=embedding_name or name,
     )
 
 

@@ -61,6 +61,8 @@ def spec(prefix: str) -> PartSpec:
         adapter_names=_ADAPTER_NAMES,
         targets=TARGETS,
         blocks=BLOCKS,
+        token_table="embed_tokens",
+        embedding_name="gemma2_2b",  # ComfyUI's name
         frozen_by_cache=True,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,20 @@ class GemmaTokenizer:
     def find_ends(self, text: str, length: int) -> list[int]:
         """Where in the text each token of `encode` ends, except the begin token."""
         return [end for _, end in self.tokenize(text)[: length - 1]]
+
+    def with_letters(self, letters: str) -> GemmaTokenizer:
+        """A copy in which each of these letters, with the space before it, is a token after the vocabulary."""
+
+        def tokenize(text: str) -> GemmaTokens:
+            tokens: list[tuple[int, int]] = []
+            start = 0
+            for match in re.finditer(f" ?([{letters}])", text):
+                tokens += ((token, start + end) for token, end in self.tokenize(text[start : match.start()]))
+                tokens.append((self.size + letters.index(match[1]), match.end()))
+                start = match.end()
+            return [*tokens, *((token, start + end) for token, end in self.tokenize(text[start:]))]
+
+        return replace(self, tokenize=tokenize, size=self.size + len(letters))
 
 
 def load_gemma_tokenizer(folder: Path) -> GemmaTokenizer:

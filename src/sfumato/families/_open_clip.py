@@ -64,6 +64,8 @@ def projected_spec(
         adapter_names=names,
         targets=TARGETS,
         blocks=BLOCKS,
+        token_table=TEXT_LEVEL + _clip.TOKEN_TABLE,
+        embedding_name=name,
     )
 
 

@@ -53,6 +53,8 @@ def spec(prefix: str, *, names: tuple[str, ...] = (), note: str = "") -> PartSpe
         adapter_names=(*names, *_ADAPTER_NAMES),
         targets=TARGETS,
         blocks=BLOCKS,
+        token_table="encoder.embed_tokens",
+        embedding_name="t5xxl",  # ComfyUI's name
         reader_notes={"{*}": note} if note else {},
         opt_in="train_t5xxl",
     )

@@ -68,6 +68,7 @@ class Family(ABC):
         self.objective = blueprint.objective
         self.latents = blueprint.latents
         self.text_parts = blueprint.text_parts
+        self.tokenizers: dict[str, Any] = dict(self.load_tokenizers(blueprint, model))  # of each text encoder
         self.overflow_warned = False  # whether the warning about half precision was given
         builders = {"vae": _vae.build, **self.builders(blueprint)}
         self.parts: dict[str, Part] = {}
@@ -134,10 +135,6 @@ class Family(ABC):
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> Mapping[str, Any]:
         """Text encoder -> its tokenizer. UserError where one is missing or has another vocabulary than its encoder."""
         return {}
-
-    def list_tokenizers(self) -> Sequence[Any]:
-        """One for each text encoder; called only where the blueprint has a pipeline."""
-        return ()
 
     @abstractmethod
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:

@@ -40,7 +40,6 @@ class Chroma(Family):
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTH
-        self.tokenizer: Any = self.load_tokenizers(blueprint, model)["t5"]
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -88,16 +87,16 @@ class Chroma(Family):
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         """The caption's tokens and one of padding, with which the model was trained."""
         encoder = self.parts[part]
-        ids, mask = _t5.tokenize(self.tokenizer, captions, self.t5_length)
+        ids, mask = _t5.tokenize(self.tokenizers["t5"], captions, self.t5_length)
         hidden = _t5.encode_tokens(encoder.module, *to_device(encoder.device, ids, mask))
         lengths = mask.sum(1, keepdim=True)
         return cut_to_mask(hidden, torch.arange(mask.shape[1]) <= lengths)
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
-        return _t5.apply_prompt_weights(self.tokenizer, features, pieces)
+        return _t5.apply_prompt_weights(self.tokenizers["t5"], features, pieces)
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
-        return TokenBudget(_tokenizers.count_tokens(self.tokenizer, captions), self.t5_length - 1)
+        return TokenBudget(_tokenizers.count_tokens(self.tokenizers["t5"], captions), self.t5_length - 1)
 
     def text_fingerprint(self, part: str) -> str:
         return f"{self.t5_length} tokens, masked but for one of padding"

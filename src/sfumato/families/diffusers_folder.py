@@ -131,7 +131,8 @@ def _write_others(model: Family, folder: Path, pipeline: Pipeline) -> Iterator[t
     options = {**model.objective.scheduler_options(), **pipeline.scheduler_options}
     vars(diffusers.schedulers)[pipeline.scheduler](**options).save_pretrained(folder / "scheduler")
     yield "scheduler", ["diffusers", pipeline.scheduler]
-    for name, tokenizer in zip(pipeline.tokenizers, model.list_tokenizers(), strict=True):
+    for name, part in zip(pipeline.tokenizers, model.text_parts, strict=True):
+        tokenizer = model.tokenizers[part]
         save_tokenizer(tokenizer, folder / name)
         yield name, ["transformers", type(tokenizer).__name__]
 

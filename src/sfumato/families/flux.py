@@ -43,8 +43,6 @@ class Flux(Family):
         self.guided = bool(blueprint.networks["denoiser"].config["guidance_embeds"])
         self.masked = model.apply_t5_attn_mask
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTHS[self.guided]
-        tokenizers = self.load_tokenizers(blueprint, model)
-        self.clip_tokenizer, self.t5_tokenizer = tokenizers["clip_l"], tokenizers["t5"]
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -95,18 +93,18 @@ class Flux(Family):
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder = self.parts[part]
         if part == "t5":
-            return _t5.encode_t5(encoder, self.t5_tokenizer, captions, self.t5_length, masked=self.masked)
-        ids = _clip.tokenize(self.clip_tokenizer, captions, encoder.device)
-        pooled = _clip.encode_pooled(encoder.module, ids, self.clip_tokenizer.eos_token_id)
+            return _t5.encode_t5(encoder, self.tokenizers["t5"], captions, self.t5_length, masked=self.masked)
+        ids = _clip.tokenize(self.tokenizers["clip_l"], captions, encoder.device)
+        pooled = _clip.encode_pooled(encoder.module, ids, self.tokenizers["clip_l"].eos_token_id)
         return [{"pooled": vector} for vector in pooled]
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
-        return _t5.apply_prompt_weights(self.t5_tokenizer, features, pieces) if part == "t5" else features
+        return _t5.apply_prompt_weights(self.tokenizers["t5"], features, pieces) if part == "t5" else features
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
         if part == "t5":
-            return TokenBudget(_tokenizers.count_tokens(self.t5_tokenizer, captions), self.t5_length - 1)
-        return TokenBudget(_tokenizers.count_tokens(self.clip_tokenizer, captions), _clip.CHUNK_LENGTH)
+            return TokenBudget(_tokenizers.count_tokens(self.tokenizers["t5"], captions), self.t5_length - 1)
+        return TokenBudget(_tokenizers.count_tokens(self.tokenizers["clip_l"], captions), _clip.CHUNK_LENGTH)
 
     def text_fingerprint(self, part: str) -> str:
         return (

@@ -54,7 +54,6 @@ class Lumina(Family):
         super().__init__(blueprint, model, dtype=dtype, device=device)
         self.length = model.gemma2_max_token_length or _gemma2.GEMMA2_LENGTH
         self.prompt_prefix = model.system_prompt + _PROMPT_START if model.system_prompt else ""
-        self.tokenizer = self.load_tokenizers(blueprint, model)["gemma2"]
 
     def unread_layers(self, part: str) -> Sequence[str]:
         if part != "gemma2":
@@ -123,14 +122,16 @@ class Lumina(Family):
         return {"denoiser": _lumina_keys.spec(""), "gemma2": _gemma2.spec(LUMINA_TEXT_PREFIX)}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        return _gemma2.encode_gemma2(self.parts[part], self.tokenizer, captions, self.length)
+        return _gemma2.encode_gemma2(self.parts[part], self.tokenizers["gemma2"], captions, self.length)
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
-        return _gemma2.apply_prompt_weights(self.tokenizer, features, pieces, self.length)
+        return _gemma2.apply_prompt_weights(self.tokenizers["gemma2"], features, pieces, self.length)
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
-        prefix = len(self.tokenizer.tokenize(self.prompt_prefix))
-        return TokenBudget([len(self.tokenizer.tokenize(caption)) for caption in captions], self.length - 1 - prefix)
+        prefix = len(self.tokenizers["gemma2"].tokenize(self.prompt_prefix))
+        return TokenBudget(
+            [len(self.tokenizers["gemma2"].tokenize(caption)) for caption in captions], self.length - 1 - prefix
+        )
 
     def text_fingerprint(self, part: str) -> str:
         return f"{self.length} tokens after {self.prompt_prefix!r}"

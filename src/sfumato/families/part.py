@@ -49,6 +49,8 @@ class PartSpec:
     lr_blocks: tuple[str, ...] = ()  # the blocks of --block_lr in order: patterns on original keys
     lr_block_ranges: Mapping[str, range] = field(default_factory=dict)  # down_lr_weight -> indices of `lr_blocks`
     blocks: tuple[str, ...] = ()  # patterns on the paths of the repeated blocks
+    token_table: str = ""  # of a text encoder: the module that looks up the vectors of tokens
+    embedding_name: str = ""  # of a text encoder: the name of its vectors in files of textual inversion
     opt_in: str = ""  # the network argument without which this part does not train (train_t5xxl)
     frozen_by_cache: bool = False  # whether it does not train where text features are cached
     constant_tensors: tuple[str, ...] = ()  # module names of tensors in the file that never train

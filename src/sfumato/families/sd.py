@@ -59,7 +59,7 @@ def _unet_spec(key_map: KeyMap) -> PartSpec:
 
 
 def _clip_spec(prefix: str = CLIP_PREFIX, file_map: KeyMap | None = None) -> PartSpec:
-    return _clip.spec("clip", prefix, "lora_te", file_map, names=_CLIP_NAMES)
+    return _clip.spec("clip", prefix, "lora_te", file_map, names=_CLIP_NAMES, embedding_name="emb_params")
 
 
 @FAMILIES.register("sd")
@@ -79,7 +79,6 @@ class StableDiffusion(Family):
         super().__init__(blueprint, model, dtype=dtype, device=device)
         self.clip_layer = model.clip_skip or 1
         self.chunks = _clip.count_chunks(model)
-        self.tokenizer: Any = self.load_tokenizers(blueprint, model)["clip"]
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -140,27 +139,26 @@ class StableDiffusion(Family):
         config = self.blueprint.networks[part].config
         return _clip.list_unread_layers(config, self.clip_layer) if part == "clip" else ()
 
-    def list_tokenizers(self) -> Sequence[Any]:
-        return (self.tokenizer,)
-
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:
         return {"denoiser": _unet_spec(_unet.guess_key_map(_PUBLISHED_CONFIG, shapes)), "clip": _clip_spec()}
 
     def encode_text(self, part: str, captions: Sequence[str]) -> list[Tensors]:
         encoder = self.parts[part]
-        ids = _clip.tokenize(self.tokenizer, captions, encoder.device, chunks=self.chunks)
+        ids = _clip.tokenize(self.tokenizers["clip"], captions, encoder.device, chunks=self.chunks)
         hidden = _clip.encode_tokens(encoder.module, ids, layer=self.clip_layer)
         return [{"hidden": row} for row in _clip.join_chunks(hidden, self.chunks)]
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
-        return _clip.apply_prompt_weights(self.tokenizer, features, pieces, chunks=self.chunks)
+        return _clip.apply_prompt_weights(self.tokenizers["clip"], features, pieces, chunks=self.chunks)
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
-        return TokenBudget(_tokenizers.count_tokens(self.tokenizer, captions), _clip.CHUNK_LENGTH * self.chunks)
+        return TokenBudget(
+            _tokenizers.count_tokens(self.tokenizers["clip"], captions), _clip.CHUNK_LENGTH * self.chunks
+        )
 
     def text_fingerprint(self, part: str) -> str:
-        return _clip.fingerprint_clip(self.tokenizer, layer=self.clip_layer, chunks=self.chunks)
+        return _clip.fingerprint_clip(self.tokenizers["clip"], layer=self.clip_layer, chunks=self.chunks)
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         return {"encoder_hidden_states": features["clip"]["hidden"]}

@@ -51,7 +51,6 @@ class StableDiffusion3(Family):
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTH
         self.text_width = blueprint.networks["denoiser"].config["joint_attention_dim"]
         self.scaled_sides: set[int] = set()  # in patches, of the images that get a position table of their own
-        self.tokenizers = self.load_tokenizers(blueprint, model)
 
     @classmethod
     def detect(cls, source: Source) -> bool:

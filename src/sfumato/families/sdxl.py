@@ -83,7 +83,6 @@ class StableDiffusionXL(Family):
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)
         self.chunks = _clip.count_chunks(model)
-        self.tokenizers = self.load_tokenizers(blueprint, model)
 
     @classmethod
     def detect(cls, source: Source) -> bool:
@@ -143,9 +142,6 @@ class StableDiffusionXL(Family):
         if part != "clip_l":  # the pooled vector of the other comes from its last layer
             return ()
         return (*_clip.list_unread_layers(config, _clip.PENULTIMATE), "final_layer_norm.{*}")
-
-    def list_tokenizers(self) -> Sequence[Any]:
-        return (self.tokenizers["clip_l"], self.tokenizers["clip_g"])
 
     @classmethod
     def adapter_specs(cls, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, PartSpec]:

@@ -22,6 +22,7 @@ from sfumato.formats.pickle_names import check_pickled_names
 ZIP_SIGNATURE, LEGACY_SIGNATURE = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # torch.save's two formats
 STATE_KEYS = (
     "state_dict",
+    "string_to_param",
     "params_ema",
     "params",
     "model_state_dict",

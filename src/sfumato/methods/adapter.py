@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.formats.adapter_file import write_adapter_file
-from sfumato.formats.keymap import matches
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
-from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter
+from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter, find_matching_groups
 from sfumato.methods.adapter_settings import AdapterSettings, make_adapter_settings
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.base_weights import BaseWeights, read_base_weights
 from sfumato.methods.frozen_adapters import FrozenAdapters, check_text_use, read_frozen_file
+from sfumato.methods.trained_embeddings import TrainedEmbeddings
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 
 @METHODS.register("adapter")
 class AdapterMethod:
-    """The engine holds the adapters, the builder makes them; the model's own weights are frozen."""
+    """The engine holds the adapters, the builder makes them; the model's own weights are frozen.
+
+    With --token_string the vectors of new words train beside them (pivotal tuning), and are in the same file.
+    """
 
     modelspec_suffix = "/lora"
 
@@ -41,7 +44,8 @@ class AdapterMethod:
         self.config = config
         self.builder = AdapterBuilder(config)
         self.engine = AdapterEngine()
-        self.modules = nn.ModuleDict({"adapters": self.engine.adapters})
+        self.embeddings = TrainedEmbeddings(config)
+        self.modules = nn.ModuleDict({"adapters": self.engine.adapters, "embeddings": self.embeddings.modules})
         self.live_text: frozenset[str] = frozenset()
         self.plan_notes = PlanNotes()
         self.readers_noted = False  # whether it was said what other programs do with the file
@@ -59,12 +63,14 @@ class AdapterMethod:
         check_text_use(frozen, blueprint.text_parts)
         self.frozen = FrozenAdapters(frozen)
         adapters = self.builder.build(settings, groups)
+        parts = [*settings.learning_rates.list_trainable(adapters), *self.embeddings.plan(blueprint)]
         self.live_text = frozenset(settings.learning_rates.parts) & frozenset(blueprint.text_parts)
+        self.live_text |= self.embeddings.live_text
         notes, remarks = self.builder.describe_weights(adapters)
         notes += [note for file in frozen for note in file.notes]
         remarks += [file.make_remark() for file in frozen]
         self.plan_notes = PlanNotes((*settings.notes, *self.base_weights.notes, *notes), tuple(remarks))
-        return settings.learning_rates.list_trainable(adapters)
+        return parts
 
     def list_notes(self, blueprint: Blueprint) -> PlanNotes:
         return self.plan_notes
@@ -76,6 +82,7 @@ class AdapterMethod:
         """Those of --base_weights are merged into every network they are for, whether it trains or not."""
         self.base_weights.register(model)
         self.frozen.register(model)
+        self.embeddings.register(model)
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
         settings = make_adapter_settings(self.config, model.blueprint)
@@ -86,17 +93,14 @@ class AdapterMethod:
         for adapter in self.engine:
             adapter.to(model.parts[adapter.group.part].device)  # the layers of a block may be in main memory
         for part in settings.learning_rates.parts:
-            unread = model.unread_layers(part)
-            self.unread |= {
-                group.name for group in groups[part] if any(matches(each, group.paths[0]) for each in unread)
-            }
+            self.unread |= find_matching_groups(model.unread_layers(part), groups[part])
         if settings.args.verbose:
             self._log_adapters(settings)
         self.engine.train()
-        return settings.learning_rates.make_parameter_groups(self.engine)
+        return [*settings.learning_rates.make_parameter_groups(self.engine), *self.embeddings.prepare()]
 
     def rewrite_caption(self, text: str) -> str:
-        return text
+        return self.embeddings.words.replace(text)
 
     def before_step(self, step: int) -> None:
         pass
@@ -108,8 +112,10 @@ class AdapterMethod:
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
         return model.predict(noisy, t, conditioning, extras.images)
 
-    def disabled(self) -> AbstractContextManager[None]:
-        return self.engine.use_multiplier(0.0)
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        with self.engine.use_multiplier(0.0), self.embeddings.use_initial():
+            yield
 
     def sampling(self) -> AbstractContextManager[None]:
         return self.frozen.use_for_sampling()
@@ -141,20 +147,21 @@ class AdapterMethod:
         self.modules.load_state_dict(dict(state))
 
     def metadata(self) -> Mapping[str, Any]:
-        return make_adapter_metadata(self.config)
+        return make_adapter_metadata(self.config) | self.embeddings.metadata()
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
         """Of all tensors of the file: also of those that do not train."""
         settings = make_adapter_settings(self.config, blueprint)
         groups = {part: blueprint.networks[part].groups(every=True) for part in settings.specs}
         tensors = [adapter.export_tensors().values() for adapter in self.builder.build(settings, groups)]
-        return sum(tensor.numel() for tensor in chain(*tensors)) * (dtype or torch.float32).itemsize
+        vectors = sum(part.parameters for part in self.embeddings.plan(blueprint))
+        return (vectors + sum(tensor.numel() for tensor in chain(*tensors))) * (dtype or torch.float32).itemsize
 
     def file_suffix(self, blueprint: Blueprint) -> str:
         return get_file_suffix(self.config.save.save_model_as)
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        tensors = self.engine.export_tensors()
+        tensors = {**self.engine.export_tensors(), **self.embeddings.export_bundle()}
         write_adapter_file(path, tensors, metadata, dtype)
         if not self.readers_noted:
             self.readers_noted = True

@@ -17,6 +17,7 @@ from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_kind import describe_kinds
 from sfumato.formats.adapter_layers import GroupAdapter
 from sfumato.formats.groups import LayerGroup
+from sfumato.formats.keymap import matches
 from sfumato.methods.adapter_settings import AdapterSettings
 
 GroupsByPart = Mapping[str, Sequence[LayerGroup]]  # part -> every adaptable layer
@@ -184,3 +185,9 @@ def describe_adapter(adapter: Adapter) -> str:
     """The name, rank and alpha of an adapter, for a log line."""
     rank = "" if adapter.known_rank is None else f"rank {adapter.known_rank}, "
     return f"{adapter.group.name}: {adapter.label}, {rank}alpha {adapter.alpha:g}"
+
+
+def find_matching_groups(patterns: Iterable[str], groups: Iterable[LayerGroup]) -> set[str]:
+    """The names of the groups whose first layer any pattern fits."""
+    found = tuple(patterns)
+    return {group.name for group in groups if any(matches(pattern, group.paths[0]) for pattern in found)}

@@ -1,4 +1,4 @@
-"""Adapter files on a model that only generates images: nothing trains, nothing is saved."""
+"""Adapter files and new words on a model that only generates images: nothing trains, nothing is saved."""
 
 from __future__ import annotations
 
@@ -6,22 +6,38 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sfumato.config.frozen import FrozenAdapter
 from sfumato.data.batch import Extras, Tensors
+from sfumato.errors import UserError
 from sfumato.families.base import Family
+from sfumato.families.new_tokens import attach_tokens, read_embedding_widths
+from sfumato.formats.embedding_file import EmbeddingFile, read_bundled_embeddings, read_embedding_file
 from sfumato.methods.base_weights import read_base_weights
 from sfumato.methods.frozen_adapters import FrozenAdapters, read_frozen_file
+from sfumato.methods.new_words import NewWords, count_vectors, number_words, read_embedding_names
 
 log = logging.getLogger(__name__)
 Strengths = Sequence[tuple[Path, float]]
 
 
 class InferenceAdapters:
-    """Hooks the adapters, so that they add exactly what they added in training; those of `base` are merged before."""
+    """Hooks the adapters, so that they add exactly what they added in training; those of `base` are merged before.
 
-    def __init__(self, model: Family, files: Strengths, *, base: Strengths = ()) -> None:
+    embeddings: files of textual inversion, each with its word, or "" for the one that it names. Words in the adapters'
+    files are used, too.
+    """
+
+    def __init__(
+        self,
+        model: Family,
+        files: Strengths,
+        *,
+        base: Strengths = (),
+        embeddings: Sequence[tuple[Path, str]] = (),
+    ) -> None:
         networks = {name: part.network for name, part in model.parts.items() if part.spec.targets}
         specs = {name: network.spec for name, network in networks.items()}
         groups = {name: network.groups(every=True) for name, network in networks.items()}
@@ -38,11 +54,47 @@ class InferenceAdapters:
             model.parts[part].load()
         self.live_text = frozenset(adapted & {*model.text_parts})  # the encoders with adapters, as in training
 
+        self.words = read_words([path for path, _ in files], embeddings)
+        attach_words(model, self.words)
+
     def rewrite_caption(self, text: str) -> str:
-        return text
+        return self.words.replace(text)
 
     def set_batch(self, model: Family, extras: Extras) -> None:
         pass
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
         return model.predict(noisy, t, conditioning, extras.images)
+
+
+def read_words(adapters: Sequence[Path], embeddings: Sequence[tuple[Path, str]]) -> NewWords:
+    """The words of all files; UserError where two have the same."""
+    found: list[tuple[str, EmbeddingFile]] = []
+    for path in adapters:
+        found += read_bundled_embeddings(path).items()
+    for path, word in embeddings:
+        file = read_embedding_file(path)
+        found.append((word or file.word or path.stem, file))
+    files: dict[str, Path] = {}
+    for word, file in found:
+        if word.lower() in files:
+            raise UserError(
+                f"{files[word.lower()]} and {file.path} both have vectors of {word}",
+                code="embedding-word-twice",
+                fix=f"give one of them, or another word: --textual_inversion_embeddings {file.path}=WORD",
+            )
+        files[word.lower()] = file.path
+    return number_words([(word, count_vectors(file, None), "", file) for word, file in found])
+
+
+def attach_words(model: Family, words: NewWords) -> None:
+    """Give the model's tokenizers and text encoders the words of files."""
+    if not words:
+        return
+    names, widths = read_embedding_names(model.blueprint), read_embedding_widths(model.blueprint)
+    vectors = [word.file.select_vectors(names, widths) for word in words]
+
+    def make(part: str, table: Tensor) -> Tensor:
+        return torch.cat([each[part] for each in vectors]).to(table.device)
+
+    attach_tokens(model, words.letters, make, nn.ModuleDict())

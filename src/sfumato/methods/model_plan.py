@@ -29,6 +29,7 @@ from sfumato.families.model_options import (
 from sfumato.families.references import check_reference_folders, describe_references
 from sfumato.methods import make_method
 from sfumato.methods.base import Method, TrainablePart
+from sfumato.methods.new_words import check_words_are_new, check_words_in_captions, describe_init_words
 
 
 class ModelPlan(NamedTuple):
@@ -59,15 +60,18 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
     )
     config = resolve_options(config, family, blueprint.objective)
     check_objective_options(config, blueprint.objective, problems)
+    init_notes: list[str] = []
     with problems.catch():
-        family.load_tokenizers(blueprint, config.model)
+        tokenizers = family.load_tokenizers(blueprint, config.model)
+        check_words_are_new(config, tokenizers, problems)
+        init_notes = describe_init_words(config, tokenizers)
     config = with_base_resolution(config, blueprint)
     method = make_method(config)
     parts = tuple(method.plan(blueprint))
     for part in method.live_text.intersection(blueprint.cached_parts):
         problems.found.append(blueprint.networks[part].make_absent_error(f"{part} trains"))
     said = method.list_notes(blueprint)
-    notes, remarks = (*notes, *said.notes), (*remarks, *said.remarks)
+    notes, remarks = (*notes, *said.notes), (*remarks, *said.remarks, *init_notes)
     for note in notes if config.log.strict else ():
         problems.add(note, code="checkpoint-note-strict")
     return ModelPlan(config, family, blueprint, method, parts, notes, remarks)
@@ -76,6 +80,7 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
 def check_data(model: ModelPlan, data: DataPlan, problems: Problems) -> None:
     """Add a problem for what the data has and the model does not take, and for images of prompts."""
     check_reference_folders(model.family, model.blueprint.source, data, problems)
+    check_words_in_captions(model.config, data, problems)
     if model.config.samples.sample_prompts is not None and samples_enabled(model.config):
         with problems.catch():
             check_prompt_images(read_prompts(model.config.samples.sample_prompts))

@@ -41,6 +41,8 @@ def generate_images(request: GenerateRequest) -> list[Path]:
     model = load_requested_model(request)
     adapters = make_adapters(request, model)
     images = list(make_image_requests(request, model))
+    for line in list_unused_words(adapters, images):
+        log.warning("%s", line)
     if config.model.enable_scaled_pos_embed:
         resolution = config.buckets.resolution
         model.set_resolutions([resolution] if resolution else [(image.width, image.height) for image in images])
@@ -69,10 +71,21 @@ def encode_all_prompts(
             continue
         with model.parts[part].hold():
             for image in images:
-                frozen.encode(part, [image.prompt], weighted=image.weighted)
+                frozen.encode(part, [adapters.rewrite_caption(image.prompt)], weighted=image.weighted)
                 if image.guided:
-                    frozen.encode(part, [image.negative_prompt], weighted=image.weighted, negative=True)
+                    negative = adapters.rewrite_caption(image.negative_prompt)
+                    frozen.encode(part, [negative], weighted=image.weighted, negative=True)
     return frozen
+
+
+def list_unused_words(adapters: InferenceAdapters, images: Sequence[ImageRequest]) -> Iterator[str]:
+    """A line for each new word that no prompt names."""
+    named: set[str] = set()
+    for image in images:
+        named |= adapters.words.find(image.prompt) | adapters.words.find(image.negative_prompt)
+    for word in adapters.words:
+        if word.text.lower() not in named:
+            yield f"{word.file.path} has no effect: no prompt names {word.text}"
 
 
 def make_image_requests(request: GenerateRequest, model: Family) -> Iterator[ImageRequest]:
@@ -99,6 +112,10 @@ def make_command(request: GenerateRequest, model: Family, image: ImageRequest) -
         options["network_weights"] = [path for path, _ in request.networks]
         multipliers = [multiplier for _, multiplier in request.networks]
         options["network_mul"] = multipliers if set(multipliers) != {1.0} else None
+    if request.embeddings:
+        options["textual_inversion_embeddings"] = [
+            f"{path}={word}" if word else path for path, word in request.embeddings
+        ]
     if request.float32_parts:
         options["float32_parts"] = list(request.float32_parts)
     return generate_command(request.config, image, model.sampling, options)

@@ -29,6 +29,7 @@ class GenerateRequest:
     prompts: Sequence[Prompt]
     networks: Sequence[tuple[Path, float]]  # adapter files and their multipliers
     outdir: Path
+    embeddings: Sequence[tuple[Path, str]] = ()  # files of textual inversion, and the word of each where it was given
     float32_parts: Sequence[str] = ()  # kept in float32 whatever --mixed_precision says, as in training
 
 
@@ -56,6 +57,6 @@ def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:
     network = request.config.network
     multipliers = (*network.base_weights_multiplier, *[1.0] * len(network.base_weights))
     base = list(zip(network.base_weights, multipliers, strict=False))
-    adapters = InferenceAdapters(model, request.networks, base=base)
+    adapters = InferenceAdapters(model, request.networks, base=base, embeddings=request.embeddings)
     adapters.live_text |= set(request.float32_parts) & {*model.text_parts}
     return adapters

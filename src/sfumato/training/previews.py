@@ -127,8 +127,9 @@ def find_weights_file(run: Run, step: int) -> tuple[str, str]:
     """The file with the weights of a preview after this step, and a note where that file differs from them."""
     plan = run.plan
     if step == 0:
-        given = run.config.network.network_weights
-        return str(given) if given else "", ""
+        given = run.config.network.network_weights or next(iter(run.config.embedding.weights), None)
+        in_no_file = run.config.embedding.token_string and not given
+        return str(given or ""), "what the new words start from is in no file" if in_no_file else ""
     ends_epoch = step % plan.steps_per_epoch == 0
     at_epoch = plan.saves.name_at_epoch(step // plan.steps_per_epoch, plan.epochs) if ends_epoch else None
     name = plan.saves.name if step == plan.total_steps else plan.saves.name_at_step(step) or at_epoch

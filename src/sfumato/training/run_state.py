@@ -28,7 +28,7 @@ from sfumato.training.start_point import StartPoint
 
 log = logging.getLogger(__name__)
 WEIGHTS = "weights"  # the part that the method trains
-THEMES_OF_WEIGHTS = {"run", "model", "network", "full"}  # whose options decide what it has
+THEMES_OF_WEIGHTS = {"run", "model", "network", "full", "embedding"}  # whose options decide what it has
 # Where a run writes, what it shows, and how fast it is do not change what it learns.
 HARMLESS_THEMES = {"save", "metadata", "hub", "log", "samples", "validation", "loader", "processes"}
 HARMLESS_OPTIONS = {

@@ -262,6 +262,8 @@ def report_missing_captions(
     what = f"{len(missing)} of {images} images have no caption {where}"
     if empty:
         what += f", {empty} of them an empty {'file' if subset.metadata_file is None else 'entry'}"
+    if subset.rules.templates:
+        return False  # which need no captions
     if subset.class_tokens:
         findings.note(f"{subset.where}: {what}; they get the class tokens {subset.class_tokens!r}")
     elif policy.on_missing_caption == "error":

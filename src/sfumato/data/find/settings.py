@@ -25,6 +25,7 @@ from sfumato.config.dataset_toml import (
 )
 from sfumato.data.augment import ImageRules
 from sfumato.data.buckets import Buckets, Size
+from sfumato.data.caption_templates import make_template_captions
 from sfumato.data.captions import CaptionRules
 from sfumato.data.find.bucket_settings import SizeSteps, make_buckets
 from sfumato.data.find.findings import Findings
@@ -217,8 +218,9 @@ def make_subset_settings(
         return choose_value(key, tables, config)
 
     extension = value("caption_extension")
-    rules = {rule.name: value(rule.name) for rule in fields(CaptionRules)}
+    rules = {rule.name: value(rule.name) for rule in fields(CaptionRules) if rule.name != "templates"}
     is_reg = folder.is_reg if folder else bool(value("is_reg"))
+    templates = () if is_reg else make_template_captions(config.embedding)
     attributes = value("custom_attributes") or {}
     metadata_file = next((table.value("metadata_file") for table in tables), None)  # --in_json needs no dataset file
     class_tokens = folder.class_tokens if folder else value("class_tokens")
@@ -242,7 +244,7 @@ def make_subset_settings(
         custom_attributes=attributes,
         timestep_offset=float(attributes.get(TIMESTEP_KEY, {}).get(OFFSET_KEY, 0)),
         preserved=attributes.get(PRESERVATION_KEY, is_reg and config.dataset.preserve_reg_images),
-        rules=CaptionRules(**rules),
+        rules=CaptionRules(**rules, templates=templates),
     )
 
 

@@ -1,0 +1,15 @@
+accelerate launch --num_cpu_threads_per_process 1 train_textual_inversion.py \
+  --dataset_config={dataset} \
+  --pretrained_model_name_or_path={home}/sd-models/model.ckpt \
+  --output_dir={home}/output \
+  --output_name=robot-ti \
+  --save_model_as=safetensors \
+  --prior_loss_weight=1.0 \
+  --max_train_steps=1600 \
+  --learning_rate=1e-6 \
+  --optimizer_type="AdamW8bit" \
+  --xformers \
+  --mixed_precision="fp16" \
+  --cache_latents \
+  --gradient_checkpointing \
+  --token_string=robot4 --init_word=cute --num_vectors_per_token=4
