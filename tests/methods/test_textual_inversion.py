@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,7 @@ def test_exactly_the_new_vectors_train(family: str, toy_shelf: ToyShelf, images:
 @pytest.mark.parametrize(("family", "more"), [
     ("sd", {}), ("sdxl", {"full_bf16": True, "mixed_precision": "bf16"}), ("flux", {"ema_decay": 0.9}), ("lumina", {}),
 ], ids=lambda value: f"{value}-" if isinstance(value, str) else "")  # fmt: skip
-def test_resume_is_exact(
-    family: str, more: dict[str, Any], toy_shelf: ToyShelf, images: Path, tmp_path: Path
-) -> None:
+def test_resume_is_exact(family: str, more: dict[str, Any], toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     common = {**WORD, "max_train_steps": 3, "save_state": True, **more}
     toy = toy_shelf.paths(family)
     straight = train_toy(toy, images, tmp_path / "straight", **common)
@@ -115,18 +114,18 @@ def test_resume_is_exact(
     assert list(files[0]) == sorted(NAMES[family])
     assert read_metrics(straight) == read_metrics(parts)
     with pytest.raises(UserError) as error:
-        build_toy_run(toy, images, parts, **{**common, "token_string": "zwx yqv".split(), "num_vectors_per_token": 1},
+        build_toy_run(toy, images, parts, **{**common, "token_string": ["zwx", "yqv"], "num_vectors_per_token": 1},
                       resume=parts / "lora-step00000002-state", output_name="other", caption_prefix="yqv")  # fmt: skip
-    assert error.value.code == "state-of-other-words"
+    assert error.value.code == "resume-weights-mismatch"
 
 
 def test_diffusers_loads_the_file(toy_shelf: ToyShelf, images: Path, trained: Path) -> None:
     """Its text encoder gives what ours gives, with its own tokens for the word."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     toy = toy_shelf.paths("sd", "diffusers")
     pipe = StableDiffusionPipeline.from_pretrained(toy["pretrained_model_name_or_path"], safety_checker=None)
-    pipe.load_textual_inversion(trained, token="zwx")
+    pipe.load_textual_inversion(str(trained), token="zwx")
     theirs, _ = pipe.encode_prompt(CAPTION, torch.device("cpu"), 1, False)
     model, words = load_with_words(toy_shelf, "sd", trained)
     ours = encode(model, words, CAPTION)["clip.hidden"]
@@ -137,14 +136,15 @@ def test_diffusers_loads_the_file(toy_shelf: ToyShelf, images: Path, trained: Pa
 
 @pytest.mark.full
 def test_diffusers_loads_both_encoders(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 
     file = train_toy(toy_shelf.paths("sdxl"), images, tmp_path, **WORD) / "lora.safetensors"
     toy = toy_shelf.paths("sdxl", "diffusers")
     pipe = StableDiffusionXLPipeline.from_pretrained(toy["pretrained_model_name_or_path"])
     state = load_file(file)
-    pipe.load_textual_inversion(state["clip_l"], "zwx", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
-    pipe.load_textual_inversion(state["clip_g"], "zwx", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
+    first, second = ({"zwx": state[name]} for name in ("clip_l", "clip_g"))
+    pipe.load_textual_inversion(first, "zwx", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+    pipe.load_textual_inversion(second, "zwx", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
     hidden, _, pooled, _ = pipe.encode_prompt(CAPTION, device=torch.device("cpu"), do_classifier_free_guidance=False)
     ours = encode(*load_with_words(toy_shelf, "sdxl", file), CAPTION)
     joined = torch.cat([ours["clip_l.hidden"], ours["clip_g.hidden"]], dim=-1)
@@ -173,7 +173,7 @@ def test_generate_makes_the_preview_again(
     """From the saved file, alone or inside that of an adapter; the vectors count."""
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("(zwx:1.2), standing --w 64 --h 64 --s 2 --d 5 --l 3 --n a cat\n")
-    toy = {name: path for name, path in toy_shelf.paths("sd").items()}
+    toy = toy_shelf.paths("sd")
     output = train_toy(toy, images, Path("out"), **{**WORD, "learning_rate": "1e-1", **more},
                        sample_prompts="prompts.txt", sample_every_n_steps=2, sample_at_first=True)  # fmt: skip
     first, last = sorted((output / "sample").iterdir())
@@ -223,8 +223,8 @@ def test_several_words_make_a_folder(toy_shelf: ToyShelf, images: Path, tmp_path
 
 
 @pytest.mark.parametrize(("family", "more", "codes"), [
-    ("sd", {"token_string": "cat"}, ["token-string-known"]),
-    ("lumina", {"token_string": "cat"}, ["token-string-known"]),
+    ("sd", {"token_string": "cat", "caption_prefix": "cat"}, ["token-string-known"]),
+    ("lumina", {"token_string": "cat", "caption_prefix": "cat"}, ["token-string-known"]),
     ("sd", {"token_string": "yqv"}, ["token-string-in-no-caption"]),
     ("sd", {"token_string": "zw"}, ["token-string-in-no-caption"]),  # a part of a word is another word
     ("sd", {"cache_text_encoder_outputs": True}, ["text-cache-of-trained-encoders"]),
@@ -252,7 +252,8 @@ def test_templates_need_no_captions(toy_shelf: ToyShelf, tmp_path: Path) -> None
         path.unlink()
     given = {**WORD, "use_style_template": True, "train_data_dir": images / "photos", "train_batch_size": 2}
     run = build_toy_run(toy_shelf.paths("sd"), images, tmp_path / "out", **given, init_word="red cat")
-    captions = [caption for step in run.loader.steps() for batch in step.batches for caption in batch.captions]
+    steps = islice(run.loader.steps(), 2)
+    captions = [caption for step in steps for batch in step.batches for caption in batch.captions]
     assert all(caption.endswith("in the style of zwx") for caption in captions)
     assert len(set(captions)) > 1
 
@@ -265,4 +266,4 @@ def test_the_plan_and_the_rehearsal(toy_shelf: ToyShelf, images: Path, tmp_path:
     assert (part.part, part.parameters, part.learning_rate) == ("clip.embeddings", 2 * 64, 1e-2)
     assert any("1 in clip" in note and "2" in note for note in plan.notes)  # one token for two vectors
     stages = {stage.name: stage for stage in rehearse_plan(plan)}
-    assert stages["first step"].resident["optimizer"] < 4096  # bytes: the vectors' alone
+    assert 0 < stages["training step"].resident["optimizer"] < 4096  # bytes: the vectors' alone

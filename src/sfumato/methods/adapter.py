@@ -141,13 +141,16 @@ class AdapterMethod:
         }
 
     def state_dict(self) -> Tensors:
-        return dict(self.modules.state_dict())
+        adapters = {f"adapters.{name}": tensor for name, tensor in self.engine.adapters.state_dict().items()}
+        return adapters | self.embeddings.export_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.modules.load_state_dict(dict(state))
+        adapters = {name: tensor for name, tensor in state.items() if name.startswith("adapters.")}
+        self.engine.adapters.load_state_dict({name.removeprefix("adapters."): each for name, each in adapters.items()})
+        self.embeddings.load_state({name: tensor for name, tensor in state.items() if name not in adapters})
 
     def metadata(self) -> Mapping[str, Any]:
-        return make_adapter_metadata(self.config) | self.embeddings.metadata()
+        return {**make_adapter_metadata(self.config), **self.embeddings.metadata()}
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
         """Of all tensors of the file: also of those that do not train."""

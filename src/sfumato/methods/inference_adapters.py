@@ -92,7 +92,8 @@ def attach_words(model: Family, words: NewWords) -> None:
     if not words:
         return
     names, widths = read_embedding_names(model.blueprint), read_embedding_widths(model.blueprint)
-    vectors = [word.file.select_vectors(names, widths) for word in words]
+    files = [word.file for word in words if word.file is not None]
+    vectors = [file.select_vectors(names, widths) for file in files]
 
     def make(part: str, table: Tensor) -> Tensor:
         return torch.cat([each[part] for each in vectors]).to(table.device)

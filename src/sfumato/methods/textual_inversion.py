@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
-from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.formats.embedding_file import write_embedding_file, write_embedding_folder
@@ -86,17 +85,10 @@ class TextualInversionMethod:
         return {}
 
     def state_dict(self) -> Tensors:
-        return dict(self.modules.state_dict())
+        return self.embeddings.export_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        ours = {name: tensor.shape for name, tensor in self.modules.state_dict().items()}
-        if ours != {name: tensor.shape for name, tensor in state.items()}:
-            raise UserError(
-                "the state was saved with other words, other numbers of vectors or another method",
-                code="state-of-other-words",
-                fix="give the --token_string and --num_vectors_per_token of that run, or start without --resume",
-            )
-        self.modules.load_state_dict(dict(state))
+        self.embeddings.load_state(state)
 
     def metadata(self) -> Mapping[str, Any]:
         return self.embeddings.metadata()

@@ -99,6 +99,20 @@ class TrainedEmbeddings:
             start += word.vectors
         return exported
 
+    def export_state(self) -> dict[str, Tensor]:
+        """For a saved state: text encoder and word -> its vectors."""
+        return {
+            f"embeddings.{name}.{word}": vectors
+            for word, by_name in self.export_vectors().items()
+            for name, vectors in by_name.items()
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the vectors of a saved state of the same words."""
+        for name, vectors in self.export_state().items():
+            vectors.copy_(state[name])
+
     def export_bundle(self) -> dict[str, Tensor]:
         """All vectors, as a file with adapters holds them."""
         bundle: dict[str, Tensor] = {}
@@ -123,14 +137,14 @@ class TrainedEmbeddings:
 
     def _start_vectors(self, widths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
         """Word -> text encoder -> the vectors of its file, for those that have one."""
-        with_file = [word for word in self.words if word.file is not None]
-        return {word.text: word.file.select_vectors(self.names, widths) for word in with_file}
+        return {word.text: word.file.select_vectors(self.names, widths) for word in self.words if word.file is not None}
 
     def _start(self, model: Family, part: str, word: NewWord, table: Tensor) -> Tensor:
         """(vectors, width) from the initial text, repeated or cut, else random ones that are spread like a table's."""
         if word.init:
             ids = find_token_ids(model.tokenizers[part], word.init)
-            return table[[ids[i % len(ids)] for i in range(word.vectors)]]
+            places = torch.tensor([ids[i % len(ids)] for i in range(word.vectors)])
+            return table.index_select(0, places.to(table.device))
         seed = seed_of(self.config.loop.seed or 0, f"vectors of {word.text} for {part}")
         noise = torch.randn((word.vectors, table.shape[1]), generator=torch.Generator().manual_seed(seed))
         some = table[:: max(1, len(table) // SAMPLED_TOKENS)].float()

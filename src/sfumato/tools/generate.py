@@ -85,7 +85,7 @@ def list_unused_words(adapters: InferenceAdapters, images: Sequence[ImageRequest
         named |= adapters.words.find(image.prompt) | adapters.words.find(image.negative_prompt)
     for word in adapters.words:
         if word.text.lower() not in named:
-            yield f"{word.file.path} has no effect: no prompt names {word.text}"
+            yield f"no prompt names the word {word.text}, so its vectors have no effect"
 
 
 def make_image_requests(request: GenerateRequest, model: Family) -> Iterator[ImageRequest]:
