@@ -68,6 +68,8 @@ class Adapter(nn.Module, ABC):
     renamed: ClassVar[tuple[str, str]] = ("", "")  # the start of layers' names, and what files of it have instead
     is_wrapper: ClassVar[bool] = False  # whether it changes what another adapter does
     takes_wrappers: ClassVar[bool] = True  # whether one may change what it does
+    reads_weights: ClassVar[bool] = False  # whether its change depends on the weights that it is a change of
+    changes_biases: ClassVar[bool] = False  # whether `bias_delta` gives something
     replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`
     files_of: ClassVar[str] = ""  # the kind whose tensors its files have; empty for its own
     plus_params: tuple[str, ...] = ()  # parameters that loraplus_lr_ratio speeds up
@@ -208,6 +210,14 @@ class Adapter(nn.Module, ABC):
     def join(group: LayerGroup, found: Sequence[LayerMatch]) -> LayerTensors:
         """One adapter of the group from those that a file has for its layers; UserError where there is none."""
         return take_whole(group, found)
+
+    @staticmethod
+    def to_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """down (rank, columns * kernel) and up (rows, rank), whose product up @ down is the change, in float32.
+
+        None where the change of this kind is no such product.
+        """
+        return None
 
     @staticmethod
     def to_peft(match: LayerMatch) -> list[Tensors] | None:

@@ -56,6 +56,7 @@ class DoRA(Adapter):
 
     label = "DoRA"
     is_wrapper = True
+    reads_weights = True
     spellings = SPELLINGS
     options_class = DoraOptions
     dropouts = frozenset({"rank", "module"})

@@ -26,6 +26,7 @@ class FullDifference(Adapter):
     """
 
     label = "full difference"
+    changes_biases = True
     spellings = SPELLINGS
     dim_meaning = "without effect, but 0 gives a layer none"
     uses_rank = False

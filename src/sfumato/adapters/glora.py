@@ -29,6 +29,7 @@ class GLoRA(Adapter):
     """a1 (columns, rank), a2 (rank, columns) and b2 (rank, columns, kernel) are the group's; b1 (rows, rank) is cut."""
 
     label = "GLoRA"
+    reads_weights = True
     spellings = SPELLINGS
     dim_meaning = "the rank of each of the two products"
     takes_wrappers = False

@@ -38,6 +38,7 @@ class IA3(Adapter):
     """W is multiplied with 1 + w, along its rows or its columns; biases stay as they are."""
 
     label = "(IA)3"
+    reads_weights = True
     spellings = SPELLINGS
     plain_spellings = PLAIN_SPELLINGS
     options_class = Ia3Options

@@ -17,6 +17,7 @@ from sfumato.adapters.lora_files import (
     SPELLINGS,
     UP,
     complete_matrices,
+    find_factors,
     find_product_shape,
     join_matrices,
     name_for_peft,
@@ -167,4 +168,5 @@ class LoRA(Adapter):
     complete = staticmethod(complete_matrices)
     find_weight_shape = staticmethod(find_product_shape)
     join = staticmethod(join_matrices)
+    to_factors = staticmethod(find_factors)
     to_peft = staticmethod(name_for_peft)

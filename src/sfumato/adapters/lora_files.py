@@ -51,6 +51,12 @@ def find_product_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
     return (tensors[UP].shape[0], *tensors[DOWN].shape[1:])
 
 
+def find_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """down and up as matrices, with alpha / rank multiplied into up."""
+    down, up = tensors[DOWN].flatten(1).float(), tensors[UP].flatten(1).float()
+    return down, up * (float(tensors[ALPHA]) / len(down))
+
+
 def name_for_peft(match: LayerMatch) -> list[Tensors]:
     """For each layer PEFT's two matrices, which have no place for alpha: alpha / rank is multiplied into the second."""
     view, down, up = match.view, match.tensors[DOWN], match.tensors[UP]

@@ -33,13 +33,18 @@ DATASET_COMMANDS = {
     "cache": Command("dataset_cache", "Fill the caches without training, or count, check or prune them."),
     "tag": Command("dataset_tag", "Write the tags that a tagger model sees in images."),
 }
-LORA_COMMANDS = {"export": Command("lora_export", "Write a LoRA under the names of another program.")}
+LORA_COMMANDS = {
+    "merge": Command("lora_merge", "Merge adapters into a checkpoint, or several into one."),
+    "inspect": Command("lora_inspect", "Show what an adapter file does to which blocks, and what is wrong with it."),
+    "check": Command("lora_check", "Show the tensors of an adapter file, and what is wrong with it."),
+    "export": Command("lora_export", "Write a LoRA under the names of another program."),
+}
 COMMANDS: dict[str, Command | CommandGroup] = {
     "train": Command("train", "Train an adapter, or the whole model, on your images."),
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
     "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, maintain them, tag its images."),
-    "lora": CommandGroup(LORA_COMMANDS, "Tools for LoRA files: write one under the names of another program."),
+    "lora": CommandGroup(LORA_COMMANDS, "Tools for LoRA files: merge, inspect, check, export."),
     "report": Command("report", "Make the report page of a run again, from the files in its folder."),
     "ema": Command("ema", "Make a power-function EMA of another width out of saved ones."),
     "toy": Command("toy", "Make a toy model and images to try things on."),

@@ -24,7 +24,7 @@ from sfumato.families import _vae
 from sfumato.families._file_kinds import describe_keys
 from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Builder, Part, PartSpec, WeightChange
+from sfumato.families.part import Builder, Network, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
 
 BASE_MODEL = "--pretrained_model_name_or_path FILE_OR_FOLDER"
@@ -113,6 +113,20 @@ class Family(ABC):
     @abstractmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:
         """Describe the checkpoint from its headers. Raises UserError for a file of another kind."""
+
+    @classmethod
+    def read_networks(cls, source: Source, model: ModelOptions) -> Mapping[str, Network]:
+        """The networks that adapters may change and whose weights are in the source or in files that options name.
+
+        The default is for models whose files hold all of them; others lack those that are in no file.
+        """
+        networks = cls.read(source, model, NoiseOptions()).networks
+        return {name: network for name, network in networks.items() if network.spec.targets}
+
+    @classmethod
+    def name_base_model(cls, denoiser: Network) -> str:
+        """sd-scripts' name of the model, in adapter files."""
+        return cls.name
 
     @classmethod
     @abstractmethod

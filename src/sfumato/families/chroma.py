@@ -17,8 +17,8 @@ from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families._text_features import cut_to_mask, to_device
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Builder, PartSpec
-from sfumato.families.source import Source, find_component
+from sfumato.families.part import Builder, Network, PartSpec
+from sfumato.families.source import Source, find_component, find_present
 
 _T5_LENGTH = 512
 _COMPONENTS = {
@@ -55,7 +55,7 @@ class Chroma(Family):
         return Blueprint(
             source=source,
             title="Chroma",
-            base_model_version="chroma",
+            base_model_version=cls.name_base_model(denoiser),
             implementation="https://huggingface.co/lodestones/Chroma",
             architecture="chroma",
             text_parts=cls.text_parts,
@@ -69,6 +69,14 @@ class Chroma(Family):
             latents=_vae.make_latent_spec(vae.config, patch=2, size_multiple=16),
             metadata=_flux_parts.make_metadata("chroma", model, noise, 0.0),
         )
+
+    @classmethod
+    def read_networks(cls, source: Source, model: ModelOptions) -> dict[str, Network]:
+        networks = {"denoiser": _chroma_keys.CHROMA_TRANSFORMER.read(source)}
+        t5 = find_present(source, "t5xxl", model.t5xxl, "text_encoder", _flux_files.T5_IN_WHOLE)
+        if t5:
+            networks["t5"] = _flux_files.read_t5(t5, networks["denoiser"], _t5_spec)
+        return networks
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:

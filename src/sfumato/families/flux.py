@@ -17,7 +17,7 @@ from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import Builder, Network, PartSpec
-from sfumato.families.source import Source, Weights, find_component
+from sfumato.families.source import Source, Weights, find_component, find_present
 
 _T5_LENGTHS = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
 _DEFAULT_GUIDANCE = 3.5
@@ -59,7 +59,7 @@ class Flux(Family):
         return Blueprint(
             source=source,
             title="FLUX.1 dev" if guided else "FLUX.1 schnell",
-            base_model_version="flux1",
+            base_model_version=cls.name_base_model(denoiser),
             implementation="https://github.com/black-forest-labs/flux",
             architecture="flux-1-dev" if guided else "flux-1-schnell",
             text_parts=cls.text_parts,
@@ -73,6 +73,21 @@ class Flux(Family):
             latents=_vae.make_latent_spec(vae.config, patch=2, size_multiple=16),
             metadata=_flux_parts.make_metadata("flux", model, noise, _DEFAULT_GUIDANCE),
         )
+
+    @classmethod
+    def read_networks(cls, source: Source, model: ModelOptions) -> dict[str, Network]:
+        networks = {"denoiser": _flux_keys.FLUX_TRANSFORMER.read(source)}
+        clip_l = find_present(source, "clip_l", model.clip_l, "text_encoder", _flux_files.CLIP_L_IN_WHOLE)
+        t5 = find_present(source, "t5xxl", model.t5xxl, "text_encoder_2", _flux_files.T5_IN_WHOLE)
+        if clip_l:
+            networks["clip_l"] = _read_clip(clip_l, networks["denoiser"])
+        if t5:
+            networks["t5"] = _flux_files.read_t5(t5, networks["denoiser"], _t5_spec)
+        return networks
+
+    @classmethod
+    def name_base_model(cls, denoiser: Network) -> str:
+        return "flux1"
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sfumato.families._lumina_files import LUMINA_TEXT_PREFIX, find_tokenizer, r
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
-from sfumato.families.source import Source, find_component
+from sfumato.families.source import Source, find_component, find_present
 
 _PROMPT_START = " <Prompt Start> "  # between the system prompt and the caption
 _DEFAULT_SAMPLING, _DEFAULT_SHIFT = "shift", 6.0
@@ -80,7 +80,7 @@ class Lumina(Family):
         return Blueprint(
             source=source,
             title="Lumina-Image 2.0",
-            base_model_version="lumina2",
+            base_model_version=cls.name_base_model(denoiser),
             architecture="lumina-2",
             implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
             text_parts=cls.text_parts,
@@ -108,6 +108,19 @@ class Lumina(Family):
                 "ss_mode_scale": noise.mode_scale,
             },
         )
+
+    @classmethod
+    def read_networks(cls, source: Source, model: ModelOptions) -> dict[str, Network]:
+        networks = {"denoiser": _lumina_keys.read_lumina_transformer(source)}
+        gemma2 = find_present(source, "gemma2", model.gemma2, "text_encoder", LUMINA_TEXT_PREFIX)
+        if gemma2:
+            width = networks["denoiser"].config["cap_feat_dim"]
+            networks["gemma2"] = _gemma2.read_gemma2(gemma2, LUMINA_TEXT_PREFIX, width=width)
+        return networks
+
+    @classmethod
+    def name_base_model(cls, denoiser: Network) -> str:
+        return "lumina2"
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:

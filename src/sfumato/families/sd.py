@@ -106,7 +106,7 @@ class StableDiffusion(Family):
         return Blueprint(
             source=source,
             title=f"Stable Diffusion {2 if second else 1}.x" + (", predicting v" if v else ""),
-            base_model_version=f"sd_v{2 if second else 1}" + ("_v" if v else ""),
+            base_model_version=cls.name_base_model(denoiser) + ("_v" if v else ""),
             architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
             checkpoint_implementation=STABILITY_AI,
             text_parts=cls.text_parts,
@@ -119,6 +119,11 @@ class StableDiffusion(Family):
             notes=notes,
             declared=declared,
         )
+
+    @classmethod
+    def name_base_model(cls, denoiser: Network) -> str:
+        """Without what it predicts; from version 2 on, the projections before and after attention are linear layers."""
+        return f"sd_v{2 if denoiser.config.get('use_linear_projection') else 1}"
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:

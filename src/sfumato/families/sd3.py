@@ -70,7 +70,7 @@ class StableDiffusion3(Family):
             source=source,
             checkpoint_implementation=STABILITY_AI,
             title=f"Stable Diffusion {_TITLES[version]}" + ("" if "t5" in networks else ", without T5-XXL"),
-            base_model_version=version,
+            base_model_version=cls.name_base_model(denoiser),
             architecture=f"stable-diffusion-3-{version}",
             text_parts=tuple(part for part in cls.text_parts if part in networks),
             lr_order=cls.text_parts,
@@ -86,6 +86,19 @@ class StableDiffusion3(Family):
             metadata=_make_metadata(model, noise),
             notes=(*_note_unused_options(networks, model, noise), *_note_position_options(version, model)),
         )
+
+    @classmethod
+    def read_networks(cls, source: Source, model: ModelOptions) -> dict[str, Network]:
+        networks = {"denoiser": _sd3_keys.read_sd3_transformer(source)}
+        for part in cls.text_parts:
+            encoder = _sd3_text.read_encoder(part, source, model)
+            if encoder:
+                networks[part] = encoder
+        return networks
+
+    @classmethod
+    def name_base_model(cls, denoiser: Network) -> str:
+        return _sd3_keys.get_version(denoiser.config)
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class StableDiffusionXL(Family):
         return Blueprint(
             source=source,
             title="Stable Diffusion XL" + (", predicting v" if objective.predicts == "v" else ""),
-            base_model_version="sdxl_base_v1-0",
+            base_model_version=cls.name_base_model(denoiser),
             architecture="stable-diffusion-xl-v1-base",
             implementation=STABILITY_AI,
             text_parts=cls.text_parts,
@@ -121,6 +121,10 @@ class StableDiffusionXL(Family):
             notes=notes,
             declared=declared,
         )
+
+    @classmethod
+    def name_base_model(cls, denoiser: Network) -> str:
+        return "sdxl_base_v1-0"
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:

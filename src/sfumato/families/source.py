@@ -177,14 +177,20 @@ def find_component(source: Source, part: str, option: str, given: str | None, fo
     if given:
         with option_context(option):
             return find_given(source, part, given)
+    found = find_present(source, option, given, folder, *prefixes) or source.find_cached(part)
+    if found is None:
+        raise make_missing_error(option, source.path)
+    return found
+
+
+def find_present(source: Source, option: str, given: str | None, folder: str, *prefixes: str) -> Source | None:
+    """The same where the weights themselves are wanted; None where the network is in no file."""
+    if given:
+        with option_context(option):
+            return Source(find_path(given))
     if source.has_network(folder):
         return Source(source.path / folder)
-    if source.find_prefix(*prefixes):
-        return source
-    cached = source.find_cached(part)
-    if cached is None:
-        raise make_missing_error(option, source.path)
-    return cached
+    return source if source.find_prefix(*prefixes) else None
 
 
 def find_given(source: Source, part: str, given: str) -> Source:

@@ -34,6 +34,11 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # --save_precision
+TOOL_DTYPES = {  # --save_precision of the tools for files
+    **SAVE_DTYPES,
+    "fp8": torch.float8_e4m3fn, "fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2,
+    "fp8_e4m3fnuz": torch.float8_e4m3fnuz, "fp8_e5m2fnuz": torch.float8_e5m2fnuz,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # Elements converted at a time: as many as torch converts in one thread. Several threads that wait for each other cost
 # ten times more on a busy machine, and such a chunk stays in the processor's cache.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import KeysView, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -26,6 +26,7 @@ WHOLE = ("F16", "BF16", "F32")  # of scales; weights that were not worth roundin
 OTHER_FILE = "give the file in bf16, fp16 or fp8"
 READ_AS = "BF16"  # the dtype of a product in the header: that of the weights before they were rounded
 ROWS_NUMEL = 1 << 17  # elements that are multiplied at a time
+MANY_ROWS = 256  # that are divided at a time
 
 
 def has_scales(header: TensorHeader) -> bool:
@@ -54,6 +55,10 @@ class ScaledFile:
 
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
+
+    def find_scale(self, name: str) -> str | None:
+        """The key of the scale beside a weight of the inner file; None where it has none."""
+        return self._scales.get(name)
 
     def paths(self) -> list[Path]:
         """Like TensorFile.paths."""
@@ -107,6 +112,28 @@ def multiply_by_scale(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
         place = slice(int(rows[0]), int(rows[-1]) + 1)
         result[place] = flat[place].float() * factors
     return result.reshape(weight.shape)
+
+
+def divide_by_scale(values: Tensor, dtype: torch.dtype, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The inverse for a weight (N, ...): eight-bit values in `dtype` and their scale (float32) in this shape.
+
+    The largest value that shares a scale becomes the largest of the dtype; a whole that is 0 has the scale 1. Shapes
+    are those of `multiply_by_scale`; raises ValueError for blocks that do not divide the weight.
+    """
+    flat = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    numel = torch.Size(scale_shape).numel()
+    rows = 1 if numel == 1 else scale_shape[0]
+    columns = numel // rows
+    if flat.shape[0] % rows or flat.shape[1] % columns:
+        raise ValueError(f"a scale of shape {tuple(scale_shape)} for a weight of shape {tuple(values.shape)}")
+    blocks = flat.reshape(rows, flat.shape[0] // rows, columns, flat.shape[1] // columns)
+    scale = blocks.abs().amax(dim=(1, 3)).float() / torch.finfo(dtype).max
+    scale = torch.where(scale > 0, scale, torch.ones(()))
+    result = torch.empty(blocks.shape, dtype=dtype)
+    for block, place, factors in zip(blocks, result, scale, strict=True):
+        for part, out in zip(block.split(MANY_ROWS), place.split(MANY_ROWS), strict=True):
+            out.copy_(part / factors[:, None])
+    return result.reshape(values.shape), scale.reshape(tuple(scale_shape))
 
 
 def _find_scales(header: TensorHeader) -> dict[str, str]:

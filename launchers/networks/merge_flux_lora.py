@@ -1,0 +1,4 @@
+"""Another name of flux_merge_lora.py; runs from a checkout without installing, too."""
+
+import os, sys; sys.path.insert(0, os.path.abspath(__file__ + "/../../../src"))  # fmt: skip
+from sfumato.compat.launch import launch; launch(__name__, "networks/merge_flux_lora")  # fmt: skip

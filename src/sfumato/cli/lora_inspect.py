@@ -1,0 +1,34 @@
+"""`sfumato lora inspect`: what an adapter file does to which blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Options, option
+from sfumato.config.command import read_options
+from sfumato.config.values import FilePath
+
+
+class LoraInspectOptions(Options):
+    """Shows what an adapter file is and does: for each block the rank, alpha, norm and effective rank of the change,
+    and what is wrong: changes that are 0, tensors that are not used, names that no model has.
+    """
+
+    file: FilePath = option(
+        None, "the adapter: a file, or a folder of PEFT or diffusers", positional=True, required=True
+    )
+    family: str | None = option(None, "the model family of the adapter, where its names do not say it")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato lora inspect`."""
+    if asks_for_help(argv):
+        print(command_help("sfumato lora inspect", LoraInspectOptions), end="")
+        return 0
+    options = read_options(argv, LoraInspectOptions)
+    from sfumato.tools.adapter_files.inspect import inspect_adapter, render_text
+
+    facts = inspect_adapter(options.file, options.family)
+    print("\n".join(render_text(facts)))
+    return 0

@@ -1,0 +1,41 @@
+"""A script of sd-scripts that works on files: its options, and the command of ours that it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Options
+from sfumato.config.command import read_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTool:
+    """One script. run: prints its report, and gives the exit code."""
+
+    name: str  # networks/merge_lora
+    options: type[Options]
+    run: Callable[[Any], int]
+    no_effect: Mapping[str, str] = field(default_factory=dict)  # option -> why it changes nothing here
+    short: Mapping[str, str] = field(default_factory=dict)  # short form -> option
+
+    def start(self, argv: Sequence[str]) -> int:
+        """Read the command line and run; gives the exit code."""
+        if asks_for_help(argv):
+            sys.stdout.write(command_help(f"{self.name}.py", self.options))
+            return 0
+        line = read_command([self.short.get(word, word) for word in argv], self.options, training=False)
+        line.raise_faults()
+        for name, reason in self.no_effect.items():
+            if name in line.own and line.own[name] != self.options.model_fields[name].default:
+                sys.stderr.write(f"note: --{name} has no effect: {reason}\n")
+        return self.run(line.options(self.options))
+
+
+def show_report(lines: Sequence[str]) -> int:
+    """The lines of a report; gives the exit code of a command that did its work."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return 0

@@ -1,0 +1,1 @@
+"""Tools for adapter files: merge, extract, resize, convert, inspect, compare."""

@@ -1,0 +1,199 @@
+"""What tools for files write: where they may, with which metadata, and in a range that the dtype has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato import __version__
+from sfumato.common.files import DiskNeed, check_disk_space
+from sfumato.common.names import DEFAULT_NETWORK_MODULE
+from sfumato.errors import Problems, UserError
+from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, write_entries
+from sfumato.formats.adapter_file import AdapterFile, write_adapter_file
+from sfumato.formats.hashes import HASH_KEYS
+from sfumato.formats.peft_config import DIFFUSERS_KEY
+from sfumato.formats.pickled import convert_to_pickle, is_pickled
+from sfumato.track.progress_task import ProgressTask
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt")
+NARROW = (torch.float16, *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz))
+MODULE_KEY, DIM_KEY, ALPHA_KEY, DYNAMIC = "ss_network_module", "ss_network_dim", "ss_network_alpha", "Dynamic"
+
+
+def check_output(output: Path, inputs: Sequence[Path], *, is_folder: bool = False) -> None:
+    """UserError where an output has no suffix of ours, is a folder, or is one of the inputs."""
+    problems = Problems()
+    if not is_folder and output.suffix not in SUFFIXES:
+        problems.add(
+            f"{output} must end in {', '.join(SUFFIXES)}",
+            code="tool-output-suffix",
+            fix=str(output.with_name(f"{output.name}.safetensors")),
+        )
+    if output.is_dir() and not is_folder:
+        problems.add(f"{output} is a folder", code="tool-output-is-folder", fix="name the file to write")
+    if is_folder and output.is_file():
+        problems.add(f"{output} is a file", code="tool-output-is-file", fix="name a folder to write")
+    for path in inputs:
+        if path.exists() and output.exists() and (path.samefile(output) or output.resolve() in path.resolve().parents):
+            problems.add(f"{output} is one of the inputs: {path}", code="tool-output-is-input", fix="name another file")
+    problems.raise_all()
+
+
+def check_space(output: Path, size: int) -> None:
+    """UserError where the disk lacks room for a file of this many bytes."""
+    check_disk_space(output.parent, [DiskNeed("files", 1, size)], mine=output.name)
+
+
+def count_entry_bytes(entries: Mapping[str, TensorEntry], dtype: torch.dtype | None) -> int:
+    """Bytes of all tensors, floating-point ones in `dtype`."""
+    total = 0
+    for entry in entries.values():
+        stored, shape = entry.spec
+        written = dtype if dtype and stored.is_floating_point else stored
+        total += torch.Size(shape).numel() * written.itemsize
+    return total
+
+
+def write_checkpoint(
+    output: Path, entries: TensorEntries, metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> None:
+    """Write a file tensor by tensor, with a progress bar; the suffix is the format. dtype: None keeps each tensor's.
+
+    UserError for a disk without room and for values that the dtype cannot hold.
+    """
+    by_key = dict(entries)
+    check_space(output, count_entry_bytes(by_key, dtype))
+    with ProgressTask(output.name, "tensors") as progress:
+        watched = watch_entries(output, by_key, dtype, progress)
+        if is_pickled(output):
+            with convert_to_pickle(output, metadata) as temporary:
+                write_entries(temporary, watched, metadata, dtype)
+        else:
+            write_entries(output, watched, metadata, dtype)
+
+
+def watch_entries(
+    path: Path, entries: Mapping[str, TensorEntry], dtype: torch.dtype | None, progress: ProgressTask
+) -> TensorEntries:
+    """The same entries; each is counted when it is made, and checked where its dtype has a small range."""
+    done = [0]
+    for key, entry in entries.items():
+        written = dtype if dtype and entry.spec[0].is_floating_point else entry.spec[0]
+        yield (
+            key,
+            TensorEntry(entry.spec, partial(_make_checked, path, key, entry, written, progress, done, len(entries))),
+        )
+
+
+def _make_checked(
+    path: Path, key: str, entry: TensorEntry, dtype: torch.dtype, progress: ProgressTask, done: list[int], total: int
+) -> Tensor:
+    tensor = entry.make()
+    if dtype in NARROW and tensor.dtype != dtype:
+        check_range(path, key, tensor, dtype)
+    done[0] += 1
+    progress(done[0], total)
+    return tensor
+
+
+def check_range(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """UserError for values that become infinite or NaN in a dtype."""
+    largest = float(tensor.float().abs().max()) if tensor.numel() else 0.0
+    if not largest <= torch.finfo(dtype).max:
+        raise UserError(
+            f"{path}: {name} has a value of {largest:.3g}, beyond {dtype}",
+            code="tool-value-beyond-dtype",
+            fix="--save_precision bf16 or float",
+        )
+
+
+# ---------------------------------------------------------------- adapter files
+
+
+def write_adapter(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
+) -> str:
+    """Write an adapter file with the hashes of its tensors; "path" or "path (replaced)", for the report."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and (dtype or tensor.dtype) in NARROW:
+            check_range(path, name, tensor, dtype or tensor.dtype)
+    replaced = path.exists()
+    check_space(path, sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors.values()))
+    write_adapter_file(path, tensors, metadata, dtype)
+    return f"{path}{' (replaced)' if replaced else ''}"
+
+
+def find_widest_dtype(files: Iterable[AdapterFile]) -> torch.dtype:
+    """The widest dtype of the matrices of some files."""
+    dtypes = {t.dtype for file in files for layer in file.layers.values() for t in layer.values() if t.ndim > 1}
+    return max(dtypes, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).bits), default=torch.float32)
+
+
+def make_adapter_metadata_from(
+    path: Path,
+    files: Sequence[AdapterFile],
+    dims: Iterable[tuple[int, float]],
+    *,
+    minimal: bool = False,
+    comment: str = "",
+) -> dict[str, str]:
+    """The metadata of an adapter file that a tool makes. dims: rank and alpha of each layer.
+
+    Of one source all entries are kept; of several what describes the model, from the first that says it. minimal: the
+    entries without which programs cannot use the file.
+    """
+    own = make_network_entries(dims)
+    if minimal or len(files) != 1:
+        kept: dict[str, str] = {}
+        for name in ("ss_v2", "ss_base_model_version"):
+            kept |= next(({name: file.metadata[name]} for file in files if name in file.metadata), {})
+    else:
+        dropped = {*HASH_KEYS, DIFFUSERS_KEY, "ss_network_args"}
+        kept = {name: value for name, value in files[0].metadata.items() if name not in dropped}
+    if minimal:
+        return {"format": "pt", **kept, **own}
+    return {"format": "pt", **kept, **own, **make_spec_entries(path, files, comment)}
+
+
+def make_network_entries(dims: Iterable[tuple[int, float]]) -> dict[str, str]:
+    """What sd-scripts reads of an adapter: its module, and rank and alpha, "Dynamic" where layers differ."""
+    found = list(dims)
+    ranks, alphas = {str(rank) for rank, _ in found}, {f"{alpha:g}" for _, alpha in found}
+    return {
+        MODULE_KEY: DEFAULT_NETWORK_MODULE,
+        DIM_KEY: ranks.pop() if len(ranks) == 1 else DYNAMIC,
+        ALPHA_KEY: alphas.pop() if len(alphas) == 1 else DYNAMIC,
+    }
+
+
+def make_extracted_metadata(
+    path: Path, base_model_version: str, dims: Iterable[tuple[int, float]], *, minimal: bool
+) -> dict[str, str]:
+    """The metadata of an adapter that comes from no other. base_model_version: sd-scripts' name of the model."""
+    version = {"ss_base_model_version": base_model_version, "ss_v2": str("_v2" in base_model_version)}
+    entries = {"format": "pt", **version, **make_network_entries(dims)}
+    return entries if minimal else {**entries, **make_spec_entries(path, ())}
+
+
+def make_spec_entries(path: Path, files: Sequence[AdapterFile], comment: str = "") -> dict[str, str]:
+    """The entries of the model spec that change with every tool."""
+    spec = {"sai_model_spec": "1.0.1", "title": path.stem, "date": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    spec["implementation_version"] = f"sfumato {__version__}"
+    for name in ("architecture", "implementation"):
+        found = next((file.metadata[key] for file in files if (key := f"modelspec.{name}") in file.metadata), "")
+        spec |= {name: found} if found else {}
+    if len(files) > 1:
+        spec["merged_from"] = ", ".join(file.path.stem for file in files)
+    entries = {f"modelspec.{name}": value for name, value in spec.items()}
+    if comment:
+        before = next(
+            (file.metadata["ss_training_comment"] for file in files if "ss_training_comment" in file.metadata), ""
+        )
+        entries["ss_training_comment"] = f"{comment}; {before}" if before not in ("", "None") else comment
+    return entries
