@@ -27,6 +27,7 @@ class BOFT(DiagOFT):
     """
 
     label = "BOFT"
+    reads_weights = True
     spellings = SPELLINGS
     dim_meaning = "the largest size of a block; the rows divided by the size are a power of two"
 

@@ -42,6 +42,7 @@ class BOFTv2(Adapter):
     """
 
     label = "BOFT of PEFT"
+    reads_weights = True
     spellings = SPELLINGS
     options_class = BoftV2Options
     dim_meaning = "the size of a block"

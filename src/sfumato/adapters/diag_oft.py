@@ -50,6 +50,7 @@ class DiagOFT(Adapter):
     """
 
     label = "Diag-OFT"
+    reads_weights = True
     spellings = SPELLINGS
     options_class = DiagOftOptions
     dim_meaning = "the size of a block, or the number of blocks where that is smaller"

@@ -25,6 +25,7 @@ class OFT(DiagOFT):
     """In files its layers of the denoiser are called oft_unet_..."""
 
     label = "OFT"
+    reads_weights = True
     spellings = SPELLINGS  # files of it are Diag-OFT's
     files_of = "diag_oft"
     options_class = OftOptions

@@ -43,6 +43,7 @@ class OFTv2(Adapter):
     """
 
     label = "OFTv2"
+    reads_weights = True
     spellings = SPELLINGS
     options_class = OftV2Options
     dim_meaning = "the size of a block"
