@@ -71,6 +71,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
     "LoHa, Lumina": ("lumina", {"network_module": LYCORIS, "network_args": ["algo=loha"]}),
     "LoHa, Chroma": ("chroma", {"network_module": LYCORIS, "network_args": ["algo=loha", "preset=attn-only"]}),
     "DoRA of LoHa": ("sd", {"network_module": LYCORIS, "network_args": ["algo=loha", "dora_wd=True"]}),
+    "LoRA, scalar": ("sd", {"network_module": LYCORIS, "network_args": ["algo=locon", "use_scalar=True"]}),
+    "DoRA of LoKr, scalar": (
+        "flux", {"network_module": "networks.lokr", "network_args": ["use_scalar=True", "dora_wd=True"]},
+    ),
+    "LoRA, PiSSA": ("flux", {"network_args": ["pissa=True"], "learning_rate": "1e-3"}),
+    "LoRA, PiSSA, SD": ("sd", {"network_args": ["pissa=True", "conv_dim=2"], "learning_rate": "1e-3"}),
     "LoRA, DyLoRA": (
         "sdxl", {"network_module": "networks.dylora", "network_dim": 4, "network_args": ["unit=2", "conv_dim=4"]},
     ),
@@ -141,7 +147,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @each_kind
 def test_the_loss_of_a_fixed_batch_falls(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     family, options = KINDS[name]
-    run = build_toy_run(toy_shelf.paths(family), images, tmp_path, **options | {"learning_rate": "3e-3"})
+    run = build_toy_run(toy_shelf.paths(family), images, tmp_path, **{"learning_rate": "3e-3"} | options)
     step = next(run.loader.steps())
     losses = [float(train_step(run, step).loss) for _ in range(8)]
     assert losses[-1] < losses[0] * 0.999, losses
@@ -153,7 +159,10 @@ def test_the_loss_of_a_fixed_batch_falls(name: str, toy_shelf: ToyShelf, images:
 def test_saved_loaded_and_resumed(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """Resume is bitwise, `generate` and --base_weights change the model alike, training goes on from the file."""
     family, options = KINDS[name]
-    toy, common = toy_shelf.paths(family), options | {"max_train_steps": 4, "save_state": True, "learning_rate": "1e-2"}
+    toy, common = (
+        toy_shelf.paths(family),
+        {"learning_rate": "1e-2"} | options | {"max_train_steps": 4, "save_state": True},
+    )
     straight = train_toy(toy, images, tmp_path / "straight", **common)
     parts = train_toy(toy, images, tmp_path / "parts", **common, save_every_n_steps=2)
     train_toy(toy, images, parts, **common, resume=parts / "lora-step00000002-state")
@@ -168,7 +177,12 @@ def test_saved_loaded_and_resumed(name: str, toy_shelf: ToyShelf, images: Path, 
         toy, images, tmp_path / "again", network_weights=file, **on | {"network_args": kept},
         dim_from_weights=True, network_dim=None,
     )  # fmt: skip
-    assert equal_tensors(dict(again.method.engine.export_tensors()), read_weights(straight))  # pyright: ignore
+    exported, saved = dict(again.method.engine.export_tensors()), read_weights(straight)  # pyright: ignore
+    if "PiSSA" in name:  # whose file has a sum of two of its tensors
+        assert exported.keys() == saved.keys()
+        assert all(torch.allclose(tensor, saved[key], atol=1e-7) for key, tensor in exported.items())
+    else:
+        assert equal_tensors(exported, saved)
 
 
 def check_file(name: str, family: str, toy_shelf: ToyShelf, file: Path) -> None:

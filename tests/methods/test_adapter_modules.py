@@ -62,9 +62,9 @@ def test_a_preset_without_text_encoders() -> None:
 
 
 @pytest.mark.parametrize("argument", [
-    {"use_tucker": False}, {"use_cp": False}, {"use_conv_cp": False}, {"disable_conv_cp": True}, {"use_scalar": False},
+    {"use_tucker": False}, {"use_cp": False}, {"use_conv_cp": False}, {"disable_conv_cp": True},
     {"train_norm": False}, {"train_on_input": True}, {"bypass_mode": True}, {"block_size": 4}, {"constraint": 1},
-    {"constrain": 1}, {"rescaled": True}, {"rank_dropout_scale": True}, {"factor": 8}, {"full_matrix": True},
+    {"constrain": 1}, {"rescaled": True}, {"factor": 8}, {"full_matrix": True},
     {"decompose_both": True}, {"unbalanced_factorization": True}, {"train_t5xxl": False}, {"train_llm_adapter": False},
 ])  # fmt: skip
 def test_what_changes_nothing_of_a_lora_is_taken_quietly(argument: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ def test_arguments_of_ranks_have_no_effect_without_them() -> None:
 @pytest.mark.parametrize(("arguments", "code"), [
     ({"algo": "lorka"}, "lycoris-algo-unknown"), ({"preset": "atn-mlp"}, "lycoris-preset-unknown"),
     ({"preset": "mine.toml"}, "lycoris-preset-not-implemented"),
-    ({"use_tucker": True}, "lycoris-arg-not-implemented"), ({"use_scalar": True}, "lycoris-arg-not-implemented"),
+    ({"use_tucker": True}, "lycoris-arg-not-implemented"),
     ({"train_norm": True}, "lycoris-arg-not-implemented"),
 ])  # fmt: skip
 def test_what_would_give_another_result_is_refused(arguments: dict[str, Any], code: str) -> None:

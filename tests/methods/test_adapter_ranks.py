@@ -253,6 +253,8 @@ def test_expressions_take_precedence_and_the_last_one_wins() -> None:
     [
         (sd15, {"block_dims": (4,) * 24}, "network-arg-wrong-length", "24 numbers, this model needs 25"),
         (sd15, {"network_reg_dims": "resnets=4"}, "network-arg-expression-unmatched", "resnets"),
+        (sd15, {"exclude_patterns": "resnets"}, "network-arg-expression-unmatched", "resnets"),
+        (sd15, {"include_patterns": "("}, "network-arg-invalid", "'('"),
         (sd15, {"block_dim": (4,) * 25}, "network-arg-unknown", "'block_dims'"),
         (sd15, {"conv_alpha": 1}, "conv-alpha-without-dim", "conv_dim"),
         (sd15, {"conv_block_alphas": (1,) * 25}, "conv-block-alphas-without-dims", "conv_block_dims"),
@@ -284,10 +286,23 @@ def test_arguments_that_do_not_match_the_model(parts: Any, arguments: dict[str, 
     assert detail in str(error.value)
 
 
-def test_an_argument_that_is_not_implemented() -> None:
-    with pytest.raises(UserError, match="include_patterns") as error:
-        read_args({"include_patterns": 1}, [_flux_keys.spec("")])
-    assert error.value.code == "network-arg-not-implemented"
+@pytest.mark.parametrize(("arguments", "adapted", "left"), [
+    ({"exclude_patterns": r".*mlp.*"}, "img_attn_qkv", "img_mlp_0"),
+    ({"include_patterns": [r"double_blocks\.\d+\.img_attn\..*"]}, "img_attn_qkv", "txt_attn_qkv"),
+    ({"exclude_patterns": r".*", "include_patterns": r".*\.img_attn\.qkv"}, "img_attn_qkv", "img_attn_proj"),
+])  # fmt: skip
+def test_patterns_choose_layers_by_their_whole_names(arguments: dict[str, Any], adapted: str, left: str) -> None:
+    ranks = find_ranks(flux_dev(), arguments)
+    assert f"lora_unet_double_blocks_3_{adapted}" in ranks
+    assert f"lora_unet_double_blocks_3_{left}" not in ranks
+
+
+def test_alphas_by_names_and_names_with_dots() -> None:
+    arguments = {"network_reg_dims": r"double_blocks\.3\..*=2", "network_reg_alphas": "_3_img=0.5,_3_img_mlp_0=8"}
+    ranks = find_ranks(flux_dev(), arguments)
+    assert ranks["lora_unet_double_blocks_3_img_attn_qkv"] == (2, 0.5)
+    assert ranks["lora_unet_double_blocks_3_img_mlp_0"] == (2, 8)
+    assert ranks["lora_unet_double_blocks_4_img_mlp_0"] == (4, 1)
 
 
 def test_every_fault_is_reported_at_once() -> None:

@@ -35,6 +35,7 @@ class Dropout:
     neuron: float = 0.0  # of each value between an adapter's matrices
     rank: float = 0.0  # of each rank, or of each row of the change: its kind says which
     module: float = 0.0  # of the adapter's whole change, for the whole batch
+    scales_rows: bool = False  # whether the rows that are left become larger by what was dropped, as ranks always do
 
     def __bool__(self) -> bool:
         return bool(self.neuron or self.rank or self.module)
@@ -73,6 +74,7 @@ class Adapter(nn.Module, ABC):
     replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`
     files_of: ClassVar[str] = ""  # the kind whose tensors its files have; empty for its own
     plus_params: tuple[str, ...] = ()  # parameters that loraplus_lr_ratio speeds up
+    linear_tensors: ClassVar[tuple[str, ...]] = ()  # of files: the change is linear in the first of these that it has
     has_norm_limit: ClassVar[bool] = False  # whether `limit_norm` is implemented
     has_perturbation: ClassVar[bool] = False  # whether `measure_rows` is implemented, which GGPO needs
     dropouts: ClassVar[frozenset[str]] = frozenset()  # the fields of Dropout that have an effect

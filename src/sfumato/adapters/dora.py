@@ -6,7 +6,7 @@ lora_magnitude_vector) or of columns (LyCORIS before 3.0); in a fused layer a co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -91,10 +91,14 @@ class DoRA(Adapter):
 
     def set_dropout(self, dropout: Dropout) -> None:
         self.dropout = replace(dropout, neuron=0.0)
-        self.inner.set_dropout(Dropout(rank=dropout.rank))
+        self.inner.set_dropout(Dropout(rank=dropout.rank, scales_rows=dropout.scales_rows))
 
     def configure(self, options: Options) -> None:
         self.inner.configure(options)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield SCALE, self.dora_scale
+        yield from self.inner.trainable()
 
     # ------------------------------------------------------------ lengths
 

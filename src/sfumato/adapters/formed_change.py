@@ -55,6 +55,8 @@ def drop_rows(adapter: Adapter, change: Tensor, i: int) -> Tensor:
         is_linear = isinstance(adapter.group.layers[i], nn.Linear)
         count = change.shape[-1 if is_linear else 1]
         mask = (torch.rand(count, device=change.device) >= dropout.rank).to(change.dtype)
+        if dropout.scales_rows:
+            mask = mask / mask.mean().clamp(min=1 / count)  # of rows that are all dropped, too
         change = change * (mask if is_linear else mask.reshape(-1, 1, 1))
     return drop_module(change, dropout.module) if dropout.module else change
 

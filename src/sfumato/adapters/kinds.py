@@ -11,6 +11,7 @@ from torch import Tensor
 from sfumato.adapters import register_adapters
 from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest
 from sfumato.config.base import Options
+from sfumato.errors import UserError
 from sfumato.formats.adapter_file import AdapterFile, parse_adapter_file
 from sfumato.formats.adapter_kind import AdapterKind, Kinds
 from sfumato.formats.groups import LayerGroup
@@ -36,8 +37,15 @@ def choose_kinds(name: str, options: OptionsByKind, group: LayerGroup | None) ->
     """The kinds of a group's adapter, or of any group's, wrappers first. options: of all that `list_related` gives."""
     related = list_related(name)
     wanted = [kind for other, kind in related.items() if other != name and kind.is_wanted(options[other], group)]
-    wrappers = [kind for kind in wanted if kind.is_wrapper]
+    wrappers = [related[other] for other in sorted(related) if related[other] in wanted and related[other].is_wrapper]
     replacements = [kind for kind in wanted if not kind.is_wrapper]
+    if len(replacements) > 1:
+        names = " and ".join(kind.label for kind in replacements)
+        raise UserError(
+            f"--network_args ask for {names} at once, which are two kinds of adapters",
+            code="adapter-kinds-together",
+            fix="keep the argument of one of them",
+        )
     return (*wrappers, replacements[0] if replacements else related[name])
 
 

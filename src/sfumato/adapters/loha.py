@@ -53,6 +53,7 @@ class LoHa(Adapter):
     options_class = LohaOptions
     dim_meaning = "the rank of each of the two products"
     plus_params = (A2,)
+    linear_tensors = (A1,)
     has_norm_limit = True
     dropouts = frozenset({"rank", "module"})
 

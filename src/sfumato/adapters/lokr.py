@@ -50,6 +50,7 @@ class LoKr(Adapter):
     options_class = LokrOptions
     dim_meaning = "the rank of the second matrix, which is whole from half its larger side on"
     plus_params = (W1,)
+    linear_tensors = (W1, W1_A)
     has_norm_limit = True
     dropouts = frozenset({"rank", "module"})
 

@@ -36,6 +36,7 @@ class LoRA(Adapter):
     label = "LoRA"
     spellings = SPELLINGS
     plus_params = ("lora_up",)
+    linear_tensors = (UP,)
     has_norm_limit = True
     has_perturbation = True
     dropouts = frozenset({"neuron", "rank", "module"})

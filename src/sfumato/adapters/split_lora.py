@@ -36,6 +36,7 @@ class SplitLoRA(Adapter):
     files_of = "lora"
     options_class = SplitOptions
     plus_params = LoRA.plus_params
+    linear_tensors = LoRA.linear_tensors
     has_norm_limit = True
     has_perturbation = True
     dropouts = LoRA.dropouts

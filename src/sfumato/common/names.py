@@ -101,12 +101,6 @@ MODULE_RANKS = {"networks.oft_v2": 32, "oft_v2": 32}  # of --network_dim, where 
 
 OTHER_ADAPTERS = "the other adapters"
 
-PLANNED_NETWORK_ARGS = {  # name in --network_args -> what it comes with
-    "include_patterns": OTHER_ADAPTERS,
-    "exclude_patterns": OTHER_ADAPTERS,
-    "network_reg_alphas": OTHER_ADAPTERS,
-}
-
 OPTION_ALIASES = {  # old spelling -> option
     "caption_extention": "caption_extension",
     "skip_latents_validity_check": "skip_cache_check",

@@ -117,7 +117,8 @@ def render_adapters() -> str:
         [
             "## Arguments of the kinds of adapters\n",
             "In `--network_args`, beside those that all kinds have: `conv_dim`, `conv_alpha`, `rank_dropout`,",
-            "`module_dropout`, `network_reg_dims`, `network_reg_lrs`, `loraplus_...`, for LoRA",
+            "`module_dropout`, `rank_dropout_scale`, `network_reg_dims`, `network_reg_alphas`, `network_reg_lrs`,",
+            "`include_patterns`, `exclude_patterns` (all of a layer's name with dots), `loraplus_...`, for LoRA",
             "`ggpo_sigma` with `ggpo_beta` (noise in its weights), and those of the model. One of",
             "your own: [extending.md](extending.md).\n",
             "| Kind | Argument | What |",

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from sfumato.adapters.base import Adapter
 from sfumato.adapters.kinds import list_related
-from sfumato.common.names import DEFAULT_KIND, PLANNED_NETWORK_ARGS
+from sfumato.common.names import DEFAULT_KIND
 from sfumato.common.registry import did_you_mean
 from sfumato.config.base import Options
 from sfumato.config.values import parse_whole_number, to_tuple
@@ -33,6 +33,7 @@ class AdapterArgs:
     conv_alpha: float | None = None
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
+    rank_dropout_scale: bool = False
     block_dims: tuple[int, ...] | None = None
     block_alphas: tuple[float, ...] | None = None
     conv_block_dims: tuple[int, ...] | None = None
@@ -40,6 +41,9 @@ class AdapterArgs:
     block_lr_zero_threshold: float | None = None
     network_reg_dims: tuple[tuple[re.Pattern[str], int], ...] = ()
     network_reg_lrs: tuple[tuple[re.Pattern[str], float], ...] = ()
+    network_reg_alphas: tuple[tuple[re.Pattern[str], float], ...] = ()
+    include_patterns: tuple[re.Pattern[str], ...] = ()
+    exclude_patterns: tuple[re.Pattern[str], ...] = ()
     rank_stabilized: bool = False
     loraplus_lr_ratio: float | None = None
     loraplus_unet_lr_ratio: float | None = None
@@ -65,7 +69,9 @@ class AdapterArgs:
     def rank_arguments(self) -> tuple[str, ...]:
         """The given arguments that set ranks, which --dim_from_weights takes from the file instead."""
         plain = ("conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
-        given = [name for name in (*plain, "network_reg_dims") if vars(self)[name] not in (None, ())]
+        given = [
+            name for name in (*plain, "network_reg_dims", "network_reg_alphas") if vars(self)[name] not in (None, ())
+        ]
         return (*given, *self.rank_kinds, *self.extra_targets, *self.block_choices, *self.block_indices)
 
 
@@ -126,11 +132,6 @@ def read_own_option(options: type[Options], name: str, value: Any) -> Any:
 
 
 def make_unknown_argument_error(name: str, known: Iterable[str]) -> UserError:
-    if name in PLANNED_NETWORK_ARGS:
-        return UserError(
-            f"--network_args {name} is not implemented yet (comes with {PLANNED_NETWORK_ARGS[name]})",
-            code="network-arg-not-implemented",
-        )
     if name in {**COMMON_ARGS, **CONVOLUTION_ARGS, **BLOCK_ARGS}:
         return UserError(
             f"--network_args {name} has no effect: this model has no layers or blocks for it",
@@ -253,18 +254,27 @@ def read_indices(value: Any) -> Indices:
 
 
 def read_pairs(value: Any, reader: Reader) -> tuple[tuple[re.Pattern[str], Any], ...]:
-    """Pairs from expression=value,expression=value: regular expressions that are searched in adapter names."""
+    """Pairs from expression=value,expression=value: regular expressions for names of layers (`matches_name`)."""
     text = str(value).strip()
     matches = list(PAIR.finditer(text))
     if "".join(match[0] for match in matches) != text:
         raise ValueError("pairs are expected, e.g. blocks_1_=4,blocks_2_=8")
     pairs: list[tuple[re.Pattern[str], Any]] = []
     for match in matches:
-        try:
-            pairs.append((re.compile(match[1].strip()), reader(float(match[2]))))
-        except re.error as error:
-            raise ValueError(f"{match[1]!r} is not a regular expression ({error})") from error
+        pairs.append((read_pattern(match[1].strip()), reader(float(match[2]))))
     return tuple(pairs)
+
+
+def read_patterns(value: Any) -> tuple[re.Pattern[str], ...]:
+    """One regular expression, or a list of them."""
+    return tuple(read_pattern(each) for each in ([value] if isinstance(value, str) else to_tuple(value)))
+
+
+def read_pattern(text: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(str(text))
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression ({error})") from error
 
 
 def keep_value(value: Any) -> Any:
@@ -274,8 +284,12 @@ def keep_value(value: Any) -> Any:
 COMMON_ARGS: dict[str, Reader] = {
     "rank_dropout": read_chance,
     "module_dropout": read_chance,
+    "rank_dropout_scale": read_flag,
     "network_reg_dims": partial(read_pairs, reader=read_rank),
     "network_reg_lrs": partial(read_pairs, reader=read_number),
+    "network_reg_alphas": partial(read_pairs, reader=read_number),
+    "include_patterns": read_patterns,
+    "exclude_patterns": read_patterns,
     "loraplus_lr_ratio": read_ratio,
     "loraplus_unet_lr_ratio": read_ratio,
     "loraplus_text_encoder_lr_ratio": read_ratio,

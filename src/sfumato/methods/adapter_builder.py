@@ -95,7 +95,12 @@ class AdapterBuilder:
         """Dropout, perturbation, and what a learning rate trains."""
         args = settings.args
         adapter.set_dropout(
-            Dropout(neuron=settings.network.network_dropout or 0.0, rank=args.rank_dropout, module=args.module_dropout)
+            Dropout(
+                neuron=settings.network.network_dropout or 0.0,
+                rank=args.rank_dropout,
+                module=args.module_dropout,
+                scales_rows=args.rank_dropout_scale,
+            )
         )
         adapter.requires_grad_(False)
         for _, parameter in adapter.trainable():
@@ -112,7 +117,8 @@ class AdapterBuilder:
 
     def _check_kinds(self, own: GroupAdapter, kinds: tuple[type[Adapter], ...]) -> None:
         """UserError where the file has adapters of another kind than the options ask for."""
-        wanted = {ADAPTERS.get(kind.files_of) if kind.files_of else kind for kind in kinds}
+        named = [kind for kind in kinds if kind.files_of or kind.spellings]
+        wanted = {ADAPTERS.get(kind.files_of) if kind.files_of else kind for kind in named}
         found = {*own.kinds}
         if found != wanted:
             names = [name for name, kind in list_kinds().items() if kind in found and not kind.is_wrapper]

@@ -47,7 +47,7 @@ class AdapterLearningRates:
         part = group.part
         found: LearningRate | None = None
         for i, (expression, value) in enumerate(self.args.network_reg_lrs):
-            if expression.search(group.name):
+            if expression.search(group.name) or expression.fullmatch(self._find_name(group)):
                 found = LearningRate(label=f"{part}.reg{i}", value=value)
         if found is not None:
             return found
@@ -55,6 +55,9 @@ class AdapterLearningRates:
         if block is None or self.block_factors[part][block] == 1:
             return LearningRate(label=part, value=self.parts[part])
         return LearningRate(label=f"{part}.block{block:02d}", value=self.parts[part] * self.block_factors[part][block])
+
+    def _find_name(self, group: LayerGroup) -> str:
+        return self.specs[group.part].adapter_map.locate(group.paths[0]).original
 
     def make_parameter_groups(self, adapters: Iterable[Adapter]) -> list[ParameterGroup]:
         """The optimizer's groups by learning rate; parameters with the LoRA+ ratio have groups of their own."""

@@ -30,9 +30,7 @@ from sfumato.errors import UserError
 # LyCORIS' arguments -> the values at which they change nothing of the adapters that are known here; None: every value.
 WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "bypass_mode": None,  # another way to compute the same
-    "rank_dropout_scale": None,  # which LyCORIS does not read either
     "train_llm_adapter": (False, None),
-    "use_scalar": (False, None),
     "train_norm": (False, None),
 }
 RENAMED_ARGUMENTS = {  # LyCORIS' name -> the name here

@@ -31,6 +31,8 @@ class AdapterRanks:
 
     def is_target(self, group: LayerGroup) -> bool:
         """Whether the layer is adapted by default, or is one that the arguments add."""
+        if not self._is_included(group):
+            return False
         spec, path = self.specs[group.part], group.paths[0]
         targets = [*spec.targets]
         for option in self.args.extra_targets:
@@ -40,6 +42,14 @@ class AdapterRanks:
         if self.preset is not None:
             return self._is_in_preset(self.preset, group, targets)
         return any(matches(target, path) for target in targets)
+
+    def _is_included(self, group: LayerGroup) -> bool:
+        """What include_patterns name alone, all that exclude_patterns do not name, or with both all but exceptions."""
+        name, args = self.find_name(group), self.args
+        if any(pattern.fullmatch(name) for pattern in args.include_patterns):
+            return True
+        excluded = any(pattern.fullmatch(name) for pattern in args.exclude_patterns)
+        return not excluded and (bool(args.exclude_patterns) or not args.include_patterns)
 
     def _is_in_preset(self, preset: LycorisPreset, group: LayerGroup, targets: list[str]) -> bool:
         spec = self.specs[group.part]
@@ -65,19 +75,14 @@ class AdapterRanks:
     def check(self, groups: Sequence[LayerGroup]) -> None:
         """Raise UserError for arguments that have no effect on `groups`, those of the parts that train."""
         check_lengths(self.args, tuple(self.specs.values()))
-        groups = [group for group in groups if self.is_target(group)]
+        every, groups = groups, [group for group in groups if self.is_target(group)]
         if self.args.has_convolutions and all(is_pointwise(group.layers[0]) for group in groups):
             raise UserError(
                 "--network_args conv_dim has no effect: no convolution trains",
                 code="conv-dim-without-convolution",
                 fix="remove conv_dim",
             )
-        for expression, _ in (*self.args.network_reg_dims, *self.args.network_reg_lrs):
-            if not any(expression.search(group.name) for group in groups):
-                raise UserError(
-                    f"--network_args: the expression {expression.pattern!r} matches no adapter name",
-                    code="network-arg-expression-unmatched",
-                )
+        self._check_patterns(every, groups)
         adapted = [group for group in groups if self.find_rank(group)]
         for name, kind in list_related(self.adapter_kind).items():
             kind.check(self.args.options[name], adapted)
@@ -90,6 +95,25 @@ class AdapterRanks:
         self._check_indices(groups)
         self._check_extra_targets(groups, specs)
         self._check_rank_kinds(groups)
+
+    def _check_patterns(self, every: Sequence[LayerGroup], adapted: Sequence[LayerGroup]) -> None:
+        """Every expression matches a layer: one that is adapted, or of all for those that say which are."""
+        args, names = self.args, [self.find_name(group) for group in every]
+        pairs = (*args.network_reg_dims, *args.network_reg_lrs, *args.network_reg_alphas)
+        unmatched = [each for each, _ in pairs if not any(self.matches_name(each, group) for group in adapted)]
+        for pattern in (*args.include_patterns, *args.exclude_patterns):
+            if not any(map(pattern.fullmatch, names)):
+                unmatched.append(pattern)
+        if unmatched:
+            raise UserError(
+                f"--network_args: the expression {unmatched[0].pattern!r} matches no layer that has an adapter",
+                code="network-arg-expression-unmatched",
+                fix=f"names of layers are, e.g. {', '.join(list(dict.fromkeys(names))[:2])}" if names else "",
+            )
+
+    def matches_name(self, expression: re.Pattern[str], group: LayerGroup) -> bool:
+        """Whether it is found in the layer's name in adapter files, or fits all of that with dots and no prefix."""
+        return bool(expression.search(group.name) or expression.fullmatch(self.find_name(group)))
 
     def _check_parts(self, specs: Sequence[PartSpec]) -> None:
         """Each argument must belong to a part that trains."""
@@ -179,12 +203,14 @@ class AdapterRanks:
         rank, alpha = self._choose_rank(group) if self.is_target(group) else (0, 0.0)
         if not rank:
             return None
+        for expression, own in self.args.network_reg_alphas:
+            alpha = own if self.matches_name(expression, group) else alpha
         return rank, (alpha or rank) * (math.sqrt(rank) if self.args.rank_stabilized else 1)
 
     def _choose_rank(self, group: LayerGroup) -> tuple[int, float]:
         """From the last expression that matches, else block selection, extra targets, kinds, blocks, the plain rank."""
         alpha = self.network.network_alpha
-        matching = [rank for expression, rank in self.args.network_reg_dims if expression.search(group.name)]
+        matching = [rank for expression, rank in self.args.network_reg_dims if self.matches_name(expression, group)]
         if matching:
             return matching[-1], alpha
         if not self._is_selected(group):
