@@ -140,13 +140,15 @@ def check_run_options(
 ) -> list[str]:
     """Optimizer, schedule, start, prompts, metadata, trackers and folders; gives notes about them."""
     from sfumato.memory.blocks import check_compiler
-    from sfumato.optim.check import check_optimizer
+    from sfumato.optim.check import check_fused_processes, check_optimizer
     from sfumato.track.trackers import check_trackers
 
     first = 0 if config.save.resume or not total_steps else requested_first_step(config, data) or 0
     steps = max(0, total_steps - first)
     saved_class = saved.tree["optimizer"]["class"] if saved else ""
     notes = check_optimizer(config.optim, steps, problems, learning_rates, saved_class=saved_class)
+    with problems.catch():
+        check_fused_processes(config.optim, data.processes)
     with problems.catch():
         if total_steps:
             check_first_step(config, data, total_steps)

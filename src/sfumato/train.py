@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sfumato.config import Config
 from sfumato.data.loader import Step
@@ -11,7 +12,7 @@ from sfumato.parallel.start import start_parallel
 from sfumato.training.follow import follow_step, settle
 from sfumato.training.interrupt import interruptible
 from sfumato.training.latents import load_latents, load_references
-from sfumato.training.outcomes import StepResult, judge_step
+from sfumato.training.outcomes import StepResult, Verdict, judge_step
 from sfumato.training.prefetch import prefetch
 from sfumato.training.previews import save_previews
 from sfumato.training.rescue import StateRescue
@@ -66,6 +67,7 @@ def train_step(run: Run, step: Step) -> StepResult:
     """
     run.method.before_step(step.index)
     run.optimizer.zero_grad(set_to_none=True)
+    run.optimization.lr_schedule.set(run.optimizer, step.index - run.start.schedule)
     total_loss = torch.zeros((), device=run.device)
     samples: list[SampleLosses] = []
     for micro_step, batch in enumerate(step.batches):
@@ -74,16 +76,26 @@ def train_step(run: Run, step: Step) -> StepResult:
             loss = training_loss(
                 run.context, load_references(run, batch), load_latents(run, batch), step.real_samples, samples
             )
+        run.start_backward(step.index, loss)
         run.scaler.scale(loss).backward()
         total_loss += loss.detach()
+    grad_norm, verdict = finish_step(run, step.index, total_loss)
+    measured = run.outcomes.check.measure()
+    run.scaler.update()
+    return StepResult(total_loss, grad_norm, samples, verdict, measured)
+
+
+def finish_step(run: Run, index: int, total_loss: Tensor) -> tuple[Tensor, Verdict]:
+    """Let the optimizer take the step with this index; gives the norm of all gradients, and what they were like."""
+    fused = run.optimization.fused
+    if fused is not None:  # it has stepped in backward
+        grad_norm = fused.finish()
+        return grad_norm, judge_step(total_loss, grad_norm, torch.ones_like(total_loss))
     run.parallel.read_facts(run.parallel.reduce(run.all_parameters, total_loss))
     run.scaler.unscale_(run.optimizer)
     grad_norm = run.parallel.total_norm(run.parameters)
     verdict = judge_step(total_loss, grad_norm, run.scaler.scale(torch.ones_like(total_loss)))
-    run.optimization.lr_schedule.set(run.optimizer, step.index - run.start.schedule)
     if run.config.optim.max_grad_norm > 0:
         run.parallel.clip(run.parameters, run.config.optim.max_grad_norm, grad_norm)
-    run.take_optimizer_step(step.index, verdict.finite)
-    measured = run.outcomes.check.measure()
-    run.scaler.update()
-    return StepResult(total_loss, grad_norm, samples, verdict, measured)
+    run.take_optimizer_step(index, verdict.finite)
+    return grad_norm, verdict

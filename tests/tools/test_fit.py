@@ -102,6 +102,8 @@ class TestMeasures:
             "previews one at a time 1",
             "trained weights in bfloat16 1",
             "EMA on the CPU 1",
+            "fused backward pass 1",
+            HOSTED[1],
         ]
 
 

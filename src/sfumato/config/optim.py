@@ -58,18 +58,17 @@ class OptimOptions(Options):
     lr_scheduler_type: str = option("", "schedule class: a name in torch.optim.lr_scheduler, or a dotted name")
     lr_scheduler_args: Arguments = option({}, "arguments of that class, or of a schedule that has some")
     fused_backward_pass: bool = option(
-        False, "step each parameter as soon as its gradient is ready", planned="the fused backward pass"
+        False, "step each parameter within backward once its gradient is there, which is freed at once"
     )
-
     fused_optimizer_groups: int | None = option(
-        None,
-        "number of optimizers that share the parameters, each stepping on its own",
-        planned="the fused backward pass",
-        ge=1,
+        None, "the same for parameters in this number of groups, each of which steps together", ge=1
     )
-    blockwise_fused_optimizers: bool = option(
-        False, "one optimizer per block, each stepping on its own", planned="the fused backward pass"
-    )
+    blockwise_fused_optimizers: bool = option(False, "the same for each block of a network that trains whole")
+
+    @property
+    def fuses_backward(self) -> bool:
+        """Whether the optimizer steps while backward runs."""
+        return self.fused_backward_pass or self.fused_optimizer_groups is not None or self.blockwise_fused_optimizers
 
     @property
     def optimizer(self) -> str:

@@ -30,6 +30,7 @@ COMPILE_OPTIONS = (
     *("compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph"),
     "compile_cache_size_limit",
 )
+FUSED_OPTIONS = ("fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers")
 EMA_OPTIONS = ("ema_decay", "ema_sigma_rel")
 EVALUATION_OPTIONS = ("sample_prompts", "validation_split", "dataset_config")  # a dataset file can set a split, too
 
@@ -62,6 +63,13 @@ def used_learning_rates(config: Config) -> Iterator[float]:
         yield optim.learning_rate if optim.unet_lr is None else optim.unet_lr
     if not network.network_train_unet_only:
         yield from optim.text_encoder_lr or (optim.learning_rate,)
+
+
+def trains_denoiser(config: Config) -> bool:
+    """Whether full training trains the denoiser, and not the text encoders alone."""
+    optim = config.optim
+    lrs = optim.block_lr or (optim.learning_rate if optim.unet_lr is None else optim.unet_lr,)
+    return config.run.method == "full" and any(lrs)
 
 
 def uses_plain_adafactor(config: Config) -> bool:
@@ -157,6 +165,40 @@ _CONFLICTS = (
         is_broken=lambda c: c.memory.use_sage_attn,
         what="--use_sage_attn computes attention in 8 bits and has no gradients, so nothing would train",
         fix="remove it; torch's scaled dot product attention is always used",
+    ),
+    OptionRule(
+        code="fused-backward-given-twice",
+        severity="conflict",
+        options=FUSED_OPTIONS,
+        is_broken=lambda c: sum(bool(c.value(name)) for name in FUSED_OPTIONS) > 1,
+        what="--fused_backward_pass, --fused_optimizer_groups and --blockwise_fused_optimizers exclude each other",
+        fix="keep one of them",
+    ),
+    OptionRule(
+        code="fused-backward-accumulation",
+        severity="conflict",
+        options=(*FUSED_OPTIONS, "gradient_accumulation_steps"),
+        is_broken=lambda c: c.optim.fuses_backward and c.loop.gradient_accumulation_steps > 1,
+        what="--gradient_accumulation_steps adds up gradients, which the fused backward pass does not keep",
+        fix="give a larger --train_batch_size instead, or remove one of them",
+    ),
+    OptionRule(
+        code="fused-backward-fp16",
+        severity="conflict",
+        options=(*FUSED_OPTIONS, "mixed_precision"),
+        is_broken=lambda c: c.optim.fuses_backward and c.memory.mixed_precision == "fp16",
+        what="--mixed_precision fp16 looks at all gradients before a step, and the fused backward pass steps with the "
+        "first",
+        fix="give --mixed_precision bf16",
+    ),
+    OptionRule(
+        code="full-training-swap-without-fused-backward",
+        severity="conflict",
+        options=("blocks_to_swap", *FUSED_OPTIONS),
+        is_broken=lambda c: c.memory.swapped_blocks > 0 and trains_denoiser(c) and not c.optim.fuses_backward,
+        what="--blocks_to_swap in full training: weights that left the device with their block cannot take a step "
+        "after backward",
+        fix="add --fused_backward_pass",
     ),
     OptionRule(
         code="full-bf16-without-bf16-precision",

@@ -195,6 +195,8 @@ class Part:
 
     def unload(self) -> None:
         """Give the weights back. What was attached to the module is lost, so never while it trains."""
+        for module in self.module.modules():
+            vars(module).pop("forward", None)  # what wraps a forward refers to the module: a cycle would keep both
         self._module = None
         self.is_loaded = False
 

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sfumato.config.memory import MemoryOptions
 from sfumato.errors import UserError
-from sfumato.formats.keymap import compile_pattern
-from sfumato.memory.offload import BlockOffload
+from sfumato.memory.offload import BlockOffload, find_blocks
 
 CPU = torch.device("cpu")
 INDUCTOR = "inductor"
@@ -57,9 +56,7 @@ def wrap_blocks(
     """
     if not (memory.compile or memory.gradient_checkpointing or hosted):
         return WrappedBlocks(blocks=())
-    expressions = [compile_pattern(pattern) for pattern in patterns]
-    modules = list(network.named_modules())
-    blocks = {path: block for path, block in modules if any(each.fullmatch(path) for each in expressions)}
+    blocks = find_blocks(network, patterns)
     if memory.compile:
         limit_graphs(memory, len(blocks))
     offload = BlockOffload(device) if hosted else None

@@ -37,9 +37,8 @@ def list_smaller_batches(config: Config) -> list[Values]:
 
 def list_more_hosted_blocks(config: Config) -> list[Values]:
     """More blocks than are in main memory already; the last level is all blocks of every published model."""
-    if config.run.method == "full":
-        return []
-    return [{"blocks_to_swap": count} for count in HOSTED_BLOCKS if count > config.memory.swapped_blocks]
+    fused = {"fused_backward_pass": True} if config.run.method == "full" and not config.optim.fuses_backward else {}
+    return [{"blocks_to_swap": count, **fused} for count in HOSTED_BLOCKS if count > config.memory.swapped_blocks]
 
 
 def offer(values: Values, when: Callable[[Config], bool]) -> Callable[[Config], Sequence[Values]]:
@@ -127,6 +126,15 @@ MEASURES.register("smaller batches")(
         time=0.05,
         cost="some speed; a step has as many images as before, by accumulation",
         list_levels=list_smaller_batches,
+    )
+)
+MEASURES.register("fused backward pass")(
+    MemoryMeasure(
+        time=0.05,
+        cost="each gradient is clipped by its own norm",
+        list_levels=offer(
+            {"fused_backward_pass": True}, when=lambda c: c.run.method == "full" and not c.optim.fuses_backward
+        ),
     )
 )
 MEASURES.register("blocks in main memory")(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -106,6 +107,7 @@ class BlockOffload:
         self._current: Visit | None = None
         self._last: Visit | None = None
         self._next: dict[Visit, Visit] = {}  # what came after each, the last time
+        self._copied_back = False  # whether the host may read weights too early
         self._in_backward = False  # whether `_finish` is to be called at the end of this backward
 
     def wrap(self, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,7 +118,8 @@ class BlockOffload:
         def forward_in_slot(*args: Any, **kwargs: Any) -> Any:
             visit = Visit(number, find_pass())
             self._bring(visit)
-            output = forward(*args, **kwargs)
+            with uncached_casts():
+                output = forward(*args, **kwargs)
             if visit.during != "backward":  # there its gradients are still to come
                 self._release()
             return output
@@ -206,12 +209,26 @@ class BlockOffload:
                 for tensor, each in zip(block.view(slot), block.tensors, strict=True):
                     if each.host.requires_grad:
                         each.host.copy_(tensor, non_blocking=True)
-            slot.ready = self.transfer.record_copied()
+            slot.ready, self._copied_back = self.transfer.record_copied(), True
 
     def _finish(self) -> None:
-        """At the end of a backward every weight is in main memory again."""
+        """At the end of a backward every weight is in main memory again, to be saved or averaged."""
         self._in_backward = False
         self._release()
+        if self._copied_back:
+            self._copied_back = False
+            self.transfer.wait_on_host()
+
+
+@contextmanager
+def uncached_casts() -> Iterator[None]:
+    """A context in which autocast keeps no copies: it would keep one of every weight that trains, on the device."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def find_pass() -> Pass:
@@ -221,16 +238,22 @@ def find_pass() -> Pass:
     return "forward" if torch.is_grad_enabled() else "inference"
 
 
+def find_blocks(network: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Path -> block, of those whose path matches a pattern."""
+    expressions = [compile_pattern(pattern) for pattern in patterns]
+    modules = network.named_modules()
+    return {path: module for path, module in modules if any(each.fullmatch(path) for each in expressions)}
+
+
 def choose_hosted_blocks(network: nn.Module, patterns: Sequence[str], units: int) -> tuple[str, ...]:
     """Paths of blocks, spread over the network, that together hold as many numbers as `units` of its largest one.
 
     All blocks where these are fewer; none for 0. Spread, so that a block is copied while others compute.
     """
-    expressions = [compile_pattern(pattern) for pattern in patterns]
-    sizes: dict[str, int] = {}
-    for path, module in network.named_modules():
-        if units and any(each.fullmatch(path) for each in expressions):
-            sizes[path] = sum(parameter.numel() for parameter in module.parameters())
+    if not units:
+        return ()
+    blocks = find_blocks(network, patterns)
+    sizes = {path: sum(parameter.numel() for parameter in block.parameters()) for path, block in blocks.items()}
     paths = tuple(sizes)
     wanted = units * max(sizes.values(), default=0)
     for count in range(1, len(paths)):

@@ -76,6 +76,12 @@ class Transfer:
         if event is not None:
             self.module.current_stream(self.device).wait_event(event)
 
+    def wait_on_host(self) -> None:
+        """Until everything that was launched in `beside` is done."""
+        event = self.record_copied()
+        if event is not None:
+            event.synchronize()
+
     def _record(self, find_stream: Callable[[], Any]) -> Any:
         if not self.module:
             return None

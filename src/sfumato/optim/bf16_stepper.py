@@ -30,6 +30,11 @@ def make_bf16_stepper(memory: MemoryOptions, optimizer: Optimizer, seed: int) ->
     return Bf16Stepper(optimizer, seed=seed, stochastic=memory.stochastic_rounding) if memory.full_bf16 else None
 
 
+def steps_each_parameter(optimizer: Optimizer) -> bool:
+    """Whether it is known to step each parameter on its own."""
+    return type(optimizer).__module__.partition(".")[0] in PER_PARAMETER_PACKAGES
+
+
 def keep_in_bfloat16(groups: Sequence[ParameterGroup]) -> None:
     """Cast the trained parameters, and so their gradients, to bfloat16; call before the optimizer is made."""
     for group in groups:
@@ -54,18 +59,23 @@ class Bf16Stepper:
     def __init__(self, optimizer: Optimizer, *, seed: int, stochastic: bool) -> None:
         self.optimizer, self.seed, self.stochastic = optimizer, seed, stochastic
         self.generators: dict[torch.device, Generator] = {}
-        self.per_parameter = type(optimizer).__module__.partition(".")[0] in PER_PARAMETER_PACKAGES
+        self.per_parameter = steps_each_parameter(optimizer)
+        members = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        self.numbers: dict[Tensor, int] = {parameter: number for number, parameter in enumerate(members)}
         for state in optimizer.state.values():  # some optimizers create it when they are made
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
                     state[name] = value.float()
+
+    def add_copies(self, copies: Mapping[Tensor, nn.Parameter]) -> None:
+        """Parameter -> what steps in its place; both are rounded alike."""
+        self.numbers |= {copy: self.numbers[parameter] for parameter, copy in copies.items()}
 
     @torch.no_grad()
     def step(self, step: int) -> None:
         """The optimizer step with this index; the rounding depends on the index and the seed alone."""
         groups = self.optimizer.param_groups
         members = [group["params"] for group in groups]
-        numbers = {parameter: number for number, parameter in enumerate(chain.from_iterable(members))}
         try:
             for chunk in self._chunks(members):
                 copies = {parameter: to_float32(parameter) for parameter in chain.from_iterable(chunk)}
@@ -74,7 +84,7 @@ class Bf16Stepper:
                 self._step(copies)
                 for parameter, values in copies.items():
                     if values is not parameter:
-                        parameter.copy_(self._round(values, step, numbers[parameter]))
+                        parameter.copy_(self._round(values, step, self.numbers[parameter]))
         finally:
             for group, parameters in zip(groups, members, strict=True):
                 group["params"] = parameters

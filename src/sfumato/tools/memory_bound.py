@@ -49,7 +49,8 @@ def count_trained_bytes(plan: ModelPlan) -> int:
     """Gradients, the optimizer's state, EMAs, and trained weights that are not the networks' own."""
     own = FLOAT32_BYTES if not plan.config.memory.full_bf16 else torch.bfloat16.itemsize
     added = 0 if plan.method.full_precision_parts(plan.blueprint) else own
-    return sum(part.parameters for part in plan.parts) * (own + added + sum(count_kept_bytes(plan.config)))
+    gradient = 0 if plan.config.optim.fuses_backward else own
+    return sum(part.parameters for part in plan.parts) * (gradient + added + sum(count_kept_bytes(plan.config)))
 
 
 def count_kept_bytes(config: Config) -> Iterator[int]:

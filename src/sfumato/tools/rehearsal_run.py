@@ -33,9 +33,9 @@ def make_staged_run(plan: RunPlan, recorder: StageRecorder) -> Run:
     with recorder.caching_stages():
         loader = make_loader(plan, model, parallel, prompts=prompts)
     with recorder.stage("loading"):
-        groups = load_networks(plan, model, parallel, cached=loader.cached_networks)
+        networks = load_networks(plan, model, parallel, cached=loader.cached_networks)
         recorder.add_trained(plan.method)
-    optimization = set_up_optimizer(plan, groups, start, state, device)
+    optimization = set_up_optimizer(plan, networks, start, state, device)
     recorder.optimizer = optimization.optimizer
     context = make_loss_context(plan, prompts.text, optimization.uncertainty)
     no_hashes: Future[dict[str, str]] = Future()

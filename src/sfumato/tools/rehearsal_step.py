@@ -39,6 +39,9 @@ def take_step(run: Run, index: int, stage: AbstractContextManager[None]) -> None
 
 def make_optimizer_state(run: Run) -> None:
     """Let the optimizer make its state, which from the second step on is there during forward and backward."""
+    if run.optimization.fused is not None:
+        run.optimization.fused.make_state()
+        return
     for parameter in run.all_parameters:
         parameter.grad = torch.zeros_like(parameter)
     run.scaler.scale(torch.zeros((), device=run.device))  # makes its state, too

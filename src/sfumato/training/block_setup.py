@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
+from torch.optim import Optimizer
 
-from sfumato.config import MemoryOptions
+from sfumato.config import MemoryOptions, OptimOptions
 from sfumato.families.base import Family
 from sfumato.families.part import Part, WeightChange
 from sfumato.memory.blocks import WrappedBlocks, wrap_blocks
-from sfumato.memory.offload import choose_hosted_blocks
+from sfumato.memory.fused_backward import FusedBackward, divide
+from sfumato.memory.offload import BlockOffload, choose_hosted_blocks, find_blocks
 from sfumato.methods.model_plan import ModelPlan
+from sfumato.optim.bf16_stepper import Bf16Stepper
+from sfumato.optim.groups import ParameterGroup
 from sfumato.plan import RunPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedNetworks:
+    """What a run trains, and the blocks of the networks that its steps run."""
+
+    groups: Sequence[ParameterGroup]
+    blocks: Sequence[nn.Module]
+    offload: BlockOffload | None  # of the blocks in main memory
 
 
 def choose_hosted_parts(plan: RunPlan | ModelPlan, model: Family) -> None:
@@ -41,3 +56,49 @@ def wrap_for_caching(part: Part, module: nn.Module) -> None:
 def wrap_part(part: Part, memory: MemoryOptions) -> WrappedBlocks:
     """Wrap a loaded network's blocks, as the options say and where they are."""
     return wrap_blocks(part.module, part.spec.blocks, memory, device=part.device, hosted=part.hosted_blocks)
+
+
+def prepare_blocks(parts: Sequence[Part], groups: Sequence[ParameterGroup], memory: MemoryOptions) -> PreparedNetworks:
+    """Wrap the blocks of networks that are loaded and prepared by the method."""
+    blocks: list[nn.Module] = []
+    offload = None
+    for part in parts:
+        wrapped = wrap_part(part, memory)
+        blocks += find_blocks(part.module, part.spec.blocks).values()
+        offload = wrapped.offload or offload
+    return PreparedNetworks(groups=groups, blocks=blocks, offload=offload)
+
+
+def make_fused_backward(
+    optim: OptimOptions, optimizer: Optimizer, networks: PreparedNetworks, stepper: Bf16Stepper | None
+) -> FusedBackward | None:
+    """None where the optimizer steps after backward."""
+    if not optim.fuses_backward:
+        return None
+    return FusedBackward(
+        optimizer,
+        list(list_step_buckets(optim, optimizer, networks)),
+        stepper=stepper,
+        offload=networks.offload,
+        max_norm=optim.max_grad_norm,
+    )
+
+
+def list_step_buckets(
+    optim: OptimOptions, optimizer: Optimizer, networks: PreparedNetworks
+) -> Iterator[Sequence[nn.Parameter]]:
+    """Parameters that step together. Those in main memory step alone, while their block is on the device."""
+    hosted = {} if networks.offload is None else networks.offload.stand_ins
+    parameters: list[nn.Parameter] = [each for group in optimizer.param_groups for each in group["params"]]
+    yield from ([parameter] for parameter in parameters if parameter in hosted)
+    others = [parameter for parameter in parameters if parameter not in hosted]
+    if optim.fused_optimizer_groups is not None:
+        yield from divide(others, optim.fused_optimizer_groups)
+        return
+    left = dict.fromkeys(others)
+    for block in networks.blocks if optim.blockwise_fused_optimizers else ():
+        own = [parameter for parameter in block.parameters() if parameter in left]
+        for parameter in own:
+            del left[parameter]
+        yield from [own] if own else []
+    yield from ([parameter] for parameter in left)

@@ -39,7 +39,9 @@ def look_at(run: Run, outcome: Outcome) -> None:
     guard = run.outcomes.guard
     guard.count(sound=outcome.sound)
     if not outcome.sound:
-        guard.report_skip(outcome.step.index + 1, diagnose_nonfinite(run, outcome.step))
+        guard.report_skip(
+            outcome.step.index + 1, diagnose_nonfinite(run, outcome.step), fused=run.optimization.fused is not None
+        )
     if guard.exhausted:
         raise guard.error(state_folder(run, run.step))
     if outcome.finite:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 
@@ -16,10 +16,9 @@ from sfumato.memory.host import keep_freed_memory
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.model_plan import ModelPlan
 from sfumato.optim.bf16_stepper import keep_in_bfloat16
-from sfumato.optim.groups import ParameterGroup
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
-from sfumato.training.block_setup import choose_hosted_parts, wrap_part
+from sfumato.training.block_setup import PreparedNetworks, choose_hosted_parts, prepare_blocks
 
 
 def open_model(plan: RunPlan, device: torch.device) -> Family:
@@ -44,7 +43,7 @@ def make_model(plan: RunPlan | ModelPlan, device: torch.device) -> Family:
 
 def load_networks(
     plan: RunPlan, model: Family, parallel: ParallelStrategy, *, cached: Collection[str]
-) -> Sequence[ParameterGroup]:
+) -> PreparedNetworks:
     """Load the networks that the steps run, all but the `cached` ones, and let the method prepare them: what trains."""
     config = plan.config
     needed = {name: part for name, part in model.parts.items() if name not in cached}
@@ -55,8 +54,7 @@ def load_networks(
         keep_in_bfloat16(groups)
     for name, part in needed.items():
         parallel.prepare(name, part.module)
-        wrap_part(part, config.memory)
-    return groups
+    return prepare_blocks(list(needed.values()), groups, config.memory)
 
 
 def make_loss_context(plan: RunPlan, text: FrozenTextEncoders, uncertainty: Uncertainty | None) -> LossContext:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from sfumato.errors import UserError
 
 log = logging.getLogger(__name__)
+HOST_SAMPLE = 4096  # values of a parameter in main memory
 PATIENCE = 10  # steps with a learning rate above 0 within which a group must have changed
 
 
@@ -30,9 +31,13 @@ class NonfiniteGuard:
     def count(self, *, sound: bool) -> None:
         self.skipped = 0 if sound else self.skipped + 1
 
-    def report_skip(self, step: int, reason: str) -> None:
+    def report_skip(self, step: int, reason: str, *, fused: bool = False) -> None:
+        """fused: whether the optimizer steps in backward, so that other weights have taken the step."""
         self.reason = reason
-        log.warning("step %d skipped: %s; weights unchanged", step, reason)
+        if fused:
+            log.warning("step %d: %s; weights with such gradients skipped it", step, reason)
+        else:
+            log.warning("step %d skipped: %s; weights unchanged", step, reason)
 
     @property
     def exhausted(self) -> bool:
@@ -87,8 +92,8 @@ class TrainingCheck:
         return {name: self._measure_group(name, group) for name, group in self.pending.items() if group["lr"] != 0}
 
     def _measure_group(self, name: str, group: Mapping[str, Any]) -> Tensor:
-        gradients = [p.grad.any() for p in group["params"] if p.grad is not None]
         changed = (compute_checksum(group["params"]) != self.sums[name]).any()
+        gradients = [p.grad.any().to(changed.device, non_blocking=True) for p in group["params"] if p.grad is not None]
         has_gradient = torch.stack(gradients).any() if gradients else torch.zeros_like(changed)
         return torch.stack([has_gradient, changed])
 
@@ -122,8 +127,13 @@ class TrainingCheck:
 
 @torch.no_grad()
 def compute_checksum(parameters: Sequence[Tensor]) -> Tensor:
-    """(2,) the sums of the values and of their squares: hardly any change leaves both the same."""
-    return torch.stack([torch.stack([(p.double() ** power).sum() for p in parameters]).sum() for power in (1, 2)])
+    """(2,) the sums of the values and of their squares: hardly any change leaves both the same.
+
+    Of parameters in main memory, where others are on a device, the first values stand for all.
+    """
+    device = next((p.device for p in parameters if p.device.type != "cpu"), torch.device("cpu"))
+    values = [p if p.device == device else p.flatten()[:HOST_SAMPLE].to(device, non_blocking=True) for p in parameters]
+    return torch.stack([torch.stack([(v.double() ** power).sum() for v in values]).sum() for power in (1, 2)])
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from sfumato.config import Config
 from sfumato.diffusion.uncertainty import UNCERTAINTY_GROUP, Uncertainty, make_uncertainty
+from sfumato.memory.fused_backward import FusedBackward
 from sfumato.optim.bf16_stepper import Bf16Stepper, make_bf16_stepper
 from sfumato.optim.ema import EmaSet
 from sfumato.optim.groups import ParameterGroup
@@ -21,6 +22,7 @@ from sfumato.optim.lr_schedule import LrSchedule, make_lr_schedule
 from sfumato.optim.optimizers import make_optimizer
 from sfumato.optim.skipping import step_where
 from sfumato.plan import RunPlan
+from sfumato.training.block_setup import PreparedNetworks, make_fused_backward
 from sfumato.training.run_state import WEIGHTS, OptimizerState, RunState, ScalerState, UncertaintyState
 from sfumato.training.start_point import StartPoint
 
@@ -38,6 +40,7 @@ class OptimizerSetup:
     parameters: list[nn.Parameter]  # of the method
     uncertainty: Uncertainty | None  # learned weights of the loss
     ema: EmaSet
+    fused: FusedBackward | None  # where it steps while backward runs
 
     def take_step(self, step: int, taken: Tensor) -> None:
         """The optimizer step with this index, where `taken`, 0-d bool on the device, holds."""
@@ -46,10 +49,10 @@ class OptimizerSetup:
 
 
 def set_up_optimizer(
-    plan: RunPlan, groups: Sequence[ParameterGroup], start: StartPoint, state: RunState, device: torch.device
+    plan: RunPlan, networks: PreparedNetworks, start: StartPoint, state: RunState, device: torch.device
 ) -> OptimizerSetup:
     """Make everything and add it to the state; a resumed run goes on with what was saved."""
-    config = plan.config
+    config, groups = plan.config, networks.groups
     state.add(WEIGHTS, plan.method)
     uncertainty = make_uncertainty(config.loss, plan.seed, device)
     state.add("uncertainty", UncertaintyState(uncertainty))
@@ -60,11 +63,13 @@ def set_up_optimizer(
     state.add("lr_schedule", lr_schedule)
     state.add("scaler", ScalerState(scaler))
     parameters = [parameter for group in groups for parameter in group.parameters]
+    stepper = make_bf16_stepper(config.memory, optimizer, plan.seed)
     return OptimizerSetup(
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         scaler=scaler,
-        bf16_stepper=make_bf16_stepper(config.memory, optimizer, plan.seed),
+        bf16_stepper=stepper,
+        fused=make_fused_backward(config.optim, optimizer, networks, stepper),
         parameters=parameters,
         uncertainty=uncertainty,
         ema=state.add("ema", EmaSet(config.ema, parameters)),

@@ -106,6 +106,12 @@ class Run:
         dtype = self.context.mixed_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
+    def start_backward(self, step: int, loss: Tensor) -> None:
+        """Where the optimizer steps in backward, a step has begun that is complete only after it."""
+        if self.optimization.fused is not None:
+            self.mid_step = True
+            self.optimization.fused.start(step, loss)
+
     def take_optimizer_step(self, step: int, taken: Tensor) -> None:
         """The optimizer's own step, where `taken`, 0-d bool on the device, holds."""
         self.mid_step = True

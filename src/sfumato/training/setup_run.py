@@ -38,8 +38,8 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
         model = open_model(plan, parallel.device)
         prompts = read_preview_prompts(plan, model)
         loader = make_loader(plan, model, parallel, prompts=prompts, first_step=start.data)
-        groups = load_networks(plan, model, parallel, cached=loader.cached_networks)
-        optimization = set_up_optimizer(plan, groups, start, state, parallel.device)
+        networks = load_networks(plan, model, parallel, cached=loader.cached_networks)
+        optimization = set_up_optimizer(plan, networks, start, state, parallel.device)
         context = make_loss_context(plan, prompts.text, optimization.uncertainty)
         metrics = reporting.make_metrics_logger(
             plan, start.step, warnings, is_main=parallel.is_main, devices=parallel.devices
