@@ -26,6 +26,8 @@ SIZES = [6, 3, 9, 6, 4]  # the blocks' inner width
 class Block(nn.Module):
     """Two layers, of which the second is used twice; a keyword argument, nested outputs."""
 
+    gain: Tensor
+
     def __init__(self, inner: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(4, inner), nn.Linear(inner, 4)
