@@ -65,7 +65,7 @@ def test_find_script(name):
     ("name", "code", "words"),
     [
         ("hunyuan_image_train_network", "script-not-implemented", "available: train_network"),
-        ("sd3_train.py", "script-not-implemented", "sd3_train is not implemented yet"),
+        ("anima_train.py", "script-not-implemented", "anima_train is not implemented yet"),
         ("train_controlnet", "script-not-implemented", "train_control_net is not implemented yet"),
         ("train_textual_inversion_XTI", "script-retired", "train_textual_inversion takes its place"),
         ("train_netwrk", "script-unknown", "did you mean 'train_network'?"),

@@ -58,6 +58,10 @@ CASES = {
         "--method textual_inversion --token_string zwx --text_encoder_lr 1e-3",
         "--method textual_inversion --token_string zwx --embedding_lr 1e-3",
     ),
+    "t5-without-text-encoders": (
+        "--method full --train_t5xxl",
+        "--method full --train_t5xxl --train_text_encoder",
+    ),
     "captions-without-padding": ("--method full --no_token_padding", "--method full"),
     "sage-attention-without-gradients": ("--use_sage_attn", "--use_flash_attn"),
     "initial-step-takes-precedence": ("--initial_epoch 2 --initial_step 30", "--initial_step 30"),

@@ -77,8 +77,10 @@ def test_scripts_of_both_kinds_mean_the_same():
 
 
 def alike(full, network) -> bool:
-    by_script = network["by script"].values() if isinstance(network, dict) else [network]
-    return full in by_script
+    fulls, networks = (
+        set(given["by script"].values()) if isinstance(given, dict) else {given} for given in (full, network)
+    )
+    return fulls <= networks
 
 
 def choices(given) -> set[str]:

@@ -151,7 +151,11 @@ def test_text_encoders_in_files_of_their_own_cannot_train(toy_shelf: ToyShelf, i
     ("options", "code", "detail"),
     [
         ({"learning_rate": 0}, "learning-rates-all-zero", ""),
-        ({"train_text_encoder": True, "learning_rate_te2": "1e-5"}, "second-text-encoder-missing", "learning_rate_te2"),
+        (
+            {"train_text_encoder": True, "learning_rate_te2": "1e-5"},
+            "numbered-text-encoder-missing",
+            "learning_rate_te2",
+        ),
         ({"train_text_encoder": True, "cache_text_encoder_outputs": True}, "text-cache-of-trained-encoders", ""),
         ({"block_lr": "1e-5,0"}, "block-lr-wrong-length", "2 values, this model needs 25"),
     ],
@@ -239,3 +243,35 @@ def test_two_processes_train_what_one_does(sd: Toy, images: Path, tmp_path: Path
     assert max(float((ours[name] - old).abs().max()) for name, old in before(sd).items()) > 1e-4
     pairs = zip(read_metrics(alone), read_metrics(tmp_path / "both"), strict=True)
     assert all(abs(one["loss/current"] - two["loss/current"]) < 1e-4 for one, two in pairs)
+
+
+@pytest.mark.full
+def test_three_text_encoders_have_their_own_learning_rates(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
+    """T5 trains where that is asked for; the last blocks of the transformer may stay as they are."""
+    given = {"train_text_encoder": True, "max_train_steps": 1, "num_last_block_to_freeze": 1}
+    given |= {"learning_rate_te1": "1e-5", "learning_rate_te2": "2e-5", "learning_rate_te3": "3e-5"}
+    toy = toy_shelf.paths("sd3")
+    output = full(toy, images, tmp_path, train_t5xxl=True, **given)
+    (row,) = read_metrics(output)
+    assert {name: rate for name, rate in row.items() if name.startswith("lr/")} == {
+        "lr/denoiser": 1e-4, "lr/clip_l": 1e-5, "lr/clip_g": 2e-5, "lr/t5": 3e-5,
+    }  # fmt: skip
+    moved = changed(before(toy), read_weights(output))
+    blocks = {name.split(".")[3] for name in before(toy) if ".joint_blocks." in name}
+    last = f"model.diffusion_model.joint_blocks.{len(blocks) - 1}."
+    assert not [name for name in moved if name.startswith(last)]
+    assert {f"text_encoders.{name}." for name in ("clip_l", "clip_g", "t5xxl")} == {
+        ".".join(name.split(".")[:2]) + "." for name in moved if name.startswith("text_encoders.")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "code"), [("sd3", 99, "last-blocks-too-many"), ("sd", 1, "last-blocks-not-in-a-row")]
+)
+def test_last_blocks_that_are_not_there(
+    family: str, count: int, code: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
+) -> None:
+    argv = make_command(toy_shelf.paths(family), images, tmp_path, num_last_block_to_freeze=count)
+    with pytest.raises(UserError) as error:
+        make_run_plan(load_config(argv), processes=1)
+    assert error.value.code == code

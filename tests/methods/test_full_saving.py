@@ -187,3 +187,14 @@ def test_a_disk_without_space_is_an_error_before_the_first_step(
         full(sd, images, tmp_path, **options)
     free(2 * needed)
     full(sd, images, tmp_path, **options)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux", "chroma", "sd3", "lumina"])
+def test_a_file_has_the_keys_and_dtypes_of_its_source(
+    family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
+) -> None:
+    toy = toy_shelf.paths(family)
+    old, new = before(toy), read_weights(full(toy, images, tmp_path, max_train_steps=1))
+    assert {name: (t.dtype, t.shape) for name, t in new.items()} == {k: (t.dtype, t.shape) for k, t in old.items()}
+    assert changed(old, new)

@@ -24,7 +24,16 @@ from toy_runs import read_metrics
 from wild.layout import fill, make_home, write
 
 WILD = Path(__file__).parent
-KINDS = ("colab", "easy_training", "fluxgym", "kohya_ss", "lora_scripts", "sd_scripts", "textual_inversion")
+KINDS = (
+    "colab",
+    "easy_training",
+    "fluxgym",
+    "kohya_ss",
+    "lora_scripts",
+    "sd_scripts",
+    "textual_inversion",
+    "whole_models",
+)
 DATASET = ".dataset.toml"
 TRAINED = (  # three of each kind
     "colab/train_network.standard.toml",
@@ -48,6 +57,9 @@ TRAINED = (  # three of each kind
     "textual_inversion/dreambooth.sh",
     "textual_inversion/sdxl_train_textual_inversion.window.toml",
     "textual_inversion/style_template.sh",
+    "whole_models/sd3_text_encoders.sh",
+    "whole_models/lumina_train.saved.toml",
+    "whole_models/lumina_command.sh",
 )
 SMALL = (  # what makes any of them a run of two steps, whatever it says itself
     *("--max_train_steps", "2", "--mixed_precision", "no", "--no_full_bf16", "--save_precision", "float"),

@@ -49,6 +49,7 @@ FLUX_DEFAULTS = {
     "model_prediction_type": "sigma_scaled",
     "discrete_flow_shift": 3.0,
 }
+LUMINA_DEFAULTS = {"timestep_sampling": "shift", "model_prediction_type": "raw", "discrete_flow_shift": 6.0}
 SCRIPTS = {
     script.name: script
     for script in (
@@ -83,7 +84,7 @@ SCRIPTS = {
             family="lumina",
             method="adapter",
             description="Trains an adapter for Lumina-Image 2.0.",
-            defaults={"timestep_sampling": "shift", "model_prediction_type": "raw", "discrete_flow_shift": 6.0},
+            defaults=LUMINA_DEFAULTS,
         ),
         Script(
             name="fine_tune",
@@ -110,6 +111,20 @@ SCRIPTS = {
             method="full",
             description="Trains the whole transformer of FLUX.1 (experimental).",
             defaults=FLUX_DEFAULTS,
+        ),
+        Script(
+            name="sd3_train",
+            family="sd3",
+            method="full",
+            description="Trains the whole transformer of Stable Diffusion 3 and 3.5 (experimental).",
+            defaults={"t5xxl_max_token_length": 256},
+        ),
+        Script(
+            name="lumina_train",
+            family="lumina",
+            method="full",
+            description="Trains the whole transformer of Lumina-Image 2.0.",
+            defaults=LUMINA_DEFAULTS,
         ),
         Script(
             name="train_textual_inversion",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from sfumato.config.embedding import EmbeddingOptions
 from sfumato.config.network import FullOptions, NetworkOptions
+from sfumato.config.network_rules import TEXT_ENCODER_LRS
 from sfumato.config.option_rule import OptionRule
 from sfumato.config.schema import Config
 
 METHODS_WITH_WORDS = ("adapter", "textual_inversion")
-OTHER_LRS = ("unet_lr", "text_encoder_lr", "learning_rate_te", "learning_rate_te1", "learning_rate_te2", "block_lr")
+OTHER_LRS = ("unet_lr", "text_encoder_lr", "block_lr", *TEXT_ENCODER_LRS)
 
 
 def is_inversion(config: Config) -> bool:

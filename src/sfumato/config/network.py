@@ -54,6 +54,13 @@ class FullOptions(Options):
     stop_text_encoder_training: int | None = option(
         None, "step after which the text encoders are frozen; -1 never trains them", ge=-1
     )
+    train_t5xxl: bool = option(False, "train T5-XXL, too, with --train_text_encoder")
+    use_t5xxl_cache_only: bool = option(
+        False,
+        "cache the outputs of T5-XXL alone",
+        no_effect="--cache_text_encoder_outputs caches those of every encoder that does not train",
+    )
+    num_last_block_to_freeze: int | None = option(None, "number of the denoiser's last blocks that do not train", ge=1)
     no_token_padding: bool = option(False, "do not pad captions; refused, because images are generated with padding")
 
     @property

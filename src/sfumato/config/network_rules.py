@@ -6,7 +6,7 @@ from sfumato.config.network import FullOptions, NetworkOptions
 from sfumato.config.option_rule import OptionRule
 from sfumato.config.schema import Config
 
-TEXT_ENCODER_LRS = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+TEXT_ENCODER_LRS = ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3")
 TEXT_ENCODER_OPTIONS = (*TEXT_ENCODER_LRS, "text_encoder_lr", "stop_text_encoder_training")
 DIFFUSERS_FORMATS = ("diffusers", "diffusers_safetensors")
 
@@ -86,6 +86,14 @@ _CONFLICTS = (
         ),
         what="--block_lr sets the denoiser's learning rates, but --unet_lr or --learning_rate 0 sets another one",
         fix="give one of them",
+    ),
+    OptionRule(
+        code="t5-without-text-encoders",
+        severity="conflict",
+        options=("train_t5xxl", "train_text_encoder"),
+        is_broken=lambda c: is_full(c) and c.full.train_t5xxl and not c.full.train_text_encoder,
+        what="--train_t5xxl trains T5-XXL beside the other text encoders, which do not train",
+        fix="give --train_text_encoder, too",
     ),
     OptionRule(
         code="captions-without-padding",

@@ -16,6 +16,7 @@ LEARNING_RATES = (
     "learning_rate_te",
     "learning_rate_te1",
     "learning_rate_te2",
+    "learning_rate_te3",
     "block_lr",
 )
 WAVE_SCHEDULES = ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay")
@@ -55,7 +56,7 @@ def used_learning_rates(config: Config) -> Iterator[float]:
     if config.run.method == "full":
         yield from optim.block_lr or (optim.learning_rate if optim.unet_lr is None else optim.unet_lr,)
         if config.full.trains_text:
-            own = (optim.learning_rate_te, optim.learning_rate_te1, optim.learning_rate_te2)
+            own = (optim.learning_rate_te, optim.learning_rate_te1, optim.learning_rate_te2, optim.learning_rate_te3)
             given = [*(optim.text_encoder_lr or ()), *(lr for lr in own if lr is not None)]
             yield from given or [optim.learning_rate]
         return

@@ -161,7 +161,8 @@ class FullMethod:
 
     def metadata(self) -> Mapping[str, Any]:
         names = ("train_text_encoder", "stop_text_encoder_training", "unet_lr", "text_encoder_lr", "block_lr")
-        names += ("learning_rate_te", "learning_rate_te1", "learning_rate_te2")
+        names += ("learning_rate_te", "learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "train_t5xxl")
+        names += ("num_last_block_to_freeze",)
         return {f"ss_{name}": self.config.value(name) for name in names if self.config.is_changed(name)}
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
