@@ -56,9 +56,16 @@ def test_the_table_names_every_script():
     assert set(load_script_options()) == {"every script", *THEIR_OPTIONS, *SCRIPTS}
 
 
-@pytest.mark.parametrize("name", ["train_network", "train_network.py"])
-def test_find_script(name):
-    assert find_script(name) is SCRIPTS["train_network"]
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("train_network", "train_network"),
+        ("train_network.py", "train_network"),
+        ("train_controlnet.py", "train_control_net"),
+    ],
+)
+def test_find_script(name, script):
+    assert find_script(name) is SCRIPTS[script]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,7 @@ def test_find_script(name):
     [
         ("hunyuan_image_train_network", "script-not-implemented", "available: train_network"),
         ("anima_train.py", "script-not-implemented", "anima_train is not implemented yet"),
-        ("train_controlnet", "script-not-implemented", "train_control_net is not implemented yet"),
+        ("sdxl_train_control_net_lllite", "script-not-implemented", "is not implemented yet"),
         ("train_textual_inversion_XTI", "script-retired", "train_textual_inversion takes its place"),
         ("train_netwrk", "script-unknown", "did you mean 'train_network'?"),
     ],

@@ -24,6 +24,16 @@ CASES = {
     "base-weights-multiplier-count": ("--base_weights FILE --base_weights_multiplier 1 2", "--base_weights FILE FILE"),
     "adapter-options-in-full-training": ("--method full --network_dim 4", "--method full"),
     "full-options-in-adapter-training": ("--block_lr 1e-5,0", "--method full --block_lr 1e-5,0"),
+    "control-net-options-unused": ("--control_net_lr 1e-5", "--method control_net --control_net_lr 1e-5"),
+    "learning-rate-before-control-net-lr": (
+        "--method control_net --control_net_lr 1e-5 --learning_rate 1e-4",
+        "--method control_net --learning_rate 1e-4",
+    ),
+    "other-lr-in-control-net-training": ("--method control_net --unet_lr 1e-4", "--unet_lr 1e-4"),
+    "masked-loss-of-control-images": (
+        "--method control_net --masked_loss",
+        "--method control_net --masked_loss --alpha_mask",
+    ),
     "text-encoder-lr-twice": (
         "--method full --train_text_encoder --text_encoder_lr 1e-5 --learning_rate_te 1e-5",
         "--method full --train_text_encoder --learning_rate_te1 1e-5 --learning_rate_te 1e-6",

@@ -11,9 +11,11 @@ from sfumato.common.names import OPTION_ALIASES
 from sfumato.config.schema import THEMES, Config, vocabulary
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-KINDS = ("inversion", "full", "network")
-INVERSION, FULL, NETWORK = (json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in KINDS)
-THEIR_OPTIONS = INVERSION | FULL | NETWORK  # where both have an option, they agree but for what stands below
+KINDS = ("control_net", "inversion", "full", "network")
+CONTROL, INVERSION, FULL, NETWORK = (
+    json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in KINDS
+)
+THEIR_OPTIONS = CONTROL | INVERSION | FULL | NETWORK  # where both have an option, they agree but for what stands below
 OURS = {
     "skip_image_resolution", "train_inpainting",
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
@@ -32,7 +34,9 @@ OURS = {
 OTHER_DEFAULTS = {
     "output_name": "last", "text_encoder_lr": None, "save_model_as": None, "model_type": None, "guidance_scale": None,
 }  # fmt: skip
-BY_SCRIPT = {"t5xxl_max_token_length", "timestep_sampling", "model_prediction_type", "discrete_flow_shift"}
+BY_SCRIPT = {"t5xxl_max_token_length", "timestep_sampling", "model_prediction_type", "discrete_flow_shift"} | {
+    "control_net_lr"
+}
 SEVERAL_HERE = {"token_string", "init_word", "num_vectors_per_token", "weights"}  # lists, where they take one value
 MORE_CHOICES = {
     "resize_interpolation": {"box"}, "save_model_as": {"diffusers", "diffusers_safetensors"},

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sfumato.config import Config
 
 GENERATION_SKIPS = (  # rules
-    "data-missing", "output-missing", "sample-prompts-unused", "sample-prompts-missing",
+    "data-missing", "output-missing", "sample-prompts-unused", "sample-prompts-missing", "control-net-options-unused",
 )  # fmt: skip
 ALIASES = {"ckpt": "pretrained_model_name_or_path", "from_file": "sample_prompts", "sampler": "sample_sampler"}
 HIGHLIGHTS = (

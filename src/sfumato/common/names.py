@@ -128,7 +128,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "finetune/prepare_buckets_latents",
     "finetune/tag_images_by_wd14_tagger",
     "flux_minimal_inference",
-    "flux_train_control_net",
     "gen_img",
     "hunyuan_image_minimal_inference",
     "hunyuan_image_train_network",
@@ -144,7 +143,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "sd3_minimal_inference",
     "sdxl_gen_img",
     "sdxl_minimal_inference",
-    "sdxl_train_control_net",
     "sdxl_train_control_net_lllite",
     "tools/canny",
     "tools/convert_diffusers20_original_sd",
@@ -155,7 +153,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "tools/merge_sd3_safetensors",
     "tools/resize_images_to_resolution",
     "tools/show_metadata",
-    "train_control_net",
 )
 
 RETIRED_SCRIPTS = {  # out of use: what to use instead, once it is there

@@ -18,6 +18,8 @@ from sfumato.errors import UserError
 SHARED_OPTIONS = frozenset(
     {"validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"}
     | {"masked_loss", "conditioning_data_dir"}
+    | {f"metadata_{name}" for name in ("author", "description", "is_negative_embedding", "license", "merged_from")}
+    | {f"metadata_{name}" for name in ("preprocessor", "tags", "thumbnail", "title", "trigger_phrase", "usage_hint")}
 )
 
 
@@ -139,6 +141,26 @@ SCRIPTS = {
             method="textual_inversion",
             description="Trains the vectors of new words for Stable Diffusion XL.",
             defaults={"save_model_as": "pt"},
+        ),
+        Script(
+            name="train_control_net",
+            family="sd",
+            method="control_net",
+            description="Trains a ControlNet for Stable Diffusion 1 and 2.",
+        ),
+        Script(
+            name="sdxl_train_control_net",
+            family="sdxl",
+            method="control_net",
+            description="Trains a ControlNet for Stable Diffusion XL.",
+            defaults={"control_net_lr": 1e-4},
+        ),
+        Script(
+            name="flux_train_control_net",
+            family="flux",
+            method="control_net",
+            description="Trains a ControlNet for FLUX.1 (experimental).",
+            defaults=FLUX_DEFAULTS,
         ),
     )
 }

@@ -47,6 +47,7 @@ SCRIPT_GROUPS = {
     "adapter": "adapter scripts",
     "full": "whole-model scripts",
     "textual_inversion": "textual inversion scripts",
+    "control_net": "ControlNet scripts",
 }
 OPTION_COLUMNS = """| Option | Takes | Default | Status | Scripts | Meaning |
 |---|---|---|---|---|---|"""

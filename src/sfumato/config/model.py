@@ -46,7 +46,9 @@ class ModelOptions(Options):
     gemma2: ModelPath | None = option(None, "Gemma 2 text encoder", path="encoder")
     ae: ModelPath | None = option(None, "autoencoder file", path="encoder")
     controlnet_model_name_or_path: ModelPath | None = option(
-        None, "ControlNet to start from", path="model", planned="ControlNet training"
+        None,
+        "ControlNet to start from, or to generate with: a file, a folder of diffusers or a name on the hub",
+        path="model",
     )
     t5xxl_max_token_length: int | None = option(
         None, "maximum caption length in tokens of T5-XXL; default: the model's limit", ge=1

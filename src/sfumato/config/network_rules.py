@@ -15,6 +15,10 @@ def is_full(config: Config) -> bool:
     return config.run.method == "full"
 
 
+def trains_control_net(config: Config) -> bool:
+    return config.run.method == "control_net"
+
+
 _CONFLICTS = (
     OptionRule(
         code="train-only-conflict",
@@ -56,17 +60,17 @@ _CONFLICTS = (
         code="adapter-as-folder",
         severity="conflict",
         options=("save_model_as", "method"),
-        is_broken=lambda c: not is_full(c) and c.save.save_model_as in DIFFUSERS_FORMATS,
-        what="--save_model_as diffusers saves a whole model as a folder, but none is trained",
+        is_broken=lambda c: not is_full(c) and not trains_control_net(c) and c.save.save_model_as in DIFFUSERS_FORMATS,
+        what="--save_model_as diffusers saves a network as a folder, but none is trained",
         fix="give --save_model_as safetensors",
     ),
     OptionRule(
         code="adapter-options-in-full-training",
         severity="conflict",
         options=("method", *NetworkOptions.model_fields),
-        is_broken=lambda c: is_full(c) and c.is_changed(*NetworkOptions.model_fields),
-        what="--network_... and the other adapter options cannot be combined with --method full, which trains no "
-        "adapter",
+        is_broken=lambda c: c.run.method != "adapter" and c.is_changed(*NetworkOptions.model_fields),
+        what="--network_... and the other adapter options cannot be combined with --method full or control_net, which "
+        "train no adapter",
         fix="remove them, or give --method adapter",
     ),
     OptionRule(
@@ -138,12 +142,10 @@ _UNUSED = (
         code="full-options-in-adapter-training",
         severity="no effect",
         options=("method", *FullOptions.model_fields, *TEXT_ENCODER_LRS, "block_lr"),
-        is_broken=lambda c: (
-            c.run.method == "adapter" and c.is_changed(*FullOptions.model_fields, *TEXT_ENCODER_LRS, "block_lr")
-        ),
+        is_broken=lambda c: not is_full(c) and c.is_changed(*FullOptions.model_fields, *TEXT_ENCODER_LRS, "block_lr"),
         what="--train_text_encoder, --stop_text_encoder_training, --learning_rate_te... and --block_lr",
-        reason="an adapter is trained",
-        fix="remove them; an adapter's learning rates are --unet_lr and --text_encoder_lr",
+        reason="the model itself is not trained",
+        fix="remove them; other methods have --unet_lr, --text_encoder_lr and --control_net_lr",
     ),
     OptionRule(
         code="text-encoder-not-trained",
@@ -170,4 +172,47 @@ _UNUSED = (
     ),
 )
 
-NETWORK_RULES = _CONFLICTS + _UNUSED
+_CONTROL_NET = (
+    OptionRule(
+        code="control-net-options-unused",
+        severity="no effect",
+        options=("method", "control_net_lr", "controlnet_model_name_or_path"),
+        is_broken=lambda c: (
+            not trains_control_net(c) and c.is_changed("control_net_lr", "controlnet_model_name_or_path")
+        ),
+        what="--control_net_lr and --controlnet_model_name_or_path",
+        reason="no ControlNet is trained",
+        fix="give --method control_net, or remove them",
+    ),
+    OptionRule(
+        code="learning-rate-before-control-net-lr",
+        severity="no effect",
+        options=("learning_rate", "control_net_lr"),
+        is_broken=lambda c: (
+            trains_control_net(c) and c.optim.control_net_lr is not None and c.is_changed("learning_rate")
+        ),
+        what="--learning_rate",
+        reason="--control_net_lr takes precedence, for which this script has a default",
+        fix="give --control_net_lr",
+    ),
+    OptionRule(
+        code="other-lr-in-control-net-training",
+        severity="no effect",
+        options=("unet_lr", "text_encoder_lr"),
+        is_broken=lambda c: trains_control_net(c) and c.is_changed("unet_lr", "text_encoder_lr"),
+        what="--unet_lr and --text_encoder_lr",
+        reason="a ControlNet alone is trained",
+        fix="give --control_net_lr",
+    ),
+    OptionRule(
+        code="masked-loss-of-control-images",
+        severity="no effect",
+        options=("masked_loss", "alpha_mask"),
+        is_broken=lambda c: trains_control_net(c) and c.images.masked_loss and not c.images.alpha_mask,
+        what="--masked_loss",
+        reason="conditioning_data_dir has control images, so masks are the images' alpha channels",
+        fix="give --alpha_mask, or remove it",
+    ),
+)
+
+NETWORK_RULES = _CONFLICTS + _UNUSED + _CONTROL_NET

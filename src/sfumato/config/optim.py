@@ -29,6 +29,9 @@ class OptimOptions(Options):
     learning_rate_te1: float | None = option(None, "learning rate of the first text encoder (full training)", ge=0)
     learning_rate_te2: float | None = option(None, "learning rate of the second text encoder (full training)", ge=0)
     learning_rate_te3: float | None = option(None, "learning rate of the third text encoder (full training)", ge=0)
+    control_net_lr: float | None = option(
+        None, "learning rate of the ControlNet, before --learning_rate where a script sets it", ge=0
+    )
     block_lr: LearningRateList | None = option(
         None, "learning rates of the denoiser's blocks (full training), one for each; 0 freezes a block"
     )

@@ -60,6 +60,9 @@ def used_learning_rates(config: Config) -> Iterator[float]:
             given = [*(optim.text_encoder_lr or ()), *(lr for lr in own if lr is not None)]
             yield from given or [optim.learning_rate]
         return
+    if config.run.method == "control_net":
+        yield optim.learning_rate if optim.control_net_lr is None else optim.control_net_lr
+        return
     if not network.network_train_text_encoder_only:
         yield optim.learning_rate if optim.unet_lr is None else optim.unet_lr
     if not network.network_train_unet_only:

@@ -14,8 +14,8 @@ class RunOptions(Options):
     """The run"""
 
     family: str | None = option(None, "model family; default: detected from the checkpoint")
-    method: Literal["adapter", "full", "textual_inversion"] = option(
-        "adapter", "what is trained: an adapter for the frozen model, the full model, or the vectors of new words"
+    method: Literal["adapter", "full", "textual_inversion", "control_net"] = option(
+        "adapter", "what is trained: an adapter, the full model, the vectors of new words, or a ControlNet"
     )
     config_file: FilePath | None = option(
         None,

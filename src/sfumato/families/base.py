@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sfumato.common.registry import Registry
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.config.schema import vocabulary
-from sfumato.data.batch import Images, Sizes, Tensors
+from sfumato.data.batch import CONTROL, Images, Sizes, Tensors
 from sfumato.data.buckets import Size
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.errors import UserError
@@ -24,6 +24,7 @@ from sfumato.families import _vae
 from sfumato.families._file_kinds import describe_keys
 from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
+from sfumato.families.control_net import CONTROL_NET, ControlNetSupport
 from sfumato.families.part import Builder, Network, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
 
@@ -57,6 +58,8 @@ class Family(ABC):
     sd_scripts_reads: ClassVar[frozenset[str]] = frozenset()  # options that its script reads and not every flow's does
     components: ClassVar[Mapping[str, Component]] = {}  # part name -> folder in diffusers' layout
     num_references: ClassVar[int] = 0  # reference images that it takes beside the noisy one
+    control_net: ClassVar[ControlNetSupport | None] = None
+    no_control_net: ClassVar[str] = "diffusers has no class for them"  # why, where there is none
     prompt_prefix: str = ""  # before every caption and prompt, except negative and empty ones
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -71,6 +74,8 @@ class Family(ABC):
         self.tokenizers: dict[str, Any] = dict(self.load_tokenizers(blueprint, model))  # of each text encoder
         self.overflow_warned = False  # whether the warning about half precision was given
         builders = {"vae": _vae.build, **self.builders(blueprint)}
+        if self.control_net is not None:
+            builders[CONTROL_NET] = self.control_net.build
         self.parts: dict[str, Part] = {}
         for name, network in blueprint.networks.items():
             place = self.choose_place(name)
@@ -208,6 +213,17 @@ class Family(ABC):
         """The denoiser's arguments with the further images that the family takes. Default: it takes none."""
         return arguments
 
+    def add_control(self, arguments: dict[str, object], images: Images) -> dict[str, object]:
+        """The denoiser's arguments with what the ControlNet computes, where there is one and a control image."""
+        if CONTROL_NET not in self.parts or CONTROL not in images:
+            return arguments
+        part, control = self.parts[CONTROL_NET], images[CONTROL]
+        assert self.control_net is not None
+        image = control.pixels if control.latents is None else control.latents
+        assert image is not None
+        image = image.to(part.device, part.dtype, non_blocking=True)
+        return {**arguments, **self.control_net.run(self, arguments, image)}
+
     def choose_reference_size(self, image: Size, generated: Size) -> Size:
         """The size, (width, height) in pixels, at which an image is a reference for an image of the second size."""
         return generated
@@ -215,9 +231,10 @@ class Family(ABC):
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Tensors, images: Images | None = None) -> Tensor:
         """(B, C, h, w), t in 0..1000 float32 -> what a diffusers scheduler calls model_output.
 
-        images: by role, as latents on the device; only those that the family takes are read.
+        images: by role; only those that the family takes are read.
         """
-        arguments = self.add_images(self.make_inputs(noisy, t, conditioning), noisy, images or {})
+        arguments = self.add_control(self.make_inputs(noisy, t, conditioning), images or {})
+        arguments = self.add_images(arguments, noisy, images or {})
         raw = self.denoiser(**arguments, return_dict=False)[0]
         return self.convert_output(raw, noisy)
 

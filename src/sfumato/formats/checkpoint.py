@@ -21,6 +21,7 @@ from torch import Tensor
 from sfumato.common.files import open_file, open_unbuffered, refuse_special_file
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
+from sfumato.formats.composed import ComposedFile
 from sfumato.formats.header import DOWNLOAD_AGAIN, HEADER_ONLY, TensorHeader, TensorInfo, merge_headers, read_header
 from sfumato.formats.safe_pickle import LEGACY_SIGNATURE, ZIP_SIGNATURE, find_state_dict, load_pickle
 from sfumato.formats.scaled import ScaledFile, has_scales
@@ -246,7 +247,7 @@ class HeaderFile:
         return
 
 
-Checkpoint = TensorFile | PickledFile | ScaledFile | HeaderFile
+Checkpoint = TensorFile | PickledFile | ScaledFile | HeaderFile | ComposedFile
 
 
 def _get_info(header: TensorHeader, name: str) -> TensorInfo:

@@ -39,6 +39,7 @@ class AdapterMethod:
     """
 
     modelspec_suffix = "/lora"
+    takes_control = False
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -52,6 +53,9 @@ class AdapterMethod:
         self.base_weights = BaseWeights()
         self.frozen = FrozenAdapters()
         self.unread: set[str] = set()  # adapters of layers that the model's features do not depend on
+
+    def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
+        return blueprint
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         settings = make_adapter_settings(self.config, blueprint)

@@ -46,6 +46,7 @@ class FullMethod:
     """`trained` holds the weights that train; every other weight of the model stays as it was loaded."""
 
     modelspec_suffix = ""
+    takes_control = False
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -53,6 +54,9 @@ class FullMethod:
         self.live_text: frozenset[str] = frozenset()
         self.trained: list[TrainedWeights[nn.Parameter]] = []
         self.unread: list[str] = []  # patterns on weights that the model's features do not depend on
+
+    def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
+        return blueprint
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         learning_rates = read_full_learning_rates(self.config, blueprint)

@@ -67,6 +67,7 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
         init_notes = describe_init_words(config, tokenizers)
     config = with_base_resolution(config, blueprint)
     method = make_method(config)
+    blueprint = method.extend(family, blueprint)
     parts = tuple(method.plan(blueprint))
     for part in method.live_text.intersection(blueprint.cached_parts):
         problems.found.append(blueprint.networks[part].make_absent_error(f"{part} trains"))

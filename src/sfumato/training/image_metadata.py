@@ -24,7 +24,7 @@ from sfumato.sampling.request import ImageRequest
 # Options that an image depends on: the base model's but those that only training reads, and these.
 OTHER_OPTIONS = ("base_weights", "base_weights_multiplier", "mixed_precision", "prompt_weighting", "zero_terminal_snr")
 OTHER_OPTIONS += ("discrete_flow_shift",)  # some models' previews use it, too
-TRAINING_OPTIONS = ("guidance_scale", "pos_emb_random_crop_rate", "controlnet_model_name_or_path")
+TRAINING_OPTIONS = ("guidance_scale", "pos_emb_random_crop_rate")
 
 
 def save_image(path: Path, image: Tensor, text: Mapping[str, str]) -> None:

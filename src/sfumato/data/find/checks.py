@@ -39,6 +39,12 @@ def check_image_options(
                 code="conditioning-images-unused",
                 fix="give --masked_loss, which uses them as masks, or remove conditioning_data_dir",
             )
+        if subset.settings.conditioning_data_dir is None and control:
+            findings.problems.add(
+                f"{subset.settings.where}: its images have no control images",
+                code="control-images-missing",
+                fix="give --conditioning_data_dir, a folder with a control image of each image's name",
+            )
     if masked_loss:
         check_masks(subsets, findings)
     if outside_mask and not any(has_masks(subset) for subset in subsets):

@@ -1,0 +1,69 @@
+"""ControlNets of UNets (Zhang et al. 2023): a copy of their lower half, called before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.common.quiet_imports import without_bitsandbytes
+from sfumato.families import _unet
+from sfumato.families.base import Family
+from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout
+from sfumato.families.source import select_fields
+from sfumato.formats.keymap import KeyMap, KeyRule
+
+_FIELDS = (  # that both classes of diffusers have
+    *("in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type", "only_cross_attention"),
+    *("block_out_channels", "layers_per_block", "downsample_padding", "mid_block_scale_factor", "act_fn"),
+    *("norm_num_groups", "norm_eps", "cross_attention_dim", "transformer_layers_per_block", "encoder_hid_dim"),
+    *("encoder_hid_dim_type", "attention_head_dim", "num_attention_heads", "use_linear_projection", "class_embed_type"),
+    *("addition_embed_type", "addition_time_embed_dim", "num_class_embeds", "upcast_attention"),
+    *("resnet_time_scale_shift", "projection_class_embeddings_input_dim"),
+)
+_IMAGE_LAYERS = 8  # convolutions that bring the control image to the latents' size
+_CALLED_WITH = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
+
+
+def _make_config(denoiser: Mapping[str, Any]) -> dict[str, Any]:
+    return select_fields(denoiser, _FIELDS)
+
+
+def build_unet_control_net(config: Mapping[str, Any]) -> Any:
+    with without_bitsandbytes():
+        from diffusers.models.controlnets.controlnet import ControlNetModel
+
+    return ControlNetModel.from_config(dict(config))
+
+
+def _list_layouts(denoiser: Mapping[str, Any]) -> list[FileLayout]:
+    """The original names, which count the layers of the image with the activations between them."""
+    rules = [*_unet.key_map(denoiser).rules]
+    rules.append(KeyRule("input_hint_block.0", ("controlnet_cond_embedding.conv_in",)))
+    for layer in range(1, _IMAGE_LAYERS - 1):
+        rules.append(KeyRule(f"input_hint_block.{2 * layer}", (f"controlnet_cond_embedding.blocks.{layer - 1}",)))
+    rules.append(KeyRule(f"input_hint_block.{2 * _IMAGE_LAYERS - 2}", ("controlnet_cond_embedding.conv_out",)))
+    rules.append(KeyRule("zero_convs.{n}.0", ("controlnet_down_blocks.{n}",)))
+    rules.append(KeyRule("middle_block_out.0", ("controlnet_mid_block",)))
+    names = KeyMap(rules)
+    return [FileLayout("control_model.", names), FileLayout("", names)]
+
+
+def _run(model: Family, arguments: Mapping[str, Any], image: Tensor) -> dict[str, object]:
+    """The image goes from [-1, 1] to [0, 1], as every program that generates images with ControlNets has it."""
+    own = {name: arguments[name] for name in _CALLED_WITH if name in arguments}
+    network = model.parts[CONTROL_NET].module
+    down, middle = network(**own, controlnet_cond=(image + 1) / 2, return_dict=False)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+UNET_CONTROL_NET = ControlNetSupport(
+    class_name="ControlNetModel",
+    build=build_unet_control_net,
+    make_config=_make_config,
+    blocks=_unet.BLOCKS,
+    drawn=("controlnet_cond_embedding.conv_in.{*}", "controlnet_cond_embedding.blocks.{*}"),
+    run=_run,
+    list_layouts=_list_layouts,
+)

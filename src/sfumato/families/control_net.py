@@ -1,0 +1,48 @@
+"""ControlNets: a second network that reads a control image, and whose outputs are added to the denoiser's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from sfumato.families.part import Builder
+from sfumato.formats.keymap import KeyMap
+
+if TYPE_CHECKING:
+    from sfumato.families.base import Family
+
+CONTROL_NET = "control_net"  # its name among a model's parts
+NetworkConfig = Mapping[str, Any]
+
+
+class FileLayout(NamedTuple):
+    """The names that another program gives the tensors of a file."""
+
+    prefix: str
+    key_map: KeyMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetSupport:
+    """What a family says of its ControlNets, which are networks of diffusers."""
+
+    class_name: str  # of diffusers
+    build: Builder
+    make_config: Callable[[NetworkConfig], dict[str, Any]]  # the denoiser's configuration -> that of a new ControlNet
+    blocks: tuple[str, ...]  # patterns on the paths of the repeated blocks
+    drawn: tuple[str, ...]  # patterns on tensors of a new one that are drawn; others are copied, or begin at 0
+    # Of the model, the denoiser's arguments and the control image (B, C, H, W): the further arguments of the denoiser.
+    run: Callable[[Family, Mapping[str, Any], Tensor], dict[str, object]]
+    # The configuration of a file that holds none: from the denoiser's and the shapes of its tensors under our names.
+    guess_config: Callable[[NetworkConfig, Mapping[str, Sequence[int]]], dict[str, Any]] | None = None
+    list_layouts: Callable[[NetworkConfig], Sequence[FileLayout]] = lambda config: ()  # beside diffusers' own names
+    # Whether one of this configuration takes the control image as latents, else as pixels in [-1, 1].
+    takes_latents: Callable[[NetworkConfig], bool] = lambda config: False
+    list_unread: Callable[[NetworkConfig], Sequence[str]] = lambda config: ()  # patterns on weights without any effect
+    constant_tensors: tuple[str, ...] = ()  # as of PartSpec
+    find_fault: Callable[[NetworkConfig], str] = lambda config: (
+        ""
+    )  # what of a published one's configuration is not supported

@@ -1,0 +1,44 @@
+"""A checkpoint that no file holds: each tensor is made when it is read, e.g. as a copy of another network's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, KeysView, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from sfumato.formats.header import TensorHeader, TensorInfo
+
+
+class ComposedFile:
+    """Float32 tensors of these shapes, by name. make: one of them on the CPU. path: for messages."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], make: Callable[[str], Tensor]) -> None:
+        infos: dict[str, TensorInfo] = {}
+        for name, shape in shapes.items():
+            size = torch.Size(shape).numel() * torch.float32.itemsize
+            infos[name] = TensorInfo(dtype="F32", shape=tuple(shape), start=0, end=size)
+        self.header = TensorHeader(path=path, tensors=infos, metadata={})
+        self._make = make
+
+    def keys(self) -> KeysView[str]:
+        return self.header.tensors.keys()
+
+    def paths(self) -> list[Path]:
+        """None: what the tensors are made of lies elsewhere."""
+        return []
+
+    def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Like TensorFile.read."""
+        return self._make(name).to(device=device, dtype=dtype)
+
+    def close(self) -> None:
+        return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
