@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
-from sfumato.data.batch import Extras, ImageInput, Images, Sizes, Tensors, name_reference
-from sfumato.data.cache.entries import to_tensor
-from sfumato.data.images import read_image
+from sfumato.data.batch import Extras, Sizes, Tensors
 from sfumato.families.base import Family
-from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode_images, encode_with_grad
+from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode_with_grad
 from sfumato.sampling.denoise import DenoiseRequest, Guidance, Predictor, denoise
+from sfumato.sampling.growth import Growth
+from sfumato.sampling.highres import enlarge, make_first_stage
+from sfumato.sampling.images import encode_reference, encode_start
 from sfumato.sampling.request import ImageRequest
 from sfumato.sampling.schedulers import make_scheduler
+from sfumato.sampling.settings import SizeInputs
+from sfumato.sampling.start import Start
 
 
-@torch.no_grad()
 def encode_prompts(
     model: Family,
-    captions: list[str],
+    captions: Sequence[str],
     sizes: Sizes,
     guidance: float | None,
     *,
@@ -36,25 +37,164 @@ def encode_prompts(
 
     With `frozen`, the features of all encoders but the `live` ones come from there.
     """
-    features: dict[str, Tensors] = {}
-    for part in model.text_parts:
-        if frozen is None or part in live:
-            encoded = encode_with_grad(model, part, captions, weighted=weighted, negative=negative)
-        else:
-            encoded = frozen.encode(part, captions, weighted=weighted, negative=negative)
-        features[part] = {name: tensor.to(model.device, non_blocking=True) for name, tensor in encoded.items()}
+    captions_by_part = dict.fromkeys(model.text_parts, captions)
+    features = encode_features(model, captions_by_part, weighted=weighted, negative=negative, frozen=frozen, live=live)
     return model.condition(features, sizes, guidance)
 
 
-def encode_reference(model: Family, request: ImageRequest, count: int) -> Images:
-    """The latents of a request's reference image for so many samples; UserError where it cannot be read."""
-    if not request.reference_image:
-        return {}
-    image = read_image(Path(request.reference_image))
-    size = model.choose_reference_size(image.size, (request.width, request.height))
-    pixels = to_tensor([np.asarray(image.resize(size, Image.Resampling.LANCZOS))])
-    latents = encode_images(model, pixels, None, vae_batch_size=1)
-    return {name_reference(0): ImageInput(latents=latents.expand(count, -1, -1, -1))}
+@torch.no_grad()
+def encode_features(
+    model: Family,
+    captions: Mapping[str, Sequence[str]],
+    *,
+    weighted: bool,
+    negative: bool,
+    frozen: FrozenTextEncoders | None,
+    live: frozenset[str],
+) -> dict[str, Tensors]:
+    """Text encoder -> its features on the device, of these captions by encoder."""
+    features: dict[str, Tensors] = {}
+    for part, texts in captions.items():
+        if frozen is None or part in live:
+            encoded = encode_with_grad(model, part, texts, weighted=weighted, negative=negative)
+        else:
+            encoded = frozen.encode(part, texts, weighted=weighted, negative=negative)
+        features[part] = {name: tensor.to(model.device, non_blocking=True) for name, tensor in encoded.items()}
+    return features
+
+
+def encode_requests(
+    model: Family, method: Predictor, requests: Sequence[ImageRequest], sizes: Sizes, frozen: FrozenTextEncoders | None
+) -> Tensors:
+    """The denoiser's arguments for the prompts, each encoder with the text that the request has for it."""
+    first = requests[0]
+
+    def encode(texts: Mapping[str, Sequence[str]]) -> dict[str, Tensors]:
+        captions = {part: [method.rewrite_caption(text) for text in row] for part, row in texts.items()}
+        return encode_features(
+            model, captions, weighted=first.weighted, negative=False, frozen=frozen, live=method.live_text
+        )
+
+    features = encode({part: [request.text_for(model, part) for request in requests] for part in model.text_parts})
+    if any(request.clip_prompt is not None for request in requests):
+        pooling = [part for part, tensors in features.items() if "pooled" in tensors]
+        texts = {part: [request.pooled_text(model, part) for request in requests] for part in pooling}
+        for part, tensors in encode(texts).items():
+            features[part] = {**features[part], "pooled": tensors["pooled"]}
+    return model.condition(features, sizes, first.guidance)
+
+
+def list_sizes(settings: SizeInputs, width: int, height: int, count: int, *, negative: bool = False) -> Sizes:
+    """What models with such inputs are told of the images' sizes."""
+    sizes = Sizes.from_size(count, height, width)
+    if negative:
+        original = (settings.original_height_negative, settings.original_width_negative)
+    else:
+        original = (settings.original_height, settings.original_width)
+    given = torch.tensor([[original[0] or height, original[1] or width]]).expand(count, 2)
+    crop = torch.tensor([[settings.crop_top or 0, settings.crop_left or 0]]).expand(count, 2)
+    return replace(sizes, original=given, crop=crop)
+
+
+def encode_guidance(
+    model: Family, method: Predictor, requests: Sequence[ImageRequest], sizes: Sizes, frozen: FrozenTextEncoders | None
+) -> Guidance:
+    """Classifier-free guidance with the negative prompts, and the empty one where these have their own scale."""
+    first = requests[0]
+    if not first.guided:
+        return Guidance()
+
+    def encode(texts: Sequence[str]) -> Tensors:
+        return encode_prompts(
+            model, [method.rewrite_caption(text) for text in texts], sizes, first.guidance,
+            weighted=first.weighted, negative=True, frozen=frozen, live=method.live_text,
+        )  # fmt: skip
+
+    return Guidance(
+        negative=encode([request.negative_prompt for request in requests]),
+        scale=first.scale,
+        empty=None if first.negative_scale is None else encode([""] * len(requests)),
+        negative_scale=first.negative_scale or 0.0,
+        truncation=first.cfg_trunc_ratio,
+        norm_limit=first.renorm_cfg,
+    )
+
+
+def gather_extras(model: Family, requests: Sequence[ImageRequest]) -> Extras:
+    """Further images, and the strengths of the adapters where the requests have them."""
+    images = encode_reference(model, requests[0], len(requests))
+    if not any(request.multipliers for request in requests):
+        return Extras(images=images)
+    columns = max(len(request.multipliers) for request in requests)
+    rows = [request.multipliers or (1.0,) for request in requests]
+    table = torch.tensor([[*row, *row[-1:] * (columns - len(row))] for row in rows])
+    return Extras(images=images, multiplier=table[:, 0], multipliers=table)
+
+
+def denoise_requests(
+    model: Family,
+    method: Predictor,
+    requests: Sequence[ImageRequest],
+    generators: list[Generator],
+    frozen: FrozenTextEncoders | None,
+    start: Start | None,
+) -> Tensor:
+    """The latents of requests with one batch key."""
+    first, count, spec = requests[0], len(requests), model.latents
+    extras = gather_extras(model, requests)
+    method.set_batch(model, extras)
+    sizes = list_sizes(first.sizes, first.width, first.height, count)
+    text = encode_requests(model, method, requests, sizes, frozen)
+    negative_sizes = list_sizes(first.sizes, first.width, first.height, count, negative=True)
+    guidance = encode_guidance(model, method, requests, negative_sizes, frozen)
+    shape = (spec.channels, first.height // spec.downscale, first.width // spec.downscale)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    growth = None if first.growth is None else Growth.start(first.growth, (shape[1], shape[2]))
+    request = DenoiseRequest(
+        noise=(noise if growth is None else growth.shrink(noise)).to(model.device, non_blocking=True),
+        text=text,
+        scheduler=make_scheduler(first.sampler, model.objective),
+        steps=first.steps,
+        generators=generators,
+        extras=extras,
+        flow_shift=first.flow_shift,
+        start=start,
+        growth=growth,
+    )
+    with nullcontext() if first.shrink is None else model.shrink_features(first.shrink):
+        return denoise(model, method, request, guidance)
+
+
+@torch.no_grad()
+def generate_stages(
+    model: Family, method: Predictor, requests: Sequence[ImageRequest], frozen: FrozenTextEncoders | None = None
+) -> Iterator[Tensor]:
+    """The latents (B, C, h, w) of requests with one batch key; before them those of a smaller first stage, if any."""
+    first = requests[0]
+    assert all(request.batch_key == first.batch_key for request in requests)
+    generators = [Generator().manual_seed(request.seed) for request in requests]
+    if first.highres is None:
+        yield denoise_requests(model, method, requests, generators, frozen, encode_start(model, first, len(requests)))
+        return
+    small = [make_first_stage(request, model) for request in requests]
+    before = encode_start(model, small[0], len(requests))
+    latents = denoise_requests(model, method, small, generators, frozen, before)
+    yield latents
+    start = Start(latents=enlarge(model, latents, first), strength=first.highres.strength)
+    yield denoise_requests(model, method, requests, generators, frozen, start)
+
+
+def decode_images(model: Family, latents: Tensor) -> list[Tensor]:
+    """The images (3, H, W) in [-1, 1], float32 on the CPU."""
+    return list(decode_latents(model, latents).cpu().clamp(-1, 1))
+
+
+def generate_batch(
+    model: Family, method: Predictor, requests: Sequence[ImageRequest], frozen: FrozenTextEncoders | None = None
+) -> list[Tensor]:
+    """The images of requests with one batch key, each as `generate` makes it alone, up to rounding."""
+    *_, latents = generate_stages(model, method, requests, frozen)
+    return decode_images(model, latents)
 
 
 def generate(
@@ -65,41 +205,3 @@ def generate(
     frozen: features of encoders that do not train, perhaps remembered from before they left the device.
     """
     return generate_batch(model, method, [request], frozen)[0]
-
-
-@torch.no_grad()
-def generate_batch(
-    model: Family, method: Predictor, requests: Sequence[ImageRequest], frozen: FrozenTextEncoders | None = None
-) -> list[Tensor]:
-    """The images of requests with one batch key, each as `generate` makes it alone, up to rounding."""
-    first, count = requests[0], len(requests)
-    assert all(request.batch_key == first.batch_key for request in requests)
-    generators = [Generator().manual_seed(request.seed) for request in requests]
-    spec = model.latents
-    shape = (spec.channels, first.height // spec.downscale, first.width // spec.downscale)
-    extras, sizes = (
-        Extras(images=encode_reference(model, first, count)),
-        Sizes.from_size(count, first.height, first.width),
-    )
-    method.set_batch(model, extras)
-
-    def read(texts: list[str], *, negative: bool) -> Tensors:
-        return encode_prompts(
-            model, [method.rewrite_caption(text) for text in texts], sizes, first.guidance,
-            weighted=first.weighted, negative=negative, frozen=frozen, live=method.live_text,
-        )  # fmt: skip
-
-    positive = read([request.prompt for request in requests], negative=False)
-    negative = read([request.negative_prompt for request in requests], negative=True) if first.guided else None
-    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    x = x.to(model.device, non_blocking=True)
-    guidance = Guidance(
-        negative=negative, scale=first.scale, truncation=first.cfg_trunc_ratio, norm_limit=first.renorm_cfg
-    )
-    scheduler = make_scheduler(first.sampler, model.objective)
-    denoising = DenoiseRequest(
-        noise=x, text=positive, scheduler=scheduler, steps=first.steps, generators=generators, extras=extras,
-        flow_shift=first.flow_shift,
-    )  # fmt: skip
-    clean = denoise(model, method, denoising, guidance)
-    return list(decode_latents(model, clean).cpu().clamp(-1, 1))

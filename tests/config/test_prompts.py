@@ -9,12 +9,21 @@ from typing import Any
 
 import pytest
 
-from sfumato.config.prompts import LINE_OPTIONS, SAMPLER_NAMES, Prompt, parse_line, read_prompts
+from sfumato.config.prompt_options import LINE_OPTIONS
+from sfumato.config.prompts import SAMPLER_NAMES, Prompt, parse_line, read_prompts
 from sfumato.errors import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "prompts.json").read_text())
 # A line of options alone is a prompt there, and a tab hides an option.
-WHERE_MORE_IS_READ = {"--w 512": {"width": 512}, "a cat --w\t64": {"width": 64}}
+# Options of gen_img are options of every prompt here.
+WHERE_MORE_IS_READ = {
+    "--w 512": {"width": 512}, "a cat --w\t64": {"width": 64}, "a cat --am 0.8": {"network_mul": (0.8,)},
+    "a cat --rcfg 1 --ctr 1 --am 1,0.5": {"network_mul": (1.0, 0.5)},
+    "a cat --nw 5 --nh 5": {"original_width_negative": 5, "original_height_negative": 5},
+    "a cat --c clip --nl 2 --t 0.5 --ow 10 --oh 20": {
+        "clip_prompt": "clip", "negative_scale": 2.0, "strength": 0.5, "original_width": 10, "original_height": 20,
+    },
+}  # fmt: skip
 # Defects of the reference that are not repeated: the prompt's own first word was read as an option, the shift stayed
 # a text, a mark at the start of a file hid its first comment, and files of other endings ended in a crash.
 FIRST_WORDS = {
@@ -26,7 +35,7 @@ FIRST_WORDS = {
 def list_values(prompt: Prompt) -> dict[str, Any]:
     """What the file says, without defaults."""
     values = {field.name: getattr(prompt, field.name) for field in fields(prompt) if field.name != "notes"}
-    return {name: value for name, value in values.items() if value not in (None, "")}
+    return {name: value for name, value in values.items() if value not in (None, "", ())}
 
 
 def reference_values(parsed: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +53,7 @@ def test_lines(row: dict[str, Any]) -> None:
     line, wanted = row["line"], reference_values(row["parsed"])
     if line in FIRST_WORDS:
         _, *options = line.split(" --")
-        names = [LINE_OPTIONS[option[0]].field for option in options]
+        names = [LINE_OPTIONS[option[0]].field.replace("seeds", "seed") for option in options]
         wanted = {"prompt": wanted["prompt"], **{name: wanted[name] for name in names}}
     wanted |= WHERE_MORE_IS_READ.get(line, {})
     if line == "--w 512":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 
 from families.toys import ToyShelf
-from sfumato.cli.generate import ALIASES, HIGHLIGHTS, GenerateOptions, make_prompts
+from sfumato.cli.generate import ALIASES, COMMAND_THEMES, HIGHLIGHTS, make_prompts, plan_series
+from sfumato.cli.generate_options import GenerateOptions, list_defaults
 from sfumato.cli.main import main
 from sfumato.config import load_config
 from sfumato.config.command import read_command
@@ -193,6 +195,7 @@ def test_several_prompts_of_a_file(toy_shelf: ToyShelf, tmp_path: Path, monkeypa
     ("prompt", "words"),
     [
         ("a cat", "--prompt 'a cat' "),
+        ("a {cat|dog}", "--prompt 'a {cat|dog}' --plain_prompt "),
         ("a cat --w 512", "--prompt 'a cat --w 512' --plain_prompt "),
         (" two\nlines ", "--prompt ' two\nlines ' --plain_prompt "),
         ("--a 'cat'", """'--prompt=--a '"'"'cat'"'"'' """),
@@ -202,11 +205,13 @@ def test_several_prompts_of_a_file(toy_shelf: ToyShelf, tmp_path: Path, monkeypa
 )
 def test_a_prompt_survives_the_shell(prompt: str, words: str) -> None:
     config = load_config([], skip_rules=("model-missing", "data-missing", "output-missing"))
-    line = generate_command(config, ImageRequest(**{**vars(REQUEST), "prompt": prompt}), DEFAULTS, {})
+    line = generate_command(config, replace(REQUEST, prompt=prompt), DEFAULTS, {})
     assert line == f"sfumato generate {words}--W 64 --H 64 --seed 5 --steps 2 --scale 3.0"
-    read = read_command(shlex.split(line)[2:], GenerateOptions, aliases=ALIASES)
+    read = read_command(shlex.split(line)[2:], *COMMAND_THEMES, aliases=ALIASES)
+    options = read.options(GenerateOptions)
+    (found,) = make_prompts(options, config, plan_series(read, config))
     expected = Prompt(prompt=prompt, width=64, height=64, sample_steps=2, scale=3.0)
-    assert make_prompts(read.options(GenerateOptions), config) == [expected]
+    assert found.apply_defaults(list_defaults(options)) == expected
     assert read.values == {"seed": 5}
 
 
@@ -220,9 +225,7 @@ def test_absolute_paths_are_shortened(tmp_path: Path) -> None:
         [*words.split(), "--huggingface_token", secret, "--training_comment", "x"],
         skip_rules=("data-missing", "output-missing"),
     )
-    line = generate_command(
-        config, ImageRequest(**{**vars(REQUEST), "prompt": secret}), DEFAULTS, {"network_weights": "out/a.safetensors"}
-    )
+    line = generate_command(config, replace(REQUEST, prompt=secret), DEFAULTS, {"network_weights": "out/a.safetensors"})
     assert line.startswith(
         "sfumato generate --pretrained_model_name_or_path owner/model --vae vae.safetensors "
         "--base_weights base.safetensors --no_prompt_weighting --network_weights out/a.safetensors --prompt '(secret)'"
@@ -260,8 +263,8 @@ def test_mistakes_are_reported(
 
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"--{name} " in printed for name in (*GenerateOptions.model_fields, *HIGHLIGHTS))
+    printed = {word.rstrip(",") for word in capsys.readouterr().out.split()}
+    assert {f"--{name}" for theme in COMMAND_THEMES for name in (*theme.model_fields, *HIGHLIGHTS)} <= printed
 
 
 def test_an_unknown_part(toy_shelf: ToyShelf, codes: list[str], tmp_path: Path) -> None:

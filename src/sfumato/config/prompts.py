@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sfumato.common.registry import did_you_mean
 from sfumato.common.text import has_lone_surrogate
 from sfumato.common.text_files import SAVE_AS_UTF8, read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
+from sfumato.config.prompt_options import LINE_OPTIONS, MAX_IMAGE_SIDE
 from sfumato.config.values import check_seed
 from sfumato.errors import UserError
 
@@ -23,87 +23,78 @@ SAMPLER_NAMES = (
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
-MAX_STEPS = 1000
 MAX_PROMPT_NUMBER = 1e30  # in either direction
-MAX_IMAGE_SIDE = 65536  # pixels; far beyond what any model makes
+OWN_FIELDS = ("unset", "notes")  # which no file sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt and the settings of one image to generate; None means the family's default."""
+    """A prompt and the settings of its image; None means the default, of the command or of the family."""
 
     prompt: str
     negative_prompt: str = ""
+    prompt_2: str | None = None  # what the second text encoder reads instead
+    clip_prompt: str | None = None  # what the pooled vector is made of instead
     width: int | None = None
     height: int | None = None
     seed: int | None = None
+    seeds: tuple[int, ...] = ()  # where there are several: of an image each, in order
     sample_steps: int | None = None
     scale: float | None = None  # classifier-free guidance
+    negative_scale: float | None = None  # strength of the negative prompt alone
     guidance_scale: float | None = None  # embedded guidance
     sample_sampler: str | None = None
+    network_mul: tuple[float, ...] = ()  # multipliers of the adapters, in order; the last counts for the rest
+    init_image: str | None = None  # a file that the image starts from
+    mask_image: str | None = None  # a file that says where it may change
+    strength: float | None = None  # share of the steps that are made from there
     controlnet_image: str | None = None
     reference_image: str | None = None  # a file, for models that edit it
     cfg_trunc_ratio: float | None = None  # classifier-free guidance only before this share of the steps
     renorm_cfg: float | None = None  # maximum norm of the guided prediction, relative to that of the prompt's
     flow_shift: float | None = None  # timestep shift of flow models
+    original_width: int | None = None  # sizes and crop that some models are told
+    original_height: int | None = None
+    original_width_negative: int | None = None
+    original_height_negative: int | None = None
+    crop_top: int | None = None
+    crop_left: int | None = None
+    ds_depth_1: int | None = None  # Deep Shrink: the block before which the features are made smaller
+    ds_timesteps_1: int | None = None  # from the first timestep to this one
+    ds_depth_2: int | None = None  # the same after that, to the second timestep
+    ds_timesteps_2: int | None = None
+    ds_ratio: float | None = None
+    gradual_latent_timesteps: int | None = None  # Gradual Latent: the timestep at which the image begins to grow
+    gradual_latent_ratio: float | None = None
+    gradual_latent_ratio_step: float | None = None
+    gradual_latent_every_n_steps: int | None = None
+    gradual_latent_s_noise: float | None = None
+    gradual_latent_unsharp_params: str | None = None
+    highres_fix_scale: float | None = None  # size of a first stage, from which the image is made
+    highres_fix_steps: int | None = None
+    highres_fix_strength: float | None = None  # of the first stage, where it starts from an image
+    highres_fix_save_1st: bool | None = None
+    highres_fix_latents_upscaling: bool | None = None
+    file_name: str | None = None
+    unset: tuple[str, ...] = ()  # fields that have no value here, whatever the defaults
     notes: tuple[str, ...] = ()  # what was ignored in the file, and why
+
+    @property
+    def texts(self) -> list[tuple[str, bool]]:
+        """All that text encoders may read for it, and whether it is a negative prompt."""
+        further = [text for text in (self.prompt_2, self.clip_prompt) if text is not None]
+        negative = [self.negative_prompt, *([] if self.negative_scale is None else [""])]
+        return [*((text, False) for text in (self.prompt, *further)), *((text, True) for text in negative)]
 
     def apply_defaults(self, defaults: Mapping[str, Any]) -> Prompt:
         """A copy with the values of `defaults` where this prompt has none."""
-        missing = {name: value for name, value in defaults.items() if vars(self)[name] in (None, "")}
-        return replace(self, **missing)
-
-
-@dataclass(frozen=True)
-class LineOption:
-    """What ` --x value` sets. `pattern` matches the start of the value; the rest is ignored."""
-
-    field: str
-    pattern: re.Pattern[str]
-    convert: Callable[[str], Any]
-
-
-def _parse_number(text: str) -> float:
-    if not math.isfinite(float(text)):
-        raise ValueError
-    return float(text)
-
-
-def _parse_positive(text: str) -> float:
-    if not _parse_number(text) > 0:
-        raise ValueError
-    return float(text)
-
-
-def _parse_side(text: str) -> int:
-    if int(text) > MAX_IMAGE_SIDE:
-        raise ValueError
-    return int(text)
-
-
-def _parse_seed(text: str) -> int:
-    return check_seed(int(text))
+        missing = {name: value for name, value in defaults.items() if vars(self)[name] in (None, "", ())}
+        return replace(self, **{name: value for name, value in missing.items() if name not in self.unset})
 
 
 OPTION_START = re.compile(r"\s--")  # also after a tab or a full-width space
 OPTION_PARTS = re.compile(r"(\S*)\s*(.*)", re.DOTALL)  # name and value
 LINE_END = re.compile(r"\r\n|\r|\n")
-DIGITS, DECIMAL, ANY_TEXT = re.compile(r"\d+"), re.compile(r"[\d.]+"), re.compile(r".+")
-LINE_OPTIONS = {
-    "n": LineOption("negative_prompt", ANY_TEXT, str),
-    "w": LineOption("width", DIGITS, _parse_side),
-    "h": LineOption("height", DIGITS, _parse_side),
-    "d": LineOption("seed", DIGITS, _parse_seed),
-    "s": LineOption("sample_steps", DIGITS, lambda text: min(max(int(text), 1), MAX_STEPS)),
-    "l": LineOption("scale", DECIMAL, _parse_number),
-    "g": LineOption("guidance_scale", DECIMAL, _parse_number),
-    "ss": LineOption("sample_sampler", ANY_TEXT, str.strip),
-    "cn": LineOption("controlnet_image", ANY_TEXT, str.strip),
-    "ref": LineOption("reference_image", ANY_TEXT, str.strip),
-    "ctr": LineOption("cfg_trunc_ratio", ANY_TEXT, _parse_number),
-    "rcfg": LineOption("renorm_cfg", ANY_TEXT, _parse_number),
-    "fs": LineOption("flow_shift", ANY_TEXT, _parse_positive),
-}
 
 
 def parse_line(line: str, *, where: str) -> Prompt:
@@ -119,22 +110,32 @@ def parse_line(line: str, *, where: str) -> Prompt:
         notes.append(f"{where}: has options alone, so its prompt is empty; put them on the line of their prompt")
     values: dict[str, Any] = {"prompt": text}
     for option in options:
-        name, value = OPTION_PARTS.findall(option)[0]
-        if name.lower() not in LINE_OPTIONS:
-            hint = did_you_mean(name, LINE_OPTIONS) if name.isalpha() else "options are written ` --w 512`"
-            notes.append(f"{where}: {f'--{option}'!r} is not an option and is ignored ({hint})")
-            continue
-        line_option = LINE_OPTIONS[name.lower()]
-        match = line_option.pattern.match(value)
-        try:
-            values |= {line_option.field: line_option.convert(match[0])} if match else {}
-        except ValueError:
-            match = None
-        if not match:
-            notes.append(f"{where}: --{name} {value!r} is not a valid value and is ignored")
-        elif match.end() < len(value.rstrip()):
-            notes.append(f"{where}: of --{name} {value!r} only {match[0]!r} is used")
+        read, note = _parse_option(option, where)
+        values |= read
+        notes += [note] if note else []
     return _make_prompt({**values, "notes": tuple(notes)}, where)
+
+
+def _parse_option(option: str, where: str) -> tuple[dict[str, Any], str]:
+    """`x value` -> the fields that it sets, and a note about what is ignored of it."""
+    name, value = OPTION_PARTS.findall(option)[0]
+    if name.lower() not in LINE_OPTIONS:
+        hint = did_you_mean(name, LINE_OPTIONS) if name.isalpha() else "options are written ` --w 512`"
+        return {}, f"{where}: {f'--{option}'!r} is not an option and is ignored ({hint})"
+    line_option = LINE_OPTIONS[name.lower()]
+    match = line_option.pattern.match(value)
+    try:
+        converted = line_option.convert(match[0]) if match else None
+    except ValueError:
+        match = converted = None
+    if not match:
+        return {}, f"{where}: --{name} {value!r} is not a valid value and is ignored"
+    note = f"{where}: of --{name} {value!r} only {match[0]!r} is used" if match.end() < len(value.rstrip()) else ""
+    if converted is None:
+        return {line_option.field: None, "unset": (line_option.field,)}, note
+    if line_option.field == "seeds":
+        return {"seed": converted[0], "seeds": converted if len(converted) > 1 else ()}, note
+    return {line_option.field: converted}, note
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -202,12 +203,12 @@ def _read_json(text: str, where: str) -> list[Prompt]:
 
 def _drop_unknown_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values without unknown keys, which the notes name."""
-    names = [field.name for field in fields(Prompt) if field.name != "notes"]
+    names = [field.name for field in fields(Prompt) if field.name not in OWN_FIELDS]
     known: dict[str, Any] = {}
     notes: list[str] = []
     for name, value in values.items():
         if name in names:
-            known[name] = value
+            known[name] = tuple(value) if isinstance(value, list) else value
         elif name != "subset":
             notes.append(f"{where}: {name} is not a key of a prompt and is ignored ({did_you_mean(name, names)})")
     return {**known, "notes": tuple(notes)}
@@ -216,7 +217,7 @@ def _drop_unknown_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
     """Check the types and limits of the values; raises UserError."""
     for field in fields(Prompt):
-        if field.name in values and field.name != "notes":
+        if field.name in values and field.name not in OWN_FIELDS and values[field.name] is not None:
             _check_type(field.name, str(field.type).removesuffix(" | None"), values[field.name], where)
     if "prompt" not in values:
         raise UserError(f"{where}: has no prompt", code="prompt-text-missing")
@@ -227,13 +228,17 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
     if sampler not in SAMPLER_NAMES:
         fix = did_you_mean(sampler, SAMPLER_NAMES)
         raise UserError(f"{where}: unknown sampler {sampler!r}", code="prompt-sampler-unknown", fix=fix)
-    for name in ("width", "height", "sample_steps"):
-        if values.get(name, 1) < 1:
+    for name in ("width", "height", "sample_steps", "gradual_latent_every_n_steps", "highres_fix_steps"):
+        if (1 if values.get(name) is None else values[name]) < 1:
             raise UserError(f"{where}: {name} is below 1", code="prompt-value-below-one")
     for name in ("width", "height"):
         if (values.get(name) or 1) > MAX_IMAGE_SIDE:
             raise UserError(f"{where}: {name} is above {MAX_IMAGE_SIDE}", code="prompt-size-too-large")
-    _check_seed(values.get("seed"), where)
+    for name in ("strength", "ds_ratio", "gradual_latent_ratio", "highres_fix_scale", "highres_fix_strength"):
+        if not 0 < (values.get(name) or 1) <= 1:
+            raise UserError(f"{where}: {name} is not between 0 and 1", code="prompt-value-not-a-share")
+    for seed in (values.get("seed"), *values.get("seeds", ())):
+        _check_seed(seed, where)
     if values.get("flow_shift") is not None and not values["flow_shift"] > 0:
         raise UserError(f"{where}: flow_shift is not above 0", code="prompt-flow-shift-not-positive")
     return Prompt(**values)
@@ -247,8 +252,12 @@ def _check_seed(seed: int | None, where: str) -> None:
 
 
 def _check_type(name: str, type_name: str, value: object, where: str) -> None:
-    accepted = {"str": (str,), "int": (int,), "float": (int, float)}[type_name]
-    if not isinstance(value, accepted) or isinstance(value, bool):
-        raise UserError(f"{where}: {name} takes {type_name}, not {value!r}", code="prompt-value-wrong-type")
-    if isinstance(value, int | float) and not -MAX_PROMPT_NUMBER < value < MAX_PROMPT_NUMBER:
-        raise UserError(f"{where}: {name} is not a number that can be meant", code="prompt-value-not-finite")
+    inner, is_list = type_name.removeprefix("tuple[").removesuffix(", ...]"), type_name.startswith("tuple[")
+    accepted = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[inner]
+    for item in value if is_list and isinstance(value, tuple) else (value,):
+        is_wrong = not isinstance(item, accepted) or isinstance(item, bool) != (inner == "bool")
+        if is_wrong or is_list != isinstance(value, tuple):
+            wanted = f"a list of {inner}" if is_list else inner
+            raise UserError(f"{where}: {name} takes {wanted}, not {value!r}", code="prompt-value-wrong-type")
+        if isinstance(item, int | float) and not -MAX_PROMPT_NUMBER < item < MAX_PROMPT_NUMBER:
+            raise UserError(f"{where}: {name} is not a number that can be meant", code="prompt-value-not-finite")

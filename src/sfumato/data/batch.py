@@ -61,6 +61,7 @@ class Extras:
     """Inputs of some methods and families besides the image and its text; also built by sample.py for previews."""
 
     multiplier: Tensor | None = None  # (B,) adapter strength
+    multipliers: Tensor | None = None  # (B, N) strengths of N adapters, where images are generated with several
     images: Images = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from sfumato.families._file_kinds import describe_keys
 from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.control_net import CONTROL_NET, ControlNetSupport
+from sfumato.families.deep_shrink import DeepShrink
 from sfumato.families.part import Builder, Network, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
 
@@ -60,6 +62,9 @@ class Family(ABC):
     num_references: ClassVar[int] = 0  # reference images that it takes beside the noisy one
     control_net: ClassVar[ControlNetSupport | None] = None
     no_control_net: ClassVar[str] = "diffusers has no class for them"  # why, where there is none
+    has_pooled_text: ClassVar[bool] = False  # whether a text encoder's features have a pooled vector
+    has_size_inputs: ClassVar[bool] = False  # whether its denoiser is told the image's sizes
+    has_deep_shrink: ClassVar[bool] = False  # whether its denoiser's features can be made smaller
     prompt_prefix: str = ""  # before every caption and prompt, except negative and empty ones
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
@@ -227,6 +232,10 @@ class Family(ABC):
     def choose_reference_size(self, image: Size, generated: Size) -> Size:
         """The size, (width, height) in pixels, at which an image is a reference for an image of the second size."""
         return generated
+
+    def shrink_features(self, settings: DeepShrink) -> AbstractContextManager[None]:
+        """A context with smaller features; called only where `has_deep_shrink`."""
+        return nullcontext()
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Tensors, images: Images | None = None) -> Tensor:
         """(B, C, h, w), t in 0..1000 float32 -> what a diffusers scheduler calls model_output.

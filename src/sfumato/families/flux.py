@@ -35,6 +35,7 @@ class Flux(Family):
     bucket_step = 32
     options = _flux_parts.FLUX_OPTIONS | {"clip_l"}
     sd_scripts_reads = _flux_parts.READ_BY_SCRIPT
+    has_pooled_text = True
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=_DEFAULT_GUIDANCE, size_multiple=16)
     components = _COMPONENTS
 

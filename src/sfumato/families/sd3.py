@@ -41,6 +41,7 @@ class StableDiffusion3(Family):
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
     )
     sd_scripts_reads = frozenset({"min_timestep", "max_timestep", "weighting_scheme"})
+    has_pooled_text = True
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=16)
     components = _COMPONENTS
 

@@ -47,8 +47,10 @@ class InferenceAdapters:
         read = [read_frozen_file(request, specs, groups) for request in requests]
         for line in (*merged.notes, *(note for file in read for note in file.notes)):
             log.warning("%s", line)
-        self.frozen = FrozenAdapters(read)
-        self.frozen.register(model)
+        self.files = [FrozenAdapters([file]) for file in read]
+        self.strengths = [file.request.strength for file in read]
+        for file in self.files:
+            file.register(model)
         adapted = {part for file in read for part in file.matches}
         for part in adapted:  # not to be unloaded from now on
             model.parts[part].load()
@@ -61,7 +63,12 @@ class InferenceAdapters:
         return self.words.replace(text)
 
     def set_batch(self, model: Family, extras: Extras) -> None:
-        pass
+        """The strengths of the images where they have any, else those of the files."""
+        table = extras.multipliers
+        for number, (file, strength) in enumerate(zip(self.files, self.strengths, strict=True)):
+            column = None if table is None else table[:, min(number, table.shape[1] - 1)].to(model.device)
+            for engine in file.engines:
+                engine.multiplier = strength if column is None else column
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
         return model.predict(noisy, t, conditioning, extras.images)

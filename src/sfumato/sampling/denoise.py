@@ -12,6 +12,8 @@ from torch import Generator, Tensor
 from sfumato.data.batch import Extras, Tensors
 from sfumato.diffusion.objective import Objective
 from sfumato.families.base import Family
+from sfumato.sampling.growth import Growth
+from sfumato.sampling.start import Start, keep_outside, skip_timesteps, start_from
 
 
 class Predictor(Protocol):
@@ -37,6 +39,8 @@ class DenoiseRequest:
     generators: Generator | list[Generator]  # of the noise that some schedulers add: one for all samples, or one each
     extras: Extras = field(default_factory=Extras)  # further images, by role
     flow_shift: float | None = None  # of the time grid, where the objective has such a shift
+    start: Start | None = None  # an image to start from
+    growth: Growth | None = None  # how latents that start small grow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,8 @@ class Guidance:
 
     negative: Tensors | None = None  # the denoiser's arguments for the negative prompts; None: no guidance
     scale: float = 1.0
+    empty: Tensors | None = None  # the same for the empty prompt, where the negative one has a scale of its own
+    negative_scale: float = 0.0
     truncation: float = 1.0  # guidance ends at this share of the way
     norm_limit: float = 0.0  # largest norm of a guided prediction, in norms of the prompt's own; 0: no limit
 
@@ -52,9 +58,12 @@ class Guidance:
         """Whether the prediction at this timestep, 0 .. 1000, is guided."""
         return self.negative is not None and (self.truncation >= 1 or 1 - float(t) / 1000 < self.truncation)
 
-    def combine(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """The predictions for both prompts (B, C, h, w) -> the guided one."""
-        guided = negative + self.scale * (positive - negative)
+    def combine(self, positive: Tensor, negative: Tensor, empty: Tensor | None = None) -> Tensor:
+        """The predictions for the prompts (B, C, h, w) -> the guided one."""
+        if empty is None:
+            guided = negative + self.scale * (positive - negative)
+        else:
+            guided = empty + self.scale * (positive - empty) - self.negative_scale * (negative - empty)
         return limit_norm(guided, positive, self.norm_limit) if self.norm_limit else guided
 
 
@@ -63,11 +72,22 @@ def denoise(model: Family, method: Predictor, request: DenoiseRequest, guidance:
     """Clean latents (B, C, h, w)."""
     scheduler, objective = request.scheduler, choose_objective(model, request)
     objective.set_timesteps(scheduler, request.steps, model.latents, request.noise.shape)
-    x = objective.scale_initial_noise(scheduler, request.noise)
-    for t in scheduler.timesteps:
+    timesteps, start = scheduler.timesteps, request.start
+    if start is None:
+        x = objective.scale_initial_noise(scheduler, request.noise)
+    else:
+        timesteps = skip_timesteps(scheduler, objective, request.steps, start.strength)
+        x = start_from(scheduler, objective, start, request.noise, timesteps[0])
+    for i, t in enumerate(timesteps):
         noisy = objective.scale_model_input(scheduler, x, t)
         prediction = predict_guided(model, method, noisy, t, request, guidance)
+        if request.growth is not None and request.growth.is_due(i, t, is_last=i + 1 == len(timesteps)):
+            x = request.growth.step(scheduler, prediction, t, x, request.generators)
+            continue
         x = scheduler.step(prediction, t, x, **_generator_argument(scheduler, request.generators)).prev_sample
+        if start is not None:
+            following = timesteps[i + 1] if i + 1 < len(timesteps) else None
+            x = keep_outside(scheduler, objective, start, x, request.noise, following)
     return x
 
 
@@ -86,7 +106,10 @@ def predict_guided(
     if guidance.negative is None or not guidance.is_active(t):
         return prediction
     negative = method.predict(model, noisy, timesteps, guidance.negative, request.extras).float()
-    return guidance.combine(prediction, negative)
+    if guidance.empty is None:
+        return guidance.combine(prediction, negative)
+    empty = method.predict(model, noisy, timesteps, guidance.empty, request.extras).float()
+    return guidance.combine(prediction, negative, empty)
 
 
 def limit_norm(guided: Tensor, plain: Tensor, limit: float) -> Tensor:

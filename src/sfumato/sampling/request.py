@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from sfumato.config.prompts import Prompt
+from sfumato.errors import UserError
 from sfumato.families.base import Family
+from sfumato.families.deep_shrink import DeepShrink
+from sfumato.sampling.settings import (
+    GradualLatent,
+    HighresFix,
+    SizeInputs,
+    StartImage,
+    given_values,
+    read_settings,
+)
 
 _T = TypeVar("_T")
+GROWING_SAMPLER = "euler_a"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +41,15 @@ class ImageRequest:
     flow_shift: float | None = None  # of the time grid; None: the family's own
     reference_image: str = ""  # the file of a reference image
     weighted: bool = True  # whether (words) and [words] have more and less weight
+    prompt_2: str | None = None  # what the second text encoder reads instead
+    clip_prompt: str | None = None  # what the pooled vector is made of instead
+    negative_scale: float | None = None  # strength of the negative prompt alone; None: that of the guidance
+    multipliers: tuple[float, ...] = ()  # of the adapters, in their order; empty: their own
+    start: StartImage | None = None
+    sizes: SizeInputs = field(default_factory=SizeInputs)
+    shrink: DeepShrink | None = None
+    growth: GradualLatent | None = None
+    highres: HighresFix | None = None
 
     @property
     def guided(self) -> bool:
@@ -39,7 +59,25 @@ class ImageRequest:
     @property
     def batch_key(self) -> ImageRequest:
         """Everything but prompts and seed: requests with the same key can be generated in one batch."""
-        return replace(self, prompt="", negative_prompt="", seed=0)
+        texts = {"prompt": "", "negative_prompt": "", "prompt_2": None, "clip_prompt": None}
+        return replace(self, **texts, seed=0, multipliers=())
+
+    @property
+    def texts(self) -> list[tuple[str, bool]]:
+        """All that text encoders read, and whether it is a negative prompt."""
+        further = [text for text in (self.prompt_2, self.clip_prompt) if text is not None]
+        negative = [self.negative_prompt] if self.guided else []
+        negative += [""] if self.guided and self.negative_scale is not None else []
+        return [*((text, False) for text in (self.prompt, *further)), *((text, True) for text in negative)]
+
+    def text_for(self, model: Family, part: str) -> str:
+        """What a text encoder reads."""
+        is_second = len(model.text_parts) > 1 and part == model.text_parts[1]
+        return self.prompt_2 if is_second and self.prompt_2 is not None else self.prompt
+
+    def pooled_text(self, model: Family, part: str) -> str:
+        """What its pooled vector is made of."""
+        return self.text_for(model, part) if self.clip_prompt is None else self.clip_prompt
 
 
 def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weighted: bool = True) -> ImageRequest:
@@ -62,7 +100,31 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         flow_shift=prompt.flow_shift if _takes_shift(prompt, model) else None,
         reference_image=(prompt.reference_image or "") if model.num_references else "",
         weighted=weighted,
+        prompt_2=prompt.prompt_2 if len(model.text_parts) > 1 else None,
+        clip_prompt=prompt.clip_prompt if model.has_pooled_text else None,
+        negative_scale=prompt.negative_scale,
+        multipliers=prompt.network_mul,
+        start=read_settings(StartImage, prompt) if prompt.init_image else None,
+        sizes=read_settings(SizeInputs, prompt) if model.has_size_inputs else SizeInputs(),
+        shrink=read_settings(DeepShrink, prompt)
+        if given_values(DeepShrink, prompt) and model.has_deep_shrink
+        else None,
+        growth=choose_growth(prompt, model, prompt.sample_sampler or sampler),
+        highres=read_settings(HighresFix, prompt) if prompt.highres_fix_scale else None,
     )
+
+
+def choose_growth(prompt: Prompt, model: Family, sampler: str) -> GradualLatent | None:
+    """UserError where the sampler has no step in which latents can grow."""
+    if not given_values(GradualLatent, prompt) or "sample_sampler" not in model.options:
+        return None
+    if sampler.removeprefix("k_") != GROWING_SAMPLER:
+        raise UserError(
+            f"the prompt {prompt.prompt[:40]!r}: a gradual latent needs the sampler {GROWING_SAMPLER}, not {sampler}",
+            code="gradual-latent-sampler",
+            fix=f"--sampler {GROWING_SAMPLER}, or --ss {GROWING_SAMPLER} in the prompt",
+        )
+    return read_settings(GradualLatent, prompt)
 
 
 def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterator[str]:
@@ -70,7 +132,7 @@ def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterat
     start = f"the prompt {prompt.prompt[:40]!r}: "
     if not request.guided:
         given = {"the negative prompt": prompt.negative_prompt, "--ctr": prompt.cfg_trunc_ratio}
-        given |= {"--rcfg": prompt.renorm_cfg}
+        given |= {"--rcfg": prompt.renorm_cfg, "--nl": prompt.negative_scale}
         for name in (name for name, value in given.items() if value):
             yield f"{start}{name} has no effect, because classifier-free guidance is off; --l above 1 turns it on"
     if prompt.guidance_scale and model.sampling.guidance is None:
@@ -83,11 +145,30 @@ def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterat
         yield f"{start}--ref has no effect, this model takes no reference images"
     if prompt.flow_shift is not None and not _takes_shift(prompt, model):
         yield f"{start}--fs has no effect on this model, whose steps have no such shift"
+    yield from (f"{start}{line}" for line in list_unsupported(prompt, model))
     multiple = model.sampling.size_multiple
     for name in ("width", "height"):
         requested, used = vars(prompt)[name], vars(request)[name]
         if requested not in (None, used):
             yield f"{start}the {name} {requested} becomes {used}, a multiple of {multiple}"
+
+
+def list_unsupported(prompt: Prompt, model: Family) -> Iterator[str]:
+    """Settings that this model has no use for."""
+    if prompt.prompt_2 is not None and len(model.text_parts) < 2:
+        yield "--p2 has no effect, this model has one text encoder"
+    if prompt.clip_prompt is not None and not model.has_pooled_text:
+        yield "--c has no effect, this model takes no pooled vector of a text"
+    if given_values(SizeInputs, prompt) and not model.has_size_inputs:
+        yield "--ow, --oh, --nw, --nh, --ct and --cl have no effect, this model gets no sizes"
+    if given_values(DeepShrink, prompt) and not model.has_deep_shrink:
+        yield "Deep Shrink has no effect, this model is no UNet"
+    if given_values(GradualLatent, prompt) and "sample_sampler" not in model.options:
+        yield f"Gradual Latent has no effect, flow models have no sampler {GROWING_SAMPLER}"
+    if prompt.strength is not None and not (prompt.init_image or prompt.highres_fix_scale):
+        yield "--t has no effect without an image to start from, --img FILE"
+    if prompt.mask_image and not prompt.init_image:
+        yield "--mk has no effect without an image to start from, --img FILE"
 
 
 def _takes_shift(prompt: Prompt, model: Family) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from sfumato.config import Config
-from sfumato.config.prompts import Prompt
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.detection import describe_model
@@ -23,14 +22,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """Which images to make with what."""
+    """With what images are made, and where they go."""
 
     config: Config
-    prompts: Sequence[Prompt]
     networks: Sequence[tuple[Path, float]]  # adapter files and their multipliers
     outdir: Path
     embeddings: Sequence[tuple[Path, str]] = ()  # files of textual inversion, and the word of each where it was given
+    merged: int = 0  # how many of the first of them are added to the model's weights
     float32_parts: Sequence[str] = ()  # kept in float32 whatever --mixed_precision says, as in training
+    sequential_names: bool = False  # im_000001.png and so on
+    original_names: bool = False  # the names of the images that they start from
 
 
 def load_requested_model(request: GenerateRequest) -> Family:
@@ -57,6 +58,7 @@ def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:
     network = request.config.network
     multipliers = (*network.base_weights_multiplier, *[1.0] * len(network.base_weights))
     base = list(zip(network.base_weights, multipliers, strict=False))
-    adapters = InferenceAdapters(model, request.networks, base=base, embeddings=request.embeddings)
+    merged, attached = request.networks[: request.merged], request.networks[request.merged :]
+    adapters = InferenceAdapters(model, attached, base=[*base, *merged], embeddings=request.embeddings)
     adapters.live_text |= set(request.float32_parts) & {*model.text_parts}
     return adapters

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,6 +20,7 @@ from sfumato.config import Config
 from sfumato.config.prompts import parse_line
 from sfumato.config.schema import vocabulary
 from sfumato.config.secrets import collect_secrets, redact
+from sfumato.config.wildcards import has_variants
 from sfumato.families.blueprint import Sampling
 from sfumato.sampling.request import ImageRequest
 
@@ -27,20 +30,74 @@ OTHER_OPTIONS += ("discrete_flow_shift",)  # some models' previews use it, too
 TRAINING_OPTIONS = ("guidance_scale", "pos_emb_random_crop_rate")
 
 
+SOME_HAVE = (
+    "prompt_2",
+    "clip_prompt",
+    "negative_scale",
+    "multipliers",
+    "start",
+    "sizes",
+    "shrink",
+    "growth",
+    "highres",
+)
+EXIF_DESCRIPTION = 270  # the tag of an image's description
+ASKING = ("ds_depth_1", "gradual_latent_timesteps")
+COMMAND_NAMES = {"init_image": "image_path", "mask_image": "mask_path"}
+A1111_SAMPLERS = {
+    "ddim": "DDIM", "pndm": "PLMS", "lms": "LMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
+    "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2S",
+}  # fmt: skip
+
+
 def save_image(path: Path, image: Tensor, text: Mapping[str, str]) -> None:
-    """image (3, H, W) in [-1, 1] -> a PNG with `text` in it."""
+    """image (3, H, W) in [-1, 1] -> a PNG with `text` in it, or a lossless WebP with its parameters."""
     pixels = ((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    info = PngInfo()
-    for name, value in text.items():
-        info.add_text(name, value)
+    if path.suffix.lower() == ".webp":
+        exif = Image.Exif()
+        exif[EXIF_DESCRIPTION] = text.get("parameters", "")
+        options: dict[str, Any] = {"format": "WEBP", "lossless": True, "exif": exif}
+    else:
+        options = {"format": "PNG", "pnginfo": PngInfo()}
+        for name, value in text.items():
+            options["pnginfo"].add_text(name, value)
     with files.write_atomically(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=info)
+        Image.fromarray(pixels).save(temporary, **options)
 
 
 def image_metadata(request: ImageRequest) -> dict[str, str]:
     """All that an image depends on besides the model, as text; of an absolute path only the last name."""
-    values = vars(request) | {"reference_image": strip_paths(request.reference_image)}
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    values = list_settings(request) | {"reference_image": strip_paths(request.reference_image)}
+    text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return text | {"parameters": format_parameters(request)}
+
+
+def list_settings(request: ImageRequest) -> dict[str, object]:
+    """The request's values by name; of those that only some images have the ones that it has."""
+    values = {name: value for name, value in vars(request).items() if name not in SOME_HAVE}
+    further = {name: vars(request)[name] for name in ("prompt_2", "clip_prompt", "negative_scale")}
+    further["network_mul"] = request.multipliers or None
+    for settings in (request.start, request.sizes, request.shrink, request.growth, request.highres):
+        further |= {} if settings is None else vars(settings)
+    for name in ("init_image", "mask_image"):
+        further[name] = strip_paths(str(further.get(name) or ""))
+    return values | {name: value for name, value in further.items() if value not in (None, "")}
+
+
+def format_parameters(request: ImageRequest) -> str:
+    """The recipe as AUTOMATIC1111's web UI writes and reads it, ComfyUI and image sites, too."""
+    values: dict[str, object] = {
+        "Steps": request.steps,
+        "Sampler": A1111_SAMPLERS.get(request.sampler.removeprefix("k_")),
+    }
+    values |= {"CFG scale": f"{request.scale:g}", "Seed": request.seed, "Size": f"{request.width}x{request.height}"}
+    if request.guidance is not None:
+        values["Distilled CFG Scale"] = f"{request.guidance:g}"
+    strength = next((each.strength for each in (request.start, request.highres) if each is not None), None)
+    if strength is not None:
+        values["Denoising strength"] = f"{strength:g}"
+    lines = [request.prompt, *([f"Negative prompt: {request.negative_prompt}"] if request.negative_prompt else [])]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
 
 
 def generate_command(config: Config, request: ImageRequest, defaults: Sampling, more: Mapping[str, object]) -> str:
@@ -69,16 +126,41 @@ def model_options(config: Config) -> dict[str, object]:
 def request_options(request: ImageRequest, defaults: Sampling) -> dict[str, object]:
     """The options of `sfumato generate` for a request; None where the request has no value."""
     text = request.prompt
-    options: dict[str, object] = {"prompt": UserText(text), "plain_prompt": parse_line(text, where="").prompt != text}
+    options: dict[str, object] = {"prompt": UserText(text), "plain_prompt": needs_plain_prompt(text)}
     options |= {"negative_prompt": UserText(request.negative_prompt)} if request.negative_prompt else {}
     options |= {"W": request.width, "H": request.height, "seed": request.seed, "steps": request.steps}
     options |= {"scale": request.scale, "guidance": request.guidance}
     for name in ("cfg_trunc_ratio", "renorm_cfg"):
         options |= {name: vars(request)[name]} if vars(request)[name] != vars(defaults)[name] else {}
     options |= {"flow_shift": request.flow_shift, "reference_image": request.reference_image or None}
+    options |= list_further_options(request)
     if request.sampler != vocabulary()["sample_sampler"].default:
         options["sample_sampler"] = request.sampler
     return options
+
+
+def needs_plain_prompt(text: str) -> bool:
+    """Whether a prompt would be read as something else: options at its end, variants in braces."""
+    return parse_line(text, where="").prompt != text or has_variants(text) or "\\{" in text or "\\}" in text
+
+
+def list_further_options(request: ImageRequest) -> dict[str, object]:
+    """Those of settings that only some images have, where they differ from their defaults."""
+    options: dict[str, object] = {"negative_scale": request.negative_scale, "network_mul": request.multipliers or None}
+    for name in ("prompt_2", "clip_prompt"):
+        text = vars(request)[name]
+        options |= {name: None if text is None else UserText(text)}
+    for settings in (request.start, request.sizes, request.shrink, request.growth, request.highres):
+        if settings is not None:
+            required = {name: value for name, value in vars(settings).items() if not has_default(settings, name)}
+            options |= {COMMAND_NAMES.get(name, name): value for name, value in required.items()}
+    return {name: value for name, value in options.items() if value not in (None, "")}
+
+
+def has_default(settings: Any, name: str) -> bool:
+    """Whether a value is what the command takes without being told; the first of a kind is what asks for it."""
+    (field,) = (field for field in fields(settings) if field.name == name)
+    return vars(settings)[name] == field.default and name not in ASKING
 
 
 class UserText(str):

@@ -54,6 +54,6 @@ def make_preview_prompts(config: Config, model: Family, rewrite: Callable[[str],
     path = config.samples.sample_prompts
     captions: list[tuple[str, bool]] = []
     for prompt in read_prompts(path) if path else ():
-        captions += [(rewrite(prompt.prompt), False), (rewrite(prompt.negative_prompt), True)]
+        captions += [(rewrite(text), negative) for text, negative in prompt.texts]
     text = FrozenTextEncoders(model, weighted=config.captions.weighted_captions)
     return PreviewPrompts(text=text, captions=captions, weighted=config.samples.prompt_weighting)

@@ -81,9 +81,8 @@ def prepare_preview(run: Run, prompt: Prompt, number: int, step: int, label: str
 
 def can_preview(run: Run, request: ImageRequest) -> bool:
     """False, with a warning, where an encoder has no file here and the cache has no features of the prompt."""
-    texts = [(request.prompt, False), *([(request.negative_prompt, True)] if request.guided else [])]
     for part in run.model.blueprint.cached_parts:
-        for text, negative in texts:
+        for text, negative in request.texts:
             caption = run.method.rewrite_caption(text)
             if not run.context.text.can_encode(part, caption, weighted=request.weighted, negative=negative):
                 run.warn_once(

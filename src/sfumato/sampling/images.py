@@ -1,0 +1,57 @@
+"""The image files of a request as latents: a reference, an image to start from and its mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from sfumato.data.batch import ImageInput, Images, name_reference
+from sfumato.data.buckets import Size
+from sfumato.data.cache.entries import to_tensor
+from sfumato.data.images import read_image
+from sfumato.data.masks import downscale_mask
+from sfumato.families.base import Family
+from sfumato.families.encoding import encode_images
+from sfumato.sampling.request import ImageRequest
+from sfumato.sampling.start import Start
+
+
+def encode_reference(model: Family, request: ImageRequest, count: int) -> Images:
+    """The latents of a request's reference image for so many samples; UserError where it cannot be read."""
+    if not request.reference_image:
+        return {}
+    image = read_image(Path(request.reference_image))
+    size = model.choose_reference_size(image.size, (request.width, request.height))
+    latents = encode_resized(model, image, size)
+    return {name_reference(0): ImageInput(latents=latents.expand(count, -1, -1, -1))}
+
+
+def encode_start(model: Family, request: ImageRequest, count: int) -> Start | None:
+    """The image that a request starts from, for so many samples; UserError where it cannot be read."""
+    if request.start is None:
+        return None
+    size = (request.width, request.height)
+    latents = encode_resized(model, read_image(Path(request.start.init_image)), size).to(model.device)
+    mask = read_mask(model, request.start.mask_image, size)
+    return Start(
+        latents=latents.expand(count, -1, -1, -1),
+        strength=request.start.strength,
+        mask=None if mask is None else mask.to(model.device),
+    )
+
+
+def encode_resized(model: Family, image: Image.Image, size: Size) -> Tensor:
+    """An image at another size, (width, height) -> its latents (1, C, h, w)."""
+    pixels = to_tensor([np.asarray(image.resize(size, Image.Resampling.LANCZOS))])
+    return encode_images(model, pixels, None, vae_batch_size=1)
+
+
+def read_mask(model: Family, file: str, size: Size) -> Tensor | None:
+    """A mask's red channel at the size of the latents, (1, 1, h, w) in [0, 1]; None where there is none."""
+    if not file:
+        return None
+    image = read_image(Path(file)).resize(size, Image.Resampling.BILINEAR)
+    return downscale_mask(np.asarray(image)[..., 0], model.latents.downscale)[None].float().clamp(0, 1)
