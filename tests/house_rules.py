@@ -66,6 +66,7 @@ NAMES_KINDS = {"adapters", "families", "compat", "demo", "cli", "common", "confi
 ALLOWED_KIND_NAMES = {  # file -> what it may say: others' keys, arguments and file names, an option, a command
     "formats/adapter_keys.py": r".*", "formats/peft_config.py": r".*", "tools/export_lora.py": r".*",
     "formats/adapter_file.py": r"pytorch_lora_weights\..*|lora_", "formats/adapter_layers.py": r".*lora_te2_",
+    "tools/adapter_files/resize.py": r"sfumato lora .*",
     "methods/adapter.py": r"/lora", "methods/adapter_modules.py": r"rs_lora",
 }  # fmt: skip
 FROZEN_OPTION = re.compile(r"frozen_lora")

@@ -17,6 +17,7 @@ from sfumato.formats.groups import LayerGroup
 RankMethod = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
 OVERSAMPLING = 10  # further columns of a random projection (Halko et al. 2011, sec. 4.4)
 POWER_STEPS = 2  # passes that sharpen it (the same, alg. 4.4)
+FLOAT32_NOISE = 1e-6  # share of a squared norm that sums in float32 do not tell from 0
 NO_CHANGE = 1e-6  # a largest singular value up to this is no change
 
 
@@ -41,11 +42,13 @@ class Svd(NamedTuple):
         return clamp_factors(factors, clamp_quantile) if clamp_quantile < 1 else factors
 
     def measure_error(self, rank: int) -> float:
-        """The norm of what `truncate` loses, by the norm of the matrix; exact, since the factors are orthogonal."""
+        """The norm of what `truncate` loses, by the norm of the matrix: of its further values, known or not."""
         if not self.norm:
             return 0.0
-        kept = float(self.s[:rank].double().square().sum())
-        return max(0.0, 1 - kept / self.norm**2) ** 0.5
+        squares = self.s.double().square()
+        unknown = 1 - float(squares.sum()) / self.norm**2
+        further = float(squares[rank:].sum()) / self.norm**2
+        return (further + (unknown if unknown > FLOAT32_NOISE else 0.0)) ** 0.5
 
 
 def join_factors(several: Sequence[Factors]) -> Factors:
@@ -151,3 +154,8 @@ def make_kronecker_tensors(group: LayerGroup, change: Tensor, factor: int) -> tu
     first, second = svd.u[:, 0] * root, svd.vh[0] * root
     tensors = {W1: first.reshape(l, m), W2: second.reshape(k, n, *kernel), ALPHA: torch.tensor(1.0)}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, svd.measure_error(1)
+
+
+def cut_ranks(tensors: LayerTensors, rank: int) -> LayerTensors:
+    """The first ranks of an adapter in a file, with the same alpha."""
+    return {DOWN: tensors[DOWN][:rank], UP: tensors[UP][:, :rank], ALPHA: tensors[ALPHA]}

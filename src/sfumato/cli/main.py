@@ -35,6 +35,8 @@ DATASET_COMMANDS = {
 }
 LORA_COMMANDS = {
     "merge": Command("lora_merge", "Merge adapters into a checkpoint, or several into one."),
+    "extract": Command("lora_extract", "Make an adapter of the difference of two models."),
+    "resize": Command("lora_resize", "Write a LoRA at a smaller rank."),
     "inspect": Command("lora_inspect", "Show what an adapter file does to which blocks, and what is wrong with it."),
     "check": Command("lora_check", "Show the tensors of an adapter file, and what is wrong with it."),
     "export": Command("lora_export", "Write a LoRA under the names of another program."),
@@ -44,7 +46,7 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
     "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, maintain them, tag its images."),
-    "lora": CommandGroup(LORA_COMMANDS, "Tools for LoRA files: merge, inspect, check, export."),
+    "lora": CommandGroup(LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, inspect, check, export."),
     "report": Command("report", "Make the report page of a run again, from the files in its folder."),
     "ema": Command("ema", "Make a power-function EMA of another width out of saved ones."),
     "toy": Command("toy", "Make a toy model and images to try things on."),

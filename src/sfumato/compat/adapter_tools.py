@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from sfumato.cli.lora_check import LoraCheckOptions, run_check
+from sfumato.cli.lora_extract import LoraExtractOptions, run_extract
 from sfumato.cli.lora_merge import Lists, LoraMergeOptions, ToolPrecision, run_merge
+from sfumato.cli.lora_resize import DynamicMethod, LoraResizeOptions, run_resize
 from sfumato.compat.file_tool import FileTool, show_report
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath, FilePaths, Floats, ModelPath
@@ -119,13 +121,97 @@ def run_flux_merge(options: FluxMergeOptions) -> int:
     return run_merge_tool(options, model="flux_model")
 
 
+class ExtractOptions(Options):
+    """Makes a LoRA of the difference of two checkpoints of Stable Diffusion."""
+
+    v2: bool = option(False, "the checkpoints say it themselves")
+    v_parameterization: bool | None = option(None, "the checkpoints say it themselves")
+    sdxl: bool = option(False, "the checkpoints say it themselves")
+    load_precision: SavePrecision | None = option(None, "precision of the weights in memory")
+    save_precision: SavePrecision | None = option(None, "precision of what is written, float by default")
+    model_org: ModelPath | None = option(None, "the model before", required=True)
+    model_tuned: ModelPath | None = option(None, "the model after", required=True)
+    save_to: FilePath | None = option(None, "the file to write", required=True)
+    dim: int = option(4, "the rank", ge=1)
+    conv_dim: int | None = option(None, "the rank of convolutions, which get nothing by default", ge=1)
+    device: str | None = option(None, "the device that computes; the CPU by default")
+    clamp_quantile: float = option(0.99, "share of the values that are not cut to the largest of them", gt=0, le=1)
+    min_diff: float = option(0.01, "a text encoder whose weights differ by no more gets no layers", ge=0)
+    no_metadata: bool = _declare_no_metadata()
+    load_original_model_to: str | None = option(None, "device of the model before")
+    load_tuned_model_to: str | None = option(None, "device of the model after")
+
+
+class FluxExtractOptions(Options):
+    """Makes a LoRA of the difference of two transformers of FLUX.1."""
+
+    save_precision: SavePrecision | None = option(None, "precision of what is written, float by default")
+    model_org: ModelPath | None = option(None, "the transformer before", required=True)
+    model_tuned: ModelPath | None = option(None, "the transformer after", required=True)
+    mem_eff_safe_open: bool = option(False, "one tensor in memory at a time")
+    save_to: FilePath | None = option(None, "the file to write", required=True)
+    dim: int = option(4, "the rank", ge=1)
+    device: str | None = option(None, "the device that computes; the CPU by default")
+    clamp_quantile: float = option(0.99, "share of the values that are not cut to the largest of them", gt=0, le=1)
+    no_metadata: bool = _declare_no_metadata()
+
+
+class ResizeOptions(Options):
+    """Writes a LoRA at a smaller rank."""
+
+    save_precision: SavePrecision | None = option(None, "precision of what is written; that of the file by default")
+    new_rank: int = option(4, "the new rank; with --dynamic_method the largest", ge=1)
+    new_conv_rank: int | None = option(None, "the same of convolutions; --new_rank by default", ge=1)
+    save_to: FilePath | None = option(None, "the file to write", required=True)
+    model: FilePath | None = option(None, "the LoRA", required=True)
+    device: str | None = option(None, "the device that computes; the CPU by default")
+    verbose: bool = option(False, "show each layer")
+    dynamic_method: DynamicMethod | None = option(None, "give each layer the smallest rank that is enough")
+    dynamic_param: float | None = option(None, "the number of --dynamic_method", gt=0)
+    svd_lowrank_niter: int = option(2, "passes of a randomized SVD", ge=0)
+
+
+class DyloraToolOptions(Options):
+    """Writes a LoRA for each multiple of a unit of the ranks of a DyLoRA."""
+
+    unit: int | None = option(None, "ranks from one file to the next", required=True, ge=1)
+    save_to: FilePath | None = option(None, "the files to write: their rank is added to the name", required=True)
+    model: FilePath | None = option(None, "the DyLoRA", required=True)
+
+
+def select_values(options: Options, theme: type[Options], **renamed: Any) -> Any:
+    """A command's options from those of a script, where both have them and the script's is not None."""
+    values = {**dict(options), **renamed}
+    own = {name: values[name] for name in theme.model_fields if values.get(name) is not None}
+    return theme.model_construct(**own)
+
+
+def run_extract_tool(options: Options) -> int:
+    return show_report(run_extract(select_values(options, LoraExtractOptions)))
+
+
+def run_resize_tool(options: ResizeOptions) -> int:
+    return show_report(run_resize(select_values(options, LoraResizeOptions, source=options.model)))
+
+
+def run_dylora_tool(options: DyloraToolOptions) -> int:
+    from sfumato.tools.adapter_files.divide import divide_ranks
+
+    assert options.model is not None
+    assert options.save_to is not None
+    assert options.unit is not None
+    return show_report(divide_ranks(options.model, options.save_to, options.unit))
+
+
+SAYS_ITSELF = "the checkpoint says it itself"
+ONE_AT_A_TIME = "one tensor is in memory at a time anyway"
 SUMS = {"precision": IN_FLOAT, "concat": BY_CONCATENATION}
 ADAPTER_TOOLS = (
     FileTool(
         name="networks/merge_lora",
         options=MergeOptions,
         run=run_merge_tool,
-        no_effect={"v2": "the checkpoint says it itself", **SUMS},
+        no_effect={"v2": SAYS_ITSELF, **SUMS},
     ),
     FileTool(name="networks/sdxl_merge_lora", options=SdxlMergeOptions, run=run_merge_tool, no_effect=SUMS),
     FileTool(
@@ -134,7 +220,7 @@ ADAPTER_TOOLS = (
         run=run_flux_merge,
         no_effect={
             **SUMS,
-            "mem_eff_load_save": "one tensor is in memory at a time anyway",
+            "mem_eff_load_save": ONE_AT_A_TIME,
             "loading_device": IN_FLOAT,
             "working_device": IN_FLOAT,
             "diffusers": NAMES_READ,
@@ -149,4 +235,26 @@ ADAPTER_TOOLS = (
         run=run_check,
         short={"-s": "--show_all_keys"},
     ),
+    FileTool(
+        name="networks/extract_lora_from_models",
+        options=ExtractOptions,
+        run=run_extract_tool,
+        no_effect={
+            **dict.fromkeys(("v2", "v_parameterization", "sdxl"), SAYS_ITSELF),
+            **dict.fromkeys(("load_precision", "load_original_model_to", "load_tuned_model_to"), ONE_AT_A_TIME),
+        },
+    ),
+    FileTool(
+        name="networks/flux_extract_lora",
+        options=FluxExtractOptions,
+        run=run_extract_tool,
+        no_effect={"mem_eff_safe_open": ONE_AT_A_TIME},
+    ),
+    FileTool(
+        name="networks/resize_lora",
+        options=ResizeOptions,
+        run=run_resize_tool,
+        no_effect={"svd_lowrank_niter": "the singular values are exact, from matrices of rank x rank"},
+    ),
+    FileTool(name="networks/extract_lora_from_dylora", options=DyloraToolOptions, run=run_dylora_tool),
 )

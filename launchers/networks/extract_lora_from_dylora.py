@@ -1,0 +1,4 @@
+"""Writes a LoRA for each multiple of a unit of the ranks of a DyLoRA; runs from a checkout, too."""
+
+import os, sys; sys.path.insert(0, os.path.abspath(__file__ + "/../../../src"))  # fmt: skip
+from sfumato.compat.launch import launch; launch(__name__, "networks/extract_lora_from_dylora")  # fmt: skip

@@ -1,0 +1,87 @@
+"""`sfumato lora extract`: an adapter from the difference of two models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.lora_merge import ToolPrecision
+from sfumato.cli.lora_resize import DynamicMethod
+from sfumato.config.base import Options, option
+from sfumato.config.command import read_options
+from sfumato.config.values import FilePath, ModelPath
+
+
+class LoraExtractOptions(Options):
+    """Makes a LoRA, or with --kind a LoKr, of what training has changed: from a model before and after full training,
+    or from a merged model and its base. The weights are read in pairs, so that neither model is in memory.
+    """
+
+    model_org: ModelPath = option(None, "the model before: a file, a folder, or a name on the hub", required=True)
+    model_tuned: ModelPath = option(None, "the model after", required=True)
+    save_to: FilePath = option(None, "the file to write", required=True)
+    dim: int = option(16, "the rank; with --dynamic_method the largest", ge=1)
+    conv_dim: int | None = option(None, "the rank of convolutions, which get nothing by default", ge=1)
+    kind: Literal["lora", "lokr"] = option("lora", "low rank, or one Kronecker product in each layer")
+    factor: int = option(-1, "with --kind lokr: as its argument, -1 for about the square root")
+    dynamic_method: DynamicMethod | None = option(
+        None, "keep singular values above the largest / N, or as many as give a share of norm or sum"
+    )
+    dynamic_param: float | None = option(None, "the number of --dynamic_method", gt=0)
+    clamp_quantile: float = option(1.0, "share of the values that are not cut to the largest of them", gt=0, le=1)
+    min_diff: float = option(0.0, "a text encoder whose weights differ by no more gets no layers", ge=0)
+    exact: bool = option(False, "compute all singular values; the randomized ones are nearly the same and much faster")
+    clip_l: ModelPath | None = option(None, "CLIP-L before, where it has a file of its own")
+    clip_g: ModelPath | None = option(None, "CLIP-G before")
+    t5xxl: ModelPath | None = option(None, "T5-XXL before")
+    gemma2: ModelPath | None = option(None, "Gemma 2 before")
+    clip_l_tuned: ModelPath | None = option(None, "CLIP-L after")
+    clip_g_tuned: ModelPath | None = option(None, "CLIP-G after")
+    t5xxl_tuned: ModelPath | None = option(None, "T5-XXL after")
+    gemma2_tuned: ModelPath | None = option(None, "Gemma 2 after")
+    save_precision: ToolPrecision = option("float", "precision of what is written")
+    device: str = option("cpu", "the device that computes")
+    family: str | None = option(None, "the model family, where the files do not say it")
+    no_metadata: bool = option(False, "write only what programs need to use the file")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato lora extract`."""
+    if asks_for_help(argv):
+        print(command_help("sfumato lora extract", LoraExtractOptions), end="")
+        return 0
+    print("\n".join(run_extract(read_options(argv, LoraExtractOptions))))
+    return 0
+
+
+def run_extract(options: LoraExtractOptions) -> list[str]:
+    """The lines of the report."""
+    from sfumato.tools.adapter_files.extract import ExtractRequest, extract_adapter
+
+    return extract_adapter(
+        ExtractRequest(
+            original=options.model_org,
+            tuned=options.model_tuned,
+            output=options.save_to,
+            rank=options.dim,
+            conv_rank=options.conv_dim,
+            method=options.dynamic_method,
+            param=options.dynamic_param,
+            kronecker_factor=options.factor if options.kind == "lokr" else None,
+            clamp_quantile=options.clamp_quantile,
+            min_diff=options.min_diff,
+            exact=options.exact,
+            encoders={
+                "clip_l": options.clip_l, "clip_g": options.clip_g, "t5xxl": options.t5xxl, "gemma2": options.gemma2,
+            },
+            tuned_encoders={
+                "clip_l": options.clip_l_tuned, "clip_g": options.clip_g_tuned,
+                "t5xxl": options.t5xxl_tuned, "gemma2": options.gemma2_tuned,
+            },
+            precision=options.save_precision,
+            device=options.device,
+            family=options.family,
+            minimal_metadata=options.no_metadata,
+        )
+    )  # fmt: skip
