@@ -102,7 +102,7 @@ def test_what_an_adapter_cannot_have_is_said(
         metadata = opened.metadata()
     assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == ("flux1", "False")
     assert 1 < int(metadata["ss_network_dim"]) < 64
-    assert main([*command, "--save_to", str(output), "--kind", "lokr"]) == 0
+    assert main([*command, "--save_to", str(output), "--network_module", "lokr"]) == 0
     assert {key.rpartition(".")[2] for key in load_file(output)} == {"lokr_w1", "lokr_w2", "alpha"}
     script = ["networks/flux_extract_lora.py", *command[2:], "--save_to", str(output), "--mem_eff_safe_open"]
     assert run_script(script) == 0

@@ -14,7 +14,7 @@ from sfumato.config.values import FilePath, ModelPath
 
 
 class LoraExtractOptions(Options):
-    """Makes a LoRA, or with --kind a LoKr, of what training has changed: from a model before and after full training,
+    """Makes a LoRA, or a LoKr, of what training has changed: from a model before and after full training,
     or from a merged model and its base. The weights are read in pairs, so that neither model is in memory.
     """
 
@@ -23,8 +23,8 @@ class LoraExtractOptions(Options):
     save_to: FilePath = option(None, "the file to write", required=True)
     dim: int = option(16, "the rank; with --dynamic_method the largest", ge=1)
     conv_dim: int | None = option(None, "the rank of convolutions, which get nothing by default", ge=1)
-    kind: Literal["lora", "lokr"] = option("lora", "low rank, or one Kronecker product in each layer")
-    factor: int = option(-1, "with --kind lokr: as its argument, -1 for about the square root")
+    network_module: Literal["lora", "lokr"] = option("lora", "low rank, or one Kronecker product in each layer")
+    factor: int = option(-1, "with --network_module lokr: as its argument, -1 for about the square root")
     dynamic_method: DynamicMethod | None = option(
         None, "keep singular values above the largest / N, or as many as give a share of norm or sum"
     )
@@ -68,7 +68,7 @@ def run_extract(options: LoraExtractOptions) -> list[str]:
             conv_rank=options.conv_dim,
             method=options.dynamic_method,
             param=options.dynamic_param,
-            kronecker_factor=options.factor if options.kind == "lokr" else None,
+            kronecker_factor=options.factor if options.network_module == "lokr" else None,
             clamp_quantile=options.clamp_quantile,
             min_diff=options.min_diff,
             exact=options.exact,

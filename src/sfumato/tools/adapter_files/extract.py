@@ -63,7 +63,7 @@ class PartResult:
     lost: float = 0.0  # the same of what the adapter lacks
     others: int = 0  # further tensors that differ, for which an adapter has no place
 
-    def describe(self, part: str) -> str:
+    def make_line(self, part: str) -> str:
         ranks = sorted({rank for rank, _ in self.dims}) or [0]
         error = (self.lost / self.square) ** 0.5 if self.square else 0.0
         others = f"; {self.others} other tensors differ, which it does not have" if self.others else ""
@@ -101,7 +101,7 @@ def extract_adapter(request: ExtractRequest) -> list[str]:
     dims = [dim for result in found.values() for dim in result.dims]
     metadata = make_extracted_metadata(request.output, base, dims, minimal=request.minimal_metadata)
     written = write_adapter(request.output, tensors, metadata, TOOL_DTYPES[request.precision])
-    lines = [result.describe(part) for part, result in found.items()]
+    lines = [result.make_line(part) for part, result in found.items()]
     lines += [f"{part}: nothing differs by more than {request.min_diff:g}, it gets no layers" for part in skipped]
     return [*lines, f"{written}: {len(dims)} layers"]
 

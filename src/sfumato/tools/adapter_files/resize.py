@@ -60,7 +60,7 @@ class ResizedLayer:
     norm: float  # of the change before
     error: float  # relative, of the change
 
-    def describe(self) -> str:
+    def make_line(self) -> str:
         return f"{self.name}: rank {self.old_rank} -> {self.rank}, norm {self.norm:.4g}, error {self.error:.3%}"
 
 
@@ -87,7 +87,7 @@ def resize_adapter(request: ResizeRequest) -> list[str]:
         request.output, [file], dims, minimal=request.minimal_metadata, comment=f"resized to {request.new_rank}{how}"
     )
     written = write_adapter(request.output, tensors, metadata, dtype)
-    lines = [layer.describe() for layer in layers] if request.verbose else []
+    lines = [layer.make_line() for layer in layers] if request.verbose else []
     lines += file.describe_passed_over()
     return [*lines, f"{written}: {summarize_layers(layers)}"]
 
