@@ -31,6 +31,7 @@ class CommandGroup(NamedTuple):
 DATASET_COMMANDS = {
     "inspect": Command("dataset_inspect", "Show what is in a dataset and what training would refuse."),
     "cache": Command("dataset_cache", "Fill the caches without training, or count, check or prune them."),
+    "caption": Command("dataset_caption", "Write captions of images by a model that describes them."),
     "tag": Command("dataset_tag", "Write the tags that a tagger model sees in images."),
 }
 LORA_COMMANDS = {

@@ -1,0 +1,98 @@
+"""`sfumato dataset caption`: captions of images by a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from sfumato.cli.dataset_tag import CAPTION_ALIASES
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Options, option
+from sfumato.config.command import read_command
+from sfumato.config.values import FilePath, ModelPath
+
+if TYPE_CHECKING:
+    from sfumato.tools.captioner import Wording
+
+DEFAULT_WORKERS = 4
+
+
+class CaptioningOptions(Options):
+    """Writes a caption beside each image, by any model of transformers that describes images (BLIP, GIT, Florence-2,
+    Qwen-VL, LLaVA and JoyCaption among them), which is downloaded once.
+    """
+
+    train_data_dir: FilePath = option(None, "the folder of images", positional=True, required=True)
+    model: ModelPath = option(None, "the model: a folder, or OWNER/NAME on the hub", required=True)
+    prompt: str = option(
+        "", "what the model is asked; {caption}, {folder} and {name} stand for what the image has already"
+    )
+    caption_extension: str = option(".txt", "extension of the files that are written")
+    output_path: FilePath | None = option(None, "one .json or .jsonl file for all captions, instead of one per image")
+    skip_existing: bool = option(False, "leave images alone that have a caption, so that an interrupted run goes on")
+    recursive: bool = option(False, "caption the images of subfolders, too")
+    batch_size: int = option(1, "images at once", ge=1)
+    max_data_loader_n_workers: int | None = option(None, "threads that decode images; 4 by default", ge=0)
+    precision: Literal["fp32", "fp16", "bf16"] | None = option(
+        None, "in which the model computes; bf16 on a GPU, fp32 without one by default"
+    )
+    max_length: int = option(300, "tokens of a caption at most", ge=1)
+    min_length: int = option(0, "tokens of a caption at least", ge=0)
+    num_beams: int = option(1, "search the best caption with so many beams", ge=1)
+    top_p: float | None = option(None, "choose words by chance among the likeliest of this probability", gt=0, le=1)
+    seed: int = option(42, "seed of that choice")
+    remove_words: bool = option(False, "remove phrases about words that are read in the image")
+    debug: bool = option(False, "print each caption")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato dataset caption`."""
+    if asks_for_help(argv):
+        sys.stdout.write(command_help("sfumato dataset caption", CaptioningOptions))
+        return 0
+    line = read_command(argv, CaptioningOptions, training=False, aliases=CAPTION_ALIASES)
+    line.raise_faults()
+    return run_captioning(line.options(CaptioningOptions))
+
+
+def run_captioning(options: CaptioningOptions) -> int:
+    """Caption the images; gives the exit code."""
+    import torch
+
+    from sfumato.parallel.start import choose_device
+    from sfumato.tools.caption_images import CaptionRun
+    from sfumato.tools.caption_output import FilesBeside, MetadataFile
+    from sfumato.tools.captioner import load_captioner
+    from sfumato.tools.image_batches import list_image_paths
+
+    images = list_image_paths(options.train_data_dir, recursive=options.recursive)
+    device = choose_device()
+    precision = options.precision or ("fp32" if device.type == "cpu" else "bf16")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    beside = FilesBeside(extension=options.caption_extension)
+    run = CaptionRun(
+        captioner=load_captioner(options.model, make_wording(options), dtype=dtype, device=device),
+        output=MetadataFile(path=options.output_path, name="caption") if options.output_path else beside,
+        prompt=options.prompt,
+        remove_words=options.remove_words,
+        skip_existing=options.skip_existing,
+        verbose=options.debug,
+    )
+    workers = options.max_data_loader_n_workers or DEFAULT_WORKERS
+    bad = run.caption(images, batch_size=options.batch_size, workers=workers)
+    skipped = f", {bad:,} could not be read" if bad else ""
+    sys.stdout.write(f"{len(images) - bad:,} of {len(images):,} images have a caption{skipped}\n")
+    return 0
+
+
+def make_wording(options: CaptioningOptions) -> Wording:
+    from sfumato.tools.captioner import Wording
+
+    return Wording(
+        max_tokens=options.max_length,
+        min_tokens=options.min_length,
+        num_beams=options.num_beams,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
