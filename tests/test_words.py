@@ -37,7 +37,7 @@ PHRASES = {  # what occurs in no message or help line -> what to say instead
     r"\bwhence\b|\banew\b": "plain words",
     r"(?<!earning )(?<!earning-)(?<!dropout )\brates?\b": "learning rate",
 }
-ALLOWED_PHRASES: frozenset[str] = frozenset()  # whole messages: reviewed
+ALLOWED_PHRASES = frozenset({"a picture of"})  # whole messages: reviewed. The words that BLIP was trained on
 
 
 def retired_words() -> frozenset[str]:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +25,7 @@ def test_options_of_other_scripts_are_refused_with_their_home(capsys, codes):
 
 def test_a_script_runs_with_its_family(monkeypatch, tmp_path):
     made = []
-    monkeypatch.setitem(sys.modules, "sfumato.train", SimpleNamespace(train=made.append))
+    monkeypatch.setattr("sfumato.train.train", made.append)
     words = f"--pretrained_model_name_or_path a/b --train_data_dir {tmp_path} --output_dir o --resolution 64 --seed 4"
     assert main(["train_network", *words.split()]) == 0
     (config,) = made

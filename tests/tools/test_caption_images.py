@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from sfumato.cli.main import main
+from sfumato.compat.launch import main as launch
 from sfumato.tools.caption_images import remove_read_words
 
 WORDS = [
@@ -199,3 +200,23 @@ def test_a_model_that_describes_no_images(images: Path, tmp_path: Path, codes: l
     assert main(["dataset", "caption", str(images), "--model", str(tmp_path)]) == 2
     assert codes == ["captioner-unavailable"]
     assert not read_captions(images)
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "option", "words"),
+    [
+        ("finetune/make_captions", "blip", "--caption_weights", ["--beam_search", "--num_beams", "2"]),
+        (
+            "finetune/make_captions.py",
+            "blip",
+            "--caption_weights",
+            ["--top_p", "0.8", "--caption_extention", ".caption"],
+        ),
+        ("finetune/make_captions_by_git", "git", "--model_id", ["--remove_words", "--batch_size", "2"]),
+    ],
+)
+def test_scripts(shelf: dict[str, Path], images: Path, script: str, kind: str, option: str, words: list[str]) -> None:
+    assert launch([script, option, str(shelf[kind]), "--max_length", "7", *words, str(images)]) == 0
+    captions = [path.read_text().strip() for path in images.glob("*.caption")]
+    assert len(captions) == 3
+    assert all(captions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from sfumato.cli.help import asks_for_help, command_help
@@ -29,7 +30,7 @@ class TagOptions(Options):
 
     train_data_dir: FilePath = option(None, "the folder of images", positional=True, required=True)
     repo_id: str = option(DEFAULT_REPO, "the model on the hub; OWNER/NAME/FOLDER for those with a tag_mapping.json")
-    model_dir: FilePath = option("wd14_tagger_model", "where models are kept")
+    model_dir: FilePath = option(Path("wd14_tagger_model"), "where models are kept")
     model_file: FilePath | None = option(None, "a model of your own in the ONNX format, with its table beside it")
     force_download: bool = option(False, "download the model again")
     onnx: bool = option(False, "accepted without effect: models always run on onnxruntime")

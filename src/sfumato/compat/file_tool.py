@@ -21,13 +21,15 @@ class FileTool:
     run: Callable[[Any], int]
     no_effect: Mapping[str, str] = field(default_factory=dict)  # option -> why it changes nothing here
     short: Mapping[str, str] = field(default_factory=dict)  # short form -> option
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other spelling -> option
 
     def start(self, argv: Sequence[str]) -> int:
         """Read the command line and run; gives the exit code."""
         if asks_for_help(argv):
             sys.stdout.write(command_help(f"{self.name}.py", self.options))
             return 0
-        line = read_command([self.short.get(word, word) for word in argv], self.options, training=False)
+        words = [self.short.get(word, word) for word in argv]
+        line = read_command(words, self.options, training=False, aliases=self.aliases)
         line.raise_faults()
         for name, reason in self.no_effect.items():
             if name in line.own and line.own[name] != self.options.model_fields[name].default:

@@ -1,4 +1,4 @@
-"""All scripts of sd-scripts that work on files, by name."""
+"""All scripts of sd-scripts that work on files of models and on images, by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import PurePath
 
 from sfumato.common.names import SCRIPT_ALIASES
 from sfumato.compat.adapter_tools import ADAPTER_TOOLS
+from sfumato.compat.caption_tools import CAPTION_TOOLS
 from sfumato.compat.file_tool import FileTool
 
-FILE_TOOLS = {tool.name: tool for tool in ADAPTER_TOOLS}
+FILE_TOOLS = {tool.name: tool for tool in (*ADAPTER_TOOLS, *CAPTION_TOOLS)}
 
 
 def find_file_tool(name: str) -> FileTool | None:

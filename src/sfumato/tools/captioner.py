@@ -13,7 +13,6 @@ from torch import Tensor
 from sfumato.errors import UserError
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Wording:
     """How long a caption is, in tokens, and how its words are found: by beams, by chance among the likeliest, which
@@ -74,10 +73,11 @@ class Captioner:
 
     def _remove_prompt(self, tokens: Tensor, inputs: Any) -> Tensor:
         """What follows the prompt, of models that give it back."""
-        given = inputs.get("input_ids")
-        count = 0 if given is None else given.shape[1]
-        is_given_back = 0 < count <= tokens.shape[1] and torch.equal(tokens[:, :count], given)
-        return tokens[:, count:] if is_given_back else tokens
+        if "input_ids" not in inputs:
+            return tokens
+        given: Tensor = inputs["input_ids"]
+        count = given.shape[1]
+        return tokens[:, count:] if torch.equal(tokens[:, :count], given) else tokens
 
 
 def remove_beginning(text: str, prompt: str) -> str:
