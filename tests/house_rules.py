@@ -18,7 +18,7 @@ LAYERS = (
     ("errors",),
     ("common",),
     ("config",),
-    ("data", "diffusion"),
+    ("data", "diffusion", "quantization"),
     ("formats",),
     ("adapters", "families"),
     ("optim",),

@@ -65,6 +65,7 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     remember: whether the dataset index is written to the cache folder; nothing else ever is.
     """
     from sfumato.formats.save_schedule import make_save_schedule
+    from sfumato.memory.plan_checks import describe_formats
     from sfumato.methods.disk_check import check_disk
     from sfumato.methods.model_plan import check_data, describe_data, plan_model
 
@@ -94,6 +95,10 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
             if data.has_preserved_samples or config.loss.masked_prior_preservation_weight:
                 model.method.disabled()
     learning_rates = {part.learning_rate for part in model.parts} if model else set[float]()
+    formats: list[str] = []
+    if model is not None:
+        trained = model.method.full_precision_parts(model.blueprint)
+        formats += describe_formats(model.config, model.family, model.blueprint, trained)
     notes = check_run_options(config, data, total_steps, learning_rates, saved, problems)
     if model is not None and total_steps and not problems.found:
         with problems.catch():
@@ -118,7 +123,7 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
         epochs=epochs,
         saves=make_save_schedule(config.save, epochs),
         saved=saved,
-        notes=(*model.notes, *model.remarks, *describe_data(model, data), *notes),
+        notes=(*model.notes, *model.remarks, *describe_data(model, data), *formats, *notes),
     )
 
 
@@ -140,7 +145,7 @@ def check_run_options(
     problems: Problems,
 ) -> list[str]:
     """Optimizer, schedule, start, prompts, metadata, trackers and folders; gives notes about them."""
-    from sfumato.memory.blocks import check_compiler
+    from sfumato.memory.plan_checks import check_memory_options
     from sfumato.optim.check import check_fused_processes, check_optimizer
     from sfumato.track.trackers import check_trackers
 
@@ -157,8 +162,7 @@ def check_run_options(
         notes += check_prompts(config)
     with problems.catch():
         check_thumbnail(config)
-    with problems.catch():
-        check_compiler(config.memory)
+    check_memory_options(config, problems)
     with problems.catch():
         check_trackers(config.log)
     check_places(config, problems)

@@ -59,8 +59,8 @@ def test_all_faults_at_once(write, tmp_path):
         load_config(
             [
                 write("nettwork_dim = 4\nseed = 'x'"), "--sed", "3", "--learning_rate", "fast",
-                "--fp8_base", "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights", "--max_train_steps", "0",
-                "--save_model_as", "ckp", "--lr_scheduler", "sine",
+                "--deepspeed", "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights",
+                "--max_train_steps", "0", "--save_model_as", "ckp", "--lr_scheduler", "sine",
             ]
         )  # fmt: skip
     texts = [str(error) for error in raised.value.errors]
@@ -71,7 +71,7 @@ def test_all_faults_at_once(write, tmp_path):
         "--learning_rate: 'fast'": "option-type-wrong",
         "--lr_scheduler: 'sine'": "option-choice-unknown",
         "--max_train_steps: '0'": "option-out-of-range",
-        "--fp8_base": "option-not-implemented",
+        "--deepspeed": "option-not-implemented",
         "--save_model_as: 'ckp'": "option-choice-unknown",
         "no.safetensors": "path-missing",
         "--dim_from_weights": "dim-from-weights-without-file",
@@ -94,11 +94,11 @@ def test_one_fault_is_not_reported_twice(tmp_path):
 
 
 def test_what_is_not_implemented_yet_is_refused_unless_it_is_the_default(faults, codes_of, load):
-    assert codes_of("--fp8_base") == ["option-not-implemented"]
-    assert "fp8 weights" in faults("--fp8_base")[0]
+    assert codes_of("--deepspeed") == ["option-not-implemented"]
+    assert "DeepSpeed" in faults("--deepspeed")[0]
     assert codes_of("--network_module networks.oft") == ["option-not-implemented"]
     assert "the other adapters" in faults("--network_module networks.oft")[0]
-    assert load("--loss_type l2 --huber_c 0.1 --no_fp8_base --max_token_length 75").loss.loss_type == "l2"
+    assert load("--loss_type l2 --huber_c 0.1 --no_deepspeed --max_token_length 75").loss.loss_type == "l2"
 
 
 VALUES = {"X": "0.123", "N": "7", "TEXT": "x", "PATH": "x/y", "X,X": "1,2", "NAME=VALUE ...": "a=1", "N|X%": "10%"}

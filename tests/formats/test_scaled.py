@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantization.meant import hadamard
 from sfumato.errors import UserError
-from sfumato.formats import scaled
-from sfumato.formats.checkpoint import TensorFile, open_checkpoint
-from sfumato.formats.scaled import ScaledFile, multiply_by_scale
+from sfumato.formats.checkpoint import Checkpoint, TensorFile, open_checkpoint
+from sfumato.formats.scaled import ScaledFile, divide_by_scale
+from sfumato.quantization.weight import QuantizedWeight
 
-FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8]
 N, K = 130, 200
 
 
@@ -34,31 +36,76 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("stored", FLOAT8, ids=str)
+def open_weight(folder: Path, weight: Tensor, scale: Tensor, **more: Tensor) -> Checkpoint:
+    tensors = {"a.weight": weight, "a.weight_scale": scale.clone().contiguous()}
+    save_file({**tensors, **{f"a.{name}": tensor for name, tensor in more.items()}}, folder / "m.safetensors")
+    return open_checkpoint(folder / "m.safetensors")
+
+
+@pytest.mark.parametrize("stored", EIGHT_BITS, ids=str)
 @pytest.mark.parametrize("name", SCALES)
-def test_the_product_is_rounded_once(name: str, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scaled, "ROWS_NUMEL", 3 * K)  # several passes
-    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(stored)
+def test_the_product_is_rounded_once(name: str, stored: torch.dtype, tmp_path: Path) -> None:
+    """Read as a product, or kept as it is stored: what it means is the same."""
+    weight = (torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 20).to(stored)
     scale, each = SCALES[name]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(multiply_by_scale(weight, scale, dtype), (weight.float() * each).to(dtype))
+    with open_weight(tmp_path, weight, scale) as file:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            expected = (weight.float() * each).to(dtype)
+            assert torch.equal(file.read("a.weight", dtype=dtype), expected)
+            kept = file.read_stored("a.weight", dtype=dtype)
+            assert isinstance(kept, QuantizedWeight)
+            assert kept.format == file.find_format("a.weight")
+            assert torch.equal(kept.decode(), expected)
+            assert torch.equal(kept.stored["numbers"].view(torch.uint8), weight.view(torch.uint8))
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 2), (4, 2, 3, 3)])
-def test_weights_of_any_rank(shape: tuple[int, ...]) -> None:
-    weight = torch.randn(shape).to(torch.float8_e4m3fn)
-    product = multiply_by_scale(weight, torch.tensor(0.5), torch.float32)
-    assert torch.equal(product, weight.float() * 0.5)
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16, torch.float32], ids=str)
+def test_weights_of_any_rank(shape: tuple[int, ...], stored: torch.dtype, tmp_path: Path) -> None:
+    weight = torch.randn(shape).to(stored)
+    with open_weight(tmp_path, weight, torch.tensor(0.3)) as file:
+        assert torch.equal(file.read("a.weight", dtype=torch.float16), (weight.float() * 0.3).half())
+        is_kept = stored.itemsize == 1 and len(shape) > 1
+        assert (file.find_format("a.weight") is not None) == is_kept
+
+
+def describe(**entries: object) -> Tensor:
+    return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("place", ["beside", "metadata"])
+def test_rotated_int8(place: str, tmp_path: Path) -> None:
+    """Each 16 columns of the weight times a regular Hadamard matrix, then rounded with a scale for each row."""
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    turned = torch.cat([part @ hadamard(16) for part in weight.split(16, 1)], 1)
+    scale = turned.abs().amax(1, keepdim=True) / 127
+    numbers = (turned / scale).round().to(torch.int8)
+    entries = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
+    path = tmp_path / "m.safetensors"
+    tensors = {"a.weight": numbers, "a.weight_scale": scale}
+    if place == "beside":
+        save_file({**tensors, "a.comfy_quant": describe(**entries)}, path)
+    else:
+        save_file(tensors, path, {"_quantization_metadata": json.dumps({"layers": {"a": entries}})})
+    meant = torch.cat([part @ hadamard(16) for part in (numbers * scale).split(16, 1)], 1)
+    with open_checkpoint(path) as file:
+        assert isinstance(file, ScaledFile)
+        torch.testing.assert_close(file.read("a.weight", dtype=torch.float32), meant, rtol=1e-5, atol=1e-6)
+        kept = file.read_stored("a.weight", dtype=torch.float32)
+        assert isinstance(kept, QuantizedWeight)
+        assert torch.equal(kept.stored["numbers"], numbers)
+        torch.testing.assert_close(kept.decode(), meant, rtol=1e-5, atol=1e-6)
+        assert (meant - weight).abs().max() < 2 * scale.max()
+        again, new_scale = divide_by_scale(meant, torch.int8, scale.shape, rotation=file.find_rotation("a.weight"))
+    assert torch.equal(again, numbers)
+    torch.testing.assert_close(new_scale, scale, rtol=1e-5, atol=0)
 
 
 def test_a_scale_that_does_not_fit(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "a.scale_weight": torch.ones(7)}
     save_file(tensors, tmp_path / "m.safetensors")
-    with (
-        open_checkpoint(tmp_path / "m.safetensors") as file,
-        pytest.raises(UserError, match=r"a\.scale_weight") as error,
-    ):
-        file.read("a.weight")
+    with pytest.raises(UserError, match=r"a\.scale_weight") as error:
+        open_checkpoint(tmp_path / "m.safetensors")
     assert error.value.code == "weight-scale-shape"
 
 
@@ -93,7 +140,6 @@ def test_a_file_without_scales_is_read_as_ever(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("weight", "scale"), [
     (torch.zeros(4, 2, dtype=torch.uint8), torch.ones(4, 1)),  # four bits, two in a byte
-    (torch.zeros(4, 4, dtype=torch.int8), torch.ones(4)),
     (torch.zeros(4, 4).to(torch.float8_e4m3fn), torch.zeros(4, 1, dtype=torch.uint8)),  # exponents alone
 ])  # fmt: skip
 def test_other_formats_are_refused(weight: Tensor, scale: Tensor, tmp_path: Path) -> None:
@@ -101,3 +147,15 @@ def test_other_formats_are_refused(weight: Tensor, scale: Tensor, tmp_path: Path
     with pytest.raises(UserError, match=r"m\.safetensors") as error:
         open_checkpoint(tmp_path / "m.safetensors")
     assert error.value.code == "weight-format-unsupported"
+
+
+@pytest.mark.parametrize("entries", [
+    {"format": "int4_tensorwise"},
+    {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 8},  # no power of 4
+    {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},  # more than the columns
+    {"format": "int8_asymmetric", "zero_point": 3},
+])  # fmt: skip
+def test_int8_of_another_kind_is_refused(entries: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.weight") as error:
+        open_weight(tmp_path, torch.zeros(4, 16, dtype=torch.int8), torch.ones(4, 1), comfy_quant=describe(**entries))
+    assert error.value.code == "int8-format-unsupported"

@@ -375,7 +375,8 @@ def merge_adapter(adapter: Adapter, multiplier: float = 1.0) -> None:
     layers = adapter.group.layers
     deltas = [adapter.delta(i).to(layer.weight.device) for i, layer in enumerate(layers)]  # which may read the weights
     for i, (layer, delta) in enumerate(zip(layers, deltas, strict=True)):
-        layer.weight.copy_(layer.weight + multiplier * delta)
+        precise = torch.promote_types(layer.weight.dtype, torch.float32)
+        layer.weight.copy_(layer.weight.to(precise) + multiplier * delta)
         bias_delta = adapter.bias_delta(i)
         if bias_delta is not None:
             assert layer.bias is not None

@@ -58,7 +58,7 @@ FOREIGN_KEYS: dict[str, tuple[str, ...]] = {  # kind -> keys
         "lllite_dropout", "lllite_inpaint_masked_input", "lllite_mlp_dim", "lllite_multiplier",
         "lllite_target_layers", "lllite_use_aspp",
         # HunyuanImage and Anima
-        "attn_mode", "byt5", "cross_attn_lr", "fp8_scaled", "fp8_vl", "llm_adapter_lr", "llm_adapter_path", "mlp_lr",
+        "attn_mode", "byt5", "cross_attn_lr", "fp8_vl", "llm_adapter_lr", "llm_adapter_path", "mlp_lr",
         "mod_lr", "qwen3", "qwen3_max_token_length", "qwen_image_vae_2d", "self_attn_lr", "split_attn",
         "t5_max_token_length", "t5_tokenizer_path", "text_encoder", "text_encoder_cpu",
         "unsloth_offload_checkpointing", "vae_chunk_size", "vae_disable_cache", "vae_enable_tiling",

@@ -41,8 +41,21 @@ class MemoryOptions(Options):
     stochastic_rounding: bool = option(
         True, "stochastic rounding of bfloat16 weights, so that small steps are not lost"
     )
-    fp8_base: bool = option(False, "keep the frozen model in float8", planned="fp8 weights")
-    fp8_base_unet: bool = option(False, "keep the frozen denoiser in float8", planned="fp8 weights")
+    fp8_base: bool = option(False, "keep the weights of the frozen denoiser and text encoders in float8")
+    fp8_base_unet: bool = option(False, "keep those of the frozen denoiser alone in float8")
+    fp8_scaled: bool = option(
+        False, "keep those of the frozen denoiser in float8 with a scale for each 64 input channels: more precise"
+    )
+    int8_base: bool = option(False, "keep the weights of the frozen denoiser and text encoders in int8, with scales")
+    nf4_base: bool = option(False, "keep them in nf4, four bits each: the least memory, and the least precise")
+    fp8_compute: bool = option(
+        False,
+        "multiply in float8: the frozen denoiser's weights, its inputs and gradients are rounded to it",
+    )
+    int8_compute: bool = option(False, "multiply in int8, in the same way")
+    rotate_inputs: bool = option(
+        False, "rotate input channels before they are rounded to int8: less is lost where few of them are large"
+    )
     blocks_to_swap: int | None = option(
         None,
         "blocks of the denoiser whose weights stay in main memory until they are needed, counted in its largest block",

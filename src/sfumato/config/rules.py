@@ -11,6 +11,7 @@ from sfumato.config.noise_rules import NOISE_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
 from sfumato.config.option_rule import OptionRule
 from sfumato.config.output_rules import OUTPUT_RULES
+from sfumato.config.precision_rules import PRECISION_RULES
 from sfumato.config.schema import Config
 
 
@@ -64,4 +65,5 @@ MODEL_RULES = (
     ),
 )
 
-RULES = MODEL_RULES + DATA_RULES + NETWORK_RULES + EMBEDDING_RULES + NOISE_RULES + OPTIM_RULES + OUTPUT_RULES
+_SETTING_RULES = NETWORK_RULES + EMBEDDING_RULES + NOISE_RULES + OPTIM_RULES + PRECISION_RULES
+RULES = MODEL_RULES + DATA_RULES + _SETTING_RULES + OUTPUT_RULES

@@ -109,7 +109,7 @@ class Blueprint:
         networks: dict[str, Network] = {}
         for name, network in self.networks.items():
             file = network.weights.file
-            empty = files.setdefault(id(file), HeaderFile(file.header))
+            empty = files.setdefault(id(file), HeaderFile(file))
             networks[name] = replace(network, weights=replace(network.weights, file=empty))
         own = None if self.source.is_folder else files.get(id(self.source.file))
         return replace(self, source=replace(self.source, opened=own), networks=networks)

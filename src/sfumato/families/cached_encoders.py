@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from sfumato.config import Config
 from sfumato.data.find.index import cache_folder
 from sfumato.errors import UserError
@@ -20,7 +18,9 @@ class CachedEncoders:
 
     records: Mapping[str, Sequence[NetworkRecord]] = field(default_factory=dict)  # by part
     chosen: Mapping[str, str] = field(default_factory=dict)  # part -> start of a fingerprint, of --cached_encoder
-    choose_dtype: Callable[[str], torch.dtype] = lambda _: torch.float32  # of a part's weights, were they loaded here
+    name_precision: Callable[[str], str] = lambda _: (
+        "float32"
+    )  # how a part's weights would be kept, were they loaded here
 
     def find(self, part: str) -> NetworkRecord | None:
         """None where the cache knows no such encoder. UserError where the one that is meant is not clear."""
@@ -33,14 +33,14 @@ class CachedEncoders:
                 code="cached-encoder-unknown",
                 fix=f"--cached_encoder {part}={known[0].id}",
             )
-        wanted = str(self.choose_dtype(part)).removeprefix("torch.")
+        wanted = self.name_precision(part)
         fitting = [record for record in named if record.dtype == wanted]
         if named and not fitting:
             raise UserError(
                 f"{part} has no file here and would compute in {wanted}; the cache holds outputs of\n"
                 f"{_list_lines(named)}",
                 code="cached-encoder-precision",
-                fix="give the --mixed_precision with which the cache was filled, or the file of the encoder",
+                fix="give the --mixed_precision and --..._base with which the cache was filled, or the encoder's file",
             )
         if len(fitting) > 1:
             raise UserError(
@@ -56,7 +56,7 @@ NO_CACHED_ENCODERS = CachedEncoders()
 
 
 def read_cached_encoders(
-    config: Config, family: str, text_parts: Sequence[str], choose_dtype: Callable[[str], torch.dtype]
+    config: Config, family: str, text_parts: Sequence[str], name_precision: Callable[[str], str]
 ) -> CachedEncoders:
     """The encoders of a family whose outputs this run takes from the cache on disk."""
     cache = config.cache
@@ -67,7 +67,7 @@ def read_cached_encoders(
         if record.family == family and record.part in usable:
             records[record.part].append(record)
     chosen = dict(choice.split("=") for choice in cache.cached_encoder)
-    return CachedEncoders(records=records, chosen=chosen, choose_dtype=choose_dtype)
+    return CachedEncoders(records=records, chosen=chosen, name_precision=name_precision)
 
 
 def _list_lines(records: Sequence[NetworkRecord]) -> str:

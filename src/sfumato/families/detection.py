@@ -18,6 +18,7 @@ from sfumato.families.foreign_keys import describe_passed_over, is_redundant
 from sfumato.families.model_options import read_base_resolution
 from sfumato.families.source import Source, open_source
 from sfumato.formats.checkpoint import SAVE_DTYPES, Checkpoint
+from sfumato.quantization.choice import choose_text_format, describe_precision
 
 
 def describe_model(config: Config, *, with_cached: bool = False) -> tuple[type[Family], Blueprint]:
@@ -42,9 +43,13 @@ def detect_family(config: Config) -> tuple[type[Family], Source]:
 def add_cached_encoders(config: Config, family: type[Family], source: Source) -> Source:
     """The source with what may stand for encoders whose files are not here."""
     dtype = SAVE_DTYPES.get(config.memory.mixed_precision) or torch.float32  # the same names for the same dtypes
-    cached = read_cached_encoders(
-        config, family.name, family.text_parts, lambda part: family.choose_dtype(part, dtype, config.model)
-    )
+    text_format = choose_text_format(config.memory)
+
+    def name_precision(part: str) -> str:
+        own = family.choose_dtype(part, dtype, config.model)
+        return describe_precision(own, text_format if part in family.text_parts else None)
+
+    cached = read_cached_encoders(config, family.name, family.text_parts, name_precision)
     return replace(source, cached=cached, opened=None if source.is_folder else source.file)
 
 

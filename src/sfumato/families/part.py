@@ -14,11 +14,13 @@ from torch import nn
 
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import option_context
-from sfumato.families.source import Weights, on_meta
+from sfumato.families.source import NO_FORMATS, Formats, Weights, on_meta
 from sfumato.formats.adapter_layers import Views, make_views
 from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, make_meta_layers
 from sfumato.formats.keymap import KeyMap, make_identity_map, matches
 from sfumato.formats.network_record import RECORD_KEY, NetworkRecord
+from sfumato.quantization.choice import choose_kept, describe_precision
+from sfumato.quantization.weight_format import WeightFormat
 
 Builder = Callable[[Mapping[str, Any]], nn.Module]  # configuration -> network
 DENOISER_PREFIX = "model.diffusion_model."  # of the denoiser's keys in most checkpoints
@@ -130,15 +132,21 @@ class Network:
         return self.spec.groups(make_meta_layers(self.weights.read_shapes()), every=every)
 
     def read_into(
-        self, module: nn.Module, *, dtype: torch.dtype, device: torch.device, hosted_blocks: Sequence[str] = ()
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        formats: Formats = NO_FORMATS,
+        hosted_blocks: Sequence[str] = (),
     ) -> None:
-        """Read the weights straight in the wanted dtype into a module on the meta device; its buffers follow.
+        """Read the weights straight in the wanted dtype or format into a module on the meta device; buffers follow.
 
         hosted_blocks: paths of modules that stay in main memory, whatever the device.
         """
         on_host = tuple(f"{path}." for path in hosted_blocks)
         with option_context(self.option):
-            self.weights.fill_module(module, dtype=dtype, device=device, on_host=on_host)
+            self.weights.fill_module(module, dtype=dtype, device=device, formats=formats, on_host=on_host)
         self.weights.file.close()  # reopens by itself
         for path, child in module.named_modules():
             for name, buffer in child.named_buffers(recurse=False):
@@ -162,6 +170,8 @@ class Part:
         self.network = network
         self.dtype = dtype  # of its floating-point weights
         self.device = device
+        self.format: WeightFormat | None = None  # that is wanted for the weights of layers in the repeated blocks
+        self.keeps_stored = True  # whether those that the file has in fewer bits stay as they are
         self.changes: list[WeightChange] = []
         self.hosted_blocks: tuple[str, ...] = ()  # paths of the blocks whose weights `load` leaves in main memory
         self.is_loaded = False
@@ -181,13 +191,34 @@ class Part:
         if self.is_loaded:
             change.apply(self.module)
 
+    @property
+    def precision(self) -> str:
+        """How its weights are kept."""
+        return describe_precision(self.dtype, self.format)
+
+    @property
+    def weight_formats(self) -> dict[str, WeightFormat]:
+        """The weights that are kept in fewer bits: of linear layers and convolutions in the repeated blocks."""
+        if not self.keeps_stored:
+            return {}
+        blocks = "|".join(f"{block}.{{*}}" for block in self.spec.blocks)
+        names = [f"{path}.weight" for path in find_layers(self.module) if matches(blocks, path)]
+        formats = {name: choose_kept(self.network.weights.find_format(name), self.format) for name in names}
+        return {name: kept for name, kept in formats.items() if kept is not None}
+
     def load(self) -> None:
         """Read the weights, frozen and in eval mode, unless they are there. UserError where their file is not here."""
         if self.is_loaded:
             return
         if self.network.is_absent:
             raise self.network.make_absent_error(f"the weights of {self.spec.name} are needed")
-        self.network.read_into(self.module, dtype=self.dtype, device=self.device, hosted_blocks=self.hosted_blocks)
+        self.network.read_into(
+            self.module,
+            dtype=self.dtype,
+            device=self.device,
+            formats=self.weight_formats,
+            hosted_blocks=self.hosted_blocks,
+        )
         self.module.requires_grad_(False).eval()
         for change in self.changes:
             change.apply(self.module)
@@ -221,7 +252,7 @@ class Part:
 
     def hash_weights(self, salt: str) -> str:
         """A hash of the weights as `load` reads them before any change; they are read one at a time and not kept."""
-        digest = hashlib.sha256(salt.encode())
+        digest = hashlib.sha256(salt.encode() + (self.precision.encode() if self.format else b""))
         for name, tensor in sorted(self.module.state_dict().items()):
             weight = self.network.weights.read(name, dtype=self.dtype)
             digest.update(f"{name} {weight.dtype} {tuple(tensor.shape)}".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +27,13 @@ from sfumato.families.foreign_keys import describe_passed_over, find_conflicts
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint, open_checkpoint
 from sfumato.formats.keymap import KeyMap
 from sfumato.formats.shards import find_network_file
+from sfumato.quantization.weight import keep_in_format
+from sfumato.quantization.weight_format import WeightFormat
 
 log = logging.getLogger(__name__)
 Shapes = dict[str, torch.Size]
+Formats = Mapping[str, WeightFormat]  # our name of a weight -> how it is kept in memory
+NO_FORMATS: Formats = {}
 NOT_HERE = ("model-path-missing", "hub-model-unavailable")  # codes of errors about a path or name without a model
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MODEL_INDEX = "model_index.json"  # of a whole model in diffusers' layout
@@ -332,12 +337,19 @@ class Weights:
         return [shape[0] // count] * count
 
     def fill_module(
-        self, module: nn.Module, *, dtype: torch.dtype, device: torch.device, on_host: tuple[str, ...] = ()
+        self,
+        module: nn.Module,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        formats: Formats = NO_FORMATS,
+        on_host: tuple[str, ...] = (),
     ) -> None:
         """Read the file's tensors one at a time into a module on the meta device.
 
-        on_host: what the names start with of those that stay in main memory, whatever the device. Raises UserError
-        where the file lacks tensors, has further ones, or one has another shape.
+        formats: of those weights that are kept in fewer bits, by our name; of each there is a whole copy only while it
+        is read. on_host: what the names start with of those that stay in main memory, whatever the device. Raises
+        UserError where the file lacks tensors, has further ones, or one has another shape.
         """
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         self._pass_over_foreign(expected)
@@ -348,9 +360,10 @@ class Weights:
             if names is None or not set(names[0]) <= set(expected):
                 continue
             place = torch.device("cpu") if names[0][0].startswith(on_host) else device
-            tensor = self.file.read(self.prefix + original, dtype=dtype, device=place)
+            tensor = self._read_any(original, dtype, place, stored=set(names[0]) <= formats.keys())
             if self.file.paths():  # else nothing is read, and there are no numbers to look at
-                finite.add(self.prefix + original, tensor)
+                largest = min(formats[name].largest if name in formats else math.inf for name in names[0])
+                finite.add(self.prefix + original, tensor, largest)
             for name, piece in self.key_map.split(original, tensor, expected):
                 if piece.shape != expected[name]:
                     raise UserError(
@@ -358,7 +371,7 @@ class Weights:
                         f"expected {tuple(expected[name])}",
                         code="network-shape-mismatch",
                     )
-                state[name] = piece
+                state[name] = keep_in_format(piece, formats[name]) if name in formats else piece
         state |= {name: state[other] for name, other in self.tied.items() if name in expected and other in state}
         missing = [name for name in expected if name not in state]
         if missing:
@@ -368,6 +381,22 @@ class Weights:
             )
         finite.finish(self.file)
         module.load_state_dict(state, assign=True)
+
+    @property
+    def has_formats(self) -> bool:
+        """Whether the file has any of the network's weights in fewer bits."""
+        return any(self.file.find_format(self.prefix + key) is not None for key in self.original_keys())
+
+    def find_format(self, name: str) -> WeightFormat | None:
+        """In which format of fewer bits the file has the weight of one of our names; None where in none."""
+        return self.file.find_format(self.prefix + self.stored_keys[name]) if name in self.stored_keys else None
+
+    def _read_any(self, original: str, dtype: torch.dtype, device: torch.device, *, stored: bool) -> torch.Tensor:
+        """A tensor of the file; one in fewer bits as it is `stored`, where that is kept."""
+        key = self.prefix + original
+        if stored and self.file.find_format(key) is not None:
+            return self.file.read_stored(key, dtype=dtype, device=device)
+        return self.file.read(key, dtype=dtype, device=device)
 
     def _pass_over_foreign(self, expected: Mapping[str, torch.Size]) -> None:
         """Log keys of no place in the module; UserError for those of further blocks, and of layers that it has."""

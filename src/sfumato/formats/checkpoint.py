@@ -26,6 +26,9 @@ from sfumato.formats.header import DOWNLOAD_AGAIN, HEADER_ONLY, TensorHeader, Te
 from sfumato.formats.safe_pickle import LEGACY_SIGNATURE, ZIP_SIGNATURE, find_state_dict, load_pickle
 from sfumato.formats.scaled import ScaledFile, has_scales
 from sfumato.formats.shards import find_shard_files, is_sharded, read_sharded_headers
+from sfumato.quantization.scaled_blocks import PlainFloat8
+from sfumato.quantization.weight import QuantizedWeight
+from sfumato.quantization.weight_format import WeightFormat
 
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
@@ -34,6 +37,7 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
+KEPT_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # the kinds that are kept in memory as they are
 SAVE_DTYPES = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # --save_precision
 TOOL_DTYPES = {  # --save_precision of the tools for files
     **SAVE_DTYPES,
@@ -113,6 +117,14 @@ class TensorFile:
         else:
             self._convert(path, info.start, stored, flat)
         return tensor.to(device).to(final)
+
+    def find_format(self, name: str) -> WeightFormat | None:
+        """In which format of fewer bits a weight is stored, from the header alone; None where in none."""
+        return find_plain_format(self.header.tensors[name])
+
+    def read_stored(self, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A weight of which `find_format` knows the format, as it is stored. dtype: that it is computed with."""
+        return wrap_plain(self.read(name, device=device), dtype)
 
     def _convert(self, path: Path, start: int, stored: torch.dtype, out: Tensor) -> None:
         """Fill `out` from a file with another dtype, in several threads where it is large."""
@@ -208,6 +220,14 @@ class PickledFile:
         final = resolve_dtype(stored.dtype, dtype)
         return stored.to(device=device, dtype=final, copy=True, memory_format=torch.contiguous_format)
 
+    def find_format(self, name: str) -> WeightFormat | None:
+        """Like TensorFile.find_format."""
+        return find_plain_format(self.header.tensors[name])
+
+    def read_stored(self, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """Like TensorFile.read_stored."""
+        return wrap_plain(self.read(name, device=device), dtype)
+
     def close(self) -> None:
         self._state = {}
 
@@ -221,8 +241,9 @@ class PickledFile:
 class HeaderFile:
     """A checkpoint of which the header alone is used: tensors are allocated and never read, for rehearsals."""
 
-    def __init__(self, header: TensorHeader) -> None:
-        self.header = header
+    def __init__(self, file: Checkpoint) -> None:
+        self.header = file.header
+        self._find_format = file.find_format
 
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
@@ -237,6 +258,16 @@ class HeaderFile:
         stored = _get_torch_dtype(self.header.path, name, info)
         return torch.empty(info.shape, dtype=resolve_dtype(stored, dtype), device=device)
 
+    def find_format(self, name: str) -> WeightFormat | None:
+        """Like TensorFile.find_format."""
+        return self._find_format(name)
+
+    def read_stored(self, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """Like TensorFile.read_stored, without values."""
+        own, shape = self._find_format(name), self.header.tensors[name].shape
+        assert own is not None
+        return QuantizedWeight(own, own.allocate(shape, device), shape, dtype)
+
     def close(self) -> None:
         return
 
@@ -248,6 +279,17 @@ class HeaderFile:
 
 
 Checkpoint = TensorFile | PickledFile | ScaledFile | HeaderFile | ComposedFile
+
+
+def find_plain_format(info: TensorInfo) -> WeightFormat | None:
+    """Of a weight without scales."""
+    dtype = SAFETENSORS_DTYPES.get(info.dtype)
+    return PlainFloat8(dtype=dtype) if dtype in KEPT_FLOAT8 and len(info.shape) > 1 else None
+
+
+def wrap_plain(numbers: Tensor, dtype: torch.dtype) -> QuantizedWeight:
+    """A weight in float8 without scales that is computed with in `dtype`."""
+    return QuantizedWeight(PlainFloat8(dtype=numbers.dtype), {"numbers": numbers}, numbers.shape, dtype)
 
 
 def _get_info(header: TensorHeader, name: str) -> TensorInfo:

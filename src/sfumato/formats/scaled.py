@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Sequence
+from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
+from sfumato.common.json_toml import decode_json
 from sfumato.errors import UserError
 from sfumato.formats.header import TensorHeader, TensorInfo
+from sfumato.quantization.products import LARGEST_NUMBER
+from sfumato.quantization.rotation import is_group, rotate
+from sfumato.quantization.scaled_blocks import ScaledBlocks, spread_scales
+from sfumato.quantization.weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from sfumato.formats.checkpoint import PickledFile, TensorFile
+    from sfumato.quantization.weight_format import WeightFormat
 
 # X.weight has its scale in X.scale_weight (ComfyUI since 2024), X.weight_scale (since 2025), X.weight_scale_inv
 # (DeepSeek's, per block; despite its name it multiplies, too).
 SCALE_NAMES = ("scale_weight", "weight_scale", "weight_scale_inv")
-BESIDE_NAMES = ("scale_input", "input_scale", "comfy_quant")  # for activations, and a description of the format
+DESCRIPTION = "comfy_quant"  # of a weight's format: the bytes of a JSON object, which metadata may hold instead
+BESIDE_NAMES = ("scale_input", "input_scale", DESCRIPTION)  # the others are for activations
+METADATA = "_quantization_metadata"
 MARKER = "scaled_fp8"  # one for each network; its dtype repeats that of the weights
-EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-WHOLE = ("F16", "BF16", "F32")  # of scales; weights that were not worth rounding may have one, too
+EIGHT_BITS = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "I8": torch.int8,
+}  # fmt: skip
+WHOLE = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}  # of scales, and of some weights with one
+DTYPES = {**EIGHT_BITS, **WHOLE}
 OTHER_FILE = "give the file in bf16, fp16 or fp8"
 READ_AS = "BF16"  # the dtype of a product in the header: that of the weights before they were rounded
-ROWS_NUMEL = 1 << 17  # elements that are multiplied at a time
 MANY_ROWS = 256  # that are divided at a time
+ROTATED, GROUP = "convrot", "convrot_groupsize"  # entries of a description
 
 
 def has_scales(header: TensorHeader) -> bool:
@@ -44,6 +56,7 @@ class ScaledFile:
         self.inner = inner
         stored = inner.header.tensors
         self._scales = _find_scales(inner.header)
+        self._formats = {weight: self._read_format(weight, scale) for weight, scale in self._scales.items()}
         self.header = replace(
             inner.header,
             tensors={
@@ -56,30 +69,90 @@ class ScaledFile:
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
 
-    def find_scale(self, name: str) -> str | None:
-        """The key of the scale beside a weight of the inner file; None where it has none."""
-        return self._scales.get(name)
-
     def paths(self) -> list[Path]:
         """Like TensorFile.paths."""
         return self.inner.paths()
 
     def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Like TensorFile.read; the product is rounded once, to `dtype` or bfloat16."""
-        scale = self._scales.get(name)
-        if scale is None:
+        if name not in self._scales:
             return self.inner.read(name, dtype=dtype, device=device)
-        weight, factors = (
-            self.inner.read(name, device=device),
-            self.inner.read(scale, dtype=torch.float32, device=device),
-        )
-        final = dtype or (torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype)
+        stored = DTYPES[self.inner.header.tensors[name].dtype]
+        final = dtype or (torch.bfloat16 if stored.itemsize == 1 else stored)
+        product = self._read_product(name, dtype=final, device=device)
+        return product.decode(final if stored.itemsize == 1 else torch.float32).to(final)
+
+    def find_scale(self, name: str) -> str | None:
+        """The key of the scale beside a weight of the inner file; None where it has none."""
+        return self._scales.get(name)
+
+    def find_rotation(self, name: str) -> int:
+        """The group in which the rows of a weight with a scale are rotated; 0 where they are not."""
+        return self._formats[name].rotation
+
+    def find_format(self, name: str) -> WeightFormat | None:
+        """Like TensorFile.find_format."""
+        if name not in self._scales:
+            return self.inner.find_format(name)
+        info = self.inner.header.tensors[name]
+        return self._formats[name] if info.dtype in EIGHT_BITS and len(info.shape) > 1 else None
+
+    def read_stored(self, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """Like TensorFile.read_stored."""
+        if name not in self._scales:
+            return self.inner.read_stored(name, dtype=dtype, device=device)
+        return self._read_product(name, dtype=dtype, device=device)
+
+    def _read_product(self, name: str, *, dtype: torch.dtype, device: torch.device | str) -> QuantizedWeight:
+        numbers = self.inner.read(name, device=device)
+        scales = self.inner.read(self._scales[name], dtype=torch.float32, device=device)
+        stored = {"numbers": numbers, "scales": spread_scales(numbers.shape, scales)}
+        return QuantizedWeight(self._formats[name], stored, numbers.shape, dtype)
+
+    def _read_format(self, weight: str, scale: str) -> ScaledBlocks:
+        """Raises UserError where the scales do not fit the weight, or its description names another format."""
+        info, path = self.inner.header.tensors[weight], self.inner.header.path
+        shape = self.inner.header.tensors[scale].shape
         try:
-            return multiply_by_scale(weight, factors, final)
+            scales = spread_scales(info.shape, torch.empty(shape, device="meta"))
         except ValueError as error:
+            raise UserError(f"{path}: {scale} is {error}", code="weight-scale-shape", fix=OTHER_FILE) from None
+        columns = info.numel // max(len(scales), 1)
+        blocks = scales.shape[1]
+        rotation = self._read_rotation(weight, columns) if info.dtype == "I8" else 0
+        return ScaledBlocks(
+            dtype=DTYPES[info.dtype], block=-(-columns // blocks) if blocks > 1 else 0, rotation=rotation
+        )
+
+    def _read_rotation(self, weight: str, columns: int) -> int:
+        """The group in which an int8 weight is rotated, 0 where it is not. UserError for formats that are not known."""
+        described = self._read_description(weight.rpartition(".")[0])
+        kind, group = described.get("format", "int8"), described.get(GROUP, 256)
+        known = isinstance(kind, str) and kind.startswith("int8") and "zero_point" not in described
+        if not known or (described.get(ROTATED) and not (isinstance(group, int) and is_group(group, columns))):
             raise UserError(
-                f"{self.header.path}: {scale} is {error}", code="weight-scale-shape", fix=OTHER_FILE
-            ) from None
+                f"{self.inner.header.path}: {weight} is stored as {dict(described)}, a format for inference that "
+                "cannot be read",
+                code="int8-format-unsupported",
+                fix=OTHER_FILE,
+            )
+        return group if described.get(ROTATED) else 0
+
+    def _read_description(self, module: str) -> Mapping[str, Any]:
+        key = f"{module}.{DESCRIPTION}"
+        try:
+            if key in self.inner.header.tensors:
+                found = decode_json(bytes(self.inner.read(key).flatten().tolist()))
+            else:
+                found = self._read_metadata().get(module, {})
+        except ValueError:
+            return {"format": "damaged"}
+        return found if isinstance(found, dict) else {"format": "damaged"}
+
+    def _read_metadata(self) -> Mapping[str, Any]:
+        found = decode_json(self.inner.header.metadata.get(METADATA, "{}"))
+        layers = found.get("layers", {}) if isinstance(found, dict) else {}
+        return layers if isinstance(layers, dict) else {}
 
     def close(self) -> None:
         self.inner.close()
@@ -91,48 +164,29 @@ class ScaledFile:
         self.close()
 
 
-def multiply_by_scale(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, ...) times a scale: one number, one for each row, or one for each block of rows and columns.
+def divide_by_scale(
+    values: Tensor, dtype: torch.dtype, scale_shape: Sequence[int], *, rotation: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Of a weight (N, ...): eight-bit numbers in `dtype` and their scale (float32) in this shape.
 
-    scale: () or (1,), (N,) or (N, 1), (N / rows, K / columns), (N, K / columns, 1). Some rows at a time, in float32:
-    there is no copy of the whole weight. Raises ValueError for other shapes.
-    """
-    flat = weight.reshape(len(weight), -1) if weight.ndim else weight.reshape(1, 1)
-    blocks = scale.reshape(1, 1) if scale.numel() == 1 else scale.reshape(len(scale), -1)
-    height, width = (-(-side // count) for side, count in zip(flat.shape, blocks.shape, strict=True))
-    if any(
-        -(-side // step) != count for side, step, count in zip(flat.shape, (height, width), blocks.shape, strict=True)
-    ):
-        raise ValueError(f"a scale of shape {tuple(scale.shape)} for a weight of shape {tuple(weight.shape)}")
-    result = torch.empty(flat.shape, dtype=dtype, device=weight.device)
-    for rows in torch.arange(len(flat), device=weight.device).split(max(1, ROWS_NUMEL // flat.shape[1])):
-        factors = blocks[rows // height]
-        if blocks.shape[1] > 1:
-            factors = factors.repeat_interleave(width, dim=1)[:, : flat.shape[1]]
-        place = slice(int(rows[0]), int(rows[-1]) + 1)
-        result[place] = flat[place].float() * factors
-    return result.reshape(weight.shape)
-
-
-def divide_by_scale(values: Tensor, dtype: torch.dtype, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The inverse for a weight (N, ...): eight-bit values in `dtype` and their scale (float32) in this shape.
-
-    The largest value that shares a scale becomes the largest of the dtype; a whole that is 0 has the scale 1. Shapes
-    are those of `multiply_by_scale`; raises ValueError for blocks that do not divide the weight.
+    The largest value that shares a scale becomes the largest of the dtype; a whole that is 0 has the scale 1. rotation:
+    the group in which rows are rotated before; 0 for none. Raises ValueError for blocks that do not divide the weight.
     """
     flat = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    flat = rotate(flat, rotation) if rotation else flat
     numel = torch.Size(scale_shape).numel()
     rows = 1 if numel == 1 else scale_shape[0]
     columns = numel // rows
     if flat.shape[0] % rows or flat.shape[1] % columns:
         raise ValueError(f"a scale of shape {tuple(scale_shape)} for a weight of shape {tuple(values.shape)}")
     blocks = flat.reshape(rows, flat.shape[0] // rows, columns, flat.shape[1] // columns)
-    scale = blocks.abs().amax(dim=(1, 3)).float() / torch.finfo(dtype).max
+    scale = blocks.abs().amax(dim=(1, 3)).float() / (LARGEST_NUMBER.get(dtype) or torch.finfo(dtype).max)
     scale = torch.where(scale > 0, scale, torch.ones(()))
     result = torch.empty(blocks.shape, dtype=dtype)
     for block, place, factors in zip(blocks, result, scale, strict=True):
         for part, out in zip(block.split(MANY_ROWS), place.split(MANY_ROWS), strict=True):
-            out.copy_(part / factors[:, None])
+            numbers = part / factors[:, None]
+            out.copy_(numbers.round() if dtype == torch.int8 else numbers)
     return result.reshape(values.shape), scale.reshape(tuple(scale_shape))
 
 

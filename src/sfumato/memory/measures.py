@@ -8,6 +8,7 @@ from typing import Any
 
 from sfumato.common.registry import Registry
 from sfumato.config import Config
+from sfumato.config.precision_rules import LOW_PRECISION
 
 Values = Mapping[str, Any]  # option -> value
 
@@ -149,5 +150,21 @@ MEASURES.register("gradient checkpointing")(
         time=0.3,
         cost="a second forward, about a third of a step's time",
         list_levels=offer({"gradient_checkpointing": True}, when=lambda c: not c.memory.gradient_checkpointing),
+    )
+)
+
+
+def list_smaller_formats(config: Config) -> list[Values]:
+    """Formats with fewer bits for the frozen denoiser's weights, where they are in none yet."""
+    is_settled = config.run.method == "full" or any(config.value(name) for name in LOW_PRECISION)
+    return [] if is_settled else [{"fp8_scaled": True}, {"nf4_base": True}]
+
+
+# Its time counts as more than it takes, so that what rounds comes after what gives the same numbers.
+MEASURES.register("weights in fewer bits")(
+    MemoryMeasure(
+        time=0.35,
+        cost="the frozen denoiser's weights are rounded, in nf4 visibly, and decoded each time that they are used",
+        list_levels=list_smaller_formats,
     )
 )

@@ -22,6 +22,7 @@ from torch.autograd import Variable
 
 from sfumato.formats.keymap import compile_pattern
 from sfumato.memory.transfer import Transfer
+from sfumato.quantization.weight import QuantizedWeight
 
 SLOTS = 2  # one computes, the other is being filled
 ALIGNMENT = 256  # bytes, of each tensor in a slot
@@ -40,7 +41,7 @@ class Visit(NamedTuple):
 class HostedTensor:
     """One tensor of a block: where the block looks for it, and what it finds there in and out of a slot."""
 
-    place: dict[str, Tensor | None]  # a module's own parameters or buffers
+    place: dict[str, Tensor | None]  # a module's own parameters or buffers, or what a weight is stored as
     name: str
     host: Tensor
     stand_in: nn.Parameter | None  # None for buffers
@@ -135,15 +136,23 @@ class BlockOffload:
         device = self.transfer.device
         for module in block.modules():
             for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(parameter, QuantizedWeight):
+                    yield from self._hold_in(cast(Any, parameter.stored))
+                    continue
                 parameter.data = self.transfer.pin(parameter.data.contiguous())
                 empty = torch.empty(0, dtype=parameter.dtype, device=device)
                 stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 if parameter.requires_grad:
                     self.stand_ins[parameter] = stand_in
                 yield HostedTensor(place=cast(Any, module._parameters), name=name, host=parameter, stand_in=stand_in)
-            for name, buffer in module.named_buffers(recurse=False):
-                pinned = module._buffers[name] = self.transfer.pin(buffer.contiguous())
-                yield HostedTensor(place=module._buffers, name=name, host=pinned, stand_in=None)
+            yield from self._hold_in(module._buffers)
+
+    def _hold_in(self, place: dict[str, Tensor | None]) -> Iterator[HostedTensor]:
+        """The tensors of a module's buffers, or those that a weight in fewer bits is stored as."""
+        for name, tensor in place.items():
+            if tensor is not None:
+                pinned = place[name] = self.transfer.pin(tensor.contiguous())
+                yield HostedTensor(place=place, name=name, host=pinned, stand_in=None)
 
     def _bring(self, visit: Visit) -> None:
         """Let a block compute in a slot, and start filling the others with those that will come after it."""

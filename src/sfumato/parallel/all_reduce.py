@@ -16,6 +16,7 @@ from sfumato.errors import UserError
 from sfumato.parallel.base import ParallelStrategy, ProcessFailed, name_device
 from sfumato.parallel.gradient_sum import Facts, sum_gradients
 from sfumato.parallel.meeting import SEE_OTHERS, Meetings
+from sfumato.quantization.weight import list_stored
 
 _T = TypeVar("_T")
 LONGEST_FAREWELL = 60.0  # seconds that a process which has failed waits for the others to learn of it
@@ -108,7 +109,7 @@ class AllReduce(ParallelStrategy):
 def sum_weights(module: nn.Module) -> list[int]:
     """The sum of the bits, read as integers, of each weight."""
     sums: list[Tensor] = []
-    for weight in module.state_dict().values():
+    for weight in list_stored(module.state_dict().values()):
         bits = weight.detach().contiguous().view(INTEGERS[weight.element_size()])
         sums.append(bits.sum(dtype=torch.int64))
     return torch.stack(sums).tolist() if sums else []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sfumato.config import Config
 from sfumato.config.environment import read_launch
+from sfumato.config.precision_rules import LOW_PRECISION
 from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
@@ -25,7 +26,7 @@ from sfumato.training.plan_report import dataset_lines
 
 # The options that caching uses: all of these groups, and single ones of others.
 CACHING_THEMES = ("run", "model", "dataset", "buckets", "captions", "images", "cache", "loader", "log")
-CACHING_OPTIONS = ("mixed_precision", "sample_prompts", "prompt_weighting")
+CACHING_OPTIONS = ("mixed_precision", *LOW_PRECISION, "sample_prompts", "prompt_weighting")
 
 
 def show_cache_plan(config: Config) -> None:

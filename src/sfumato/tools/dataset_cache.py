@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from sfumato.config import Config
+from sfumato.memory.low_precision import choose_formats
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.parallel.start import start_parallel
 from sfumato.tools.cache_plan import cache_plan_lines, make_cache_plan
@@ -29,5 +30,6 @@ def fill_dataset_caches(config: Config, *, machine: tuple[int, int] = (0, 1)) ->
         config = plan.config
         dtype = MIXED_PRECISION[config.memory.mixed_precision]
         model = plan.family(plan.blueprint, config.model, dtype=dtype, device=parallel.device)
+        choose_formats(model, config.memory)
         prompts = make_preview_prompts(config, model)
         return fill_caches(config, plan.data, model, parallel, prompts=prompts, machine=machine)

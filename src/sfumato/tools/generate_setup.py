@@ -14,6 +14,7 @@ from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.detection import describe_model
 from sfumato.families.model_options import check_sampler
+from sfumato.memory.low_precision import choose_formats
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.inference_adapters import InferenceAdapters
 
@@ -50,7 +51,10 @@ def load_requested_model(request: GenerateRequest) -> Family:
     problems.raise_all()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     blueprint = blueprint.with_dtype(request.float32_parts, torch.float32)
-    return family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
+    dtype = MIXED_PRECISION[config.memory.mixed_precision]
+    model = family(blueprint, config.model, dtype=dtype, device=device)
+    choose_formats(model, config.memory, trained=request.float32_parts)
+    return model
 
 
 def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:

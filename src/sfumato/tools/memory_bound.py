@@ -38,11 +38,16 @@ def bound_memory(plan: ModelPlan, device: torch.device) -> MemoryBound:
 def count_weight_bytes(part: Part) -> int:
     """Of a network's own weights on its device; those that share a tensor count once."""
     weights, known = part.network.weights, part.module.state_dict().keys()
-    on_host = tuple(f"{path}." for path in part.hosted_blocks)
-    shapes = {
-        name: shape for name, shape in weights.read_shapes().items() if name in known and not name.startswith(on_host)
-    }
-    return part.dtype.itemsize * sum(shape.numel() for name, shape in shapes.items() if name not in weights.tied)
+    on_host, formats = tuple(f"{path}." for path in part.hosted_blocks), part.weight_formats
+    size = 0
+    for name, shape in weights.read_shapes().items():
+        if name.startswith(on_host):
+            continue
+        if name in formats:
+            size += formats[name].count_bytes(shape)
+        elif name in known and name not in weights.tied:
+            size += part.dtype.itemsize * shape.numel()
+    return size
 
 
 def count_trained_bytes(plan: ModelPlan) -> int:

@@ -52,7 +52,7 @@ def record_network(model: Family, part: Part, fingerprint: str, cache: Path) -> 
         family=model.name,
         part=name,
         fingerprint=fingerprint,
-        dtype=str(part.dtype).removeprefix("torch."),
+        dtype=part.precision,
         file="/".join(file.header.path.parts[-2:]) if file.header.path.stem in NETWORK_STEMS else file.header.path.name,
         size=sum(stat.st_size for stat in status),
         modified=max(stat.st_mtime for stat in status),
@@ -72,7 +72,7 @@ def record_network(model: Family, part: Part, fingerprint: str, cache: Path) -> 
 def describe_weights(model: Family, part: Part) -> list[str]:
     """What a hash is remembered by: the files, where the network lies in them, and how its weights are read."""
     weights = part.network.weights
-    facts = [model.name, weights.prefix, str(part.dtype), repr(sorted(weights.stored_keys.items()))]
+    facts = [model.name, weights.prefix, part.precision, repr(sorted(weights.stored_keys.items()))]
     for path in weights.file.paths():
         stat = path.stat()
         facts.append(f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}")

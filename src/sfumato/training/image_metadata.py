@@ -17,6 +17,7 @@ from torch import Tensor
 from sfumato.common import files
 from sfumato.common.text import strip_paths
 from sfumato.config import Config
+from sfumato.config.precision_rules import LOW_PRECISION
 from sfumato.config.prompts import parse_line
 from sfumato.config.schema import vocabulary
 from sfumato.config.secrets import collect_secrets, redact
@@ -26,7 +27,7 @@ from sfumato.sampling.request import ImageRequest
 
 # Options that an image depends on: the base model's but those that only training reads, and these.
 OTHER_OPTIONS = ("base_weights", "base_weights_multiplier", "mixed_precision", "prompt_weighting", "zero_terminal_snr")
-OTHER_OPTIONS += ("discrete_flow_shift",)  # some models' previews use it, too
+OTHER_OPTIONS += (*LOW_PRECISION, "rotate_inputs", "discrete_flow_shift")  # the last in some models' previews
 TRAINING_OPTIONS = ("guidance_scale", "pos_emb_random_crop_rate")
 
 

@@ -13,6 +13,7 @@ from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders
 from sfumato.loss import LossContext
 from sfumato.memory.host import keep_freed_memory
+from sfumato.memory.low_precision import choose_formats
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.model_plan import ModelPlan
 from sfumato.optim.bf16_stepper import keep_in_bfloat16
@@ -36,6 +37,7 @@ def make_model(plan: RunPlan | ModelPlan, device: torch.device) -> Family:
     trained_dtype = torch.bfloat16 if config.memory.full_bf16 else torch.float32
     blueprint = plan.blueprint.with_dtype(plan.method.full_precision_parts(plan.blueprint), trained_dtype)
     model = plan.family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
+    choose_formats(model, config.memory, trained=plan.method.full_precision_parts(plan.blueprint))
     plan.method.change_frozen(model)
     choose_hosted_parts(plan, model)
     return model

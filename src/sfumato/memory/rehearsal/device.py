@@ -27,6 +27,7 @@ from sfumato.memory.rehearsal.autocast import autocast_rules
 from sfumato.memory.rehearsal.backend import DEVICE_TYPE, register_backend
 from sfumato.memory.rehearsal.meter import MemoryMeter
 from sfumato.memory.rehearsal.places import find_place
+from sfumato.quantization.weight import QuantizedWeight
 
 COMPARE = torch.ops.aten.equal.default
 READ_VALUE = torch.ops.aten._local_scalar_dense.default
@@ -130,6 +131,8 @@ class _DeviceMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves = list(iterate_leaves((*args, *kwargs.values())))
+        if any(isinstance(leaf, QuantizedWeight) for leaf in leaves):
+            return NotImplemented  # its own dispatch first; what that calls comes back here
         if not any(_is_on_device(leaf) for leaf in leaves):
             return func(*args, **kwargs)
         if func in (READ_VALUE, COMPARE):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, UntypedStorage, nn
 
 from sfumato.memory.rehearsal.places import find_origin
+from sfumato.quantization.weight import list_stored
 
 
 class LiveTensor(NamedTuple):
@@ -53,9 +54,10 @@ class MemoryMeter:
             for name, module in network.named_modules():
                 self._module_names[id(module)] = f"{part}.{name}" if name else part
             for name, parameter in network.named_parameters():
-                number = self._find_number(parameter)
-                if number is not None:
-                    self._tensors[number] = self._tensors[number]._replace(origin=f"{part}.{name}")
+                for stored in list_stored([parameter]):
+                    number = self._find_number(stored)
+                    if number is not None:
+                        self._tensors[number] = self._tensors[number]._replace(origin=f"{part}.{name}")
 
     def count(self, tensor: Tensor) -> None:
         """A tensor that an operator gave back; counts where its storage is new."""
@@ -92,7 +94,7 @@ class MemoryMeter:
 
     def sum_storages(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of those among the tensors that are on the device, each storage once."""
-        numbers = {self._find_number(tensor) for tensor in tensors}
+        numbers = {self._find_number(tensor) for tensor in list_stored(tensors)}
         return sum(self._tensors[number].size for number in numbers if number is not None)
 
     def _find_number(self, tensor: Tensor) -> int | None:

@@ -134,23 +134,26 @@ def iterate_changed_file(
 
     dtype: None keeps the format of each tensor, a scale beside weights in eight bits included.
     """
-    raw = file.inner if isinstance(file, ScaledFile) and dtype is None else file
+    scaled = file if isinstance(file, ScaledFile) and dtype is None else None
+    raw = scaled.inner if scaled else file
     yield from iterate_stored(raw)
     for key, change in changes.items():
         info = raw.header.tensors[key]
         spec = (SAFETENSORS_DTYPES[info.dtype], info.shape)
-        scale_key = file.find_scale(key) if raw is not file and isinstance(file, ScaledFile) else None
-        if scale_key is None:
+        scale_key = scaled.find_scale(key) if scaled else None
+        if scaled is None or scale_key is None:
             yield key, TensorEntry(spec, change.compute)
             continue
         scale = raw.header.tensors[scale_key]
-        make = partial(_round_with_scale, change, spec[0], scale.shape)
+        make = partial(_round_with_scale, change, spec[0], scale.shape, scaled.find_rotation(key))
         yield key, TensorEntry(spec, partial(_take, make, 0))
         yield scale_key, TensorEntry((SAFETENSORS_DTYPES[scale.dtype], scale.shape), partial(_take, make, 1))
 
 
-def _round_with_scale(change: TensorChange, dtype: torch.dtype, scale_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    return divide_by_scale(change.compute(), dtype, scale_shape)
+def _round_with_scale(
+    change: TensorChange, dtype: torch.dtype, scale_shape: Sequence[int], rotation: int
+) -> tuple[Tensor, Tensor]:
+    return divide_by_scale(change.compute(), dtype, scale_shape, rotation=rotation)
 
 
 def _take(make: partial[tuple[Tensor, Tensor]], i: int) -> Tensor:
