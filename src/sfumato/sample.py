@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from sfumato.data.batch import Extras, Sizes, Tensors
 from sfumato.families.base import Family
+from sfumato.families.deep_shrink import shrink_features
 from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode_with_grad
 from sfumato.sampling.denoise import DenoiseRequest, Guidance, Predictor, denoise
 from sfumato.sampling.growth import Growth
@@ -161,7 +162,7 @@ def denoise_requests(
         start=start,
         growth=growth,
     )
-    with nullcontext() if first.shrink is None else model.shrink_features(first.shrink):
+    with nullcontext() if first.shrink is None else shrink_features(model.denoiser, first.shrink):
         return denoise(model, method, request, guidance)
 
 

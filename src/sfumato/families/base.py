@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,7 +25,6 @@ from sfumato.families._file_kinds import describe_keys
 from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.control_net import CONTROL_NET, ControlNetSupport
-from sfumato.families.deep_shrink import DeepShrink
 from sfumato.families.part import Builder, Network, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
 
@@ -232,10 +230,6 @@ class Family(ABC):
     def choose_reference_size(self, image: Size, generated: Size) -> Size:
         """The size, (width, height) in pixels, at which an image is a reference for an image of the second size."""
         return generated
-
-    def shrink_features(self, settings: DeepShrink) -> AbstractContextManager[None]:
-        """A context with smaller features; called only where `has_deep_shrink`."""
-        return nullcontext()
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Tensors, images: Images | None = None) -> Tensor:
         """(B, C, h, w), t in 0..1000 float32 -> what a diffusers scheduler calls model_output.

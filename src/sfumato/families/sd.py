@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from sfumato.families._file_kinds import make_missing_text_error
 from sfumato.families._unet_control_net import UNET_CONTROL_NET
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
-from sfumato.families.deep_shrink import DeepShrink, shrink_features
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights
 from sfumato.formats.keymap import KeyMap, make_identity_map
@@ -172,9 +170,6 @@ class StableDiffusion(Family):
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         return {"encoder_hidden_states": features["clip"]["hidden"]}
-
-    def shrink_features(self, settings: DeepShrink) -> AbstractContextManager[None]:
-        return shrink_features(self.denoiser, settings)
 
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         dtype = self.parts["denoiser"].dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from sfumato.families._file_kinds import make_missing_text_error
 from sfumato.families._unet_control_net import UNET_CONTROL_NET
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
-from sfumato.families.deep_shrink import DeepShrink, shrink_features
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap
@@ -189,9 +187,6 @@ class StableDiffusionXL(Family):
                 text.device, torch.float32, non_blocking=True
             ),  # bfloat16 rounds to multiples of 4 here
         }
-
-    def shrink_features(self, settings: DeepShrink) -> AbstractContextManager[None]:
-        return shrink_features(self.denoiser, settings)
 
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         weight = next(self.denoiser.parameters())
