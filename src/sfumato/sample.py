@@ -16,7 +16,7 @@ from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode
 from sfumato.sampling.denoise import DenoiseRequest, Guidance, Predictor, denoise
 from sfumato.sampling.growth import Growth
 from sfumato.sampling.highres import enlarge, make_first_stage
-from sfumato.sampling.images import encode_reference, encode_start
+from sfumato.sampling.images import encode_request_images, encode_start
 from sfumato.sampling.request import ImageRequest
 from sfumato.sampling.schedulers import make_scheduler
 from sfumato.sampling.settings import SizeInputs
@@ -123,7 +123,7 @@ def encode_guidance(
 
 def gather_extras(model: Family, requests: Sequence[ImageRequest]) -> Extras:
     """Further images, and the strengths of the adapters where the requests have them."""
-    images = encode_reference(model, requests[0], len(requests))
+    images = encode_request_images(model, requests[0], len(requests))
     if not any(request.multipliers for request in requests):
         return Extras(images=images)
     columns = max(len(request.multipliers) for request in requests)

@@ -78,7 +78,12 @@ def load_batches(plan: DataPlan, *, cached: bool = False, dropout: float = 0.0) 
     if latents:
         fill_latents(latents, names, list_latent_items(plan), encode)
         mode = replace(names, role=REFERENCE)
-        fill_latents(latents, mode, list_reference_items(plan), lambda pixels, seeds: encode(pixels, [0] * len(pixels)))
+        fill_latents(
+            latents,
+            mode,
+            list_reference_items(plan, control=False),
+            lambda pixels, seeds: encode(pixels, [0] * len(pixels)),
+        )
     sampler = BatchSampler(plan, seed=7)
     masks = MaskKeys(downscale=8, hashes=names.hashes)
     loader = Loader(

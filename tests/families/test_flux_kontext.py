@@ -24,7 +24,7 @@ from sfumato.families._flux_parts import pack, unpack
 from sfumato.families.base import Family
 from sfumato.families.flux_kontext import PREFERRED_SIZES
 from sfumato.methods.inference_adapters import InferenceAdapters
-from sfumato.sample import encode_prompts, encode_reference
+from sfumato.sample import encode_prompts, encode_request_images
 from sfumato.sampling.request import make_request
 from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
 
@@ -98,7 +98,7 @@ def test_a_reference_is_encoded_as_the_pipeline_does(model: Family, folder: Path
     Image.effect_noise((100, 60), 50).convert("RGB").save(tmp_path / "image.png")
     prompt = Prompt(prompt="a cat", width=64, height=64, reference_image=str(tmp_path / "image.png"))
     request = make_request(prompt, model, sampler="ddim", seed=3)
-    found = encode_reference(model, request, 2)["reference_1"].latents
+    found = encode_request_images(model, request, 2)["reference_1"].latents
     assert found is not None
     assert found.shape == (2, 16, 6, 10)  # of 1328x800, at a sixteenth: 83x50 -> 80x48
     pipe: Any = FluxKontextPipeline.from_pretrained(folder)

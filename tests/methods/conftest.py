@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from families.toys import ToyShelf
+from methods.control_training import ControlShelf
 from toy_runs import make_images
 
 Toy = Mapping[str, Path]
@@ -31,3 +32,8 @@ def toy(family: str, toy_shelf: ToyShelf) -> Toy:
 @pytest.fixture(scope="session")
 def sd(toy_shelf: ToyShelf) -> Toy:
     return toy_shelf.paths("sd")
+
+
+@pytest.fixture(scope="session")
+def control_shelf(toy_shelf: ToyShelf, tmp_path_factory: pytest.TempPathFactory) -> ControlShelf:
+    return ControlShelf(toy_shelf, tmp_path_factory.mktemp("control"))

@@ -33,7 +33,7 @@ GENERATION_SKIPS = (  # rules
 )  # fmt: skip
 ALIASES = {
     "ckpt": "pretrained_model_name_or_path", "from_file": "sample_prompts", "sampler": "sample_sampler",
-    "batch_size": "sample_batch_size",
+    "batch_size": "sample_batch_size", "guide_image_path": "control_net_image",
 }  # fmt: skip
 HIGHLIGHTS = (
     "pretrained_model_name_or_path", "sample_prompts", "seed", "sample_sampler", "sample_batch_size", "mixed_precision",
@@ -62,7 +62,8 @@ def run_generate(
     values = {**prompt_defaults, **list_defaults(options, *further)}
     lines = read_terminal() if series.options.interactive else iter([make_prompts(options, config, series)])
     first = series.list_images([prompt.apply_defaults(values) for prompt in next(lines, [])])
-    check_prompt_images(first)
+    control = config.model.controlnet_model_name_or_path is not None
+    check_prompt_images(first, control=control)
     networks = list_networks(options, config)
     from sfumato.tools.generate import ImageMaker
     from sfumato.tools.generate_setup import GenerateRequest
@@ -84,7 +85,7 @@ def run_generate(
         for prompts in lines:
             more = Series(**{**vars(series), "before": made})
             images = more.list_images([prompt.apply_defaults(values) for prompt in prompts])
-            check_prompt_images(images)
+            check_prompt_images(images, control=control)
             maker.make(images)
             made += len(images)
 

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath, Seed, parse_int_choice
 
+CONTROL_METHODS = ("control_net",)  # those that learn from control images
+
 
 class RunOptions(Options):
     """The run"""
@@ -32,6 +34,11 @@ class RunOptions(Options):
         False, "take one real step, a preview and a save on the largest batch, show what each needs, and leave nothing"
     )
     output_config: bool = option(False, "write the given options to --config_file, which must not exist, and exit")
+
+    @property
+    def takes_control(self) -> bool:
+        """Whether the images of conditioning_data_dir are control images, not masks."""
+        return self.method in CONTROL_METHODS
 
 
 class LoopOptions(Options):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.common.seeds import python_random
 from sfumato.data.augment import compute_size_conditioning
-from sfumato.data.batch import CONTROL, Batch, Extras, ImageInput, Sizes, Tensors, pad_stack
+from sfumato.data.batch import CONTROL, Batch, Extras, Sizes, Tensors, pad_stack
 from sfumato.data.batch_sampler import BatchSampler, PlannedBatch, PlannedStep, Sample, ValidationSampler
 from sfumato.data.buckets import Size
 from sfumato.data.cache.entries import (
@@ -31,7 +31,7 @@ from sfumato.data.cache.entries import (
 from sfumato.data.captions import process_caption
 from sfumato.data.images import Pixels, Transform
 from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_mask
-from sfumato.data.references import fit_references, stack_references
+from sfumato.data.references import fit_control, fit_references, stack_images, stack_references
 from sfumato.data.substitutes import SubstituteFinder
 from sfumato.data.variants import choose_variant
 from sfumato.errors import UserError
@@ -48,6 +48,7 @@ class Loader:
     latents: the cache of latents and masks; None for batches with pixels. text: features of the encoders whose output
     is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
     text_dropout: text encoder -> its dropout probability. reference_dropout: that of a sample's reference images.
+    control_latents: whether control images are latents, which are cached like references.
     workers: prefetching threads; 0 prepares each batch when it is asked for. skip_bad_images: another image takes the
     place of one that can no longer be read.
     """
@@ -64,6 +65,7 @@ class Loader:
         variants: int = 0,
         text_dropout: Mapping[str, float] | None = None,
         reference_dropout: float = 0.0,
+        control_latents: bool = False,
         workers: int = 2,
         skip_bad_images: bool = False,
     ) -> None:
@@ -77,6 +79,7 @@ class Loader:
         self.variants = variants
         self.text_dropout = dict(text_dropout or {})
         self.reference_dropout = reference_dropout
+        self.control_latents = control_latents
         self.workers = workers
         self.skip_bad_images = skip_bad_images
         self._substitutes = SubstituteFinder()
@@ -128,7 +131,7 @@ class Loader:
         preserved = [sample.subset.settings.preserved for sample in batch.samples]
         offsets = [sample.subset.settings.timestep_offset for sample in batch.samples]
         controls = require_all_or_none([sample.control for sample in samples])
-        images = {CONTROL: ImageInput(pixels=to_tensor(controls))} if controls else {}
+        images = {CONTROL: stack_images(controls)} if controls else {}
         return Batch(
             ids=torch.tensor([sample.id for sample in batch.samples]),
             latents=torch.stack(latents) if latents else None,
@@ -182,11 +185,10 @@ class Loader:
         image_item, mask_item = CacheItem(item.image, transform), find_mask(item, rules, transform)
         load = self._load_cached if self.latents else self._decode
         original, crop = compute_size_conditioning(item.size, transform, full_size=rules.full_size)
-        control = None if rules.masked_loss or item.conditioning is None else item.conditioning
         return PreparedSample(
             caption=self._make_caption(step, sample),
             image=load(image_item, mask_item),
-            control=None if control is None else CacheItem(control, transform.geometry).read_pixels(),
+            control=self._load_control(sample, transform),
             references=self._load_references(sample, transform),
             original=original,
             crop=crop,
@@ -198,12 +200,20 @@ class Loader:
         drops = python_random(self.sampler.seed, "reference dropout", sample.id).random() < self.reference_dropout
         if drops or not items:
             return [None] * len(items)
+        return [self._load_reference(item) for item in items]
+
+    def _load_reference(self, item: CacheItem) -> Tensor | Pixels:
         if self.latents is None:
-            return [item.read_pixels() for item in items]
-        keys = replace(self.latent_keys, role=REFERENCE)
-        return [
-            get_cached(self.latents, keys.make_key(item), f"latents of {item.image.path}")[LATENTS] for item in items
-        ]
+            return item.read_pixels()
+        key = replace(self.latent_keys, role=REFERENCE).make_key(item)
+        return get_cached(self.latents, key, f"latents of {item.image.path}")[LATENTS]
+
+    def _load_control(self, sample: Sample, transform: Transform) -> Tensor | Pixels | None:
+        """Pixels; latents where the method takes these and they are cached."""
+        item = fit_control(sample.item, sample.subset.settings.images, transform)
+        if item is None:
+            return None
+        return self._load_reference(item) if self.control_latents else item.read_pixels()
 
     def _make_empty_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
         """Gray, with weight 0: where no other image has the size of the batch."""
@@ -331,7 +341,7 @@ class PreparedSample:
 
     caption: str
     image: LoadedImage
-    control: Pixels | None
+    control: Tensor | Pixels | None
     original: Size  # height, width
     crop: Size  # top, left
     references: Sequence[Tensor | Pixels | None] = ()

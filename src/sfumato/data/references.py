@@ -17,14 +17,27 @@ from sfumato.data.images import Pixels, Transform, choose_interpolation
 from sfumato.data.plans import DataPlan, Item
 
 
-def list_reference_items(plan: DataPlan) -> list[CacheItem]:
-    """Every reference image that training with cached latents can use, including flipped ones, without duplicates."""
+def list_reference_items(plan: DataPlan, *, control: bool) -> list[CacheItem]:
+    """Every reference image that training with cached latents can use, including flipped ones, without duplicates.
+
+    control: and every control image, since these are latents, too.
+    """
     items: dict[CacheItem, None] = {}
     for _, subset, item in plan.iterate_used():
         rules = subset.settings.images
         for flip in (False, True) if rules.flip_aug else (False,):
-            items |= dict.fromkeys(fit_references(item, rules, item.center_transform(rules, flip=flip)))
+            transform = item.center_transform(rules, flip=flip)
+            items |= dict.fromkeys(fit_references(item, rules, transform))
+            fitted = fit_control(item, rules, transform) if control else None
+            items |= {fitted: None} if fitted else {}
     return list(items)
+
+
+def fit_control(item: Item, rules: ImageRules, transform: Transform) -> CacheItem | None:
+    """The control image of an image, cropped and flipped with it; None where it has none, e.g. but a mask."""
+    if rules.masked_loss or item.conditioning is None:
+        return None
+    return CacheItem(item.conditioning, transform.geometry)
 
 
 def fit_references(item: Item, rules: ImageRules, transform: Transform) -> list[CacheItem]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families import _unet
 from sfumato.families.base import Family
-from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout
+from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, make_image_layer_rules
 from sfumato.families.source import select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule
 
@@ -22,7 +22,6 @@ _FIELDS = (  # that both classes of diffusers have
     *("addition_embed_type", "addition_time_embed_dim", "num_class_embeds", "upcast_attention"),
     *("resnet_time_scale_shift", "projection_class_embeddings_input_dim"),
 )
-_IMAGE_LAYERS = 8  # convolutions that bring the control image to the latents' size
 _CALLED_WITH = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 
 
@@ -38,12 +37,8 @@ def build_unet_control_net(config: Mapping[str, Any]) -> Any:
 
 
 def _list_layouts(denoiser: Mapping[str, Any]) -> list[FileLayout]:
-    """The original names, which count the layers of the image with the activations between them."""
-    rules = [*_unet.key_map(denoiser).rules]
-    rules.append(KeyRule("input_hint_block.0", ("controlnet_cond_embedding.conv_in",)))
-    for layer in range(1, _IMAGE_LAYERS - 1):
-        rules.append(KeyRule(f"input_hint_block.{2 * layer}", (f"controlnet_cond_embedding.blocks.{layer - 1}",)))
-    rules.append(KeyRule(f"input_hint_block.{2 * _IMAGE_LAYERS - 2}", ("controlnet_cond_embedding.conv_out",)))
+    """The original names, as in a whole file and alone."""
+    rules = [*_unet.key_map(denoiser).rules, *make_image_layer_rules("controlnet_cond_embedding")]
     rules.append(KeyRule("zero_convs.{n}.0", ("controlnet_down_blocks.{n}",)))
     rules.append(KeyRule("middle_block_out.0", ("controlnet_mid_block",)))
     names = KeyMap(rules)

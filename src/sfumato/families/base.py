@@ -216,6 +216,18 @@ class Family(ABC):
         """The denoiser's arguments with the further images that the family takes. Default: it takes none."""
         return arguments
 
+    @property
+    def takes_control(self) -> bool:
+        """Whether a control image steers what this model generates."""
+        return CONTROL_NET in self.parts
+
+    @property
+    def takes_control_latents(self) -> bool:
+        """Whether its ControlNet reads the control image as latents, not as pixels."""
+        if self.control_net is None or CONTROL_NET not in self.parts:
+            return False
+        return self.control_net.takes_latents(self.parts[CONTROL_NET].network.config)
+
     def add_control(self, arguments: dict[str, object], images: Images) -> dict[str, object]:
         """The denoiser's arguments with what the ControlNet computes, where there is one and a control image."""
         if CONTROL_NET not in self.parts or CONTROL not in images:

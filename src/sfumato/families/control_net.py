@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from sfumato.families.part import Builder
-from sfumato.formats.keymap import KeyMap
+from sfumato.families.part import Builder, RowSplit
+from sfumato.formats.keymap import KeyMap, KeyRule
 
 if TYPE_CHECKING:
     from sfumato.families.base import Family
 
 CONTROL_NET = "control_net"  # its name among a model's parts
+_IMAGE_LAYERS = 8  # convolutions that bring a control image to the latents' size
 NetworkConfig = Mapping[str, Any]
 
 
@@ -43,6 +44,16 @@ class ControlNetSupport:
     takes_latents: Callable[[NetworkConfig], bool] = lambda config: False
     list_unread: Callable[[NetworkConfig], Sequence[str]] = lambda config: ()  # patterns on weights without any effect
     constant_tensors: tuple[str, ...] = ()  # as of PartSpec
+    row_split: RowSplit | None = None  # as of PartSpec, for the layouts
+    unsupported_options: Mapping[str, str] = field(default_factory=dict)  # option of the base model -> why
     find_fault: Callable[[NetworkConfig], str] = lambda config: (
         ""
     )  # what of a published one's configuration is not supported
+
+
+def make_image_layer_rules(ours: str) -> list[KeyRule]:
+    """The original names of those convolutions, which count the activations between them. ours: diffusers' name."""
+    rules = [KeyRule("input_hint_block.0", (f"{ours}.conv_in",))]
+    for layer in range(1, _IMAGE_LAYERS - 1):
+        rules.append(KeyRule(f"input_hint_block.{2 * layer}", (f"{ours}.blocks.{layer - 1}",)))
+    return [*rules, KeyRule(f"input_hint_block.{2 * _IMAGE_LAYERS - 2}", (f"{ours}.conv_out",))]

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from sfumato.common.seeds import seed_of
 from sfumato.common.text import list_some
+from sfumato.config import ModelOptions
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import option_context
 from sfumato.families.base import FAMILIES, Family
@@ -25,8 +26,8 @@ from sfumato.formats.keymap import KeyMap, make_identity_map, matches
 _OPTION = "controlnet_model_name_or_path"
 
 
-def add_control_net(family: type[Family], blueprint: Blueprint, given: str | None, seed: int) -> Blueprint:
-    """The blueprint with a ControlNet: that of a file or folder, or a new one.
+def add_control_net(family: type[Family], blueprint: Blueprint, model: ModelOptions, seed: int) -> Blueprint:
+    """The blueprint with a ControlNet: that of the option's file or folder, or a new one.
 
     seed: of what is drawn for a new one. Raises UserError where the family has none, or the file is for another model.
     """
@@ -38,7 +39,14 @@ def add_control_net(family: type[Family], blueprint: Blueprint, given: str | Non
             code="control-net-unsupported",
             fix=f"take a model of one of these families: {', '.join(known)}",
         )
-    denoiser = blueprint.networks["denoiser"]
+    for option, reason in support.unsupported_options.items():
+        if vars(model)[option]:
+            raise UserError(
+                f"--{option} cannot be combined with a ControlNet: {reason}",
+                code="control-net-option-conflict",
+                fix="remove it",
+            )
+    denoiser, given = blueprint.networks["denoiser"], model.controlnet_model_name_or_path
     if given is None:
         network = make_control_net(support, denoiser, seed)
     else:
@@ -57,7 +65,7 @@ def read_control_net(support: ControlNetSupport, denoiser: Network, source: Sour
             code="control-net-kind-mismatch",
         )
     layout = choose_layout(support, denoiser, list(file.header.tensors))
-    weights = Weights(file=file, key_map=layout.key_map, prefix=layout.prefix)
+    weights = Weights(file=file, key_map=layout.key_map, prefix=layout.prefix, row_split=support.row_split)
     config = {**support.make_config(denoiser.config), **drop_private_fields(declared)}
     if not declared and support.guess_config is not None:
         config |= support.guess_config(denoiser.config, weights.read_shapes())
@@ -110,7 +118,7 @@ def make_control_net(support: ControlNetSupport, denoiser: Network, seed: int) -
             return stored.read(name, dtype=torch.float32)
         return torch.zeros(shapes[name])
 
-    file = ComposedFile(stored.file.header.path, shapes, make)
+    file = ComposedFile(stored.file.header.path, shapes, make, stored.file.close)
     identity = make_identity_map()
     return Network(
         spec=make_control_net_spec(support, identity), config=config, weights=Weights(file=file, key_map=identity)

@@ -13,6 +13,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _flux_files, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._file_kinds import WIDTH_FAULT, check_network_size, option_context
+from sfumato.families._flux_control_net import FLUX_CONTROL_NET
 from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
@@ -38,6 +39,7 @@ class Flux(Family):
     has_pooled_text = True
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=_DEFAULT_GUIDANCE, size_multiple=16)
     components = _COMPONENTS
+    control_net = FLUX_CONTROL_NET
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)

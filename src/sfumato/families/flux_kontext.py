@@ -35,6 +35,8 @@ class FluxKontext(Flux):
     name = "flux_kontext"
     sampling = replace(Flux.sampling, width=1024, height=1024)
     num_references = 1
+    control_net = None
+    no_control_net = "diffusers has no pipeline that joins a reference image and a ControlNet"
 
     @classmethod
     def detect(cls, source: Source) -> bool:

@@ -14,6 +14,7 @@ from sfumato.data.prompt_weighting import WeightedText
 from sfumato.diffusion.objective import RectifiedFlow, TimestepGrid
 from sfumato.diffusion.timesteps import make_time_grid, shift_sigma
 from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
+from sfumato.families._sd3_control_net import SD3_CONTROL_NET
 from sfumato.families.base import FAMILIES, Family, Place, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
@@ -44,6 +45,7 @@ class StableDiffusion3(Family):
     has_pooled_text = True
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=16)
     components = _COMPONENTS
+    control_net = SD3_CONTROL_NET
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)

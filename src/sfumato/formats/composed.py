@@ -13,15 +13,19 @@ from sfumato.formats.header import TensorHeader, TensorInfo
 
 
 class ComposedFile:
-    """Float32 tensors of these shapes, by name. make: one of them on the CPU. path: for messages."""
+    """Float32 tensors of these shapes, by name. make: one of them on the CPU. close: closes what it reads."""
 
-    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], make: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[str, Sequence[int]], make: Callable[[str], Tensor], close: Callable[[], None]
+    ) -> None:
+        """path: for messages."""
         infos: dict[str, TensorInfo] = {}
         for name, shape in shapes.items():
             size = torch.Size(shape).numel() * torch.float32.itemsize
             infos[name] = TensorInfo(dtype="F32", shape=tuple(shape), start=0, end=size)
         self.header = TensorHeader(path=path, tensors=infos, metadata={})
         self._make = make
+        self.close = close
 
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
@@ -33,9 +37,6 @@ class ComposedFile:
     def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Like TensorFile.read."""
         return self._make(name).to(device=device, dtype=dtype)
-
-    def close(self) -> None:
-        return
 
     def __enter__(self) -> Self:
         return self

@@ -39,7 +39,6 @@ class AdapterMethod:
     """
 
     modelspec_suffix = "/lora"
-    takes_control = False
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -41,7 +41,6 @@ class Method(Protocol):
     modelspec_suffix: str  # follows the model's name in modelspec.architecture: "/lora", "" for a whole model
     modules: nn.ModuleDict  # everything that trains; in eval mode while samples are made
     live_text: frozenset[str]  # encoders that train and so may not be cached; known once the plan is made
-    takes_control: bool  # whether the images of conditioning_data_dir are control images, not masks
 
     def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
         """The blueprint with what the method adds to the model; called before `plan`."""

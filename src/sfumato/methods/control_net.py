@@ -37,7 +37,6 @@ class ControlNetMethod:
     """The ControlNet is a part of the model; it trains as a whole, and nothing else does."""
 
     modelspec_suffix = "/control-net"
-    takes_control = True
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -54,7 +53,7 @@ class ControlNetMethod:
     def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
         seed = self.config.loop.seed
         assert seed is not None, "a plan has a seed"
-        return add_control_net(family, blueprint, self.config.model.controlnet_model_name_or_path, seed)
+        return add_control_net(family, blueprint, self.config.model, seed)
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         network = blueprint.networks[CONTROL_NET]

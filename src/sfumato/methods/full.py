@@ -46,7 +46,6 @@ class FullMethod:
     """`trained` holds the weights that train; every other weight of the model stays as it was loaded."""
 
     modelspec_suffix = ""
-    takes_control = False
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -84,7 +84,8 @@ def check_data(model: ModelPlan, data: DataPlan, problems: Problems) -> None:
     check_words_in_captions(model.config, data, problems)
     if model.config.samples.sample_prompts is not None and samples_enabled(model.config):
         with problems.catch():
-            check_prompt_images(read_prompts(model.config.samples.sample_prompts))
+            prompts = read_prompts(model.config.samples.sample_prompts)
+            check_prompt_images(prompts, control=model.config.run.takes_control)
 
 
 def describe_data(model: ModelPlan, data: DataPlan) -> Iterator[str]:

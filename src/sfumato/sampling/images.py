@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.batch import ImageInput, Images, name_reference
+from sfumato.data.batch import CONTROL, ImageInput, Images, name_reference
 from sfumato.data.buckets import Size
 from sfumato.data.cache.entries import to_tensor
 from sfumato.data.images import read_image
@@ -19,14 +19,20 @@ from sfumato.sampling.request import ImageRequest
 from sfumato.sampling.start import Start
 
 
-def encode_reference(model: Family, request: ImageRequest, count: int) -> Images:
-    """The latents of a request's reference image for so many samples; UserError where it cannot be read."""
-    if not request.reference_image:
-        return {}
-    image = read_image(Path(request.reference_image))
-    size = model.choose_reference_size(image.size, (request.width, request.height))
-    latents = encode_resized(model, image, size)
-    return {name_reference(0): ImageInput(latents=latents.expand(count, -1, -1, -1))}
+def encode_request_images(model: Family, request: ImageRequest, count: int) -> Images:
+    """The further images of a request for so many samples; UserError where one cannot be read."""
+    images: dict[str, ImageInput] = {}
+    if request.reference_image:
+        image = read_image(Path(request.reference_image))
+        latents = encode_resized(model, image, model.choose_reference_size(image.size, (request.width, request.height)))
+        images[name_reference(0)] = ImageInput(latents=latents.expand(count, -1, -1, -1))
+    if request.control_image:
+        image, size = read_image(Path(request.control_image)), (request.width, request.height)
+        if model.takes_control_latents:
+            images[CONTROL] = ImageInput(latents=encode_resized(model, image, size).expand(count, -1, -1, -1))
+        else:
+            images[CONTROL] = ImageInput(pixels=resize_to_tensor(image, size).expand(count, -1, -1, -1))
+    return images
 
 
 def encode_start(model: Family, request: ImageRequest, count: int) -> Start | None:
@@ -45,8 +51,12 @@ def encode_start(model: Family, request: ImageRequest, count: int) -> Start | No
 
 def encode_resized(model: Family, image: Image.Image, size: Size) -> Tensor:
     """An image at another size, (width, height) -> its latents (1, C, h, w)."""
-    pixels = to_tensor([np.asarray(image.resize(size, Image.Resampling.LANCZOS))])
-    return encode_images(model, pixels, None, vae_batch_size=1)
+    return encode_images(model, resize_to_tensor(image, size), None, vae_batch_size=1)
+
+
+def resize_to_tensor(image: Image.Image, size: Size) -> Tensor:
+    """An image at another size, (width, height) -> (1, 3, H, W) in [-1, 1]."""
+    return to_tensor([np.asarray(image.resize(size, Image.Resampling.LANCZOS))])
 
 
 def read_mask(model: Family, file: str, size: Size) -> Tensor | None:

@@ -40,6 +40,7 @@ class ImageRequest:
     renorm_cfg: float = 0.0
     flow_shift: float | None = None  # of the time grid; None: the family's own
     reference_image: str = ""  # the file of a reference image
+    control_image: str = ""  # the file of a control image
     weighted: bool = True  # whether (words) and [words] have more and less weight
     prompt_2: str | None = None  # what the second text encoder reads instead
     clip_prompt: str | None = None  # what the pooled vector is made of instead
@@ -99,6 +100,7 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         renorm_cfg=defaults.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg,
         flow_shift=prompt.flow_shift if _takes_shift(prompt, model) else None,
         reference_image=(prompt.reference_image or "") if model.num_references else "",
+        control_image=(prompt.controlnet_image or "") if model.takes_control else "",
         weighted=weighted,
         prompt_2=prompt.prompt_2 if len(model.text_parts) > 1 else None,
         clip_prompt=prompt.clip_prompt if model.has_pooled_text else None,
@@ -139,8 +141,10 @@ def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterat
         yield f"{start}--g has no effect, this model has no embedded guidance; classifier-free guidance is --l"
     if prompt.sample_sampler and "sample_sampler" not in model.options:
         yield f"{start}--ss is ignored: flow models always use Euler"
-    if prompt.controlnet_image:
-        yield f"{start}--cn has no effect, there is no control network"
+    if prompt.controlnet_image and not model.takes_control:
+        yield f"{start}--cn has no effect, there is no ControlNet"
+    if model.takes_control and not prompt.controlnet_image:
+        yield f"{start}it has no control image (--cn FILE), so the ControlNet takes no part"
     if prompt.reference_image and not model.num_references:
         yield f"{start}--ref has no effect, this model takes no reference images"
     if prompt.flow_shift is not None and not _takes_shift(prompt, model):

@@ -56,7 +56,7 @@ class ImageMaker:
             model.set_resolutions([resolution] if resolution else [(image.width, image.height) for image in images])
         paths = [self.names.choose(image, prompt.file_name) for image, prompt in zip(images, prompts, strict=True)]
         frozen = encode_all_prompts(model, self.adapters, images)
-        for part in ("denoiser", "vae"):
+        for part in (name for name in model.parts if name not in model.text_parts):
             model.parts[part].load()
         wanted = [(prompt.highres_fix_save_1st or False, path) for prompt, path in zip(prompts, paths, strict=True)]
         for group in group_requests(list(zip(images, wanted, strict=True)), config.samples.sample_batch_size or 1):

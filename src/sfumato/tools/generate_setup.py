@@ -12,6 +12,7 @@ import torch
 from sfumato.config import Config
 from sfumato.errors import Problems
 from sfumato.families.base import Family
+from sfumato.families.control_net_files import add_control_net
 from sfumato.families.detection import describe_model
 from sfumato.families.model_options import check_sampler
 from sfumato.memory.low_precision import choose_formats
@@ -39,6 +40,8 @@ def load_requested_model(request: GenerateRequest) -> Family:
     """The model, in the dtypes of training."""
     config, problems = request.config, Problems()
     family, blueprint = describe_model(config)
+    if config.model.controlnet_model_name_or_path is not None:
+        blueprint = add_control_net(family, blueprint, config.model, seed=0)
     check_sampler(config, blueprint.objective)
     for note in (*blueprint.notes, *blueprint.declared):
         log.info("note: %s", note)

@@ -17,6 +17,7 @@ STAND_INS = (
     "pretrained_model_name_or_path",
     "train_data_dir",
     "reference_data_dirs",
+    "conditioning_data_dir",
     "caption_extension",
     "output_dir",
     "cache_dir",
@@ -25,15 +26,16 @@ BLANK_SIZE = 2048  # pixels of a side; larger than any resolution, so that nothi
 REPEATS = 1000  # of the image, so that any batch is full
 
 
-def make_published_options(name: str, folder: Path) -> dict[str, Any]:
+def make_published_options(name: str, folder: Path, *, control: bool) -> dict[str, Any]:
     """Write what the run needs into `folder`; gives option -> value, for whatever the user does not give.
 
-    Raises UserError for an unknown name.
+    control: whether the run takes control images. Raises UserError for an unknown name.
     """
     content = read_published(name)
     images = folder / "images" / f"{REPEATS}_blank"
     references = [folder / f"references_{number}" for number in range(content.get("references", 0))]
-    for place in (images, *references):
+    controls = folder / "controls"
+    for place in (images, *references, *([controls] if control else [])):
         place.mkdir(parents=True)
         Image.new("RGB", (BLANK_SIZE, BLANK_SIZE)).save(place / "blank.png")
     files.write_text(images / "blank.txt", CAPTION)
@@ -42,6 +44,7 @@ def make_published_options(name: str, folder: Path) -> dict[str, Any]:
         "pretrained_model_name_or_path": str(write_published(name, folder / "model")),
         "train_data_dir": images.parent,
         "reference_data_dirs": tuple(references),
+        "conditioning_data_dir": controls if control else None,
         "caption_extension": ".txt",
         "output_dir": folder / "output",
         "cache_dir": folder / "cache",

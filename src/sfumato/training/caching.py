@@ -46,7 +46,7 @@ def fill_caches(
     def fill_part(part: str) -> None:
         if part == "vae":
             task.fill_image_caches(caches, latents)
-            if references := list_reference_items(data):
+            if references := list_reference_items(data, control=model.takes_control_latents):
                 task.fill_reference_cache(caches, references)
         else:
             task.fill_text_cache(caches, part, text, rewrite)

@@ -68,7 +68,8 @@ def save_image(path: Path, image: Tensor, text: Mapping[str, str]) -> None:
 
 def image_metadata(request: ImageRequest) -> dict[str, str]:
     """All that an image depends on besides the model, as text; of an absolute path only the last name."""
-    values = list_settings(request) | {"reference_image": strip_paths(request.reference_image)}
+    named = {name: strip_paths(vars(request)[name]) for name in ("reference_image", "control_image")}
+    values = list_settings(request) | named
     text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     return text | {"parameters": format_parameters(request)}
 
@@ -134,6 +135,7 @@ def request_options(request: ImageRequest, defaults: Sampling) -> dict[str, obje
     for name in ("cfg_trunc_ratio", "renorm_cfg"):
         options |= {name: vars(request)[name]} if vars(request)[name] != vars(defaults)[name] else {}
     options |= {"flow_shift": request.flow_shift, "reference_image": request.reference_image or None}
+    options["control_net_image"] = request.control_image or None
     options |= list_further_options(request)
     if request.sampler != vocabulary()["sample_sampler"].default:
         options["sample_sampler"] = request.sampler

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sfumato.data.batch import Batch, ImageInput, is_reference
+from sfumato.data.batch import CONTROL, Batch, ImageInput, is_reference
 from sfumato.data.cache.entries import make_not_finite_error
 from sfumato.data.loader import Loader
 from sfumato.families.encoding import encode_images
@@ -24,10 +24,11 @@ def load_latents(run: Run, batch: Batch) -> Tensor:
 
 
 def load_references(run: Run, batch: Batch) -> Batch:
-    """The batch with its reference images as latents on the device."""
+    """The batch with its reference images as latents on the device, and the control images where these are latents."""
     images = dict(batch.extras.images)
     for role, image in batch.extras.images.items():
-        images[role] = load_reference(run, image) if is_reference(role) else image
+        as_latents = is_reference(role) or (role == CONTROL and run.model.takes_control_latents)
+        images[role] = load_reference(run, image) if as_latents else image
     return replace(batch, extras=replace(batch.extras, images=images)) if images else batch
 
 

@@ -66,6 +66,7 @@ def make_loader(
         variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
         text_dropout=text_dropout_rates(config, model),
         reference_dropout=config.dataset.reference_dropout_rate,
+        control_latents=model.takes_control_latents,
         workers=config.loader.workers,
         skip_bad_images=config.dataset.on_bad_image == "skip",
     )

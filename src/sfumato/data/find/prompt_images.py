@@ -9,8 +9,11 @@ from sfumato.config.prompts import Prompt
 from sfumato.data.images import read_image
 
 
-def check_prompt_images(prompts: Iterable[Prompt]) -> None:
-    """UserError for a reference image that cannot be read."""
-    for path in dict.fromkeys(prompt.reference_image for prompt in prompts):
+def check_prompt_images(prompts: Iterable[Prompt], *, control: bool) -> None:
+    """UserError for a reference image or a control image that cannot be read. control: whether the latter is used."""
+    files: dict[str | None, None] = {}
+    for prompt in prompts:
+        files |= dict.fromkeys((prompt.reference_image, prompt.controlnet_image if control else None))
+    for path in files:
         if path:
             read_image(Path(path))
