@@ -27,8 +27,6 @@ from sfumato.train import loop
 from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 fast_for_one = pytest.mark.fast_for("sdxl")
-
-
 families = pytest.mark.parametrize("family", ["sdxl", "sd"])
 
 
@@ -56,6 +54,7 @@ def test_a_new_one_is_diffusers_copy_and_changes_nothing(family: str, toy_shelf:
     assert torch.equal(predict(model, torch.full((1, 3, 64, 64), 0.3)), predict(model, None))
 
 
+@pytest.mark.full
 def test_only_the_control_net_changes(control_shelf: ControlShelf, tmp_path: Path) -> None:
     trained = control_shelf.get("sdxl")
     run = build_toy_run(
@@ -73,7 +72,7 @@ def test_only_the_control_net_changes(control_shelf: ControlShelf, tmp_path: Pat
     assert not run.method.report()
 
 
-@fast_for_one
+@pytest.mark.full
 @families
 def test_the_loss_falls_and_hangs_on_the_control_image(
     family: str, control_shelf: ControlShelf, tmp_path: Path
@@ -116,7 +115,7 @@ def read_pipeline_image(trained: Trained, folder: Path, control_net: Any, reques
     return found[0] * 2 - 1
 
 
-@fast_for_one
+@pytest.mark.full
 @families
 def test_diffusers_makes_the_same_image(
     family: str, toy_shelf: ToyShelf, control_shelf: ControlShelf, tmp_path: Path
@@ -132,7 +131,7 @@ def test_diffusers_makes_the_same_image(
     control_net = ControlNetModel.from_single_file(str(trained.file), config=str(tmp_path / "config"))
     model = load_with(trained.options, trained.file)
     prompt = Prompt(
-        prompt="a cat", negative_prompt="a red dog", width=64, height=64, sample_steps=3, scale=4.0,
+        prompt="a cat", negative_prompt="a red dog", width=64, height=64, sample_steps=2, scale=2.0,
         controlnet_image=str(trained.control_image),
     )  # fmt: skip
     request = make_request(prompt, model, sampler="ddim", seed=3)
@@ -159,7 +158,7 @@ def test_metadata(control_shelf: ControlShelf) -> None:
     assert metadata["ss_control_net_lr"] == "0.001"
 
 
-@fast_for_one
+@pytest.mark.full
 @families
 def test_original_names_are_read(family: str, control_shelf: ControlShelf, tmp_path: Path) -> None:
     """With the prefix of a whole file and without; diffusers' converter reads the same of them."""
@@ -181,6 +180,7 @@ def test_original_names_are_read(family: str, control_shelf: ControlShelf, tmp_p
         assert equal_tensors(load_with(trained.options, path).parts[CONTROL_NET].module.state_dict(), ours)
 
 
+@pytest.mark.full
 def test_training_goes_on_from_a_file(control_shelf: ControlShelf, tmp_path: Path) -> None:
     trained = control_shelf.get("sdxl")
     losses = []

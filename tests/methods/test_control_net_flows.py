@@ -26,7 +26,6 @@ from sfumato.sampling.request import ImageRequest, make_request
 from toy_runs import equal_tensors, read_metrics, read_weights
 
 families = pytest.mark.parametrize("family", ["flux", "sd3"])
-fast_for_one = pytest.mark.fast_for("flux")
 
 
 def library() -> Any:
@@ -35,7 +34,7 @@ def library() -> Any:
     return diffusers
 
 
-@fast_for_one
+@pytest.mark.full
 @families
 def test_a_new_one_is_diffusers_copy_and_changes_nothing(family: str, toy_shelf: ToyShelf) -> None:
     model = load_with(toy_shelf.options(family), None)
@@ -56,7 +55,7 @@ def test_a_new_one_is_diffusers_copy_and_changes_nothing(family: str, toy_shelf:
     assert torch.equal(predict(model, torch.full((1, 3, 64, 64), 0.3)), predict(model, None))
 
 
-@fast_for_one
+@pytest.mark.full
 @families
 def test_training_and_resuming(family: str, control_shelf: ControlShelf, tmp_path: Path) -> None:
     """The loss falls, at about one timestep; caches change no number; a resumed run is bitwise the same."""
@@ -133,7 +132,7 @@ def compare_with_pipeline(trained: Trained, folder: Path, given: Path) -> Tensor
     return ours
 
 
-@fast_for_one
+@pytest.mark.full
 @families
 def test_diffusers_makes_the_same_image(
     family: str, toy_shelf: ToyShelf, control_shelf: ControlShelf, tmp_path: Path
@@ -199,7 +198,7 @@ def test_xlabs_names_are_read(control_shelf: ControlShelf, tmp_path: Path) -> No
 def test_faults(
     family: str, options: dict[str, Any], code: str, control_shelf: ControlShelf, toy_shelf: ToyShelf, tmp_path: Path
 ) -> None:
-    trained = control_shelf.get("flux")
+    trained = control_shelf.get("sdxl")  # for its images
     other = Trained(family, toy_shelf.paths(family), trained.options, trained.images, trained.controls, tmp_path)
     with pytest.raises(UserError) as raised:
         other.train(tmp_path / "out", **options)

@@ -22,7 +22,6 @@ from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import NO_DRY_RUN, CommandLine, read_command
 from sfumato.config.environment import read_launch
 from sfumato.config.load import load_command_config
-from sfumato.config.run import CONTROL_METHODS
 from sfumato.config.values import FilePath
 
 if TYPE_CHECKING:
@@ -84,8 +83,7 @@ def main(argv: Sequence[str]) -> int:
             from sfumato.tools.published_run import make_published_options
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="sfumato-"))
-            control = line.values.get("method") in CONTROL_METHODS
-            defaults = make_published_options(options.published, Path(folder), control=control)
+            defaults = make_published_options(options.published, Path(folder), method=line.values.get("method"))
         config = load_command_config(line, defaults=defaults)
         if write_output_config(config):
             return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.families import _t5, _tokenizers, _vae
+from sfumato.families import _clip, _t5, _tokenizers, _vae
 from sfumato.families._file_kinds import (
     CHANNELS_FAULT,
     WIDTH_FAULT,
@@ -86,6 +86,18 @@ class Transformer:
 def _find_folder(source: Source) -> str:
     """The transformer's folder in a whole model, "." where the source is that folder, else an empty text."""
     return next((name for name in ("transformer", ".") if source.has_network(name)), "")
+
+
+def read_clip_l(source: Source, denoiser: Network, make_spec: Callable[[str], PartSpec]) -> Network:
+    """Raises UserError for a file of another kind, and for an encoder of another width than the model's."""
+    with option_context("clip_l"):
+        prefix = source.find_prefix(CLIP_L_IN_WHOLE)
+        weights = Weights(file=source.open_lone(), key_map=_clip.CLIP_FILE_KEYS, prefix=prefix)
+        config = _clip.read_clip_config(source, weights)
+    check_network_size(
+        "clip_l", source.path, WIDTH_FAULT, config["hidden_size"], denoiser.config["pooled_projection_dim"]
+    )
+    return Network(spec=make_spec(prefix), config=config, weights=weights, option="clip_l")
 
 
 def read_t5(source: Source, denoiser: Network, make_spec: Callable[[str], PartSpec]) -> Network:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.config import ModelOptions
 from sfumato.data.batch import Tensors
 from sfumato.errors import Problems, UserError
-from sfumato.families import _clip, _open_clip, _t5, _vae
+from sfumato.families import _clip, _open_clip, _t5, _tokenizers, _vae
 from sfumato.families._file_kinds import (
     CHANNELS_FAULT,
     WIDTH_FAULT,
@@ -21,7 +21,7 @@ from sfumato.families._file_kinds import (
     option_context,
 )
 from sfumato.families._text_features import cut_to_mask
-from sfumato.families.blueprint import Component
+from sfumato.families.blueprint import Blueprint, Component
 from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, find_given
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
@@ -207,3 +207,24 @@ def join_features(clip: Sequence[Tensor], t5: Tensor) -> Tensor:
     """(B, 77, D_l), (B, 77, D_g), (B, L, D) -> (B, 77 + L, D): both CLIPs' channels, zero-padded to D, then T5's."""
     text = torch.cat(list(clip), dim=-1)
     return torch.cat([nn.functional.pad(text, (0, t5.shape[-1] - text.shape[-1])), t5.to(text)], dim=1)
+
+
+def load_sd3_tokenizers(blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
+    """Encoder -> its tokenizer; T5's where the model has it."""
+    names = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+    folders = _clip.find_tokenizer_folders(blueprint, model, names)
+    tokenizers: dict[str, Any] = {
+        "clip_l": _tokenizers.load_clip_tokenizer(folders["clip_l"]),
+        "clip_g": _tokenizers.load_clip_tokenizer(folders["clip_g"], pad_with_zero=True),
+    }
+    for name, tokenizer in tokenizers.items():
+        _clip.check_vocabulary(tokenizer, blueprint.networks[name].config)
+    if "t5" in blueprint.text_parts:
+        folder = folders["t5"] or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
+        tokenizers["t5"] = _tokenizers.load_t5_tokenizer(folder)
+    return tokenizers
+
+
+def count_caption_tokens(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """Of each caption, without begin and end tokens."""
+    return _tokenizers.count_tokens(tokenizer, captions)

@@ -12,13 +12,12 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _flux_files, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
-from sfumato.families._file_kinds import WIDTH_FAULT, check_network_size, option_context
 from sfumato.families._flux_control_net import FLUX_CONTROL_NET
 from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Builder, Network, PartSpec
-from sfumato.families.source import Source, Weights, find_component, find_present
+from sfumato.families.part import Builder, PartSpec
+from sfumato.families.source import Source, find_component, find_present
 
 _T5_LENGTHS = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
 _DEFAULT_GUIDANCE = 3.5
@@ -68,7 +67,7 @@ class Flux(Family):
             text_parts=cls.text_parts,
             networks={
                 "denoiser": denoiser,
-                "clip_l": _read_clip(clip_l, denoiser),
+                "clip_l": _flux_files.read_clip_l(clip_l, denoiser, _clip_spec),
                 "t5": _flux_files.read_t5(t5, denoiser, _t5_spec),
                 "vae": vae,
             },
@@ -154,17 +153,6 @@ class Flux(Family):
 
     def convert_output(self, raw: Tensor, noisy: Tensor) -> Tensor:
         return unpack(raw, noisy.shape)
-
-
-def _read_clip(source: Source, denoiser: Network) -> Network:
-    with option_context("clip_l"):
-        prefix = source.find_prefix(_flux_files.CLIP_L_IN_WHOLE)
-        weights = Weights(file=source.open_lone(), key_map=_clip.CLIP_FILE_KEYS, prefix=prefix)
-        config = _clip.read_clip_config(source, weights)
-    check_network_size(
-        "clip_l", source.path, WIDTH_FAULT, config["hidden_size"], denoiser.config["pooled_projection_dim"]
-    )
-    return Network(spec=_clip_spec(prefix), config=config, weights=weights, option="clip_l")
 
 
 def _clip_spec(prefix: str = "") -> PartSpec:

@@ -13,7 +13,7 @@ from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.diffusion.objective import RectifiedFlow, TimestepGrid
 from sfumato.diffusion.timesteps import make_time_grid, shift_sigma
-from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _tokenizers, _vae
+from sfumato.families import _clip, _sd3_keys, _sd3_text, _t5, _vae
 from sfumato.families._sd3_control_net import SD3_CONTROL_NET
 from sfumato.families.base import FAMILIES, Family, Place, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
@@ -105,18 +105,7 @@ class StableDiffusion3(Family):
 
     @classmethod
     def load_tokenizers(cls, blueprint: Blueprint, model: ModelOptions) -> dict[str, Any]:
-        names = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
-        folders = _clip.find_tokenizer_folders(blueprint, model, names)
-        tokenizers: dict[str, Any] = {
-            "clip_l": _tokenizers.load_clip_tokenizer(folders["clip_l"]),
-            "clip_g": _tokenizers.load_clip_tokenizer(folders["clip_g"], pad_with_zero=True),
-        }
-        for name, tokenizer in tokenizers.items():
-            _clip.check_vocabulary(tokenizer, blueprint.networks[name].config)
-        if "t5" in blueprint.text_parts:
-            folder = folders["t5"] or _tokenizers.find_in_hub_cache(_tokenizers.T5_ON_HUB)
-            tokenizers["t5"] = _tokenizers.load_t5_tokenizer(folder)
-        return tokenizers
+        return _sd3_text.load_sd3_tokenizers(blueprint, model)
 
     @classmethod
     def builders(cls, blueprint: Blueprint) -> Mapping[str, Builder]:
@@ -163,7 +152,7 @@ class StableDiffusion3(Family):
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
         limit = self.t5_length - 1 if part == "t5" else _clip.CHUNK_LENGTH
-        return TokenBudget(_tokenizers.count_tokens(self.tokenizers[part], captions), limit)
+        return TokenBudget(_sd3_text.count_caption_tokens(self.tokenizers[part], captions), limit)
 
     def text_fingerprint(self, part: str) -> str:
         masked = f"masked {self.masked[part]}"
