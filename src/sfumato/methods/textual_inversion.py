@@ -34,6 +34,9 @@ class TextualInversionMethod:
         self.modules = nn.ModuleDict({"embeddings": self.embeddings.modules})
         self.live_text: frozenset[str] = frozenset()
 
+    def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
+        return blueprint
+
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         parts = self.embeddings.plan(blueprint)
         self.live_text = self.embeddings.live_text
