@@ -16,7 +16,7 @@ from sfumato.families._flux_control_net import FLUX_CONTROL_NET
 from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.part import Builder, PartSpec
+from sfumato.families.part import Builder, Network, PartSpec
 from sfumato.families.source import Source, find_component, find_present
 
 _T5_LENGTHS = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
@@ -82,7 +82,7 @@ class Flux(Family):
         clip_l = find_present(source, "clip_l", model.clip_l, "text_encoder", _flux_files.CLIP_L_IN_WHOLE)
         t5 = find_present(source, "t5xxl", model.t5xxl, "text_encoder_2", _flux_files.T5_IN_WHOLE)
         if clip_l:
-            networks["clip_l"] = _read_clip(clip_l, networks["denoiser"])
+            networks["clip_l"] = _flux_files.read_clip_l(clip_l, networks["denoiser"], _clip_spec)
         if t5:
             networks["t5"] = _flux_files.read_t5(t5, networks["denoiser"], _t5_spec)
         return networks
