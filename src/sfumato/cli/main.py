@@ -17,8 +17,9 @@ from sfumato.errors import UserError
 class Command(NamedTuple):
     """A sub-command."""
 
-    module: str  # of this folder; its `main` takes the arguments and gives the exit code
+    module: str  # of this folder
     description: str
+    function: str = "main"  # of the module; takes the arguments and gives the exit code
 
 
 class CommandGroup(NamedTuple):
@@ -32,6 +33,12 @@ DATASET_COMMANDS = {
     "inspect": Command("dataset_inspect", "Show what is in a dataset and what training would refuse."),
     "cache": Command("dataset_cache", "Fill the caches without training, or count, check or prune them."),
     "caption": Command("dataset_caption", "Write captions of images by a model that describes them."),
+    "clean": Command("dataset_clean", "Clean the tags and captions of a metadata file."),
+    "merge-captions": Command(
+        "dataset_merge", "Gather the captions beside images in a metadata file.", "merge_captions"
+    ),
+    "merge-tags": Command("dataset_merge", "Gather the tags beside images in a metadata file.", "merge_tags"),
+    "resize": Command("dataset_resize", "Write smaller copies of images."),
     "tag": Command("dataset_tag", "Write the tags that a tagger model sees in images."),
 }
 LORA_COMMANDS = {
@@ -106,4 +113,5 @@ def find_command(program: str, name: str, commands: Mapping[str, AnyCommand]) ->
 
 def run_command(command: Command, argv: Sequence[str]) -> int:
     """Import the module of a command and run it; gives the exit code."""
-    return importlib.import_module(f"sfumato.cli.{command.module}").main(argv)
+    module = importlib.import_module(f"sfumato.cli.{command.module}")
+    return getattr(module, command.function)(argv)

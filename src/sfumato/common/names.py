@@ -121,9 +121,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "anima_minimal_inference",
     "anima_train",
     "anima_train_network",
-    "finetune/clean_captions_and_tags",
-    "finetune/merge_captions_to_metadata",
-    "finetune/merge_dd_tags_to_metadata",
     "finetune/prepare_buckets_latents",
     "flux_minimal_inference",
     "gen_img",
@@ -145,7 +142,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "tools/latent_upscaler",
     "tools/merge_models",
     "tools/merge_sd3_safetensors",
-    "tools/resize_images_to_resolution",
     "tools/show_metadata",
 )
 

@@ -1,8 +1,11 @@
-"""sd-scripts' tools that tag and caption images, run as `sfumato dataset tag` and `sfumato dataset caption`."""
+"""sd-scripts' tools for images and their texts, run as `sfumato dataset ...`."""
 
 from __future__ import annotations
 
 from sfumato.cli.dataset_caption import CaptioningOptions, run_captioning
+from sfumato.cli.dataset_clean import CleanOptions, run_cleaning
+from sfumato.cli.dataset_merge import CaptionMergeOptions, TagMergeOptions, run_merge_of_texts
+from sfumato.cli.dataset_resize import ImageResizeOptions, run_resizing
 from sfumato.cli.dataset_tag import CAPTION_ALIASES, TagOptions, run_tagging
 from sfumato.compat.file_tool import FileTool
 from sfumato.config.base import Options, option
@@ -81,6 +84,15 @@ def caption_by_git(options: GitOptions) -> int:
 
 
 CAPTION_TOOLS = (
+    FileTool(name="finetune/clean_captions_and_tags", options=CleanOptions, run=run_cleaning),
+    FileTool(
+        name="finetune/merge_captions_to_metadata",
+        options=CaptionMergeOptions,
+        run=run_merge_of_texts,
+        aliases=CAPTION_ALIASES,
+    ),
+    FileTool(name="finetune/merge_dd_tags_to_metadata", options=TagMergeOptions, run=run_merge_of_texts),
+    FileTool(name="tools/resize_images_to_resolution", options=ImageResizeOptions, run=run_resizing),
     FileTool(name="finetune/make_captions", options=BlipOptions, run=caption_by_blip, aliases=CAPTION_ALIASES),
     FileTool(name="finetune/make_captions_by_git", options=GitOptions, run=caption_by_git),
     FileTool(name="finetune/tag_images_by_wd14_tagger", options=TagOptions, run=run_tagging, aliases=CAPTION_ALIASES),
