@@ -30,12 +30,13 @@ KINDS = (
     "fluxgym",
     "kohya_ss",
     "lora_scripts",
+    "lycoris",
     "sd_scripts",
     "textual_inversion",
     "whole_models",
 )
 DATASET = ".dataset.toml"
-TRAINED = (  # three of each kind
+TRAINED = (  # three of each kind of program
     "colab/train_network.standard.toml",
     "colab/train_network.several_folders.toml",
     "colab/train_network.sections.toml",
@@ -61,6 +62,13 @@ TRAINED = (  # three of each kind
     "whole_models/lumina_train.saved.toml",
     "whole_models/lumina_command.sh",
 )
+LYCORIS = tuple(  # one of each kind of adapter
+    f"lycoris/train_network.{name}.toml"
+    for name in (
+        "locon_standard", "loha_standard", "lokr_factor", "full_standard", "ia3_preset", "glora_standard",
+        "diag_oft_constraint", "boft_standard", "dylora_blocks",
+    )
+)  # fmt: skip
 SMALL = (  # what makes any of them a run of two steps, whatever it says itself
     *("--max_train_steps", "2", "--mixed_precision", "no", "--no_full_bf16", "--save_precision", "float"),
     *("--max_data_loader_n_workers", "0", "--no_gradient_checkpointing", "--train_batch_size", "1"),
@@ -125,10 +133,11 @@ def shrink(text: str) -> str:
     return re.sub(r'(\b(?:max_)?resolution"?\s*[=:]\s*)("?)[\[\d, \]]+\2', r"\g<1>\g<2>64\g<2>", text)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, *(pytest.param(name, marks=pytest.mark.full) for name in LYCORIS)])
 def test_it_trains_two_steps_and_saves(name: str, home: Path, tmp_path: Path, codes: list[str]) -> None:
     script, *options = make_command(name, home, tmp_path / "files", shrink)
-    small = [*SMALL, *(SMALL_ADAPTER if SCRIPTS[script].method == "adapter" else ())]
+    changes_rank = SCRIPTS[script].method == "adapter" and name not in LYCORIS
+    small = [*SMALL, *(SMALL_ADAPTER if changes_rank else ())]
     places = ["--output_dir", str(tmp_path / "out"), "--output_name", "x", "--logging_dir", str(tmp_path / "logs")]
     assert run_script([script, *options, *small, *places]) == 0, codes
     assert len(read_metrics(tmp_path / "out", "x")) == 2
@@ -169,6 +178,7 @@ def test_it_waits_for_nothing_but_features(name: str, home: Path, tmp_path: Path
 
 def test_there_are_enough_of_them() -> None:
     assert len(list_configurations(*KINDS)) >= 60
-    assert all(sum(name.startswith(kind) for name in TRAINED) == 3 for kind in KINDS)
+    assert len(list_configurations("lycoris")) >= 40
+    assert all(sum(name.startswith(kind) for name in TRAINED) == 3 for kind in KINDS if kind != "lycoris")
     scripts = {name.split("/")[1].split(".")[0] for name in list_configurations("kohya_ss", "colab", "lora_scripts")}
     assert scripts <= set(SCRIPTS)
