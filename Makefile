@@ -88,6 +88,7 @@ pages: setup
 	$(BIN)/python docs/make_file_map.py
 	$(BIN)/python docs/make_messages.py
 	$(BIN)/python docs/make_errors.py
+	$(BIN)/python docs/make_adapters.py
 
 bench: setup
 	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done

@@ -15,6 +15,7 @@ from torch import Generator
 from adapters.groups import draw
 from families.toys import ToyShelf
 from others.models import compute_output, compute_with_file, load_toy
+from pages import page_maker
 from sfumato.adapters.base import AdapterEngine, AdapterRequest
 from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, list_related
 from sfumato.families.base import Family
@@ -82,6 +83,12 @@ def test_saved_and_read_it_changes_the_model_as_it_did(
     torch.testing.assert_close(again, found, rtol=0, atol=2e-5 * float(found.abs().max().clamp(min=1)))
 
 
-@pytest.mark.full
 def test_no_kind_is_left_out() -> None:
     assert {*KINDS} == {*list_kinds()}
+
+
+@pytest.mark.full
+def test_the_page_is_up_to_date() -> None:
+    maker = page_maker("make_adapters")
+    assert maker.PAGE.read_text(encoding="utf-8") == maker.page(), "run `make pages`"
+    assert {*maker.WHEN} == {*KINDS}

@@ -1,0 +1,121 @@
+"""Write docs/adapters.md: the kinds of adapters, which to take when, what they weigh, and on which families: `make pages`."""
+
+from __future__ import annotations
+
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "adapters.md"
+sys.path[:0] = [str(ROOT / "tests")]
+from adapters.test_every_cell import FAMILIES, IN_ITS_PLACE, KINDS
+
+from sfumato.adapters.base import AdapterRequest
+from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, list_related
+from sfumato.families import _unet, sdxl
+from sfumato.families.published import build_published, read_published
+from sfumato.formats.groups import LayerGroup, find_layers
+
+DIMS = {"oft": 4, "diag_oft": 4, "boft": 80, "oft_v2": 32, "boft_v2": 8}  # else 16, with alpha 16
+WHEN = {  # kind -> --network_module and --network_args, when to take it
+    "lora": ("`networks.lora`", "The first choice: every program reads it."),
+    "lora_fa": ("`networks.lora_fa`", "LoRA in less memory: the inputs of linear layers are not kept."),
+    "dylora": (
+        "`networks.dylora unit=4`",
+        "When the rank is to be chosen afterwards: its first ranks are a LoRA, too.",
+    ),
+    "split_lora": ("`split_qkv=True`", "Fused layers whose parts are to learn apart; a file of n times the rank."),
+    "pissa": ("`pissa=True`", "A LoRA that starts from the largest parts of the weights; lower learning rates."),
+    "dora": ("`dora_wd=True`", "Lengths of rows train apart from their directions; a step takes longer."),
+    "trained_scalar": ("`use_scalar=True`", "LyCORIS' way to start: all matrices drawn, one factor from 0 on."),
+    "loha": ("`networks.loha`, `algo=loha`", "Its rank is up to the square of dim: small dims (4 to 8) do."),
+    "lokr": (
+        "`networks.lokr`, `algo=lokr`",
+        "Small files; with `full_matrix=True` and a small `factor` nearly the whole weight.",
+    ),
+    "full_difference": ("`algo=full`", "Full training as an adapter file: as large as the layers."),
+    "ia3": ("`algo=ia3 preset=ia3`", "One factor for each output, or input: no more can be learned, and little is."),
+    "glora": ("`algo=glora`", "LoRA that also changes what goes into a layer."),
+    "oft": (
+        "`networks.oft`, `networks.oft_flux`",
+        "Rotations: angles and lengths of what a layer computes stay; few blocks are large files.",
+    ),
+    "diag_oft": ("`algo=diag-oft`", "The same with small blocks and small files; `constraint` limits it."),
+    "boft": ("`algo=boft`", "Stages of blocks that together mix all outputs."),
+    "oft_v2": ("`networks.oft_v2`", "Rotations of inputs, without an inverse in a step."),
+    "boft_v2": ("`networks.boft`", "Stages of rotations of inputs, as PEFT has them."),
+}
+HEAD = """# Adapters
+
+`--network_module` chooses the kind, or `--network_module lycoris.kohya` with `--network_args algo=...`. What is in
+the second column without a module is an argument of `networks.lora`; `dora_wd` and `use_scalar` are also arguments of
+LoHa and LoKr. All kinds go on from a file (`--network_weights`), resume bitwise, and are read by `sfumato generate`,
+`--base_weights` and `--frozen_lora`. The arguments of each are in [options.md](options.md).
+
+`--network_dim` is the rank of some and the size or the number of blocks of others; where it cannot be, the error says
+what can. Megabytes are those of a bf16 file for the U-Net of Stable Diffusion XL without convolutions, with the
+`--network_dim` of the table and the arguments' defaults.
+
+| Kind | How | dim | MB | When |
+| --- | --- | --- | --- | --- |
+"""
+LAYERS = """
+## Which layers
+
+* `--network_args include_patterns=... exclude_patterns=...`: regular expressions for all of a layer's name in adapter
+  files, with dots and without the network's prefix. Alone, the first names the only layers that are adapted; together,
+  it names the exceptions of the second.
+* `network_reg_dims`, `network_reg_alphas` and `network_reg_lrs` (`expression=value,expression=value`) give layers
+  ranks, alphas and learning rates; the last one that fits counts. An expression is searched in the name with `_`, or
+  fits all of the name with dots. A rank of 0 leaves the layer as it is.
+* `conv_dim`, or `enable_conv=True` for the rank of the other layers, adds the convolutions of U-Nets.
+* LyCORIS' presets choose layers by `preset=...`.
+
+## On which families
+
+Each yes is a variant of the test in `tests/adapters/test_every_cell.py` (all layers, convolutions, fused layers and
+text encoders: hooked, saved, read again); training, resuming and merging are in `tests/adapters/test_every_kind.py`.
+
+"""
+
+
+def page() -> str:
+    labels = {name: list_kinds()[name].label for name in KINDS}
+    groups = list_sdxl_groups()
+    rows: list[str] = []
+    for name, (how, when) in WHEN.items():
+        size = count_numbers(name, groups) * 2 / 1e6
+        rows.append(f"| {labels[name]} | {how} | {DIMS.get(name, 16)} | {size:,.0f} | {when} |\n")
+    lines = ["| Kind | " + " | ".join(FAMILIES) + " |\n", "| --- |" + " --- |" * len(FAMILIES) + "\n"]
+    lines += [
+        f"| {labels[name]} |" + "".join(f" yes (`{name}-{family}`) |" for family in FAMILIES) + "\n" for name in KINDS
+    ]
+    return HEAD + "".join(rows) + LAYERS + "".join(lines)
+
+
+def list_sdxl_groups() -> list[LayerGroup]:
+    """The layers that LoRA adapts in the U-Net, on the meta device."""
+    config = read_published("sdxl")["networks"]["unet"]
+    spec = sdxl._unet_spec(_unet.key_map(config))  # pyright: ignore[reportPrivateUsage]
+    return spec.groups(find_layers(build_published(config)))
+
+
+def count_numbers(kind: str, groups: list[LayerGroup]) -> int:
+    """In all tensors of a file."""
+    name = "lora" if kind in IN_ITS_PLACE else kind
+    options: dict[str, Any] = {}
+    for other, each in list_related(name).items():
+        given = KINDS[kind] if kind in IN_ITS_PLACE else {}
+        options[other] = each.options_class(**{k: v for k, v in given.items() if k in each.options_class.model_fields})
+    dim, count = DIMS.get(kind, 16), 0
+    for group in groups:
+        request = AdapterRequest(rank=dim, alpha=16.0, options=options[name])
+        adapter = create_adapter(choose_kinds(name, options, group), group, request, options)
+        count += sum(tensor.numel() for tensor in chain(adapter.export_tensors().values()))
+    return count
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
