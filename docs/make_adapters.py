@@ -1,4 +1,4 @@
-"""Write docs/adapters.md: the kinds of adapters, which to take when, what they weigh, and on which families: `make pages`."""
+"""Write docs/adapters.md: the kinds of adapters, which to take when, their sizes, on which families: `make pages`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "adapters.md"
 sys.path[:0] = [str(ROOT / "tests")]
 from adapters.test_every_cell import FAMILIES, IN_ITS_PLACE, KINDS
-
 from sfumato.adapters.base import AdapterRequest
 from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, list_related
 from sfumato.families import _unet, sdxl
