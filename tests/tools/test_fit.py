@@ -29,7 +29,9 @@ from sfumato.tools.rehearsal_stages import Stage
 from sfumato.tools.rehearse import ALLOWANCE
 from toy_runs import make_arguments, make_images
 
-HOSTED = ("text encoders' blocks in main memory 1", "blocks in main memory 4")
+HOSTED = (
+    "text encoders' blocks in main memory 1", "blocks in main memory 4", "inputs of blocks in main memory 1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,7 @@ class TestMeasures:
             "smaller batches 2",
             "blocks in main memory 4",
             "gradient checkpointing 1",
+            HOSTED[2],
         ]
 
     def test_what_is_given_is_not_offered(self, toy_shelf, images):
@@ -103,7 +106,7 @@ class TestMeasures:
             "trained weights in bfloat16 1",
             "EMA on the CPU 1",
             "fused backward pass 1",
-            HOSTED[1],
+            *HOSTED[1:],
         ]
 
 
@@ -148,7 +151,7 @@ def test_the_command(toy_shelf, images, tmp_path, capsys):
 
 @needs_rehearsal
 def test_the_file_has_what_was_found(toy_shelf, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("sfumato.tools.fit.find_levels", lambda series: (1, 0, 0, 1, 0, 0))
+    monkeypatch.setattr("sfumato.tools.fit.find_levels", lambda series: (1, 0, 0, 1, 0, 0, 0))
     monkeypatch.setattr("sfumato.tools.fit.describe_found", lambda series, found, deadline: ())
     argv = make_arguments(toy_shelf.paths("flux"), images, tmp_path / "out", network_train_unet_only=True)
     new = tmp_path / "new.toml"

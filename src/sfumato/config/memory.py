@@ -69,8 +69,11 @@ class MemoryOptions(Options):
     )
     single_blocks_to_swap: int | None = option(None, "deprecated: as half as many --blocks_to_swap", ge=0)
     split_mode: bool = option(False, "deprecated: same as --blocks_to_swap 18")
+    checkpoint_every: int | None = option(
+        None, "gradient checkpointing of every N-th block alone: between all and none in memory and time", ge=1
+    )
     cpu_offload_checkpointing: bool = option(
-        False, "offload checkpointed activations to CPU memory", planned="block swap"
+        False, "gradient checkpointing whose inputs of blocks wait in main memory; enables --gradient_checkpointing"
     )
     highvram: bool = option(
         False, "do not empty the device's cache while encoding", no_effect="it is never emptied while encoding"
@@ -87,6 +90,11 @@ class MemoryOptions(Options):
     compile_cache_size_limit: int | None = option(
         None, "graphs for one class of blocks, after which it is not compiled; default: 8 for each block", ge=1
     )
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Every how many blocks one is recomputed in backward; 0 for none."""
+        return self.checkpoint_every or int(self.gradient_checkpointing or self.cpu_offload_checkpointing)
 
     @property
     def swapped_blocks(self) -> int:

@@ -7,16 +7,15 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from sfumato.config.memory import MemoryOptions
 from sfumato.errors import UserError
 from sfumato.memory.offload import BlockOffload, find_blocks
+from sfumato.memory.recompute import InputOffload, recompute
 
 CPU = torch.device("cpu")
 INDUCTOR = "inductor"
@@ -34,7 +33,7 @@ class WrappedBlocks:
 
     def remove(self) -> None:
         for block in self.blocks:
-            del block.forward  # the instance's; that of the class shows again
+            vars(block).pop("forward", None)  # the instance's; that of the class shows again
 
 
 def wrap_blocks(
@@ -54,14 +53,20 @@ def wrap_blocks(
     non-reentrant, so keyword arguments, nested outputs and adapters inside the blocks all work; the global generators
     are replayed, an adapter's dropout included.
     """
-    if not (memory.compile or memory.gradient_checkpointing or hosted):
+    if not (memory.compile or memory.checkpoint_interval or hosted):
         return WrappedBlocks(blocks=())
     blocks = find_blocks(network, patterns)
     if memory.compile:
         limit_graphs(memory, len(blocks))
     offload = BlockOffload(device) if hosted else None
-    for path, block in blocks.items():
-        block.forward = wrap_forward(block, memory, offload if path in hosted else None)
+    inputs = InputOffload(device) if memory.cpu_offload_checkpointing else None
+    for number, (path, block) in enumerate(blocks.items()):
+        forward = compile_forward(block.forward, memory) if memory.compile else block.forward
+        if offload is not None and path in hosted:
+            forward = offload.wrap(block, forward)
+        if path in hosted or (memory.checkpoint_interval and number % memory.checkpoint_interval == 0):
+            forward = recompute(forward, inputs)
+        block.forward = forward
     return WrappedBlocks(blocks=tuple(blocks.values()), offload=offload)
 
 
@@ -73,14 +78,6 @@ def limit_graphs(memory: MemoryOptions, blocks: int) -> None:
     limits = torch._dynamo.config
     limits.recompile_limit = memory.compile_cache_size_limit or max(limits.recompile_limit, GRAPHS_PER_BLOCK * blocks)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
-
-
-def wrap_forward(block: nn.Module, memory: MemoryOptions, offload: BlockOffload | None) -> Callable[..., Any]:
-    forward = compile_forward(block.forward, memory) if memory.compile else block.forward
-    if offload is not None:
-        forward = offload.wrap(block, forward)
-    recomputes = memory.gradient_checkpointing or offload is not None
-    return partial(checkpoint, forward, use_reentrant=False) if recomputes else forward
 
 
 def compile_forward(forward: Callable[..., Any], memory: MemoryOptions) -> Callable[..., Any]:

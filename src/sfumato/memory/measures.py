@@ -152,6 +152,13 @@ MEASURES.register("gradient checkpointing")(
         list_levels=offer({"gradient_checkpointing": True}, when=lambda c: not c.memory.gradient_checkpointing),
     )
 )
+MEASURES.register("inputs of blocks in main memory")(
+    MemoryMeasure(
+        time=0.4,
+        cost="a second forward, and copies beside the computation",
+        list_levels=offer({"cpu_offload_checkpointing": True}, when=lambda c: not c.memory.cpu_offload_checkpointing),
+    )
+)
 
 
 def list_smaller_formats(config: Config) -> list[Values]:

@@ -1,0 +1,89 @@
+"""Memory options of a step in pairs, for every family: the same weights as without any of them, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from covering import make_covering_array
+from families.toys import ToyShelf
+from toy_runs import equal_tensors, make_images, read_weights, train_toy
+
+AXES: dict[str, dict[str, dict[str, Any]]] = {
+    "family": {name: {} for name in ("sd", "sdxl", "sd3", "flux", "chroma", "lumina")},
+    "method": {
+        "adapter": {"network_train_unet_only": True},
+        "full": {"method": "full", "network_dim": None, "learning_rate": "1e-4", "ema_decay": 0.9},
+        "full in bfloat16": {
+            "method": "full", "network_dim": None, "learning_rate": "1e-4", "full_bf16": True,
+            "mixed_precision": "bf16",
+            "optimizer_type": "AdaFactor", "optimizer_args": ["relative_step=False", "scale_parameter=False"],
+        },
+    },
+    "blocks": {"device": {}, "some": {"blocks_to_swap": 2}, "all": {"blocks_to_swap": 99}},
+    "recomputed": {
+        "none": {},
+        "every second": {"checkpoint_every": 2},
+        "all": {"gradient_checkpointing": True},
+        "inputs in main memory": {"cpu_offload_checkpointing": True},
+    },
+    "step": {
+        "after": {},
+        "parameters": {"fused_backward_pass": True},
+        "groups": {"fused_optimizer_groups": 4},
+        "blocks": {"blockwise_fused_optimizers": True},
+    },
+    "end": {"whole": {}, "resumed": {"save_state": True, "save_every_n_steps": 1}},
+}  # fmt: skip
+WHAT_TRAINS = ("family", "method")
+SHARED = {"max_train_steps": 2, "max_bucket_reso": 64, "max_grad_norm": 0}
+SHARED |= {"cache_latents": True, "cache_text_encoder_outputs": True}
+
+
+def is_possible(row: Mapping[str, str]) -> bool:
+    """A whole model's blocks in main memory step within backward."""
+    trains_whole = row.get("method", "adapter") != "adapter"
+    return not (trains_whole and row.get("blocks", "device") != "device" and row.get("step") == "after")
+
+
+ROWS = make_covering_array({name: list(values) for name, values in AXES.items()}, is_possible)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data"), 2)
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[tuple[str, ...], dict[str, Tensor]]:
+    """What runs without memory options have trained, by what they train."""
+    return {}
+
+
+def collect_options(row: Mapping[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = dict(SHARED)
+    for axis, value in row.items():
+        options |= AXES[axis][value]
+    return options
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()).replace(" ", "_"))
+def test_weights_are_the_same(
+    row: dict[str, str], toy_shelf: ToyShelf, images: Path, plain: Any, tmp_path: Path
+) -> None:
+    toy, trained = toy_shelf.paths(row["family"]), {axis: row[axis] for axis in WHAT_TRAINS}
+    key = tuple(trained.values())
+    if key not in plain:
+        plain[key] = read_weights(train_toy(toy, images, tmp_path / "plain", **collect_options(trained)))
+    options = collect_options(row)
+    output = train_toy(toy, images, tmp_path / "out", **options)
+    assert equal_tensors(read_weights(output), plain[key])
+    if row["end"] == "resumed":
+        state = tmp_path / "out" / "lora-step00000001-state"
+        resumed = train_toy(toy, images, tmp_path / "resumed", **options, resume=state)
+        assert equal_tensors(read_weights(resumed), plain[key])
