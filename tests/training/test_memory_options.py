@@ -24,6 +24,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
             "optimizer_type": "AdaFactor", "optimizer_args": ["relative_step=False", "scale_parameter=False"],
         },
     },
+    "weights": {"as read": {}, "fp8": {"fp8_scaled": True}, "nf4": {"nf4_base": True}},
     "blocks": {"device": {}, "some": {"blocks_to_swap": 2}, "all": {"blocks_to_swap": 99}},
     "recomputed": {
         "none": {},
@@ -39,14 +40,16 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "end": {"whole": {}, "resumed": {"save_state": True, "save_every_n_steps": 1}},
 }  # fmt: skip
-WHAT_TRAINS = ("family", "method")
+WHAT_TRAINS = ("family", "method", "weights")
 SHARED = {"max_train_steps": 2, "max_bucket_reso": 64, "max_grad_norm": 0}
 SHARED |= {"cache_latents": True, "cache_text_encoder_outputs": True}
 
 
 def is_possible(row: Mapping[str, str]) -> bool:
-    """A whole model's blocks in main memory step within backward."""
+    """A whole model's blocks in main memory step within backward, and its weights have all their bits."""
     trains_whole = row.get("method", "adapter") != "adapter"
+    if trains_whole and row.get("weights", "as read") != "as read":
+        return False
     return not (trains_whole and row.get("blocks", "device") != "device" and row.get("step") == "after")
 
 
