@@ -7,6 +7,7 @@ import pytest
 from compat.helpers import ROOT, THEIR_OPTIONS
 from sfumato.common.names import OPTION_ALIASES, PLANNED_SCRIPTS, RETIRED_SCRIPTS, SCRIPT_ALIASES
 from sfumato.compat.file_tools import FILE_TOOLS
+from sfumato.compat.image_tools import IMAGE_TOOLS
 from sfumato.compat.scripts import SCRIPTS, SHARED_OPTIONS, find_script, list_absent_options, load_script_options
 from sfumato.config import load_config
 from sfumato.config.schema import vocabulary
@@ -88,11 +89,11 @@ def test_what_is_not_there(name, code, words):
 def test_names_of_scripts_do_not_overlap():
     assert not set(SCRIPTS) & set(PLANNED_SCRIPTS)
     assert not set(RETIRED_SCRIPTS) & {*PLANNED_SCRIPTS, *SCRIPTS}
-    assert set(SCRIPT_ALIASES.values()) <= {*PLANNED_SCRIPTS, *SCRIPTS, *FILE_TOOLS}
-    assert not set(FILE_TOOLS) & {*PLANNED_SCRIPTS, *SCRIPTS}
+    assert set(SCRIPT_ALIASES.values()) <= {*PLANNED_SCRIPTS, *SCRIPTS, *FILE_TOOLS, *IMAGE_TOOLS}
+    assert not {*FILE_TOOLS, *IMAGE_TOOLS} & {*PLANNED_SCRIPTS, *SCRIPTS}
 
 
 def test_every_available_script_has_a_launcher():
     names = {path.stem for path in (ROOT / "launchers").glob("*.py")}
     assert names >= set(SCRIPTS)
-    assert all((ROOT / "launchers" / f"{name}.py").is_file() for name in FILE_TOOLS)
+    assert all((ROOT / "launchers" / f"{name}.py").is_file() for name in (*FILE_TOOLS, *IMAGE_TOOLS))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sfumato.cli.exits import run_guarded
@@ -17,6 +16,7 @@ from sfumato.cli.generate_options import (
     list_defaults,
 )
 from sfumato.cli.generate_series import Series, list_image_files, read_image_prompts, read_module_prompts
+from sfumato.cli.generate_terminal import Terminal
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.common.text import EMPTY
 from sfumato.config.command import NO_TRIALS, CommandLine, read_command
@@ -51,16 +51,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_generate(
-    line: CommandLine, *, defaults: Mapping[str, Any] = EMPTY, prompt_defaults: Mapping[str, Any] = EMPTY
+    line: CommandLine,
+    *,
+    defaults: Mapping[str, Any] = EMPTY,
+    prompt_defaults: Mapping[str, Any] = EMPTY,
+    terminal: Terminal | None = None,
 ) -> int:
     """Run it with a command line that was read. defaults: of options that a launcher sets. prompt_defaults: of
-    prompts, after the options beside them.
+    prompts, after the options beside them. terminal: how it reads prompts that are typed.
     """
     config = load_command_config(line, skip_rules=GENERATION_SKIPS, defaults=defaults)
     options, series = line.options(GenerateOptions), plan_series(line, config)
     further = [line.options(theme) for theme in (StartOptions, LargeImageOptions)]
     values = {**prompt_defaults, **list_defaults(options, *further)}
-    lines = read_terminal() if series.options.interactive else iter([make_prompts(options, config, series)])
+    given = make_prompts(options, config, series)
+    lines = (terminal or Terminal()).read() if series.options.interactive else iter([given])
     first = series.list_images([prompt.apply_defaults(values) for prompt in next(lines, [])])
     control = config.model.controlnet_model_name_or_path is not None
     check_prompt_images(first, control=control)
@@ -122,6 +127,8 @@ def make_prompts(options: GenerateOptions, config: Config, series: Series) -> li
         raise UserError(
             "--plain_prompt is about --prompt, which is not given", code="plain-prompt-without-prompt", fix="remove it"
         )
+    if series.options.interactive:
+        return []
     if options.prompt is not None:
         text = options.prompt
         return [Prompt(prompt=text) if options.plain_prompt else parse_line(text, where="--prompt")]
@@ -136,17 +143,3 @@ def make_prompts(options: GenerateOptions, config: Config, series: Series) -> li
             "there is no prompt", code="prompt-missing", fix='give --prompt "a cat", or --from_file prompts.txt'
         )
     return prompts
-
-
-def read_terminal() -> Iterator[list[Prompt]]:
-    """A prompt for each line that is typed, until the end of the input."""
-    number = 0
-    while True:
-        sys.stderr.write("prompt: ")
-        sys.stderr.flush()
-        line = sys.stdin.readline()
-        if not line:
-            return
-        number += 1
-        if line.strip():
-            yield [parse_line(line.rstrip("\n"), where=f"line {number}")]

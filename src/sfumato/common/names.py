@@ -109,6 +109,7 @@ OPTION_ALIASES = {  # old spelling -> option
 }
 
 SCRIPT_ALIASES = {  # name in use elsewhere -> script
+    "gen_img_diffusers": "gen_img",
     "train_controlnet": "train_control_net",
     "sdxl_train_controlnet": "sdxl_train_control_net",
     "networks/merge_flux_lora": "networks/flux_merge_lora",
@@ -122,18 +123,12 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "anima_train",
     "anima_train_network",
     "finetune/prepare_buckets_latents",
-    "flux_minimal_inference",
-    "gen_img",
     "hunyuan_image_minimal_inference",
     "hunyuan_image_train_network",
-    "lumina_minimal_inference",
     "networks/convert_anima_lora_to_comfy",
     "networks/convert_flux_lora",
     "networks/convert_hunyuan_image_lora_to_comfy",
     "networks/lora_interrogator",
-    "sd3_minimal_inference",
-    "sdxl_gen_img",
-    "sdxl_minimal_inference",
     "sdxl_train_control_net_lllite",
     "tools/canny",
     "tools/convert_diffusers20_original_sd",
@@ -153,6 +148,5 @@ RETIRED_SCRIPTS = {  # out of use: what to use instead, once it is there
     "networks/lora_diffusers": "gen_img",
     "merge_lora_old": "networks/merge_lora",
     "networks/merge_lora_old": "networks/merge_lora",
-    "gen_img_diffusers": "gen_img",
     "sdxl_train_control_net_lllite_old": "sdxl_train_control_net_lllite",
 }

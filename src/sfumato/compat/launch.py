@@ -11,6 +11,7 @@ from sfumato.cli.train import run_training
 from sfumato.common.stop_signals import exit_process
 from sfumato.compat.cache_tools import CACHE_TOOLS, find_cache_tool, run_cache_tool
 from sfumato.compat.file_tools import FILE_TOOLS, find_file_tool
+from sfumato.compat.image_tools import IMAGE_TOOLS, find_image_tool
 from sfumato.compat.scripts import SCRIPTS, find_script, list_absent_options
 from sfumato.errors import UserError
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
 def run_script(argv: Sequence[str]) -> int:
     """Run the script that the first word names with the options that follow."""
     if not argv or argv[0] in HELP_FLAGS:
-        lines = [f"  {name}\n" for name in (*SCRIPTS, *CACHE_TOOLS, *FILE_TOOLS)]
+        lines = [f"  {name}\n" for name in (*SCRIPTS, *CACHE_TOOLS, *FILE_TOOLS, *IMAGE_TOOLS)]
         sys.stdout.write(f"usage: python -m sfumato.compat SCRIPT [--option value ...]\n\nscripts:\n{''.join(lines)}")
         return 0
     if argv[0].startswith("-"):
@@ -41,7 +42,7 @@ def run_script(argv: Sequence[str]) -> int:
             code="script-name-missing",
             fix=f"one of {', '.join(SCRIPTS)}",
         )
-    cache_tool, file_tool = find_cache_tool(argv[0]), find_file_tool(argv[0])
+    cache_tool, file_tool = find_cache_tool(argv[0]), find_file_tool(argv[0]) or find_image_tool(argv[0])
     if cache_tool is not None:
         return run_cache_tool(cache_tool, argv[1:])
     if file_tool is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from sfumato.adapters.kinds import list_kinds
+from sfumato.cli.generate import ALIASES
 from sfumato.common.foreign_keys import FOREIGN_KEYS
 from sfumato.common.kohya_gui import RENAMED
 from sfumato.common.names import (
@@ -13,6 +14,7 @@ from sfumato.common.names import (
     NETWORK_MODULES,
     OPTION_ALIASES,
 )
+from sfumato.compat.image_tools import IMAGE_TOOLS
 from sfumato.compat.scripts import SCRIPTS, load_script_options
 from sfumato.config.base import Option
 from sfumato.config.option_table import group_options
@@ -64,7 +66,7 @@ def render_options_page() -> str:
     for theme, group in group_options(options.values()).items():
         parts += [f"## {theme_title(theme)}\n", OPTION_COLUMNS]
         parts.append("\n".join(format_option_row(option) for option in group) + "\n")
-    return "\n".join([*parts, render_rules(), render_adapters(), render_names()])
+    return "\n".join([*parts, render_rules(), render_adapters(), render_image_scripts(), render_names()])
 
 
 def format_option_row(option: Option) -> str:
@@ -125,6 +127,27 @@ def render_adapters() -> str:
             "| Kind | Argument | What |",
             "|---|---|---|",
             *lines,
+            "",
+        ]
+    )
+
+
+def render_image_scripts() -> str:
+    """The options of scripts that make images which are called otherwise here, change nothing, or are refused."""
+    rows: list[str] = []
+    for tool in IMAGE_TOOLS.values():
+        for alias, name in {**ALIASES, **tool.aliases}.items():
+            rows.append(f"| {tool.name} | `--{alias}` | is `--{name}` |")
+        rows += [f"| {tool.name} | `--{name}` | no effect: {why} |" for name, why in tool.no_effect.items()]
+        rows += [f"| {tool.name} | `--{name}` | refused: {why} |" for name, why in tool.absent.items()]
+    return "\n".join(
+        [
+            "## Scripts that make images\n",
+            "`gen_img.py` (`gen_img_diffusers.py`), `sdxl_gen_img.py` and the `..._minimal_inference.py` of each model",
+            "run `sfumato generate`, whose options they all have. Of theirs:\n",
+            "| Script | Option | Here |",
+            "|---|---|---|",
+            *rows,
             "",
         ]
     )

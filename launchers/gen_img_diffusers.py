@@ -1,0 +1,4 @@
+"""Makes images of prompts; runs from a checkout without installing, too."""
+
+import os, sys; sys.path.insert(0, os.path.abspath(__file__ + "/../../src"))  # fmt: skip
+from sfumato.compat.launch import launch; launch(__name__, "gen_img_diffusers")  # fmt: skip

@@ -1,0 +1,4 @@
+"""Makes images of prompts with Stable Diffusion XL; runs from a checkout without installing, too."""
+
+import os, sys; sys.path.insert(0, os.path.abspath(__file__ + "/../../src"))  # fmt: skip
+from sfumato.compat.launch import launch; launch(__name__, "sdxl_gen_img")  # fmt: skip

@@ -1,0 +1,66 @@
+"""Prompts that are typed, one after the other."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sfumato.config.prompts import Prompt, parse_line
+
+OPTION_NAME = re.compile(r"(?<=\s--)\w+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terminal:
+    """How a command reads prompts from the terminal."""
+
+    names: Mapping[str, str] = field(default_factory=dict)  # option of its lines -> ours
+    carried: Sequence[str] = ()  # fields of a prompt that hold for those after it
+    ends_at_empty_line: bool = False
+    questions: Sequence[str] = ()  # fields that are asked for one by one, instead of lines with options
+
+    def read(self) -> Iterator[list[Prompt]]:
+        """A prompt at a time, until the end of the input."""
+        carried: dict[str, Any] = {}
+        while True:
+            prompt = self._ask() if self.questions else self._read_line()
+            if prompt is None:
+                return
+            if prompt.prompt or not self.questions:
+                carried |= {name: value for name in self.carried if (value := vars(prompt)[name]) not in (None, ())}
+                yield [prompt.apply_defaults(carried)]
+
+    def _read_line(self) -> Prompt | None:
+        """None at the end; lines without words are skipped."""
+        while True:
+            line = read_answer("prompt")
+            if line is None or (self.ends_at_empty_line and not line.strip()):
+                return None
+            if line.strip():
+                renamed = OPTION_NAME.sub(lambda match: self.names.get(match[0], match[0]), line)
+                prompt = parse_line(renamed, where="the line")
+                return Prompt(**{**vars(prompt), "negative_prompt": ""}) if prompt.negative_prompt == "-" else prompt
+
+    def _ask(self) -> Prompt | None:
+        """An empty first answer ends."""
+        answers = {name: read_answer(name) for name in self.questions[:1]}
+        if not answers[self.questions[0]]:
+            return None
+        answers |= {name: read_answer(name) for name in self.questions[1:]}
+        values: dict[str, Any] = {name: text for name, text in answers.items() if text}
+        if values.get("seed", "").isdigit():
+            values["seed"] = int(values["seed"])
+        else:
+            values.pop("seed", None)
+        return Prompt(**values)
+
+
+def read_answer(what: str) -> str | None:
+    """A line without its end; None at the end of the input."""
+    sys.stderr.write(f"{what}: ")
+    sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None

@@ -1,0 +1,217 @@
+"""The options of sd-scripts' image scripts that `sfumato generate` calls otherwise, and what they are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from sfumato.config.base import Metavar, Options, option
+from sfumato.config.command import CommandLine
+from sfumato.config.model import Precision
+from sfumato.config.values import FilePath, to_tuple
+from sfumato.errors import UserError
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("TEXT ...")]
+MIXED_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
+CHUNK_TOKENS, MOST_CHUNKS = 75, 3
+WITHOUT_CONTROL = "images are generated without control networks yet"
+NOISE = "a model's own noise is never changed when images are made"
+ABSENT_IN_GEN_IMG = {
+    **dict.fromkeys(("control_net_models", "control_net_lllite_models", "control_net_preps"), WITHOUT_CONTROL),
+    **dict.fromkeys(("control_net_multipliers", "control_net_weights", "control_net_ratios"), WITHOUT_CONTROL),
+    **dict.fromkeys(("guide_image_path", "highres_fix_disable_control_net"), WITHOUT_CONTROL),
+    **dict.fromkeys(("pyramid_noise_prob", "pyramid_noise_discount_range"), NOISE),
+    **dict.fromkeys(("noise_offset_prob", "noise_offset_range"), NOISE),
+    **dict.fromkeys(("clip_guidance_scale", "clip_image_guidance_scale", "clip_vision_strength"), "no CLIP guides it"),
+    **dict.fromkeys(("vgg16_guidance_scale", "vgg16_guidance_layer"), "no VGG16 guides it"),
+    **dict.fromkeys(
+        ("highres_fix_upscaler", "highres_fix_upscaler_args"), "images or latents are enlarged without a network"
+    ),
+    "XTI_embeddings": "it is out of use",
+    "network_show_meta": "`sfumato lora inspect FILE` shows it",
+    "network_regional_mask_max_color_codes": "adapters act on the whole image",
+    "emb_normalize_mode": "prompt weights always restore the mean, the mode `original`",
+    "force_scheduler_zero_steps_offset": "the steps are those of diffusers' pipelines",
+}
+
+
+class GenImgOptions(Options):
+    """Makes images of prompts with any model of Stable Diffusion, and with any other that is trained here."""
+
+    sdxl: bool = option(False, "make images of 1024 pixels a side, the size of Stable Diffusion XL")
+    v1: bool = option(False, "the model is Stable Diffusion 1")
+    fp16: bool = option(False, "compute in float16")
+    bf16: bool = option(False, "compute in bfloat16")
+    max_embeddings_multiples: int | None = option(None, "longest prompt, in times of 75 tokens", ge=1, le=MOST_CHUNKS)
+    network_module: Texts = option((), "modules of the adapters")
+    network_args: Texts = option((), "arguments of the adapters")
+    network_pre_calc: bool = option(False, "add the adapters to the weights before each image")
+    no_preview: bool = option(False, "show no images in a window")
+    opt_channels_last: bool = option(False, "order memory by channels last")
+    vae_slices: int | None = option(None, "slices of an image that are decoded at a time")
+    vae_batch_size: float | None = option(None, "images that are decoded at a time")
+
+
+class GenImgAbsentOptions(Options):
+    """Options of gen_img that are refused, with the reason."""
+
+    control_net_models: Texts = option((), "refused")
+    control_net_lllite_models: Texts = option((), "refused")
+    control_net_preps: Texts = option((), "refused")
+    control_net_multipliers: Texts = option((), "refused")
+    control_net_weights: Texts = option((), "refused")
+    control_net_ratios: Texts = option((), "refused")
+    guide_image_path: Texts = option((), "refused")
+    pyramid_noise_prob: Texts = option((), "refused")
+    pyramid_noise_discount_range: Texts = option((), "refused")
+    noise_offset_prob: Texts = option((), "refused")
+    noise_offset_range: Texts = option((), "refused")
+    clip_guidance_scale: Texts = option((), "refused")
+    clip_image_guidance_scale: Texts = option((), "refused")
+    clip_vision_strength: Texts = option((), "refused")
+    vgg16_guidance_scale: Texts = option((), "refused")
+    vgg16_guidance_layer: Texts = option((), "refused")
+    highres_fix_upscaler: Texts = option((), "refused")
+    highres_fix_upscaler_args: Texts = option((), "refused")
+    XTI_embeddings: Texts = option((), "refused")
+    network_regional_mask_max_color_codes: Texts = option((), "refused")
+    emb_normalize_mode: Texts = option((), "refused")
+    highres_fix_disable_control_net: bool = option(False, "refused")
+    force_scheduler_zero_steps_offset: bool = option(False, "refused")
+    network_show_meta: bool = option(False, "refused")
+
+
+class SdxlGenImgOptions(GenImgOptions):
+    """Makes images of prompts with Stable Diffusion XL."""
+
+    sdxl: bool = option(True, "make images of 1024 pixels a side; --no_sdxl for 512")
+
+
+class MinimalOptions(Options):
+    """Makes images of prompts, with the options of sd-scripts' short script."""
+
+    lora_weights: Texts = option((), "adapter files, each perhaps with its multiplier: FILE;0.8")
+    output_dir: FilePath = option(Path(), "folder for the images")
+
+
+class SdxlInferenceOptions(MinimalOptions):
+    """Makes an image with Stable Diffusion XL."""
+
+
+class SizedOptions(MinimalOptions):
+    """What the scripts of larger models add."""
+
+    merge_lora_weights: bool = option(False, "add the adapters to the model's weights")
+    width: int = option(1024, "width", ge=1)
+    height: int = option(1024, "height", ge=1)
+    offload: bool = option(False, "keep networks in main memory while they rest")
+
+
+class Sd3InferenceOptions(SizedOptions):
+    """Makes an image with Stable Diffusion 3 or 3.5."""
+
+    fp16: bool = option(False, "compute in float16")
+    bf16: bool = option(False, "compute in bfloat16")
+
+
+class FluxInferenceOptions(SizedOptions):
+    """Makes an image with FLUX.1, or with --model_type chroma with Chroma."""
+
+    width: int = option(1360, "width", ge=1)
+    height: int = option(768, "height", ge=1)
+    dtype: Precision = option("bfloat16", "precision of all networks")
+    clip_l_dtype: str | None = option(None, "precision of CLIP-L")
+    ae_dtype: str | None = option(None, "precision of the autoencoder")
+    flux_dtype: str | None = option(None, "precision of the transformer")
+
+
+class LuminaInferenceOptions(MinimalOptions):
+    """Makes an image with Lumina-Image 2.0."""
+
+    output_dir: FilePath = option(Path("outputs"), "folder for the images")
+    merge_lora_weights: bool = option(False, "add the adapters to the model's weights")
+    image_width: int = option(1024, "width", ge=1)
+    image_height: int = option(1024, "height", ge=1)
+    guidance_scale: float = option(3.5, "classifier-free guidance; 1 for none")
+    discrete_flow_shift: float = option(6.0, "shift of the timesteps towards noise", gt=0)
+    dtype: Precision = option("bf16", "precision of all networks")
+    gemma2_dtype: str | None = option(None, "precision of Gemma 2")
+    ae_dtype: str | None = option(None, "precision of the autoencoder")
+    device: str | None = option(None, "device that computes")
+    offload: bool = option(False, "keep networks in main memory while they rest")
+
+
+class LuminaAbsentOptions(Options):
+    """Options of that script that are refused, with the reason."""
+
+    add_system_prompt_to_negative_prompt: bool = option(False, "refused")
+
+
+MINIMAL_PROMPTS = {  # script's options -> what they make without being told, and defaults of prompts
+    SdxlInferenceOptions: ("A photo of a cat", {"sample_steps": 50, "scale": 7.5, "width": 1024, "height": 1024}),
+    Sd3InferenceOptions: ("A photo of a cat", {"sample_steps": 50, "scale": 5.0}),
+    FluxInferenceOptions: ("A photo of a cat", {"sample_steps": 50, "scale": 1.0, "guidance_scale": 3.5}),
+    LuminaInferenceOptions: (
+        "A beautiful sunset over the mountains",
+        {"sample_steps": 36, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0},
+    ),
+}
+
+
+def take_gen_img(options: GenImgOptions, line: CommandLine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Precision and prompt length are options of the model here; the size is that of an image to start from, if any."""
+    if options.fp16 and options.bf16:
+        line.problems.add("--fp16 and --bf16 are two precisions", code="gen-img-two-precisions", fix="give one of them")
+    for name in ("fp16", "bf16"):
+        if vars(options)[name]:
+            line.set_option("mixed_precision", name, place=f"--{name}")
+    if (options.max_embeddings_multiples or 1) > 1:
+        tokens = CHUNK_TOKENS * (options.max_embeddings_multiples or 1)
+        line.set_option("max_token_length", tokens, place="--max_embeddings_multiples")
+    size = 1024 if options.sdxl else 512
+    defaults: dict[str, Any] = {"sample_steps": 50, "scale": 7.5}
+    return {}, defaults if line.own.get("image_path") else {**defaults, "width": size, "height": size}
+
+
+def take_minimal(options: Any, line: CommandLine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Adapters with their multipliers, sizes, precision and the prompt that the script makes without one."""
+    own: dict[str, Any] = {"outdir": options.output_dir}
+    pairs = [split_multiplier(text) for text in options.lora_weights]
+    own |= {"network_weights": tuple(path for path, _ in pairs), "network_mul": tuple(number for _, number in pairs)}
+    prompt, defaults = MINIMAL_PROMPTS[type(options)]
+    if not (line.own.get("prompt") or line.own.get("interactive") or "sample_prompts" in line.values):
+        own["prompt"] = prompt
+    given = vars(options)
+    own["network_merge"] = given.get("merge_lora_weights", False)
+    defaults = {**defaults, **take_size(given)}
+    for name in ("fp16", "bf16"):
+        if given.get(name):
+            line.set_option("mixed_precision", name, place=f"--{name}")
+    if "dtype" in given:
+        line.set_option("mixed_precision", MIXED_PRECISIONS[given["dtype"]], place="--dtype")
+    if "guidance_scale" in given:
+        defaults |= {"scale": given["guidance_scale"], "flow_shift": given["discrete_flow_shift"]}
+    return own, defaults
+
+
+def take_size(given: dict[str, Any]) -> dict[str, int]:
+    """The width and height of images, under the scripts' names."""
+    for names in (("width", "height"), ("image_width", "image_height")):
+        if names[0] in given:
+            return {"width": given[names[0]], "height": given[names[1]]}
+    return {}
+
+
+def split_multiplier(text: str) -> tuple[Path, float]:
+    """ "file.safetensors;0.8" -> the file and its multiplier, by default 1."""
+    path, found, number = text.rpartition(";")
+    try:
+        return (Path(path), float(number)) if found else (Path(text), 1.0)
+    except ValueError:
+        raise UserError(
+            f"--lora_weights: {number!r} in {text!r} is no multiplier",
+            code="lora-weights-multiplier",
+            fix="write FILE;0.8",
+        ) from None
