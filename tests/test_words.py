@@ -14,7 +14,7 @@ from pages import page_maker
 
 GLOSSARY = Path(__file__).parents[1] / "docs" / "glossary.md"
 ALLOWED_NAMES = frozenset(  # (file, name): the name of an option
-    (f"cli/lora_{command}.py", "without") for command in ("export", "merge")
+    (f"cli/lora_{command}.py", "without") for command in ("convert", "merge")
 )
 PARTICIPLES = {"told", "shown", "made", "held", "kept", "found", "drawn", "taken", "begun", "left", "given"}
 NO_PARTICIPLES = {"need", "seed", "feed", "embed"}

@@ -217,7 +217,7 @@ def test_a_file_of_another_kind_is_named(toy_shelf: ToyShelf, images: Path, tmp_
 
 
 @pytest.mark.full
-def test_lora_export(toy_shelf: ToyShelf, images: Path, tmp_path: Path, codes: list[str]) -> None:
+def test_lora_convert(toy_shelf: ToyShelf, images: Path, tmp_path: Path, codes: list[str]) -> None:
     """diffusers loads DoRA with the same output, PEFT's kinds alone; what it does not know is refused."""
     from diffusers import DiffusionPipeline
 
@@ -225,7 +225,7 @@ def test_lora_export(toy_shelf: ToyShelf, images: Path, tmp_path: Path, codes: l
     options = {"network_train_unet_only": True, "max_train_steps": 2, "learning_rate": "1e-2"}
     train_toy(toy, images, tmp_path / "dora", network_args=["dora_wd=True"], **options)
     source, target = tmp_path / "dora" / "lora.safetensors", tmp_path / "theirs.safetensors"
-    assert main(["lora", "export", str(source), str(target), "--to", "diffusers"]) == 0
+    assert main(["lora", "convert", str(source), str(target), "--to", "diffusers"]) == 0
     model = load_toy(toy_shelf, "flux")
     plain, ours = compute_output(model), compute_with_file(model, source)
     pipe: Any = DiffusionPipeline.from_pretrained(toy_shelf.paths("flux", "diffusers")["pretrained_model_name_or_path"])
@@ -235,7 +235,7 @@ def test_lora_export(toy_shelf: ToyShelf, images: Path, tmp_path: Path, codes: l
     assert (ours - plain).abs().max() > 1e-4
     train_toy(toy, images, tmp_path / "lokr", **KINDS["LoKr"][1] | options)
     source = tmp_path / "lokr" / "lora.safetensors"
-    assert main(["lora", "export", str(source), str(tmp_path / "no.safetensors"), "--to", "diffusers"]) == 2
+    assert main(["lora", "convert", str(source), str(tmp_path / "no.safetensors"), "--to", "diffusers"]) == 2
     assert codes == ["export-kind-unknown"]
     assert not (tmp_path / "no.safetensors").exists()
 

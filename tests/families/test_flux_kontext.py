@@ -190,7 +190,7 @@ def test_diffusers_reads_the_trained_file(folder: Path, trained: Path, tmp_path:
     pipe: Any = FluxKontextPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     exported = tmp_path / "exported.safetensors"
-    assert run_command(["lora", "export", str(trained / "lora.safetensors"), str(exported), "--to", "diffusers"]) == 0
+    assert run_command(["lora", "convert", str(trained / "lora.safetensors"), str(exported), "--to", "diffusers"]) == 0
     pipe.load_lora_weights(tmp_path, weight_name=exported.name)
     theirs = pipe(
         image=reference, prompt_embeds=text["encoder_hidden_states"], pooled_prompt_embeds=text["pooled_projections"],

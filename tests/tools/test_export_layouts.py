@@ -1,4 +1,4 @@
-"""`sfumato lora export` for ComfyUI and from every toy: names alone change, and what is written is read back."""
+"""`sfumato lora convert` for ComfyUI and from every toy: names alone change, and what is written is read back."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_t5_of_chroma_for_comfyui(tmp_path: Path, codes: list[str], capsys: pyte
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     state = lora(f"lora_te3_{CHROMA_T5}") | lora(CHROMA_LAYER)
     save_file(state, source, {"ss_base_model_version": "chroma"})
-    command = ["lora", "export", str(source), str(target), "--to", "comfyui", "--family", "chroma"]
+    command = ["lora", "convert", str(source), str(target), "--to", "comfyui", "--family", "chroma"]
     assert main(command) == 0
     found = load_file(target)
     assert {key.replace("lora_te1_", "lora_te3_") for key in found} == set(state)
@@ -69,7 +69,7 @@ def test_files_that_comfyui_reads(family: str, toy_shelf: ToyShelf, tmp_path: Pa
     model = load_toy(toy_shelf, family)
     attach_lora(model, tmp_path / "a.safetensors")
     assert (
-        main(["lora", "export", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "comfyui"])
+        main(["lora", "convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "comfyui"])
         == 2
     )
     assert codes == ["export-not-needed"]
@@ -88,7 +88,7 @@ def test_every_toy_is_exported_and_read_back(family: str, variant: str, toy_shel
     parts = {adapter.group.part for adapter in method.engine}
     removed = sorted(part for part in parts if not type(model).components[part].takes_lora)
     without = ["--without", ",".join(removed)] if removed else []
-    assert main(["lora", "export", str(source), str(target), "--to", "diffusers", *without]) == 0
+    assert main(["lora", "convert", str(source), str(target), "--to", "diffusers", *without]) == 0
     assert "lora_adapter_metadata" not in read_adapter_file(target).metadata
     specs = {name: part.spec for name, part in model.parts.items() if part.spec.targets}
     groups = {name: model.parts[name].groups(every=True) for name in specs}

@@ -1,4 +1,4 @@
-"""`sfumato lora export`: diffusers with the exported file predicts what our networks with the LoRA do."""
+"""`sfumato lora convert`: diffusers with the exported file predicts what our networks with the LoRA do."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_diffusers_gives_the_same(name: str, toy_shelf: ToyShelf, tmp_path: Path
     before = model.denoiser(**inputs, return_dict=False)[0]
     method = attach_lora(model, case)
     file, target = write_lora(model, method, tmp_path / "lora.safetensors"), tmp_path / "out" / "lora.safetensors"
-    command = ["lora", "export", str(file), str(target), "--to", "diffusers"]
+    command = ["lora", "convert", str(file), str(target), "--to", "diffusers"]
     assert main([*command, *(["--without", case.removed] if case.removed else [])]) == 0
 
     folder = toy_shelf.paths(case.family, "diffusers", case.variant)["pretrained_model_name_or_path"]
@@ -176,7 +176,7 @@ def test_names_of_published_size(tmp_path: Path) -> None:
         {name: tensor.contiguous() for name, tensor in engine.export_tensors().items()}, tmp_path / "lora.safetensors"
     )
     target = tmp_path / "theirs.safetensors"
-    assert main(["lora", "export", str(tmp_path / "lora.safetensors"), str(target), "--to", "diffusers"]) == 0
+    assert main(["lora", "convert", str(tmp_path / "lora.safetensors"), str(target), "--to", "diffusers"]) == 0
     theirs.load_lora_adapter(load_file(target), prefix="unet")
     layers = [name for name, each in ours.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)]
     assert count_lora_layers(theirs) == len(list(engine)) == len(layers)
@@ -208,7 +208,7 @@ def small(path: Path, *, dtype: torch.dtype = torch.float32, **more: Tensor) -> 
 
 
 def export(source: Path, target: Path, *words: str) -> int:
-    return main(["lora", "export", str(source), str(target), "--to", "diffusers", *words])
+    return main(["lora", "convert", str(source), str(target), "--to", "diffusers", *words])
 
 
 def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,7 +365,7 @@ def test_names_that_several_families_share(
 
 @pytest.mark.parametrize(("words", "message"), [
     (["a.safetensors", "--to", "diffusers"], "TARGET is missing"),
-    (["a.safetensors", "b.safetensors", "--to", "comfy"], "'comfy' is not one of diffusers, comfyui"),
+    (["a.safetensors", "b.safetensors", "--to", "comfy"], "'comfy' is not one of kohya, diffusers, aitoolkit, comfyui"),
     (["a.safetensors", "b.safetensors"], "--to is missing"),
     (["a.safetensors", "b.safetensors", "--to", "diffusers", "--save_precision", "fp8"], "'fp8' is not one of"),
     (["a.safetensors", "b.safetensors", "--to", "diffusers", "--familly", "x"], "did you mean --family?"),
@@ -380,15 +380,15 @@ def test_wrong_words(
 ) -> None:
     small(tmp_path / "a.safetensors")
     monkeypatch.chdir(tmp_path)
-    assert main(["lora", "export", *words]) == 2
+    assert main(["lora", "convert", *words]) == 2
     assert message in read_errors(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lora"]) == 0
-    assert "export" in capsys.readouterr().out
-    assert main(["lora", "export", "--help"]) == 0
+    assert "convert" in capsys.readouterr().out
+    assert main(["lora", "convert", "--help"]) == 0
     assert "--without" in capsys.readouterr().out
     assert main(["lora", "exprot"]) == 2
     assert "did you mean 'export'" in capsys.readouterr().err

@@ -151,7 +151,7 @@ def test_resized_to_the_nearest(file: Path, tmp_path: Path) -> None:
 def test_names_without_alpha_stay_so(file: Path, tmp_path: Path) -> None:
     """diffusers' names in, diffusers' names out, at the same strength."""
     theirs, output = tmp_path / "theirs.safetensors", tmp_path / "r.safetensors"
-    assert main(["lora", "export", str(file), str(theirs), "--to", "diffusers"]) == 0
+    assert main(["lora", "convert", str(file), str(theirs), "--to", "diffusers"]) == 0
     assert main(["lora", "resize", str(theirs), "--new_rank", "4", "--save_to", str(output)]) == 0
     before, after = load_file(theirs), load_file(output)
     assert before.keys() == after.keys()

@@ -47,14 +47,25 @@ LORA_COMMANDS = {
     "resize": Command("lora_resize", "Write a LoRA at a smaller rank."),
     "inspect": Command("lora_inspect", "Show what an adapter file does to which blocks, and what is wrong with it."),
     "check": Command("lora_check", "Show the tensors of an adapter file, and what is wrong with it."),
-    "export": Command("lora_export", "Write a LoRA under the names of another program."),
+    "convert": Command("lora_convert", "Write a LoRA under the names of another program."),
+}
+MODEL_COMMANDS = {
+    "merge": Command("model_merge", "Add checkpoints of one family up."),
+    "convert": Command("model_convert", "Write a model as a single file or as a folder of diffusers."),
+}
+METADATA_COMMANDS = {
+    "show": Command("metadata_show", "Show the metadata of a safetensors file."),
+    "set": Command("metadata_set", "Set entries of it, or remove them."),
+    "strip": Command("metadata_strip", "Keep only what programs need to use the file."),
 }
 COMMANDS: dict[str, Command | CommandGroup] = {
     "train": Command("train", "Train an adapter, or the whole model, on your images."),
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
     "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, maintain them, tag its images."),
-    "lora": CommandGroup(LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, inspect, check, export."),
+    "lora": CommandGroup(LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, inspect, check."),
+    "model": CommandGroup(MODEL_COMMANDS, "Tools for checkpoints: merge, convert."),
+    "metadata": CommandGroup(METADATA_COMMANDS, "The metadata of safetensors files: show, set, strip."),
     "report": Command("report", "Make the report page of a run again, from the files in its folder."),
     "ema": Command("ema", "Make a power-function EMA of another width out of saved ones."),
     "toy": Command("toy", "Make a toy model and images to try things on."),

@@ -126,18 +126,12 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "hunyuan_image_minimal_inference",
     "hunyuan_image_train_network",
     "networks/convert_anima_lora_to_comfy",
-    "networks/convert_flux_lora",
     "networks/convert_hunyuan_image_lora_to_comfy",
     "networks/lora_interrogator",
     "sdxl_train_control_net_lllite",
     "tools/canny",
-    "tools/convert_diffusers20_original_sd",
-    "tools/convert_diffusers_to_flux",
     "tools/detect_face_rotate",
     "tools/latent_upscaler",
-    "tools/merge_models",
-    "tools/merge_sd3_safetensors",
-    "tools/show_metadata",
 )
 
 RETIRED_SCRIPTS = {  # out of use: what to use instead, once it is there

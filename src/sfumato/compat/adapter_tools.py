@@ -179,6 +179,25 @@ class DyloraToolOptions(Options):
     model: FilePath | None = option(None, "the DyLoRA", required=True)
 
 
+class FluxConvertOptions(Options):
+    """Converts a LoRA of FLUX.1 between the names of AI-toolkit (and diffusers) and those of sd-scripts."""
+
+    src: str = option("ai-toolkit", "the names of the file; they are recognized")
+    dst: Literal["ai-toolkit", "sd-scripts"] = option("sd-scripts", "the names to write")
+    src_path: FilePath | None = option(None, "the file to read", required=True)
+    dst_path: FilePath | None = option(None, "the file to write", required=True)
+
+
+def run_flux_convert(options: FluxConvertOptions) -> int:
+    from sfumato.tools.export_lora import export_lora
+
+    assert options.src_path is not None
+    assert options.dst_path is not None
+    program = "kohya" if options.dst == "sd-scripts" else "aitoolkit"
+    export_lora(options.src_path, options.dst_path, program=program, family="flux")
+    return 0
+
+
 def select_values(options: Options, theme: type[Options], **renamed: Any) -> Any:
     """A command's options from those of a script, where both have them and the script's is not None."""
     values = {**dict(options), **renamed}
@@ -257,4 +276,10 @@ ADAPTER_TOOLS = (
         no_effect={"svd_lowrank_niter": "the singular values are exact, from matrices of rank x rank"},
     ),
     FileTool(name="networks/extract_lora_from_dylora", options=DyloraToolOptions, run=run_dylora_tool),
+    FileTool(
+        name="networks/convert_flux_lora",
+        options=FluxConvertOptions,
+        run=run_flux_convert,
+        no_effect={"src": NAMES_READ},
+    ),
 )

@@ -129,8 +129,8 @@ class Chroma(Family):
 def _t5_spec(prefix: str = "") -> PartSpec:
     """Other programs count T5 as the only encoder, sd-scripts as the third."""
     note = (
-        "ComfyUI looks for T5's layers under lora_te1_ instead of sd-scripts' lora_te3_: `sfumato lora export FILE NEW "
-        "--to comfyui --family chroma` renames them"
+        "ComfyUI looks for T5's layers under lora_te1_ instead of sd-scripts' lora_te3_: `sfumato lora convert FILE "
+        "NEW --to comfyui --family chroma` renames them"
     )
     return _t5.spec(prefix, names=("lora_te1", "lora_te", "text_encoder"), note=note)
 

@@ -1,4 +1,4 @@
-"""`sfumato lora export`: a LoRA under the names of another program. No model is needed: the names give the layers."""
+"""`sfumato lora convert`: a LoRA under the names of another program. No model is needed: the names give the layers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from sfumato.families.base import FAMILIES, Family
 from sfumato.families.part import PartSpec
 from sfumato.formats.adapter_file import AdapterFile, make_unmatched_error
 from sfumato.formats.adapter_kind import LayerMatch, describe_kinds
-from sfumato.formats.adapter_layers import match_layers
+from sfumato.formats.adapter_layers import collect_groups, match_layers
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.groups import make_adapter_name
 from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import DIFFUSERS_KEY
+from sfumato.tools.adapter_files.models import match_files
 
-Program = Literal["diffusers", "comfyui"]
+Program = Literal["kohya", "diffusers", "aitoolkit", "comfyui"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,9 @@ def export_lora(
     check_export_paths(source, target)
     file = read_adapter_file(source)
     routes = find_routes(file, family, without)
-    if program == "diffusers":
+    if program == "kohya":
+        tensors = convert_to_kohya(file, routes, family, precision)
+    elif program in ("diffusers", "aitoolkit"):
         check_loadable(file.path, routes)
         tensors = convert_to_diffusers(file.path, routes, precision)
     else:
@@ -70,7 +73,7 @@ def export_lora(
     replaced = target.exists()
     write_safetensors(target, tensors, add_hashes({"format": "pt", **metadata}, tensors))
     print(f"{target}{' (replaced)' if replaced else ''}: {summarize_routes(routes, tensors, program)}")
-    if program == "diffusers" and not any(route.comfyui_name != route.match.name for route in routes):
+    if program in ("diffusers", "aitoolkit") and not any(route.comfyui_name != route.match.name for route in routes):
         print(f"note: this file is for diffusers alone; ComfyUI and other programs read {source} as it is")
 
 
@@ -187,7 +190,7 @@ def summarize_routes(routes: Sequence[Route], tensors: Collection[str], program:
     counts = Counter((describe_kinds(route.match.kinds), route.part) for route in routes)
     parts = ", ".join(f"{count} {kinds} of {part}" for (kinds, part), count in counts.items())
     layers = sum(len(route.diffusers_names) for route in routes)
-    written = f"{layers} layers in diffusers, " if program == "diffusers" else ""
+    written = f"{layers} layers in diffusers, " if program in ("diffusers", "aitoolkit") else ""
     return f"{parts}; {written}{len(tensors)} tensors"
 
 
@@ -230,6 +233,29 @@ def _convert_tensor(path: Path, match: LayerMatch, tensor: Tensor, precision: st
             f"{path}: {match.name} has values beyond {dtype}",
             code="lora-overflows-dtype",
             fix="--save_precision float",
+        )
+    return converted
+
+
+def convert_to_kohya(
+    file: AdapterFile, routes: Sequence[Route], family: str | None, precision: str | None
+) -> dict[str, Tensor]:
+    """The tensors of each layer group, in sd-scripts' layout: layers that it has fused become one LoRA, exactly."""
+    parts = {route.part for route in routes}
+    known = match_files([file], family)
+    own = max((t.dtype for each in file.layers.values() for t in each.values() if t.ndim > 1), key=lambda d: d.itemsize)
+    dtype = SAVE_DTYPES[precision] or own
+    converted: dict[str, Tensor] = {}
+    for adapter in collect_groups(known.matches[0], known.groups):
+        if adapter.group.part in parts:
+            for name, tensor in adapter.make_tensors().items():
+                final = dtype if tensor.ndim else tensor.dtype
+                converted[f"{adapter.group.name}.{name}"] = tensor.to(final).contiguous()
+    if parts == {match.view.part for match in known.matches[0]} and converted.keys() == set(file.keys):
+        raise UserError(
+            f"{file.path} needs no conversion: it has the names of the kohya format",
+            code="kohya-names-already",
+            fix="use the file itself",
         )
     return converted
 

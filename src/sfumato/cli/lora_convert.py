@@ -1,4 +1,4 @@
-"""`sfumato lora export`: a LoRA file under the names of another program."""
+"""`sfumato lora convert`: a LoRA file under the names of another program."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
-class LoraExportOptions(Options):
-    """Writes a LoRA that was trained here or by another program under the names of diffusers, so that a pipeline's
-    load_lora_weights gives the same images, or under those that ComfyUI looks for, where it does not read the file
-    as it is. It needs no model. Metadata is kept.
+class LoraConvertOptions(Options):
+    """Writes a LoRA that was trained here or by another program under other names: those of diffusers, so that a
+    pipeline's load_lora_weights gives the same images, and of AI-toolkit, which are the same; those of the kohya
+    format, which sd-scripts and web UIs read; or those that ComfyUI looks for, where it does not read the file as it
+    is. It needs no model. Metadata is kept. LoHa and LoKr become a LoRA with `sfumato lora merge FILE --new_rank N`.
     """
 
     source: FilePath = option(
         None, "the LoRA to read: a file, or a folder of PEFT or diffusers", positional=True, required=True
     )
     target: FilePath = option(None, "the file to write", positional=True, required=True)
-    to: Literal["diffusers", "comfyui"] = option(None, "the program whose names the new file has", required=True)
+    to: Literal["kohya", "diffusers", "aitoolkit", "comfyui"] = option(
+        None, "the program whose names the new file has", required=True
+    )
     without: Annotated[str, Metavar("PART,PART")] = option(
         "", "parts to remove, e.g. t5, for which diffusers loads no LoRA"
     )
@@ -32,11 +35,11 @@ class LoraExportOptions(Options):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `sfumato lora export`."""
+    """Run `sfumato lora convert`."""
     if asks_for_help(argv):
-        print(command_help("sfumato lora export", LoraExportOptions), end="")
+        print(command_help("sfumato lora convert", LoraConvertOptions), end="")
         return 0
-    options = read_options(argv, LoraExportOptions)
+    options = read_options(argv, LoraConvertOptions)
     from sfumato.tools.export_lora import export_lora
 
     parts = [part for part in options.without.split(",") if part]

@@ -1,0 +1,4 @@
+"""Makes one file of the networks of Stable Diffusion 3; runs from a checkout, too."""
+
+import os, sys; sys.path.insert(0, os.path.abspath(__file__ + "/../../../src"))  # fmt: skip
+from sfumato.compat.launch import launch; launch(__name__, "tools/merge_sd3_safetensors")  # fmt: skip

@@ -1,0 +1,37 @@
+"""`sfumato metadata set`: other metadata in a safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Metavar, Options, option
+from sfumato.config.command import read_options
+from sfumato.config.values import FilePath, to_tuple
+
+KeyValues = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("KEY=VALUE ...")]
+
+
+class MetadataSetOptions(Options):
+    """Writes a safetensors file with some entries of its metadata set, or removed where the value is empty. Tensors
+    keep their bytes. Without --save_to the file itself is replaced, once the new one is complete.
+    """
+
+    file: FilePath = option(None, "the file", positional=True, required=True)
+    entries: KeyValues = option((), "e.g. modelspec.title=Cats", positional=True, required=True)
+    save_to: FilePath | None = option(None, "the file to write; the file itself by default")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato metadata set`."""
+    if asks_for_help(argv):
+        print(command_help("sfumato metadata set", MetadataSetOptions), end="")
+        return 0
+    options = read_options(argv, MetadataSetOptions)
+    from sfumato.tools.file_metadata import set_metadata
+
+    print(set_metadata(options.file, options.save_to or options.file, options.entries))
+    return 0
