@@ -107,16 +107,20 @@ def count_blocks(keys: Iterable[str], start: str) -> int:
     return len({key[len(start) :].split(".")[0] for key in keys if key.startswith(start)})
 
 
+_CONTEXT_NORM = re.compile(  # in the original's and in diffusers' names, whatever program's prefix stands before
+    r"(?:^|_)(?:joint_blocks_(\d+)_context_block_adaLN_modulation_1|transformer_blocks_(\d+)_norm1_context_linear)$"
+)
+
+
 def count_adapter_blocks(shapes: Mapping[str, Sequence[int]]) -> int:
     """The number of blocks of an adapter file's model; 0 where the file does not adapt the last block's context norm.
 
     That norm has a third of the rows of the others. shapes: name in the file -> shape of the weight that it changes.
     """
-    norm = re.compile(r"lora_unet_joint_blocks_(\d+)_context_block_adaLN_modulation_1")
     for name, shape in shapes.items():
-        match = norm.fullmatch(name)
+        match = _CONTEXT_NORM.search(name.replace(".", "_"))
         if match and shape[0] == 2 * shape[1]:
-            return 1 + int(match[1])
+            return 1 + int(match[1] or match[2])
     return 0
 
 
