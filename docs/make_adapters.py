@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "adapters.md"
 sys.path[:0] = [str(ROOT / "tests")]
-from adapters.test_every_cell import FAMILIES, IN_ITS_PLACE, KINDS
+from adapters.test_every_cell import FAMILIES, IN_ITS_PLACE, KINDS  # pyright: ignore[reportMissingImports]
 from sfumato.adapters.base import AdapterRequest
 from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, list_related
 from sfumato.families import _unet, sdxl

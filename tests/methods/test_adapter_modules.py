@@ -97,7 +97,7 @@ def test_arguments_of_ranks_have_no_effect_without_them() -> None:
 
 @pytest.mark.parametrize(("arguments", "code"), [
     ({"algo": "lorka"}, "lycoris-algo-unknown"), ({"preset": "atn-mlp"}, "lycoris-preset-unknown"),
-    ({"preset": "mine.toml"}, "lycoris-preset-not-implemented"),
+    ({"preset": "mine.toml"}, "lycoris-preset-missing"),
     ({"use_tucker": True}, "lycoris-arg-not-implemented"),
     ({"train_norm": True}, "lycoris-arg-not-implemented"),
 ])  # fmt: skip

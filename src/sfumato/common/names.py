@@ -89,6 +89,17 @@ LYCORIS_PRESETS = {
         arguments=((r"(^|\.)(ff\.net\.2|mlp\.fc2)$", "train_on_input", True),),
     ),
 }
+_FEED_FORWARD = r"(^|\.)(ff|ff_context|feed_forward|mlp)\."
+LYCORIS_CLASSES = {  # names of classes in a preset's file -> whole blocks, or an expression for some of their layers
+    **dict.fromkeys(("Transformer2DModel", "DoubleStreamBlock", "SingleStreamBlock", "SingleDiTBlock"), "transformers"),
+    **dict.fromkeys(("JointTransformerBlock", "FinalLayer"), "transformers"),
+    **dict.fromkeys(("ResnetBlock2D", "Downsample2D", "Upsample2D"), "convolutions"),
+    **dict.fromkeys(("CrossAttention", "SelfAttention", "Attention"), _ATTENTION),
+    **dict.fromkeys(("CLIPAttention", "CLIPSdpaAttention", "Gemma2Attention", "Gemma2SdpaAttention"), _ATTENTION),
+    **dict.fromkeys(("Gemma2FlashAttention2", "T5Attention", "T5LayerSelfAttention"), _ATTENTION),
+    **dict.fromkeys(("FeedForward", "MLP", "CLIPMLP", "Gemma2MLP"), _FEED_FORWARD),
+    **dict.fromkeys(("T5DenseGatedActDense", "T5LayerFF"), r"(^|\.)DenseReluDense\."),
+}
 PLANNED_LYCORIS_ALGOS = ("tlora", "abba")
 
 _OFT_LAYERS = LycorisPreset(has_convolutions=False, has_text_encoders=False, layers=_ATTENTION)

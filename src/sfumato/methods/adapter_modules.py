@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sfumato.adapters import register_adapters
@@ -26,6 +27,7 @@ from sfumato.common.names import (
 from sfumato.common.registry import did_you_mean
 from sfumato.config import NetworkOptions
 from sfumato.errors import UserError
+from sfumato.methods.lycoris_preset import read_preset_file
 
 # LyCORIS' arguments -> the values at which they change nothing of the adapters that are known here; None: every value.
 WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
@@ -118,10 +120,12 @@ def read_lycoris(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Co
     """LyCORIS' arguments in the words of the adapters here; its convolutions have --network_dim by default."""
     given = dict(network.network_args)
     kind = read_algo(given.pop("algo", None) or DEFAULT_KIND)
-    preset = read_preset(given.pop("preset", "full"))
+    preset, excluded = read_preset(given.pop("preset", None) or "full")
     notes = list_unread(given, kind)
     given = {**LYCORIS_DEFAULTS.get(kind, {}), **drop_without_effect(given, kind, opt_ins)}
     dim = network.network_dim or find_default_rank(network.network_module)
+    if excluded:
+        given["exclude_patterns"] = excluded
     convolutions = {name: given.pop(name, None) for name in ("conv_dim", "conv_alpha")}
     if preset.has_convolutions and has_convolutions and not network.network_train_text_encoder_only:
         given["conv_dim"] = convolutions["conv_dim"] or dim
@@ -149,15 +153,12 @@ def read_algo(algo: Any) -> str:
     return found
 
 
-def read_preset(name: Any) -> LycorisPreset:
+def read_preset(name: Any) -> tuple[LycorisPreset, list[str]]:
+    """A preset by its name or from its file, and patterns of layers that get no adapter."""
     if name in LYCORIS_PRESETS:
-        return LYCORIS_PRESETS[name]
+        return LYCORIS_PRESETS[name], []
     if str(name).endswith(".toml"):
-        raise UserError(
-            f"--network_args preset={name} is not implemented yet (comes with the other adapters)",
-            code="lycoris-preset-not-implemented",
-            fix=f"one of {', '.join(LYCORIS_PRESETS)}",
-        )
+        return read_preset_file(Path(name))
     raise UserError(
         f"--network_args preset={name} is not known",
         code="lycoris-preset-unknown",

@@ -59,7 +59,7 @@ class AdapterRanks:
             targets = [*spec.conv_targets]
         is_target = any(matches(target, group.paths[0]) for target in targets)
         if preset.layers and not (self.args.has_convolutions and matches("|".join(spec.conv_targets), group.paths[0])):
-            return is_target and all(re.search(preset.layers, path) for path in group.paths)
+            is_target = is_target and all(re.search(preset.layers, path) for path in group.paths)
         return is_target or bool(preset.more_layers and re.fullmatch(preset.more_layers, self.find_name(group)))
 
     def find_options(self, group: LayerGroup) -> Mapping[str, Options]:
