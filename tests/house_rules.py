@@ -86,7 +86,8 @@ TORCH_FREE = (
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
 IMPORT_NAMES = {  # where they differ
-    "pillow": "PIL", "protobuf": "google", "huggingface-hub": "huggingface_hub", "pillow-jxl-plugin": "pillow_jxl",
+    "pillow": "PIL", "pyyaml": "yaml",
+    "protobuf": "google", "huggingface-hub": "huggingface_hub", "pillow-jxl-plugin": "pillow_jxl",
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,20 @@ from sfumato.families.encoding import FrozenTextEncoders, encode_with_grad
 from sfumato.methods.base import Method
 
 
+class Goal(Protocol):
+    """What a sample's input is, and what the prediction is compared with; noised images where a run has no other."""
+
+    def draw(self, context: LossContext, batch: Batch, x0: Tensor) -> RandomDraws:
+        """Timesteps and noise, a function of the samples' ids; on the CPU."""
+        ...
+
+    def measure(
+        self, context: LossContext, batch: Batch, x0: Tensor, t: Tensor, noise: Tensor, input_noise: Tensor
+    ) -> Tensor:
+        """(B,) the loss of each sample before weighting."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossContext:
     """All that a loss depends on besides the batch."""
@@ -29,6 +43,7 @@ class LossContext:
     text: FrozenTextEncoders  # features of encoders that do not train and are not cached
     device: torch.device
     mixed_dtype: torch.dtype = torch.float32  # of --mixed_precision
+    goal: Goal | None = None  # None: noised images
 
 
 class SampleLosses(NamedTuple):
@@ -47,10 +62,11 @@ def training_loss(
     log: receives each sample's t and loss.
     """
     model, recipe = context.model, context.recipe
-    draws = batch.draws or draw_noise(context, batch, x0)
+    draw, measure = (context.goal.draw, context.goal.measure) if context.goal else (draw_noise, sample_losses)
+    draws = batch.draws or draw(context, batch, x0)
     t, noise = draws.t, draws.noise.to(x0, non_blocking=True)
     input_noise = noise if draws.input_noise is None else draws.input_noise.to(x0, non_blocking=True)
-    loss = sample_losses(context, batch, x0, t, noise, input_noise)
+    loss = measure(context, batch, x0, t, noise, input_noise)
     weight = batch.weight.to(x0, non_blocking=True)
     if log is not None:
         log.append(SampleLosses(t, loss.detach().where(weight > 0, torch.nan)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.config import Config
 from sfumato.config.output_checks import check_places, check_prompts, check_thumbnail
-from sfumato.data.find.discover import find_data
+from sfumato.data.find.concept_data import find_run_data
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems, UserError
 
@@ -75,7 +75,7 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     with problems.catch():
         model = plan_model(config, problems)
     config = model.config if model else config
-    data = find_data(
+    data = find_run_data(
         config,
         bucket_step=model.family.bucket_step if model else 1,
         size_step=model.family.sampling.size_multiple if model else 1,

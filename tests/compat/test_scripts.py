@@ -13,6 +13,8 @@ from sfumato.config import load_config
 from sfumato.config.schema import vocabulary
 from sfumato.errors import SeveralErrors, UserError
 
+IN_GOLDENS = [name for name, script in SCRIPTS.items() if script.method in THEIR_OPTIONS]
+OF_LECO = {"prompts_file": None, "max_denoising_steps": 40, "leco_denoise_guidance_scale": 3.0}  # of a later release
 SAME = {"save_model_as", "guidance_scale"}  # None means what the scripts say, or the family knows better
 
 
@@ -21,10 +23,10 @@ def theirs(script: str) -> set[str]:
     return {name for name, entry in options.items() if entry["scripts"] == "all" or script in entry["scripts"]}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", IN_GOLDENS)
 def test_a_script_has_the_options_that_it_has_in_sd_scripts(name):
     assert SCRIPTS[name].options == (theirs(name) - set(OPTION_ALIASES)) | SHARED_OPTIONS
-    known = set().union(*THEIR_OPTIONS.values()) - set(OPTION_ALIASES)
+    known = set(OF_LECO).union(*THEIR_OPTIONS.values()) - set(OPTION_ALIASES)
     assert set(list_absent_options(SCRIPTS[name])) == (known | {"family", "method"}) - SCRIPTS[name].options
 
 
@@ -35,7 +37,15 @@ def test_what_is_experimental_says_so(name):
     assert "not fully tested" in vocabulary()["masked_loss"].help
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["train_leco", "sdxl_train_leco"])
+def test_leco_has_its_own_options_and_those_of_a_network(name):
+    assert OF_LECO.keys() <= SCRIPTS[name].options
+    assert {option: vocabulary()[option].default for option in OF_LECO} == OF_LECO
+    assert {"network_dim", "network_alpha", "unet_lr", "dim_from_weights", "no_metadata"} <= SCRIPTS[name].options
+    assert "network_train_text_encoder_only" in list_absent_options(SCRIPTS[name])
+
+
+@pytest.mark.parametrize("name", IN_GOLDENS)
 def test_a_script_sets_the_defaults_in_which_it_differs(name):
     for option in theirs(name) - set(OPTION_ALIASES) - SAME:
         given = THEIR_OPTIONS[SCRIPTS[name].method][option]["default"]
@@ -50,11 +60,12 @@ def test_presets_are_options_of_the_right_type(name):
         load_config([], defaults=SCRIPTS[name].presets)
     codes = [error.code for error in raised.value.errors if error.code != "option-not-implemented"]
     needs_word = ["token-string-missing"] if SCRIPTS[name].method == "textual_inversion" else []
-    assert codes == ["model-missing", "data-missing", "output-missing", *needs_word]
+    data = "prompts-file-missing" if SCRIPTS[name].method == "leco" else "data-missing"
+    assert sorted(codes) == sorted(["model-missing", data, "output-missing", *needs_word])
 
 
 def test_the_table_names_every_script():
-    assert set(load_script_options()) == {"every script", *THEIR_OPTIONS, *SCRIPTS}
+    assert set(load_script_options()) == {"every script", "leco", *THEIR_OPTIONS, *SCRIPTS}
 
 
 @pytest.mark.parametrize(

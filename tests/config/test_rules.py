@@ -48,6 +48,13 @@ CASES = {
     ),
     "block-lr-with-unet-lr": ("--method full --block_lr 0,1e-5 --unet_lr 1e-5", "--method full --block_lr 0,1e-5"),
     "adapter-as-folder": ("--save_model_as diffusers", "--save_model_as diffusers --method full"),
+    "prompts-file-missing": ("--method leco", "--method leco --prompts_file FILE"),
+    "prompts-file-without-leco": ("--prompts_file FILE", "--method leco --prompts_file FILE"),
+    "leco-text-encoder-only": (
+        "--method leco --prompts_file FILE --network_train_text_encoder_only",
+        "--method leco --prompts_file FILE",
+    ),
+    "leco-options-unused": ("--method leco --prompts_file FILE", "--no_strict"),
     "token-string-missing": ("--method textual_inversion", "--method textual_inversion --token_string zwx"),
     "token-string-with-other-method": ("--method full --token_string zwx", "--token_string zwx"),
     "token-string-counts-differ": (

@@ -29,6 +29,7 @@ OURS = {
     "text_encoder_blocks_to_swap",
     "frozen_lora", "dry_run", "memory_check", "reference_data_dirs", "reference_dropout_rate",
     "embedding_lr",
+    "prompts_file", "max_denoising_steps", "leco_denoise_guidance_scale",  # of a later release of sd-scripts
 }  # fmt: skip
 
 # Where a default differs on purpose: None where the scripts disagree (each script sets its own) or the family knows

@@ -89,6 +89,18 @@ SCRIPTS = {
             defaults=LUMINA_DEFAULTS,
         ),
         Script(
+            name="train_leco",
+            family="sd",
+            method="leco",
+            description="Trains an adapter for Stable Diffusion 1 and 2 from prompts alone: concepts and sliders.",
+        ),
+        Script(
+            name="sdxl_train_leco",
+            family="sdxl",
+            method="leco",
+            description="Trains an adapter for Stable Diffusion XL from prompts alone: concepts and sliders.",
+        ),
+        Script(
             name="fine_tune",
             family="sd",
             method="full",

@@ -9,7 +9,7 @@ from sfumato.config.load import load_config
 from sfumato.config.log import LogOptions
 from sfumato.config.memory import MemoryOptions
 from sfumato.config.model import ModelOptions
-from sfumato.config.network import FullOptions, NetworkOptions
+from sfumato.config.network import FullOptions, LecoOptions, NetworkOptions
 from sfumato.config.noise import LossOptions, NoiseOptions
 from sfumato.config.optim import EmaOptions, OptimOptions
 from sfumato.config.run import LoopOptions, ProcessOptions, RunOptions
@@ -27,6 +27,7 @@ __all__ = [
     "FullOptions",
     "HubOptions",
     "ImageOptions",
+    "LecoOptions",
     "LoaderOptions",
     "LogOptions",
     "LoopOptions",

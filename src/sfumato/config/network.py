@@ -47,6 +47,25 @@ class NetworkOptions(Options):
     )
 
 
+class LecoOptions(Options):
+    """Concepts and sliders"""
+
+    prompts_file: FilePath | None = option(
+        None,
+        "TOML, YAML or JSON file of the concepts to erase or enhance, or of sliders; for --method leco",
+        path="file",
+    )
+    max_denoising_steps: int = option(
+        40,
+        "denoising steps from noise to an image; each sample is trained after a random number of them",
+        ge=2,
+        le=1000,
+    )
+    leco_denoise_guidance_scale: float = option(
+        3.0, "classifier-free guidance of these steps, from the unconditional prompt to the target", ge=0
+    )
+
+
 class FullOptions(Options):
     """Full training"""
 

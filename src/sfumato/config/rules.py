@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from sfumato.config.data_rules import DATA_RULES
 from sfumato.config.embedding_rules import EMBEDDING_RULES
+from sfumato.config.leco_rules import LECO_RULES, is_leco
 from sfumato.config.network_rules import NETWORK_RULES
 from sfumato.config.noise_rules import NOISE_RULES
 from sfumato.config.optim_rules import OPTIM_RULES
@@ -39,7 +40,7 @@ MODEL_RULES = (
         code="data-missing",
         severity="required",
         options=("train_data_dir", "dataset_config", "in_json", "dataset_class"),
-        is_broken=lambda c: not has_data(c),
+        is_broken=lambda c: not has_data(c) and not is_leco(c),
         what="no images to train on",
         fix="give --train_data_dir or --dataset_config",
     ),
@@ -65,5 +66,5 @@ MODEL_RULES = (
     ),
 )
 
-_SETTING_RULES = NETWORK_RULES + EMBEDDING_RULES + NOISE_RULES + OPTIM_RULES + PRECISION_RULES
+_SETTING_RULES = NETWORK_RULES + EMBEDDING_RULES + LECO_RULES + NOISE_RULES + OPTIM_RULES + PRECISION_RULES
 RULES = MODEL_RULES + DATA_RULES + _SETTING_RULES + OUTPUT_RULES

@@ -16,8 +16,9 @@ class RunOptions(Options):
     """The run"""
 
     family: str | None = option(None, "model family; default: detected from the checkpoint")
-    method: Literal["adapter", "full", "textual_inversion", "control_net"] = option(
-        "adapter", "what is trained: an adapter, the full model, the vectors of new words, or a ControlNet"
+    method: Literal["adapter", "full", "textual_inversion", "control_net", "leco"] = option(
+        "adapter",
+        "what is trained: an adapter, the full model, vectors of new words, a ControlNet, or an adapter from prompts",
     )
     config_file: FilePath | None = option(
         None,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.config.concepts import Concept
+
 Tensors = dict[str, Tensor]
 
 
@@ -91,6 +93,7 @@ class Batch:
     mask: Tensor | None = None  # (B, 1, h, w) in [0, 1]
     preserve: Tensor | None = None  # (B,) bool: the target is the reference model's prediction; None: for no sample
     timestep_offset: Tensor | None = None  # (B,) float64, towards more noise; None: 0 for every sample
+    concepts: Sequence[Concept] | None = None  # what each sample trains in the place of an image
     draws: RandomDraws | None = None  # None where they are drawn in the step
 
     def take(self, positions: Tensor) -> Self:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sfumato.common.seeds import python_random
+from sfumato.config.concepts import Concept
 from sfumato.data.augment import compute_size_conditioning
 from sfumato.data.batch import CONTROL, Batch, Extras, Sizes, Tensors, pad_stack
 from sfumato.data.batch_sampler import BatchSampler, PlannedBatch, PlannedStep, Sample, ValidationSampler
@@ -38,6 +39,7 @@ from sfumato.errors import UserError
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+MAX_CROPPED = 3  # by this factor an image may be larger than the crop that dynamic_crops pretends
 
 
 class Loader:
@@ -151,6 +153,7 @@ class Loader:
             entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
             mask=stack_masks([sample.image.mask for sample in samples]),
             preserve=torch.tensor(preserved) if any(preserved) else None,
+            concepts=require_all_or_none([sample.subset.settings.concept for sample in batch.samples]) or None,
             timestep_offset=torch.tensor(offsets, dtype=torch.float64) if any(offsets) else None,
         )
 
@@ -163,6 +166,8 @@ class Loader:
     def _choose_weight(self, sample: Sample, prepared: PreparedSample) -> float:
         if not sample.real or prepared.is_empty:
             return 0.0
+        if sample.subset.settings.concept is not None:
+            return sample.subset.settings.concept.weight
         return self.plan.prior_loss_weight if sample.subset.settings.is_reg else 1.0
 
     def _prepare_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
@@ -180,6 +185,8 @@ class Loader:
     def _load_sample(self, step: PlannedStep, sample: Sample) -> PreparedSample:
         """Everything random is a function of the seed and the sample's id."""
         item, seed = sample.item, self.sampler.seed
+        if sample.subset.settings.concept is not None:
+            return self._make_prompt(step, sample, sample.subset.settings.concept)
         rules = sample.subset.settings.images
         transform = item.draw_transform(rules, lambda purpose: python_random(seed, purpose, sample.id))
         image_item, mask_item = CacheItem(item.image, transform), find_mask(item, rules, transform)
@@ -190,6 +197,23 @@ class Loader:
             image=load(image_item, mask_item),
             control=self._load_control(sample, transform),
             references=self._load_references(sample, transform),
+            original=original,
+            crop=crop,
+        )
+
+    def _make_prompt(self, step: PlannedStep, sample: Sample, concept: Concept) -> PreparedSample:
+        """A sample without an image. With dynamic_crops it is conditioned on a random crop of a larger one."""
+        width, height = sample.item.size
+        original, crop = (height, width), (0, 0)
+        if concept.dynamic_crops:
+            rng = python_random(self.sampler.seed, "crops", sample.id)
+            scale = rng.uniform(1, MAX_CROPPED)
+            original = int(height * scale), int(width * scale)
+            crop = rng.randint(0, original[0] - height), rng.randint(0, original[1] - width)
+        return PreparedSample(
+            caption=self._make_caption(step, sample),
+            image=LoadedImage(entry_seed=sample.id),
+            control=None,
             original=original,
             crop=crop,
         )

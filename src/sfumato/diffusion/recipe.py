@@ -44,8 +44,12 @@ class Recipe:
 
         offset: added to the normal quantile of each sample's uniform number, towards more noise.
         """
-        u = rng.stratified_uniform("timestep", ids) if self.stratified else rng.uniform("timestep", ids)
+        u = self.draw_quantiles(rng, ids)
         return self.timestep(u if offset is None else self.shift_quantile(u, offset), shape, latents)
+
+    def draw_quantiles(self, rng: Randomness, ids: Tensor) -> Tensor:
+        """(B,) the samples' uniform numbers."""
+        return rng.stratified_uniform("timestep", ids) if self.stratified else rng.uniform("timestep", ids)
 
     def shift_quantile(self, u: Tensor, offset: Tensor) -> Tensor:
         """Uniform numbers moved towards more noise where the offset is above 0."""

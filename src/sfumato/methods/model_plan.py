@@ -29,6 +29,7 @@ from sfumato.families.model_options import (
 from sfumato.families.references import check_reference_folders, describe_references
 from sfumato.methods import make_method
 from sfumato.methods.base import Method, TrainablePart
+from sfumato.methods.leco import cache_prompts
 from sfumato.methods.new_words import check_words_are_new, check_words_in_captions, describe_init_words
 
 
@@ -66,6 +67,8 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
         check_words_are_new(config, tokenizers, problems)
         init_notes = describe_init_words(config, tokenizers)
     config = with_base_resolution(config, blueprint)
+    if config.leco.prompts_file:
+        config = cache_prompts(config)
     method = make_method(config)
     blueprint = method.extend(family, blueprint)
     parts = tuple(method.plan(blueprint))

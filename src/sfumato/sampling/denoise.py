@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -70,6 +72,11 @@ class Guidance:
 @torch.no_grad()
 def denoise(model: Family, method: Predictor, request: DenoiseRequest, guidance: Guidance) -> Tensor:
     """Clean latents (B, C, h, w)."""
+    return deque(denoise_steps(model, method, request, guidance), maxlen=1).pop()
+
+
+def denoise_steps(model: Family, method: Predictor, request: DenoiseRequest, guidance: Guidance) -> Iterator[Tensor]:
+    """The latents (B, C, h, w) after each step, in the scheduler's scale."""
     scheduler, objective = request.scheduler, choose_objective(model, request)
     objective.set_timesteps(scheduler, request.steps, model.latents, request.noise.shape)
     timesteps, start = scheduler.timesteps, request.start
@@ -83,12 +90,13 @@ def denoise(model: Family, method: Predictor, request: DenoiseRequest, guidance:
         prediction = predict_guided(model, method, noisy, t, request, guidance)
         if request.growth is not None and request.growth.is_due(i, t, is_last=i + 1 == len(timesteps)):
             x = request.growth.step(scheduler, prediction, t, x, request.generators)
+            yield x
             continue
         x = scheduler.step(prediction, t, x, **_generator_argument(scheduler, request.generators)).prev_sample
         if start is not None:
             following = timesteps[i + 1] if i + 1 < len(timesteps) else None
             x = keep_outside(scheduler, objective, start, x, request.noise, following)
-    return x
+        yield x
 
 
 def choose_objective(model: Family, request: DenoiseRequest) -> Objective:

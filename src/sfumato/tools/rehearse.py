@@ -87,10 +87,13 @@ def write_output(run: Run, recorder: StageRecorder, folder: Path) -> None:
 
 
 def cache_in_memory(config: Config, *, cache_dir: Path) -> Config:
-    """The same caches, but nothing is found in the user's own or written there, and nothing is traced."""
+    """The same caches, but nothing is found in the user's own or written there; nothing is traced.
+
+    Before a concept's step there is one denoising step: further ones need no more memory.
+    """
     on_disk = {option: kind for option, kind in IN_MEMORY.items() if config.value(option)}
     caches = {**dict.fromkeys(on_disk, False), **dict.fromkeys(on_disk.values(), True)}
-    return config.with_values({**caches, "cache_dir": cache_dir, "profile": None})
+    return config.with_values({**caches, "cache_dir": cache_dir, "profile": None, "max_denoising_steps": 2})
 
 
 def show_rehearsal(plan: RunPlan, *, memory: int | None, path: Path | None) -> None:

@@ -68,9 +68,9 @@ def describe_run(
 
 
 def describe_method(config: Config) -> str:
-    if config.run.method != "adapter":
+    if config.run.method not in ("adapter", "leco"):
         return config.run.method
-    return f"adapter, {config.network.network_module or DEFAULT_NETWORK_MODULE}"
+    return f"{config.run.method}, {config.network.network_module or DEFAULT_NETWORK_MODULE}"
 
 
 def describe_dataset(dataset: DatasetPlan) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from sfumato.training.run import Run
 
 
 def load_latents(run: Run, batch: Batch) -> Tensor:
-    """(B, C, h, w) on the device."""
+    """(B, C, h, w) on the device; zeros for samples without an image."""
     if batch.latents is not None:
         return batch.latents.to(run.device, non_blocking=True)
+    if batch.concepts is not None:
+        height, width = (int(side) // run.model.latents.downscale for side in batch.sizes.target[0])
+        return torch.zeros(len(batch.concepts), run.model.latents.channels, height, width, device=run.device)
     assert batch.pixels is not None
     size = run.config.cache.vae_batch_size
     return encode_images(run.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=size)

@@ -157,12 +157,11 @@ class Outcomes:
 
     def find_spill(self, outcome: Outcome) -> str:
         """What to say of a step that was slow because the device's memory is full; empty for any other."""
-        shapes = [tuple(tensor.shape) for tensor in map(find_batch_images, outcome.step.batches)]
+        shapes = [find_batch_shape(batch) for batch in outcome.step.batches]
         return self.spill.check_step(shapes, outcome.seconds_computing, lambda: read_free_memory(self.transfer.device))
 
 
-def find_batch_images(batch: Batch) -> Tensor:
-    """Latents or pixels."""
+def find_batch_shape(batch: Batch) -> tuple[int, ...]:
+    """Of latents or pixels; where there are neither, the number of samples and their size."""
     images = batch.pixels if batch.latents is None else batch.latents
-    assert images is not None
-    return images
+    return (len(batch.ids), *batch.sizes.target[0].tolist()) if images is None else tuple(images.shape)

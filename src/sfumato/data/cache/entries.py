@@ -59,6 +59,8 @@ def list_latent_items(plan: DataPlan) -> list[CacheItem]:
     """Every image that training can use, including flipped ones, without duplicates."""
     items: dict[CacheItem, None] = {}
     for _, subset, item in plan.iterate_used():
+        if subset.settings.concept is not None:
+            continue
         rules = subset.settings.images
         for flip in (False, True) if rules.flip_aug else (False,):
             items[CacheItem(item.image, item.center_transform(rules, flip=flip))] = None

@@ -12,6 +12,7 @@ from typing import Any
 
 from sfumato.common.text import has_lone_surrogate
 from sfumato.config import Config
+from sfumato.config.concepts import Concept
 from sfumato.config.dataset_toml import (
     DATASET_KEYS,
     OFFSET_KEY,
@@ -302,6 +303,7 @@ class SubsetSettings:
     class_arguments: Mapping[str, Any] = field(default_factory=dict)  # what a dataset class may take by name
     cache_info: bool = False
     custom_attributes: Mapping[str, Any] = field(default_factory=dict)
+    concept: Concept | None = None  # what is trained in the place of images
     timestep_offset: float = 0.0  # in standard deviations of a normal number, towards more noise
     preserved: bool = False  # whether the target is the output of the model before training
 

@@ -1,0 +1,4 @@
+"""Trains an adapter for Stable Diffusion XL from prompts; runs from a checkout without installing, too."""
+
+import os, sys; sys.path.insert(0, os.path.abspath(__file__ + "/../../src"))  # fmt: skip
+from sfumato.compat.launch import launch; launch(__name__, "sdxl_train_leco")  # fmt: skip
