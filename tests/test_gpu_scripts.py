@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from families.toys import ToyShelf
-from gpu import device_runs, test_parity, test_step, test_whole_run
+from gpu import device_runs, test_memory_options, test_parity, test_step, test_whole_run
 from gpu.device_runs import BOUNDS, CPU, FAMILIES, StepFacts, load_benchmark, take_first_step
 from toy_runs import make_images
 
@@ -53,6 +53,15 @@ def test_bounds_of_bfloat16_are_those_of_its_rounding(
     found = take_first_step(CPU, toy, images, tmp_path / "rounded", **options, mixed_precision="bf16").compare(exact)
     assert BOUNDS["no"].gradient < found.gradient <= BOUNDS["bf16"].gradient
     assert BOUNDS["no"].loss < found.loss <= BOUNDS["bf16"].loss
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", test_memory_options.OPTIONS)
+def test_memory_options_change_nothing(
+    name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    test_memory_options.test_the_same_is_trained("flux", name, toy_shelf, images, tmp_path, CPU, facts.update)
+    assert facts["weights"] == 0
 
 
 def test_distances_are_relative_to_the_size_of_all_gradients() -> None:

@@ -20,7 +20,11 @@ COMPILED: dict[str, Any] = {"compile": True}
 FULL = {"method": "full", "network_dim": None, "cache_latents": True, "learning_rate": "1e-4"}
 
 
-@pytest.mark.parametrize("options", [{**CACHED, **LORA}, FULL], ids=["adapter", "whole model"])
+@pytest.mark.parametrize(
+    "options",
+    [{**CACHED, **LORA}, FULL, {**CACHED, **LORA, "blocks_to_swap": 3}],
+    ids=["adapter", "whole model", "blocks in main memory"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_steady_step_waits_nowhere(
     family: str, options: dict[str, Any], toy_shelf: ToyShelf, images: Path, tmp_path: Path, cuda: torch.device,
