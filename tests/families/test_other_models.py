@@ -132,6 +132,5 @@ def test_a_part_given_as_the_model(family: str, option: str, kind: str, toy_shel
 def test_a_gguf_file(tmp_path: Path) -> None:
     (tmp_path / "flux1-dev-Q8_0.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
     error = refuse(tmp_path / "flux1-dev-Q8_0.gguf")
-    assert error.code == "not-safetensors"
+    assert error.code == "gguf-damaged"
     assert "GGUF" in error.what
-    assert "safetensors" in error.fix

@@ -94,6 +94,10 @@ def test_rows_of_a_weight_are_stored_alone(name: str) -> None:
     ):
         assert isinstance(piece, QuantizedWeight)
         assert torch.equal(piece.decode(), expected)
+    first, second = small.chunk(2)
+    swapped = torch.cat([second, first])
+    assert isinstance(swapped, QuantizedWeight)
+    assert torch.equal(swapped.decode(), torch.cat([small.decode()[3:], small.decode()[:3]]))
 
 
 @pytest.mark.parametrize("name", FORMATS)

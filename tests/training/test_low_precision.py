@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from families.toys import ToyShelf
+from formats.test_gguf import write_gguf
 from quantization.meant import FLOAT8, INT8, round_float8, round_nf4, round_scaled
 from rehearsing import needs_rehearsal
 from sfumato.config import load_config
@@ -168,6 +169,49 @@ def test_a_number_that_float8_cannot_hold_is_refused(toy_shelf: ToyShelf, images
             model.parts["denoiser"].load()
         assert raised.value.code == code
         assert ".weight has numbers up to 500" in raised.value.what
+
+
+def round_q8_0(weight: Tensor) -> tuple[bytes, Tensor]:
+    """Each 32 columns as ggml's Q8_0: the float16 nearest to the largest / 127, and 32 bytes; and what these mean."""
+    blocks = weight.reshape(-1, 32)
+    scales = (blocks.abs().amax(1, keepdim=True) / 127).half()
+    numbers = (blocks / scales.float().clamp(min=1e-30)).round().clamp(-127, 127).to(torch.int8)
+    content = torch.cat([scales.view(torch.uint8), numbers.view(torch.uint8)], 1)
+    return content.numpy().tobytes(), (numbers.float() * scales.float()).reshape(weight.shape)
+
+
+@pytest.mark.fast_for("flux")
+@pytest.mark.parametrize("family", ["flux", "chroma", "lumina", "sd3"])
+def test_a_gguf_file_trains_as_the_weights_that_it_means(
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, family: str
+) -> None:
+    """Layers in the blocks stay as they are stored; the others, and what is stacked in another order, are decoded."""
+    toy = toy_shelf.paths(family)
+    folder = tmp_path / "toy"
+    main = toy["pretrained_model_name_or_path"]
+    shutil.copytree(main.parent, folder)
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    meant: dict[str, Tensor] = {}
+    for name, tensor in load_file(main).items():
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            content, meant[name] = round_q8_0(tensor)
+            tensors[name] = ("Q8_0", tuple(tensor.shape), content)
+        else:
+            meant[name] = tensor
+            tensors[name] = ("F32", tuple(tensor.shape), tensor.float().numpy().tobytes())
+    small = {option: folder / path.name for option, path in toy.items()}
+    save_file(meant, folder / main.name)
+    whole = dict(small)
+    small["pretrained_model_name_or_path"] = write_gguf(folder / f"{main.stem}.gguf", tensors)
+    model = make_model(plan_toy(small, images, tmp_path / "out"), torch.device("cpu"))
+    part = model.parts["denoiser"]
+    part.load()
+    kept = [name for name, each in part.module.named_parameters() if isinstance(each, QuantizedWeight)]
+    assert kept == list(part.weight_formats)
+    assert {own.label for own in part.weight_formats.values()} == {"GGUF's Q8_0"}
+    runs = [train_toy(files, images, tmp_path / name, **SHORT) for name, files in (("a", small), ("b", whole))]
+    losses = [[row["loss/current"] for row in read_metrics(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.full

@@ -22,6 +22,7 @@ from sfumato.common.files import open_file, open_unbuffered, refuse_special_file
 from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
 from sfumato.formats.composed import ComposedFile
+from sfumato.formats.gguf import GgufFile, is_gguf
 from sfumato.formats.header import DOWNLOAD_AGAIN, HEADER_ONLY, TensorHeader, TensorInfo, merge_headers, read_header
 from sfumato.formats.safe_pickle import LEGACY_SIGNATURE, ZIP_SIGNATURE, find_state_dict, load_pickle
 from sfumato.formats.scaled import ScaledFile, has_scales
@@ -54,13 +55,15 @@ MAX_IO_BYTES = 1 << 30  # bytes; some systems refuse more at once
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Open a safetensors file, a folder or index of shards, or a pickled checkpoint (recognized by its content).
+    """Open a safetensors file, a folder or index of shards, a pickled checkpoint or a GGUF file (by their content).
 
     Weights with a scale beside them are read as the product of both. Use as a context manager. Raises UserError where
     it is missing, damaged, or holds more than tensors.
     """
     path = Path(path)
     refuse_special_file(path)
+    if is_gguf(path):
+        return GgufFile(path)
     file = PickledFile(path) if _is_pickled(path) else TensorFile(path)
     return ScaledFile(file) if has_scales(file.header) else file
 
@@ -278,7 +281,7 @@ class HeaderFile:
         return
 
 
-Checkpoint = TensorFile | PickledFile | ScaledFile | HeaderFile | ComposedFile
+Checkpoint = TensorFile | PickledFile | ScaledFile | GgufFile | HeaderFile | ComposedFile
 
 
 def find_plain_format(info: TensorInfo) -> WeightFormat | None:

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from sfumato.errors import InternalError
 from sfumato.formats.header import TensorHeader, TensorInfo
 
 
@@ -37,6 +38,14 @@ class ComposedFile:
     def read(self, name: str, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Like TensorFile.read."""
         return self._make(name).to(device=device, dtype=dtype)
+
+    def find_format(self, name: str) -> None:
+        """Like TensorFile.find_format: none is stored in fewer bits."""
+        return
+
+    def read_stored(self, name: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """Like TensorFile.read_stored."""
+        raise InternalError(f"{name} is stored in no format of fewer bits")
 
     def __enter__(self) -> Self:
         return self

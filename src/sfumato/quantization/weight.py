@@ -88,6 +88,8 @@ class QuantizedWeight(Tensor):
         handler = _HANDLERS.get(func)
         if handler is not None and isinstance(args[0], QuantizedWeight):
             return handler(*args, **kwargs)
+        if func is aten.cat.default and can_join(*args):
+            return _join_rows(args[0])
         product = _PRODUCTS.get(func)
         if product is not None and isinstance(args[-1], QuantizedWeight):
             return product(*args, **kwargs)
@@ -188,6 +190,12 @@ def _split(weight: QuantizedWeight, sizes: Sequence[int], dim: int = 0) -> Any:
     return [_take_rows(weight, slice(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
 
 
+@_handle(aten.split.Tensor)
+def _split_evenly(weight: QuantizedWeight, size: int, dim: int = 0) -> Any:
+    count = weight.shape[dim]
+    return _split(weight, [min(size, count - start) for start in range(0, count, size)], dim)
+
+
 @_handle(aten.slice.Tensor)
 def _slice(weight: QuantizedWeight, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Tensor:
     if dim != 0 or weight.is_transposed or step != 1:
@@ -199,6 +207,18 @@ def _take_rows(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
     height = len(range(*rows.indices(weight.weight_shape[0])))
     stored = weight.format.take_rows(weight.stored, rows)
     return weight.like(stored, shape=(height, *weight.weight_shape[1:]))
+
+
+def can_join(weights: Sequence[Tensor], dim: int = 0) -> bool:
+    """Whether weights below each other are one of their format."""
+    formats = {each.format for each in weights if isinstance(each, QuantizedWeight) and not each.is_transposed}
+    return dim == 0 and len(formats) == 1 and all(isinstance(each, QuantizedWeight) for each in weights)
+
+
+def _join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    first = weights[0]
+    stored = {name: torch.cat([each.stored[name] for each in weights]) for name in first.stored}
+    return first.like(stored, shape=(sum(each.weight_shape[0] for each in weights), *first.weight_shape[1:]))
 
 
 def _multiply(x: Tensor, weight: QuantizedWeight) -> Tensor:
