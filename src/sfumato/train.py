@@ -11,7 +11,7 @@ from sfumato.loss import SampleLosses, training_loss
 from sfumato.parallel.start import start_parallel
 from sfumato.training.follow import follow_step, settle
 from sfumato.training.interrupt import interruptible
-from sfumato.training.latents import load_latents, load_references
+from sfumato.training.latents import load_latents, load_other_images
 from sfumato.training.outcomes import StepResult, Verdict, judge_step
 from sfumato.training.prefetch import prefetch
 from sfumato.training.previews import save_previews
@@ -74,7 +74,7 @@ def train_step(run: Run, step: Step) -> StepResult:
         run.context.randomness.seed_modules(step.index, micro_step, run.parallel.rank)
         with run.autocast():
             loss = training_loss(
-                run.context, load_references(run, batch), load_latents(run, batch), step.real_samples, samples
+                run.context, load_other_images(run, batch), load_latents(run, batch), step.real_samples, samples
             )
         run.start_backward(step.index, loss)
         run.scaler.scale(loss).backward()

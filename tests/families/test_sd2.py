@@ -165,12 +165,12 @@ def test_a_note_is_shown_and_with_strict_an_error(first: Path, images: Path, tmp
     assert "--v_parameterization" in note
 
 
-def test_an_inpainting_model_is_refused(first: Path, tmp_path: Path) -> None:
+def test_a_depth_model_is_refused(first: Path, tmp_path: Path) -> None:
     tensors = load_file(first)
     name = "model.diffusion_model.input_blocks.0.0.weight"
-    save_file(tensors | {name: torch.zeros(32, 9, 3, 3)}, tmp_path / "inpainting.safetensors")
-    with pytest.raises(UserError, match=r"\b9\b.*\b4\b") as error:
-        read(tmp_path / "inpainting.safetensors")
+    save_file(tensors | {name: torch.zeros(32, 5, 3, 3)}, tmp_path / "depth.safetensors")
+    with pytest.raises(UserError, match=r"\b5\b.*\b4\b") as error:
+        read(tmp_path / "depth.safetensors")
     assert error.value.code == "denoiser-variant-unsupported"
 
 

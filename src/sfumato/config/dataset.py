@@ -52,7 +52,7 @@ class DatasetOptions(Options):
         0.0, "probability of training a sample without its reference images", ge=0, le=1
     )
     train_inpainting: bool = option(
-        False, "train a denoiser for inpainting, which sees a mask and the masked image", planned="inpainting training"
+        False, "train a model for inpainting, which sees a mask and the masked image; what is masked is drawn at random"
     )
     debug_dataset: bool = option(False, "show what training sees, and exit; writes a page to --output_dir")
 

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.config import ModelOptions, NoiseOptions
+from sfumato.data.batch import INPAINT, Images
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import CHANNELS_FAULT, check_input_channels, check_network_size
@@ -44,7 +48,7 @@ BLOCKS = (
 )
 LOSS_OPTIONS = {"debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"}  # no flow has them
 PREDICTION_TYPES: dict[Any, Literal["epsilon", "v"]] = {"v": "v", "v_prediction": "v", "epsilon": "epsilon"}
-_VARIANTS = {1: "depth", 3: "upscaling", 4: "image editing", 5: "inpainting"}  # by the number of further channels
+_VARIANTS = {1: "depth", 3: "upscaling", 4: "image editing"}  # by the number of further channels
 SIZE_EMBEDDER = "label_emb.0.0.weight"  # its key, without the prefix of the denoiser's
 _HEAD_CHANNELS = 64  # channels of an attention head from Stable Diffusion 2 on
 _RESNET_NAMES = {
@@ -180,13 +184,27 @@ def make_v2_error(source: Source, version: str) -> UserError:
     return UserError(f"--v2: {source.name} is {version}", code="v2-version-mismatch", fix="remove --v2")
 
 
-def check_channels(source: Source, denoiser: Network, vae: Network) -> None:
-    """Raise UserError for variants with further input channels (inpainting, depth) and for another model's VAE."""
+def check_channels(source: Source, denoiser: Network, vae: Network) -> bool:
+    """Whether the denoiser is one for inpainting: latents, a mask and the masked image's latents.
+
+    Raises UserError for variants with other input channels (depth) and for another model's VAE.
+    """
     channels, latent = denoiser.config["in_channels"], vae.config["latent_channels"]
     if vae.option and channels == denoiser.config["out_channels"]:
         check_network_size(vae.option, vae.weights.file.header.path, CHANNELS_FAULT, latent, channels)
+    if channels == 2 * latent + 1:
+        return True
     variant = _VARIANTS.get(channels - latent, "another kind of input")
     check_input_channels(source.name, channels, latent, variant)
+    return False
+
+
+def add_inpaint_channels(arguments: dict[str, object], images: Images) -> dict[str, object]:
+    """The mask and the masked image's latents follow the noisy latents' channels."""
+    sample, inpaint = arguments["sample"], images[INPAINT].latents
+    assert isinstance(sample, Tensor)
+    assert inpaint is not None
+    return {**arguments, "sample": torch.cat([sample, inpaint.to(sample)], dim=1)}
 
 
 class ObjectiveFacts(NamedTuple):

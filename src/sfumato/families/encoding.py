@@ -40,6 +40,20 @@ def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int] | None, *,
     return torch.cat([run_vae(model, encode, rows) for rows in chunks])
 
 
+def encode_inpaint(
+    model: Family, pixels: Tensor, masks: Tensor, seeds: Sequence[int] | None, *, vae_batch_size: int
+) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] and masks (B, 1, H, W), 1 where the model paints -> (B, 1 + C, h, w) on the device.
+
+    The mask in the size of the latents, then the latents of the image with gray where the model paints, as diffusers'
+    inpainting pipelines have them.
+    """
+    masks = masks.to(pixels)
+    latents = encode_images(model, pixels * (masks < 0.5), seeds, vae_batch_size=vae_batch_size)
+    small = torch.nn.functional.interpolate(masks, size=latents.shape[-2:])
+    return torch.cat([small.to(latents, non_blocking=True), latents], dim=1)
+
+
 @torch.no_grad()
 def decode_latents(model: Family, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> (B, 3, H, W) in about [-1, 1], float32; UserError where they are not finite.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
-from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.batch import Images, Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._file_kinds import make_missing_text_error
@@ -101,20 +101,23 @@ class StableDiffusion(Family):
             raise _unet.make_v2_error(source, "Stable Diffusion 1.x")
         vae = _vae.find_vae(source, model, {"scaling_factor": 0.18215})
         denoiser = _unet.read_unet(source, _unet_spec, _unet.count_heads if second else _set_eight_heads)
-        _unet.check_channels(source, denoiser, vae)
+        inpaints = _unet.check_channels(source, denoiser, vae)
         clip = _read_clip(text)
         _clip.check_clip_skip(model, clip.config)
         objective, notes, declared = _unet.read_objective(source, model, noise)
         v = objective.predicts == "v"
         return Blueprint(
             source=source,
-            title=f"Stable Diffusion {2 if second else 1}.x" + (", predicting v" if v else ""),
+            title=f"Stable Diffusion {2 if second else 1}.x"
+            + (", predicting v" if v else "")
+            + (", for inpainting" if inpaints else ""),
             base_model_version=cls.name_base_model(denoiser) + ("_v" if v else ""),
             architecture=f"stable-diffusion-v2-{'768-v' if v else '512'}" if second else "stable-diffusion-v1",
             checkpoint_implementation=STABILITY_AI,
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip", "vae"),
-            pipeline=_PIPELINE,
+            inpaints=inpaints,
+            pipeline=None if inpaints else _PIPELINE,
             networks={"denoiser": denoiser, "clip": clip, "vae": vae},
             objective=objective,
             latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=64),
@@ -170,6 +173,9 @@ class StableDiffusion(Family):
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         return {"encoder_hidden_states": features["clip"]["hidden"]}
+
+    def add_images(self, arguments: dict[str, object], noisy: Tensor, images: Images) -> dict[str, object]:
+        return _unet.add_inpaint_channels(arguments, images) if self.blueprint.inpaints else arguments
 
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         dtype = self.parts["denoiser"].dtype

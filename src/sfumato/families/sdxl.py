@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
-from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.batch import Images, Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._file_kinds import make_missing_text_error
@@ -108,18 +108,21 @@ class StableDiffusionXL(Family):
         clip_l = _clip.read_clip(sources["clip_l"] or source, "text_encoder", clip_l_spec())
         clip_g = _read_clip_g(sources["clip_g"] or source)
         denoiser = _unet.read_unet(source, _unet_spec, lambda config: _complete_config(config, clip_g))
-        _unet.check_channels(source, denoiser, vae)
+        inpaints = _unet.check_channels(source, denoiser, vae)
         objective, notes, declared = _unet.read_objective(source, model, noise)
         return Blueprint(
             source=source,
-            title="Stable Diffusion XL" + (", predicting v" if objective.predicts == "v" else ""),
+            title="Stable Diffusion XL"
+            + (", predicting v" if objective.predicts == "v" else "")
+            + (", for inpainting" if inpaints else ""),
             base_model_version=cls.name_base_model(denoiser),
             architecture="stable-diffusion-xl-v1-base",
             implementation=STABILITY_AI,
             text_parts=cls.text_parts,
             adapter_text_lrs=1,
             checkpoint=("denoiser", "clip_l", "clip_g", "vae"),
-            pipeline=_PIPELINE,
+            inpaints=inpaints,
+            pipeline=None if inpaints else _PIPELINE,
             networks={"denoiser": denoiser, "clip_l": clip_l, "clip_g": clip_g, "vae": vae},
             objective=objective,
             latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=32),
@@ -187,6 +190,9 @@ class StableDiffusionXL(Family):
                 text.device, torch.float32, non_blocking=True
             ),  # bfloat16 rounds to multiples of 4 here
         }
+
+    def add_images(self, arguments: dict[str, object], noisy: Tensor, images: Images) -> dict[str, object]:
+        return _unet.add_inpaint_channels(arguments, images) if self.blueprint.inpaints else arguments
 
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
         weight = next(self.denoiser.parameters())

@@ -85,16 +85,42 @@ def check_data(model: ModelPlan, data: DataPlan, problems: Problems) -> None:
     """Add a problem for what the data has and the model does not take, and for images of prompts."""
     check_reference_folders(model.family, model.blueprint.source, data, problems)
     check_words_in_captions(model.config, data, problems)
+    check_inpainting(model, problems)
     if model.config.samples.sample_prompts is not None and samples_enabled(model.config):
         with problems.catch():
             prompts = read_prompts(model.config.samples.sample_prompts)
             check_prompt_images(prompts, control=model.config.run.takes_control)
 
 
+def check_inpainting(model: ModelPlan, problems: Problems) -> None:
+    """Add a problem where the options and the checkpoint do not agree on inpainting, or cached latents prevent it."""
+    config, inpaints = model.config, model.blueprint.inpaints
+    if config.dataset.train_inpainting and not inpaints:
+        problems.add(
+            f"--train_inpainting: {model.blueprint.source.name} takes no mask",
+            code="inpainting-model-missing",
+            fix="give a checkpoint for inpainting, whose denoiser has 9 input channels, or remove it",
+        )
+    if inpaints and model.method.takes_control:
+        problems.add(
+            f"{model.blueprint.source.name} is for inpainting, and control networks are trained for plain models",
+            code="inpainting-with-control-images",
+            fix="start from the plain text-to-image checkpoint",
+        )
+    if inpaints and config.cache.cache_latents:
+        problems.add(
+            "--cache_latents: what a model for inpainting sees has another mask each time, which needs the image",
+            code="inpainting-with-cached-latents",
+            fix="remove --cache_latents",
+        )
+
+
 def describe_data(model: ModelPlan, data: DataPlan) -> Iterator[str]:
     """Lines about what the model makes of the data."""
     yield from describe_resolution(model, data)
     yield from describe_references(model.family, data)
+    if model.blueprint.inpaints and not model.config.dataset.train_inpainting:
+        yield "the checkpoint is one for inpainting: it sees a mask, drawn at random, and the masked image"
 
 
 def describe_resolution(model: ModelPlan, data: DataPlan) -> Iterator[str]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.batch import CONTROL, ImageInput, Images, name_reference
+from sfumato.data.batch import CONTROL, INPAINT, ImageInput, Images, name_reference
 from sfumato.data.buckets import Size
 from sfumato.data.cache.entries import to_tensor
 from sfumato.data.images import read_image
 from sfumato.data.masks import downscale_mask
 from sfumato.families.base import Family
-from sfumato.families.encoding import encode_images
+from sfumato.families.encoding import encode_images, encode_inpaint
 from sfumato.sampling.request import ImageRequest
 from sfumato.sampling.start import Start
+
+HALF_WHITE = 128  # of 255: what is as white as this is painted
 
 
 def encode_request_images(model: Family, request: ImageRequest, count: int) -> Images:
@@ -32,7 +35,7 @@ def encode_request_images(model: Family, request: ImageRequest, count: int) -> I
             images[CONTROL] = ImageInput(latents=encode_resized(model, image, size).expand(count, -1, -1, -1))
         else:
             images[CONTROL] = ImageInput(pixels=resize_to_tensor(image, size).expand(count, -1, -1, -1))
-    return images
+    return {**images, **encode_painted(model, request, count)}
 
 
 def encode_start(model: Family, request: ImageRequest, count: int) -> Start | None:
@@ -47,6 +50,21 @@ def encode_start(model: Family, request: ImageRequest, count: int) -> Start | No
         strength=request.start.strength,
         mask=None if mask is None else mask.to(model.device),
     )
+
+
+def encode_painted(model: Family, request: ImageRequest, count: int) -> Images:
+    """What a model for inpainting sees beside the noise: without a mask all is painted, without an image gray."""
+    if not model.blueprint.inpaints:
+        return {}
+    size, start = (request.width, request.height), request.start
+    pixels, mask = torch.zeros(1, 3, *size[::-1]), torch.ones(1, 1, *size[::-1])
+    if start is not None:
+        pixels = resize_to_tensor(read_image(Path(start.init_image)), size)
+    if start is not None and start.mask_image:
+        white = np.asarray(read_image(Path(start.mask_image)).resize(size, Image.Resampling.BILINEAR))[..., 0]
+        mask = torch.from_numpy(white >= HALF_WHITE).float()[None, None]
+    latents = encode_inpaint(model, pixels, mask, None, vae_batch_size=1)
+    return {INPAINT: ImageInput(latents=latents.expand(count, -1, -1, -1))}
 
 
 def encode_resized(model: Family, image: Image.Image, size: Size) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from sfumato.common.text import list_some
 from sfumato.data.loader import Step
 from sfumato.loss import training_loss
-from sfumato.training.latents import check_latents, load_latents, load_references
+from sfumato.training.latents import check_latents, load_latents, load_other_images
 from sfumato.training.nonfinite import check_finite_weights, list_nonfinite_gradients, record_nonfinite_outputs
 from sfumato.training.run import Run
 
@@ -47,7 +47,7 @@ def repeat_step(run: Run, step: Step) -> None:
             latents = load_latents(run, batch)
             check_latents(latents, batch, run.loader)
             with run.autocast():
-                loss = training_loss(run.context, load_references(run, batch), latents, step.real_samples)
+                loss = training_loss(run.context, load_other_images(run, batch), latents, step.real_samples)
             run.scaler.scale(loss).backward()
 
 

@@ -1,16 +1,19 @@
-"""A batch's latents: from the cache, or from the autoencoder exactly as the cache makes them."""
+"""A batch's latents: from the cache, or from the autoencoder exactly as the cache makes them; and its other images."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.data.batch import CONTROL, Batch, ImageInput, is_reference
+from sfumato.common.seeds import python_random
+from sfumato.data.batch import CONTROL, INPAINT, Batch, ImageInput, is_reference
 from sfumato.data.cache.entries import make_not_finite_error
+from sfumato.data.inpaint_masks import draw_mask
 from sfumato.data.loader import Loader
-from sfumato.families.encoding import encode_images
+from sfumato.families.encoding import encode_images, encode_inpaint
 from sfumato.training.run import Run
 
 
@@ -24,6 +27,31 @@ def load_latents(run: Run, batch: Batch) -> Tensor:
     assert batch.pixels is not None
     size = run.config.cache.vae_batch_size
     return encode_images(run.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=size)
+
+
+def load_other_images(run: Run, batch: Batch) -> Batch:
+    """The batch with its reference images, and what a model for inpainting sees, as latents on the device."""
+    return load_inpaint(run, load_references(run, batch))
+
+
+def load_inpaint(run: Run, batch: Batch) -> Batch:
+    """What is painted: the loss mask of a sample that has one, else a mask that is a function of the sample's id."""
+    if not run.model.blueprint.inpaints:
+        return batch
+    assert batch.pixels is not None, "the plan refuses cached latents"
+    height, width = batch.pixels.shape[-2:]
+    masks: list[Tensor] = []
+    for row, sample in enumerate(batch.ids.tolist()):
+        own = None if batch.mask is None else batch.mask[row].cpu().float()
+        if own is None or bool((own == 1).all()):
+            drawn = draw_mask(python_random(run.plan.seed, "inpaint mask", sample), (width, height))
+            masks.append(torch.from_numpy(drawn)[None])
+        else:
+            masks.append(F.interpolate(own[None], size=(height, width))[0].round())
+    seeds, size = batch.entry_seeds.tolist(), run.config.cache.vae_batch_size
+    inpaint = encode_inpaint(run.model, batch.pixels, torch.stack(masks), seeds, vae_batch_size=size)
+    images = {**batch.extras.images, INPAINT: ImageInput(latents=inpaint)}
+    return replace(batch, extras=replace(batch.extras, images=images))
 
 
 def load_references(run: Run, batch: Batch) -> Batch:

@@ -24,7 +24,7 @@ from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import timestep_quantiles
 from sfumato.loss import sample_losses
 from sfumato.training.evaluation import eval_mode
-from sfumato.training.latents import check_latents, load_latents, load_references
+from sfumato.training.latents import check_latents, load_latents, load_other_images
 from sfumato.training.memory_shortage import give_up_where_short, run_within_memory
 from sfumato.training.run import Run
 from sfumato.training.saving import ema_metadata, save_output, survive_failed_save
@@ -113,7 +113,7 @@ def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
         if run.parallel.stop_requested:
             return
         (batch,) = step.batches
-        batch = load_references(run, batch)
+        batch = load_other_images(run, batch)
         x0, positions = load_latents(run, batch), batch.weight.nonzero().flatten()
         if batch.latents is None:  # those of the cache were checked when they were made
             check_latents(x0, batch, loader)
