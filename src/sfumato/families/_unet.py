@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -177,6 +177,11 @@ def make_pipeline(name: str, text: Mapping[str, Component], *, tokenizers: tuple
         tokenizers=tokenizers,
         **more,
     )
+
+
+def choose_pipeline(pipeline: Pipeline, *, inpaints: bool) -> Pipeline:
+    """That of text to image, or diffusers' other one for a model for inpainting."""
+    return replace(pipeline, name=pipeline.name.replace("Pipeline", "InpaintPipeline")) if inpaints else pipeline
 
 
 def make_v2_error(source: Source, version: str) -> UserError:

@@ -117,7 +117,7 @@ class StableDiffusion(Family):
             text_parts=cls.text_parts,
             checkpoint=("denoiser", "clip", "vae"),
             inpaints=inpaints,
-            pipeline=None if inpaints else _PIPELINE,
+            pipeline=_unet.choose_pipeline(_PIPELINE, inpaints=inpaints),
             networks={"denoiser": denoiser, "clip": clip, "vae": vae},
             objective=objective,
             latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=64),

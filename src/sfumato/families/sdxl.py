@@ -122,7 +122,7 @@ class StableDiffusionXL(Family):
             adapter_text_lrs=1,
             checkpoint=("denoiser", "clip_l", "clip_g", "vae"),
             inpaints=inpaints,
-            pipeline=None if inpaints else _PIPELINE,
+            pipeline=_unet.choose_pipeline(_PIPELINE, inpaints=inpaints),
             networks={"denoiser": denoiser, "clip_l": clip_l, "clip_g": clip_g, "vae": vae},
             objective=objective,
             latents=_vae.make_latent_spec(vae.config, patch=1, size_multiple=32),
