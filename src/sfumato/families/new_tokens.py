@@ -111,8 +111,9 @@ class NewVectors(nn.Module):
     def _hide_new(self, table: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._is_inside:
             return None
-        self._ids = args[0]
-        return (self._ids.where(self._ids < self.first, 0), *args[1:])
+        ids: Tensor = args[0]
+        self._ids = ids
+        return (ids.where(ids < self.first, 0), *args[1:])
 
     def _insert_new(self, table: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Whatever else a table does with a vector, e.g. scale it, it does with the new ones."""

@@ -39,12 +39,16 @@ def encode_request_images(model: Family, request: ImageRequest, count: int) -> I
 
 
 def encode_start(model: Family, request: ImageRequest, count: int) -> Start | None:
-    """The image that a request starts from, for so many samples; UserError where it cannot be read."""
-    if request.start is None:
+    """The image that a request starts from, for so many samples; UserError where it cannot be read.
+
+    A model for inpainting sees the image and the mask and keeps by itself what is outside, as in diffusers.
+    """
+    paints = model.blueprint.inpaints
+    if request.start is None or (paints and request.start.strength >= 1):
         return None
     size = (request.width, request.height)
     latents = encode_resized(model, read_image(Path(request.start.init_image)), size).to(model.device)
-    mask = read_mask(model, request.start.mask_image, size)
+    mask = None if paints else read_mask(model, request.start.mask_image, size)
     return Start(
         latents=latents.expand(count, -1, -1, -1),
         strength=request.start.strength,

@@ -106,7 +106,7 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         clip_prompt=prompt.clip_prompt if model.has_pooled_text else None,
         negative_scale=prompt.negative_scale,
         multipliers=prompt.network_mul,
-        start=read_settings(StartImage, prompt) if prompt.init_image else None,
+        start=read_start(prompt, model) if prompt.init_image else None,
         sizes=read_settings(SizeInputs, prompt) if model.has_size_inputs else SizeInputs(),
         shrink=read_settings(DeepShrink, prompt)
         if given_values(DeepShrink, prompt) and model.has_deep_shrink
@@ -173,6 +173,12 @@ def list_unsupported(prompt: Prompt, model: Family) -> Iterator[str]:
         yield "--t has no effect without an image to start from, --img FILE"
     if prompt.mask_image and not prompt.init_image:
         yield "--mk has no effect without an image to start from, --img FILE"
+
+
+def read_start(prompt: Prompt, model: Family) -> StartImage:
+    """A model for inpainting starts from noise unless the prompt says otherwise."""
+    start = read_settings(StartImage, prompt)
+    return replace(start, strength=1.0) if model.blueprint.inpaints and prompt.strength is None else start
 
 
 def _takes_shift(prompt: Prompt, model: Family) -> bool:
