@@ -65,10 +65,6 @@ CASES = {
         "--token_string zwx --use_object_template --use_style_template",
         "--token_string zwx --use_style_template",
     ),
-    "adapter-options-in-textual-inversion": (
-        "--method textual_inversion --token_string zwx --network_dim 4",
-        "--token_string zwx --network_dim 4",
-    ),
     "embedding-options-without-token-string": ("--init_word cat", "--token_string zwx --init_word cat"),
     "init-word-unused": ("--token_string zwx --init_word cat --weights FILE", "--token_string zwx --weights FILE"),
     "learning-rates-in-textual-inversion": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sfumato.config.embedding import EmbeddingOptions
-from sfumato.config.network import FullOptions, NetworkOptions
+from sfumato.config.network import FullOptions
 from sfumato.config.network_rules import TEXT_ENCODER_LRS
 from sfumato.config.option_rule import OptionRule
 from sfumato.config.schema import Config
@@ -57,15 +57,6 @@ EMBEDDING_RULES = (
         is_broken=lambda c: c.embedding.use_object_template and c.embedding.use_style_template,
         what="--use_object_template and --use_style_template both replace the captions",
         fix="give one of them",
-    ),
-    OptionRule(
-        code="adapter-options-in-textual-inversion",
-        severity="conflict",
-        options=("method", *NetworkOptions.model_fields),
-        is_broken=lambda c: is_inversion(c) and c.is_changed(*NetworkOptions.model_fields),
-        what="--network_... and the other adapter options cannot be combined with --method textual_inversion, which "
-        "trains no adapter",
-        fix="remove them, or train both: --method adapter with --token_string",
     ),
     OptionRule(
         code="embedding-options-without-token-string",

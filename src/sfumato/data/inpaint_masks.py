@@ -53,7 +53,7 @@ def draw_shape(rng: Random, size: Size, *, polygon: bool) -> NDArray[np.float32]
     else:
         box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         (draw.rectangle if rng.random() < 0.5 else draw.ellipse)(box, fill=255)
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, np.float32) / np.float32(255)
 
 
 def make_corners(rng: Random, x: float, y: float, width: float, height: float) -> Points:
