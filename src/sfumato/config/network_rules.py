@@ -68,9 +68,8 @@ _CONFLICTS = (
         code="adapter-options-in-full-training",
         severity="conflict",
         options=("method", *NetworkOptions.model_fields),
-        is_broken=lambda c: (is_full(c) or trains_control_net(c)) and c.is_changed(*NetworkOptions.model_fields),
-        what="--network_... and the other adapter options cannot be combined with --method full or control_net, which "
-        "train no adapter",
+        is_broken=lambda c: c.run.method != "adapter" and c.is_changed(*NetworkOptions.model_fields),
+        what="--network_... and the other adapter options cannot be combined with a --method that trains no adapter",
         fix="remove them, or give --method adapter",
     ),
     OptionRule(

@@ -101,7 +101,7 @@ def check_inpainting(model: ModelPlan, problems: Problems) -> None:
             code="inpainting-model-missing",
             fix="give a checkpoint for inpainting, whose denoiser has 9 input channels, or remove it",
         )
-    if inpaints and model.method.takes_control:
+    if inpaints and config.run.takes_control:
         problems.add(
             f"{model.blueprint.source.name} is for inpainting, and control networks are trained for plain models",
             code="inpainting-with-control-images",

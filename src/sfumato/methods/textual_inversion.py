@@ -27,7 +27,6 @@ class TextualInversionMethod:
     """One word is saved as a file, several as a folder with a file for each."""
 
     modelspec_suffix = "/textual-inversion"
-    takes_control = False
 
     def __init__(self, config: Config) -> None:
         self.config = config
