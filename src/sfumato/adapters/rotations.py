@@ -26,7 +26,8 @@ def limit_skew(skew: Tensor, limit: float) -> Tensor:
 def find_rotation_difference(skew: Tensor) -> Tensor:
     """R - I of the rotations R = (I + Q) (I - Q)⁻¹ (Qiu et al. 2023, eq. 6), which is 2 (I - Q)⁻¹ Q."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(eye - skew, 2 * skew)
+    difference, _ = torch.linalg.solve_ex(eye - skew, 2 * skew)  # which exists; to check it would wait for the device
+    return difference
 
 
 def find_neumann_difference(skew: Tensor) -> Tensor:
