@@ -15,6 +15,7 @@ from sfumato.cli.main import main
 from sfumato.compat.launch import main as run_script
 from sfumato.families.base import Family
 from sfumato.methods.inference_adapters import InferenceAdapters
+from sfumato.tools.adapter_files.compare import compare_adapters, find_cosine
 from tools.adapter_cases import draw_adapter
 
 
@@ -150,3 +151,25 @@ def test_inspect_and_check(files: dict[str, Path], tmp_path: Path, capsys: pytes
     save_file(state, tmp_path / "nan.safetensors")
     assert run_script(["networks/check_lora_weights.py", "-s", str(tmp_path / "nan.safetensors")]) == 2
     assert "NAN OR INFINITE" in capsys.readouterr().out
+
+
+def test_compare(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Cosine against whole matrices, overlap against torch's angles; a file with itself, and with its opposite."""
+    found = compare_adapters(files["two"], files["three"])
+    first, second = load_file(files["two"]), load_file(files["three"])
+    names = [key.removesuffix(".alpha") for key in first if key.endswith(".alpha")]
+    one = torch.cat([1.5 * multiply(first, name).flatten() for name in names])
+    other = torch.cat([multiply(second, name).flatten() / 3 for name in names])
+    assert find_cosine(found.pairs) == pytest.approx(float(torch.cosine_similarity(one, other, dim=0)), abs=1e-5)
+    up = "lora_unet_single_blocks_0_linear2.lora_up.weight"
+    spaces = [torch.linalg.svd(state[up], full_matrices=False).U for state in (first, second)]
+    angles = torch.linalg.svdvals(spaces[0].t() @ spaces[1])
+    assert any(pair.outputs == pytest.approx(float(angles.square().mean()), abs=1e-5) for pair in found.pairs)
+    assert main(["lora", "compare", str(files["two"]), str(files["two"])]) == 0
+    assert "push the same way (cosine 1.00)" in capsys.readouterr().out
+    assert main(["lora", "compare", str(files["two"]), str(files["loha"])]) == 0
+
+
+def test_files_that_cannot_be_compared(files: dict[str, Path], codes: list[str]) -> None:
+    assert main(["lora", "compare", str(files["two"]), str(files["dora"])]) == 2
+    assert codes == ["adapter-change-needs-model"]

@@ -45,6 +45,7 @@ LORA_COMMANDS = {
     "merge": Command("lora_merge", "Merge adapters into a checkpoint, or several into one."),
     "extract": Command("lora_extract", "Make an adapter of the difference of two models."),
     "resize": Command("lora_resize", "Write a LoRA at a smaller rank."),
+    "compare": Command("lora_compare", "Show whether two adapters work together or against each other."),
     "inspect": Command("lora_inspect", "Show what an adapter file does to which blocks, and what is wrong with it."),
     "check": Command("lora_check", "Show the tensors of an adapter file, and what is wrong with it."),
     "convert": Command("lora_convert", "Write a LoRA under the names of another program."),
@@ -63,7 +64,9 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
     "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, maintain them, tag its images."),
-    "lora": CommandGroup(LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, inspect, check."),
+    "lora": CommandGroup(
+        LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, compare, inspect, check."
+    ),
     "model": CommandGroup(MODEL_COMMANDS, "Tools for checkpoints: merge, convert."),
     "metadata": CommandGroup(METADATA_COMMANDS, "The metadata of safetensors files: show, set, strip."),
     "report": Command("report", "Make the report page of a run again, from the files in its folder."),

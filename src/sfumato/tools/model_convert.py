@@ -78,7 +78,7 @@ def write_whole_model(
     if not is_file and blueprint.pipeline is None:
         raise UserError(
             f"{source.name}: no folder of diffusers is written for this model",
-            code="model-folder-unsupported",
+            code="convert-folder-unsupported",
             fix=f"{request.output}.safetensors",
         )
     model = family(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))

@@ -1,0 +1,34 @@
+"""`sfumato lora compare`: what two adapters have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Options, option
+from sfumato.config.command import read_options
+from sfumato.config.values import FilePath
+
+
+class LoraCompareOptions(Options):
+    """Compares two adapters of one model, block by block: the norms of their changes, the cosine between them, and how
+    far they write to the same outputs and read the same inputs: whether they go together.
+    """
+
+    first: FilePath = option(
+        None, "an adapter: a file, or a folder of PEFT or diffusers", positional=True, required=True
+    )
+    second: FilePath = option(None, "another one", positional=True, required=True)
+    family: str | None = option(None, "the model family of the adapters, where their names do not say it")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato lora compare`."""
+    if asks_for_help(argv):
+        print(command_help("sfumato lora compare", LoraCompareOptions), end="")
+        return 0
+    options = read_options(argv, LoraCompareOptions)
+    from sfumato.tools.adapter_files.compare import compare_adapters, render_comparison
+
+    print("\n".join(render_comparison(compare_adapters(options.first, options.second, options.family))))
+    return 0
