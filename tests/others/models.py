@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def compute_with_file(model: Family, path: Path, part: str = "denoiser", strengt
     """The output with a file attached, as `generate` does; the adapters have no effect afterwards."""
     adapters = InferenceAdapters(model, [(path, strength)])
     found = compute_output(model, part)
-    for engine in adapters.frozen.engines:
+    for engine in chain.from_iterable(file.engines for file in adapters.files):
         engine.multiplier = 0.0
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def files(flux: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def compute_with_both(model: Family, strengths: list[tuple[Path, float]]) -> torch.Tensor:
     adapters = InferenceAdapters(model, strengths)
     found = compute_output(model)
-    for engine in adapters.frozen.engines:
+    for engine in chain.from_iterable(file.engines for file in adapters.files):
         engine.detach()
     return found
 

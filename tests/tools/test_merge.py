@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +58,7 @@ def attach(model: Family, file: Path, strength: float) -> dict[str, torch.Tensor
     """The outputs of all networks with a file attached."""
     adapters = InferenceAdapters(model, [(file, strength)])
     found = {part: compute_output(model, part) for part in ("denoiser", *model.text_parts)}
-    for engine in adapters.frozen.engines:
+    for engine in chain.from_iterable(file.engines for file in adapters.files):
         engine.detach()
     return found
 
