@@ -12,6 +12,8 @@ from sfumato.adapters.kinds import list_kinds
 
 def test_the_kinds_whose_change_depends_on_the_weights_say_so() -> None:
     for name, kind in list_kinds().items():
+        if not kind.spellings:  # its files are read as another kind
+            continue
         if kind.is_wrapper:
             assert kind.reads_weights, name
             continue
