@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from families.toys import ToyShelf
+from sfumato.config.prompts import parse_line
 from sfumato.errors import UserError
 from sfumato.sample import generate_batch
+from sfumato.training.previews import list_ignored_in_previews
 from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
 
 LINE = " --w 64 --h 64 --s 1"
@@ -55,6 +57,12 @@ def test_prompts_are_read_again_while_training(
     assert prompts_of(output) == {"000001": ["a cat"], "000002": ["a dog", "a cup"], "000005": ["a table"]}
     assert equal_tensors(read_weights(without), read_weights(output))
     assert read_metrics(without) == read_metrics(output)
+
+
+def test_options_that_previews_ignore_are_listed() -> None:
+    lines = list(list_ignored_in_previews(parse_line("a --d 1,2 --f x.png", where="")))
+    assert [word in line for word, line in zip(("--d", "--f"), lines, strict=True)] == [True, True]
+    assert not list(list_ignored_in_previews(parse_line("a --d 1", where="")))
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from sfumato.errors import UserError
 Texts = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("TEXT ...")]
 MIXED_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
 CHUNK_TOKENS, MOST_CHUNKS = 75, 3
-WITHOUT_CONTROL = "images are generated without control networks yet"
+WITHOUT_CONTROL = "a ControlNet acts in all steps, at full strength, with the control image as it is"
 NOISE = "a model's own noise is never changed when images are made"
 ABSENT_IN_GEN_IMG = {
-    **dict.fromkeys(("control_net_models", "control_net_lllite_models", "control_net_preps"), WITHOUT_CONTROL),
+    **dict.fromkeys(("control_net_lllite_models", "control_net_preps"), WITHOUT_CONTROL),
     **dict.fromkeys(("control_net_multipliers", "control_net_weights", "control_net_ratios"), WITHOUT_CONTROL),
-    **dict.fromkeys(("guide_image_path", "highres_fix_disable_control_net"), WITHOUT_CONTROL),
+    **dict.fromkeys(("highres_fix_disable_control_net",), WITHOUT_CONTROL),
     **dict.fromkeys(("pyramid_noise_prob", "pyramid_noise_discount_range"), NOISE),
     **dict.fromkeys(("noise_offset_prob", "noise_offset_range"), NOISE),
     **dict.fromkeys(("clip_guidance_scale", "clip_image_guidance_scale", "clip_vision_strength"), "no CLIP guides it"),
@@ -57,13 +57,11 @@ class GenImgOptions(Options):
 class GenImgAbsentOptions(Options):
     """Options of gen_img that are refused, with the reason."""
 
-    control_net_models: Texts = option((), "refused")
     control_net_lllite_models: Texts = option((), "refused")
     control_net_preps: Texts = option((), "refused")
     control_net_multipliers: Texts = option((), "refused")
     control_net_weights: Texts = option((), "refused")
     control_net_ratios: Texts = option((), "refused")
-    guide_image_path: Texts = option((), "refused")
     pyramid_noise_prob: Texts = option((), "refused")
     pyramid_noise_discount_range: Texts = option((), "refused")
     noise_offset_prob: Texts = option((), "refused")

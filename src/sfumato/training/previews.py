@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -72,11 +72,22 @@ def prepare_preview(run: Run, prompt: Prompt, number: int, step: int, label: str
     request = make_request(
         prompt, run.model, sampler=samples.sample_sampler, seed=seed, weighted=samples.prompt_weighting
     )
-    run.warn_once((*prompt.notes, *list_ignored(prompt, request, run.model)))
+    run.warn_once((*prompt.notes, *list_ignored(prompt, request, run.model), *list_ignored_in_previews(prompt)))
     given_seed = "" if prompt.seed is None else f"_{prompt.seed}"
     now = time.strftime("%Y%m%d%H%M%S")
     name = f"{run.plan.saves.name}_{label}_{number:02d}_{now}{given_seed}.png"
     return request, run.plan.output_dir / "sample" / name
+
+
+def list_ignored_in_previews(prompt: Prompt) -> Iterator[str]:
+    """Options that only `sfumato generate` has a use for."""
+    start = f"the prompt {prompt.prompt[:40]!r}: "
+    if prompt.seeds:
+        yield f"{start}of several seeds in --d previews use the first"
+    if prompt.file_name:
+        yield f"{start}--f has no effect on previews, whose names have the step"
+    if prompt.highres_fix_save_1st:
+        yield f"{start}highres_fix_save_1st has no effect on previews"
 
 
 def can_preview(run: Run, request: ImageRequest) -> bool:

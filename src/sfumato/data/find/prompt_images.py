@@ -10,10 +10,12 @@ from sfumato.data.images import read_image
 
 
 def check_prompt_images(prompts: Iterable[Prompt], *, control: bool) -> None:
-    """UserError for a reference image or a control image that cannot be read. control: whether the latter is used."""
+    """UserError for an image that cannot be read. control: whether control images are used."""
     files: dict[str | None, None] = {}
     for prompt in prompts:
-        files |= dict.fromkeys((prompt.reference_image, prompt.controlnet_image if control else None))
+        files |= dict.fromkeys(
+            (prompt.reference_image, prompt.init_image, prompt.mask_image, prompt.controlnet_image if control else None)
+        )
     for path in files:
         if path:
             read_image(Path(path))

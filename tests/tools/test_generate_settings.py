@@ -1,0 +1,79 @@
+"""The command inside an image makes it again, whatever its settings; and other programs read its recipe."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from families.toys import ToyShelf
+from sfumato.cli.main import main
+
+START = "--W 64 --H 64 --steps 3 --seed 5 --scale 3"
+LINES = {
+    "from an image": "--prompt 'a cat --n a dog' --image_path start.png --mask_path mask.png --strength 0.7",
+    "hires fix": "--prompt 'a cat' --highres_fix_scale 0.5 --highres_fix_steps 2 --highres_fix_latents_upscaling",
+    "Deep Shrink": "--prompt 'a cat --dsd1 1 --dst1 500 --dsr 0.75' --negative_scale 0.5",
+    "Gradual Latent": "--prompt 'a cat' --sampler euler_a --gradual_latent_ratio 0.75",
+    "variants": "--prompt 'a {cat|dog} in \\{braces\\} --d 4' --negative_prompt 'a {red|blue} cup'",
+    "sizes": "--prompt 'a cat --p2 a dog --c a cup' --original_width 512 --crop_top 8",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("start.png")
+    Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (0, 32)))).save("mask.png")
+    return tmp_path
+
+
+def read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+    with Image.open(path) as image:
+        return np.asarray(image), dict(image.text)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "kind", [name if name == "from an image" else pytest.param(name, marks=pytest.mark.full) for name in LINES]
+)
+def test_the_command_makes_the_image_again(kind: str, folder: Path, toy_shelf: ToyShelf) -> None:
+    family = "sdxl" if kind == "sizes" else "sd"
+    model = os.path.relpath(toy_shelf.paths(family)["pretrained_model_name_or_path"])
+    assert main(["generate", "--ckpt", model, *shlex.split(f"{START} {LINES[kind]}"), "--outdir", "first"]) == 0
+    (made,) = (folder / "first").iterdir()
+    pixels, text = read(made)
+    assert main([*shlex.split(text["command"])[1:], "--outdir", "second"]) == 0
+    (again,) = (folder / "second").iterdir()
+    found, same = read(again)
+    assert (found == pixels).all(), text["command"]
+    assert same == text
+
+
+def test_the_recipe_for_other_programs(folder: Path, toy_shelf: ToyShelf) -> None:
+    """The text of AUTOMATIC1111's web UI, and from it the prompts again where only an image is given."""
+    model = str(toy_shelf.paths("sd")["pretrained_model_name_or_path"])
+    line = f"{START} --prompt 'a cat' --negative_prompt 'a dog' --sampler euler_a --outdir one"
+    assert main(["generate", "--ckpt", model, *shlex.split(line)]) == 0
+    (made,) = (folder / "one").iterdir()
+    pixels, text = read(made)
+    assert text["parameters"] == (
+        "a cat\nNegative prompt: a dog\nSteps: 3, Sampler: Euler a, CFG scale: 3, Seed: 5, Size: 64x64"
+    )
+    for number, keys in enumerate((("prompt", "negative_prompt"), ("parameters",))):
+        carried = PngInfo()
+        for key in keys:
+            carried.add_text(key, text[key])
+        source = folder / f"source{number}.png"
+        Image.fromarray(pixels).save(source, pnginfo=carried)
+        more = ["--image_path", str(source), "--outdir", f"out{number}"]
+        assert main(["generate", "--ckpt", model, *shlex.split(START), *more]) == 0
+        (found,) = (folder / f"out{number}").iterdir()
+        _, read_again = read(found)
+        assert (read_again["prompt"], read_again["negative_prompt"]) == ("a cat", "a dog")
+        assert read_again["init_image"] == source.name
