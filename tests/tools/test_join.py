@@ -161,11 +161,11 @@ def test_compare(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> 
     names = [key.removesuffix(".alpha") for key in first if key.endswith(".alpha")]
     one = torch.cat([1.5 * multiply(first, name).flatten() for name in names])
     other = torch.cat([multiply(second, name).flatten() / 3 for name in names])
-    assert find_cosine(found.pairs) == pytest.approx(float(torch.cosine_similarity(one, other, dim=0)), abs=1e-5)
+    assert find_cosine(found.shared) == pytest.approx(float(torch.cosine_similarity(one, other, dim=0)), abs=1e-5)
     up = "lora_unet_single_blocks_0_linear2.lora_up.weight"
     spaces = [torch.linalg.svd(state[up], full_matrices=False).U for state in (first, second)]
     angles = torch.linalg.svdvals(spaces[0].t() @ spaces[1])
-    assert any(pair.outputs == pytest.approx(float(angles.square().mean()), abs=1e-5) for pair in found.pairs)
+    assert any(pair.outputs == pytest.approx(float(angles.square().mean()), abs=1e-5) for pair in found.shared)
     assert main(["lora", "compare", str(files["two"]), str(files["two"])]) == 0
     assert "push the same way (cosine 1.00)" in capsys.readouterr().out
     assert main(["lora", "compare", str(files["two"]), str(files["loha"])]) == 0

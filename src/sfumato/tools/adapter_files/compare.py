@@ -40,13 +40,13 @@ class Comparison:
     """What two files have in common."""
 
     paths: tuple[Path, Path]
-    pairs: Sequence[ChangePair]
+    shared: Sequence[ChangePair]  # of layer groups that both change
     alone: tuple[int, int]  # layer groups that only one of them changes
 
     @property
     def blocks(self) -> Mapping[tuple[str, str], list[ChangePair]]:
         found: dict[tuple[str, str], list[ChangePair]] = defaultdict(list)
-        for pair in self.pairs:
+        for pair in self.shared:
             found[pair.part, pair.block].append(pair)
         return dict(sorted(found.items(), key=lambda item: (item[0][0], split_numbers(item[0][1]))))
 
@@ -64,7 +64,7 @@ def compare_adapters(first: Path, second: Path, family: str | None = None) -> Co
             pairs.append(compare_changes(known, group, changes[0], changes[1]))
         else:
             alone[0 if changes[0] else 1] += 1
-    return Comparison(paths=(first, second), pairs=pairs, alone=(alone[0], alone[1]))
+    return Comparison(paths=(first, second), shared=pairs, alone=(alone[0], alone[1]))
 
 
 def find_change(found: Sequence[LayerMatch], group: LayerGroup) -> Factors | None:
@@ -106,13 +106,13 @@ def render_comparison(comparison: Comparison) -> list[str]:
     first, second = comparison.paths
     alone = f"{comparison.alone[0]} only in the first, {comparison.alone[1]} only in the second"
     lines = [
-        f"{first} and {second}: {len(comparison.pairs)} layers in both, {alone}",
+        f"{first} and {second}: {len(comparison.shared)} layers in both, {alone}",
         "",
         f"  {'block':<44}{'layers':>6}{'norms':>19}{'cosine':>9}{'outputs':>9}{'inputs':>9}",
     ]
     for (part, block), pairs in comparison.blocks.items():
         lines.append(format_pairs(f"{part}.{block}" if block else part, pairs))
-    lines += [format_pairs("all", comparison.pairs), ""] if comparison.pairs else [""]
+    lines += [format_pairs("all", comparison.shared), ""] if comparison.shared else [""]
     return [*lines, *judge(comparison)]
 
 
@@ -131,11 +131,11 @@ def find_cosine(pairs: Sequence[ChangePair]) -> float:
 
 def judge(comparison: Comparison) -> Iterator[str]:
     """Whether the two work for or against each other when they are used together."""
-    if not comparison.pairs:
+    if not comparison.shared:
         yield "they change no layer in common: used together, each does what it does alone"
         return
-    cosine = find_cosine(comparison.pairs)
-    inputs = sum(pair.inputs for pair in comparison.pairs) / len(comparison.pairs)
+    cosine = find_cosine(comparison.shared)
+    inputs = sum(pair.inputs for pair in comparison.shared) / len(comparison.shared)
     if cosine > STRONG:
         yield f"they push the same way (cosine {cosine:.2f}): used together, lower the strength of both"
     elif cosine < -STRONG:
