@@ -19,7 +19,8 @@ ALLOWED_NAMES = frozenset(  # (file, name): the name of an option
 PARTICIPLES = {"told", "shown", "made", "held", "kept", "found", "drawn", "taken", "begun", "left", "given"}
 NO_PARTICIPLES = {"need", "seed", "feed", "embed"}
 ALLOWED_FUNCTIONS = frozenset(  # (file, name): the context manager that the glossary itself names
-    (f"methods/{module}.py", "disabled") for module in ("adapter", "base", "control_net", "full", "textual_inversion")
+    (f"methods/{module}.py", "disabled")
+    for module in ("adapter", "base", "control_net", "full", "lllite", "textual_inversion")
 )
 PHRASES = {  # what occurs in no message or help line -> what to say instead
     r"\bpictures?\b": "image, or sample for a generated one",

@@ -31,7 +31,7 @@ def test_a_mask_of_nothing(name: str, toy_shelf: ToyShelf, tmp_path: Path) -> No
         options |= {"network_dim": None}
     if script.method == "textual_inversion":
         options |= {"token_string": "zwx", "use_object_template": True, "save_model_as": "pt"}
-    if script.method == "control_net":  # whose masks are alpha channels, beside the control images
+    if script.method in ("control_net", "lllite"):  # whose masks are alpha channels, beside the control images
         options |= {"alpha_mask": True}
         for path in (images / "2_cat").glob("*.png"):
             image = Image.open(path)

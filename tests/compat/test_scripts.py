@@ -85,7 +85,6 @@ def test_find_script(name, script):
     [
         ("hunyuan_image_train_network", "script-not-implemented", "available: train_network"),
         ("anima_train.py", "script-not-implemented", "anima_train is not implemented yet"),
-        ("sdxl_train_control_net_lllite", "script-not-implemented", "is not implemented yet"),
         ("train_textual_inversion_XTI", "script-retired", "train_textual_inversion takes its place"),
         ("train_netwrk", "script-unknown", "did you mean 'train_network'?"),
     ],

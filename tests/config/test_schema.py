@@ -11,11 +11,13 @@ from sfumato.common.names import OPTION_ALIASES
 from sfumato.config.schema import THEMES, Config, vocabulary
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
-KINDS = ("control_net", "inversion", "full", "network")
-CONTROL, INVERSION, FULL, NETWORK = (
+KINDS = ("lllite", "control_net", "inversion", "full", "network")
+LLLITE, CONTROL, INVERSION, FULL, NETWORK = (
     json.loads((GOLDENS / f"{kind}_script_options.json").read_text()) for kind in KINDS
 )
-THEIR_OPTIONS = CONTROL | INVERSION | FULL | NETWORK  # where both have an option, they agree but for what stands below
+THEIR_OPTIONS = (
+    LLLITE | CONTROL | INVERSION | FULL | NETWORK
+)  # where both have an option, they agree but for what stands below
 OURS = {
     "skip_image_resolution", "train_inpainting",
     "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",

@@ -67,7 +67,7 @@ def run_generate(
     given = make_prompts(options, config, series)
     lines = (terminal or Terminal()).read() if series.options.interactive else iter([given])
     first = series.list_images([prompt.apply_defaults(values) for prompt in next(lines, [])])
-    control = config.model.controlnet_model_name_or_path is not None
+    control = bool(config.model.controlnet_model_name_or_path or options.control_net_lllite_models)
     check_prompt_images(first, control=control)
     networks = list_networks(options, config)
     from sfumato.tools.generate import ImageMaker
@@ -80,6 +80,7 @@ def run_generate(
         merged=len(networks) if options.network_merge else options.network_merge_n_models or 0,
         outdir=options.outdir,
         float32_parts=options.float32_parts,
+        lllite=options.control_net_lllite_models,
         sequential_names=series.options.sequential_file_name,
         original_names=series.options.use_original_file_name,
     )

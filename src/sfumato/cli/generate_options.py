@@ -47,7 +47,8 @@ class GenerateOptions(Options):
     flow_shift: float | None = option(None, "shift of a flow model's timesteps towards noise", gt=0)
     prompt_2: str | None = option(None, "what the second text encoder reads instead of the prompt")
     clip_prompt: str | None = option(None, "what the pooled vector of the text is made of, instead of the prompt")
-    control_net_image: FilePath | None = option(None, "control image of the ControlNet, for prompts without --cn")
+    control_net_lllite_models: FilePaths = option((), "files of ControlNet-LLLite")
+    control_net_image: FilePath | None = option(None, "control image of ControlNet or LLLite, of prompts without --cn")
     reference_image: FilePath | None = option(None, "image that a model for edits starts from")
     float32_parts: Names = option((), "networks kept in float32, e.g. those that were trained as a whole")
 
@@ -119,8 +120,17 @@ PROMPT_FIELDS = {  # option -> field of a prompt where that has another name
     "W": "width", "H": "height", "steps": "sample_steps", "guidance": "guidance_scale", "image_path": "init_image",
     "mask_path": "mask_image", "control_net_image": "controlnet_image",
 }  # fmt: skip
-NO_PROMPT_FIELDS = ("prompt", "plain_prompt", "network_weights", "network_mul", "network_merge", "outdir")
+NO_PROMPT_FIELDS = (
+    "control_net_lllite_models",
+    "prompt",
+    "plain_prompt",
+    "network_weights",
+    "network_mul",
+    "network_merge",
+    "outdir",
+)
 NO_PROMPT_FIELDS += (
+    "control_net_lllite_models",
     "textual_inversion_embeddings",
     "network_merge_n_models",
     "float32_parts",

@@ -52,7 +52,7 @@ FOREIGN_KEYS: dict[str, tuple[str, ...]] = {  # kind -> keys
     ),
     OTHER_SCRIPT: (
         # ControlNet, LLLite
-        "cond_emb_dim", "cond_in_channels", "control_net_lllite_path",
+        "cond_in_channels", "control_net_lllite_path",
         "lllite_cond_dim", "lllite_cond_emb_dim", "lllite_cond_in_channels", "lllite_cond_resblocks",
         "lllite_dropout", "lllite_inpaint_masked_input", "lllite_mlp_dim", "lllite_multiplier",
         "lllite_target_layers", "lllite_use_aspp",

@@ -139,7 +139,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "networks/convert_anima_lora_to_comfy",
     "networks/convert_hunyuan_image_lora_to_comfy",
     "networks/lora_interrogator",
-    "sdxl_train_control_net_lllite",
     "tools/canny",
     "tools/detect_face_rotate",
     "tools/latent_upscaler",

@@ -174,6 +174,12 @@ SCRIPTS = {
             description="Trains a ControlNet for FLUX.1 (experimental).",
             defaults=FLUX_DEFAULTS,
         ),
+        Script(
+            name="sdxl_train_control_net_lllite",
+            family="sdxl",
+            method="lllite",
+            description="Trains ControlNet-LLLite for Stable Diffusion XL.",
+        ),
     )
 }
 

@@ -50,6 +50,7 @@ SCRIPT_GROUPS = {
     "full": "whole-model scripts",
     "textual_inversion": "textual inversion scripts",
     "control_net": "ControlNet scripts",
+    "lllite": "LLLite",
 }
 OPTION_COLUMNS = """| Option | Takes | Default | Status | Scripts | Meaning |
 |---|---|---|---|---|---|"""

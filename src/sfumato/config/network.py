@@ -36,6 +36,7 @@ class NetworkOptions(Options):
     network_train_unet_only: bool = option(False, "train only the denoiser")
     network_train_text_encoder_only: bool = option(False, "train only the text encoders")
     network_dropout: float | None = option(None, "dropout probability inside the adapter", ge=0, lt=1)
+    cond_emb_dim: int | None = option(None, "channels that LLLite reads of a control image; default: 32", ge=2)
     scale_weight_norms: float | None = option(None, "maximum norm of a layer's weight change", gt=0)
     base_weights: FilePaths = option((), "adapter files or folders merged into the model before training", path="any")
     base_weights_multiplier: Floats = option((), "multipliers of --base_weights, in their order; 1 where missing")

@@ -15,6 +15,18 @@ def is_full(config: Config) -> bool:
     return config.run.method == "full"
 
 
+LLLITE_OPTIONS = ("network_dim", "network_dropout", "network_weights", "cond_emb_dim")
+ADAPTER_OPTIONS = tuple(name for name in NetworkOptions.model_fields if name != "cond_emb_dim")
+OTHER_ADAPTER_OPTIONS = tuple(name for name in ADAPTER_OPTIONS if name not in LLLITE_OPTIONS)
+
+
+def lists_adapter_options(config: Config) -> bool:
+    """Whether options of adapters are given in a run that trains none."""
+    if config.run.method == "adapter":
+        return False
+    return config.is_changed(*(OTHER_ADAPTER_OPTIONS if config.run.method == "lllite" else ADAPTER_OPTIONS))
+
+
 def trains_control_net(config: Config) -> bool:
     return config.run.method == "control_net"
 
@@ -67,9 +79,10 @@ _CONFLICTS = (
     OptionRule(
         code="adapter-options-in-full-training",
         severity="conflict",
-        options=("method", *NetworkOptions.model_fields),
-        is_broken=lambda c: c.run.method != "adapter" and c.is_changed(*NetworkOptions.model_fields),
-        what="--network_... and the other adapter options cannot be combined with a --method that trains no adapter",
+        options=("method", *ADAPTER_OPTIONS),
+        is_broken=lists_adapter_options,
+        what="--network_... and the other adapter options cannot be combined with a --method that trains no adapter "
+        "(LLLite has --network_dim, --network_dropout and --network_weights)",
         fix="remove them, or give --method adapter",
     ),
     OptionRule(
@@ -184,6 +197,15 @@ _CONTROL_NET = (
         fix="give --method control_net, or remove them",
     ),
     OptionRule(
+        code="cond-emb-dim-unused",
+        severity="no effect",
+        options=("method", "cond_emb_dim"),
+        is_broken=lambda c: c.run.method != "lllite" and c.network.cond_emb_dim is not None,
+        what="--cond_emb_dim",
+        reason="LLLite is not trained",
+        fix="give --method lllite, or remove it",
+    ),
+    OptionRule(
         code="learning-rate-before-control-net-lr",
         severity="no effect",
         options=("learning_rate", "control_net_lr"),
@@ -198,16 +220,16 @@ _CONTROL_NET = (
         code="other-lr-in-control-net-training",
         severity="no effect",
         options=("unet_lr", "text_encoder_lr"),
-        is_broken=lambda c: trains_control_net(c) and c.is_changed("unet_lr", "text_encoder_lr"),
+        is_broken=lambda c: c.run.takes_control and c.is_changed("unet_lr", "text_encoder_lr"),
         what="--unet_lr and --text_encoder_lr",
-        reason="a ControlNet alone is trained",
-        fix="give --control_net_lr",
+        reason="neither of them is trained",
+        fix="give --learning_rate or --control_net_lr",
     ),
     OptionRule(
         code="masked-loss-of-control-images",
         severity="no effect",
         options=("masked_loss", "alpha_mask"),
-        is_broken=lambda c: trains_control_net(c) and c.images.masked_loss and not c.images.alpha_mask,
+        is_broken=lambda c: c.run.takes_control and c.images.masked_loss and not c.images.alpha_mask,
         what="--masked_loss",
         reason="conditioning_data_dir has control images, so masks are the images' alpha channels",
         fix="give --alpha_mask, or remove it",

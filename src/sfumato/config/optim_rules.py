@@ -63,6 +63,9 @@ def used_learning_rates(config: Config) -> Iterator[float]:
     if config.run.method == "control_net":
         yield optim.learning_rate if optim.control_net_lr is None else optim.control_net_lr
         return
+    if config.run.takes_control:
+        yield optim.learning_rate
+        return
     if not network.network_train_text_encoder_only:
         yield optim.learning_rate if optim.unet_lr is None else optim.unet_lr
     if not network.network_train_unet_only:

@@ -9,16 +9,16 @@ from pydantic import BeforeValidator
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath, Seed, parse_int_choice
 
-CONTROL_METHODS = ("control_net",)  # those that learn from control images
+CONTROL_METHODS = ("control_net", "lllite")  # those that learn from control images
 
 
 class RunOptions(Options):
     """The run"""
 
     family: str | None = option(None, "model family; default: detected from the checkpoint")
-    method: Literal["adapter", "full", "textual_inversion", "control_net", "leco"] = option(
+    method: Literal["adapter", "full", "textual_inversion", "control_net", "lllite", "leco"] = option(
         "adapter",
-        "what is trained: an adapter, the full model, vectors of new words, a ControlNet, or an adapter from prompts",
+        "what is trained: an adapter, the full model, vectors of new words, a ControlNet, LLLite, or an adapter from prompts",
     )
     config_file: FilePath | None = option(
         None,

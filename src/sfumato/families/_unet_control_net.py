@@ -1,7 +1,8 @@
-"""ControlNets of UNets (Zhang et al. 2023): a copy of their lower half, called before them."""
+"""What a control image steers in UNets: ControlNets, copies of their lower half, and the layers that LLLite changes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families import _unet
 from sfumato.families.base import Family
 from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, make_image_layer_rules
+from sfumato.families.part import Network
 from sfumato.families.source import select_fields
+from sfumato.formats.controlled import ControlledLayer
 from sfumato.formats.keymap import KeyMap, KeyRule
 
 _FIELDS = (  # that both classes of diffusers have
@@ -22,6 +25,11 @@ _FIELDS = (  # that both classes of diffusers have
     *("addition_embed_type", "addition_time_embed_dim", "num_class_embeds", "upcast_attention"),
     *("resnet_time_scale_shift", "projection_class_embeddings_input_dim"),
 )
+_LAYERS = re.compile(
+    r"(?:down_blocks\.(\d+)|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.(?:attn1\.to_[qkv]|attn2\.to_q)\.weight"
+)
+_LATENT_PIXEL = 8  # pixels a side
+_LLLITE_PREFIX = "lllite_unet_"
 _CALLED_WITH = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 
 
@@ -62,3 +70,25 @@ UNET_CONTROL_NET = ControlNetSupport(
     run=_run,
     list_layouts=_list_layouts,
 )
+
+
+def list_unet_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+    """Name in LLLite files, from the original one, -> layer: queries of both attentions, keys and values of the first.
+
+    Those of the upper half are left as they are.
+    """
+    shapes = denoiser.weights.read_shapes()
+    layers: dict[str, ControlledLayer] = {}
+    deepest = len(denoiser.config["block_out_channels"]) - 1
+    for weight in shapes:
+        match = _LAYERS.fullmatch(weight)
+        if match is None:
+            continue
+        path = weight.removesuffix(".weight")
+        original = denoiser.spec.key_map.locate(path).original
+        level = deepest if match[1] is None else int(match[1])
+        name = _LLLITE_PREFIX + original.replace(".", "_")
+        layers[name] = ControlledLayer(
+            name=name, path=path, inputs=shapes[weight][1], token_side=_LATENT_PIXEL * 2**level
+        )
+    return layers

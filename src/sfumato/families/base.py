@@ -7,7 +7,7 @@ features, how features become the denoiser's arguments, how pixels become latent
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.control_net import CONTROL_NET, ControlNetSupport
 from sfumato.families.part import Builder, Network, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
+from sfumato.formats.controlled import ControlledLayer
 
 BASE_MODEL = "--pretrained_model_name_or_path FILE_OR_FOLDER"
 FAMILIES: Registry[type[Family]] = Registry("model family")
@@ -59,6 +60,8 @@ class Family(ABC):
     components: ClassVar[Mapping[str, Component]] = {}  # part name -> folder in diffusers' layout
     num_references: ClassVar[int] = 0  # reference images that it takes beside the noisy one
     control_net: ClassVar[ControlNetSupport | None] = None
+    # The layers of the denoiser that LLLite changes, by their names in files.
+    list_controlled_layers: ClassVar[Callable[[Network], Mapping[str, ControlledLayer]] | None] = None
     no_control_net: ClassVar[str] = "diffusers has no class for them"  # why, where there is none
     has_pooled_text: ClassVar[bool] = False  # whether a text encoder's features have a pooled vector
     has_size_inputs: ClassVar[bool] = False  # whether its denoiser is told the image's sizes
@@ -75,6 +78,7 @@ class Family(ABC):
         self.latents = blueprint.latents
         self.text_parts = blueprint.text_parts
         self.tokenizers: dict[str, Any] = dict(self.load_tokenizers(blueprint, model))  # of each text encoder
+        self.has_control_adapter = False  # whether what reads a control image is attached to the denoiser
         self.overflow_warned = False  # whether the warning about half precision was given
         builders = {"vae": _vae.build, **self.builders(blueprint)}
         if self.control_net is not None:
@@ -219,7 +223,7 @@ class Family(ABC):
     @property
     def takes_control(self) -> bool:
         """Whether a control image steers what this model generates."""
-        return CONTROL_NET in self.parts
+        return self.has_control_adapter or CONTROL_NET in self.parts
 
     @property
     def takes_control_latents(self) -> bool:

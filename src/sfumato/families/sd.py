@@ -13,7 +13,7 @@ from sfumato.data.batch import Images, Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _open_clip, _tokenizers, _unet, _vae
 from sfumato.families._file_kinds import make_missing_text_error
-from sfumato.families._unet_control_net import UNET_CONTROL_NET
+from sfumato.families._unet_control_net import UNET_CONTROL_NET, list_unet_layers
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
@@ -77,6 +77,7 @@ class StableDiffusion(Family):
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
     components = _PIPELINE.networks
     control_net = UNET_CONTROL_NET
+    list_controlled_layers = staticmethod(list_unet_layers)
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)

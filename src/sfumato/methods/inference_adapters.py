@@ -17,6 +17,7 @@ from sfumato.families.new_tokens import attach_tokens, read_embedding_widths
 from sfumato.formats.embedding_file import EmbeddingFile, read_bundled_embeddings, read_embedding_file
 from sfumato.methods.base_weights import read_base_weights
 from sfumato.methods.frozen_adapters import FrozenAdapters, read_frozen_file
+from sfumato.methods.inference_lllite import attach_lllite, show_control_image
 from sfumato.methods.new_words import NewWords, count_vectors, number_words, read_embedding_names
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class InferenceAdapters:
     """Hooks the adapters, so that they add exactly what they added in training; those of `base` are merged before.
 
     embeddings: files of textual inversion, each with its word, or "" for the one that it names. Words in the adapters'
-    files are used, too.
+    files are used, too. lllite: files of ControlNet-LLLite, which all read a request's control image.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class InferenceAdapters:
         *,
         base: Strengths = (),
         embeddings: Sequence[tuple[Path, str]] = (),
+        lllite: Sequence[Path] = (),
     ) -> None:
         networks = {name: part.network for name, part in model.parts.items() if part.spec.targets}
         specs = {name: network.spec for name, network in networks.items()}
@@ -54,6 +56,7 @@ class InferenceAdapters:
         adapted = {part for file in read for part in file.matches}
         for part in adapted:  # not to be unloaded from now on
             model.parts[part].load()
+        self.controlled = [attach_lllite(model, path) for path in lllite]
         self.live_text = frozenset(adapted & {*model.text_parts})  # the encoders with adapters, as in training
 
         self.words = read_words([path for path, _ in files], embeddings)
@@ -64,6 +67,7 @@ class InferenceAdapters:
 
     def set_batch(self, model: Family, extras: Extras) -> None:
         """The strengths of the images where they have any, else those of the files."""
+        show_control_image(self.controlled, model, extras)
         table = extras.multipliers
         for number, (file, strength) in enumerate(zip(self.files, self.strengths, strict=True)):
             column = None if table is None else table[:, min(number, table.shape[1] - 1)].to(model.device)

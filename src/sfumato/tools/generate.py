@@ -136,6 +136,8 @@ def make_command(request: GenerateRequest, model: Family, image: ImageRequest) -
         ]
     if request.merged:
         options["network_merge_n_models"] = request.merged
+    if request.lllite:
+        options["control_net_lllite_models"] = list(request.lllite)
     if request.float32_parts:
         options["float32_parts"] = list(request.float32_parts)
     return generate_command(request.config, image, model.sampling, options)

@@ -30,6 +30,7 @@ class GenerateRequest:
     networks: Sequence[tuple[Path, float]]  # adapter files and their multipliers
     outdir: Path
     embeddings: Sequence[tuple[Path, str]] = ()  # files of textual inversion, and the word of each where it was given
+    lllite: Sequence[Path] = ()  # files of ControlNet-LLLite
     merged: int = 0  # how many of the first of them are added to the model's weights
     float32_parts: Sequence[str] = ()  # kept in float32 whatever --mixed_precision says, as in training
     sequential_names: bool = False  # im_000001.png and so on
@@ -66,6 +67,8 @@ def make_adapters(request: GenerateRequest, model: Family) -> InferenceAdapters:
     multipliers = (*network.base_weights_multiplier, *[1.0] * len(network.base_weights))
     base = list(zip(network.base_weights, multipliers, strict=False))
     merged, attached = request.networks[: request.merged], request.networks[request.merged :]
-    adapters = InferenceAdapters(model, attached, base=[*base, *merged], embeddings=request.embeddings)
+    adapters = InferenceAdapters(
+        model, attached, base=[*base, *merged], embeddings=request.embeddings, lllite=request.lllite
+    )
     adapters.live_text |= set(request.float32_parts) & {*model.text_parts}
     return adapters

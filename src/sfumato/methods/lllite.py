@@ -1,0 +1,170 @@
+"""ControlNet-LLLite training: small layers beside the denoiser's attention learn to steer it by a control image."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.adapters.lllite import LLLite, read_lllite_file
+from sfumato.common.text import list_some
+from sfumato.config import Config
+from sfumato.data.batch import Extras, Tensors
+from sfumato.errors import UserError
+from sfumato.families.base import Family
+from sfumato.families.blueprint import Blueprint
+from sfumato.formats.adapter_file import write_adapter_file
+from sfumato.formats.controlled import ControlledLayer
+from sfumato.formats.pickled import get_file_suffix
+from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
+from sfumato.methods.inference_lllite import make_no_lllite_error, show_control_image
+from sfumato.methods.trained_parts import make_zero_learning_rates_error
+from sfumato.optim.groups import ParameterGroup
+
+NAME = "lllite"
+DEFAULT_WIDTH = 64  # of --network_dim
+DEFAULT_IMAGE_WIDTH = 32  # of --cond_emb_dim
+
+
+@METHODS.register("lllite")
+class LLLiteMethod:
+    """The model's own weights are frozen; the layers are hooked to the denoiser."""
+
+    modelspec_suffix = "/control-net-lllite"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.modules = nn.ModuleDict()
+        self.live_text: frozenset[str] = frozenset()
+        self.layers: Mapping[str, ControlledLayer] = {}
+
+    @property
+    def trained(self) -> LLLite:
+        found = self.modules[NAME]
+        assert isinstance(found, LLLite)
+        return found
+
+    def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
+        """Nothing is added; what there is to change is looked up."""
+        if family.list_controlled_layers is None:
+            raise make_no_lllite_error(blueprint)
+        self.layers = family.list_controlled_layers(blueprint.networks["denoiser"])
+        return blueprint
+
+    def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
+        if not self.config.optim.learning_rate:
+            raise make_zero_learning_rates_error("--learning_rate 1e-4")
+        made = self._make()
+        return [
+            TrainablePart(
+                part=NAME,
+                modules=len(made.parts),
+                parameters=sum(parameter.numel() for parameter in made.parts.parameters()),
+                learning_rate=self.config.optim.learning_rate,
+            )
+        ]
+
+    def _make(self) -> LLLite:
+        network, seed = self.config.network, self.config.loop.seed
+        assert seed is not None, "a plan has a seed"
+        dropout = network.network_dropout or 0.0
+        if network.network_weights is not None:
+            return read_lllite_file(network.network_weights, self.layers, dropout=dropout)
+        return LLLite(
+            self.layers,
+            width=network.network_dim or DEFAULT_WIDTH,
+            image_width=network.cond_emb_dim or DEFAULT_IMAGE_WIDTH,
+            dropout=dropout,
+            seed=seed,
+        )
+
+    def list_notes(self, blueprint: Blueprint) -> PlanNotes:
+        if self.config.network.network_weights is not None and self.config.is_changed("network_dim", "cond_emb_dim"):
+            return PlanNotes(("--network_dim and --cond_emb_dim have no effect: --network_weights has its own",))
+        return PlanNotes()
+
+    def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
+        return ()
+
+    def change_frozen(self, model: Family) -> None:
+        pass
+
+    def prepare(self, model: Family) -> list[ParameterGroup]:
+        made = self._make().to(model.device).train()
+        self.modules[NAME] = made
+        made.attach(model.denoiser)
+        model.has_control_adapter = True
+        learning_rate = self.config.optim.learning_rate
+        return [ParameterGroup(name=NAME, parameters=list(made.parameters()), learning_rate=learning_rate)]
+
+    def rewrite_caption(self, text: str) -> str:
+        return text
+
+    def before_step(self, step: int) -> None:
+        pass
+
+    def set_batch(self, model: Family, extras: Extras) -> None:
+        show_control_image([self.trained], model, extras)
+
+    def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
+        return model.predict(noisy, t, conditioning, extras.images)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        self.trained.strength = 0.0
+        try:
+            yield
+        finally:
+            self.trained.strength = 1.0
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def list_frozen(self) -> Sequence[nn.Module]:
+        return ()
+
+    def list_generate_options(self, file: str) -> Mapping[str, object]:
+        return {"control_net_lllite_models": [file]} if file else {}
+
+    def after_step(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def state_dict(self) -> Tensors:
+        return dict(self.trained.parts.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if {name: each.shape for name, each in self.state_dict().items()} != {
+            n: each.shape for n, each in state.items()
+        }:
+            raise UserError(
+                "the state is of LLLite layers of other sizes",
+                code="state-of-other-lllite",
+                fix="start without --resume",
+            )
+        self.trained.parts.load_state_dict(dict(state))
+
+    def metadata(self) -> Mapping[str, Any]:
+        network = self.config.network
+        return {
+            "ss_network_dim": network.network_dim or DEFAULT_WIDTH,
+            "ss_cond_emb_dim": network.cond_emb_dim or DEFAULT_IMAGE_WIDTH,
+            "ss_network_dropout": network.network_dropout,
+        }
+
+    def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
+        parameters = sum(parameter.numel() for parameter in self._make().parameters())
+        return parameters * (dtype or torch.float32).itemsize
+
+    def file_suffix(self, blueprint: Blueprint) -> str:
+        return get_file_suffix(self.config.save.save_model_as)
+
+    def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        write_adapter_file(path, self.trained.parts.state_dict(), metadata, dtype)
+
+    def report(self) -> list[str]:
+        names = [name for name, parameter in self.trained.parts.named_parameters() if parameter.grad is None]
+        return [f"{len(names)} weights got no gradient: {list_some(names)}"] if names else []
