@@ -115,5 +115,5 @@ def test_a_control_image_without_a_control_network_is_told(toy_shelf: ToyShelf, 
         toy_shelf.paths("sd"), make_images(tmp_path / "images", 1), tmp_path / "out", max_train_steps=2,
         sample_prompts=tmp_path / "prompts.txt", sample_every_n_steps=1, console_log_file=log,
     )  # fmt: skip
-    assert log.read_text().count("--cn has no effect, there is no control network") == 1
+    assert log.read_text().count("--cn has no effect, there is no ControlNet") == 1
     assert prompts_of(output) == {"000001": ["a cat"], "000002": ["a cat"]}

@@ -39,9 +39,10 @@ class LLLiteModule(nn.Module):
         self.conditioning1 = nn.Sequential(*convolutions)
         self.down = nn.Sequential(nn.Linear(layer.inputs, width), nn.ReLU())
         self.mid = nn.Sequential(nn.Linear(width + image_width, width), nn.ReLU())
-        self.up = nn.Sequential(nn.Linear(width, layer.inputs))
-        nn.init.zeros_(self.up[0].weight)
-        nn.init.zeros_(self.up[0].bias)
+        last = nn.Linear(width, layer.inputs)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.up = nn.Sequential(last)
 
     def forward(self, x: Tensor, image: Tensor) -> Tensor:
         """x (B, tokens, channels), image (B, 3, H, W) in [-1, 1] -> the change of x."""

@@ -18,7 +18,7 @@ class RunOptions(Options):
     family: str | None = option(None, "model family; default: detected from the checkpoint")
     method: Literal["adapter", "full", "textual_inversion", "control_net", "lllite", "leco"] = option(
         "adapter",
-        "what is trained: an adapter, the full model, vectors of new words, a ControlNet, LLLite, or an adapter from prompts",
+        "what is trained: an adapter, the full model, new words, a ControlNet, LLLite, or an adapter from prompts",
     )
     config_file: FilePath | None = option(
         None,

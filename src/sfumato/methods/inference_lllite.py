@@ -14,9 +14,10 @@ from sfumato.families.blueprint import Blueprint
 
 def attach_lllite(model: Family, path: Path) -> LLLite:
     """The modules of a file, hooked to the denoiser. UserError where the model's family has none."""
-    if model.list_controlled_layers is None:
+    list_layers = type(model).list_controlled_layers
+    if list_layers is None:
         raise make_no_lllite_error(model.blueprint)
-    made = read_lllite_file(path, model.list_controlled_layers(model.blueprint.networks["denoiser"]))
+    made = read_lllite_file(path, list_layers(model.blueprint.networks["denoiser"]))
     made.to(model.device).requires_grad_(False).eval()
     model.parts["denoiser"].load()
     made.attach(model.denoiser)
