@@ -22,7 +22,7 @@ OTHER_ADAPTER_OPTIONS = tuple(name for name in ADAPTER_OPTIONS if name not in LL
 
 def lists_adapter_options(config: Config) -> bool:
     """Whether options of adapters are given in a run that trains none."""
-    if config.run.method == "adapter":
+    if config.run.method not in ("full", "control_net", "lllite"):
         return False
     return config.is_changed(*(OTHER_ADAPTER_OPTIONS if config.run.method == "lllite" else ADAPTER_OPTIONS))
 
