@@ -19,7 +19,7 @@ from rehearsing import needs_rehearsal
 from sfumato.config import load_config
 from sfumato.config.memory import MemoryOptions
 from sfumato.errors import UserError
-from sfumato.memory.low_precision import choose_formats
+from sfumato.memory.low_precision import check_float8_products, choose_formats
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.quantization.weight import QuantizedWeight, list_stored
 from sfumato.tools.memory_bound import count_weight_bytes
@@ -151,6 +151,14 @@ def test_products_in_8_bits_train_alike(
     plain, small = ([row["loss/current"] for row in read_metrics(run)] for run in runs)
     assert small != plain
     assert small == pytest.approx(plain, rel=0.1)
+
+
+def test_a_gpu_without_float8_products_is_refused() -> None:
+    check_float8_products((8, 9))
+    check_float8_products((9, 0))
+    with pytest.raises(UserError) as raised:
+        check_float8_products((8, 6))
+    assert raised.value.code == "float8-products-unsupported"
 
 
 def test_a_number_that_float8_cannot_hold_is_refused(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
