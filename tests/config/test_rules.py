@@ -49,6 +49,27 @@ CASES = {
     ),
     "block-lr-with-unet-lr": ("--method full --block_lr 0,1e-5 --unet_lr 1e-5", "--method full --block_lr 0,1e-5"),
     "adapter-as-folder": ("--save_model_as diffusers", "--save_model_as diffusers --method full"),
+    "fused-backward-given-twice": (
+        "--method full --fused_backward_pass --fused_optimizer_groups 2",
+        "--method full --fused_backward_pass",
+    ),
+    "fused-backward-accumulation": (
+        "--method full --fused_backward_pass --gradient_accumulation_steps 2",
+        "--method full --gradient_accumulation_steps 2",
+    ),
+    "fused-backward-fp16": (
+        "--method full --fused_backward_pass --mixed_precision fp16",
+        "--method full --fused_backward_pass --mixed_precision bf16",
+    ),
+    "full-training-swap-without-fused-backward": (
+        "--method full --blocks_to_swap 2",
+        "--method full --blocks_to_swap 2 --fused_backward_pass",
+    ),
+    "text-encoder-swap-without-cache": (
+        "--text_encoder_blocks_to_swap 2",
+        "--text_encoder_blocks_to_swap 2 --cache_text_encoder_outputs --network_train_unet_only",
+    ),
+    "older-swap-options-unused": ("--blocks_to_swap 2 --double_blocks_to_swap 1", "--double_blocks_to_swap 1"),
     "prompts-file-missing": ("--method leco", "--method leco --prompts_file FILE"),
     "prompts-file-without-leco": ("--prompts_file FILE", "--method leco --prompts_file FILE"),
     "leco-text-encoder-only": (
