@@ -185,7 +185,9 @@ def make_config(row: Row, folder: Path) -> Any:
     from sfumato.config import load_config
     from sfumato.tools.published_run import make_published_options
 
-    options = make_toy_options(row.model, folder) if row.is_toy else make_published_options(row.model, folder)
+    options = (
+        make_toy_options(row.model, folder) if row.is_toy else make_published_options(row.model, folder, method=None)
+    )
     defaults = {**options, **row.all_options}
     size = defaults.pop("resolution")
     width, height = size if isinstance(size, tuple) else (size, size)

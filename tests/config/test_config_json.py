@@ -155,5 +155,7 @@ def test_words_for_the_command_line_are_refused(codes_of, faults, save):
 
 
 def test_every_kind_of_network_has_a_module(load, codes_of, save):
-    for kind in ("LyCORIS/BOFT", "LyCORIS/Diag-OFT", "Kohya DyLoRA"):
-        assert codes_of(save(LoRA_type=kind)) == ["option-not-implemented"]  # an adapter that comes later
+    kinds = {"LyCORIS/BOFT": "boft", "LyCORIS/Diag-OFT": "diag-oft"}
+    for kind, algo in kinds.items():
+        assert load(save(LoRA_type=kind)).network.network_args["algo"] == algo
+    assert load(save(LoRA_type="Kohya DyLoRA")).network.network_module == "networks.dylora"

@@ -96,8 +96,6 @@ def test_one_fault_is_not_reported_twice(tmp_path):
 def test_what_is_not_implemented_yet_is_refused_unless_it_is_the_default(faults, codes_of, load):
     assert codes_of("--deepspeed") == ["option-not-implemented"]
     assert "DeepSpeed" in faults("--deepspeed")[0]
-    assert codes_of("--network_module networks.oft") == ["option-not-implemented"]
-    assert "the other adapters" in faults("--network_module networks.oft")[0]
     assert load("--loss_type l2 --huber_c 0.1 --no_deepspeed --max_token_length 75").loss.loss_type == "l2"
 
 

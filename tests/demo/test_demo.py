@@ -87,7 +87,7 @@ def test_a_pipeline_of_diffusers_generates_the_same(pipeline: DemoPipeline) -> N
     reference = diffusers.StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=parts["clip"],
-        tokenizer=model.tokenizer,  # pyright: ignore[reportAttributeAccessIssue]
+        tokenizer=model.tokenizers["clip"],
         unet=parts["denoiser"],
         scheduler=scheduler,
         safety_checker=None,

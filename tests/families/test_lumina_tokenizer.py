@@ -81,7 +81,7 @@ def test_a_tokenizer_inside_the_weights(toy: Options, pieces: Path, tmp_path: Pa
         options = {"pretrained_model_name_or_path": str(path)}
     model: Any = load(**options)
     text = "the Licensor grants You"
-    assert model.tokenizer.encode(text, 99) == load_gemma_tokenizer(pieces).encode(text, 99)
+    assert model.tokenizers["gemma2"].encode(text, 99) == load_gemma_tokenizer(pieces).encode(text, 99)
     assert len(model.encode_text("gemma2", [text])[0]["hidden"]) == len(load_gemma_tokenizer(pieces).encode(text, 99))
 
 

@@ -301,7 +301,7 @@ def test_unknown_names_are_reported(tmp_path: Path, capsys: pytest.CaptureFixtur
     ({f"{LAYER}.lora_down.weight": (3, 4)}, "adapter-matrix-missing"),
     ({f"{LAYER}.lora_down.weight": (3, 4), f"{LAYER}.lora_up.weight": (16, 2)}, "adapter-matrices-mismatch"),
     ({f"{LAYER}.lora_down.weight": (3,), f"{LAYER}.lora_up.weight": (16,)}, "adapter-matrices-mismatch"),
-    ({f"{LAYER}.boft_R": (3, 4)}, "adapter-kind-unsupported"),
+    ({f"{LAYER}.oft_r": (3, 4)}, "adapter-kind-unsupported"),
     ({f"{STACK}.lora_down.weight": (3, 4), f"{STACK}.lora_up.weight": (13, 3)}, "adapter-names-unmatched"),
     ({}, "adapter-file-empty"),
 ])  # fmt: skip
@@ -390,5 +390,5 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "convert" in capsys.readouterr().out
     assert main(["lora", "convert", "--help"]) == 0
     assert "--without" in capsys.readouterr().out
-    assert main(["lora", "exprot"]) == 2
-    assert "did you mean 'export'" in capsys.readouterr().err
+    assert main(["lora", "convret"]) == 2
+    assert "did you mean 'convert'" in capsys.readouterr().err

@@ -121,22 +121,9 @@ PROMPT_FIELDS = {  # option -> field of a prompt where that has another name
     "mask_path": "mask_image", "control_net_image": "controlnet_image",
 }  # fmt: skip
 NO_PROMPT_FIELDS = (
-    "control_net_lllite_models",
-    "prompt",
-    "plain_prompt",
-    "network_weights",
-    "network_mul",
-    "network_merge",
-    "outdir",
-)
-NO_PROMPT_FIELDS += (
-    "control_net_lllite_models",
-    "textual_inversion_embeddings",
-    "network_merge_n_models",
-    "float32_parts",
-    "image_path",
-    "mask_path",
-)
+    "prompt", "plain_prompt", "network_weights", "network_mul", "network_merge", "network_merge_n_models", "outdir",
+    "control_net_lllite_models", "textual_inversion_embeddings", "float32_parts", "image_path", "mask_path",
+)  # fmt: skip
 
 
 def list_defaults(*themes: Options) -> dict[str, Any]:

@@ -19,7 +19,7 @@ CHUNK_TOKENS, MOST_CHUNKS = 75, 3
 WITHOUT_CONTROL = "a ControlNet acts in all steps, at full strength, with the control image as it is"
 NOISE = "a model's own noise is never changed when images are made"
 ABSENT_IN_GEN_IMG = {
-    **dict.fromkeys(("control_net_lllite_models", "control_net_preps"), WITHOUT_CONTROL),
+    **dict.fromkeys(("control_net_preps",), WITHOUT_CONTROL),
     **dict.fromkeys(("control_net_multipliers", "control_net_weights", "control_net_ratios"), WITHOUT_CONTROL),
     **dict.fromkeys(("highres_fix_disable_control_net",), WITHOUT_CONTROL),
     **dict.fromkeys(("pyramid_noise_prob", "pyramid_noise_discount_range"), NOISE),
@@ -57,7 +57,6 @@ class GenImgOptions(Options):
 class GenImgAbsentOptions(Options):
     """Options of gen_img that are refused, with the reason."""
 
-    control_net_lllite_models: Texts = option((), "refused")
     control_net_preps: Texts = option((), "refused")
     control_net_multipliers: Texts = option((), "refused")
     control_net_weights: Texts = option((), "refused")
