@@ -109,6 +109,7 @@ def test_every_word_of_every_caption_is_one_token(recipe: dict[str, Any], tmp_pa
             assert len(tokenizer(text).input_ids) == len(words) + 2, text
 
 
+@pytest.mark.full
 def test_each_concept_has_one_unseen_background(recipe: dict[str, Any], work: Path) -> None:
     concepts, scenes = recipe["concepts"], recipe["scenes"]
     scenes.write(work, work / "scenes")

@@ -220,6 +220,7 @@ def _pretend_depth(folder: Path, target: Path) -> None:
     save_file(weights, target / "deep" / "text_encoder" / "model.safetensors")
 
 
+@pytest.mark.full
 def test_a_ckpt_file_is_the_same_model(second: Path, tmp_path: Path) -> None:
     """As published: nested under state_dict beside numbers."""
     torch.save({"state_dict": load_file(second), "global_step": 875000}, tmp_path / "model.ckpt")

@@ -325,6 +325,7 @@ def kill_while_saving(folder, rng, kills):
     return seen
 
 
+@pytest.mark.full
 def test_a_kill_while_saving(tmp_path):
     kill_while_saving(tmp_path, random.Random(1), kills=5)
 

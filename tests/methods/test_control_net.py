@@ -30,6 +30,7 @@ fast_for_one = pytest.mark.fast_for("sdxl")
 families = pytest.mark.parametrize("family", ["sdxl", "sd"])
 
 
+@pytest.mark.full
 @fast_for_one
 @families
 def test_a_new_one_is_diffusers_copy_and_changes_nothing(family: str, toy_shelf: ToyShelf) -> None:

@@ -19,6 +19,7 @@ from sfumato.methods.full import FullMethod
 from toy_runs import REPORT, equal_tensors, read_metrics, read_weights
 
 
+@pytest.mark.full
 def test_saved_in_half(sd: Toy, images: Path, tmp_path: Path) -> None:
     old = before(sd)
     new = read_weights(full(sd, images, tmp_path, save_precision="fp16", learning_rate="1e-12", max_train_steps=1))

@@ -21,6 +21,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), 2)
 
 
+@pytest.mark.full
 @pytest.mark.fast_for("sd3")
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "chroma", "lumina"])
 def test_it_trains_and_resumes_exactly(toy_shelf: ToyShelf, images: Path, tmp_path: Path, family: str) -> None:

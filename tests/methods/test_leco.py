@@ -214,6 +214,7 @@ def test_gradients_in_bf16_are_those_of_a_given_target(
     assert len(found[0]) == len(list(run.method.modules.parameters()))
 
 
+@pytest.mark.full
 @needs_rehearsal
 def test_it_rehearses_in_bf16_with_checkpointing(toy_shelf: ToyShelf, prompts: Path, tmp_path: Path) -> None:
     """On a GPU autocast keeps what it casts: recomputation would meet weights without gradients, and torch aborts."""

@@ -258,6 +258,7 @@ def test_templates_need_no_captions(toy_shelf: ToyShelf, tmp_path: Path) -> None
     assert len(set(captions)) > 1
 
 
+@pytest.mark.full
 @needs_rehearsal
 def test_the_plan_and_the_rehearsal(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     argv = make_arguments(toy_shelf.paths("sd"), images, tmp_path / "out", **WORD, init_word="cat")

@@ -213,6 +213,7 @@ def test_the_file_holds_the_average_of_the_saved_weights(toy_shelf: ToyShelf, im
         assert "sfumato.ema" not in file.metadata()
 
 
+@pytest.mark.full
 def test_older_averages_are_removed_with_older_saves(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     options = {"max_train_steps": 4, "save_every_n_steps": 1, "save_last_n_steps": 1, **LORA}
     out = train_toy(toy_shelf.paths("sd"), images, tmp_path, **options, ema_sigma_rel=[0.1])

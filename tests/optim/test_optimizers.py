@@ -327,6 +327,7 @@ def test_a_missing_package_is_named_with_its_command(name: str, monkeypatch: pyt
     assert f"pip install {entry.package}" in error.value.fix
 
 
+@pytest.mark.full
 def test_only_the_chosen_optimizer_is_imported() -> None:
     program = """
 import json, sys, torch

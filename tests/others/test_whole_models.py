@@ -244,6 +244,7 @@ def test_weights_that_are_not_finite(value: float, dtype: torch.dtype, flux: Mod
     assert error.value.code == "weights-not-finite"
 
 
+@pytest.mark.full
 def test_weights_that_a_smaller_type_cannot_hold(flux: ModelOptions, tmp_path: Path) -> None:
     state = load_file(flux.pretrained_model_name_or_path or "")
     state["img_in.bias"] = torch.full_like(state["img_in.bias"], 1e5)

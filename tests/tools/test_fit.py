@@ -224,6 +224,7 @@ def test_a_published_run_leaves_no_paths_behind(tmp_path, monkeypatch):
     assert "pretrained_model_name_or_path" not in text
 
 
+@pytest.mark.full
 def test_it_needs_what_a_rehearsal_needs(codes, monkeypatch):
     monkeypatch.setattr("sfumato.memory.rehearsal.backend.is_supported", lambda: False)
     assert main(["plan", "--fit", "12GB", "--published", "sd15", "--network_dim", "8"]) == 2

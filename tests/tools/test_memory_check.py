@@ -99,6 +99,7 @@ class TestBound:
 
 
 class TestRehearsal:
+    @pytest.mark.full
     def test_it_is_remembered_by_configuration(self, make_config, rehearsals):
         """What a step does not depend on changes nothing."""
         config = make_config()
@@ -133,6 +134,7 @@ class TestRehearsal:
         check_memory(config, total - 1)
         assert "warning" in capsys.readouterr().err
 
+    @pytest.mark.full
     def test_a_failed_one_does_not_stop_training(self, make_config, rehearsals, monkeypatch, caplog):
         def fail(plan: object, *, saves: bool) -> list[Stage]:
             raise RuntimeError("no rule for this operator")

@@ -21,6 +21,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), 2)
 
 
+@pytest.mark.full
 def test_a_state_has_the_lines_of_all_its_steps(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def test_several_in_a_row_end_the_run_with_a_good_state(
     assert all(value == value for value in found)
 
 
+@pytest.mark.full
 def test_a_last_step_that_is_skipped_is_told(
     toy: Toy, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

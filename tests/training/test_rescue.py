@@ -148,6 +148,7 @@ def test_images_that_change_while_the_run_goes_on(
     assert load_state(find_newest_state(tmp_path / "out"))[0]["counters"]["step"] == 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["gone", "cut", "resized"])
 def test_bad_images_are_skipped_where_that_is_asked_for(
     how: str,

@@ -75,6 +75,7 @@ def test_a_signal_in_a_step_saves_the_state_after_it(
     assert read_metrics(straight) == read_metrics(tmp_path / "out")
 
 
+@pytest.mark.full
 def test_the_second_wish_ends_at_once(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

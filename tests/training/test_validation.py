@@ -308,6 +308,7 @@ def test_the_plan_says_what_it_takes(sd: Toy, images: Path, tmp_path: Path, caps
     assert lines[place + 2] == "batches 2, each at 4 noise levels"
 
 
+@pytest.mark.full
 def test_a_split_that_holds_out_nothing_is_refused(
     sd: Toy, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,6 +248,7 @@ def test_kills_while_two_processes_fill(write_images, tmp_path, server):
         assert all(torch.equal(found[name], right[name]) for name in right)
 
 
+@pytest.mark.full
 def test_a_disk_that_is_full_is_one_clear_line_and_leaves_whole_entries(write_images, tmp_path, server):
     write_images(tmp_path / "t" / "1_a", 40)
     plan = make_plan(tmp_path)
