@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "train": Command("train", "Train an adapter, or the whole model, on your images."),
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
-    "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, maintain them, tag its images."),
+    "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, tag, caption and resize its images."),
     "lora": CommandGroup(
         LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, compare, inspect, check."
     ),
@@ -110,7 +110,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def list_commands(commands: Mapping[str, Command | CommandGroup]) -> list[str]:
-    return [f"  {name:<10}{command.description}" for name, command in commands.items()]
+    width = max(10, *(len(name) + 2 for name in commands))
+    return [f"  {name:<{width}}{command.description}" for name, command in commands.items()]
 
 
 AnyCommand = TypeVar("AnyCommand", bound=Command | CommandGroup)
