@@ -18,6 +18,7 @@ def make_subset(image_dir: Path) -> SubsetSettings:
         caption_extension=".txt",
         caption_extension_given=False,
         conditioning_data_dir=None,
+        reference_data_dirs=(),
         images=ImageRules(),
         validation_split=0.0,
         validation_seed=None,
