@@ -48,9 +48,7 @@ def write_kohya(changes: Changes, prefix: str = "lora_unet") -> State:
 
 
 def write_onetrainer(changes: Changes) -> State:
-    """With the embeddings of a textual inversion beside the LoRA."""
-    state = make_rows(changes, flatten("lora_transformer"), "lora_down.weight", "lora_up.weight", "alpha")
-    return state | {"bundle_emb.cup.clip_l": torch.ones(2, 4)}
+    return make_rows(changes, flatten("lora_transformer"), "lora_down.weight", "lora_up.weight", "alpha")
 
 
 def write_lycoris(changes: Changes) -> State:

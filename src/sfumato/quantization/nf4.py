@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.quantization.constants import cached_tensor
 from sfumato.quantization.scaled_blocks import SCALE_BYTES, join_blocks, split_blocks
 from sfumato.quantization.weight_format import Stored, WeightFormat
 
@@ -25,7 +25,7 @@ NF4_LEVELS = (
 )  # fmt: skip
 
 
-@cache
+@cached_tensor
 def make_level_pairs() -> Tensor:
     """(256, 2): the two numbers of each byte."""
     levels = torch.tensor(NF4_LEVELS)

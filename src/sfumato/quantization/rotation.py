@@ -7,15 +7,15 @@ same rotation undoes itself. Files of rotated int8 weights have the same matrice
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from sfumato.quantization.constants import cached_tensor
 
 LARGEST_GROUP = 256  # columns
 
 
-@cache
+@cached_tensor
 def make_hadamard(size: int) -> Tensor:
     """(size, size), float32, orthogonal and symmetric. size: a power of 4."""
     four = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
