@@ -80,7 +80,6 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
         bucket_step=model.family.bucket_step if model else 1,
         size_step=model.family.sampling.size_multiple if model else 1,
         processes=processes,
-        control=config.run.takes_control,
         remember=remember,
         problems=problems,
     )

@@ -232,11 +232,11 @@ def test_control_images_are_transformed_like_their_images(find, data):
     text = BOTH.replace("flip_aug", "random_crop = true\nflip_aug").replace("resolution = 64", "resolution = 80")
     text = text[: text.index(SUBSET.format(root="{root}") + "b")]
     for bucketed in (text, text.replace("enable_bucket = true", "enable_bucket = false")):
-        plan = find.toml(bucketed, control=True)
+        plan = find.toml(bucketed, "--method", "control_net")
         for batch in batches(make_loader(plan)):
             assert torch.equal(batch.extras.images["control"].pixels, batch.pixels)
             assert batch.mask is None
-        color_changed = find.toml(bucketed.replace("flip_aug", "color_aug = true\nflip_aug"), control=True)
+        color_changed = find.toml(bucketed.replace("flip_aug", "color_aug = true\nflip_aug"), "--method", "control_net")
         pairs = [(batch.extras.images["control"].pixels, batch.pixels) for batch in batches(make_loader(color_changed))]
         assert any(not torch.equal(control, pixels) for control, pixels in pairs)  # their colors are those of the file
         assert all((control - pixels).abs().mean() < 0.2 for control, pixels in pairs)
@@ -244,7 +244,7 @@ def test_control_images_are_transformed_like_their_images(find, data):
 
 def test_control_images_come_beside_cached_latents_too(find, data):
     text = BOTH[: BOTH.index(SUBSET.format(root="{root}") + "b")]
-    plan = find.toml(text, control=True)
+    plan = find.toml(text, "--method", "control_net")
     for ours, theirs in zip(batches(make_loader(plan)), batches(make_loader(plan, cached=True)), strict=True):
         assert torch.equal(ours.extras.images["control"].pixels, theirs.extras.images["control"].pixels)
 

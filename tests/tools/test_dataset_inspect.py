@@ -369,3 +369,21 @@ def test_what_was_whole_is_not_read_again(tmp_path, capsys, monkeypatch):
     make_image((64, 64), 9).save(folder / "2.png")
     assert main(words(folder, tmp_path)) == 0
     assert decoded[4:] == ["2.png"]
+
+
+def test_control_images_are_named_and_shown(folder, tmp_path, capsys, codes):
+    """Beside the images that they steer."""
+    control = tmp_path / "control"
+    control.mkdir()
+    for i in range(6):
+        make_image((96, 32) if i % 2 else (64, 64), 20 + i).save(control / f"img{i}.png")
+    for name in ("text.png", "torn.png", "img5.png"):
+        next(folder.rglob(name)).unlink()
+    (control / "img5.png").unlink()
+    page = tmp_path / "page.html"
+    more = ("--method", "control_net", "--conditioning_data_dir", control, "--html", page)
+    assert main(words(folder, tmp_path, *more)) == 0
+    assert value(capsys.readouterr().out, "control images").startswith("5 of 5 images")
+    first = re.search(r'data:image/jpeg;base64,([^"]+)', page.read_text())
+    assert first
+    assert Image.open(BytesIO(base64.b64decode(first[1]))).size == (128, 64)

@@ -63,7 +63,7 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "train": Command("train", "Train an adapter, or the whole model, on your images."),
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
-    "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, tag, caption and resize its images."),
+    "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, tag and caption its images."),
     "lora": CommandGroup(
         LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, compare, inspect, check."
     ),

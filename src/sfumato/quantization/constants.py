@@ -9,14 +9,14 @@ from typing import ParamSpec
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-Arguments = ParamSpec("Arguments")
+Call = ParamSpec("Call")
 
 
-def cached_tensor(make: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+def cached_tensor(make: Callable[Call, Tensor]) -> Callable[Call, Tensor]:
     """Like functools.cache, for a function that makes a tensor."""
     keep = cache(make)
 
-    def get(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+    def get(*args: Call.args, **kwargs: Call.kwargs) -> Tensor:
         return make(*args, **kwargs) if detect_fake_mode() is not None else keep(*args, **kwargs)  # pyright: ignore
 
     return get

@@ -24,7 +24,7 @@ from sfumato.data.images import Transform
 from sfumato.data.loader import Loader
 from sfumato.data.masks import MaskKeys, find_mask
 from sfumato.data.plans import DataPlan, Item, SubsetPlan
-from sfumato.data.references import fit_references
+from sfumato.data.references import fit_control, fit_references
 from sfumato.plan import count_steps
 from sfumato.tools.dataset_page import PageImage
 
@@ -49,17 +49,20 @@ def make_page_images(subset: SubsetInspection, count: int) -> Iterator[PageImage
 
 
 def crop_to_bucket(item: Item, subset: SubsetPlan) -> Image.Image:
-    """The image in its bucket, after its reference images, darkened where its mask hides it from the loss."""
+    """The image in its bucket after its control and reference images, darkened where a mask hides it from the loss."""
     rules = subset.settings.images
     transform = item.center_transform(rules)
     pixels = CacheItem(item.image, transform).read_pixels()
     mask = find_mask(item, rules, transform)
     image = Image.fromarray(pixels) if mask is None else darken_masked(pixels, mask.read() / 255)
-    return put_side_by_side([*crop_references(item, rules, transform), image])
+    return put_side_by_side([*crop_partners(item, rules, transform), image])
 
 
-def crop_references(item: Item, rules: ImageRules, transform: Transform) -> list[Image.Image]:
-    return [Image.fromarray(reference.read_pixels()) for reference in fit_references(item, rules, transform)]
+def crop_partners(item: Item, rules: ImageRules, transform: Transform) -> list[Image.Image]:
+    """The control image of an image, and its reference images."""
+    control = fit_control(item, rules, transform)
+    partners = [*([control] if control else []), *fit_references(item, rules, transform)]
+    return [Image.fromarray(partner.read_pixels()) for partner in partners]
 
 
 def put_side_by_side(images: Sequence[Image.Image]) -> Image.Image:

@@ -179,7 +179,7 @@ def render_facts(subset: SubsetInspection) -> Iterator[str]:
         yield render_row("from class_tokens", f"{subset.class_tokens:,}: {escape(settings.class_tokens or '')}")
     yield from render_files("empty captions", dict.fromkeys((Path(path).name for path in subset.empty), ""))
     if subset.masks:
-        yield render_row("masks", escape(subset.masks))
+        yield render_row(subset.masks_name, escape(subset.masks))
     if subset.references:
         yield render_row("reference images", escape(subset.references))
     for name, tokens in subset.tokens.items():

@@ -43,7 +43,7 @@ def describe_subset(subset: SubsetInspection) -> Iterator[tuple[str, str]]:
         names = [Path(path).name for path in subset.empty]
         yield "empty captions", f"{len(names)}: {list_some(names, MAX_NAMES)}"
     if subset.masks:
-        yield "masks", subset.masks
+        yield subset.masks_name, subset.masks
     if subset.references:
         yield "references", subset.references
     for name, tokens in subset.tokens.items():

@@ -26,7 +26,6 @@ def find_run_data(
     bucket_step: int,
     size_step: int,
     processes: int,
-    control: bool,
     remember: bool,
     problems: Problems,
 ) -> DataPlan:
@@ -38,7 +37,6 @@ def find_run_data(
         bucket_step=bucket_step,
         size_step=size_step,
         processes=processes,
-        control=control,
         remember=remember,
         problems=problems,
     )

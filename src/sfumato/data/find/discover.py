@@ -31,7 +31,6 @@ def find_data(
     bucket_step: int,
     size_step: int | None = None,
     processes: int = 1,
-    control: bool = False,
     decoding: bool = True,
     remember: bool = True,
     problems: Problems,
@@ -40,13 +39,13 @@ def find_data(
 
     bucket_step: bucket sides in pixels must be multiples of it. size_step: the same without buckets; by default 16, or
     what it shares with bucket_step. processes: batches are formed over all of them.
-    control: whether the method takes control images, one per image, which then are no masks.
     decoding: whether images may be decoded, once each:
     all of them where --on_bad_image skip is given, else some first ones and some with an alpha channel. remember:
     whether the dataset index in the cache folder is written; nothing else ever is.
     Every fault is added to `problems`; the plan is complete only if there are none.
     """
     faults_before = len(problems.found)
+    control = config.run.takes_control
     if control:  # so that no conditioning image is read as a mask
         config = config.with_values({"masked_loss": False})
     findings = Findings(problems=problems, strict=config.log.strict, notes=[])

@@ -162,7 +162,8 @@ def describe_masks(items: Sequence[Item], subset: SubsetPlan) -> str:
     paired = sum(item.conditioning is not None for item in items)
     if paired:
         what = "mask" if rules.masked_loss else "control image"
-        return f"{paired} of {len(items)} images have a {what} in {subset.settings.conditioning_data_dir}"
+        folder = subset.settings.conditioning_data_dir
+        return f"{paired} of {len(items)} images have a {what} {f'in {folder}' if folder else 'by their metadata'}"
     return "the alpha channel of each image that has one" if rules.alpha_mask else ""
 
 
@@ -209,7 +210,7 @@ class SubsetInspection:
     caption_extensions: Mapping[str, int]  # extension of caption files -> images that have one
     empty: Sequence[str]  # images with an empty caption
     class_tokens: int  # images whose caption is the class tokens
-    masks: str  # where they come from; "" where there are none
+    masks: str  # where they, or control images, come from; "" where there are none
     references: str  # the same for reference images
     tags: Sequence[tuple[str, int]]  # the most frequent
     distinct_tags: int
@@ -218,6 +219,12 @@ class SubsetInspection:
     @property
     def name(self) -> str:
         return str(self.plan.settings.source)
+
+    @property
+    def masks_name(self) -> str:
+        """What `masks` describes."""
+        rules = self.plan.settings.images
+        return "masks" if rules.masked_loss or rules.alpha_mask else "control images"
 
 
 @dataclass(frozen=True, kw_only=True)
