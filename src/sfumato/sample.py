@@ -150,7 +150,7 @@ def denoise_requests(
     guidance = encode_guidance(model, method, requests, negative_sizes, frozen)
     shape = (spec.channels, first.height // spec.downscale, first.width // spec.downscale)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    growth = None if first.growth is None else Growth.start(first.growth, (shape[1], shape[2]))
+    growth = None if first.growth is None or start is not None else Growth.start(first.growth, (shape[1], shape[2]))
     request = DenoiseRequest(
         noise=(noise if growth is None else growth.shrink(noise)).to(model.device, non_blocking=True),
         text=text,
@@ -182,6 +182,10 @@ def generate_stages(
     latents = denoise_requests(model, method, small, generators, frozen, before)
     yield latents
     start = Start(latents=enlarge(model, latents, first), strength=first.highres.strength)
+    given = encode_start(model, first, len(requests))
+    if given is not None and given.mask is not None:  # what may not change is that of the full-size image
+        kept = torch.lerp(given.latents, start.latents, given.mask)
+        start = replace(start, latents=kept, mask=given.mask)
     yield denoise_requests(model, method, requests, generators, frozen, start)
 
 

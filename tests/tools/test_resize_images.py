@@ -56,6 +56,7 @@ def test_the_script(images: Path, tmp_path: Path, name: str) -> None:
         ("same folder", "resize-into-source"),
         ("resolution", "resize-resolution-invalid"),
         ("empty", "image-folder-empty"),
+        ("names", "resize-names-equal"),
     ],
 )
 def test_faults(images: Path, tmp_path: Path, codes: list[str], change: str, code: str) -> None:
@@ -63,6 +64,8 @@ def test_faults(images: Path, tmp_path: Path, codes: list[str], change: str, cod
     if change == "empty":
         images = tmp_path / "none"
         images.mkdir()
+    if change == "names":
+        Image.new("RGB", (40, 30)).save(images / "wide.jpg")
     size = "64" if change == "resolution" else "64x64"
     assert main(["dataset", "resize", str(images), str(target), "--max_resolution", size]) == 2
     assert codes == [code]

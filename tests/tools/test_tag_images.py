@@ -107,7 +107,8 @@ def test_images_are_padded_with_white_and_lie_on_white(tmp_path: Path) -> None:
 def test_one_file_for_all(images: Path, tmp_path: Path, name: str) -> None:
     model = write_model(tmp_path / "m.onnx")
     output = tmp_path / name
-    other = {"x.png": {"tags": "kept", "mine": 1}}
+    kind = "caption" if name.endswith("l") else "tags"  # as sd-scripts calls them
+    other = {"x.png": {kind: "kept", "mine": 1}}
     lines = json.dumps({"image_path": "x.png", **other["x.png"]}) + "\n"
     output.write_text(lines if name.endswith("l") else json.dumps(other))
     assert tag(images, "--model_file", model, "--output_path", output) == 0
@@ -115,8 +116,8 @@ def test_one_file_for_all(images: Path, tmp_path: Path, name: str) -> None:
     entries = {row.pop("image_path"): row for row in rows} if rows else json.loads(output.read_text())
     assert entries == {
         **other,
-        str(images / "red.png"): {"tags": "red_tag, hero_(film)", "image_size": [20, 20]},
-        str(images / "blue.png"): {"tags": "blue_tag", "image_size": [20, 20]},
+        str(images / "red.png"): {kind: "red_tag, hero_(film)", "image_size": [20, 20]},
+        str(images / "blue.png"): {kind: "blue_tag", "image_size": [20, 20]},
     }
     assert not list(images.rglob("*.txt"))
 
@@ -124,7 +125,7 @@ def test_one_file_for_all(images: Path, tmp_path: Path, name: str) -> None:
 def test_tags_that_are_there(images: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "m.onnx")
     (images / "red.txt").write_text("mine, red_tag\n")
-    assert tag(images, "--model_file", model, "--append_tags") == 0
+    assert tag(images, "--model_file", model, "--append_tags", "--caption_extension", "txt") == 0
     assert (images / "red.txt").read_text() == "mine, red_tag, hero_(film)\n"
     (images / "blue.txt").write_text("mine")
     assert tag(images, "--model_file", model, "--skip_existing") == 0

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sfumato.cli.dataset_tag import CAPTION_ALIASES
+from sfumato.cli.dataset_tag import CAPTION_ALIASES, Extension
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
 from sfumato.config.command import read_command
@@ -28,7 +28,7 @@ class CaptioningOptions(Options):
     prompt: str = option(
         "", "what the model is asked; {caption}, {folder} and {name} stand for what the image has already"
     )
-    caption_extension: str = option(".txt", "extension of the files that are written")
+    caption_extension: Extension = option(".txt", "extension of the files that are written")
     output_path: FilePath | None = option(None, "one .json or .jsonl file for all captions, instead of one per image")
     skip_existing: bool = option(False, "leave images alone that have a caption, so that an interrupted run goes on")
     recursive: bool = option(False, "caption the images of subfolders, too")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sfumato.cli.dataset_tag import CAPTION_ALIASES
+from sfumato.cli.dataset_tag import CAPTION_ALIASES, Extension
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
 from sfumato.config.command import read_command
@@ -18,7 +18,7 @@ class CaptionMergeOptions(Options):
     train_data_dir: FilePath = option(None, "the folder of images", positional=True, required=True)
     out_json: FilePath = option(None, "the metadata file to write", positional=True, required=True)
     in_json: FilePath | None = option(None, "a metadata file to start from; by default the one to write, if it exists")
-    caption_extension: str = option(".caption", "extension of the files that are read")
+    caption_extension: Extension = option(".caption", "extension of the files that are read")
     full_path: bool = option(False, "name images by their paths, for images in several folders")
     recursive: bool = option(False, "read subfolders, too")
     debug: bool = option(False, "print each text")
@@ -32,7 +32,7 @@ class TagMergeOptions(Options):
     in_json: FilePath | None = option(None, "a metadata file to start from; by default the one to write, if it exists")
     full_path: bool = option(False, "name images by their paths, for images in several folders")
     recursive: bool = option(False, "read subfolders, too")
-    caption_extension: str = option(".txt", "extension of the files that are read")
+    caption_extension: Extension = option(".txt", "extension of the files that are read")
     debug: bool = option(False, "print each text")
 
 

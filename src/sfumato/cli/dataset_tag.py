@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator
 
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Metavar, Options, option
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 WORKERS = 4
 TagList = Annotated[str, Metavar("TAG,TAG")]
+
+
+def add_dot(value: Any) -> Any:
+    """An extension may be given without its dot, as in datasets."""
+    return f".{value}" if isinstance(value, str) and value and not value.startswith(".") else value
+
+
+Extension = Annotated[str, BeforeValidator(add_dot)]
 CAPTION_ALIASES = {"caption_extention": "caption_extension"}
 
 
@@ -37,7 +47,7 @@ class TagOptions(Options):
     batch_size: int = option(1, "images at once; a model with a fixed number takes that", ge=1)
     max_data_loader_n_workers: int | None = option(None, "threads that decode images; 4 by default", ge=0)
     recursive: bool = option(False, "tag the images of subfolders, too")
-    caption_extension: str = option(".txt", "extension of the files that are written")
+    caption_extension: Extension = option(".txt", "extension of the files that are written")
     caption_separator: str = option(", ", "what stands between tags")
     output_path: FilePath | None = option(None, "one .json or .jsonl file for all tags, instead of one per image")
     append_tags: bool = option(False, "keep the tags that images have, and add those that they lack")
@@ -77,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_tagging(options: TagOptions) -> int:
     """Tag the images; gives the exit code."""
-    from sfumato.tools.caption_output import FilesBeside, MetadataFile
+    from sfumato.tools.caption_output import JSON_LINES, FilesBeside, MetadataFile
     from sfumato.tools.image_batches import list_image_paths
     from sfumato.tools.tag_choice import TagChooser
     from sfumato.tools.tag_images import TagRun
@@ -89,10 +99,12 @@ def run_tagging(options: TagOptions) -> int:
     table = write_tags(tagger.table, writing)
     chooser = TagChooser(table, make_rules(options, is_mapping=table.is_mapping))
     files = FilesBeside(extension=options.caption_extension)
+    is_lines = options.output_path is not None and options.output_path.suffix.lower() == JSON_LINES
+    name = "caption" if is_lines else "tags"  # as sd-scripts calls them
     run = TagRun(
         tagger=tagger,
         chooser=chooser,
-        output=MetadataFile(path=options.output_path, name="tags") if options.output_path else files,
+        output=MetadataFile(path=options.output_path, name=name) if options.output_path else files,
         separator=options.caption_separator,
         append=options.append_tags,
         skip_existing=options.skip_existing,

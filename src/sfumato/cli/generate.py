@@ -138,7 +138,7 @@ def make_prompts(options: GenerateOptions, config: Config, series: Series) -> li
     elif module is not None:
         prompts = read_module_prompts(module, series.options.prompter_module_args)
     else:
-        prompts = read_image_prompts(series.images)
+        prompts = read_image_prompts(series.images, series.masks)
     if not prompts:
         raise UserError(
             "there is no prompt", code="prompt-missing", fix='give --prompt "a cat", or --from_file prompts.txt'

@@ -98,10 +98,13 @@ def list_image_files(path: Path | None, option: str) -> list[Path]:
     return found
 
 
-def read_image_prompts(images: Sequence[Path]) -> list[Prompt]:
-    """The prompts that images carry in their text, as gen_img, this program and AUTOMATIC1111 write them."""
+def read_image_prompts(images: Sequence[Path], masks: Sequence[Path]) -> list[Prompt]:
+    """The prompts that images carry in their text, as gen_img, this program and AUTOMATIC1111 write them.
+
+    Each has its image, and of the masks, which are in the same order, its own.
+    """
     prompts: list[Prompt] = []
-    for path in images:
+    for i, path in enumerate(images):
         with open_image(BytesIO(read_file(path))) as image:
             text = {name: value for name, value in image.info.items() if isinstance(value, str)}
         if "prompt" in text:
@@ -113,7 +116,8 @@ def read_image_prompts(images: Sequence[Path]) -> list[Prompt]:
             raise UserError(
                 f"{path} carries no prompt in its text", code="image-without-prompt", fix='give --prompt "a cat"'
             )
-        prompts.append(Prompt(prompt=prompt, negative_prompt=negative, init_image=str(path)))
+        mask = str(masks[i % len(masks)]) if masks else None
+        prompts.append(Prompt(prompt=prompt, negative_prompt=negative, init_image=str(path), mask_image=mask))
     return prompts
 
 

@@ -6,7 +6,7 @@ from sfumato.cli.dataset_caption import CaptioningOptions, run_captioning
 from sfumato.cli.dataset_clean import CleanOptions, run_cleaning
 from sfumato.cli.dataset_merge import CaptionMergeOptions, TagMergeOptions, run_merge_of_texts
 from sfumato.cli.dataset_resize import ImageResizeOptions, run_resizing
-from sfumato.cli.dataset_tag import CAPTION_ALIASES, TagOptions, run_tagging
+from sfumato.cli.dataset_tag import CAPTION_ALIASES, Extension, TagOptions, run_tagging
 from sfumato.compat.file_tool import FileTool
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath
@@ -24,7 +24,7 @@ class BlipOptions(Options):
     caption_weights: str = option(
         BLIP_WEIGHTS, f"the model; by default {BLIP_MODEL}, which has the weights of that file"
     )
-    caption_extension: str = option(".caption", "extension of the files that are written")
+    caption_extension: Extension = option(".caption", "extension of the files that are written")
     batch_size: int = option(1, "images at once", ge=1)
     max_data_loader_n_workers: int | None = option(None, "threads that decode images; 4 by default", ge=0)
     beam_search: bool = option(False, "search the best caption; by default words are chosen by chance")
@@ -42,7 +42,7 @@ class GitOptions(Options):
 
     train_data_dir: FilePath = option(None, "the folder of images", positional=True, required=True)
     model_id: str = option("microsoft/git-large-textcaps", "the model: a folder, or OWNER/NAME on the hub")
-    caption_extension: str = option(".caption", "extension of the files that are written")
+    caption_extension: Extension = option(".caption", "extension of the files that are written")
     batch_size: int = option(1, "images at once", ge=1)
     max_data_loader_n_workers: int | None = option(None, "threads that decode images; 4 by default", ge=0)
     max_length: int = option(50, "tokens of a caption at most", ge=1)

@@ -18,20 +18,7 @@ from sfumato.families.blueprint import Component, Pipeline
 from sfumato.families.checkpoint_saving import ChangedWeights
 from sfumato.families.source import MODEL_INDEX, read_json
 from sfumato.formats.checkpoint_writer import catch_disk_full
-from sfumato.formats.shards import INDEX_NAME
-
-WEIGHT_ENDINGS = (
-    ".safetensors",
-    ".bin",
-    ".ckpt",
-    ".pt",
-    ".pth",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".h5",
-    ".index.json",
-)
+from sfumato.formats.shards import INDEX_NAME, WEIGHT_ENDINGS
 
 
 def save_folder(

@@ -13,6 +13,9 @@ from sfumato.errors import UserError
 from sfumato.formats.header import DOWNLOAD_AGAIN, TensorHeader, read_header
 
 INDEX_NAME = re.compile(r".+\.(safetensors|bin)\.index(\.\w+)?\.json")  # the second: of a variant, e.g. fp16
+WEIGHT_ENDINGS = (  # of files with weights in folders of diffusers, in the formats of all libraries
+    ".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".onnx_data", ".h5", ".index.json",
+)  # fmt: skip
 SHARD_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})((?:\.\w+)?\.(?:safetensors|bin))")
 NETWORK_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of files by diffusers and transformers
 

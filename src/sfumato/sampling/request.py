@@ -169,6 +169,8 @@ def list_unsupported(prompt: Prompt, model: Family) -> Iterator[str]:
         yield "Deep Shrink has no effect, this model is no UNet"
     if given_values(GradualLatent, prompt) and "sample_sampler" not in model.options:
         yield f"Gradual Latent has no effect, flow models have no sampler {GROWING_SAMPLER}"
+    if given_values(GradualLatent, prompt) and prompt.init_image:
+        yield "Gradual Latent has no effect on an image that starts from another"
     if prompt.strength is not None and not (prompt.init_image or prompt.highres_fix_scale):
         yield "--t has no effect without an image to start from, --img FILE"
     if prompt.mask_image and not prompt.init_image:

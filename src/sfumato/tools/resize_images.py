@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from sfumato.common.files import check_writable, read_file, write_atomically
+from sfumato.common.text import list_some
 from sfumato.data.buckets import Size
 from sfumato.data.images import RESAMPLING_FILTERS, choose_interpolation, decode_image
 from sfumato.errors import UserError
@@ -43,6 +44,13 @@ class ImageResize:
                 fix="give another folder for them",
             )
         images = list_image_paths(source, recursive=False)
+        equal = [stem for stem, count in Counter(path.stem for path in images).items() if count > 1]
+        if equal:
+            raise UserError(
+                f"several images of {source} have one name with different endings: {list_some(equal)}",
+                code="resize-names-equal",
+                fix="rename all but one of them: their copies would have the same name",
+            )
         check_writable(target, option="the folder of the copies")
         target.mkdir(parents=True, exist_ok=True)
         others = copy_other_files(source, target, images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
@@ -20,7 +21,7 @@ from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_kind import describe_kinds
 from sfumato.formats.checkpoint import TOOL_DTYPES, Checkpoint
 from sfumato.formats.checkpoint_writer import catch_disk_full
-from sfumato.formats.shards import SHARD_NAME
+from sfumato.formats.shards import SHARD_NAME, WEIGHT_ENDINGS
 from sfumato.tools.adapter_files.block_weights import find_block_weight, parse_block_weights
 from sfumato.tools.adapter_files.changes import Strong, TensorChange, iterate_changed_file, plan_changes
 from sfumato.tools.adapter_files.models import ToolModel, match_model, open_tool_model
@@ -201,7 +202,7 @@ def _write_folder(
     def skip(place: str, names: list[str]) -> set[str]:
         here = Path(place)
         indexes = {name for name in names if here in places and name.endswith(".index.json")}
-        return indexes | {name for name in names if here / name in rewritten}
+        return indexes | {name for name in names if here in places and name.endswith(WEIGHT_ENDINGS)}
 
     with catch_disk_full(output), files.write_folder_atomically(output) as temporary:
         shutil.copytree(folder, temporary, ignore=skip, dirs_exist_ok=True)
@@ -209,6 +210,7 @@ def _write_folder(
             first = file.paths()[0]
             shard = SHARD_NAME.fullmatch(first.name)
             name = f"{shard[1]}{shard[4]}" if shard else first.name
+            name = re.sub("^pytorch_model", "model", name)  # transformers' name of a safetensors file
             place = temporary / first.parent.relative_to(folder) / Path(name).with_suffix(".safetensors").name
             entries = iterate_changed_file(file, planned.get(number, {}), dtype)
             write_checkpoint(place, entries, _make_metadata(request, output, file, adapters), dtype)

@@ -15,6 +15,7 @@ from sfumato.common.files import DiskNeed, check_disk_space
 from sfumato.common.names import DEFAULT_NETWORK_MODULE
 from sfumato.errors import Problems, UserError
 from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, write_entries
+from sfumato.families.source import MODEL_INDEX
 from sfumato.formats.adapter_file import AdapterFile, write_adapter_file
 from sfumato.formats.hashes import HASH_KEYS
 from sfumato.formats.peft_config import DIFFUSERS_KEY
@@ -42,7 +43,24 @@ def check_output(output: Path, inputs: Sequence[Path], *, is_folder: bool = Fals
     for path in inputs:
         if path.exists() and output.exists() and (path.samefile(output) or output.resolve() in path.resolve().parents):
             problems.add(f"{output} is one of the inputs: {path}", code="tool-output-is-input", fix="name another file")
+    if is_folder:
+        check_output_folder(output, inputs, problems)
     problems.raise_all()
+
+
+def check_output_folder(output: Path, inputs: Sequence[Path], problems: Problems) -> None:
+    """Writing replaces the whole folder: only a model's own is replaced, and none inside of an input."""
+    is_model = any((output / name).is_file() for name in (MODEL_INDEX, "config.json"))
+    if output.is_dir() and any(output.iterdir()) and not is_model:
+        problems.add(
+            f"{output} has other files, which would be removed",
+            code="tool-output-folder-in-use",
+            fix="name a folder that does not exist",
+        )
+    if any(path.is_dir() and path.resolve() in output.resolve().parents for path in inputs):
+        problems.add(
+            f"{output} lies inside of an input", code="tool-output-inside-input", fix="name a folder elsewhere"
+        )
 
 
 def check_space(output: Path, size: int) -> None:
