@@ -17,6 +17,8 @@ STYLES = tuple(f"a {mood}{work} in the style of {{}}" for mood, work in product(
 
 def make_template_captions(options: EmbeddingOptions) -> tuple[str, ...]:
     """The captions of --use_object_template or --use_style_template, one of which each sample gets; else none."""
+    if not options.token_string:  # they have no effect then
+        return ()
     templates: Sequence[str] = OBJECTS if options.use_object_template else ()
     templates = STYLES if options.use_style_template else templates
     words = " ".join(options.token_string)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfumato.common.quiet_imports import without_bitsandbytes
@@ -20,6 +21,7 @@ _FIELDS = (
     *("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim"),
     *("guidance_embeds", "axes_dims_rope"),
 )
+_UNGUIDED_BASE = 3.5  # guidance of a ControlNet of dev beside schnell, which has none
 _NEW_LAYERS = 2  # blocks of two streams in a new one, as in sd-scripts; none of one stream
 _CALLED_WITH = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids")
 _XLABS_KEYS = KeyMap(
@@ -77,7 +79,8 @@ def _run(model: Family, arguments: Mapping[str, Any], image: Tensor) -> dict[str
     part = model.parts[CONTROL_NET]
     own = {name: arguments[name] for name in _CALLED_WITH}
     if part.network.config["guidance_embeds"]:
-        own["guidance"] = arguments["guidance"]
+        unguided = torch.full_like(arguments["timestep"], _UNGUIDED_BASE)
+        own["guidance"] = arguments.get("guidance", unguided)
     in_latents = _takes_latents(part.network.config)
     image = pack(image) if in_latents else image
     double, single = part.module(**own, controlnet_cond=image, return_dict=False)
@@ -103,6 +106,7 @@ FLUX_CONTROL_NET = ControlNetSupport(
     build=build_flux_control_net,
     make_config=_make_config,
     guess_config=_guess_config,
+    declared_defaults={"conditioning_embedding_channels": None},
     blocks=(DOUBLE[:-1], SINGLE[:-1]),
     drawn=("input_hint_block.conv_in.{*}", "input_hint_block.blocks.{*}", "controlnet_x_embedder.{*}"),
     run=_run,

@@ -38,7 +38,8 @@ def _make_config(denoiser: Mapping[str, Any]) -> dict[str, Any]:
 
 def _guess_config(denoiser: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     names = {name.split(".")[1]: name for name in shapes if name.startswith("transformer_blocks.")}
-    inside = shapes["pos_embed_input.proj.weight"][1] - denoiser["in_channels"]
+    projection = shapes.get("pos_embed_input.proj.weight")
+    inside = 0 if projection is None else projection[1] - denoiser["in_channels"]
     return {"num_layers": len(names), "extra_conditioning_channels": inside}
 
 
@@ -96,6 +97,7 @@ SD3_CONTROL_NET = ControlNetSupport(
     build=build_sd3_control_net,
     make_config=_make_config,
     guess_config=_guess_config,
+    declared_defaults={"force_zeros_for_pooled_projection": True, "dual_attention_layers": ()},
     blocks=(_BLOCK,),
     drawn=(),
     run=_run,

@@ -39,6 +39,8 @@ class ControlNetSupport:
     run: Callable[[Family, Mapping[str, Any], Tensor], dict[str, object]]
     # The configuration of a file that holds none: from the denoiser's and the shapes of its tensors under our names.
     guess_config: Callable[[NetworkConfig, Mapping[str, Sequence[int]]], dict[str, Any]] | None = None
+    # Values of fields that a file's own configuration lacks, where diffusers' are not those of a new ControlNet.
+    declared_defaults: Mapping[str, Any] = field(default_factory=dict)
     list_layouts: Callable[[NetworkConfig], Sequence[FileLayout]] = lambda config: ()  # beside diffusers' own names
     # Whether one of this configuration takes the control image as latents, else as pixels in [-1, 1].
     takes_latents: Callable[[NetworkConfig], bool] = lambda config: False

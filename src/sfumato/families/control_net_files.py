@@ -66,8 +66,10 @@ def read_control_net(support: ControlNetSupport, denoiser: Network, source: Sour
         )
     layout = choose_layout(support, denoiser, list(file.header.tensors))
     weights = Weights(file=file, key_map=layout.key_map, prefix=layout.prefix, row_split=support.row_split)
-    config = {**support.make_config(denoiser.config), **drop_private_fields(declared)}
-    if not declared and support.guess_config is not None:
+    config = support.make_config(denoiser.config)
+    if declared:
+        config |= {**support.declared_defaults, **drop_private_fields(declared)}
+    elif support.guess_config is not None:
         config |= support.guess_config(denoiser.config, weights.read_shapes())
     if fault := support.find_fault(config):
         raise UserError(f"{source.path}: {fault}", code="control-net-variant-unsupported")

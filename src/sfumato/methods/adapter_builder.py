@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 
 from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, Dropout, is_trainable
@@ -16,6 +17,7 @@ from sfumato.families.adapter_names import match_adapter_file
 from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_kind import describe_kinds
 from sfumato.formats.adapter_layers import GroupAdapter
+from sfumato.formats.embedding_file import is_bundled
 from sfumato.formats.groups import LayerGroup
 from sfumato.formats.keymap import matches
 from sfumato.methods.adapter_settings import AdapterSettings
@@ -28,6 +30,7 @@ class AdapterBuilder:
 
     def __init__(self, config: Config) -> None:
         self.network = config.network
+        self.token_string = config.embedding.token_string
         assert config.loop.seed is not None, "the run's seed is drawn before the method is made"
         self.randomness = Randomness(config.loop.seed)
         path = self.network.network_weights
@@ -163,7 +166,12 @@ class AdapterBuilder:
         """Lines about --network_weights: what of it is not used, and what it does and does not have."""
         if self.file is None:
             return [], []
-        path, unused = self.file.path, self.file.describe_passed_over()
+        path = self.file.path
+        words = [key for key in self.file.passed_over if is_bundled(key)]
+        others = tuple(key for key in self.file.passed_over if key not in words)
+        unused = replace(self.file, passed_over=others).describe_passed_over()
+        if words and not self.token_string:
+            unused.append(f"{path}: its new words are not in the result; --token_string WORD keeps them")
         unused += [
             f"{path}: {count} adapters of {part}, which does not train, are set aside: neither used nor saved"
             for part, count in self.set_aside.items()

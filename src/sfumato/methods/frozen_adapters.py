@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from sfumato.families.base import Family
 from sfumato.families.part import PartSpec, WeightChange
 from sfumato.formats.adapter_kind import LayerMatch
 from sfumato.formats.checkpoint import view_bytes
+from sfumato.formats.embedding_file import is_bundled
 from sfumato.formats.groups import find_layers
 from sfumato.methods.adapter_builder import GroupsByPart
 
@@ -45,12 +46,17 @@ class FrozenFile:
         )
 
 
-def read_frozen_file(request: FrozenAdapter, specs: Mapping[str, PartSpec], groups: GroupsByPart) -> FrozenFile:
+def read_frozen_file(
+    request: FrozenAdapter, specs: Mapping[str, PartSpec], groups: GroupsByPart, *, uses_words: bool = False
+) -> FrozenFile:
     """Read a file and find its layers in a model; UserError where it does not fit.
 
-    specs: of every part that can be adapted. groups: part -> every adaptable layer.
+    specs: of every part that can be adapted. groups: part -> every adaptable layer. uses_words: whether new words that
+    the file bundles are used, too.
     """
     file = read_adapter_file(request.path)
+    if uses_words:
+        file = replace(file, passed_over=tuple(key for key in file.passed_over if not is_bundled(key)))
     matches: dict[str, list[LayerMatch]] = defaultdict(list)
     for match in match_file_layers(file, specs, groups):
         matches[match.view.part].append(match)

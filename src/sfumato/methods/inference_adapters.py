@@ -46,7 +46,7 @@ class InferenceAdapters:
         merged = read_base_weights(base, specs, groups)
         merged.register(model)
         requests = [FrozenAdapter(path=path, strength=strength) for path, strength in files]
-        read = [read_frozen_file(request, specs, groups) for request in requests]
+        read = [read_frozen_file(request, specs, groups, uses_words=True) for request in requests]
         for line in (*merged.notes, *(note for file in read for note in file.notes)):
             log.warning("%s", line)
         self.files = [FrozenAdapters([file]) for file in read]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.lllite import LLLite, read_lllite_file
+from sfumato.adapters.lllite import LLLite, read_lllite_file, read_widths
 from sfumato.common.text import list_some
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
@@ -41,6 +41,7 @@ class LLLiteMethod:
         self.modules = nn.ModuleDict()
         self.live_text: frozenset[str] = frozenset()
         self.layers: Mapping[str, ControlledLayer] = {}
+        self.widths = (DEFAULT_WIDTH, DEFAULT_IMAGE_WIDTH)  # those that train: of the options, or of the file
 
     @property
     def trained(self) -> LLLite:
@@ -59,6 +60,7 @@ class LLLiteMethod:
         if not self.config.optim.learning_rate:
             raise make_zero_learning_rates_error("--learning_rate 1e-4")
         made = self._make()
+        self.widths = read_widths(self.config.network.network_weights or Path(), made.parts.state_dict())
         return [
             TrainablePart(
                 part=NAME,
@@ -148,11 +150,11 @@ class LLLiteMethod:
         self.trained.parts.load_state_dict(dict(state))
 
     def metadata(self) -> Mapping[str, Any]:
-        network = self.config.network
+        width, image_width = self.widths
         return {
-            "ss_network_dim": network.network_dim or DEFAULT_WIDTH,
-            "ss_cond_emb_dim": network.cond_emb_dim or DEFAULT_IMAGE_WIDTH,
-            "ss_network_dropout": network.network_dropout,
+            "ss_network_dim": width,
+            "ss_cond_emb_dim": image_width,
+            "ss_network_dropout": self.config.network.network_dropout,
         }
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:

@@ -108,9 +108,7 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         multipliers=prompt.network_mul,
         start=read_start(prompt, model) if prompt.init_image else None,
         sizes=read_settings(SizeInputs, prompt) if model.has_size_inputs else SizeInputs(),
-        shrink=read_settings(DeepShrink, prompt)
-        if given_values(DeepShrink, prompt) and model.has_deep_shrink
-        else None,
+        shrink=choose_shrink(prompt, model),
         growth=choose_growth(prompt, model, prompt.sample_sampler or sampler),
         highres=read_settings(HighresFix, prompt) if prompt.highres_fix_scale else None,
     )
@@ -126,7 +124,27 @@ def choose_growth(prompt: Prompt, model: Family, sampler: str) -> GradualLatent 
             code="gradual-latent-sampler",
             fix=f"--sampler {GROWING_SAMPLER}, or --ss {GROWING_SAMPLER} in the prompt",
         )
+    if model.blueprint.inpaints or (prompt.controlnet_image and model.takes_control):
+        raise UserError(
+            f"the prompt {prompt.prompt[:40]!r}: a gradual latent cannot be combined with a control image or with a "
+            "model for inpainting, whose other images have the full size",
+            code="gradual-latent-with-images",
+            fix="remove the gradual latent, or the control image",
+        )
     return read_settings(GradualLatent, prompt)
+
+
+def choose_shrink(prompt: Prompt, model: Family) -> DeepShrink | None:
+    """UserError beside a control image, which steers features of the full size."""
+    if not given_values(DeepShrink, prompt) or not model.has_deep_shrink:
+        return None
+    if prompt.controlnet_image and model.takes_control:
+        raise UserError(
+            f"the prompt {prompt.prompt[:40]!r}: Deep Shrink cannot be combined with a control image",
+            code="deep-shrink-with-control-image",
+            fix="remove one of them",
+        )
+    return read_settings(DeepShrink, prompt)
 
 
 def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterator[str]:

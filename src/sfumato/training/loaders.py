@@ -86,6 +86,7 @@ def make_validation_loader(plan: RunPlan, loader: Loader, parallel: ParallelStra
         variants=loader.variants,
         workers=loader.workers,
         skip_bad_images=loader.skip_bad_images,
+        control_latents=loader.control_latents,
     )
 
 
