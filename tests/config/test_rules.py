@@ -49,6 +49,10 @@ CASES = {
     ),
     "block-lr-with-unet-lr": ("--method full --block_lr 0,1e-5 --unet_lr 1e-5", "--method full --block_lr 0,1e-5"),
     "adapter-as-folder": ("--save_model_as diffusers", "--save_model_as diffusers --method full"),
+    "ggpo-with-fused-backward": (
+        "--network_args ggpo_sigma=0.03 ggpo_beta=0.01 --fused_backward_pass",
+        "--network_args ggpo_sigma=0.03 ggpo_beta=0.01",
+    ),
     "fused-backward-given-twice": (
         "--method full --fused_backward_pass --fused_optimizer_groups 2",
         "--method full --fused_backward_pass",

@@ -237,3 +237,31 @@ def test_the_device_holds_the_slots_alone(rehearsal: Rehearsal) -> None:
     kept = [x, *net.first.parameters(), *(p.grad for p in net.first.parameters() if p.grad is not None)]
     assert rehearsal.memory.allocated == 2 * largest + rehearsal.memory.sum_storages(kept)
     assert not rehearsal.take_waits()
+
+
+def test_weights_that_change_in_main_memory_are_copied_again() -> None:
+    """As those of an EMA do for previews; and back."""
+    torch.manual_seed(0)
+    blocks = [nn.Linear(4, 4) for _ in range(3)]
+    offload = BlockOffload(torch.device("cpu"))
+    forwards = [offload.wrap(block, block.forward) for block in blocks]
+    x = torch.randn(2, 4)
+
+    def run() -> Tensor:
+        found = x
+        for forward in forwards:
+            found = forward(found)
+        return found
+
+    def expect() -> Tensor:
+        found = x
+        for block in blocks:
+            found = nn.functional.linear(found, block.weight, block.bias)
+        return found
+
+    with torch.no_grad():
+        for change in (0.0, 1.0, -1.0):
+            for block in blocks:
+                block.weight.add_(change)
+            assert torch.equal(run(), expect())
+            assert torch.equal(run(), expect())

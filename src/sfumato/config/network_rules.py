@@ -49,6 +49,15 @@ _CONFLICTS = (
         fix="give --network_weights",
     ),
     OptionRule(
+        code="ggpo-with-fused-backward",
+        severity="conflict",
+        options=("network_args", "fused_backward_pass", "fused_optimizer_groups", "blockwise_fused_optimizers"),
+        is_broken=lambda c: c.optim.fuses_backward and any(name.startswith("ggpo_") for name in c.network.network_args),
+        what="--network_args ggpo_sigma and ggpo_beta measure gradients after a step, and the fused backward pass "
+        "keeps none",
+        fix="remove the fused option, or ggpo_sigma and ggpo_beta",
+    ),
+    OptionRule(
         code="lora-plus-with-single-lr",
         severity="conflict",
         options=("network_args", "optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer"),

@@ -91,9 +91,11 @@ class FusedBackward:
 
     def _collect(self, bucket: Bucket, parameter: nn.Parameter, leaf: Tensor) -> None:
         """A gradient is there."""
-        if self._loss is None:  # a backward that is no step's
-            if leaf is not parameter:
-                leaf.grad = None
+        if self._loss is None:  # a backward that is no step's: what is left says whether the gradient was finite
+            assert leaf.grad is not None
+            norm = torch.linalg.vector_norm(leaf.grad, math.inf)
+            leaf.grad = None
+            parameter.grad = norm.to(parameter).expand(parameter.shape)
             return
         bucket.ready.append(parameter)
         if len(bucket.ready) == len(bucket.parameters):

@@ -65,6 +65,7 @@ class HostedBlock:
     slot: Slot | None = None
     changed: bool = False  # whether its weights in the slot are newer than those in main memory
     views: dict[int, list[Tensor]] = field(default_factory=dict)  # by slot
+    versions: list[int] = field(default_factory=list)  # of the weights in main memory, when they went into the slot
 
     @cached_property
     def offsets(self) -> list[int]:
@@ -80,6 +81,10 @@ class HostedBlock:
                 for each, start in zip(self.tensors, self.offsets, strict=False)
             ]
         return self.views[id(slot)]
+
+    def list_versions(self) -> list[int]:
+        """They count the changes of the weights in main memory."""
+        return [each.host._version for each in self.tensors]
 
     def enter(self, slot: Slot) -> None:
         """Compute with what is in the slot."""
@@ -161,7 +166,7 @@ class BlockOffload:
             self._next[self._last] = visit
         self._current = self._last = visit
         block = self.blocks[visit.block]
-        slot = block.slot or self._copy_in(block, keep=())
+        slot = self._find_slot(block) or self._copy_in(block, keep=())
         self._slots.remove(slot)
         self._slots.append(slot)
         self.transfer.wait_for(slot.ready)
@@ -179,9 +184,16 @@ class BlockOffload:
                 return
             visit = self._next[visit]
             block = self.blocks[visit.block]
-            if block.slot is None:
+            if self._find_slot(block) is None:
                 self._copy_in(block, keep=keep)
             keep.append(block)
+
+    def _find_slot(self, block: HostedBlock) -> Slot | None:
+        """Its slot, unless its weights in main memory have changed since, e.g. to those of an EMA."""
+        if block.slot is not None and block.versions != block.list_versions():
+            block.slot.block = None
+            block.slot = None
+        return block.slot
 
     def _copy_in(self, block: HostedBlock, keep: Sequence[HostedBlock]) -> Slot:
         """Start copying a block into the slot that was used longest ago, of those that hold no block to `keep`."""
@@ -192,6 +204,7 @@ class BlockOffload:
             for tensor, each in zip(block.view(slot), block.tensors, strict=True):
                 tensor.copy_(each.host, non_blocking=True)
         slot.ready, slot.block, block.slot = self.transfer.record_copied(), block, slot
+        block.versions = block.list_versions()
         return slot
 
     def _find_slots(self) -> list[Slot]:
@@ -199,6 +212,8 @@ class BlockOffload:
             size = max(block.offsets[-1] for block in self.blocks)
             count = min(self.count, len(self.blocks))
             buffers = [torch.empty(size, dtype=torch.uint8, device=self.transfer.device) for _ in range(count)]
+            for buffer in buffers:
+                self.transfer.share(buffer)
             self._slots = [Slot(buffer=buffer) for buffer in buffers]
         return self._slots
 
@@ -219,6 +234,7 @@ class BlockOffload:
                     if each.host.requires_grad:
                         each.host.copy_(tensor, non_blocking=True)
             slot.ready, self._copied_back = self.transfer.record_copied(), True
+            block.versions = block.list_versions()
 
     def _finish(self) -> None:
         """At the end of a backward every weight is in main memory again, to be saved or averaged."""

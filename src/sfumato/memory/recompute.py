@@ -49,6 +49,7 @@ class WaitingInput:
     requires_grad: bool
     host: Tensor | None = None
     ready: Any = None  # the event after the copy to the device
+    is_read: bool = False  # in backward
 
     def read(self) -> Tensor:
         if self.host is None:
@@ -100,11 +101,11 @@ class InputOffload:
         if each.tensor is None:
             self._fetch(each)
         self.transfer.wait_for(each.ready)
-        tensor, each.tensor = each.tensor, None
+        tensor, each.tensor, each.is_read = each.tensor, None, True
         assert tensor is not None
         while self.waiting:
             before = self.waiting.pop()()
-            if before is not None and before is not each:
+            if before is not None and not before.is_read:
                 if before.tensor is None:
                     self._fetch(before)
                 self.waiting.append(ref(before))
@@ -117,3 +118,4 @@ class InputOffload:
         with self.transfer.beside(self.transfer.record_computed()):
             each.tensor.copy_(each.host, non_blocking=True)
         each.ready = self.transfer.record_copied()
+        self.transfer.share(each.tensor)

@@ -63,6 +63,11 @@ class Transfer:
         with self.module.stream(copying):
             yield
 
+    def share(self, tensor: Tensor) -> None:
+        """Say that copies in `beside` use the tensor, too: its memory is given away only after them."""
+        if self.module and tensor.device.type in WITH_STREAMS:
+            tensor.record_stream(self._find_stream())
+
     def record_computed(self) -> Any:
         """An event after everything that was launched to compute; None where the device has no streams."""
         return self._record(lambda: self.module.current_stream(self.device))

@@ -112,4 +112,4 @@ def sum_weights(module: nn.Module) -> list[int]:
     for weight in list_stored(module.state_dict().values()):
         bits = weight.detach().contiguous().view(INTEGERS[weight.element_size()])
         sums.append(bits.sum(dtype=torch.int64))
-    return torch.stack(sums).tolist() if sums else []
+    return torch.stack([each.cpu() for each in sums]).tolist() if sums else []  # some may be in main memory
