@@ -193,6 +193,7 @@ def test_a_device_that_the_machine_lacks(toy_shelf: ToyShelf, images: Path, home
     assert codes == ["t5-device-missing"]
 
 
+@pytest.mark.full
 def test_what_a_resumed_run_goes_on_with(
     toy_shelf: ToyShelf, images: Path, home: Path, codes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

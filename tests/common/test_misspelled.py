@@ -23,6 +23,7 @@ def test_edits(first, second, edits):
     assert count_edits(first, second) == count_edits(second, first) == edits
 
 
+@pytest.mark.full
 def test_one_wrong_letter_is_found_in_every_long_name():
     generator = random.Random(1)
     names = list(vocabulary())

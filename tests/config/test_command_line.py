@@ -53,6 +53,7 @@ def sample() -> dict[str, str]:
     return chosen
 
 
+@pytest.mark.full
 def test_each_mutation_is_rejected_and_the_right_name_suggested():
     wrong = sample()
     found = read_faults([f"--{each}" for each in wrong])

@@ -122,6 +122,7 @@ def test_no_row_of_attention_is_empty(toy_shelf: ToyShelf, monkeypatch: pytest.M
     assert all(mask.any(-1).all() for mask in seen)
 
 
+@pytest.mark.full
 def test_files_of_other_programs(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     """With a prefix, in diffusers' names, in pieces, or a folder of the transformer alone: the same model."""
     paths = toy_shelf.paths("chroma")

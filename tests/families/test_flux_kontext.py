@@ -209,6 +209,7 @@ def test_diffusers_reads_the_trained_file(folder: Path, trained: Path, tmp_path:
     assert (ours - without).abs().max() > 1e-4
 
 
+@pytest.mark.full
 def test_generate_makes_the_preview_again(
     toy_shelf: ToyShelf, data: tuple[Path, Path], trained: Path, tmp_path: Path
 ) -> None:

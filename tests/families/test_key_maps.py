@@ -113,6 +113,7 @@ def test_chroma_has_all_of_schnells_keys_but_its_modulation() -> None:
     assert own == {f"distilled_guidance_layer.{key}": shape for key, shape in expected.items()}
 
 
+@pytest.mark.full
 def test_chroma_configuration_from_shapes() -> None:
     config = {"num_layers": 2, "num_single_layers": 3, "approximator_layers": 4}
     transformer = on_meta(lambda: _chroma_keys.build(config))

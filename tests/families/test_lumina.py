@@ -156,6 +156,7 @@ def test_files_in_several_parts(toy: Options, toy_shelf: ToyShelf, tokenizer: tu
     assert torch.equal(prediction(load(**options, tokenizer=tokenizer), CAPTIONS), expected)
 
 
+@pytest.mark.full
 def test_a_diffusers_folder_in_several_parts(toy_shelf: ToyShelf, toy: Options, tmp_path: Path) -> None:
     folder = shutil.copytree(toy_shelf.paths("lumina", "diffusers")["pretrained_model_name_or_path"], tmp_path / "all")
     for network, name in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "model")):

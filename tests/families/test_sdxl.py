@@ -78,6 +78,7 @@ def test_configuration_from_shapes() -> None:
     assert shapes_of(on_meta(lambda: _unet.build(found))) == shapes_of(unet)
 
 
+@pytest.mark.full
 def test_second_encoder_keys() -> None:
     """Rows at their real numbers; the projection, which is transposed, whole."""
     encoder = on_meta(lambda: _open_clip.build_projected(CLIP_G))

@@ -113,6 +113,7 @@ def test_unknown_arguments_are_errors_with_the_nearest(sd: Toy, images: Path, tm
 # ---------------------------------------------------------------- blocks and learning rates
 
 
+@pytest.mark.full
 def test_a_block_at_learning_rate_0_gets_no_adapter(sd: Toy, images: Path, tmp_path: Path) -> None:
     options = {"network_args": ["up_lr_weight=zeros", "mid_lr_weight=0.5"], "network_train_unet_only": True}
     output = train_toy(sd, images, tmp_path, max_train_steps=1, **options)

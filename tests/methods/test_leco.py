@@ -183,6 +183,7 @@ def test_a_run_and_its_file(toy_shelf: ToyShelf, prompts: Path, tmp_path: Path, 
     assert any(tensor.any() for name, tensor in read_weights(whole).items() if "lora_up" in name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_in_bf16_are_those_of_a_given_target(
     toy_shelf: ToyShelf, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool

@@ -164,6 +164,7 @@ def test_resume_with_another_optimizer_is_refused(sd: Toy, images: Path, tmp_pat
     assert error.value.code == "resume-optimizer-mismatch"
 
 
+@pytest.mark.full
 def test_mistakes_are_reported_before_weights_are_read(sd: Toy, images: Path, tmp_path: Path) -> None:
     config = load_config(
         make_arguments(

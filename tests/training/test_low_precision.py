@@ -127,6 +127,7 @@ def test_which_networks_the_options_mean(toy_shelf: ToyShelf, images: Path, tmp_
         assert found == expected, options
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("option", ["nf4_base", "int8_compute"])
 @pytest.mark.fast_for("int8_compute")
 def test_resuming_gives_the_same_bits(toy_shelf: ToyShelf, images: Path, tmp_path: Path, option: str) -> None:

@@ -261,6 +261,7 @@ spec.loader.exec_module(module)
     return subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_kills_leave_it_intact(tmp_path, caplog):
     """Two processes fill at once and are killed when each has put a number of records; what is there is right."""
