@@ -15,8 +15,6 @@ from sfumato.config.values import FilePath, ModelPath
 if TYPE_CHECKING:
     from sfumato.tools.captioner import Wording
 
-DEFAULT_WORKERS = 4
-
 
 class CaptioningOptions(Options):
     """Writes a caption beside each image, by any model of transformers that describes images (BLIP, GIT, Florence-2,
@@ -62,7 +60,7 @@ def run_captioning(options: CaptioningOptions) -> int:
 
     from sfumato.parallel.start import choose_device
     from sfumato.tools.caption_images import CaptionRun
-    from sfumato.tools.caption_output import FilesBeside, MetadataFile
+    from sfumato.tools.caption_output import DEFAULT_WORKERS, FilesBeside, MetadataFile
     from sfumato.tools.captioner import load_captioner
     from sfumato.tools.image_batches import list_image_paths
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from sfumato.tools.tag_table import TagWriting
 
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
-WORKERS = 4
 TagList = Annotated[str, Metavar("TAG,TAG")]
 
 
@@ -87,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_tagging(options: TagOptions) -> int:
     """Tag the images; gives the exit code."""
-    from sfumato.tools.caption_output import JSON_LINES, FilesBeside, MetadataFile
+    from sfumato.tools.caption_output import DEFAULT_WORKERS, JSON_LINES, FilesBeside, MetadataFile
     from sfumato.tools.image_batches import list_image_paths
     from sfumato.tools.tag_choice import TagChooser
     from sfumato.tools.tag_images import TagRun
@@ -110,7 +109,7 @@ def run_tagging(options: TagOptions) -> int:
         skip_existing=options.skip_existing,
         verbose=options.debug,
     )
-    bad = run.tag(images, batch_size=options.batch_size, workers=options.max_data_loader_n_workers or WORKERS)
+    bad = run.tag(images, batch_size=options.batch_size, workers=options.max_data_loader_n_workers or DEFAULT_WORKERS)
     if options.frequency_tags:
         sys.stdout.write("".join(f"{tag}: {count}\n" for tag, count in chooser.counts.most_common()))
     skipped = f", {bad:,} could not be read" if bad else ""

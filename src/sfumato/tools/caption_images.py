@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from sfumato.data.images import decode_image
-from sfumato.tools.caption_output import CaptionOutput
+from sfumato.tools.caption_output import CaptionOutput, write_texts
 from sfumato.tools.captioner import Captioner
-from sfumato.tools.image_batches import ImageReader, ReadImage, report_unreadable
-from sfumato.track.progress_task import ProgressTask
+from sfumato.tools.image_batches import ImageReader, ReadImage
 
 READ_WORDS = r"""(?:"[^"]*"|'[^']*'|\w+)"""
 READ_PLACE = r"(?: (?:is )?(?:on|in) (?:(?:the|her|his|their|its|it) ?)?\w*)?"
@@ -44,22 +42,13 @@ class CaptionRun:
 
     def caption(self, images: Sequence[Path], *, batch_size: int, workers: int) -> int:
         """Caption every image; gives how many could not be read. What is done is kept whatever ends it."""
-        self.output.check(images)
-        if self.skip_existing:
-            images = [image for image in images if self.output.read(image) is None]
         reader = ImageReader(prepare=decode_image, batch_size=batch_size, workers=workers, faults=[])
-        done = 0
-        with closing(self.output), ProgressTask("captioning", "images") as progress:
-            for count, batch in reader.read_batches(images):
-                self._caption_batch(batch)
-                done += count
-                progress(done, len(images))
-        report_unreadable(reader.faults, "no caption")
-        return len(reader.faults)
+        return write_texts(
+            images, self.output, reader, self._caption_batch,
+            skip_existing=self.skip_existing, label="captioning", missing="no caption",
+        )  # fmt: skip
 
     def _caption_batch(self, batch: Sequence[ReadImage[Image.Image]]) -> None:
-        if not batch:
-            return
         prompts = [self.fill_prompt(image.path) for image in batch]
         texts = self.captioner.make_captions([image.content for image in batch], prompts)
         for image, text in zip(batch, texts, strict=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +14,13 @@ from sfumato.common.files import check_file_writable, check_writable, remove_lef
 from sfumato.common.json_toml import decode_json
 from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
+from sfumato.tools.image_batches import Content, ImageReader, ReadImage, report_unreadable
+from sfumato.track.progress_task import ProgressTask
 
 JSON_LINES = ".jsonl"
+
+
+DEFAULT_WORKERS = 4  # threads that decode images
 
 
 class CaptionOutput(Protocol):
@@ -31,6 +37,35 @@ class CaptionOutput(Protocol):
     def write(self, image: Path, text: str, size: tuple[int, int]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def write_texts(
+    images: Sequence[Path],
+    output: CaptionOutput,
+    reader: ImageReader[Content],
+    write_batch: Callable[[Sequence[ReadImage[Content]]], None],
+    *,
+    skip_existing: bool,
+    label: str,
+    missing: str,
+) -> int:
+    """Read images in batches and write a text for each; gives how many could not be read.
+
+    What is written is kept whatever ends it. skip_existing: leave images alone that have a text. label: of the progress
+    bar. missing: what unreadable images are told to lack.
+    """
+    output.check(images)
+    if skip_existing:
+        images = [image for image in images if output.read(image) is None]
+    done = 0
+    with closing(output), ProgressTask(label, "images") as progress:
+        for count, batch in reader.read_batches(images):
+            if batch:
+                write_batch(batch)
+            done += count
+            progress(done, len(images))
+    report_unreadable(reader.faults, missing)
+    return len(reader.faults)
 
 
 @dataclass(frozen=True, kw_only=True)

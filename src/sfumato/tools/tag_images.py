@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.tools.caption_output import CaptionOutput
-from sfumato.tools.image_batches import ImageReader, ReadImage, report_unreadable
+from sfumato.tools.caption_output import CaptionOutput, write_texts
+from sfumato.tools.image_batches import ImageReader, ReadImage
 from sfumato.tools.tag_choice import TagChooser, append_tags
 from sfumato.tools.tag_model import Tagger
 from sfumato.tools.tag_table import split_tag_list
-from sfumato.track.progress_task import ProgressTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +31,14 @@ class TagRun:
 
     def tag(self, images: Sequence[Path], *, batch_size: int, workers: int) -> int:
         """Tag every image; gives how many could not be read. What is tagged is kept whatever ends it."""
-        self.output.check(images)
-        if self.skip_existing:
-            images = [image for image in images if self.output.read(image) is None]
         size = self.tagger.batch_size or batch_size
         reader = ImageReader(prepare=self.tagger.read_pixels, batch_size=size, workers=workers, faults=[])
-        done = 0
-        with closing(self.output), ProgressTask("tagging", "images") as progress:
-            for count, batch in reader.read_batches(images):
-                self._tag_batch(batch)
-                done += count
-                progress(done, len(images))
-        report_unreadable(reader.faults, "not tagged")
-        return len(reader.faults)
+        return write_texts(
+            images, self.output, reader, self._tag_batch,
+            skip_existing=self.skip_existing, label="tagging", missing="not tagged",
+        )  # fmt: skip
 
     def _tag_batch(self, batch: Sequence[ReadImage[NDArray[np.float32]]]) -> None:
-        if not batch:
-            return
         rows = self.tagger.predict([image.content for image in batch])
         for image, probabilities in zip(batch, rows, strict=True):
             tags = self.chooser.choose(probabilities)
