@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from sfumato.cli.dataset_tag import CAPTION_ALIASES, Extension
+from sfumato.cli.dataset_tag import CAPTION_ALIASES
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
 from sfumato.config.command import read_command
-from sfumato.config.values import FilePath, ModelPath
+from sfumato.config.values import Extension, FilePath, ModelPath
 
 if TYPE_CHECKING:
     from sfumato.tools.captioner import Wording

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sfumato.cli.dataset_tag import CAPTION_ALIASES, Extension
+from sfumato.cli.dataset_tag import CAPTION_ALIASES
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
 from sfumato.config.command import read_command
-from sfumato.config.values import FilePath
+from sfumato.config.values import Extension, FilePath
 
 
 class CaptionMergeOptions(Options):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BeforeValidator
+from typing import TYPE_CHECKING, Annotated
 
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import read_command
-from sfumato.config.values import FilePath
+from sfumato.config.values import Extension, FilePath
 
 if TYPE_CHECKING:
     from sfumato.tools.tag_choice import TagRules
@@ -21,14 +19,6 @@ if TYPE_CHECKING:
 
 DEFAULT_REPO = "SmilingWolf/wd-v1-4-convnext-tagger-v2"
 TagList = Annotated[str, Metavar("TAG,TAG")]
-
-
-def add_dot(value: Any) -> Any:
-    """An extension may be given without its dot, as in datasets."""
-    return f".{value}" if isinstance(value, str) and value and not value.startswith(".") else value
-
-
-Extension = Annotated[str, BeforeValidator(add_dot)]
 CAPTION_ALIASES = {"caption_extention": "caption_extension"}
 
 

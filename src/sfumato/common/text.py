@@ -52,3 +52,8 @@ def strip_paths(text: str) -> str:
     if WHOLE_PATH_PATTERN.fullmatch(text):
         return PureWindowsPath(text).name or text  # it knows both kinds of slashes
     return PATH_PATTERN.sub(lambda match: PureWindowsPath(match[0]).name, text)
+
+
+def add_dot(extension: str) -> str:
+    """The ending of a file's name, which users give with and without its dot."""
+    return extension if extension.startswith(".") else f".{extension}"

@@ -6,10 +6,10 @@ from sfumato.cli.dataset_caption import CaptioningOptions, run_captioning
 from sfumato.cli.dataset_clean import CleanOptions, run_cleaning
 from sfumato.cli.dataset_merge import CaptionMergeOptions, TagMergeOptions, run_merge_of_texts
 from sfumato.cli.dataset_resize import ImageResizeOptions, run_resizing
-from sfumato.cli.dataset_tag import CAPTION_ALIASES, Extension, TagOptions, run_tagging
+from sfumato.cli.dataset_tag import CAPTION_ALIASES, TagOptions, run_tagging
 from sfumato.compat.file_tool import FileTool
 from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath
+from sfumato.config.values import Extension, FilePath
 from sfumato.errors import UserError
 
 BLIP_WEIGHTS = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/model_large_caption.pth"

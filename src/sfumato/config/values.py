@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, PlainValidator, Strict
 
+from sfumato.common.text import add_dot
 from sfumato.config.base import Metavar
 from sfumato.config.file_syntax import BACKSLASH_FIX
 
@@ -234,6 +235,7 @@ LearningRateList = Annotated[
     PlainSerializer(lambda r: ",".join(map(str, r))),
     Metavar("X,X,..."),
 ]
+Extension = Annotated[str, AfterValidator(lambda extension: extension and add_dot(extension))]
 FileName = Annotated[str, AfterValidator(check_file_name), Metavar("TEXT")]
 Seed = Annotated[int, AfterValidator(check_seed)]
 Steps = Annotated[int | float, PlainValidator(parse_steps), Metavar("N|X%")]

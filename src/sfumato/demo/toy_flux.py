@@ -114,16 +114,17 @@ def write_folder(folder: Path, networks: Mapping[str, Any], *, guided: bool) -> 
     pipeline.save_pretrained(folder)
 
 
+FLUX_TOY_OPTIONS = {
+    "network_module": "networks.lora_flux",
+    "timestep_sampling": "flux_shift",
+    "model_prediction_type": "raw",
+    "guidance_scale": "1.0",
+}
 TOYS.register("flux")(
     Toy(
         write=write,
         script="flux_train_network",
-        options={
-            "network_module": "networks.lora_flux",
-            "timestep_sampling": "flux_shift",
-            "model_prediction_type": "raw",
-            "guidance_scale": "1.0",
-        },
+        options=FLUX_TOY_OPTIONS,
         variants=("dev", "schnell"),
     )
 )

@@ -23,12 +23,7 @@ TOYS.register("flux_kontext")(
     Toy(
         write=write,
         script="flux_train_network",
-        options={
-            "network_module": "networks.lora_flux",
-            "timestep_sampling": "flux_shift",
-            "model_prediction_type": "raw",
-            "guidance_scale": "1.0",
-        },
+        options=toy_flux.FLUX_TOY_OPTIONS,
         variant_options={"": {"model_type": "flux_kontext"}},
     )
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.text import has_lone_surrogate
+from sfumato.common.text import add_dot, has_lone_surrogate
 from sfumato.config import Config
 from sfumato.config.concepts import Concept
 from sfumato.config.dataset_toml import (
@@ -236,7 +236,7 @@ def make_subset_settings(
         is_reg=is_reg,
         class_tokens=class_tokens,
         num_repeats=folder.num_repeats if folder and folder.num_repeats is not None else value("num_repeats"),
-        caption_extension=extension if extension.startswith(".") else f".{extension}",
+        caption_extension=add_dot(extension),
         caption_extension_given=is_given("caption_extension", tables, config),
         cache_info=value("cache_info"),
         images=make_image_rules(value, config),
