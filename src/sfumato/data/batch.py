@@ -46,7 +46,7 @@ class ImageInput:
 
 Images = Mapping[str, ImageInput]  # by role: "control", "reference_1"
 CONTROL = "control"
-INPAINT = "inpaint"  # latents (B, 1 + C, h, w): 1 where the model paints, then the image without what is there
+INPAINT = "inpaint"  # latents (B, M + C, h, w): 1 where the model paints, then the image without what is there
 _REFERENCE = "reference_"
 
 

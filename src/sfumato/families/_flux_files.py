@@ -22,7 +22,10 @@ from sfumato.formats.keymap import KeyMap, make_identity_map
 
 CLIP_L_IN_WHOLE = "text_encoders.clip_l.transformer."  # in ComfyUI's files of whole models
 T5_IN_WHOLE = "text_encoders.t5xxl.transformer."
-_VARIANTS = {2: "FLUX.1 Canny or Depth", 6: "FLUX.1 Fill"}  # by the inputs in those of the plain model
+_FILL = (
+    6  # inputs of FLUX.1 Fill in those of the plain model: latents, the masked image's, four times as many of a mask
+)
+_VARIANTS = {2: "FLUX.1 Canny or Depth", _FILL: "FLUX.1 Fill"}  # by the inputs in those of the plain model
 FLUX_VAE_SCALING = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # which the autoencoder's file does not contain
 
 
@@ -44,6 +47,7 @@ class Transformer:
     row_split: RowSplit
     spec: Callable[[str], PartSpec]  # from the prefix of its keys
     config: Callable[[Mapping[str, Sequence[int]]], dict[str, Any]]  # from original keys' shapes
+    may_inpaint: bool = False  # whether there is a variant that sees a mask and the masked image
 
     def is_in(self, source: Source) -> bool:
         """Whether a file in original or diffusers' names, or a folder of diffusers, contains this transformer."""
@@ -56,8 +60,9 @@ class Transformer:
     def read(self, source: Source) -> Network:
         """The transformer of a source for which `is_in` is true. Raises UserError for one with further inputs."""
         network = self._read(source)
-        channels = network.config["in_channels"]
-        latents = network.config.get("out_channels") or channels
+        if self.may_inpaint and inpaints(network):
+            return network
+        channels, latents = network.config["in_channels"], count_outputs(network)
         variant = _VARIANTS.get(channels // latents, "another kind of input")
         check_input_channels(source.name, channels, latents, variant)
         return network
@@ -81,6 +86,16 @@ class Transformer:
 
     def _make_diffusers_network(self, file: Any, config: dict[str, Any]) -> Network:
         return Network(spec=self.spec(""), config=config, weights=Weights(file=file, key_map=make_identity_map()))
+
+
+def count_outputs(denoiser: Network) -> int:
+    """Numbers that the transformer gives for each token: four latent pixels'."""
+    return denoiser.config.get("out_channels") or denoiser.config["in_channels"]
+
+
+def inpaints(denoiser: Network) -> bool:
+    """Whether the transformer is that of FLUX.1 Fill."""
+    return denoiser.config["in_channels"] == _FILL * count_outputs(denoiser)
 
 
 def _find_folder(source: Source) -> str:
@@ -113,9 +128,7 @@ def read_t5(source: Source, denoiser: Network, make_spec: Callable[[str], PartSp
 def read_flux_vae(source: Source, denoiser: Network) -> Network:
     """Raises UserError for a file of another kind, and for latents of another size than the model's."""
     vae = _vae.read_vae_option(source, FLUX_VAE_SCALING, option="ae")
-    check_network_size(
-        "ae", source.path, CHANNELS_FAULT, vae.config["latent_channels"], denoiser.config["in_channels"] // 4
-    )
+    check_network_size("ae", source.path, CHANNELS_FAULT, vae.config["latent_channels"], count_outputs(denoiser) // 4)
     return vae
 
 

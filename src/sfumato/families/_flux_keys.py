@@ -162,4 +162,5 @@ FLUX_TRANSFORMER = Transformer(
     row_split=split_flux_rows,
     spec=spec,
     config=config_from_shapes,
+    may_inpaint=True,
 )

@@ -20,7 +20,7 @@ FLUX_OPTIONS = frozenset(  # of those that only some families read
     | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}
     | {"weighted_captions", "prompt_weighting"}
 )
-KONTEXT = "flux-1-kontext-dev"  # modelspec.architecture
+KONTEXT, FILL = "flux-1-kontext-dev", "flux-1-fill-dev"  # modelspec.architecture
 READ_BY_SCRIPT = frozenset({"ip_noise_gamma", "ip_noise_gamma_random_strength"})
 
 
@@ -122,6 +122,17 @@ def make_image_ids(like: Tensor) -> Tensor:
         torch.arange(height, device=like.device), torch.arange(width, device=like.device), indexing="ij"
     )
     return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).to(like.dtype)
+
+
+def add_masked_image(arguments: dict[str, object], inpaint: Tensor, channels: int) -> dict[str, object]:
+    """The latents of the masked image and its mask follow the noisy latents' numbers in each token, as in FLUX.1 Fill.
+
+    inpaint: the mask's channels, then those of the latents (B, M + C, h, w). channels: of latents.
+    """
+    hidden = arguments["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    mask, image = inpaint[:, :-channels].to(hidden), inpaint[:, -channels:].to(hidden)
+    return {**arguments, "hidden_states": torch.cat([hidden, pack(image), pack(mask)], dim=2)}
 
 
 def extend_mask(text: Tensor, noisy: Tensor) -> Tensor:

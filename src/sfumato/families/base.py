@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.common.registry import Registry
@@ -54,7 +55,7 @@ class Family(ABC):
     name: ClassVar[str]
     text_parts: tuple[str, ...]  # the text encoders in the order of --text_encoder_lr; a model may lack some
     bucket_step: ClassVar[int]  # bucket_reso_steps must be a multiple
-    sampling: ClassVar[Sampling]
+    sampling: Sampling  # the defaults; a variant of the model may have others
     options: ClassVar[frozenset[str]] = frozenset()  # which of the options that only some families read
     sd_scripts_reads: ClassVar[frozenset[str]] = frozenset()  # options that its script reads and not every flow's does
     components: ClassVar[Mapping[str, Component]] = {}  # part name -> folder in diffusers' layout
@@ -203,6 +204,11 @@ class Family(ABC):
     def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] and the posterior's noise (B, C, h, w) -> scaled latents."""
         return _vae.encode(self.parts["vae"], self.latents, pixels, noise)
+
+    def shrink_mask(self, masks: Tensor) -> Tensor:
+        """What a denoiser for inpainting sees of masks (B, 1, H, W): (B, M, h, w) in the size of latents."""
+        height, width = masks.shape[-2:]
+        return F.interpolate(masks, size=(height // self.latents.downscale, width // self.latents.downscale))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> (B, 3, H, W) in [-1, 1]."""

@@ -43,15 +43,14 @@ def encode_images(model: Family, pixels: Tensor, seeds: Sequence[int] | None, *,
 def encode_inpaint(
     model: Family, pixels: Tensor, masks: Tensor, seeds: Sequence[int] | None, *, vae_batch_size: int
 ) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] and masks (B, 1, H, W), 1 where the model paints -> (B, 1 + C, h, w) on the device.
+    """(B, 3, H, W) in [-1, 1] and masks (B, 1, H, W), 1 where the model paints -> (B, M + C, h, w) on the device.
 
-    The mask in the size of the latents, then the latents of the image with gray where the model paints, as diffusers'
-    inpainting pipelines have them.
+    The M channels that the model sees of the mask, then the latents of the image with gray where it paints, as
+    diffusers' inpainting pipelines have them.
     """
     masks = masks.to(pixels)
     latents = encode_images(model, pixels * (masks < 0.5), seeds, vae_batch_size=vae_batch_size)
-    small = torch.nn.functional.interpolate(masks, size=latents.shape[-2:])
-    return torch.cat([small.to(latents, non_blocking=True), latents], dim=1)
+    return torch.cat([model.shrink_mask(masks).to(latents, non_blocking=True), latents], dim=1)
 
 
 @torch.no_grad()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.config import ModelOptions, NoiseOptions
-from sfumato.data.batch import Sizes, Tensors
+from sfumato.data.batch import INPAINT, Images, Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.families import _clip, _flux_files, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_control_net import FLUX_CONTROL_NET
-from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
+from sfumato.families._flux_parts import add_masked_image, extend_mask, make_common_inputs, unpack
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import Builder, Network, PartSpec
@@ -21,6 +23,7 @@ from sfumato.families.source import Source, find_component, find_present
 
 _T5_LENGTHS = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
 _DEFAULT_GUIDANCE = 3.5
+_FILL_GUIDANCE = 30.0  # with which FLUX.1 Fill was distilled
 _COMPONENTS = {
     "denoiser": Component(folder="transformer"),
     "clip_l": Component(folder="text_encoder", key_map=_clip.key_map()),
@@ -44,6 +47,8 @@ class Flux(Family):
         super().__init__(blueprint, model, dtype=dtype, device=device)
         self.guided = bool(blueprint.networks["denoiser"].config["guidance_embeds"])
         self.masked = model.apply_t5_attn_mask
+        self.guidance = _choose_guidance(blueprint.networks["denoiser"])  # the default
+        self.sampling = replace(self.sampling, guidance=self.guidance)
         self.t5_length = model.t5xxl_max_token_length or _T5_LENGTHS[self.guided]
 
     @classmethod
@@ -57,13 +62,14 @@ class Flux(Family):
         clip_l = find_component(source, "clip_l", "clip_l", model.clip_l, "text_encoder", _flux_files.CLIP_L_IN_WHOLE)
         t5 = find_component(source, "t5", "t5xxl", model.t5xxl, "text_encoder_2", _flux_files.T5_IN_WHOLE)
         vae = _flux_files.read_flux_vae(ae, denoiser)
-        guided = bool(denoiser.config["guidance_embeds"])
+        guided, inpaints = bool(denoiser.config["guidance_embeds"]), _flux_files.inpaints(denoiser)
         return Blueprint(
             source=source,
-            title="FLUX.1 dev" if guided else "FLUX.1 schnell",
+            title="FLUX.1 Fill" if inpaints else "FLUX.1 dev" if guided else "FLUX.1 schnell",
             base_model_version=cls.name_base_model(denoiser),
             implementation="https://github.com/black-forest-labs/flux",
-            architecture="flux-1-dev" if guided else "flux-1-schnell",
+            architecture=_flux_parts.FILL if inpaints else "flux-1-dev" if guided else "flux-1-schnell",
+            inpaints=inpaints,
             text_parts=cls.text_parts,
             networks={
                 "denoiser": denoiser,
@@ -73,7 +79,7 @@ class Flux(Family):
             },
             objective=_flux_parts.make_objective(noise, shifted=guided),
             latents=_vae.make_latent_spec(vae.config, patch=2, size_multiple=16),
-            metadata=_flux_parts.make_metadata("flux", model, noise, _DEFAULT_GUIDANCE),
+            metadata=_flux_parts.make_metadata("flux", model, noise, _choose_guidance(denoiser)),
         )
 
     @classmethod
@@ -137,7 +143,7 @@ class Flux(Family):
         if self.masked and batch > 1:  # one caption alone has no padding
             conditioning["attention_mask"] = features["t5"]["mask"]
         if self.guided:
-            strength = _DEFAULT_GUIDANCE if guidance is None else guidance
+            strength = self.guidance if guidance is None else guidance
             conditioning["guidance"] = torch.full((batch,), strength, device=self.device)
         return conditioning
 
@@ -151,8 +157,24 @@ class Flux(Family):
             arguments["joint_attention_kwargs"] = {"attention_mask": mask[:, None, None, :]}
         return arguments
 
+    def shrink_mask(self, masks: Tensor) -> Tensor:
+        """Every pixel of the masks, those of one latent pixel as its channels."""
+        return F.pixel_unshuffle(masks, self.latents.downscale)
+
+    def add_images(self, arguments: dict[str, object], noisy: Tensor, images: Images) -> dict[str, object]:
+        if not self.blueprint.inpaints:
+            return arguments
+        inpaint = images[INPAINT].latents
+        assert inpaint is not None
+        return add_masked_image(arguments, inpaint, self.latents.channels)
+
     def convert_output(self, raw: Tensor, noisy: Tensor) -> Tensor:
         return unpack(raw, noisy.shape)
+
+
+def _choose_guidance(denoiser: Network) -> float:
+    """The default strength of embedded guidance."""
+    return _FILL_GUIDANCE if _flux_files.inpaints(denoiser) else _DEFAULT_GUIDANCE
 
 
 def _clip_spec(prefix: str = "") -> PartSpec:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import ImageInput, Images, name_reference
 from sfumato.data.buckets import Size
-from sfumato.families import _flux_keys, _flux_parts
+from sfumato.families import _flux_files, _flux_keys, _flux_parts
 from sfumato.families._flux_parts import make_image_ids, pack, unpack
 from sfumato.families.base import FAMILIES
 from sfumato.families.blueprint import Blueprint
@@ -40,7 +40,8 @@ class FluxKontext(Flux):
 
     @classmethod
     def detect(cls, source: Source) -> bool:
-        return _flux_keys.FLUX_TRANSFORMER.is_in(source)
+        transformer = _flux_keys.FLUX_TRANSFORMER
+        return transformer.is_in(source) and not _flux_files.inpaints(transformer.read(source))
 
     @classmethod
     def read(cls, source: Source, model: ModelOptions, noise: NoiseOptions) -> Blueprint:

@@ -99,7 +99,7 @@ def check_inpainting(model: ModelPlan, problems: Problems) -> None:
         problems.add(
             f"--train_inpainting: {model.blueprint.source.name} takes no mask",
             code="inpainting-model-missing",
-            fix="give a checkpoint for inpainting, whose denoiser has 9 input channels, or remove it",
+            fix="give a checkpoint for inpainting, whose denoiser sees a mask, or remove it",
         )
     if inpaints and config.run.takes_control:
         problems.add(

@@ -1,0 +1,150 @@
+"""FLUX.1 Fill: recognized, trained, and images as diffusers' pipeline paints them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from families.loading import NoMethod, load_model, read_model
+from families.toys import ToyShelf
+from rehearsing import needs_rehearsal
+from sfumato.config import ModelOptions, load_config
+from sfumato.config.prompts import Prompt
+from sfumato.errors import UserError
+from sfumato.plan import make_run_plan
+from sfumato.sample import generate
+from sfumato.sampling.request import make_request
+from sfumato.tools.rehearse import rehearse_plan
+from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+
+FIRST_LAYER = "img_in.weight"
+TRAINING = {"timestep_sampling": "flux_shift", "model_prediction_type": "raw", "train_inpainting": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "adapter": {"network_module": "networks.lora_flux"},
+    "full": {"network_dim": None, "method": "full"},
+    "textual_inversion": {
+        "network_dim": None, "method": "textual_inversion", "token_string": "zwx", "use_object_template": True
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toy(toy_shelf: ToyShelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The toy of FLUX.1 dev with 384 numbers a token."""
+    paths = toy_shelf.paths("flux")
+    folder = tmp_path_factory.mktemp("fill") / "model"
+    shutil.copytree(paths["pretrained_model_name_or_path"].parent, folder)
+    tensors = load_file(paths["pretrained_model_name_or_path"])
+    weight = torch.randn((len(tensors[FIRST_LAYER]), 384), generator=torch.Generator().manual_seed(0)) / 12
+    save_file({**tensors, FIRST_LAYER: weight}, folder / "fill.safetensors")
+    files = {name: folder / path.name for name, path in paths.items()}
+    return {**files, "pretrained_model_name_or_path": folder / "fill.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def options(toy: Mapping[str, Path]) -> ModelOptions:
+    named = {name: str(path) for name, path in toy.items() if not name.startswith("tokenizer")}
+    return ModelOptions(**named)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 3)
+
+
+def test_it_is_recognized(options: ModelOptions) -> None:
+    blueprint = read_model(options)
+    assert blueprint.inpaints
+    assert (blueprint.title, blueprint.architecture) == ("FLUX.1 Fill", "flux-1-fill-dev")
+    assert blueprint.metadata["ss_guidance_scale"] == 30.0
+    with pytest.raises(UserError) as error:
+        read_model(options, family="flux_kontext")
+    assert error.value.code == "model-family-mismatch"
+
+
+@pytest.mark.full
+def test_diffusers_paints_the_same(options: ModelOptions, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """Its pipeline with the same noise and the image's latents without noise of their own; its own default guidance."""
+    from diffusers import FluxFillPipeline, FluxPipeline, FluxTransformer2DModel
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8))
+    mask = Image.fromarray(np.pad(np.full((39, 64), 255, np.uint8), ((16, 41), (0, 0))))  # no multiple of 8
+    image.save(tmp_path / "image.png")
+    mask.save(tmp_path / "mask.png")
+    model = load_model(options)
+    prompt = Prompt(
+        prompt="a cat", width=64, height=96, seed=3, sample_steps=3, init_image=str(tmp_path / "image.png"),
+        mask_image=str(tmp_path / "mask.png"),
+    )  # fmt: skip
+    request = make_request(prompt, model, sampler="ddim", seed=3)
+    assert request.guidance == 30.0
+    ours = generate(model, NoMethod(), request)
+
+    plain = FluxPipeline.from_pretrained(toy_shelf.paths("flux", "diffusers")["pretrained_model_name_or_path"])
+    transformer = FluxTransformer2DModel.from_config(
+        {**plain.transformer.config, "in_channels": 384, "out_channels": 64}
+    )
+    assert isinstance(transformer, FluxTransformer2DModel)
+    transformer.load_state_dict(model.denoiser.state_dict())
+    parts = {
+        name: part for name, part in plain.components.items() if name not in ("image_encoder", "feature_extractor")
+    }
+    pipe: Any = FluxFillPipeline(**{**parts, "transformer": transformer})
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn((1, 16, 12, 8), generator=torch.Generator().manual_seed(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+        patch.setattr("diffusers.pipelines.flux.pipeline_flux_fill.randn_tensor", lambda *args, **more: noise)
+        theirs = pipe(
+            prompt="a cat", image=image, mask_image=mask, height=96, width=64, num_inference_steps=3, output_type="pt"
+        ).images[0]
+    torch.testing.assert_close((ours.clamp(-1, 1) + 1) / 2, theirs.cpu(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+def test_it_trains_and_resumes_exactly(
+    method: str, toy: Mapping[str, Path], options: ModelOptions, images: Path, tmp_path: Path
+) -> None:
+    common = {"max_train_steps": 2, "save_state": True, **TRAINING, **METHODS[method]}
+    straight = train_toy(toy, images, tmp_path / "straight", **common)
+    parts = train_toy(toy, images, tmp_path / "parts", **common, save_every_n_steps=1)
+    train_toy(toy, images, parts, **common, resume=parts / "lora-step00000001-state")
+    assert read_metrics(straight) == read_metrics(parts)
+    assert equal_tensors(read_weights(straight), read_weights(parts))
+    if method == "full":
+        saved, original = read_weights(straight), load_file(toy["pretrained_model_name_or_path"])
+        assert {key: value.dtype for key, value in saved.items()} == {k: v.dtype for k, v in original.items()}
+        assert read_model(
+            options.model_copy(update={"pretrained_model_name_or_path": str(straight / "lora.safetensors")})
+        ).inpaints
+
+
+@pytest.mark.full
+def test_previews_paint_within_the_mask(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.pad(np.full((32, 64), 255, np.uint8), ((16, 16), (0, 0)))).save(mask)
+    line = "a cat --w 64 --h 64 --s 2 --d 5"
+    (tmp_path / "prompts.txt").write_text(f"{line} --img {images / '2_cat' / '0.png'} --mk {mask}\n{line}\n")
+    output = train_toy(toy, images, tmp_path / "out", max_train_steps=1, sample_every_n_steps=1,
+                       sample_prompts=tmp_path / "prompts.txt", **TRAINING, **METHODS["adapter"])  # fmt: skip
+    painted, free = (Image.open(path) for path in sorted((output / "sample").iterdir()))
+    assert painted.tobytes() != free.tobytes()
+    assert "--mk" in painted.info["command"] or "--mask" in painted.info["command"]
+
+
+@needs_rehearsal
+@pytest.mark.full
+def test_it_rehearses(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    argv = make_arguments(toy, images, tmp_path / "out", **TRAINING, **METHODS["adapter"], network_train_unet_only=True)
+    stages = {stage.name: stage for stage in rehearse_plan(make_run_plan(load_config(argv), processes=1))}
+    assert stages["training step"].resident["vae"] > 0
