@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from families.toys import ToyShelf
-from gpu import device_runs, test_memory_options, test_parity, test_step, test_whole_run
+from gpu import device_runs, test_attention, test_memory_options, test_parity, test_step, test_whole_run
 from gpu.device_runs import BOUNDS, CPU, FAMILIES, StepFacts, load_benchmark, take_first_step
 from toy_runs import make_images
 
@@ -53,6 +53,14 @@ def test_bounds_of_bfloat16_are_those_of_its_rounding(
     found = take_first_step(CPU, toy, images, tmp_path / "rounded", **options, mixed_precision="bf16").compare(exact)
     assert BOUNDS["no"].gradient < found.gradient <= BOUNDS["bf16"].gradient
     assert BOUNDS["no"].loss < found.loss <= BOUNDS["bf16"].loss
+
+
+@pytest.mark.full
+def test_attention_by_the_formula_is_torchs(
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    test_attention.test_a_step_is_the_same("sd3", "math", toy_shelf, images, tmp_path, CPU, facts.update)
+    assert facts["gradient"] < BOUNDS["bf16"].gradient
 
 
 @pytest.mark.full

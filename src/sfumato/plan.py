@@ -65,7 +65,7 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     remember: whether the dataset index is written to the cache folder; nothing else ever is.
     """
     from sfumato.formats.save_schedule import make_save_schedule
-    from sfumato.memory.plan_checks import describe_formats
+    from sfumato.memory.plan_checks import describe_memory
     from sfumato.methods.disk_check import check_disk
     from sfumato.methods.model_plan import check_data, describe_data, plan_model
 
@@ -97,7 +97,8 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     formats: list[str] = []
     if model is not None:
         trained = model.method.full_precision_parts(model.blueprint)
-        formats += describe_formats(model.config, model.family, model.blueprint, trained)
+        with problems.catch():
+            formats += describe_memory(model.config, model.family, model.blueprint, trained)
     notes = check_run_options(config, data, total_steps, learning_rates, saved, problems)
     if model is not None and total_steps and not problems.found:
         with problems.catch():

@@ -14,7 +14,7 @@ Dynamic = Annotated[
     BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool | str) else value),
 ]
 SPLIT_MODE_BLOCKS = 18  # that sd-scripts swaps with it
-TORCH_ATTENTION = "torch's scaled dot product attention is always used and needs no more memory"
+TORCH_ATTENTION = "torch's scaled dot product attention needs no more memory"
 
 
 class MemoryOptions(Options):
@@ -25,13 +25,14 @@ class MemoryOptions(Options):
     memory_check: bool = option(
         True, "refuse a run that cannot fit the GPU that is there; --no_memory_check starts it nevertheless"
     )
-    sdpa: bool = option(False, "torch's scaled dot product attention", no_effect="it is always used")
-    xformers: bool = option(False, "xformers attention", no_effect=TORCH_ATTENTION)
-    diffusers_xformers: bool = option(False, "xformers attention through diffusers", no_effect=TORCH_ATTENTION)
-    mem_eff_attn: bool = option(False, "memory-efficient (sliced) attention", no_effect=TORCH_ATTENTION)
-    use_flash_attn: bool = option(
-        False, "flash-attn attention", no_effect="torch's scaled dot product attention uses such kernels where it can"
+    attention: Literal["sdpa", "cudnn", "math", "flash", "flash_3", "xformers", "sage"] | None = option(
+        None, "kernel of the denoiser's attention: one of torch's or of an installed package; default: sdpa"
     )
+    sdpa: bool = option(False, "torch's scaled dot product attention", no_effect="it is the default")
+    xformers: bool = option(False, "same as --attention xformers, where that can be had")
+    diffusers_xformers: bool = option(False, "same as --xformers")
+    mem_eff_attn: bool = option(False, "memory-efficient (sliced) attention", no_effect=TORCH_ATTENTION)
+    use_flash_attn: bool = option(False, "same as --attention flash, where that can be had")
     use_sage_attn: bool = option(False, "sageattention; refused, because it has no gradients")
     full_fp16: bool = option(
         False, "weights and gradients in float16, too",
@@ -90,6 +91,15 @@ class MemoryOptions(Options):
     compile_cache_size_limit: int | None = option(
         None, "graphs for one class of blocks, after which it is not compiled; default: 8 for each block", ge=1
     )
+
+    @property
+    def wanted_attention(self) -> str:
+        """By --attention or an older switch, of which xformers' comes first as in sd-scripts."""
+        if self.attention is not None:
+            return self.attention
+        if self.xformers or self.diffusers_xformers:
+            return "xformers"
+        return "flash" if self.use_flash_attn else "sdpa"
 
     @property
     def checkpoint_interval(self) -> int:

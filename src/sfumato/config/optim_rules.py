@@ -166,14 +166,6 @@ _CONFLICTS = (
         fix="remove them",
     ),
     OptionRule(
-        code="sage-attention-without-gradients",
-        severity="conflict",
-        options=("use_sage_attn",),
-        is_broken=lambda c: c.memory.use_sage_attn,
-        what="--use_sage_attn computes attention in 8 bits and has no gradients, so nothing would train",
-        fix="remove it; torch's scaled dot product attention is always used",
-    ),
-    OptionRule(
         code="fused-backward-given-twice",
         severity="conflict",
         options=FUSED_OPTIONS,

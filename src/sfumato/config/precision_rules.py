@@ -1,4 +1,4 @@
-"""Rules between the options of low precision: weights in fewer bits, and products in 8 bits."""
+"""Rules between the options of low precision, i.e. weights in fewer bits and products in 8 bits, and of attention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from sfumato.config.schema import Config
 FLOAT8_OPTIONS = ("fp8_base", "fp8_base_unet", "fp8_scaled", "fp8_compute")
 INT8_OPTIONS = ("int8_base", "int8_compute")
 LOW_PRECISION = (*FLOAT8_OPTIONS, *INT8_OPTIONS, "nf4_base")
+ATTENTION_SWITCHES = ("xformers", "diffusers_xformers", "use_flash_attn")
 DENOISER_ALONE = ("fp8_base_unet", "fp8_scaled", "fp8_compute", "int8_compute", "rotate_inputs")
 
 
@@ -52,5 +53,22 @@ PRECISION_RULES = (
         what="--fp8_base_unet, --fp8_scaled, --fp8_compute, --int8_compute and --rotate_inputs are for a frozen "
         "denoiser, but --method full trains it",
         fix="remove them; --full_bf16 halves its weights, and --fp8_base is for the text encoders",
+    ),
+    OptionRule(
+        code="sage-attention-without-gradients",
+        severity="conflict",
+        options=("attention", "use_sage_attn"),
+        is_broken=lambda c: c.memory.use_sage_attn or c.memory.attention == "sage",
+        what="sageattention computes attention in 8 bits and has no gradients, so nothing would train",
+        fix="remove it; --attention sdpa is the default",
+    ),
+    OptionRule(
+        code="attention-takes-precedence",
+        severity="no effect",
+        options=("attention", *ATTENTION_SWITCHES),
+        is_broken=lambda c: c.memory.attention is not None and any(c.value(name) for name in ATTENTION_SWITCHES),
+        what="--xformers, --diffusers_xformers and --use_flash_attn",
+        reason="--attention takes precedence",
+        fix="remove them",
     ),
 )

@@ -71,6 +71,7 @@ class Blueprint:
     adapter_text_lrs: int | None = None  # values of --text_encoder_lr that sd-scripts' adapters read; None: all
     checkpoint: tuple[str, ...] = ("denoiser",)  # the networks in a single file of this family
     inpaints: bool = False  # whether the denoiser sees a mask and the masked image, too
+    masks_attention: bool = False  # whether the denoiser's attention is given a mask
     pipeline: Pipeline | None = None  # None: whole models are always saved as one file
     implementation: str = "diffusers"  # modelspec.implementation of adapter files
     checkpoint_implementation: str = ""  # and of whole models; empty: the same

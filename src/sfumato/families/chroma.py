@@ -59,6 +59,7 @@ class Chroma(Family):
             implementation="https://huggingface.co/lodestones/Chroma",
             architecture="chroma",
             text_parts=cls.text_parts,
+            masks_attention=True,
             lr_order=("clip_l", "t5"),  # those of FLUX.1, whose scripts train it
             networks={
                 "denoiser": denoiser,

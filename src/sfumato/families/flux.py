@@ -71,6 +71,7 @@ class Flux(Family):
             architecture=_flux_parts.FILL if inpaints else "flux-1-dev" if guided else "flux-1-schnell",
             inpaints=inpaints,
             text_parts=cls.text_parts,
+            masks_attention=model.apply_t5_attn_mask,
             networks={
                 "denoiser": denoiser,
                 "clip_l": _flux_files.read_clip_l(clip_l, denoiser, _clip_spec),

@@ -84,6 +84,7 @@ class Lumina(Family):
             architecture="lumina-2",
             implementation="https://github.com/Alpha-VLLM/Lumina-Image-2.0",
             text_parts=cls.text_parts,
+            masks_attention=True,
             networks={
                 "denoiser": denoiser,
                 "gemma2": _gemma2.read_gemma2(gemma2, LUMINA_TEXT_PREFIX, width=denoiser.config["cap_feat_dim"]),

@@ -1,4 +1,4 @@
-"""What a plan says of memory: what the options need here, and how the networks' weights are kept."""
+"""What a plan says of memory: what the options need here, the attention, and how the networks' weights are kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import Part
+from sfumato.memory.attention import check_attention
 from sfumato.memory.blocks import check_compiler
 from sfumato.memory.low_precision import choose_format
 from sfumato.memory.precision import MIXED_PRECISION
@@ -22,6 +23,14 @@ def check_memory_options(config: Config, problems: Problems) -> None:
     """Add a problem for what cannot be done here."""
     with problems.catch():
         check_compiler(config.memory)
+
+
+def describe_memory(
+    config: Config, family: type[Family], blueprint: Blueprint, trained: Collection[str]
+) -> Iterator[str]:
+    """What a report says of attention and weights. Raises UserError for a kernel that cannot be had."""
+    yield from check_attention(config.memory, blueprint)
+    yield from describe_formats(config, family, blueprint, trained)
 
 
 def describe_formats(

@@ -105,7 +105,8 @@ class TrialSeries:
 
 def describe_level(choice: Choice, level: int) -> str:
     """Which of several levels, by what it sets first."""
-    return f" ({next(iter(choice.levels[level - 1].values()))})" if len(choice.levels) > 1 else ""
+    name, value = next(iter(choice.levels[level - 1].items()))
+    return f" ({name if value is True else value})" if len(choice.levels) > 1 else ""
 
 
 def bound_run(config: Config) -> Trial:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from sfumato.config import MemoryOptions, OptimOptions
 from sfumato.families.base import Family
 from sfumato.families.part import Part, WeightChange
+from sfumato.memory.attention import choose_attention, wrap_attention
 from sfumato.memory.blocks import WrappedBlocks, wrap_blocks
 from sfumato.memory.fused_backward import FusedBackward, divide
 from sfumato.memory.offload import BlockOffload, choose_hosted_blocks, find_blocks
@@ -58,11 +59,16 @@ def wrap_part(part: Part, memory: MemoryOptions) -> WrappedBlocks:
     return wrap_blocks(part.module, part.spec.blocks, memory, device=part.device, hosted=part.hosted_blocks)
 
 
-def prepare_blocks(parts: Sequence[Part], groups: Sequence[ParameterGroup], memory: MemoryOptions) -> PreparedNetworks:
-    """Wrap the blocks of networks that are loaded and prepared by the method."""
+def prepare_blocks(
+    parts: Sequence[Part], groups: Sequence[ParameterGroup], memory: MemoryOptions, *, masks_attention: bool
+) -> PreparedNetworks:
+    """Wrap the attention and the blocks of networks that are loaded and prepared by the method."""
     blocks: list[nn.Module] = []
     offload = None
+    attention = choose_attention(memory, masked=masks_attention)
     for part in parts:
+        if part.spec.blocks:  # all but the autoencoder, whose only head is larger than what kernels take
+            wrap_attention(part.module, attention)
         wrapped = wrap_part(part, memory)
         blocks += find_blocks(part.module, part.spec.blocks).values()
         offload = wrapped.offload or offload

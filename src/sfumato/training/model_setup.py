@@ -57,7 +57,8 @@ def load_networks(
         keep_in_bfloat16(groups)
     for name, part in needed.items():
         parallel.prepare(name, part.module)
-    return prepare_blocks(list(needed.values()), groups, config.memory)
+    masks_attention = plan.blueprint.masks_attention
+    return prepare_blocks(list(needed.values()), groups, config.memory, masks_attention=masks_attention)
 
 
 def make_loss_context(plan: RunPlan, text: FrozenTextEncoders, uncertainty: Uncertainty | None) -> LossContext:

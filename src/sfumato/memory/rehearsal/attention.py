@@ -36,6 +36,8 @@ def _attend(
         raise RuntimeError(f"attention: the mask is {mask.dtype}, the query {query.dtype}")
     if len({query.dtype, key.dtype, value.dtype}) > 1:
         raise RuntimeError(f"attention: query {query.dtype}, key {key.dtype} and value {value.dtype} differ")
+    if not torch.backends.cuda.flash_sdp_enabled():  # --attention math, which keeps the scores
+        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, dropout)[0]
     if mask is not None:
         # Fused kernels read a mask as numbers in the query's dtype, one row for each query.
         numbers = torch.zeros_like(mask, dtype=query.dtype) if mask.dtype == torch.bool else mask
