@@ -17,6 +17,7 @@ from sfumato.data.captions import CaptionRules
 from sfumato.data.find.image_table import ImageRow, ImageTable
 from sfumato.data.find.settings import DatasetSettings, SubsetSettings
 from sfumato.data.plans import DataPlan, DatasetPlan, Items, SubsetPlan
+from sfumato.track.image_list import iterate_training_images
 
 SHAPES = ((128, 128), (256, 64), (64, 256))  # each a bucket of its own
 
@@ -82,6 +83,7 @@ DATASETS = st.lists(
 def test_every_sample_appears_exactly_its_repeats(datasets, batch_size, processes, accumulation, seed):
     plan = make_plan(datasets, batch_size=batch_size, processes=processes)
     expected = Counter[str]()
+    captions = [row.caption for row in iterate_training_images(plan)]
     for d, subsets in enumerate(datasets):
         for s, (repeats, count) in enumerate(subsets):
             expected.update({f"{d} {s} {i}": repeats for i in range(count)})
@@ -90,6 +92,7 @@ def test_every_sample_appears_exactly_its_repeats(datasets, batch_size, processe
         ranks = [take_epochs(order, first=epoch) for order in orders]
         seen = list_samples(chain(*ranks))
         assert Counter(sample.item.image.caption for sample in seen if sample.real) == expected
+        assert all(captions[sample.image_number] == sample.item.image.caption for sample in seen)
         ids = sorted(sample.id for sample in seen if sample.real)
         assert ids == list(range(epoch * plan.samples_per_epoch, (epoch + 1) * plan.samples_per_epoch))
         for steps in zip(*ranks, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sfumato.config import load_config
 from sfumato.config.listing import public_options
 from sfumato.data.plans import DataPlan
 from sfumato.demo.toy import write_toy
+from sfumato.track.image_list import read_image_list
 from sfumato.track.report_facts import describe_run
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 from track.report_pages import PageParser, read_page
@@ -114,3 +116,17 @@ def test_a_resumed_run_continues(sd: Toy, images: Path, tmp_path: Path) -> None:
     assert "at step 2" in page.text
     assert "--max_train_steps was 2, now it is 4" in page.text  # a warning that was shown
     assert PageParser((tmp_path / "lora.report.html").read_text()).text.count("finished") >= 2
+
+
+@pytest.mark.full
+def test_a_resumed_run_knows_the_images_of_all_samples(sd: Toy, images: Path, tmp_path: Path) -> None:
+    """The lines of run and resume are those of a run that never stopped, the numbers of images among them."""
+    common = {"network_train_unet_only": True, "cache_latents": True, "train_batch_size": 2}
+    straight = train_toy(sd, images, tmp_path / "straight", max_train_steps=5, **common)
+    train_toy(sd, images, tmp_path / "parts", max_train_steps=2, save_state=True, **common)
+    parts = train_toy(sd, images, tmp_path / "parts", max_train_steps=5, resume=tmp_path / "parts", **common)
+    rows = read_metrics(straight)
+    assert rows == read_metrics(parts)
+    counts = Counter(number for row in rows for number in row["images"])
+    assert counts == dict.fromkeys(range(5), 2)  # an epoch: 5 images, twice each
+    assert read_image_list(straight / "lora.images.jsonl") == read_image_list(parts / "lora.images.jsonl")

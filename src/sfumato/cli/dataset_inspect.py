@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.cli.exits import run_guarded
@@ -29,6 +30,9 @@ class DatasetInspectOptions(Options):
     dataset: FilePath | None = option(None, "a folder of images, or a .toml or .json dataset file", positional=True)
     html: FilePath | None = option(None, "write a page with images as the model sees them; it needs no other file")
     pictures: int = option(48, "how many images of each folder the page shows", ge=0)
+    run: FilePath | None = option(
+        None, "instead of a dataset: the images of a run by their loss; its --output_dir, or its NAME.run.jsonl"
+    )
     headers_only: bool = option(False, "do not decode every image, which finds damage but is slow for many")
 
 
@@ -39,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     line = read_command(argv, DatasetInspectOptions, absent=NO_TRIALS)
     options = line.options(DatasetInspectOptions)
+    if options.run is not None:
+        return rank_by_loss(line, options, options.run)
     config = make_inspect_config(line)
     from sfumato.tools.dataset_inspect import inspect_dataset
 
@@ -48,6 +54,21 @@ def main(argv: Sequence[str]) -> int:
         )
 
     return run_guarded(run, debug=config.log.debug)
+
+
+def rank_by_loss(line: CommandLine, options: DatasetInspectOptions, run: Path) -> int:
+    """The images of a run; gives the exit code."""
+    if options.dataset is not None:
+        line.problems.add(
+            "--run shows the images of a run, whatever the dataset",
+            code="inspect-run-and-dataset",
+            fix="give one of them",
+        )
+    line.raise_faults()
+    from sfumato.tools.run_losses import show_run_losses
+
+    show_run_losses(run, html=options.html, images_on_page=options.pictures)
+    return 0
 
 
 def make_inspect_config(line: CommandLine) -> Config:

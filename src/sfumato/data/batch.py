@@ -95,6 +95,7 @@ class Batch:
     preserve: Tensor | None = None  # (B,) bool: the target is the reference model's prediction; None: for no sample
     timestep_offset: Tensor | None = None  # (B,) float64, towards more noise; None: 0 for every sample
     concepts: Sequence[Concept] | None = None  # what each sample trains in the place of an image
+    image_numbers: Tensor | None = None  # (B,) int64: position among the training images; -1 for any other
     draws: RandomDraws | None = None  # None where they are drawn in the step
 
     def take(self, positions: Tensor) -> Self:

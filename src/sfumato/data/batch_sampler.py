@@ -33,6 +33,7 @@ class BatchSampler:
         self.rank = rank
         self.first_step = first_step
         self._items = [ItemIndex(dataset) for dataset in plan.datasets]
+        self._first_images = list(accumulate((len(items) for items in self._items), initial=0))
         self._buckets = [group_by_bucket(dataset) for dataset in plan.datasets]
         self.samples_per_epoch = plan.samples_per_epoch
         self.steps_per_epoch = plan.count_steps_per_epoch(accumulation)
@@ -83,7 +84,8 @@ class BatchSampler:
         samples = []
         for slot in range(self.rank * share, (self.rank + 1) * share):
             subset, item = self._items[batch.dataset][batch.positions[slot % count]]
-            samples.append(Sample(base + slot % count, subset, item, slot < count))
+            number = self._first_images[batch.dataset] + batch.positions[slot % count]
+            samples.append(Sample(base + slot % count, subset, item, slot < count, number))
         return PlannedBatch(self.plan.datasets[batch.dataset], batch.bucket, tuple(samples))
 
 
@@ -157,6 +159,9 @@ class ItemIndex:
         self._subsets = dataset.subsets
         self._starts = list(accumulate((len(subset.items) for subset in dataset.subsets), initial=0))
 
+    def __len__(self) -> int:
+        return self._starts[-1]
+
     def __getitem__(self, position: int) -> tuple[SubsetPlan, Item]:
         subset = bisect_right(self._starts, position) - 1
         return self._subsets[subset], self._subsets[subset].items.get_row(position - self._starts[subset])
@@ -223,6 +228,7 @@ class Sample(NamedTuple):
     subset: SubsetPlan
     item: Item
     real: bool  # False for a padding sample
+    image_number: int = -1  # position among the training images of all datasets; -1 for any other image
 
 
 class PlannedBatch(NamedTuple):

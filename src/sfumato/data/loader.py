@@ -153,6 +153,7 @@ class Loader:
             entry_seeds=torch.tensor([sample.image.entry_seed for sample in samples]),
             mask=stack_masks([sample.image.mask for sample in samples]),
             preserve=torch.tensor(preserved) if any(preserved) else None,
+            image_numbers=torch.tensor([sample.image_number for sample in samples]),
             concepts=require_all_or_none([sample.subset.settings.concept for sample in batch.samples]) or None,
             timestep_offset=torch.tensor(offsets, dtype=torch.float64) if any(offsets) else None,
         )
@@ -199,6 +200,7 @@ class Loader:
             references=self._load_references(sample, transform),
             original=original,
             crop=crop,
+            image_number=sample.image_number,
         )
 
     def _make_prompt(self, step: PlannedStep, sample: Sample, concept: Concept) -> PreparedSample:
@@ -370,3 +372,4 @@ class PreparedSample:
     crop: Size  # top, left
     references: Sequence[Tensor | Pixels | None] = ()
     is_empty: bool = False
+    image_number: int = -1  # -1 for a prompt, and where another image stands in

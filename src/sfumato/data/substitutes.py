@@ -55,4 +55,4 @@ def iterate_others(sample: Sample, bucket: Size | None) -> Iterator[Sample]:
     items = [subset.items.get_row(row) for row in used]
     own = next((place for place, item in enumerate(items) if item.image.path == path), 0)
     for item in (*items[own + 1 :], *items[:own]):
-        yield sample._replace(item=item)
+        yield sample._replace(item=item, image_number=-1)

@@ -7,18 +7,25 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
 from sfumato.track.guard import Guard
 from sfumato.track.progress import Progress, Speed
 from sfumato.track.report import Report
-from sfumato.track.report_curves import SAMPLE_LOSSES, TIMESTEPS
+from sfumato.track.report_curves import IMAGE_NUMBERS, SAMPLE_LOSSES, TIMESTEPS
 from sfumato.track.trackers import Tracker, Value
 
 REPORT = "writing the report"
-Samples = Sequence[tuple[Tensor, Tensor]]  # t and loss of each sample, (B,) for every micro-batch
+
+
+class MicroBatchLosses(NamedTuple):
+    """Of each sample, on the CPU."""
+
+    t: Tensor  # (B,) in 0 .. 1000
+    loss: Tensor  # (B,) before weighting; nan for padding samples
+    image_numbers: Tensor | None = None  # (B,) int64, among the training images; -1 for any other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,7 @@ class StepValues:
     loss: float
     speed: Speed
     curves: Mapping[str, float] = field(default_factory=dict)  # further values by series name
-    samples: Samples = ()  # on the CPU
+    samples: Sequence[MicroBatchLosses] = ()
 
 
 class Reading(Protocol):
@@ -57,8 +64,11 @@ class MetricsLogger:
         *,
         window: int,
         report: Report | None = None,
+        image_numbers: Sequence[int] = (),
     ) -> None:
+        """window: steps of an epoch. image_numbers: of the training images in the run's list; () to log none."""
         self.trackers, self.progress, self.report, self.guard = tuple(trackers), progress, report, Guard()
+        self.image_numbers = image_numbers
         self.window = window  # steps of an epoch, over which loss/average runs
         self.losses: deque[float] = deque(maxlen=window)
         self.pending: StepMetrics | None = None
@@ -115,7 +125,8 @@ class MetricsLogger:
         if metrics.step % self.window == 0:
             values["loss/epoch_average"] = average
         values |= {f"lr/{name}": lr for name, lr in metrics.learning_rates.items()}
-        values |= {**found.curves, **metrics.measured, **list_samples(found.samples), **list_speed(found.speed)}
+        values |= {**found.curves, **metrics.measured}
+        values |= {**list_samples(found.samples, self.image_numbers), **list_speed(found.speed)}
         self._write(metrics.step, values)
         with self.guard.survive("showing the progress"):
             learning_rate = max(metrics.learning_rates.values(), default=0.0)
@@ -150,13 +161,21 @@ def list_speed(speed: Speed) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
-def list_samples(samples: Samples) -> dict[str, list[float]]:
-    """This process's samples for the metrics file, in few digits, without padding samples, whose loss is nan."""
+def list_samples(samples: Sequence[MicroBatchLosses], numbers: Sequence[int]) -> dict[str, list[float]]:
+    """This process's samples for the metrics file, in few digits, without padding samples, whose loss is nan.
+
+    numbers: of the training images in the run's list; () where it has none.
+    """
     timesteps: list[float] = []
     losses: list[float] = []
-    for t, loss in samples:
-        for timestep, value in zip(t.tolist(), loss.tolist(), strict=True):
+    images: list[float] = []
+    for batch in samples:
+        positions = [-1] * len(batch.t) if batch.image_numbers is None else batch.image_numbers.tolist()
+        for timestep, value, position in zip(batch.t.tolist(), batch.loss.tolist(), positions, strict=True):
             if math.isfinite(value):
                 timesteps.append(round(timestep, 1))
                 losses.append(float(f"{value:.4g}"))
-    return {TIMESTEPS: timesteps, SAMPLE_LOSSES: losses} if losses else {}
+                images.append(numbers[position] if numbers and position >= 0 else -1)
+    if not losses:
+        return {}
+    return {TIMESTEPS: timesteps, SAMPLE_LOSSES: losses, **({IMAGE_NUMBERS: images} if numbers else {})}

@@ -11,6 +11,7 @@ from sfumato.common import files
 from sfumato.common.text import strip_paths
 from sfumato.config.secrets import collect_machine_secrets, redact
 from sfumato.errors import UserError
+from sfumato.track.image_watch import ImageWatch
 from sfumato.track.progress import Speed
 from sfumato.track.report_curves import METRICS_SUFFIX, Curves
 from sfumato.track.report_facts import (
@@ -53,6 +54,7 @@ class Report:
         earlier = [session for session in before.get("sessions", []) if session["start"] < start]
         self.description["sessions"] = [*earlier, self.session]
         self.curves, self.thumbnails = Curves(folder / f"{self.name}{METRICS_SUFFIX}"), Thumbnails()
+        self.images = ImageWatch(folder, self.name)
         self.written, self.cost = -1e9, 0.0
         warnings.step = start
 
@@ -88,7 +90,7 @@ class Report:
         self.description["warnings"] = [*self.earlier_warnings, *self.warnings.entries()]
         try:
             write_description(self.folder / f"{self.name}{DESCRIPTION_SUFFIX}", self.description)
-            write_page(self.folder, self.description, self.curves, self.thumbnails)
+            write_page(self.folder, self.description, self.curves, self.thumbnails, self.images)
         finally:
             self.written = self.clock()
             self.cost = self.written - start
@@ -109,7 +111,9 @@ def read_earlier(folder: Path, name: str) -> dict[str, Any]:
         return {}
 
 
-def write_page(folder: Path, description: Mapping[str, Any], curves: Curves, thumbnails: Thumbnails) -> Path:
+def write_page(
+    folder: Path, description: Mapping[str, Any], curves: Curves, thumbnails: Thumbnails, images: ImageWatch
+) -> Path:
     curves.read()
     sessions, name = description["sessions"], description["name"]
     has_first = sessions and sessions[0]["start"] == 0  # else samples from before the first session may be its own
@@ -122,7 +126,7 @@ def write_page(folder: Path, description: Mapping[str, Any], curves: Curves, thu
         since=since,
     )
     path = folder / f"{name}.report.html"
-    files.write_text(path, render_page(description, curves, grid))
+    files.write_text(path, render_page(description, curves, grid, image_sections=images.render(curves)))
     return path
 
 
@@ -131,7 +135,8 @@ def rebuild_report(folder: Path, name: str | None) -> Path:
     name = find_run_name(folder, name)
     path = folder / f"{name}{DESCRIPTION_SUFFIX}"  # missing after a run with --no_report, unlike its curves
     description = {**(read_description(path) if path.is_file() else EMPTY_DESCRIPTION), "name": name}
-    return write_page(folder, description, Curves(folder / f"{name}{METRICS_SUFFIX}"), Thumbnails())
+    curves = Curves(folder / f"{name}{METRICS_SUFFIX}")
+    return write_page(folder, description, curves, Thumbnails(), ImageWatch(folder, name))
 
 
 def find_run_name(folder: Path, name: str | None) -> str:

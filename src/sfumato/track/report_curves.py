@@ -17,7 +17,7 @@ from sfumato.common.json_toml import decode_json
 METRICS_SUFFIX = ".run.jsonl"
 MAX_METRIC, MAX_STEP = 1e300, 2**53  # beyond, a value is damage
 LEVELS = 10  # bins of t in 0 .. 1000
-TIMESTEPS, SAMPLE_LOSSES = "timesteps", "loss/samples"  # the names of the lists in a line
+TIMESTEPS, SAMPLE_LOSSES, IMAGE_NUMBERS = "timesteps", "loss/samples", "images"  # the names of the lists in a line
 
 
 class Curves:
@@ -63,18 +63,21 @@ class Curves:
         self.series: dict[str, array[float]] = {}
         self.level_steps: array[int] = array("q")  # one entry for each sample
         self.level_t, self.level_losses = array("d"), array("d")
+        self.level_images: array[int] = array("q")  # numbers of images; -1 where the line does not say it
 
     def _add_line(self, line: bytes) -> None:
         row = parse_metrics(line)
         if row is None:
             return
         step = row.pop("step")
-        timesteps, losses = row.pop(TIMESTEPS, []), row.pop(SAMPLE_LOSSES, [])
-        for t, loss in zip(timesteps, losses, strict=False):
+        timesteps, losses, images = row.pop(TIMESTEPS, []), row.pop(SAMPLE_LOSSES, []), row.pop(IMAGE_NUMBERS, [])
+        images = images if len(images) == len(losses) else [-1] * len(losses)
+        for t, loss, image in zip(timesteps, losses, images, strict=False):
             if is_number(t) and is_number(loss):
                 self.level_steps.append(step)
                 self.level_t.append(t)
                 self.level_losses.append(loss)
+                self.level_images.append(image if is_image_number(image) else -1)
         if not is_number(row.get("loss/current", 0.0)):
             self.skipped_steps.append(step)
         for name, value in row.items():
@@ -92,8 +95,12 @@ def parse_metrics(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < MAX_STEP:
         return None
-    lists = (row.get(TIMESTEPS, []), row.get(SAMPLE_LOSSES, []))
+    lists = [row.get(name, []) for name in (TIMESTEPS, SAMPLE_LOSSES, IMAGE_NUMBERS)]
     return row if all(isinstance(item, list) for item in lists) else None
+
+
+def is_image_number(value: object) -> bool:
+    return type(value) is int and 0 <= value < MAX_STEP
 
 
 def is_number(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 from urllib.parse import quote
@@ -23,8 +23,18 @@ STATES = {
 }  # fmt: skip
 
 
-def render_page(description: Mapping[str, Any], curves: Curves, grid: PreviewGrid, *, now: float | None = None) -> str:
-    """The HTML file. now: Unix time; a running session that was not updated for long is shown as silent."""
+def render_page(
+    description: Mapping[str, Any],
+    curves: Curves,
+    grid: PreviewGrid,
+    *,
+    image_sections: Iterable[str] = (),
+    now: float | None = None,
+) -> str:
+    """The HTML file. image_sections: about single training images.
+
+    now: Unix time; a running session that was not updated for long is shown as silent.
+    """
     state = find_state(description["sessions"], time.time() if now is None else now)
     name, sessions = escape(description["name"]), description["sessions"]
     until, silent = (silent_after(sessions[-1]), describe_state("silent", sessions)) if sessions else (0.0, "")
@@ -33,6 +43,7 @@ def render_page(description: Mapping[str, Any], curves: Curves, grid: PreviewGri
         *render_warnings(description),
         *render_curves(curves, clip=float(description["clip"] or 0)),
         *render_previews(grid),
+        *image_sections,
         *render_configuration(description),
         *render_datasets(description["data"]),
         *render_notes(description["notes"]),

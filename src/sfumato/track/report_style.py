@@ -104,6 +104,16 @@ tr:last-child > * { border-bottom: 0 !important; }
 .samples .prompt p { position: sticky; left: 0; width: fit-content; max-width: min(1050px, calc(100vw - 86px)); }
 .samples .prompt small { color: var(--soft); display: block; }
 .samples img { display: block; border-radius: 6px; width: 132px; height: auto; background: var(--hair); }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(124px, 1fr)); gap: 16px 14px;
+  margin: 12px 0 0; padding: 0; list-style: none; }
+.images + .images { border-top: 1px solid var(--line); padding-top: 14px; margin-top: 14px; }
+.images li { min-width: 0; font-size: 13px; line-height: 1.4; }
+.images img { display: block; width: 100%; height: 124px; object-fit: contain; object-position: left bottom;
+  margin-bottom: 4px; }
+.images b { font-variant-numeric: tabular-nums; font-size: 15px; font-weight: 600; }
+.images :is(small, span, em) { color: var(--soft); } .images span { display: block; }
+.images p { display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
+.tiles { margin-top: 16px !important; }
 footer { color: var(--soft); font-size: 13px; }
 @media (max-width: 760px) {
   body { font-size: 14.5px; }

@@ -18,7 +18,7 @@ from sfumato.memory.device_memory import forget_peak_memory, read_free_memory, r
 from sfumato.memory.spill import SpillWatch
 from sfumato.memory.transfer import Fetched, Moment, Transfer
 from sfumato.plan import RunPlan
-from sfumato.track.metrics_logger import StepValues
+from sfumato.track.metrics_logger import MicroBatchLosses, StepValues
 from sfumato.track.progress import Speed
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
 from sfumato.training.step_trace import StepTrace, make_step_trace
@@ -98,7 +98,10 @@ class Outcome:
         return StepValues(
             loss=float(self.numbers["loss"]),
             curves={name: float(self.numbers[f"curve {name}"]) for name in self.curves},
-            samples=[(t, self.numbers[f"sample losses {i}"]) for i, t in enumerate(self.samples)],
+            samples=[
+                MicroBatchLosses(t, self.numbers[f"sample losses {i}"], batch.image_numbers)
+                for i, (t, batch) in enumerate(zip(self.samples, self.step.batches, strict=True))
+            ],
             speed=self.speed,
         )
 

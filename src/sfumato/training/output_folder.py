@@ -1,9 +1,10 @@
-"""The output folder of a run: its name is locked there, and what killed runs have left is removed."""
+"""The output folder of a run: its name is locked there, what killed runs left is removed, the images are listed."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +13,7 @@ from sfumato.common.run_lock import RunLock
 from sfumato.formats.state import remove_useless_copies
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
+from sfumato.track.image_list import IMAGES_SUFFIX, write_image_list
 
 log = logging.getLogger(__name__)
 
@@ -30,3 +32,8 @@ def clean_output_folder(plan: RunPlan, *, resumed: bool) -> None:
     output = folder / (name + plan.method.file_suffix(plan.blueprint))
     if not resumed and output.exists():
         log.warning("%s is of an earlier run: this one replaces the files of that name in --output_dir", output.name)
+
+
+def record_images(plan: RunPlan, *, resumed: bool) -> Sequence[int]:
+    """Write down which images the run trains on; gives their numbers in this list by their positions in the plan."""
+    return write_image_list(plan.output_dir / f"{plan.saves.name}{IMAGES_SUFFIX}", plan.data, resumed=resumed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch.optim import Optimizer
@@ -46,11 +47,17 @@ def make_hub(config: Config) -> Hub:
 
 
 def make_metrics_logger(
-    plan: RunPlan, start: int, warnings: WarningCollector, *, is_main: bool, devices: str
+    plan: RunPlan,
+    start: int,
+    warnings: WarningCollector,
+    *,
+    is_main: bool,
+    devices: str,
+    image_numbers: Sequence[int] = (),
 ) -> MetricsLogger:
     """Progress everywhere; trackers and the report page on the main process alone. start: steps that are done.
 
-    devices: that train, for the report.
+    devices: that train, for the report. image_numbers: in the list of the run's images, by their positions in the plan.
     """
     config = plan.config
     progress = Progress(plan.total_steps, start, plain=config.log.console_log_simple, visible=is_main)
@@ -59,7 +66,7 @@ def make_metrics_logger(
     if is_main:
         options = public_options(config)
         trackers = make_trackers(config.log, plan.output_dir, config.save.output_name, start, options)
-    return MetricsLogger(trackers, progress, window=plan.steps_per_epoch, report=report)
+    return MetricsLogger(trackers, progress, window=plan.steps_per_epoch, report=report, image_numbers=image_numbers)
 
 
 def make_report(plan: RunPlan, start: int, warnings: WarningCollector, devices: str) -> Report:

@@ -13,7 +13,7 @@ from sfumato.training.loaders import make_loader, make_validation_loader
 from sfumato.training.model_setup import load_networks, make_loss_context, open_model
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.outcomes import make_outcomes
-from sfumato.training.output_folder import clean_output_folder, lock_output
+from sfumato.training.output_folder import clean_output_folder, lock_output, record_images
 from sfumato.training.plan_report import make_reported_plan
 from sfumato.training.preview_prompts import read_preview_prompts
 from sfumato.training.run import Run
@@ -42,7 +42,12 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
         optimization = set_up_optimizer(plan, networks, start, state, parallel.device)
         context = make_loss_context(plan, prompts.text, optimization.uncertainty)
         metrics = reporting.make_metrics_logger(
-            plan, start.step, warnings, is_main=parallel.is_main, devices=parallel.devices
+            plan,
+            start.step,
+            warnings,
+            is_main=parallel.is_main,
+            devices=parallel.devices,
+            image_numbers=record_images(plan, resumed=state.resumed) if parallel.is_main else (),
         )
         run = Run(
             plan=plan,
