@@ -67,6 +67,36 @@ def test_outputs_and_gradients_are_within_the_bound(dtype: torch.dtype, rotation
     assert relative_error(x.grad, gradient.double() @ dense.double()) < BOUNDS[dtype]
 
 
+SIZES = {  # outputs and inputs of every kind of linear layer in the blocks of FLUX.1 and SDXL
+    "FLUX.1": [(3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360), (18432, 3072), (9216, 3072)],
+    "SDXL": [
+        (640, 640),
+        (1280, 1280),
+        (1280, 2048),
+        (640, 2048),
+        (10240, 1280),
+        (1280, 5120),
+        (5120, 640),
+        (640, 2560),
+    ],
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [INT8, FLOAT8], ids=str)
+@pytest.mark.parametrize("model", SIZES)
+def test_layers_of_published_sizes_are_within_the_bound(model: str, dtype: torch.dtype) -> None:
+    for rows, columns in SIZES[model]:
+        torch.manual_seed(0)
+        dense, x, gradient = torch.randn(rows, columns), torch.randn(32, columns), torch.randn(32, rows)
+        weight = quantize(dense, ScaledBlocks(dtype=dtype, computes=True))
+        y = F.linear(x.requires_grad_(), weight)
+        y.backward(gradient)
+        assert x.grad is not None
+        assert relative_error(y, x.detach() @ dense.t()) < BOUNDS[dtype], (rows, columns)
+        assert relative_error(x.grad, gradient @ dense) < BOUNDS[dtype], (rows, columns)
+
+
 def test_outliers_in_some_channels_need_the_rotation_in_int8() -> None:
     """One input channel with numbers a hundred times larger than all others."""
     torch.manual_seed(0)

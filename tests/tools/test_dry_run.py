@@ -96,7 +96,8 @@ def test_full_training_writes_the_whole_model(toy_shelf, images, tmp_path, unreh
     config = load_config(
         make_arguments(toy_shelf.paths("sd"), images, tmp_path / "out", method="full", network_dim=None)
     )
-    stages = take_dry_run(make_run_plan(config, processes=1), DeviceMeter(torch.device("cpu")))
+    stages, errors = take_dry_run(make_run_plan(config, processes=1), DeviceMeter(torch.device("cpu")))
+    assert not errors
     assert [stage.name for stage in stages] == ["loading", STEP, "save"]
     assert all(stage.seconds > 0 for stage in stages)
     assert not list(tmp_path.iterdir())

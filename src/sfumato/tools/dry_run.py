@@ -22,15 +22,15 @@ from sfumato.errors import UserError
 from sfumato.memory.device_memory import forget_peak_memory, read_peak_memory
 from sfumato.parallel.start import choose_device
 from sfumato.plan import RunPlan
+from sfumato.tools.layer_errors import LayerError, describe_layer_errors, measure_layer_errors
 from sfumato.tools.plan import show_plan
 from sfumato.tools.rehearsal_data import keep_largest_batches
 from sfumato.tools.rehearsal_run import make_staged_run
 from sfumato.tools.rehearsal_stages import GB, STEP, Stage, StageRecorder
-from sfumato.tools.rehearsal_step import take_step
+from sfumato.tools.rehearsal_step import check_step, take_step
 from sfumato.tools.rehearse import cache_in_memory, evaluate, write_output
 from sfumato.tools.rehearse_apart import rehearse_apart
 from sfumato.track.guard import Guard
-from sfumato.training.run import Run
 
 FIRST_STEP = "first step"
 
@@ -79,12 +79,17 @@ def show_dry_run(config: Config) -> None:
     with Guard().survive("rehearsing this run", then=""):
         predicted = rehearse_apart(config)
     meter = DeviceMeter(choose_device())
-    stages = take_dry_run(plan, meter)
+    stages, errors = take_dry_run(plan, meter)
     print("\n".join(format_dry_run(stages, predicted, meter)))
+    for line in describe_layer_errors(errors):
+        print(line)
 
 
-def take_dry_run(plan: RunPlan, meter: DeviceMeter) -> list[Stage]:
-    """The stages of a run of one step; what it writes lies in a temporary folder where the run's output would."""
+def take_dry_run(plan: RunPlan, meter: DeviceMeter) -> tuple[list[Stage], list[LayerError]]:
+    """The stages of a run of one step; what it writes lies in a temporary folder where the run's output would.
+
+    Where weights are in fewer bits, another step follows in which each layer is compared, and which is not measured.
+    """
     with (
         tempfile.TemporaryDirectory(prefix=".sfumato-", dir=find_existing(plan.output_dir)) as folder,
         StageRecorder(meter).watch_loading() as recorder,
@@ -96,29 +101,18 @@ def take_dry_run(plan: RunPlan, meter: DeviceMeter) -> list[Stage]:
             data=keep_largest_batches(plan.data, accumulation=plan.config.loop.gradient_accumulation_steps),
         )
         run = make_staged_run(plan, recorder)
+        index = 0
         for index, name in enumerate((FIRST_STEP, STEP) if meter.measures_memory else (STEP,)):
             take_step(run, index, recorder.stage(name))
             check_step(run)
         evaluate(run, recorder)
         write_output(run, recorder, Path(folder))
-        return recorder.stages
+        return recorder.stages, measure_layer_errors(run, index + 1)
 
 
 def find_existing(folder: Path) -> Path:
     """The folder, or the nearest above it that exists."""
     return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-
-
-def check_step(run: Run) -> None:
-    """Raise UserError where the step did not change what trains; warn of layers without a gradient."""
-    guard = run.outcomes.guard
-    if guard.skipped:
-        raise UserError(
-            f"the step gave a non-finite loss or gradient: {guard.reason}",
-            code="dry-run-nonfinite",
-            fix="a lower --learning_rate, or --mixed_precision bf16 or no",
-        )
-    run.warn_once(run.method.report())
 
 
 @contextmanager

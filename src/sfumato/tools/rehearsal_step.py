@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sfumato.config.prompts import read_prompts
+from sfumato.errors import UserError
 from sfumato.sample import generate_batch
 from sfumato.sampling.request import make_request
 from sfumato.train import train_step
@@ -35,6 +36,18 @@ def take_step(run: Run, index: int, stage: AbstractContextManager[None]) -> None
         run.ema.update()
     follow_step(run, step, result, curves)
     settle(run)
+
+
+def check_step(run: Run) -> None:
+    """Raise UserError where the step did not change what trains; warn of layers without a gradient."""
+    guard = run.outcomes.guard
+    if guard.skipped:
+        raise UserError(
+            f"the step gave a non-finite loss or gradient: {guard.reason}",
+            code="dry-run-nonfinite",
+            fix="a lower --learning_rate, or --mixed_precision bf16 or no",
+        )
+    run.warn_once(run.method.report())
 
 
 def make_optimizer_state(run: Run) -> None:
