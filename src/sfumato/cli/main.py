@@ -34,6 +34,7 @@ DATASET_COMMANDS = {
     "cache": Command("dataset_cache", "Fill the caches without training, or count, check or prune them."),
     "caption": Command("dataset_caption", "Write captions of images by a model that describes them."),
     "clean": Command("dataset_clean", "Clean the tags and captions of a metadata file."),
+    "dedupe": Command("dataset_dedupe", "Name near-duplicates, bad images, and texts that cannot be right."),
     "merge-captions": Command(
         "dataset_merge", "Gather the captions beside images in a metadata file.", "merge_captions"
     ),

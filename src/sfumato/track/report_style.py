@@ -108,10 +108,10 @@ tr:last-child > * { border-bottom: 0 !important; }
   margin: 12px 0 0; padding: 0; list-style: none; }
 .images + .images { border-top: 1px solid var(--line); padding-top: 14px; margin-top: 14px; }
 .images li { min-width: 0; font-size: 13px; line-height: 1.4; }
-.images img { display: block; width: 100%; height: 124px; object-fit: contain; object-position: left bottom;
+.images img { display: block; width: 100%; height: auto; max-height: 170px; object-fit: contain; object-position: left;
   margin-bottom: 4px; }
 .images b { font-variant-numeric: tabular-nums; font-size: 15px; font-weight: 600; }
-.images :is(small, span, em) { color: var(--soft); } .images span { display: block; }
+.images :is(small, span, em) { color: var(--soft); } .images :is(span, em) { display: block; }
 .images p { display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
 .tiles { margin-top: 16px !important; }
 footer { color: var(--soft); font-size: 13px; }
