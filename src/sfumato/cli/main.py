@@ -17,9 +17,10 @@ from sfumato.errors import UserError
 class Command(NamedTuple):
     """A sub-command."""
 
-    module: str  # of this folder
+    module: str  # of the package's folder
     description: str
     function: str = "main"  # of the module; takes the arguments and gives the exit code
+    folder: str = "cli"
 
 
 class CommandGroup(NamedTuple):
@@ -70,6 +71,9 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     ),
     "model": CommandGroup(MODEL_COMMANDS, "Tools for checkpoints: merge, convert."),
     "metadata": CommandGroup(METADATA_COMMANDS, "The metadata of safetensors files: show, set, strip."),
+    "import": Command(
+        "import_run", "Turn a command line or configuration of sd-scripts into ours.", folder="compat"
+    ),
     "report": Command("report", "Make the report page of a run again, from the files in its folder."),
     "ema": Command("ema", "Make a power-function EMA of another width out of saved ones."),
     "toy": Command("toy", "Make a toy model and images to try things on."),
@@ -129,5 +133,5 @@ def find_command(program: str, name: str, commands: Mapping[str, AnyCommand]) ->
 
 def run_command(command: Command, argv: Sequence[str]) -> int:
     """Import the module of a command and run it; gives the exit code."""
-    module = importlib.import_module(f"sfumato.cli.{command.module}")
+    module = importlib.import_module(f"sfumato.{command.folder}.{command.module}")
     return getattr(module, command.function)(argv)

@@ -33,21 +33,27 @@ def load_config(
     defaults: Mapping[str, Any] = EMPTY,
     absent: Mapping[str, str] = EMPTY,
     skip_rules: Collection[str] = (),
+    check_files: bool = True,
 ) -> Config:
     """Read and check the options of a run; imports no torch and reads no model or image.
 
     absent: options that the calling script does not have, each with the reason. Else as `load_command_config`.
     """
-    return load_command_config(read_command(argv, absent=absent), defaults=defaults, skip_rules=skip_rules)
+    line = read_command(argv, absent=absent)
+    return load_command_config(line, defaults=defaults, skip_rules=skip_rules, check_files=check_files)
 
 
 def load_command_config(
-    line: CommandLine, *, defaults: Mapping[str, Any] = EMPTY, skip_rules: Collection[str] = ()
+    line: CommandLine,
+    *,
+    defaults: Mapping[str, Any] = EMPTY,
+    skip_rules: Collection[str] = (),
+    check_files: bool = True,
 ) -> Config:
     """The checked config of a command line and of the files that it names.
 
     Precedence: command line, then --config_file, then `defaults` (a launcher's), then the built-in defaults.
-    skip_rules: codes of rules that do not hold for the calling command.
+    skip_rules: codes of rules that do not hold for the calling command. check_files: whether paths must exist.
     Raises one UserError, or SeveralErrors for all faults together: unknown, mistyped, wrong or missing values,
     missing files, options that are not implemented yet, and options that contradict each other.
     """
@@ -81,7 +87,9 @@ def load_command_config(
 
     config = build_config(values, sources, notes)
     config = config.model_copy(update={"notes": (*config.notes, *describe_environment(config))})
-    check_paths(config, suspects | list_unchecked_paths(config), lambda name: places.get(name, f"--{name}"), problems)
+    if check_files:
+        unchecked = suspects | list_unchecked_paths(config)
+        check_paths(config, unchecked, lambda name: places.get(name, f"--{name}"), problems)
     config = check_rules(config, suspects, problems, skip_rules)
     problems.raise_all()
     return config
