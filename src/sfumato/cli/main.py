@@ -77,6 +77,7 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "report": Command("report", "Make the report page of a run again, from the files in its folder."),
     "ema": Command("ema", "Make a power-function EMA of another width out of saved ones."),
     "toy": Command("toy", "Make a toy model and images to try things on."),
+    "completion": Command("completion", "Print what bash, zsh or fish needs to complete these commands."),
     "demo": Command("demo", "Teach the small model that comes along a new thing, and show before and after."),
 }
 OVERVIEW_HEAD = """usage: sfumato COMMAND [--option value ...]
