@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sfumato.cli.completion import WRITERS, list_entries, parse_help
+from sfumato.cli.completion import SHELLS, list_entries, parse_help
 from sfumato.cli.main import COMMANDS, CommandGroup
 from sfumato.config.schema import vocabulary
 
@@ -40,7 +40,9 @@ def test_every_command_and_every_option_of_training_is_known() -> None:
 
 
 def test_values_and_placeholders_are_told_apart() -> None:
-    text = "  --a x|y_1                       one of two\n  --b N|X%  some\n  --c\n      a switch\n  --d PATH ...  paths\n"
+    text = (
+        "  --a x|y_1                       one of two\n  --b N|X%  some\n  --c\n      a switch\n  --d PATH ...  paths\n"
+    )
     a, b, c, d = parse_help(text)
     assert (a.choices, a.help) == (("x", "y_1"), "one of two")
     assert (b.choices, b.is_switch) == ((), False)
@@ -54,7 +56,7 @@ def test_a_shell_completes(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     script = tmp_path / f"_sfumato.{shell}"
-    script.write_text(WRITERS[shell](list_entries()))
+    script.write_text(SHELLS[shell](list_entries()))
     subprocess.run([shell, "-n", script], check=True)
     if shell == "zsh":  # completes only in a terminal
         return

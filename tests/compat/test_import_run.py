@@ -100,8 +100,8 @@ def test_what_a_run_would_ignore_is_said_and_secrets_are_not_written(
 def test_what_cannot_be_imported_is_said(
     words: list[str], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfumato.errors import UserError
     from sfumato.cli.main import dispatch
+    from sfumato.errors import UserError
 
     toml = tmp_path / "run.toml"
     toml.write_text("network_dim = 4\n")

@@ -20,7 +20,8 @@ THEIR_OPTIONS = (
 )  # where both have an option, they agree but for what stands below
 OURS = {
     "skip_image_resolution", "train_inpainting", "checkpoint_every",
-    "family", "method", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting", "strict",
+    "family", "method", "preset", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting",
+    "strict",
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plan", "plot_timesteps", "profile", "report",
     "text_cache_variants", "cached_encoder", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
     "timestep_stratified", "save_at_steps", "save_at_epochs",

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         print(command_help("sfumato completion", CompletionOptions), end="")
         return 0
     options = read_options(argv, CompletionOptions)
-    print(WRITERS[options.shell](list_entries()), end="")
+    print(SHELLS[options.shell](list_entries()), end="")
     return 0
 
 
@@ -110,7 +110,9 @@ def make_bash(entries: Sequence[Entry]) -> str:
         for flag in entry.flags
         if flag.choices
     )
-    names = "\n".join(f"    {first or '-'}) names='{' '.join(group)}' ;;" for first, group in name_groups(entries).items())
+    names = "\n".join(
+        f"    {first or '-'}) names='{' '.join(group)}' ;;" for first, group in name_groups(entries).items()
+    )
     return f"""# Completion of sfumato for bash.
 _sfumato() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" names= options= values= command=
@@ -160,7 +162,7 @@ def make_zsh(entries: Sequence[Entry]) -> str:
     descriptions = {"/".join(entry.words): entry.description for entry in entries}
     groups = name_groups(entries)
     names = "\n".join(
-        f"    '{first}') names=({' '.join(quote(name_zsh(first, name, descriptions)) for name in group)}) ;;"
+        f"    '{first}') names=({' '.join(quote_word(name_zsh(first, name, descriptions)) for name in group)}) ;;"
         for first, group in groups.items()
     )
     return f"""#compdef sfumato
@@ -199,12 +201,12 @@ def name_zsh(first: str, name: str, descriptions: Mapping[str, str]) -> str:
 def format_zsh(flag: Flag) -> str:
     said = re.sub(r"([\[\]:])", r"\\\1", flag.help)
     if flag.is_switch:
-        return quote(f"--{flag.name}[{said}]")
+        return quote_word(f"--{flag.name}[{said}]")
     values = f"({' '.join(flag.choices)})" if flag.choices else "_files"
-    return quote(f"--{flag.name}=[{said}]:value:{values}")
+    return quote_word(f"--{flag.name}=[{said}]:value:{values}")
 
 
-def quote(text: str) -> str:
+def quote_word(text: str) -> str:
     """One word of a shell."""
     return "'" + text.replace("'", "'\\''") + "'"
 
@@ -220,12 +222,12 @@ def make_fish(entries: Sequence[Entry]) -> str:
             condition += f"; and not __fish_seen_subcommand_from {' '.join(group)}"
         for name in group:
             said = name_zsh(first, name, descriptions).partition(":")[2]
-            lines.append(f"complete -c sfumato -n {quote(condition)} -a {name} -d {quote_fish(said)}")
+            lines.append(f"complete -c sfumato -n {quote_word(condition)} -a {name} -d {quote_fish(said)}")
     for entry in entries:
-        condition = quote("; and ".join(f"__fish_seen_subcommand_from {word}" for word in entry.words))
+        condition = quote_word("; and ".join(f"__fish_seen_subcommand_from {word}" for word in entry.words))
         lines.append(f"complete -c sfumato -n {condition} -F")
         for flag in entry.flags:
-            values = "" if flag.is_switch else f" -xa {quote(' '.join(flag.choices))}" if flag.choices else " -rF"
+            values = "" if flag.is_switch else f" -xa {quote_word(' '.join(flag.choices))}" if flag.choices else " -rF"
             lines.append(f"complete -c sfumato -n {condition} -l {flag.name}{values} -d {quote_fish(flag.help)}")
     return "\n".join(lines) + "\n"
 
@@ -235,4 +237,4 @@ def quote_fish(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-WRITERS = {"bash": make_bash, "zsh": make_zsh, "fish": make_fish}
+SHELLS = {"bash": make_bash, "zsh": make_zsh, "fish": make_fish}

@@ -71,9 +71,9 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     ),
     "model": CommandGroup(MODEL_COMMANDS, "Tools for checkpoints: merge, convert."),
     "metadata": CommandGroup(METADATA_COMMANDS, "The metadata of safetensors files: show, set, strip."),
-    "import": Command(
-        "import_run", "Turn a command line or configuration of sd-scripts into ours.", folder="compat"
-    ),
+    "presets": Command("presets", "List options that come along for a model, a task and a card, or print them."),
+    "doctor": Command("doctor", "Show what this machine has and lacks, and what its card can train."),
+    "import": Command("import_run", "Turn a command line or configuration of sd-scripts into ours.", folder="compat"),
     "report": Command("report", "Make the report page of a run again, from the files in its folder."),
     "ema": Command("ema", "Make a power-function EMA of another width out of saved ones."),
     "toy": Command("toy", "Make a toy model and images to try things on."),

@@ -41,7 +41,7 @@ FOREIGN_KEYS: dict[str, tuple[str, ...]] = {  # kind -> keys
         "down_lr_weight", "dropout", "enable_all_linear", "enable_conv", "exclude_patterns", "factor", "ggpo_beta",
         "ggpo_sigma", "img_attn_dim", "img_mlp_dim", "img_mod_dim", "in_dims", "include_patterns",
         "loraplus_lr_ratio", "loraplus_text_encoder_lr_ratio", "loraplus_unet_lr_ratio", "mid_lr_weight",
-        "module_dropout", "preset", "rank_dropout", "rank_dropout_scale", "rescaled", "single_dim", "single_mod_dim",
+        "module_dropout", "rank_dropout", "rank_dropout_scale", "rescaled", "single_dim", "single_mod_dim",
         "split_qkv", "train_blocks", "train_double_block_indices", "train_norm", "train_on_input",
         "train_single_block_indices", "txt_attn_dim", "txt_mlp_dim", "txt_mod_dim", "unit",
         "up_lr_weight", "use_cp", "use_scalar", "use_tucker",

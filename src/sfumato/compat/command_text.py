@@ -73,7 +73,7 @@ def name_script(word: str) -> str:
 
 
 def fill_variables(word: str, variables: dict[str, str]) -> str:
-    def fill(match: re.Match[str]) -> str:
+    def find_value(match: re.Match[str]) -> str:
         name = next(iter(filter(None, match.groups())))
         if name.lower() not in variables:
             raise UserError(
@@ -83,7 +83,7 @@ def fill_variables(word: str, variables: dict[str, str]) -> str:
             )
         return variables[name.lower()]
 
-    return VARIABLE.sub(fill, word)
+    return VARIABLE.sub(find_value, word)
 
 
 def list_launcher_options(words: list[str]) -> Iterator[str]:

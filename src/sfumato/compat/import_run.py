@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class ImportOptions(Options):
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato import`."""
     if asks_for_help(argv):
-        print(command_help("sfumato import", ImportOptions), end="")
+        sys.stdout.write(command_help("sfumato import", ImportOptions))
         return 0
     line = read_command(argv, ImportOptions, training=False)
     line.raise_faults()
@@ -46,13 +47,12 @@ def main(argv: Sequence[str]) -> int:
     path = options.save_to and check_new_config(options.save_to, option="--save_to")
     script, words, notes = read_source(options)
     config = load_config(words, defaults=script.presets, absent=list_absent_options(script), check_files=False)
-    for note in (*notes, *describe_changes(config)):
-        print(f"# {note}")
+    sys.stdout.write("".join(f"# {note}\n" for note in (*notes, *list_changes(config))))
     if path is None:
-        print(format_toml(config), end="")
+        sys.stdout.write(format_toml(config))
         return 0
-    print(f"options written to {write_options(config, path, option='--save_to')}")
-    print(f"train with: sfumato train --config_file {path}")
+    write_options(config, path, option="--save_to")
+    sys.stdout.write(f"options written to {path}\ntrain with: sfumato train --config_file {path}\n")
     return 0
 
 
@@ -68,14 +68,14 @@ def read_source(options: ImportOptions) -> tuple[Script, list[str], list[str]]:
             code="import-script-named-twice",
             fix="remove --script",
         )
-    commands = find_old_commands(read_text_file(source) if is_file else " ".join(map(quote, options.command)))
+    commands = find_old_commands(read_text_file(source) if is_file else " ".join(map(quote_words, options.command)))
     if len(commands) != 1:
         raise_no_command(options, [command.script for command in commands], is_file=is_file)
     command = commands[0]
     return find_script(command.script), command.options, [*describe_launcher(command.launcher)]
 
 
-def quote(word: str) -> str:
+def quote_words(word: str) -> str:
     """A whole command in one word is taken as it is."""
     return f'"{word}"' if " " in word and not name_script(word) and "--" not in word else word
 
@@ -116,7 +116,7 @@ def describe_launcher(words: Sequence[str]) -> Iterator[str]:
         )
 
 
-def describe_changes(config: Config) -> Iterator[str]:
+def list_changes(config: Config) -> Iterator[str]:
     """What the run would say of its options before it starts, and what is not written."""
     yield from config.notes
     for name, known in vocabulary().items():

@@ -32,7 +32,7 @@ from sfumato.config.values import ARGUMENTS
 from sfumato.errors import Problems
 
 NOTHING = ("", None, False, 0, [])  # values of which nothing is lost if their key is ignored
-COMMAND_LINE_ONLY = ("config_file", "output_config")  # options that are no keys of the file
+COMMAND_LINE_ONLY = ("config_file", "output_config", "preset")  # options that are no keys of the file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from sfumato.config.loose_keys import describe_loose_keys, refuse_loose_keys
 from sfumato.config.option_source import OptionSource, check_values, refuse_absent
 from sfumato.config.option_table import group_options
 from sfumato.config.paths import check_paths, suggest_path
+from sfumato.config.presets import read_preset_options
 from sfumato.config.rules import broken_rules
 from sfumato.config.schema import THEMES, Config, vocabulary
 from sfumato.config.values import get_last_part, parse_arguments
@@ -52,7 +53,7 @@ def load_command_config(
 ) -> Config:
     """The checked config of a command line and of the files that it names.
 
-    Precedence: command line, then --config_file, then `defaults` (a launcher's), then the built-in defaults.
+    Precedence: command line, --config_file, --preset, `defaults` (a launcher's), then the built-in defaults.
     skip_rules: codes of rules that do not hold for the calling command. check_files: whether paths must exist.
     Raises one UserError, or SeveralErrors for all faults together: unknown, mistyped, wrong or missing values,
     missing files, options that are not implemented yet, and options that contradict each other.
@@ -63,13 +64,18 @@ def load_command_config(
     launcher = OptionSource(source="launcher", typed=True, values=dict(defaults))
     file = read_file_source(line.values, problems)
     refuse_absent(file, line.absent, problems)
-    values = check_values(launcher, problems) | check_values(file, problems) | line.values
+    preset = read_preset_options(line.values.get("preset"), defaults, problems)
+    refuse_absent(preset, line.absent, problems)
+    values = {
+        name: value for source in (launcher, preset, file) for name, value in check_values(source, problems).items()
+    }
+    values |= line.values
 
     sources: dict[str, str] = {}
     places: dict[str, str] = {}
     suspects: set[str] = set()
     notes: list[str] = []
-    for source in (launcher, file, line.source):  # a later one takes precedence
+    for source in (launcher, preset, file, line.source):  # a later one takes precedence
         for name in source.values:
             places[name] = source.place(name)
             if name in values:

@@ -64,7 +64,7 @@ _UNUSED = (
         severity="no effect",
         options=("max_train_steps", "max_train_epochs"),
         is_broken=lambda c: (
-            c.loop.max_train_epochs is not None and c.source("max_train_steps") not in ("default", "launcher")
+            c.loop.max_train_epochs is not None and c.source("max_train_steps") not in ("default", "launcher", "preset")
         ),
         what="--max_train_steps",
         reason="--max_train_epochs takes precedence",

@@ -25,6 +25,9 @@ class RunOptions(Options):
         "TOML or JSON file with options as keys; section names are free, .toml is appended if missing",
         path="file",
     )
+    preset: str | None = option(
+        None, "options of this preset, under those of the file and the command line; `sfumato presets` lists them"
+    )
     plot_timesteps: FilePath | None = option(
         None, "plot the timestep distribution and the loss weights to a PNG file of this name"
     )

@@ -97,7 +97,8 @@ class Config(Options):
     samples: SampleOptions = SampleOptions()
     validation: ValidationOptions = ValidationOptions()
     processes: ProcessOptions = ProcessOptions()
-    sources: dict[str, str] = Field({}, repr=False)  # option -> "command line", a file's name, "launcher" or "default"
+    # option -> "command line", a file's name, "preset", "launcher" or "default"
+    sources: dict[str, str] = Field({}, repr=False)
     notes: tuple[str, ...] = ()  # lines for the report before the first step
 
     def value(self, name: str) -> Any:

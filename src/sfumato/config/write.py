@@ -12,7 +12,7 @@ from sfumato.config.option_table import group_options
 from sfumato.config.schema import Config, theme_title, vocabulary
 from sfumato.errors import UserError
 
-NOT_WRITTEN = ("config_file", "output_config", "plan", "dry_run")
+NOT_WRITTEN = ("config_file", "preset", "output_config", "plan", "dry_run")
 
 
 def write_config(config: Config) -> Path:
