@@ -44,7 +44,7 @@ READING_LIST = (
 )  # fmt: skip
 LONGEST_TEST_FILE = 400
 # What several modules may define under one name: each module's logger, and implementations of one protocol.
-SHARED_NAMES = {"log"}
+SHARED_NAMES = {"log", "main"}
 PROTOCOLS = (  # files -> names that each of them may define
     (
         r"families/_\w+\.py",

@@ -1,9 +1,10 @@
-"""Makes the presets of src/sfumato/presets: good practice by model and task, and what `sfumato plan --fit` adds.
+"""Makes the presets of src/sfumato/presets: good practice by model and task, made to fit cards by rehearsal.
 
     python recipes/presets/make.py [--models sdxl flux-dev ...] [--tasks lora full] [--again]
 
-Each run is searched for cards of 8, 12, 16 and 24 GB, which takes minutes of one processor; presets that exist are
-kept unless --again. A card on which nothing fits gets none.
+A card gets the first rung of the task's ladder with which a rehearsal fits it: what costs least comes first, and what
+changes numbers last. A rung takes 10 to 60 s of one processor; presets that exist are kept unless --again. A card on
+which no rung fits gets none. `sfumato plan --fit` searches further, for the images and options of one run.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "src"))
 
 from sfumato.common import files
 from sfumato.common.text import GIB
-from sfumato.config import load_config
+from sfumato.config import Config, load_config
 from sfumato.config.presets import FOLDER, INDEX, Preset
 from sfumato.config.write import format_toml
-from sfumato.errors import UserError
 from sfumato.families.published import read_published
+from sfumato.memory.rehearsal.backend import register_backend
 from sfumato.plan import make_run_plan
-from sfumato.tools.fit import find_levels, make_series
-from sfumato.tools.fit_trials import TrialSeries
+from sfumato.tools.fit_trials import bound_run
 from sfumato.tools.published_run import drop_stand_ins, make_published_options
 from sfumato.tools.rehearsal_stages import STEP
-from sfumato.tools.rehearse import ALLOWANCE
+from sfumato.tools.rehearse import ALLOWANCE, rehearse_plan
 
 CARDS = (8, 12, 16, 24)  # GB
 SHARED = {  # what every preset starts from
@@ -44,12 +44,30 @@ TASKS: Mapping[str, Mapping[str, Any]] = {
         "learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 100, "save_every_n_steps": 500,
     },
     "full": {
-        "method": "full", "optimizer_type": "AdaFactor",
+        "method": "full", "optimizer_type": "Adafactor",
         "optimizer_args": {"relative_step": False, "scale_parameter": False, "warmup_init": False},
         "learning_rate": 1e-5, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 100, "max_grad_norm": 0.0,
         "save_every_n_steps": 1000,
     },
 }  # fmt: skip
+SWAPPED = {"gradient_checkpointing": True, "text_encoder_blocks_to_swap": 64}
+FUSED = {"gradient_checkpointing": True, "full_bf16": True, "fused_backward_pass": True}
+LADDERS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "lora": (
+        {},
+        {"gradient_checkpointing": True},
+        {**SWAPPED, "blocks_to_swap": 10},
+        {**SWAPPED, "blocks_to_swap": 20},
+        {**SWAPPED, "blocks_to_swap": 64},
+    ),
+    "full": (
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "full_bf16": True},
+        FUSED,
+        {**FUSED, "text_encoder_blocks_to_swap": 64, "blocks_to_swap": 20},
+        {**FUSED, "text_encoder_blocks_to_swap": 64, "blocks_to_swap": 64},
+    ),
+}
 TITLES = {"lora": "LoRA", "full": "the whole model"}
 FLOW = {"model_prediction_type": "raw", "loss_type": "l2"}
 MODELS: Mapping[str, Mapping[str, Any]] = {  # what their guides agree on
@@ -81,42 +99,50 @@ def main() -> None:
 
 
 def make_presets(model: str, task: str, names: Mapping[int, str]) -> Iterator[tuple[Preset, str]]:
-    """The presets of a run for every card on which it fits, smallest first, each with its file's text."""
+    """The presets of a run for every card on which it fits, each with its file's text."""
     given = {**SHARED, **TASKS[task], **MODELS[model]}
+    title = f"{read_published(model)['title']}: {TITLES[task]}"
     with tempfile.TemporaryDirectory() as folder:
         stand_ins = make_published_options(model, Path(folder), method=given.get("method"))
         config = load_config([], defaults={**stand_ins, **given})
-        plan = make_run_plan(config, processes=1, remember=False)
-        series = make_series(plan, config, CARDS[0] * GIB - ALLOWANCE)
-        for card, name in names.items():
-            print(f"== {name}", flush=True)
-            widen(series, card * GIB - ALLOWANCE)
-            try:
-                found = find_levels(series)
-            except UserError as error:
-                print(error.what)
+        rungs = iter(climb(config, LADDERS[task], CARDS[-1] * GIB - ALLOWANCE))
+        rung = next(rungs, None)
+        for card in reversed(CARDS):
+            while rung is not None and max(rung.step, rung.caching) + ALLOWANCE > card * GIB:
+                rung = next(rungs, None)
+            if rung is None:
+                print(f"{names[card]}: nothing fits")
                 continue
-            trial = series.run(found)
-            assert trial is not None
-            peaks = {stage.name: stage.peak for stage in trial.stages}
-            step = peaks[STEP]
-            caching = max((peak for stage, peak in peaks.items() if stage.startswith("caching")), default=0)
-            title = f"{read_published(model)['title']}: {TITLES[task]}"
-            preset = Preset(name=name, title=title, task=task, card=card, peak=step, caching=caching)
-            values = {"family": plan.family.name, **series.list_values(found)}
-            options = drop_stand_ins(config.with_values(values)).with_values({"caption_extension": ".txt"})
-            yield preset, format_preset(preset, format_toml(options), config)
+            print(f"{names[card]}: {dict(rung.values)}")
+            preset = Preset(name=names[card], title=title, task=task, card=card, peak=rung.step, caching=rung.caching)
+            options = drop_stand_ins(config.with_values({**rung.values, "family": rung.family}))
+            yield preset, format_preset(preset, format_toml(options.with_values({"caption_extension": ".txt"})), config)
 
 
-def widen(series: TrialSeries, available: int) -> None:
-    """The same trials for a larger card: bounds that it satisfies say nothing any more."""
-    series.available = available
-    for levels, trial in list(series.trials.items()):
-        if trial is not None and trial.is_bound and trial.peak <= available:
-            del series.trials[levels]
+class Rung(NamedTuple):
+    """One rung of a ladder, rehearsed: peaks in bytes."""
+
+    values: Mapping[str, Any]
+    family: str
+    step: int
+    caching: int
 
 
-def format_preset(preset: Preset, options: str, config: Any) -> str:
+def climb(config: Config, ladder: Iterable[Mapping[str, Any]], largest: int) -> Iterator[Rung]:
+    """Every rung that a bound does not exclude from the largest card."""
+    register_backend()
+    for values in ladder:
+        changed = config.with_values(values)
+        if bound_run(changed).peak > largest:
+            continue
+        plan = make_run_plan(changed, processes=1, remember=False)
+        peaks = {stage.name: stage.peak for stage in rehearse_plan(plan, saves=False)}
+        caching = max((peak for stage, peak in peaks.items() if stage.startswith("caching")), default=0)
+        print(f"  {dict(values)}: step {peaks[STEP] / 1e9:.2f} GB, caching {caching / 1e9:.2f} GB", flush=True)
+        yield Rung(values, plan.family.name, peaks[STEP], caching)
+
+
+def format_preset(preset: Preset, options: str, config: Config) -> str:
     height, width = config.buckets.resolution
     needed = "--pretrained_model_name_or_path ... --train_data_dir ... --output_dir ..."
     return (
