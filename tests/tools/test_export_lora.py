@@ -357,7 +357,7 @@ def test_names_that_several_families_share(
         FAMILIES.get("chroma"), "components", {"denoiser": Component(folder="other"), "t5": Component(folder="x")}
     )
     assert export(tmp_path / "a.safetensors", tmp_path / "b.safetensors") == 2
-    assert codes == ["lora-family-ambiguous"]
+    assert codes == ["adapter-family-ambiguous"]
     assert "--family chroma or flux" in capsys.readouterr().err
     assert export(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--family", "chroma") == 0
     assert next(iter(load_file(tmp_path / "b.safetensors"))).startswith("other.")

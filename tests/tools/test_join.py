@@ -120,6 +120,7 @@ def test_metadata(files: dict[str, Path], tmp_path: Path) -> None:
         (("two", "dora"), (), "adapter-change-needs-model"),
         (("two", "loha"), (), "join-rank-missing"),
         (("two",), ("--ratios", "1", "2"), "merge-ratio-count"),
+        (("two", "three"), ("--ratios", "0", "0"), "join-nothing-left"),
     ],
 )
 def test_faults(

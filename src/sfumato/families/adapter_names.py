@@ -47,9 +47,18 @@ def match_adapter_file(
 def iterate_families(file: AdapterFile) -> Iterator[str]:
     """The families whose layers have all names of the file; computed as far as it is asked for."""
     for name in FAMILIES.names:
-        table = guess_layer_table(FAMILIES.get(name).adapter_specs(list_shapes(file)), file)
-        if all(table.find(layer) for layer in file.layers):
+        if not _list_names_unknown_to(file, name):
             yield name
+
+
+def list_unknown_names(file: AdapterFile) -> list[str]:
+    """The names of the file that the family with the fewest such does not know."""
+    return min((_list_names_unknown_to(file, name) for name in FAMILIES.names), key=len)
+
+
+def _list_names_unknown_to(file: AdapterFile, family: str) -> list[str]:
+    table = guess_layer_table(FAMILIES.get(family).adapter_specs(list_shapes(file)), file)
+    return [layer for layer in file.layers if not table.find(layer)]
 
 
 def list_shapes(file: AdapterFile) -> dict[str, tuple[int, ...]]:

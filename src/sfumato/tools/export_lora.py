@@ -12,19 +12,18 @@ from torch import Tensor
 
 from sfumato.adapters.kinds import get_class, read_adapter_file
 from sfumato.errors import Problems, UserError
-from sfumato.families import register_families
-from sfumato.families.adapter_names import guess_layer_table, list_shapes
-from sfumato.families.base import FAMILIES, Family
+from sfumato.families.base import Family
 from sfumato.families.part import PartSpec
-from sfumato.formats.adapter_file import AdapterFile, make_unmatched_error
+from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_kind import LayerMatch, describe_kinds
-from sfumato.formats.adapter_layers import collect_groups, match_layers
+from sfumato.formats.adapter_layers import collect_groups
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.groups import make_adapter_name
 from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import DIFFUSERS_KEY
-from sfumato.tools.adapter_files.models import match_files
+from sfumato.tools.adapter_files.models import KnownFiles, match_files
+from sfumato.tools.adapter_files.outputs import find_widest_dtype
 
 Program = Literal["kohya", "diffusers", "aitoolkit", "comfyui"]
 
@@ -60,9 +59,10 @@ def export_lora(
     """
     check_export_paths(source, target)
     file = read_adapter_file(source)
-    routes = find_routes(file, family, without)
+    known = find_known(file, family, without)
+    routes = make_routes(known, without)
     if program == "kohya":
-        tensors = convert_to_kohya(file, routes, family, precision)
+        tensors = convert_to_kohya(file, known, routes, precision)
     elif program in ("diffusers", "aitoolkit"):
         check_loadable(file.path, routes)
         tensors = convert_to_diffusers(file.path, routes, precision)
@@ -97,31 +97,14 @@ def check_export_paths(source: Path, target: Path) -> None:
 # ---------------------------------------------------------------- names
 
 
-def find_routes(file: AdapterFile, family: str | None, without: Collection[str]) -> list[Route]:
-    """Every name of the file with its layers, by the family given or the one that knows all names.
+def find_known(file: AdapterFile, family: str | None, without: Collection[str]) -> KnownFiles:
+    """The layers of every name, by the family given or the one that knows all names; UserError as `match_files`."""
+    return match_files([file], family, list_written=lambda known: make_signature(make_routes(known, without)))
 
-    Families may share names, as long as what is written is the same. Raises UserError for names that fit no layer.
-    """
-    register_families()
-    shapes = list_shapes(file)
-    specs = {name: FAMILIES.get(name).adapter_specs(shapes) for name in ([family] if family else FAMILIES.names)}
-    tables = {name: guess_layer_table(parts, file) for name, parts in specs.items()}
-    unknown = {name: [layer for layer in file.layers if not table.find(layer)] for name, table in tables.items()}
-    complete = [name for name in tables if not unknown[name]]
-    if not complete:
-        raise make_unmatched_error(file, min(unknown.values(), key=len), model=family or "any known model")
-    found: dict[str, list[Route]] = {}
-    for name in complete:
-        matched = match_layers(file, tables[name])
-        found[name] = drop_parts([make_route(FAMILIES.get(name), specs[name], match) for match in matched], without)
-    first, *others = found.values()
-    if any(make_signature(other) != make_signature(first) for other in others):
-        raise UserError(
-            f"{file.path} fits several model families",
-            code="lora-family-ambiguous",
-            fix=f"--family {' or '.join(complete)}",
-        )
-    return first
+
+def make_routes(known: KnownFiles, without: Collection[str]) -> list[Route]:
+    """Every name of the file with what other programs call its layers, but for those of some parts."""
+    return drop_parts([make_route(known.family, known.specs, match) for match in known.matches[0]], without)
 
 
 def make_route(family: type[Family], specs: Mapping[str, PartSpec], match: LayerMatch) -> Route:
@@ -238,13 +221,11 @@ def _convert_tensor(path: Path, match: LayerMatch, tensor: Tensor, precision: st
 
 
 def convert_to_kohya(
-    file: AdapterFile, routes: Sequence[Route], family: str | None, precision: str | None
+    file: AdapterFile, known: KnownFiles, routes: Sequence[Route], precision: str | None
 ) -> dict[str, Tensor]:
     """The tensors of each layer group, in sd-scripts' layout: layers that it has fused become one LoRA, exactly."""
     parts = {route.part for route in routes}
-    known = match_files([file], family)
-    own = max((t.dtype for each in file.layers.values() for t in each.values() if t.ndim > 1), key=lambda d: d.itemsize)
-    dtype = SAVE_DTYPES[precision] or own
+    dtype = SAVE_DTYPES[precision] or find_widest_dtype([file])
     converted: dict[str, Tensor] = {}
     for adapter in collect_groups(known.matches[0], known.groups):
         if adapter.group.part in parts:

@@ -93,11 +93,14 @@ def join_adapters(request: JoinRequest) -> list[str]:
             made = make_low_rank_tensors(factors, group.layers[0].weight.shape[2:], len(factors.down))
             tensors |= {f"{group.name}.{name}": tensor.cpu() for name, tensor in made.items()}
             progress(done, len(known.groups))
+    if not dims:
+        raise UserError(
+            "the strength of every layer is 0: nothing is left to write",
+            code="join-nothing-left",
+            fix="--ratios and --lbws with numbers other than 0",
+        )
     dtype = TOOL_DTYPES[request.precision] or find_widest_dtype(files)
-    comment = ""
-    metadata = make_adapter_metadata_from(
-        request.output, files, dims, minimal=request.minimal_metadata, comment=comment
-    )
+    metadata = make_adapter_metadata_from(request.output, files, dims, minimal=request.minimal_metadata)
     written = write_adapter(request.output, tensors, metadata, dtype)
     ranks = sorted({rank for rank, _ in dims})
     lines = [f"{path} x {ratio:g}" for path, ratio in zip(request.adapters, ratios, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from sfumato.config import ModelOptions
 from sfumato.errors import UserError
 from sfumato.families import register_families
-from sfumato.families.adapter_names import guess_layers, iterate_families, list_shapes
+from sfumato.families.adapter_names import guess_layers, iterate_families, list_shapes, list_unknown_names
 from sfumato.families.base import FAMILIES, Family, find_family
 from sfumato.families.part import Network, PartSpec
 from sfumato.families.source import Source, open_source
@@ -74,17 +74,23 @@ class KnownFiles:
     matches: Sequence[Sequence[LayerMatch]]  # of each file
 
 
-def match_files(files: Sequence[AdapterFile], family: str | None = None) -> KnownFiles:
+ListWritten = Callable[[KnownFiles], Sequence[object]]  # what a tool makes of files if they are of this family
+
+
+def match_files(
+    files: Sequence[AdapterFile], family: str | None = None, *, list_written: ListWritten | None = None
+) -> KnownFiles:
     """The layers that all names of some files mean, from names and shapes alone.
 
-    Families may share names, as long as the layers are written under the same. Raises UserError for names of no
-    family, and for files of several families or sizes.
+    Families may share names, as long as what is written is the same; list_written: what that is, by default the layer
+    groups. Raises UserError for names of no family, and for files of several families or sizes.
     """
     register_families()
+    list_written = list_written or _list_groups
     names = [family] if family else _find_common_families(files)
     found = [_match_family(files, FAMILIES.get(name)) for name in names]
     first, *others = found
-    if any(_list_written(other) != _list_written(first) for other in others):
+    if any(list_written(other) != list_written(first) for other in others):
         raise UserError(
             f"{files[0].path} fits several model families",
             code="adapter-family-ambiguous",
@@ -97,7 +103,7 @@ def _find_common_families(files: Sequence[AdapterFile]) -> list[str]:
     by_file = [list(iterate_families(file)) for file in files]
     for file, names in zip(files, by_file, strict=True):
         if not names:
-            raise make_unmatched_error(file, file.layers, model="any known model")
+            raise make_unmatched_error(file, list_unknown_names(file), model="any known model")
     common = [name for name in by_file[0] if all(name in names for names in by_file)]
     if not common:
         facts = [f"{file.path} for {' or '.join(names)}" for file, names in zip(files, by_file, strict=True)]
@@ -143,8 +149,8 @@ def group_known_layers(spec: PartSpec, layers: Mapping[str, object]) -> list[Lay
     return groups
 
 
-def _list_written(known: KnownFiles) -> Sequence[object]:
-    """What is written: which rows under which name."""
+def _list_groups(known: KnownFiles) -> Sequence[object]:
+    """Which rows are written under which name."""
     return sorted((group.name, group.paths, group.rows) for group in known.groups)
 
 
