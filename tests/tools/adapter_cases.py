@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from families.loading import load_family
 from families.toys import ToyShelf
 from sfumato.config import Config, NetworkOptions, NoiseOptions, OptimOptions
+from sfumato.config.memory import MemoryOptions
 from sfumato.config.run import LoopOptions
 from sfumato.families.base import Family, find_family
 from sfumato.families.source import open_source
+from sfumato.memory.low_precision import choose_formats
 from sfumato.methods import make_method
 
 MODEL = "pretrained_model_name_or_path"
@@ -43,8 +44,15 @@ def draw_adapter(
     return path
 
 
-def load_files(toy_shelf: ToyShelf, family: str, variant: str = "", *, files: Mapping[str, Path]) -> Family:
-    """A toy with some of its files in place of the shelf's, e.g. merged ones."""
+def load_files(
+    toy_shelf: ToyShelf,
+    family: str,
+    variant: str = "",
+    *,
+    files: Mapping[str, Path],
+    memory: MemoryOptions | None = None,
+) -> Family:
+    """A toy with some of its files in place of the shelf's, e.g. merged ones. memory: precision of its weights."""
     tokenizers = [
         path for name, path in toy_shelf.paths(family, variant=variant).items() if name.startswith("tokenizer")
     ]
@@ -53,7 +61,11 @@ def load_files(toy_shelf: ToyShelf, family: str, variant: str = "", *, files: Ma
     options = toy_shelf.options(family, variant=variant).model_copy(update=given)
     source = open_source(options)
     cls = find_family(None, source)
-    return load_family(cls, cls.read(source, options, NoiseOptions()), options)
+    blueprint = cls.read(source, options, NoiseOptions())
+    model = cls(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
+    choose_formats(model, memory or MemoryOptions())
+    model.load()
+    return model
 
 
 def list_encoder_options(toy_shelf: ToyShelf, family: str, variant: str = "") -> list[str]:

@@ -55,6 +55,8 @@ LORA_COMMANDS = {
 MODEL_COMMANDS = {
     "merge": Command("model_merge", "Add checkpoints of one family up."),
     "convert": Command("model_convert", "Write a model as a single file or as a folder of diffusers."),
+    "inspect": Command("model_inspect", "Show which networks a checkpoint holds, in which precision, and what else."),
+    "quantize": Command("model_quantize", "Write a checkpoint in eight bits, and show what that changes."),
 }
 METADATA_COMMANDS = {
     "show": Command("metadata_show", "Show the metadata of a safetensors file."),
@@ -69,7 +71,7 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "lora": CommandGroup(
         LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, compare, inspect, check."
     ),
-    "model": CommandGroup(MODEL_COMMANDS, "Tools for checkpoints: merge, convert."),
+    "model": CommandGroup(MODEL_COMMANDS, "Tools for checkpoints: merge, convert, inspect, quantize."),
     "metadata": CommandGroup(METADATA_COMMANDS, "The metadata of safetensors files: show, set, strip."),
     "presets": Command("presets", "List options that come along for a model, a task and a card, or print them."),
     "doctor": Command("doctor", "Show what this machine has and lacks, and what its card can train."),

@@ -1,0 +1,33 @@
+"""`sfumato model inspect`: what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sfumato.cli.exits import USER_ERROR
+from sfumato.cli.help import asks_for_help, command_help
+from sfumato.config.base import Options, option
+from sfumato.config.command import read_options
+from sfumato.config.values import ModelPath
+
+
+class ModelInspectOptions(Options):
+    """Shows what a checkpoint holds, from its headers: its family, its networks with their sizes and precisions, its
+    metadata, and the keys that no network has a place for. The exit code is 2 where no family knows it.
+    """
+
+    model: ModelPath = option(None, "the model: a file, a folder, or a name on the hub", positional=True, required=True)
+    family: str | None = option(None, "the model family, where the files do not say it")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `sfumato model inspect`."""
+    if asks_for_help(argv):
+        print(command_help("sfumato model inspect", ModelInspectOptions), end="")
+        return 0
+    options = read_options(argv, ModelInspectOptions)
+    from sfumato.tools.model_inspect import inspect_model, render_model
+
+    facts = inspect_model(options.model, options.family)
+    print("\n".join(render_model(facts)))
+    return USER_ERROR if facts.problems else 0
