@@ -90,8 +90,14 @@ pages: setup
 	$(BIN)/python docs/make_errors.py
 	$(BIN)/python docs/make_adapters.py
 
+# Tables, and the same as JSON in build/bench/. ONLY="training flux" runs these alone. REFERENCE=DIR, a checkout of
+# sd-scripts, has it train beside ours (REFERENCE_PYTHON: with another Python).
 bench: setup
-	@for b in benchmarks/*.py; do echo "== $$b"; $(BIN)/python $$b || exit 1; done
+	@mkdir -p build/bench
+	@for b in $(or $(ONLY),$(basename $(notdir $(wildcard benchmarks/*.py)))); do echo "== $$b"; \
+		$(BIN)/python benchmarks/$$b.py --json build/bench/$$b.json || exit 1; done
+	@$(if $(REFERENCE),$(BIN)/python benchmarks/training.py --json build/bench/reference.json \
+		--reference $(REFERENCE) $(if $(REFERENCE_PYTHON),--reference_python $(REFERENCE_PYTHON)))
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache

@@ -124,9 +124,9 @@ def no_waiting(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def load_benchmark() -> Any:
-    """The module benchmarks/gpu.py."""
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", BENCHMARK)
+def load_benchmark(name: str = "gpu") -> Any:
+    """A module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARK.with_stem(name))
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
