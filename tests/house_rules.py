@@ -44,7 +44,7 @@ READING_LIST = (
 )  # fmt: skip
 LONGEST_TEST_FILE = 400
 # What several modules may define under one name: each module's logger, and implementations of one protocol.
-SHARED_NAMES = {"log", "main"}
+SHARED_NAMES = {"log"}
 PROTOCOLS = (  # files -> names that each of them may define
     (
         r"families/_\w+\.py",
@@ -55,7 +55,7 @@ PROTOCOLS = (  # files -> names that each of them may define
     ),
     (r"demo/toy_\w+\.py", {"write", "write_folder", "make_networks", "single_file", "single_files"}),
     (r"adapters/\w+\.py", {"SPELLINGS"}),
-    (r"cli/\w+\.py|compat/launch\.py", {"main"}),
+    (r"cli/\w+\.py|compat/(launch|import_run)\.py", {"main"}),
 )  # fmt: skip
 
 NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names.py is old option names as data

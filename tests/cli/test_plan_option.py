@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from compat.helpers import list_needed
 from families.toys import ToyShelf
 from sfumato.cli.main import main as sfumato
 from sfumato.compat.launch import main as run_script
@@ -54,17 +55,9 @@ def test_every_launcher_shows_its_plan_and_writes_nothing(
 ) -> None:
     script = SCRIPTS[name]
     is_adapter = script.method == "adapter"
-    options: dict[str, Any] = {} if is_adapter else {"network_dim": None, "network_module": None}
+    options = list_needed(script, images)
     options |= CACHES if is_adapter and "cache_text_encoder_outputs" in script.options else {}
     options |= {"network_train_unet_only": True} if "cache_text_encoder_outputs_to_disk" in options else {}
-    if script.method in ("control_net", "lllite"):
-        options |= {"conditioning_data_dir": images / "2_cat"}
-    elif script.method == "textual_inversion":
-        options |= {"token_string": "zwx", "init_word": "cat", "use_object_template": True}
-    elif script.method == "leco":
-        prompts = images.parent / "prompts.toml"
-        prompts.write_text('[[prompts]]\ntarget = "cat"\nneutral = ""\n')
-        options |= {"prompts_file": prompts, "train_data_dir": None}
     argv = make_arguments(toy_shelf.paths(script.family or "flux"), images, home / "out" / "deep", **options)
     assert run_script([name, *argv, "--plan", "--logging_dir", str(home / "logs")]) == 0
     shown = capsys.readouterr().out
