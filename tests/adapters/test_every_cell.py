@@ -24,13 +24,13 @@ from sfumato.formats.groups import LayerGroup, is_pointwise
 
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux_kontext", "chroma", "lumina")
 KINDS: dict[str, dict[str, Any]] = {  # kind -> arguments; a wrapper is around LoRA
-    "lora": {}, "lora_fa": {}, "dylora": {}, "split_lora": {"split_qkv": True}, "pissa": {"pissa": True},
+    "lora": {}, "lora_fa": {}, "dylora": {}, "split_lora": {"split_qkv": True}, "tucker_lora": {"use_tucker": True}, "pissa": {"pissa": True},
     "dora": {"dora_wd": True}, "trained_scalar": {"use_scalar": True}, "loha": {"use_tucker": True}, "lokr": {},
     "full_difference": {}, "ia3": {}, "glora": {}, "oft": {"divided": True}, "diag_oft": {"rescaled": True},
     "boft": {}, "oft_v2": {}, "boft_v2": {},
 }  # fmt: skip
 DIMS = {"boft": 384}  # which all layers' rows can be divided into; else 4
-IN_ITS_PLACE = ("split_lora", "pissa", "dora", "trained_scalar")  # asked for by an argument of LoRA
+IN_ITS_PLACE = ("split_lora", "tucker_lora", "pissa", "dora", "trained_scalar")  # asked for by an argument of LoRA
 
 
 @pytest.fixture(scope="module")

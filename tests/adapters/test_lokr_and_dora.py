@@ -44,8 +44,6 @@ def test_a_file_of_lycoris_gives_what_lycoris_gives(case: LycorisCase) -> None:
 
 @each_case
 def test_a_new_adapter_has_lycoris_tensors_and_changes_nothing(case: LycorisCase) -> None:
-    if case.algo == "lora" and "use_tucker" in case.options:
-        return  # comes from files alone
     stored, group = GOLDENS[case.name], make_group(nn.Sequential(make_layer(case)))
     words = {WORDS.get(name, name): value for name, value in case.options.items()}
     options = {}

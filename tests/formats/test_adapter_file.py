@@ -68,7 +68,7 @@ def test_keys(key: str, expected: tuple[str, str] | None) -> None:
     ("boft_s", "BOFT of PEFT"), ("oft_blocks.1", "Diag-OFT"), ("on_input", "(IA)3"),
     ("ia3_l.weight", "(IA)3 of PEFT"), ("diff", "full difference"),
     ("a1.weight", "GLoRA"), ("lora_B.bias", "LoRA with biases"),
-    ("lora_mid.weight", "LoRA"), ("alpha", ""), ("weight", ""),
+    ("lora_mid.weight", "Tucker LoRA"), ("alpha", ""), ("weight", ""),
 ])  # fmt: skip
 def test_kinds(tensor: str, expected: str) -> None:
     kinds = list_kinds().values()

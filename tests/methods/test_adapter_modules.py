@@ -78,7 +78,13 @@ def test_what_counts_is_kept() -> None:
     expected = {name: value for name, value in arguments.items() if name != "algo"}
     assert expected.items() <= read_arguments(**arguments).items()
     for tucker in ({"use_tucker": True}, {"use_cp": True}, {"disable_conv_cp": False}):
-        assert read_arguments(algo="lokr", **tucker)["use_tucker"] is True
+        assert all(read_arguments(algo=algo, **tucker)["use_tucker"] is True for algo in ("lokr", "locon"))
+
+
+@pytest.mark.parametrize("module", ["networks.lora", "lycoris.kohya"])
+def test_use_tucker_without_convolutions_is_noted(module: str) -> None:
+    notes = read(module=module, network_args={"use_tucker": True}, has_convolutions=False).notes
+    assert [note for note in notes if "use_tucker" in note]
 
 
 @pytest.mark.parametrize("algo", ["full", "ia3", "glora"])
@@ -98,7 +104,6 @@ def test_arguments_of_ranks_have_no_effect_without_them() -> None:
 @pytest.mark.parametrize(("arguments", "code"), [
     ({"algo": "lorka"}, "lycoris-algo-unknown"), ({"preset": "atn-mlp"}, "lycoris-preset-unknown"),
     ({"preset": "mine.toml"}, "lycoris-preset-missing"),
-    ({"use_tucker": True}, "lycoris-arg-not-implemented"),
     ({"train_norm": True}, "lycoris-arg-not-implemented"),
 ])  # fmt: skip
 def test_what_would_give_another_result_is_refused(arguments: dict[str, Any], code: str) -> None:

@@ -14,6 +14,7 @@ from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, drop_module
 from sfumato.adapters.frozen_linear import add_low_rank, can_fuse
 from sfumato.adapters.lora_files import (
     DOWN,
+    MIDDLE,
     SPELLINGS,
     UP,
     complete_matrices,
@@ -165,6 +166,11 @@ class LoRA(Adapter):
             for parameter, value in ((adapter.lora_down, down), (adapter.lora_up, up)):
                 parameter.copy_(value.reshape(parameter.shape))
         return adapter
+
+    @classmethod
+    def owns(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """With a third matrix they are another kind's."""
+        return MIDDLE not in tensors
 
     complete = staticmethod(complete_matrices)
     find_weight_shape = staticmethod(find_product_shape)

@@ -19,7 +19,6 @@ SPELLINGS = {  # the end of a key -> the name of this tensor here
     **dict.fromkeys(("lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight"), UP),
     **dict.fromkeys(("lora_linear_layer.up.weight", "up.weight"), UP),
     **dict.fromkeys(("lora.alpha", "lora_linear_layer.alpha"), ALPHA),
-    MIDDLE: MIDDLE,
 }
 
 
@@ -30,20 +29,9 @@ def complete_matrices(layer: FileLayer) -> LayerTensors:
     down, up = tensors[DOWN], tensors[UP]
     if min(down.ndim, up.ndim) < 2 or len(down) != up.shape[1] or 0 in (*down.shape, *up.shape):
         raise layer.make_mismatch_error(DOWN, UP)
-    if MIDDLE in tensors:
-        down = fold_middle(layer)
     if SCALAR in tensors:
         up = up.float() * tensors[SCALAR].float().reshape(())
     return {DOWN: down, UP: up, ALPHA: torch.tensor(layer.find_alpha(len(down)))}
-
-
-def fold_middle(layer: FileLayer) -> Tensor:
-    """The down matrix (rank, in, k, k) of a LoRA with three: middle (rank, rank, k, k) after down (rank, in, 1, 1)."""
-    middle, down = layer.tensors[MIDDLE], layer.tensors[DOWN]
-    rank = len(down)
-    if middle.ndim != 4 or middle.shape[:2] != (rank, rank) or down[0, 0].numel() != 1:
-        raise layer.make_mismatch_error(DOWN, MIDDLE)
-    return torch.einsum("orhw,ri->oihw", middle.float(), down.flatten(1).float())
 
 
 def find_product_shape(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:

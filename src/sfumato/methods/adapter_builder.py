@@ -124,7 +124,8 @@ class AdapterBuilder:
         wanted = {ADAPTERS.get(kind.files_of) if kind.files_of else kind for kind in named}
         found = {*own.kinds}
         if found != wanted:
-            names = [name for name, kind in list_kinds().items() if kind in found and not kind.is_wrapper]
+            kinds_here = [(name, kind) for name, kind in list_kinds().items() if kind in found and not kind.is_wrapper]
+            names = [kind.replaces or name for name, kind in kinds_here]
             raise UserError(
                 f"{self.network.network_weights} is {describe_kinds(own.kinds)}, the options ask for "
                 f"{describe_kinds(kinds)}",

@@ -78,8 +78,8 @@ def read_module(network: NetworkOptions, module: str, kind: str) -> AdapterModul
     has_flag = "enable_conv" in given
     if given.pop("enable_conv", False):
         given |= {"conv_dim": dim, "conv_alpha": alpha}
+    notes = list_idle_tucker(given, network)
     changes: dict[str, Any] = {"network_args": given, "network_dim": dim}
-    notes: list[str] = []
     if preset is not None and not preset.has_text_encoders and not network.network_train_unet_only:
         changes["network_train_unet_only"] = True
         notes.append(f"--network_module {module} adapts the denoiser alone; --network_module {kind} has all parts")
@@ -132,6 +132,7 @@ def read_lycoris(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Co
         given["conv_alpha"] = convolutions["conv_alpha"] or network.network_alpha
     elif any(convolutions.values()):
         notes.append("--network_args conv_dim and conv_alpha: no effect, no convolution is adapted")
+    notes += list_idle_tucker(given, network)
     dropout = given.pop("dropout", None) if "dropout" in given else network.network_dropout
     changes = {"network_args": given, "network_dropout": dropout or None}
     if not preset.has_text_encoders:
@@ -176,20 +177,26 @@ def list_unread(given: Mapping[str, Any], kind: str) -> list[str]:
     return [f"--network_args {name}: no effect, {found.label} has no such form" for name in names]
 
 
+def list_idle_tucker(given: Mapping[str, Any], network: NetworkOptions) -> list[str]:
+    """A line about use_tucker where no convolution has a kernel that it could divide."""
+    has_kernels = network.dim_from_weights or any(name in given for name in ("conv_dim", "conv_block_dims"))
+    if given.get("use_tucker") is not True or has_kernels:
+        return []
+    return ["--network_args use_tucker: no effect, no convolution is adapted"]
+
+
 def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection[str]) -> dict[str, Any]:
     """The arguments without those that change nothing; UserError for one that would, and is not implemented."""
     kept = {RENAMED_ARGUMENTS.get(name, name): value for name, value in given.items()}
     tucker = [kept.pop(name) for name in TUCKER_NAMES if name in kept]
     tucker += [not kept.pop(NO_TUCKER)] if NO_TUCKER in kept else []
-    known = ADAPTERS.get(kind).options_class.model_fields
-    if "use_tucker" in known:
-        kept["use_tucker"] = any(tucker)
-    elif any(tucker) and kind == DEFAULT_KIND:  # the other kinds of LyCORIS do not read it
-        raise make_later_error("use_tucker", True)
+    related = list_related(kind)
+    known = {name for each in related.values() for name in each.options_class.model_fields}
+    if any(tucker) and "use_tucker" in known:  # the other kinds of LyCORIS do not read it
+        kept["use_tucker"] = True
     if not (ADAPTERS.get(kind).uses_rank and ADAPTERS.get(kind).uses_alpha):
         for name in OF_RANKS:
             kept.pop(name, None)
-    related = list_related(kind)
     for other in (name for name in ADAPTERS.names if name not in related):
         for name in ADAPTERS.get(other).options_class.model_fields:
             if name not in known:  # LyCORIS gives all arguments to all of its adapters
