@@ -26,6 +26,7 @@ WHEN = {  # kind -> --network_module and --network_args, when to take it
         "When the rank is to be chosen afterwards: its first ranks are a LoRA, too.",
     ),
     "split_lora": ("`split_qkv=True`", "Fused layers whose parts are to learn apart; a file of n times the rank."),
+    "tucker_lora": ("`use_tucker=True`", "A LoRA of convolutions (`conv_dim`) in much smaller files."),
     "pissa": ("`pissa=True`", "A LoRA that starts from the largest parts of the weights; lower learning rates."),
     "dora": ("`dora_wd=True`", "Lengths of rows train apart from their directions; a step takes longer."),
     "trained_scalar": ("`use_scalar=True`", "LyCORIS' way to start: all matrices drawn, one factor from 0 on."),
@@ -35,6 +36,10 @@ WHEN = {  # kind -> --network_module and --network_args, when to take it
         "Small files; with `full_matrix=True` and a small `factor` nearly the whole weight.",
     ),
     "full_difference": ("`algo=full`", "Full training as an adapter file: as large as the layers."),
+    "norm_difference": (
+        "`train_norm=True`, `norm_difference`",
+        "Norm layers, beside the others of any kind; or, as the module, they alone.",
+    ),
     "ia3": ("`algo=ia3 preset=ia3`", "One factor for each output, or input: no more can be learned, and little is."),
     "glora": ("`algo=glora`", "LoRA that also changes what goes into a layer."),
     "oft": (
@@ -50,8 +55,8 @@ HEAD = """# Adapters
 
 `--network_module` chooses the kind, or `--network_module lycoris.kohya` with `--network_args algo=...`. What is in
 the second column without a module is an argument of `networks.lora`; `dora_wd` and `use_scalar` are also arguments of
-LoHa and LoKr. All kinds go on from a file (`--network_weights`), resume bitwise, and are read by `sfumato generate`,
-`--base_weights` and `--frozen_lora`. The arguments of each are in [options.md](options.md).
+LoHa and LoKr, `train_norm` of all. All kinds go on from a file (`--network_weights`), resume bitwise, and are read by
+`sfumato generate`, `--base_weights` and `--frozen_lora`. The arguments of each are in [options.md](options.md).
 
 `--network_dim` is the rank of some and the size or the number of blocks of others; where it cannot be, the error says
 what can. Megabytes are those of a bf16 file for the U-Net of Stable Diffusion XL without convolutions, with the
@@ -82,10 +87,10 @@ text encoders: hooked, saved, read again); training, resuming and merging are in
 
 def page() -> str:
     labels = {name: list_kinds()[name].label for name in KINDS}
-    groups = list_sdxl_groups()
+    groups, norms = list_sdxl_groups()
     rows: list[str] = []
     for name, (how, when) in WHEN.items():
-        size = count_numbers(name, groups) * 2 / 1e6
+        size = count_numbers(name, norms if list_kinds()[name].of_norms else groups) * 2 / 1e6
         rows.append(f"| {labels[name]} | {how} | {DIMS.get(name, 16)} | {size:,.0f} | {when} |\n")
     lines = ["| Kind | " + " | ".join(FAMILIES) + " |\n", "| --- |" + " --- |" * len(FAMILIES) + "\n"]
     lines += [
@@ -94,11 +99,12 @@ def page() -> str:
     return HEAD + "".join(rows) + LAYERS + "".join(lines)
 
 
-def list_sdxl_groups() -> list[LayerGroup]:
-    """The layers that LoRA adapts in the U-Net, on the meta device."""
+def list_sdxl_groups() -> tuple[list[LayerGroup], list[LayerGroup]]:
+    """The layers that LoRA adapts in the U-Net, on the meta device, and the norm layers."""
     config = read_published("sdxl")["networks"]["unet"]
     spec = sdxl._unet_spec(_unet.key_map(config))  # pyright: ignore[reportPrivateUsage]
-    return spec.groups(find_layers(build_published(config)))
+    layers = find_layers(build_published(config))
+    return spec.groups(layers), [group for group in spec.groups(layers, every=True) if group.is_norm]
 
 
 def count_numbers(kind: str, groups: list[LayerGroup]) -> int:

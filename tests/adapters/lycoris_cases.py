@@ -55,6 +55,7 @@ CASES = [
         for algo, rank in (("diag-oft", 5), ("diag-oft", 4), ("boft", 11))
         for options in ({}, {"constraint": 0.03}, {"rescaled": True})
     ),
+    *(LycorisCase(algo="norm", conv=conv) for conv in (False, True)),
 ]
 
 
@@ -64,8 +65,11 @@ def fill(tensor: Tensor, seed: float) -> Tensor:
     return (torch.sin(numbers * 1.7 + seed) / 2).reshape(tensor.shape).to(tensor.dtype)
 
 
-def make_layer(case: LycorisCase) -> nn.Linear | nn.Conv2d:
-    layer = nn.Conv2d(12, 20, 3, padding=1, stride=2) if case.conv else nn.Linear(12, 20)
+def make_layer(case: LycorisCase) -> nn.Module:
+    if case.algo == "norm":
+        layer = nn.GroupNorm(4, 12) if case.conv else nn.LayerNorm(12)
+    else:
+        layer = nn.Conv2d(12, 20, 3, padding=1, stride=2) if case.conv else nn.Linear(12, 20)
     with torch.no_grad():
         layer.weight.copy_(fill(layer.weight, 1.0))
         layer.bias.copy_(fill(layer.bias, 2.0))  # pyright: ignore[reportOptionalMemberAccess]
@@ -89,10 +93,14 @@ def fill_tensors(shapes: dict[str, list[int]], alpha: float | None) -> dict[str,
 
 def run_lycoris(case: LycorisCase) -> dict[str, Any]:
     """What LyCORIS has in a file for the case, and what its layer gives: one case of the stored values."""
+    from lycoris.modules.norms import NormModule  # pyright: ignore[reportMissingImports]
     from lycoris.wrapper import network_module_dict  # pyright: ignore[reportMissingImports]
 
     layer = make_layer(case)
-    module: Any = network_module_dict[case.algo]("x", layer, 1.0, case.rank, 1.5, **case.options)
+    if case.algo == "norm":
+        module: Any = NormModule("x", layer)
+    else:
+        module = network_module_dict[case.algo]("x", layer, 1.0, case.rank, 1.5, **case.options)
     state = module.state_dict()
     shapes = {name: list(tensor.shape) for name, tensor in state.items() if name != "alpha"}
     alpha = float(state["alpha"]) if "alpha" in state else None

@@ -22,6 +22,7 @@ from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, re
 
 LYCORIS = "lycoris.kohya"
 BUTTERFLY: dict[str, Any] = {"network_args": ["algo=boft"], "network_dim": 64}
+NORMS_ALONE = {"network_module": "norm_difference", "network_args": [], "network_train_unet_only": True}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
     "LoKr": ("flux", {"network_module": "networks.lokr", "network_args": ["factor=4", "rank_dropout=0.1"]}),
     "LoKr with convolutions": (
@@ -48,6 +49,14 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # -> family, options
     "Tucker LoRA with convolutions, SDXL": (
         "sdxl", {"network_module": LYCORIS, "network_args": ["algo=locon", "use_tucker=True", "conv_dim=2"]},
     ),
+    "norm difference": ("sd", {"network_args": ["train_norm=True", "rank_dropout=0.1", "conv_dim=1"]}),
+    "norm difference, SDXL": (
+        "sdxl", {"network_module": LYCORIS, "network_args": ["algo=locon", "train_norm=True", "preset=attn-mlp"]},
+    ),
+    "norm difference, FLUX": ("flux", {"network_args": ["train_norm=True"], "scale_weight_norms": 1}),
+    "norm difference, SD3": ("sd3:3.5-medium", NORMS_ALONE),
+    "norm difference, Lumina": ("lumina", NORMS_ALONE),
+    "norm difference, Chroma": ("chroma", {"network_args": ["train_norm=True"]}),
     "LoHa with convolutions": (
         "sd", {"network_module": LYCORIS, "network_args": ["algo=loha", "conv_dim=2", "use_tucker=True"]},
     ),
@@ -150,10 +159,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_images(tmp_path_factory.mktemp("images"), 3)
 
 
+def find_toy(toy_shelf: ToyShelf, family: str) -> dict[str, Path]:
+    """family: with its variant after a colon, where it is not the first."""
+    name, _, variant = family.partition(":")
+    return toy_shelf.paths(name, variant=variant)
+
+
 @each_kind
 def test_the_loss_of_a_fixed_batch_falls(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     family, options = KINDS[name]
-    run = build_toy_run(toy_shelf.paths(family), images, tmp_path, **{"learning_rate": "3e-3"} | options)
+    run = build_toy_run(find_toy(toy_shelf, family), images, tmp_path, **{"learning_rate": "3e-3"} | options)
     step = next(run.loader.steps())
     losses = [float(train_step(run, step).loss) for _ in range(8)]
     assert losses[-1] < losses[0] * 0.999, losses
@@ -166,7 +181,7 @@ def test_saved_loaded_and_resumed(name: str, toy_shelf: ToyShelf, images: Path, 
     """Resume is bitwise, `generate` and --base_weights change the model alike, training goes on from the file."""
     family, options = KINDS[name]
     toy, common = (
-        toy_shelf.paths(family),
+        find_toy(toy_shelf, family),
         {"learning_rate": "1e-2"} | options | {"max_train_steps": 4, "save_state": True},
     )
     straight = train_toy(toy, images, tmp_path / "straight", **common)
@@ -196,11 +211,11 @@ def check_file(name: str, family: str, toy_shelf: ToyShelf, file: Path) -> None:
     read = read_adapter_file(file)
     label = name.partition(",")[0].partition(" with")[0].replace("split ", "")
     labels = {describe_kinds(kinds) for kinds in read.kinds.values()}
-    assert labels - ({"LoRA"} if label == "Tucker LoRA" else set()) == {label}  # layers without a kernel have LoRA
-    plain, model = compute_output(load_toy(toy_shelf, family)), load_toy(toy_shelf, family)
+    assert labels - ({"LoRA"} if label in ("Tucker LoRA", "norm difference") else set()) == {label}
+    plain, model = compute_output(load_toy(toy_shelf, *family.split(":"))), load_toy(toy_shelf, *family.split(":"))
     found = compute_with_file(model, file)
     assert (found - plain).abs().max() > 1e-5
-    merged = load_toy(toy_shelf, family)
+    merged = load_toy(toy_shelf, *family.split(":"))
     InferenceAdapters(merged, (), base=[(file, 1.0)])
     torch.testing.assert_close(compute_output(merged), found, rtol=0, atol=2e-5 * float(found.abs().max()))
 
@@ -209,7 +224,9 @@ def check_file(name: str, family: str, toy_shelf: ToyShelf, file: Path) -> None:
 @pytest.mark.parametrize("name", OTHER_FAMILIES)
 def test_further_families_train_save_and_load(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     family, options = KINDS[name]
-    train_toy(toy_shelf.paths(family), images, tmp_path, **options | {"max_train_steps": 3, "learning_rate": "1e-2"})
+    train_toy(
+        find_toy(toy_shelf, family), images, tmp_path, **options | {"max_train_steps": 3, "learning_rate": "1e-2"}
+    )
     check_file(name, family, toy_shelf, tmp_path / "lora.safetensors")
 
 

@@ -104,7 +104,7 @@ def test_arguments_of_ranks_have_no_effect_without_them() -> None:
 @pytest.mark.parametrize(("arguments", "code"), [
     ({"algo": "lorka"}, "lycoris-algo-unknown"), ({"preset": "atn-mlp"}, "lycoris-preset-unknown"),
     ({"preset": "mine.toml"}, "lycoris-preset-missing"),
-    ({"train_norm": True}, "lycoris-arg-not-implemented"),
+    ({"train_llm_adapter": True}, "lycoris-arg-of-other-model"),
 ])  # fmt: skip
 def test_what_would_give_another_result_is_refused(arguments: dict[str, Any], code: str) -> None:
     with pytest.raises(UserError) as error:

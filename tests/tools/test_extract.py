@@ -63,6 +63,26 @@ def test_what_was_merged_is_extracted(family: str, toy_shelf: ToyShelf, tmp_path
     assert torch.isfinite(torch.cat([tensor.flatten() for tensor in load_file(output).values()])).all()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sd", "flux", "lumina"])
+def test_norm_layers_are_merged_and_extracted(family: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    model = load_toy(toy_shelf, family)
+    options = {"network_args": {"train_norm": True}, "network_train_unet_only": True}
+    file = draw_adapter(model, tmp_path / "a.safetensors", **options)
+    assert main(make_merge_command(toy_shelf, family, [file], tmp_path / "out")) == 0
+    merged, output = list_merged_files(toy_shelf, family, tmp_path / "out"), tmp_path / "back.safetensors"
+    assert main([*make_extract_command(toy_shelf, family, merged, output), "--dim", "2", "--norms"]) == 0
+    before, after = load_file(file), load_file(output)
+    norms = [key for key in before if key.endswith(("w_norm", "b_norm"))]
+    assert norms
+    assert before.keys() == after.keys()
+    for key in norms:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=1e-6)
+    expected = compute_with_file(model, file)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(compute_with_file(model, output), expected, rtol=0, atol=1e-4 * scale)
+
+
 @pytest.fixture(scope="module")
 def flux(toy_shelf: ToyShelf) -> Family:
     return load_toy(toy_shelf, "flux")

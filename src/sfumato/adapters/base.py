@@ -71,6 +71,7 @@ class Adapter(nn.Module, ABC):
     takes_wrappers: ClassVar[bool] = True  # whether one may change what it does
     reads_weights: ClassVar[bool] = False  # whether its change depends on the weights that it is a change of
     changes_biases: ClassVar[bool] = False  # whether `bias_delta` gives something
+    of_norms: ClassVar[bool] = False  # whether it is for norm layers, which no other kind changes, and for them alone
     replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`
     files_of: ClassVar[str] = ""  # the kind whose tensors its files have; empty for its own
     plus_params: tuple[str, ...] = ()  # parameters that loraplus_lr_ratio speeds up

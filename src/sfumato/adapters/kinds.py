@@ -26,16 +26,20 @@ def list_kinds() -> dict[str, type[Adapter]]:
 
 
 def list_related(name: str) -> dict[str, type[Adapter]]:
-    """The kind of this name, what may come in its place, and the wrappers: all whose arguments a run may give."""
+    """The kind of this name, what may come in its place or beside it, and the wrappers: with arguments in one run."""
     kinds = list_kinds()
     own = ADAPTERS.get(name)
     wrappers = {other: kind for other, kind in kinds.items() if kind.is_wrapper and own.takes_wrappers}
-    return {name: own} | wrappers | {other: kind for other, kind in kinds.items() if kind.replaces == name}
+    others = {other: kind for other, kind in kinds.items() if kind.replaces == name or kind.of_norms}
+    return {name: own} | wrappers | others
 
 
 def choose_kinds(name: str, options: OptionsByKind, group: LayerGroup | None) -> tuple[type[Adapter], ...]:
     """The kinds of a group's adapter, or of any group's, wrappers first. options: of all that `list_related` gives."""
     related = list_related(name)
+    if group is not None and group.is_norm:
+        return tuple(kind for kind in related.values() if kind.of_norms)
+    related = {other: kind for other, kind in related.items() if other == name or not kind.of_norms}
     wanted = [kind for other, kind in related.items() if other != name and kind.is_wanted(options[other], group)]
     wrappers = [related[other] for other in sorted(related) if related[other] in wanted and related[other].is_wrapper]
     replacements = [kind for kind in wanted if not kind.is_wrapper]

@@ -1,4 +1,4 @@
-"""Changes of low rank as matrices: their singular values, the rank that is enough, and their tensors in files."""
+"""Changes as matrices of low rank: their singular values, the rank that is enough, and the tensors in files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from sfumato.adapters.lokr import W1, W2, factorize
 from sfumato.adapters.lora_files import DOWN, UP
+from sfumato.adapters.norm_difference import B_NORM, W_NORM
 from sfumato.formats.adapter_keys import ALPHA
 from sfumato.formats.adapter_kind import LayerTensors
 from sfumato.formats.groups import LayerGroup
@@ -154,6 +155,11 @@ def make_kronecker_tensors(group: LayerGroup, change: Tensor, factor: int) -> tu
     first, second = svd.u[:, 0] * root, svd.vh[0] * root
     tensors = {W1: first.reshape(l, m), W2: second.reshape(k, n, *kernel), ALPHA: torch.tensor(1.0)}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, svd.measure_error(1)
+
+
+def make_norm_tensors(weight: Tensor, bias: Tensor | None) -> LayerTensors:
+    """The tensors of a norm layer, from the changes of its weight and its bias."""
+    return {W_NORM: weight} | ({} if bias is None else {B_NORM: bias})
 
 
 def cut_ranks(tensors: LayerTensors, rank: int) -> LayerTensors:

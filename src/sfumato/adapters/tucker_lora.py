@@ -23,6 +23,8 @@ from sfumato.formats.adapter_keys import ALPHA
 from sfumato.formats.adapter_kind import FileLayer, LayerMatch, LayerTensors, take_whole
 from sfumato.formats.groups import LayerGroup, is_pointwise
 
+OWN_SPELLINGS = {MIDDLE: MIDDLE}  # which tell its files from LoRA's
+
 
 class TuckerOptions(Options):
     """The argument of LoRA in three parts."""
@@ -35,7 +37,7 @@ class TuckerLoRA(LoRA):
     """A LoRA whose down matrix is the product of the core and `lora_down`, which is small and formed in each step."""
 
     label = "Tucker LoRA"
-    spellings = {MIDDLE: MIDDLE}  # which tells its files from LoRA's
+    spellings = OWN_SPELLINGS
     plain_spellings = SPELLINGS
     replaces = "lora"
     options_class = TuckerOptions

@@ -23,6 +23,7 @@ class LoraExtractOptions(Options):
     save_to: FilePath = option(None, "the file to write", required=True)
     dim: int = option(16, "the rank; with --dynamic_method the largest", ge=1)
     conv_dim: int | None = option(None, "the rank of convolutions, which get nothing by default", ge=1)
+    norms: bool = option(False, "the differences of the denoiser's norm layers, too, under LyCORIS' names")
     network_module: Literal["lora", "lokr"] = option("lora", "low rank, or one Kronecker product in each layer")
     factor: int = option(-1, "with --network_module lokr: as its argument, -1 for about the square root")
     dynamic_method: DynamicMethod | None = option(
@@ -66,6 +67,7 @@ def run_extract(options: LoraExtractOptions) -> list[str]:
             output=options.save_to,
             rank=options.dim,
             conv_rank=options.conv_dim,
+            norms=options.norms,
             method=options.dynamic_method,
             param=options.dynamic_param,
             kronecker_factor=options.factor if options.network_module == "lokr" else None,

@@ -49,6 +49,7 @@ NETWORK_MODULES = {  # --network_module -> our adapter
     "lokr": "lokr",
     "loha": "loha",
     "full_difference": "full_difference",
+    "norm_difference": "norm_difference",
     "ia3": "ia3",
     "glora": "glora",
     "oft": "oft",

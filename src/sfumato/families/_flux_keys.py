@@ -34,6 +34,13 @@ BLOCK_RULES = (  # and the layers before and after the blocks
     KeyRule("single_blocks.{n}.linear2", (f"{SINGLE}proj_out",)),
     KeyRule("single_blocks.{n}.norm.query_norm.scale", (f"{SINGLE}attn.norm_q.weight",)),
     KeyRule("single_blocks.{n}.norm.key_norm.scale", (f"{SINGLE}attn.norm_k.weight",)),
+    # the same layers without their parameter, for names in adapter files
+    KeyRule("double_blocks.{n}.img_attn.norm.query_norm", (f"{DOUBLE}attn.norm_q",)),
+    KeyRule("double_blocks.{n}.img_attn.norm.key_norm", (f"{DOUBLE}attn.norm_k",)),
+    KeyRule("double_blocks.{n}.txt_attn.norm.query_norm", (f"{DOUBLE}attn.norm_added_q",)),
+    KeyRule("double_blocks.{n}.txt_attn.norm.key_norm", (f"{DOUBLE}attn.norm_added_k",)),
+    KeyRule("single_blocks.{n}.norm.query_norm", (f"{SINGLE}attn.norm_q",)),
+    KeyRule("single_blocks.{n}.norm.key_norm", (f"{SINGLE}attn.norm_k",)),
 )
 MODULATION_RULES = (
     KeyRule("final_layer.adaLN_modulation.1", ("norm_out.linear",), "swap"),
@@ -59,6 +66,10 @@ XLABS_KEYS = KeyMap(  # XLabs' names of what it adapts: 1 is the image, 2 the te
     ]
 )
 _OTHER_TARGETS = ("norm_out.linear", "proj_out")
+_NORM_TARGETS = (
+    *(f"{DOUBLE}attn.norm_{name}" for name in ("q", "k", "added_q", "added_k")),
+    *(f"{SINGLE}attn.norm_{name}" for name in "qk"),
+)
 _IN_TARGETS = (  # img, time, vector, guidance, txt
     "x_embedder",
     "time_text_embed.timestep_embedder.{*}",
@@ -96,6 +107,7 @@ def make_part_spec(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds
         targets=(DOUBLE + "{*}", SINGLE + "{*}"),
         extra_targets={"in_dims": in_targets},
         other_targets=_OTHER_TARGETS,
+        norm_targets=_NORM_TARGETS,
         rank_kinds=kinds,
         block_choices={"train_blocks": {"double": "double_blocks.{*}", "single": "single_blocks.{*}"}},
         block_indices={

@@ -48,6 +48,8 @@ _RULES = (
     *chain.from_iterable(_make_block_rules(stack) for stack in _STACKS),
 )
 LUMINA_KEYS = KeyMap(_RULES, drop=("norm_final.{*}",))  # a norm in published files that is not used
+_NORMS = ("attn.norm_q", "attn.norm_k", "norm1", "norm1.norm", "norm2", "ffn_norm1", "ffn_norm2")
+_NORM_TARGETS = tuple(f"{stack}.{{n}}.{name}" for stack in _STACKS for name in _NORMS)
 _EMBEDDERS = (  # x, t, cap
     "x_embedder",
     "time_caption_embed.timestep_embedder.{*}",
@@ -77,6 +79,7 @@ def spec(prefix: str) -> PartSpec:
         adapter_names=DENOISER_NAMES,
         targets=(*(f"{stack}.{{n}}.{{*}}" for stack in _STACKS), "norm_out.{*}"),
         extra_targets={"embedder_dims": _EMBEDDERS},
+        norm_targets=_NORM_TARGETS,
         rank_kinds=_RANK_KINDS,
         block_choices={"train_blocks": _BLOCK_CHOICES},
         block_indices={"train_block_indices": "layers.{n}.{*}"},

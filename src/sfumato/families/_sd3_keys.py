@@ -35,6 +35,10 @@ _EMBEDDER_TARGETS = (  # context, t, x, y, final_mod, final_linear
     "norm_out.linear",
     "proj_out",
 )
+_NORM_TARGETS = tuple(  # of 3.5; 3 has none with a weight
+    f"{_BLOCK}{name}"
+    for name in ("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k", "attn2.norm_q", "attn2.norm_k")
+)
 _CONTEXT, _X = "joint_blocks.{n}.context_block.", "joint_blocks.{n}.x_block."
 _RANK_KINDS = {
     "context_attn_dim": f"{_CONTEXT}attn.{{*}}|{_CONTEXT}attn2.{{*}}",
@@ -95,6 +99,7 @@ def spec(prefix: str, blocks: int) -> PartSpec:
         adapter_names=DENOISER_NAMES,
         targets=(_BLOCK + "{*}",),
         extra_targets={"emb_dims": _EMBEDDER_TARGETS},
+        norm_targets=_NORM_TARGETS,
         rank_kinds=_RANK_KINDS,
         block_indices={"train_block_indices": "joint_blocks.{n}.{*}"},
         blocks=(_BLOCK[:-1],),

@@ -37,6 +37,12 @@ CONV_TARGETS = (
     "down_blocks.{n}.downsamplers.{n}.conv",
     "up_blocks.{n}.upsamplers.{n}.conv",
 )
+NORM_TARGETS = (
+    *(f"{block}.attentions.{{n}}.norm" for block in _LEVELS),
+    *(f"{block}.attentions.{{n}}.transformer_blocks.{{n}}.norm{i}" for block in _LEVELS for i in (1, 2, 3)),
+    *(f"{block}.resnets.{{n}}.norm{i}" for block in _LEVELS for i in (1, 2)),
+    "conv_norm_out",
+)
 _OTHER_TARGETS = ("conv_in", "conv_out", "time_embedding.linear_{n}", "add_embedding.linear_{n}")  # LyCORIS adapts them
 BLOCKS = (
     "down_blocks.{n}.resnets.{n}",
@@ -138,6 +144,7 @@ def spec(file_map: KeyMap, adapter_map: KeyMap, lr_blocks: LrBlocks) -> PartSpec
         targets=TARGETS,
         conv_targets=CONV_TARGETS,
         other_targets=_OTHER_TARGETS,
+        norm_targets=NORM_TARGETS,
         lr_blocks=lr_blocks.patterns,
         lr_block_ranges=lr_blocks.ranges,
         blocks=BLOCKS,

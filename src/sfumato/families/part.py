@@ -16,7 +16,7 @@ from sfumato.errors import UserError
 from sfumato.families._file_kinds import option_context
 from sfumato.families.source import NO_FORMATS, Formats, Weights, on_meta
 from sfumato.formats.adapter_layers import Views, make_views
-from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, make_meta_layers
+from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, is_norm, make_meta_layers
 from sfumato.formats.keymap import KeyMap, make_identity_map, matches
 from sfumato.formats.network_record import RECORD_KEY, NetworkRecord
 from sfumato.quantization.choice import choose_kept, describe_precision
@@ -44,6 +44,7 @@ class PartSpec:
     conv_targets: tuple[str, ...] = ()  # further patterns when conv_dim is given
     extra_targets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in_dims -> further targets, one a rank
     other_targets: tuple[str, ...] = ()  # layers that only adapter files of other programs adapt
+    norm_targets: tuple[str, ...] = ()  # norm layers with a weight
     # Network arguments -> patterns on the layers' names in adapter files, with dots; a|b matches either.
     rank_kinds: Mapping[str, str] = field(default_factory=dict)  # img_attn_dim -> the layers whose rank it sets
     block_choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # train_blocks -> value -> layers
@@ -64,7 +65,7 @@ class PartSpec:
     def all_targets(self) -> tuple[str, ...]:
         """Patterns on all adaptable layers, including those that only an option or another program adapts."""
         extra = chain.from_iterable(self.extra_targets.values())
-        return (*self.targets, *self.conv_targets, *extra, *self.other_targets)
+        return (*self.targets, *self.conv_targets, *extra, *self.other_targets, *self.norm_targets)
 
     @property
     def adapter_prefixes(self) -> tuple[str, ...]:
@@ -83,17 +84,26 @@ class PartSpec:
 
     def make_views(self, layers: Mapping[str, Layer]) -> Views:
         """The adaptable ones of these layers under their names in every layout."""
-        return make_views(layers, self.all_targets, part=self.name, layouts=self.adapter_layouts)
+        return make_views(
+            keep_norm_targets(layers, self.norm_targets), self.all_targets, part=self.name, layouts=self.adapter_layouts
+        )
 
     def groups(self, layers: Mapping[str, Layer], *, every: bool = False) -> list[LayerGroup]:
         """The layers among `layers` that are adapted by default, or `every` adaptable one, grouped by adapter names."""
-        targets = self.all_targets if every else self.targets
-        return group_layers(layers, targets, part=self.name, prefix=self.adapter_prefix, adapter_map=self.adapter_map)
+        targets, norms = (self.all_targets, self.norm_targets) if every else (self.targets, ())
+        known = keep_norm_targets(layers, norms)
+        return group_layers(known, targets, part=self.name, prefix=self.adapter_prefix, adapter_map=self.adapter_map)
 
     def lr_block_index(self, name: str) -> int | None:
         """The index in `lr_blocks` of the block with this layer or weight of the module; None outside of all."""
         original = self.key_map.locate(name).original
         return next((i for i, block in enumerate(self.lr_blocks) if matches(block, original)), None)
+
+
+def keep_norm_targets(layers: Mapping[str, Layer], norm_targets: Sequence[str]) -> dict[str, Layer]:
+    """The layers without the norm layers that are no target; patterns of others may fit all that is in a block."""
+    targets = "|".join(norm_targets)
+    return {path: layer for path, layer in layers.items() if not is_norm(layer) or matches(targets, path)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +212,8 @@ class Part:
         if not self.keeps_stored:
             return {}
         blocks = "|".join(f"{block}.{{*}}" for block in self.spec.blocks)
-        names = [f"{path}.weight" for path in find_layers(self.module) if matches(blocks, path)]
+        layers = find_layers(self.module).items()
+        names = [f"{path}.weight" for path, layer in layers if matches(blocks, path) and not is_norm(layer)]
         formats = {name: choose_kept(self.network.weights.find_format(name), self.format) for name in names}
         return {name: kept for name, kept in formats.items() if kept is not None}
 

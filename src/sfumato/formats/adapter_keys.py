@@ -17,7 +17,6 @@ FOREIGN_KINDS = {  # kinds without a class here -> the names of their tensors; t
     "VeRA": r"vera_lambda_\w+(\..+)?",
     "LoRA of an embedding": r"lora_embedding_[AB](\..+)?",
     "LoRA with biases": r"lora_(A|B|up|down)(\.default)?\.bias|lora\.(up|down)\.bias",
-    "LyCORIS adapter of norm layers": r"[wb]_norm",
     "file of whole weights": r"set_weight",
     "ControlNet-LLLite": r"lllite_\w+",
 }

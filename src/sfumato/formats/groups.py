@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from sfumato.errors import InternalError
 from sfumato.formats.keymap import KeyMap, matches
 
-Layer = nn.Linear | nn.Conv2d
+Layer = nn.Linear | nn.Conv2d  # norm layers of any library, too, where `is_norm` says so
 RowRanges = tuple[tuple[int, int], ...]
 
 
@@ -36,6 +37,11 @@ class LayerGroup:
         """Whether the group is one layer, with its rows in the file's order."""
         return len(self.rows) == 1 and len(self.rows[0]) == 1
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is a norm layer, with one weight for each channel."""
+        return self.layers[0].weight.ndim == 1
+
     def bind(self, layers: Mapping[str, Layer]) -> LayerGroup:
         """The same group of another module's layers, by their paths there."""
         return replace(self, layers=tuple(layers[path] for path in self.paths))
@@ -58,8 +64,8 @@ class LayerGroup:
 
 
 def is_pointwise(layer: Layer) -> bool:
-    """Whether sd-scripts counts the layer as "linear": linear layers and 1x1 convolutions."""
-    return isinstance(layer, nn.Linear) or tuple(layer.kernel_size) == (1, 1)
+    """Whether sd-scripts counts the layer as "linear": linear layers and 1x1 convolutions; norm layers, too."""
+    return not isinstance(layer, nn.Conv2d) or tuple(layer.kernel_size) == (1, 1)
 
 
 def make_meta_layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Layer]:
@@ -73,11 +79,26 @@ def make_meta_layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Layer]:
         elif path != name and len(shape) == 4:
             kernel = (shape[2], shape[3])
             layers[path] = nn.Conv2d(shape[1], shape[0], kernel, bias=has_bias, device="meta")
+        elif path != name and len(shape) == 1:
+            layers[path] = cast(Layer, nn.LayerNorm(shape[0], bias=has_bias, device="meta"))
     return layers
 
 
 def find_layers(module: nn.Module) -> dict[str, Layer]:
-    return {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    """Linear layers, convolutions and norm layers, by their paths."""
+    layers: dict[str, Layer] = {}
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layers[path] = layer
+        elif is_norm(layer):
+            layers[path] = cast(Layer, layer)
+    return layers
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm layer with a weight, of whatever class: no other layer's weight has one dimension."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 1
 
 
 def group_layers(

@@ -33,7 +33,6 @@ from sfumato.methods.lycoris_preset import read_preset_file
 WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
     "bypass_mode": None,  # another way to compute the same
     "train_llm_adapter": (False, None),
-    "train_norm": (False, None),
 }
 RENAMED_ARGUMENTS = {  # LyCORIS' name -> the name here
     "rs_lora": "rank_stabilized",
@@ -186,7 +185,7 @@ def list_idle_tucker(given: Mapping[str, Any], network: NetworkOptions) -> list[
 
 
 def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection[str]) -> dict[str, Any]:
-    """The arguments without those that change nothing; UserError for one that would, and is not implemented."""
+    """The arguments without those that change nothing; UserError for one of a part that no model has."""
     kept = {RENAMED_ARGUMENTS.get(name, name): value for name, value in given.items()}
     tucker = [kept.pop(name) for name in TUCKER_NAMES if name in kept]
     tucker += [not kept.pop(NO_TUCKER)] if NO_TUCKER in kept else []
@@ -194,6 +193,8 @@ def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection
     known = {name for each in related.values() for name in each.options_class.model_fields}
     if any(tucker) and "use_tucker" in known:  # the other kinds of LyCORIS do not read it
         kept["use_tucker"] = True
+    if not kept.get("train_norm"):
+        kept.pop("train_norm", None)
     if not (ADAPTERS.get(kind).uses_rank and ADAPTERS.get(kind).uses_alpha):
         for name in OF_RANKS:
             kept.pop(name, None)
@@ -208,13 +209,9 @@ def drop_without_effect(given: Mapping[str, Any], kind: str, opt_ins: Collection
             continue
         value = kept.pop(name, None)
         if harmless is not None and value not in harmless:
-            raise make_later_error(name, value)
+            raise UserError(
+                f"--network_args {name}={value}: no model that is known here has such a part",
+                code="lycoris-arg-of-other-model",
+                fix=f"remove {name}",
+            )
     return {name: value for name, value in kept.items() if value is not None}
-
-
-def make_later_error(name: str, value: Any) -> UserError:
-    return UserError(
-        f"--network_args {name}={value} is not implemented yet (comes with the other adapters)",
-        code="lycoris-arg-not-implemented",
-        fix=f"remove {name}",
-    )

@@ -33,6 +33,31 @@ class AdapterRanks:
         """Whether the layer is adapted by default, or is one that the arguments add."""
         if not self._is_included(group):
             return False
+        if group.is_norm or ADAPTERS.get(self.adapter_kind).of_norms:
+            return group.is_norm and self._trains_norms and self._is_in_adapted_block(group)
+        return self._is_in_targets(group)
+
+    @property
+    def _trains_norms(self) -> bool:
+        related = list_related(self.adapter_kind)
+        wanted = [kind.is_wanted(self.args.options[name], None) for name, kind in related.items() if kind.of_norms]
+        return any(wanted) or ADAPTERS.get(self.adapter_kind).of_norms
+
+    def _is_in_adapted_block(self, group: LayerGroup) -> bool:
+        """Whether it lies in a block of the denoiser that has targets, as LyCORIS takes norm layers."""
+        spec, path = self.specs[group.part], group.paths[0]
+        if not matches("|".join(spec.norm_targets), path):
+            return False
+        targets, preset = list(spec.targets), self.preset
+        if self.args.has_convolutions:
+            targets += spec.conv_targets
+        if preset is not None and not preset.has_transformers:
+            targets = list(spec.conv_targets)
+        blocks = [block for block in spec.blocks if any(target.startswith(f"{block}.") for target in targets)]
+        in_layers = preset is None or not preset.layers or re.search(preset.layers, path) is not None
+        return in_layers and matches("|".join(f"{block}.{{*}}" for block in blocks), path)
+
+    def _is_in_targets(self, group: LayerGroup) -> bool:
         spec, path = self.specs[group.part], group.paths[0]
         targets = [*spec.targets]
         for option in self.args.extra_targets:
@@ -85,10 +110,11 @@ class AdapterRanks:
         self._check_patterns(every, groups)
         adapted = [group for group in groups if self.find_rank(group)]
         for name, kind in list_related(self.adapter_kind).items():
-            kind.check(self.args.options[name], adapted)
-        self._check_sizes(adapted)
+            kind.check(self.args.options[name], [group for group in adapted if group.is_norm == kind.of_norms])
+        plain = [group for group in adapted if not group.is_norm]
+        self._check_sizes(plain)
         if not self.network.dim_from_weights:
-            self._check_dims(adapted)
+            self._check_dims(plain)
         parts = {group.part for group in groups}
         specs = [self.specs[part] for part in parts]
         self._check_parts(specs)

@@ -17,11 +17,12 @@ from sfumato.adapters.low_rank import (
     find_needed_rank,
     make_kronecker_tensors,
     make_low_rank_tensors,
+    make_norm_tensors,
 )
 from sfumato.errors import UserError
 from sfumato.families.part import Network
 from sfumato.formats.checkpoint import TOOL_DTYPES
-from sfumato.formats.groups import LayerGroup, group_layers, is_pointwise, make_meta_layers
+from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise, make_meta_layers
 from sfumato.tools.adapter_files.join import describe_range
 from sfumato.tools.adapter_files.models import Encoders, ToolModel, list_input_paths, open_tool_model
 from sfumato.tools.adapter_files.outputs import check_output, make_extracted_metadata, write_adapter
@@ -38,6 +39,7 @@ class ExtractRequest:
     output: Path
     rank: int  # with a method the largest
     conv_rank: int | None = None  # of kernels larger than 1, which get nothing where it is None
+    norms: bool = False  # whether the denoiser's norm layers get their differences
     method: RankMethod | None = None
     param: float | None = None  # of the method
     kronecker_factor: int | None = None  # one Kronecker product for each layer instead of ranks: the size of its first
@@ -61,13 +63,17 @@ class PartResult:
     largest: float = 0.0  # of all differences
     square: float = 0.0  # sum of squares of all differences
     lost: float = 0.0  # the same of what the adapter lacks
+    norms: int = 0  # norm layers that have their differences
     others: int = 0  # further tensors that differ, for which an adapter has no place
 
     def make_line(self, part: str) -> str:
         ranks = sorted({rank for rank, _ in self.dims}) or [0]
         error = (self.lost / self.square) ** 0.5 if self.square else 0.0
         others = f"; {self.others} other tensors differ, which it does not have" if self.others else ""
-        return f"{part}: {len(self.dims)} layers, rank {describe_range(ranks)}, relative error {error:.3%}{others}"
+        norms = f" and {self.norms} norm layers" if self.norms else ""
+        return (
+            f"{part}: {len(self.dims)} layers{norms}, rank {describe_range(ranks)}, relative error {error:.3%}{others}"
+        )
 
 
 @torch.no_grad()
@@ -145,7 +151,10 @@ def extract_parts(request: ExtractRequest, pairs: Mapping[str, tuple[Network, Ne
         for part, (before, after) in pairs.items():
             result = results[part] = PartResult()
             for group in groups[part]:
-                add_group(result, group, read_stacked(after, group), read_stacked(before, group), request)
+                if group.is_norm:
+                    add_norm(result, group, before, after)
+                else:
+                    add_group(result, group, read_stacked(after, group), read_stacked(before, group), request)
                 done += 1
                 progress(done, total)
             result.others = count_other_changes(before, after, groups[part])
@@ -158,7 +167,10 @@ def select_groups(network: Network, request: ExtractRequest) -> list[LayerGroup]
     """The layer groups that get an adapter: those of a LoRA as trained by default, and convolutions if asked for."""
     spec, layers = network.spec, make_meta_layers(network.weights.read_shapes())
     targets = (*spec.targets, *spec.conv_targets) if request.conv_rank else spec.targets
-    return group_layers(layers, targets, part=spec.name, prefix=spec.adapter_prefix, adapter_map=spec.adapter_map)
+    plain = {path: layer for path, layer in layers.items() if not is_norm(layer)}
+    chosen = group_layers(plain, targets, part=spec.name, prefix=spec.adapter_prefix, adapter_map=spec.adapter_map)
+    norms = [group for group in spec.groups(layers, every=True) if group.is_norm] if request.norms else []
+    return [*chosen, *norms]
 
 
 def read_stacked(network: Network, group: LayerGroup) -> Tensor:
@@ -178,11 +190,7 @@ def add_group(result: PartResult, group: LayerGroup, after: Tensor, before: Tens
     del before
     square, largest = _square(change), _largest(change)
     if not largest < float("inf"):
-        raise UserError(
-            f"{group.name}: the weights of one of the models are not finite (NaN or infinite)",
-            code="extract-not-finite",
-            fix="use another save of it",
-        )
+        raise make_infinite_change_error(group)
     result.largest, result.square = max(result.largest, largest), result.square + square
     if largest == 0:
         return
@@ -203,6 +211,33 @@ def add_group(result: PartResult, group: LayerGroup, after: Tensor, before: Tens
     result.tensors |= {f"{group.name}.{name}": tensor.cpu() for name, tensor in tensors.items()}
 
 
+def add_norm(result: PartResult, group: LayerGroup, before: Network, after: Network) -> None:
+    """Add the differences of a norm layer; none where nothing differs."""
+    found: list[Tensor | None] = []
+    for name in (f"{group.paths[0]}.weight", f"{group.paths[0]}.bias"):
+        known = name in before.weights.stored_keys and name in after.weights.stored_keys
+        pair = [each.weights.read(name, dtype=torch.float32) for each in (after, before)] if known else None
+        found.append(pair[0] - pair[1] if pair else None)
+    weight, bias = found
+    assert weight is not None, "groups are of weights"
+    changes = [each for each in found if each is not None]
+    largest = max(map(_largest, changes))
+    if not largest < float("inf"):
+        raise make_infinite_change_error(group)
+    result.largest, result.square = max(result.largest, largest), result.square + sum(map(_square, changes))
+    if largest:
+        result.norms += 1
+        result.tensors |= {f"{group.name}.{name}": each for name, each in make_norm_tensors(weight, bias).items()}
+
+
+def make_infinite_change_error(group: LayerGroup) -> UserError:
+    return UserError(
+        f"{group.name}: the weights of one of the models are not finite (NaN or infinite)",
+        code="extract-not-finite",
+        fix="use another save of it",
+    )
+
+
 def _square(tensor: Tensor) -> float:
     """The sum of squares, summed in float64 without a copy."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
@@ -216,5 +251,6 @@ def _largest(tensor: Tensor) -> float:
 def count_other_changes(before: Network, after: Network, groups: Sequence[LayerGroup]) -> int:
     """How many tensors differ that no group has: norms, biases, embeddings, further layers."""
     covered = {f"{path}.weight" for group in groups for path in group.paths}
+    covered |= {f"{group.paths[0]}.bias" for group in groups if group.is_norm}
     others = [name for name in before.weights.stored_keys if name not in covered and name in after.weights.stored_keys]
     return sum(not torch.equal(before.weights.read(name), after.weights.read(name)) for name in others)
