@@ -17,7 +17,7 @@ from sfumato.compat.launch import main as run_script
 from sfumato.families.base import Family
 from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.tools.adapter_files.compare import compare_adapters, find_cosine
-from tools.adapter_cases import draw_adapter
+from tools.adapter_cases import MODEL, draw_adapter
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,8 @@ def files(flux: Family, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         "lokr": {"network_module": "networks.lokr", "network_args": {"factor": 4}},
         "dora": {"network_args": {"dora_wd": True}},
         "full": {"network_module": "full_difference"},
+        "oft": {"network_module": "oft_v2"},
+        "glora": {"network_module": "glora", "network_alpha": 0.3},
     }
     options = {"network_train_unet_only": True}
     return {
@@ -76,6 +78,19 @@ def test_any_kind_becomes_low_rank(name: str, flux: Family, files: dict[str, Pat
     torch.testing.assert_close(
         compute_with_file(flux, output), expected, rtol=0, atol=2e-5 * float(expected.abs().max())
     )
+
+
+@pytest.mark.parametrize("name", ["dora", *(pytest.param(each, marks=pytest.mark.full) for each in ("oft", "glora"))])
+def test_kinds_that_read_weights_become_low_rank(
+    name: str, flux: Family, files: dict[str, Path], toy_shelf: ToyShelf, tmp_path: Path
+) -> None:
+    """With the base model; at a rank that is enough the LoRA does what the file does, at a strength, too."""
+    output = tmp_path / "out.safetensors"
+    command = ["lora", "merge", str(files[name]), "--save_to", str(output), "--new_rank", "500", "--ratios", "0.5"]
+    assert main([*command, "--base_model", str(toy_shelf.paths("flux")[MODEL])]) == 0
+    expected = compute_with_both(flux, [(files[name], 0.5)])
+    found = compute_with_file(flux, output)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
 
 
 def test_the_nearest_of_a_rank(files: dict[str, Path], tmp_path: Path) -> None:

@@ -43,10 +43,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"network_module": "full_difference"},
     "ia3": {"network_module": "ia3"},
     "glora": {"network_module": "glora", "network_alpha": 0.3},
+    "oft": {"network_module": "oft"},
+    "diag-oft": {"network_module": "diag_oft"},
+    "boft": {"network_module": "boft", "network_dim": 384},
+    "oft v2": {"network_module": "oft_v2"},
+    "boft v2": {"network_module": "boft_v2"},
 }
 FAMILIES = ("sd", "sdxl", "flux", "sd3", "chroma", "lumina")
 FUSED = ("flux", "sd3", "chroma", "lumina")
 CASES = [(family, kind) for family in FAMILIES for kind in KINDS if kind != "split" or family in FUSED]
+ROTATIONS = ("oft", "diag-oft", "boft", "oft v2", "boft v2")  # each on two families, which covers all of these
+CASES = [
+    (family, kind)
+    for family, kind in CASES
+    if kind not in ROTATIONS or (FAMILIES.index(family) - ROTATIONS.index(kind)) % 3 == 0
+]
 FAST = {("flux", "plain"), ("sd", "dora"), ("sd3", "lokr")}
 
 

@@ -15,7 +15,8 @@ class LoraConvertOptions(Options):
     """Writes a LoRA that was trained here or by another program under other names: those of diffusers, so that a
     pipeline's load_lora_weights gives the same images, and of AI-toolkit, which are the same; those of the kohya
     format, which sd-scripts and web UIs read; or those that ComfyUI looks for, where it does not read the file as it
-    is. It needs no model. Metadata is kept. LoHa and LoKr become a LoRA with `sfumato lora merge FILE --new_rank N`.
+    is. It needs no model. Metadata is kept. Other kinds become a LoRA with `sfumato lora merge FILE --new_rank N`, and
+    those that depend on the model's weights (DoRA, GLoRA, (IA)3, OFT, BOFT) with --base_model MODEL, too.
     """
 
     source: FilePath = option(

@@ -18,6 +18,7 @@ class LoraInspectOptions(Options):
     file: FilePath = option(
         None, "the adapter: a file, or a folder of PEFT or diffusers", positional=True, required=True
     )
+    html: FilePath | None = option(None, "also write a page with charts; it needs no other file")
     family: str | None = option(None, "the model family of the adapter, where its names do not say it")
 
 
@@ -29,6 +30,14 @@ def main(argv: Sequence[str]) -> int:
     options = read_options(argv, LoraInspectOptions)
     from sfumato.tools.adapter_files.inspect import inspect_adapter, render_text
 
+    if options.html is not None:
+        from sfumato.tools.adapter_files.page import check_page_path
+
+        check_page_path(options.html)
     facts = inspect_adapter(options.file, options.family)
     print("\n".join(render_text(facts)))
+    if options.html is not None:
+        from sfumato.tools.adapter_files.page import write_adapter_page
+
+        print(write_adapter_page(facts, options.html))
     return 0

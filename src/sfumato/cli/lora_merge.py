@@ -14,18 +14,23 @@ from sfumato.config.values import FilePath, FilePaths, Floats, ModelPath, to_tup
 from sfumato.errors import UserError
 
 ToolPrecision = Literal["float", "fp16", "bf16", "fp8", "fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fnuz", "fp8_e5m2fnuz"]
+ENCODERS = ("clip_l", "clip_g", "t5xxl", "gemma2")  # options
 Lists = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("LIST ...")]
 
 
 class LoraMergeOptions(Options):
     """Merges adapters of any kind and program into a checkpoint (--model), of which one tensor is in memory at a time,
-    or adds several up into one LoRA. That is exact, with the sum of all ranks, unless --new_rank asks for less.
+    or adds several up into one LoRA. That is exact, with the sum of all ranks, unless --new_rank asks for less. One
+    file with --new_rank turns any other kind into a LoRA, and says how much of its change is lost.
     """
 
     files: FilePaths = option(
         (), "the adapters: files, or folders of PEFT or diffusers", positional=True, required=True
     )
     model: ModelPath | None = option(None, "merge into this checkpoint: a file, a folder, or a name on the hub")
+    base_model: ModelPath | None = option(
+        None, "without --model: whose weights are read, for kinds whose change depends on them, e.g. DoRA and OFT"
+    )
     save_to: FilePath | None = option(None, "the file or folder to write")
     ratios: Floats = option((), "strength of each adapter, 1 by default")
     lbws: Lists = option(
@@ -65,21 +70,20 @@ def run_merge(options: LoraMergeOptions) -> list[str]:
         return _join(options)
     from sfumato.tools.adapter_files.merge import MergeRequest, merge_into_model
 
-    for name in ("new_rank", "new_conv_rank", "shuffle"):
+    for name in ("new_rank", "new_conv_rank", "shuffle", "base_model"):
         if getattr(options, name):
             raise UserError(
                 f"--{name} is for adapters that are added up, not for a merge into --model",
                 code="merge-rank-with-model",
                 fix=f"remove --{name} or --model",
             )
-    encoders = ("clip_l", "clip_g", "t5xxl", "gemma2")
     request = MergeRequest(
         model=options.model,
         output=options.save_to,
         adapters=options.files,
         ratios=options.ratios,
-        encoders={name: getattr(options, name) for name in encoders},
-        encoder_outputs={name: getattr(options, f"{name}_save_to") for name in encoders},
+        encoders=_list_encoders(options),
+        encoder_outputs={name: getattr(options, f"{name}_save_to") for name in ENCODERS},
         block_weights=options.lbws,
         skipped_parts=[part for part in options.without.split(",") if part],
         precision=options.save_precision,
@@ -87,6 +91,10 @@ def run_merge(options: LoraMergeOptions) -> list[str]:
         minimal_metadata=options.no_metadata,
     )
     return merge_into_model(request)
+
+
+def _list_encoders(options: LoraMergeOptions) -> dict[str, str | None]:
+    return {name: getattr(options, name) for name in ENCODERS}
 
 
 def _join(options: LoraMergeOptions) -> list[str]:
@@ -107,5 +115,7 @@ def _join(options: LoraMergeOptions) -> list[str]:
             family=options.family,
             device=options.device,
             minimal_metadata=options.no_metadata,
+            base_model=options.base_model,
+            encoders=_list_encoders(options),
         )
     )

@@ -144,7 +144,12 @@ def _iterate_dotted(name: str, words: frozenset[str]) -> Iterator[str]:
 
 
 def _split_shape(spec: PartSpec, original: str, shape: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """The shapes of the layers whose stacked weight has this shape; empty where they cannot have it."""
+    """The shapes of the layers whose stacked weight has this shape; empty where they cannot have it.
+
+    Rotations of inputs do not tell the number of rows, which is 0 then and stays so.
+    """
+    if shape[0] == 0:
+        return [tuple(shape)] * count
     rows = spec.row_split(f"{original}.weight", shape) if spec.row_split and count > 1 else [shape[0] // count] * count
     possible = sum(rows) == shape[0] and min(rows) > 0
     return [(height, *shape[1:]) for height in rows] if possible else []

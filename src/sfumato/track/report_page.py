@@ -10,12 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 from sfumato.track.charts.chart import format_number
-from sfumato.track.html import make_table
+from sfumato.track.html import make_document, make_table
 from sfumato.track.progress import format_duration
 from sfumato.track.report_charts import VALIDATION, render_curves
 from sfumato.track.report_curves import Curves
 from sfumato.track.report_samples import PreviewGrid, Thumbnail
-from sfumato.track.report_style import CSS, SCRIPT
 
 STATES = {
     "running": "running", "finished": "finished", "stopped": "stopped", "failed": "ended by an error",
@@ -36,7 +35,7 @@ def render_page(
     now: Unix time; a running session that was not updated for long is shown as silent.
     """
     state = find_state(description["sessions"], time.time() if now is None else now)
-    name, sessions = escape(description["name"]), description["sessions"]
+    sessions = description["sessions"]
     until, silent = (silent_after(sessions[-1]), describe_state("silent", sessions)) if sessions else (0.0, "")
     body = [
         render_header(description, curves, state),
@@ -49,16 +48,8 @@ def render_page(
         *render_notes(description["notes"]),
         render_footer(description),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
-        f"<title>{name}: {STATES[state]}</title>\n<style>{CSS}</style>\n</head>\n"
-        f'<body data-state="{state}" data-until="{until:.0f}" data-silent="{escape(silent)}">\n<main>\n'
-        + "\n".join(body)
-        + f"\n</main>\n<script>{SCRIPT}</script>\n"
-        "</body>\n</html>\n"
-    )
+    attributes = f' data-state="{state}" data-until="{until:.0f}" data-silent="{escape(silent)}"'
+    return make_document(f"{description['name']}: {STATES[state]}", body, attributes=attributes)
 
 
 def find_state(sessions: Sequence[Mapping[str, Any]], now: float) -> str:

@@ -153,7 +153,7 @@ for (const plot of document.querySelectorAll(".plot[data-x]")) {
     const nearest = points => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
     const points = lines.map(line => [line.name, nearest(line.points)]);
     const place = points[0][1][0] / 1000;
-    tip.replaceChildren(...["step " + Math.round(left + place * (right - left)).toLocaleString("en"),
+    tip.replaceChildren(...[plot.dataset.word + " " + Math.round(left + place * (right - left)).toLocaleString("en"),
       ...points.map(([name, point]) => name + "  " + Number((high - point[1] / 1000 * (high - low)).toPrecision(3)))]
       .map(text => Object.assign(document.createElement("div"), {textContent: text})));
     hair.style.left = place * 100 + "%";

@@ -35,6 +35,7 @@ class LayerFacts:
     name: str
     part: str  # empty where no known model has the name
     block: str  # the path of its block; empty outside of blocks
+    layer: str  # the path of the layer inside; of several e.g. attn.to_q+to_k+to_v
     kinds: str
     rank: int | None
     alpha: float | None
@@ -106,16 +107,18 @@ def iterate_layers(file: AdapterFile, known: KnownFiles | None) -> Iterator[Laye
     found = {match.name: match for match in known.matches[0]} if known else {}
     for name, tensors in file.layers.items():
         kinds, alpha = file.kinds[name], tensors.get(ALPHA)
-        part, block, rank, svd = "", "", None, None
+        part, block, layer, rank, svd = "", "", "", None, None
         if known and name in found:
             match = found[name]
             part = match.view.part
             block = find_block_path(known.specs[part], match.view.paths[0])
+            layer = join_paths([path[len(block) :].lstrip(".") for path in match.view.paths])
             rank, svd = measure_layer(match)
         yield LayerFacts(
             name=name,
             part=part,
             block=block,
+            layer=layer,
             kinds=describe_kinds(kinds),
             rank=rank,
             alpha=None if alpha is None else float(alpha),
@@ -131,6 +134,12 @@ def find_block_path(spec: PartSpec, path: str) -> str:
         if inside:
             return path[: inside.start(inside.re.groups) - 1]
     return ""
+
+
+def join_paths(paths: Sequence[str]) -> str:
+    """Paths of neighbors as one: a.q+k+v."""
+    head, dot, _ = paths[0].rpartition(".")
+    return head + dot + "+".join(path.rpartition(".")[2] for path in paths)
 
 
 def measure_layer(match: LayerMatch) -> tuple[int | None, Svd | None]:
@@ -172,7 +181,7 @@ def render_text(facts: FileFacts) -> list[str]:
     dtypes = ", ".join(f"{count} {name}" for name, count in facts.dtypes.items())
     lines = [
         str(facts.path),
-        f"  model       {facts.family or 'unknown'}" + (f", written by {facts.writer}" if facts.writer else ""),
+        f"  model       {facts.family or 'unknown'}" + (f", names of {facts.writer}" if facts.writer else ""),
         f"  layers      {len(facts.layers)}: {describe_layers(facts.layers)}",
         f"  tensors     {dtypes}, {format_bytes(facts.size)}",
     ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from sfumato.adapters.low_rank import (
     make_low_rank_tensors,
 )
 from sfumato.errors import UserError
+from sfumato.families.part import Network
+from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_kind import LayerMatch, describe_kinds
 from sfumato.formats.adapter_layers import GroupAdapter, collect_groups
 from sfumato.formats.checkpoint import TOOL_DTYPES
@@ -26,7 +29,14 @@ from sfumato.formats.groups import LayerGroup, is_pointwise
 from sfumato.tools.adapter_files.block_weights import find_block_weight, parse_block_weights
 from sfumato.tools.adapter_files.changes import find_low_rank, restore_on
 from sfumato.tools.adapter_files.merge import find_ratios
-from sfumato.tools.adapter_files.models import KnownFiles, match_files
+from sfumato.tools.adapter_files.models import (
+    ENCODER_OPTIONS,
+    Encoders,
+    KnownFiles,
+    match_base_model,
+    match_files,
+    open_tool_model,
+)
 from sfumato.tools.adapter_files.outputs import (
     check_output,
     find_widest_dtype,
@@ -34,6 +44,8 @@ from sfumato.tools.adapter_files.outputs import (
     write_adapter,
 )
 from sfumato.track.progress_task import ProgressTask
+
+NO_NETWORKS: Mapping[str, Network] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,8 @@ class JoinRequest:
     family: str | None = None
     device: str = "cpu"
     minimal_metadata: bool = False
+    base_model: str | None = None  # whose weights are read, for kinds whose change depends on them
+    encoders: Encoders = field(default_factory=dict)  # beside it
 
 
 @dataclass(kw_only=True)
@@ -74,17 +88,19 @@ def join_adapters(request: JoinRequest) -> list[str]:
 
     Raises UserError for files of different models, and for kinds that only a whole matrix or the model itself can sum.
     """
-    check_output(request.output, request.adapters)
+    own = [Path(each) for each in (request.base_model, *request.encoders.values()) if each]
+    check_output(request.output, [*request.adapters, *own])
     ratios = find_ratios(request.ratios, len(request.adapters))
     files = [read_adapter_file(path) for path in request.adapters]
-    known = match_files(files, request.family)
-    strengths = find_strengths(known, ratios, request.block_weights)
     tensors: dict[str, Tensor] = {}
     dims: list[tuple[int, float]] = []
     errors: list[float] = []
-    with ProgressTask(request.output.name, "layers") as progress:
+    with ExitStack() as stack:
+        known, networks = find_layers_of(request, files, stack)
+        strengths = find_strengths(known, ratios, request.block_weights)
+        progress = stack.enter_context(ProgressTask(request.output.name, "layers"))
         for done, group in enumerate(known.groups, 1):
-            total = sum_changes(group, known, strengths, request.device)
+            total = sum_changes(group, known, strengths, request.device, networks)
             if total is None:
                 continue
             factors, error = reduce_sum(total, group, request)
@@ -109,6 +125,17 @@ def join_adapters(request: JoinRequest) -> list[str]:
     return [*lines, f"{written}: {len(dims)} layers, rank {describe_range(ranks)}, {how}"]
 
 
+def find_layers_of(
+    request: JoinRequest, files: Sequence[AdapterFile], stack: ExitStack
+) -> tuple[KnownFiles, Mapping[str, Network]]:
+    """The layers of all files, and the networks of the base model, whose file is open as long as the stack."""
+    if request.base_model is None:
+        return match_files(files, request.family), NO_NETWORKS
+    model = open_tool_model(request.base_model, request.encoders, request.family)
+    stack.enter_context(closing(model))
+    return match_base_model(files, model), model.networks
+
+
 def describe_range(values: Sequence[float]) -> str:
     """ "4", or "4 to 8"; values: sorted."""
     return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
@@ -124,20 +151,28 @@ def find_strengths(known: KnownFiles, ratios: Sequence[float], lists: Sequence[s
     return strengths
 
 
-def sum_changes(group: LayerGroup, known: KnownFiles, strengths: dict[LayerMatch, float], device: str) -> Sum | None:
+def sum_changes(
+    group: LayerGroup,
+    known: KnownFiles,
+    strengths: Mapping[LayerMatch, float],
+    device: str,
+    networks: Mapping[str, Network],
+) -> Sum | None:
     """The weighted changes of a group by all files; None where none changes it."""
     total = Sum(factors=[])
     for found in known.matches:
         for adapter in collect_groups(found, [group]):
             if len({strengths[match] for match in adapter.matches}) == 1:
-                _add_whole(total, adapter, strengths[adapter.matches[0]], device)
+                _add_whole(total, adapter, strengths[adapter.matches[0]], device, networks)
                 continue
             for match in adapter.matches:  # of several strengths: one after the other
-                _add_whole(total, GroupAdapter(group, (match,)), strengths[match], device)
+                _add_whole(total, GroupAdapter(group, (match,)), strengths[match], device, networks)
     return total if total.factors or total.matrix is not None else None
 
 
-def _add_whole(total: Sum, adapter: GroupAdapter, strength: float, device: str) -> None:
+def _add_whole(
+    total: Sum, adapter: GroupAdapter, strength: float, device: str, networks: Mapping[str, Network]
+) -> None:
     if strength == 0:
         return
     match = LayerMatch(adapter.group.name, adapter.group, adapter.kinds, adapter.make_tensors())
@@ -145,24 +180,27 @@ def _add_whole(total: Sum, adapter: GroupAdapter, strength: float, device: str) 
     if factors:
         total.factors.append(Factors(factors.down.to(device), factors.up.to(device) * strength))
         return
-    matrix = form_matrix(match).to(device) * strength
+    matrix = form_matrix(match, networks).to(device) * strength
     total.matrix = matrix if total.matrix is None else total.matrix + matrix
 
 
-def form_matrix(match: LayerMatch, *, with_biases: bool = True) -> Tensor:
+def form_matrix(
+    match: LayerMatch, networks: Mapping[str, Network] = NO_NETWORKS, *, with_biases: bool = True
+) -> Tensor:
     """The whole change of all layers behind a name: (rows, columns * kernel), float32, in the rows of its layout.
 
-    UserError for kinds whose change depends on the model's weights, and for changes of biases unless these do not
-    count.
+    networks: of the base model, by part. UserError for kinds whose change depends on weights that are not among them,
+    and for changes of biases unless these do not count.
     """
-    kinds = [get_class(kind) for kind in match.kinds]
-    if any(kind.reads_weights for kind in kinds):
+    network = networks.get(match.view.part)
+    if network is None and any(get_class(kind).reads_weights for kind in match.kinds):
+        option = ENCODER_OPTIONS.get(match.view.part)
         raise UserError(
             f"{match.name} is a {describe_kinds(match.kinds)}, whose change depends on the model's weights",
             code="adapter-change-needs-model",
-            fix="give the model with --model",
+            fix="--base_model FILE" + (f" --{option} FILE" if option else ""),
         )
-    adapter = restore_on(match, {}, None)
+    adapter = restore_on(match, {}, network)
     if with_biases and any(adapter.bias_delta(i) is not None for i in range(len(match.view.paths))):
         raise UserError(
             f"{match.name} also changes the layer's bias, for which no low rank has a place",

@@ -24,10 +24,8 @@ from sfumato.formats.checkpoint_writer import catch_disk_full
 from sfumato.formats.shards import SHARD_NAME, WEIGHT_ENDINGS
 from sfumato.tools.adapter_files.block_weights import find_block_weight, parse_block_weights
 from sfumato.tools.adapter_files.changes import Strong, TensorChange, iterate_changed_file, plan_changes
-from sfumato.tools.adapter_files.models import ToolModel, match_model, open_tool_model
+from sfumato.tools.adapter_files.models import ENCODER_OPTIONS, ToolModel, match_model, open_tool_model
 from sfumato.tools.adapter_files.outputs import check_output, make_spec_entries, write_checkpoint
-
-ENCODER_OPTIONS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl", "gemma2": "gemma2"}  # part -> option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from sfumato.formats.groups import LayerGroup, make_adapter_name, make_meta_laye
 from sfumato.formats.keymap import make_identity_map
 
 Encoders = Mapping[str, str | None]  # option -> the file of its text encoder
+ENCODER_OPTIONS = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5xxl", "gemma2": "gemma2"}  # part -> option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +134,25 @@ def _join_shapes(files: Sequence[AdapterFile], spec: PartSpec) -> dict[str, tupl
             known = joined.get(name, ())
             joined[name] = max(known, shape, key=lambda each: (0 not in each, len(each))) if known else shape
     return joined
+
+
+def match_base_model(files: Sequence[AdapterFile], model: ToolModel) -> KnownFiles:
+    """The same with a model, whose layers are the ones; UserError where the files change a part that is not here."""
+    found = [match_model(file, model) for file in files]
+    absent = dict.fromkeys(match.view.part for match in chain.from_iterable(found))
+    absent = [part for part in absent if part not in model.networks]
+    if absent:
+        options = [ENCODER_OPTIONS.get(part, part) for part in absent]
+        raise UserError(
+            f"the adapters also change {', '.join(absent)}, whose weights are not in {model.source.path}",
+            code="base-model-part-missing",
+            fix=" ".join(f"--{option} FILE" for option in options),
+        )
+    specs, groups = dict[str, PartSpec](), list[LayerGroup]()
+    for part, network in model.networks.items():
+        specs[part] = network.spec
+        groups += group_known_layers(network.spec, make_meta_layers(network.weights.read_shapes()))
+    return KnownFiles(family=model.family, specs=specs, groups=groups, matches=found)
 
 
 def group_known_layers(spec: PartSpec, layers: Mapping[str, object]) -> list[LayerGroup]:

@@ -49,7 +49,8 @@ def render_plot(chart: Chart) -> str:
     grid = "".join(f"M0 {to_units(1 - y.fraction(tick))}H{SIDE}" for tick in y.ticks)
     drawing = [render_bars(bars, x, y) for bars in chart.bars] + [render_line(line, x, y) for line in chart.lines]
     drawing += [render_marks(chart.marks, x), render_limit(chart)]
-    ranges = f' data-x="{x.low!r} {x.high!r}" data-y="{y.low!r} {y.high!r}"' if chart.lines else ""
+    word = escape(get_word(chart))
+    ranges = f' data-x="{x.low!r} {x.high!r}" data-y="{y.low!r} {y.high!r}" data-word="{word}"' if chart.lines else ""
     label = escape(describe_chart(chart))
     return (
         f'<div class="plot"{ranges}>'
@@ -68,7 +69,12 @@ def describe_chart(chart: Chart) -> str:
         for line in chart.lines
         if len(line.y)
     ]
-    return f"{chart.title} over the steps: {', '.join(ranges)}"
+    return f"{chart.title} over the {get_word(chart)}s: {', '.join(ranges)}"
+
+
+def get_word(chart: Chart) -> str:
+    """What the x axis counts."""
+    return chart.x.name or "step"
 
 
 def render_labels(x: Axis, y: Axis) -> str:
@@ -123,8 +129,8 @@ def make_number_table(chart: Chart) -> str:
     steps = np.unique(np.concatenate([line.x for line in chart.lines])) if chart.lines else np.empty(0)
     indices = np.unique(np.linspace(0, len(steps) - 1, min(TABLE_ROWS, len(steps))).round().astype(int))
     rows = [make_number_row(chart.lines, step) for step in steps[indices]]
-    heads = ["step", *(line.name for line in chart.lines)]
-    return make_table(heads, rows, caption=f"{chart.title}, at some of the steps")
+    heads = [get_word(chart), *(line.name for line in chart.lines)]
+    return make_table(heads, rows, caption=f"{chart.title}, at some of the {get_word(chart)}s")
 
 
 def make_number_row(lines: Sequence[Line], step: float) -> list[str]:
