@@ -73,6 +73,11 @@ CASES = {
         "--text_encoder_blocks_to_swap 2",
         "--text_encoder_blocks_to_swap 2 --cache_text_encoder_outputs --network_train_unet_only",
     ),
+    "streaming-without-swap": ("--stream_blocks", "--stream_blocks --blocks_to_swap 2"),
+    "streaming-of-trained-blocks": (
+        "--method full --blocks_to_swap 2 --fused_backward_pass --stream_blocks",
+        "--blocks_to_swap 2 --stream_blocks",
+    ),
     "older-swap-options-unused": ("--blocks_to_swap 2 --double_blocks_to_swap 1", "--double_blocks_to_swap 1"),
     "prompts-file-missing": ("--method leco", "--method leco --prompts_file FILE"),
     "prompts-file-without-leco": ("--prompts_file FILE", "--method leco --prompts_file FILE"),

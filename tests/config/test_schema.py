@@ -29,7 +29,7 @@ OURS = {
     "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
     "compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cache_size_limit",
     "fp8_scaled", "int8_base", "nf4_base", "fp8_compute", "int8_compute", "rotate_inputs",
-    "text_encoder_blocks_to_swap", "attention",
+    "text_encoder_blocks_to_swap", "attention", "stream_blocks",
     "frozen_lora", "dry_run", "memory_check", "reference_data_dirs", "reference_dropout_rate",
     "embedding_lr",
     "prompts_file", "max_denoising_steps", "leco_denoise_guidance_scale",  # of a later release of sd-scripts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rehearsing import needs_rehearsal, rehearsal
+from sfumato.errors import UserError
 from sfumato.memory.rehearsal.device import Rehearsal
 from sfumato.memory.transfer import Transfer
 
@@ -35,6 +37,52 @@ class TestOnTheCpu:
         monkeypatch.setattr("sfumato.memory.transfer.time.perf_counter", lambda: next(clock))
         earlier, later = transfer.mark(), transfer.mark()
         assert later.seconds_since(earlier) == 2.5
+
+
+class Pinning:
+    """In the place of torch.cuda, which has pinned pieces of memory: address -> bytes."""
+
+    def __init__(self, result: int = 0) -> None:
+        self.pinned: dict[int, int] = {}
+        self.result = result
+
+    def cudart(self) -> Pinning:
+        return self
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.pinned[address] = size
+        return self.result
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+class TestOnePieceOfPinnedMemory:
+    def make_transfer(self, driver: Pinning) -> Transfer:
+        transfer = Transfer(torch.device("cpu"))
+        transfer.device, transfer.module = torch.device("cuda"), driver
+        return transfer
+
+    def test_it_is_as_large_as_the_tensors_and_goes_with_the_last(self) -> None:
+        driver = Pinning()
+        tensors = [torch.randn(70_000), torch.randn(3, 5).t(), torch.tensor(3), torch.randn(9).bfloat16()]
+        copies = self.make_transfer(driver).pin_together(tensors)
+        assert all(map(torch.equal, copies, tensors))
+        assert all(copy.is_contiguous() for copy in copies)
+        ((address, size),) = driver.pinned.items()
+        assert address % mmap.PAGESIZE == 0
+        assert sum(tensor.nbytes for tensor in tensors) <= size < sum(tensor.nbytes for tensor in tensors) + 4 * 256
+        assert all(address <= copy.data_ptr() < address + size for copy in copies)
+        del copies[1:]
+        assert driver.pinned
+        assert torch.equal(copies[0], tensors[0])
+        del copies
+        assert not driver.pinned
+
+    def test_a_driver_that_refuses(self) -> None:
+        with pytest.raises(UserError, match="refuses to pin"):
+            self.make_transfer(Pinning(result=2)).pin_together([torch.ones(3)])
 
 
 class Driver:

@@ -46,9 +46,7 @@ def test_the_table_has_the_models_and_cards() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize(("family", "options"), SETS)
-def test_it_trains_and_resumes(
-    family: str, options: dict[str, Any], toy_shelf: ToyShelf, tmp_path: Path
-) -> None:
+def test_it_trains_and_resumes(family: str, options: dict[str, Any], toy_shelf: ToyShelf, tmp_path: Path) -> None:
     images, toy = make_images(tmp_path / "images", 2), toy_shelf.paths(family)
     whole = options.get("method") == "full"
     options = {**COMMON, **options, "network_dim": None if whole else 2, "learning_rate": "1e-2"}

@@ -62,6 +62,9 @@ class MemoryOptions(Options):
         "blocks of the denoiser whose weights stay in main memory until they are needed, counted in its largest block",
         ge=1,
     )
+    stream_blocks: bool = option(
+        False, "read these blocks from the mapped checkpoint each time: little main memory, but slower copies"
+    )
     text_encoder_blocks_to_swap: int | None = option(
         None, "the same for each text encoder while its features are cached", ge=1
     )

@@ -200,6 +200,14 @@ _CONFLICTS = (
         fix="add --fused_backward_pass",
     ),
     OptionRule(
+        code="streaming-of-trained-blocks",
+        severity="conflict",
+        options=("stream_blocks", "method"),
+        is_broken=lambda c: c.memory.stream_blocks and trains_denoiser(c),
+        what="--stream_blocks reads frozen weights from the checkpoint again and again, but --method full trains them",
+        fix="remove it",
+    ),
+    OptionRule(
         code="full-bf16-without-bf16-precision",
         severity="conflict",
         options=("full_bf16", "mixed_precision"),
@@ -327,6 +335,15 @@ _UNUSED = (
         what="--text_encoder_blocks_to_swap",
         reason="text features are not cached",
         fix="give --cache_text_encoder_outputs, or remove it",
+    ),
+    OptionRule(
+        code="streaming-without-swap",
+        severity="no effect",
+        options=("stream_blocks", "blocks_to_swap"),
+        is_broken=lambda c: c.memory.stream_blocks and not c.memory.swapped_blocks,
+        what="--stream_blocks",
+        reason="every block is on the device",
+        fix="give --blocks_to_swap, or remove it",
     ),
     OptionRule(
         code="older-swap-options-unused",

@@ -149,14 +149,18 @@ class Network:
         device: torch.device,
         formats: Formats = NO_FORMATS,
         hosted_blocks: Sequence[str] = (),
+        streams_blocks: bool = False,
     ) -> None:
         """Read the weights straight in the wanted dtype or format into a module on the meta device; buffers follow.
 
-        hosted_blocks: paths of modules that stay in main memory, whatever the device.
+        hosted_blocks: paths of modules that stay in main memory, whatever the device; streams_blocks: their tensors
+        look into the file.
         """
         on_host = tuple(f"{path}." for path in hosted_blocks)
         with option_context(self.option):
-            self.weights.fill_module(module, dtype=dtype, device=device, formats=formats, on_host=on_host)
+            self.weights.fill_module(
+                module, dtype=dtype, device=device, formats=formats, on_host=on_host, mapped=streams_blocks
+            )
         self.weights.file.close()  # reopens by itself
         for path, child in module.named_modules():
             for name, buffer in child.named_buffers(recurse=False):
@@ -184,6 +188,7 @@ class Part:
         self.keeps_stored = True  # whether those that the file has in fewer bits stay as they are
         self.changes: list[WeightChange] = []
         self.hosted_blocks: tuple[str, ...] = ()  # paths of the blocks whose weights `load` leaves in main memory
+        self.streams_blocks = False  # whether these weights look into the file instead of being read
         self.is_loaded = False
         self._build = build
         self._module: nn.Module | None = None
@@ -217,6 +222,16 @@ class Part:
         formats = {name: choose_kept(self.network.weights.find_format(name), self.format) for name in names}
         return {name: kept for name, kept in formats.items() if kept is not None}
 
+    def can_stream_blocks(self) -> bool:
+        """Whether the file has the weights of the hosted blocks, nearly all by size, as they are computed with."""
+        weights, shapes = self.network.weights, self.network.weights.read_shapes()
+        on_host = tuple(f"{path}." for path in self.hosted_blocks)
+        sizes = {True: 0, False: 0}
+        for name, original in weights.stored_keys.items():
+            if name.startswith(on_host):
+                sizes[weights.can_map(original, self.dtype)] += shapes[name].numel()
+        return sizes[True] > 9 * sizes[False]
+
     def load(self) -> None:
         """Read the weights, frozen and in eval mode, unless they are there. UserError where their file is not here."""
         if self.is_loaded:
@@ -229,6 +244,7 @@ class Part:
             device=self.device,
             formats=self.weight_formats,
             hosted_blocks=self.hosted_blocks,
+            streams_blocks=self.streams_blocks,
         )
         self.module.requires_grad_(False).eval()
         for change in self.changes:

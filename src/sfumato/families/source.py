@@ -344,12 +344,13 @@ class Weights:
         device: torch.device,
         formats: Formats = NO_FORMATS,
         on_host: tuple[str, ...] = (),
+        mapped: bool = False,
     ) -> None:
         """Read the file's tensors one at a time into a module on the meta device.
 
         formats: of those weights that are kept in fewer bits, by our name; of each there is a whole copy only while it
-        is read. on_host: what the names start with of those that stay in main memory, whatever the device. Raises
-        UserError where the file lacks tensors, has further ones, or one has another shape.
+        is read. on_host: what the names start with of those that stay in main memory, whatever the device; mapped: they
+        look into the file where it has them in the wanted dtype. Raises UserError where the file lacks tensors, has further ones, or one has another shape.
         """
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         self._pass_over_foreign(expected)
@@ -359,8 +360,12 @@ class Weights:
             names = self.key_map.find_ours(original)
             if names is None or not set(names[0]) <= set(expected):
                 continue
-            place = torch.device("cpu") if names[0][0].startswith(on_host) else device
-            tensor = self._read_any(original, dtype, place, stored=set(names[0]) <= formats.keys())
+            is_hosted = names[0][0].startswith(on_host)
+            if mapped and is_hosted and self.can_map(original, dtype):
+                tensor = self._map(original)
+            else:
+                place = torch.device("cpu") if is_hosted else device
+                tensor = self._read_any(original, dtype, place, stored=set(names[0]) <= formats.keys())
             if self.file.paths():  # else nothing is read, and there are no numbers to look at
                 largest = min(formats[name].largest if name in formats else math.inf for name in names[0])
                 finite.add(self.prefix + original, tensor, largest)
@@ -390,6 +395,16 @@ class Weights:
     def find_format(self, name: str) -> WeightFormat | None:
         """In which format of fewer bits the file has the weight of one of our names; None where in none."""
         return self.file.find_format(self.prefix + self.stored_keys[name]) if name in self.stored_keys else None
+
+    def can_map(self, original: str, dtype: torch.dtype) -> bool:
+        """Whether a tensor can look into the file: it has it as `dtype`, and by itself."""
+        key = self.prefix + original
+        is_plain = isinstance(self.file, TensorFile) and self.file.find_format(key) is None
+        return is_plain and SAFETENSORS_DTYPES[self.file.header.tensors[key].dtype] == dtype
+
+    def _map(self, original: str) -> torch.Tensor:
+        assert isinstance(self.file, TensorFile)
+        return self.file.map_tensor(self.prefix + original)
 
     def _read_any(self, original: str, dtype: torch.dtype, device: torch.device, *, stored: bool) -> torch.Tensor:
         """A tensor of the file; one in fewer bits as it is `stored`, where that is kept."""

@@ -6,6 +6,7 @@ buffer where the dtype changes.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import KeysView
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,7 @@ class TensorFile:
             self._path_of |= dict.fromkeys(header.tensors, file)
         self._stack = ExitStack()
         self._opened = _OpenFiles()
+        self._maps: dict[Path, mmap.mmap] = {}  # each lives as long as a tensor that looks into it
         self._executor: ThreadPoolExecutor | None = None
 
     def keys(self) -> KeysView[str]:
@@ -120,6 +122,20 @@ class TensorFile:
         else:
             self._convert(path, info.start, stored, flat)
         return tensor.to(device).to(final)
+
+    def map_tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored that looks into the file: its pages are read when they are used, and can be given
+        up again. What is written into it stays in memory. Raises UserError for an unknown name."""
+        info = _get_info(self.header, name)
+        path = self._path_of[name]
+        if path not in self._maps:
+            with open_unbuffered(path) as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        dtype = _get_torch_dtype(self.header.path, name, info)
+        if info.start == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        flat = torch.frombuffer(self._maps[path], dtype=torch.uint8, offset=info.start, count=info.end - info.start)
+        return flat.view(dtype).reshape(info.shape)
 
     def find_format(self, name: str) -> WeightFormat | None:
         """In which format of fewer bits a weight is stored, from the header alone; None where in none."""
@@ -161,6 +177,7 @@ class TensorFile:
     def close(self) -> None:
         self._stack.close()
         self._opened = _OpenFiles()
+        self._maps = {}
         self._executor = None
 
     def __enter__(self) -> Self:

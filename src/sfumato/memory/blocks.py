@@ -58,7 +58,7 @@ def wrap_blocks(
     blocks = find_blocks(network, patterns)
     if memory.compile:
         limit_graphs(memory, len(blocks))
-    offload = BlockOffload(device) if hosted else None
+    offload = BlockOffload(device, pins=not memory.stream_blocks) if hosted else None
     inputs = InputOffload(device) if memory.cpu_offload_checkpointing else None
     for number, (path, block) in enumerate(blocks.items()):
         forward = compile_forward(block.forward, memory) if memory.compile else block.forward

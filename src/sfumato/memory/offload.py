@@ -8,7 +8,6 @@ themselves stay where they are, with the values that saving and resuming need.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +20,10 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from sfumato.formats.keymap import compile_pattern
-from sfumato.memory.transfer import Transfer
+from sfumato.memory.transfer import Transfer, align
 from sfumato.quantization.weight import QuantizedWeight
 
 SLOTS = 2  # one computes, the other is being filled
-ALIGNMENT = 256  # bytes, of each tensor in a slot
 
 Pass = Literal["inference", "forward", "backward"]
 
@@ -41,7 +39,7 @@ class Visit(NamedTuple):
 class HostedTensor:
     """One tensor of a block: where the block looks for it, and what it finds there in and out of a slot."""
 
-    place: dict[str, Tensor | None]  # a module's own parameters or buffers, or what a weight is stored as
+    place: dict[str, Tensor]  # a module's own parameters or buffers, or what a weight is stored as
     name: str
     host: Tensor
     stand_in: nn.Parameter | None  # None for buffers
@@ -70,7 +68,7 @@ class HostedBlock:
     @cached_property
     def offsets(self) -> list[int]:
         """Of each tensor in a slot, and the size of all, in bytes."""
-        sizes = [math.ceil(each.host.nbytes / ALIGNMENT) * ALIGNMENT for each in self.tensors]
+        sizes = [align(each.host.nbytes) for each in self.tensors]
         return [0, *accumulate(sizes)]
 
     def view(self, slot: Slot) -> list[Tensor]:
@@ -104,9 +102,12 @@ class BlockOffload:
     `wrap` their forwards, inside of what recomputes them: the pass that recomputes brings a block for its backward.
     """
 
-    def __init__(self, device: torch.device, *, slots: int = SLOTS) -> None:
+    def __init__(self, device: torch.device, *, slots: int = SLOTS, pins: bool = True) -> None:
+        """pins: whether weights move into pinned memory, from which copies wait for nothing. Otherwise the program
+        waits for a copy's reading, which starts when what computes meanwhile is launched."""
         self.transfer = Transfer(device)
         self.count = slots
+        self.pins = pins
         self.blocks: list[HostedBlock] = []
         self.stand_ins: dict[Tensor, nn.Parameter] = {}  # parameter that trains -> what gets its gradient
         self._slots: list[Slot] = []  # those used longest ago first
@@ -126,6 +127,8 @@ class BlockOffload:
             self._bring(visit)
             with uncached_casts():
                 output = forward(*args, **kwargs)
+            if not self.pins:
+                self._prefetch(visit)
             if visit.during != "backward":  # there its gradients are still to come
                 self._release()
             return output
@@ -138,26 +141,22 @@ class BlockOffload:
         self.blocks[self._current.block].changed = True
 
     def _hold(self, block: nn.Module) -> Iterator[HostedTensor]:
-        device = self.transfer.device
-        for module in block.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(parameter, QuantizedWeight):
-                    yield from self._hold_in(cast(Any, parameter.stored))
-                    continue
-                parameter.data = self.transfer.pin(parameter.data.contiguous())
-                empty = torch.empty(0, dtype=parameter.dtype, device=device)
-                stand_in = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                if parameter.requires_grad:
-                    self.stand_ins[parameter] = stand_in
-                yield HostedTensor(place=cast(Any, module._parameters), name=name, host=parameter, stand_in=stand_in)
-            yield from self._hold_in(module._buffers)
-
-    def _hold_in(self, place: dict[str, Tensor | None]) -> Iterator[HostedTensor]:
-        """The tensors of a module's buffers, or those that a weight in fewer bits is stored as."""
-        for name, tensor in place.items():
-            if tensor is not None:
-                pinned = place[name] = self.transfer.pin(tensor.contiguous())
-                yield HostedTensor(place=place, name=name, host=pinned, stand_in=None)
+        """Its weights and buffers, in one piece of pinned memory or where they are."""
+        places = list(list_tensor_places(block))
+        tensors = [place[name] for place, name in places]
+        values = [tensor.data.contiguous() for tensor in tensors]
+        hosts = self.transfer.pin_together(values) if self.pins else values
+        for (place, name), tensor, host in zip(places, tensors, hosts, strict=True):
+            if not isinstance(tensor, nn.Parameter):
+                place[name] = host
+                yield HostedTensor(place=place, name=name, host=host, stand_in=None)
+                continue
+            tensor.data = host
+            empty = torch.empty(0, dtype=tensor.dtype, device=self.transfer.device)
+            stand_in = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            if tensor.requires_grad:
+                self.stand_ins[tensor] = stand_in
+            yield HostedTensor(place=place, name=name, host=tensor, stand_in=stand_in)
 
     def _bring(self, visit: Visit) -> None:
         """Let a block compute in a slot, and start filling the others with those that will come after it."""
@@ -174,7 +173,8 @@ class BlockOffload:
         if visit.during == "backward" and not self._in_backward:
             self._in_backward = True
             Variable._execution_engine.queue_callback(self._finish)
-        self._prefetch(visit)
+        if self.pins:
+            self._prefetch(visit)
 
     def _prefetch(self, visit: Visit) -> None:
         """As many of the blocks that came next the last time as there are slots for."""
@@ -243,6 +243,19 @@ class BlockOffload:
         if self._copied_back:
             self._copied_back = False
             self.transfer.wait_on_host()
+
+
+def list_tensor_places(block: nn.Module) -> Iterator[tuple[dict[str, Tensor], str]]:
+    """Where a block looks for its parameters and buffers, or for what a weight in fewer bits is stored as."""
+    for module in block.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, QuantizedWeight):
+                yield from ((parameter.stored, key) for key in parameter.stored)
+            else:
+                yield cast(Any, module._parameters), name
+        yield from (
+            (cast(Any, module._buffers), name) for name, tensor in module._buffers.items() if tensor is not None
+        )
 
 
 @contextmanager

@@ -5,8 +5,11 @@ The only place that uses any of them. On the CPU, and on devices for which torch
 
 from __future__ import annotations
 
+import math
+import mmap
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.errors import UserError
+
 WITH_STREAMS = ("cuda", "xpu", "rehearsal")  # the device types whose torch module has Stream and Event
+ALIGNMENT = 256  # bytes, of each tensor in a larger piece of memory
+
+
+def align(size: int) -> int:
+    """The size that a tensor of so many bytes takes in a larger piece of memory."""
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+
+
+def unpin(driver: Any, address: int, pages: mmap.mmap) -> None:
+    """pages: kept until here, since memory may not go before the driver lets it go."""
+    driver.cudaHostUnregister(address)
+    del pages
 
 
 class Transfer:
@@ -28,6 +45,40 @@ class Transfer:
     def pin(self, tensor: Tensor) -> Tensor:
         """The tensor in pinned memory, from which copies wait for nothing; any thread may call it."""
         return tensor.pin_memory() if self.module and tensor.device.type == "cpu" else tensor
+
+    def pin_together(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies in one piece of pinned memory, which is as large as they are; on the CPU the tensors themselves.
+
+        torch's own pinned pieces have sizes of powers of two: a block of 340 MB would take 512.
+        """
+        if not self.module:
+            return list(tensors)
+        sizes = [align(tensor.nbytes) for tensor in tensors]
+        arena = self._make_arena(sum(sizes))
+        pieces = arena.split(sizes)
+        copies = [
+            piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for piece, tensor in zip(pieces, tensors, strict=True)
+        ]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor.detach())
+        return copies
+
+    def _make_arena(self, size: int) -> Tensor:
+        """Bytes in pinned memory, which is given back with the last tensor that looks into it."""
+        if self.device.type != "cuda":
+            return torch.empty(size, dtype=torch.uint8).pin_memory()
+        pages = mmap.mmap(-1, max(size, 1))  # whole pages of its own, as the driver wants them
+        arena = torch.frombuffer(pages, dtype=torch.uint8)[:size]
+        driver, address = self.module.cudart(), arena.data_ptr()
+        if int(driver.cudaHostRegister(address, len(pages), 0)) != 0:
+            raise UserError(
+                f"the driver refuses to pin {size / 1e9:.2f} GB of main memory",
+                code="main-memory-not-pinned",
+                fix="fewer --blocks_to_swap, or more main memory",
+            )
+        weakref.finalize(arena.untyped_storage(), unpin, driver, address, pages).atexit = False
+        return arena
 
     @contextmanager
     def sending(self) -> Iterator[Callable[[Tensor], Tensor]]:

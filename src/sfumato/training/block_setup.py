@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sfumato.config import MemoryOptions, OptimOptions
+from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.part import Part, WeightChange
 from sfumato.memory.attention import choose_attention, wrap_attention
@@ -20,6 +21,7 @@ from sfumato.methods.model_plan import ModelPlan
 from sfumato.optim.bf16_stepper import Bf16Stepper
 from sfumato.optim.groups import ParameterGroup
 from sfumato.plan import RunPlan
+from sfumato.quantization.choice import describe_precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +41,25 @@ def choose_hosted_parts(plan: RunPlan | ModelPlan, model: Family) -> None:
     """
     memory, cache = plan.config.memory, plan.config.cache
     cached = set(cache.list_cached_parts(plan.blueprint.text_parts, plan.method.live_text)) - {"vae"}
-    host_blocks(model.parts["denoiser"], memory.swapped_blocks)
+    denoiser = model.parts["denoiser"]
+    host_blocks(denoiser, memory.swapped_blocks)
+    if memory.stream_blocks and denoiser.hosted_blocks:
+        denoiser.streams_blocks = denoiser.can_stream_blocks()
+        if not denoiser.streams_blocks:
+            raise make_streaming_error(denoiser)
     for name in cached if memory.text_encoder_blocks_to_swap else ():
         part = model.parts[name]
         host_blocks(part, memory.text_encoder_blocks_to_swap or 0)
         part.add_change(WeightChange(identity="", apply=partial(wrap_for_caching, part)))
+
+
+def make_streaming_error(part: Part) -> UserError:
+    return UserError(
+        f"--stream_blocks: the weights of {part.network.weights.file.header.path} are not stored in "
+        f"{describe_precision(part.dtype, part.format)}, in which they are computed with",
+        code="blocks-not-streamable",
+        fix="`sfumato model convert --save_precision bf16` writes a safetensors file for --mixed_precision bf16",
+    )
 
 
 def host_blocks(part: Part, units: int) -> None:
