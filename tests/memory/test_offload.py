@@ -61,9 +61,9 @@ def make_net() -> Net:
     return net
 
 
-def offload(net: Net, numbers: range, slots: int) -> BlockOffload:
+def offload(net: Net, numbers: range, slots: int, *, pins: bool = True) -> BlockOffload:
     """Wrapped as `wrap_blocks` does."""
-    offload = BlockOffload(CPU, slots=slots)
+    offload = BlockOffload(CPU, slots=slots, pins=pins)
     for number in numbers:
         block = net.blocks[number]
         block.forward = partial(checkpoint, offload.wrap(block, block.forward), use_reentrant=False)
@@ -85,13 +85,14 @@ def run(net: Net) -> Iterator[Tensor]:
             yield net(torch.ones(1, 4))
 
 
+@pytest.mark.parametrize("pins", [True, False])
 @pytest.mark.parametrize("slots", range(1, COUNT + 2))
-def test_numbers_are_the_same(slots: int) -> None:
+def test_numbers_are_the_same(slots: int, pins: bool) -> None:
     expected = list(run(make_net()))
     net = make_net()
     before = dict(net.named_parameters())
     values = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    offload(net, range(COUNT), slots)
+    offload(net, range(COUNT), slots, pins=pins)
     found = list(run(net))
     assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
     assert all(parameter is before[name] for name, parameter in net.named_parameters())
@@ -181,11 +182,12 @@ class Watch:
         monkeypatch.setattr(block, "leave", lambda: (use(), leave()))
 
 
+@pytest.mark.parametrize("pins", [True, False])
 @pytest.mark.parametrize("slots", range(1, COUNT + 1))
-def test_no_copy_is_late_and_none_is_early(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_is_late_and_none_is_early(slots: int, pins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the order that events make, for every number of slots; from the second step on copies are under way early."""
     net = make_net()
-    watch = Watch(offload(net, range(COUNT), slots), monkeypatch)
+    watch = Watch(offload(net, range(COUNT), slots, pins=pins), monkeypatch)
     late: list[int] = []
     for _ in run(net):
         late.append(watch.late)

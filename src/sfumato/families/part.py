@@ -230,7 +230,7 @@ class Part:
         for name, original in weights.stored_keys.items():
             if name.startswith(on_host):
                 sizes[weights.can_map(original, self.dtype)] += shapes[name].numel()
-        return sizes[True] > 9 * sizes[False]
+        return self.format is None and sizes[True] > 9 * sizes[False]
 
     def load(self) -> None:
         """Read the weights, frozen and in eval mode, unless they are there. UserError where their file is not here."""

@@ -24,7 +24,7 @@ from sfumato.families._file_kinds import ShapeTable, make_missing_error, option_
 from sfumato.families.cached_encoders import NO_CACHED_ENCODERS, CachedEncoders
 from sfumato.families.finite_check import FiniteCheck
 from sfumato.families.foreign_keys import describe_passed_over, find_conflicts
-from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint, open_checkpoint
+from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint, HeaderFile, TensorFile, open_checkpoint
 from sfumato.formats.keymap import KeyMap
 from sfumato.formats.shards import find_network_file
 from sfumato.quantization.weight import keep_in_format
@@ -350,7 +350,8 @@ class Weights:
 
         formats: of those weights that are kept in fewer bits, by our name; of each there is a whole copy only while it
         is read. on_host: what the names start with of those that stay in main memory, whatever the device; mapped: they
-        look into the file where it has them in the wanted dtype. Raises UserError where the file lacks tensors, has further ones, or one has another shape.
+        look into the file where it has them in the wanted dtype. Raises UserError where the file lacks tensors, has
+        further ones, or one has another shape.
         """
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         self._pass_over_foreign(expected)
@@ -399,11 +400,11 @@ class Weights:
     def can_map(self, original: str, dtype: torch.dtype) -> bool:
         """Whether a tensor can look into the file: it has it as `dtype`, and by itself."""
         key = self.prefix + original
-        is_plain = isinstance(self.file, TensorFile) and self.file.find_format(key) is None
+        is_plain = isinstance(self.file, TensorFile | HeaderFile) and self.file.find_format(key) is None
         return is_plain and SAFETENSORS_DTYPES[self.file.header.tensors[key].dtype] == dtype
 
     def _map(self, original: str) -> torch.Tensor:
-        assert isinstance(self.file, TensorFile)
+        assert isinstance(self.file, TensorFile | HeaderFile)
         return self.file.map_tensor(self.prefix + original)
 
     def _read_any(self, original: str, dtype: torch.dtype, device: torch.device, *, stored: bool) -> torch.Tensor:

@@ -278,6 +278,10 @@ class HeaderFile:
         stored = _get_torch_dtype(self.header.path, name, info)
         return torch.empty(info.shape, dtype=resolve_dtype(stored, dtype), device=device)
 
+    def map_tensor(self, name: str) -> Tensor:
+        """Like TensorFile.map_tensor, without a file's pages."""
+        return self.read(name)
+
     def find_format(self, name: str) -> WeightFormat | None:
         """Like TensorFile.find_format."""
         return self._find_format(name)
