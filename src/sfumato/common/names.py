@@ -134,13 +134,11 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "anima_minimal_inference",
     "anima_train",
     "anima_train_network",
-    "finetune/prepare_buckets_latents",
     "hunyuan_image_minimal_inference",
     "hunyuan_image_train_network",
     "networks/convert_anima_lora_to_comfy",
     "networks/convert_hunyuan_image_lora_to_comfy",
     "networks/lora_interrogator",
-    "tools/canny",
     "tools/detect_face_rotate",
     "tools/latent_upscaler",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sfumato.cli.dataset_canny import CannyOptions, run_canny
 from sfumato.cli.dataset_caption import CaptioningOptions, run_captioning
 from sfumato.cli.dataset_clean import CleanOptions, run_cleaning
 from sfumato.cli.dataset_merge import CaptionMergeOptions, TagMergeOptions, run_merge_of_texts
@@ -93,6 +94,7 @@ CAPTION_TOOLS = (
     ),
     FileTool(name="finetune/merge_dd_tags_to_metadata", options=TagMergeOptions, run=run_merge_of_texts),
     FileTool(name="tools/resize_images_to_resolution", options=ImageResizeOptions, run=run_resizing),
+    FileTool(name="tools/canny", options=CannyOptions, run=run_canny),
     FileTool(name="finetune/make_captions", options=BlipOptions, run=caption_by_blip, aliases=CAPTION_ALIASES),
     FileTool(name="finetune/make_captions_by_git", options=GitOptions, run=caption_by_git),
     FileTool(name="finetune/tag_images_by_wd14_tagger", options=TagOptions, run=run_tagging, aliases=CAPTION_ALIASES),

@@ -6,11 +6,12 @@ from pathlib import PurePath
 
 from sfumato.common.names import SCRIPT_ALIASES
 from sfumato.compat.adapter_tools import ADAPTER_TOOLS
+from sfumato.compat.bucket_tool import BUCKET_TOOLS
 from sfumato.compat.caption_tools import CAPTION_TOOLS
 from sfumato.compat.file_tool import FileTool
 from sfumato.compat.model_tools import MODEL_TOOLS
 
-FILE_TOOLS = {tool.name: tool for tool in (*ADAPTER_TOOLS, *MODEL_TOOLS, *CAPTION_TOOLS)}
+FILE_TOOLS = {tool.name: tool for tool in (*ADAPTER_TOOLS, *MODEL_TOOLS, *CAPTION_TOOLS, *BUCKET_TOOLS)}
 
 
 def find_file_tool(name: str) -> FileTool | None:
