@@ -33,7 +33,7 @@ class CommandGroup(NamedTuple):
 DATASET_COMMANDS = {
     "inspect": Command("dataset_inspect", "Show what is in a dataset and what training would refuse."),
     "cache": Command("dataset_cache", "Fill the caches without training, or count, check or prune them."),
-    "canny": Command("dataset_canny", "Write the edges of images, as control images."),
+    "canny": Command("dataset_canny", "Write the edges of images, white on black."),
     "caption": Command("dataset_caption", "Write captions of images by a model that describes them."),
     "clean": Command("dataset_clean", "Clean the tags and captions of a metadata file."),
     "dedupe": Command("dataset_dedupe", "Name near-duplicates, bad images, and texts that cannot be right."),

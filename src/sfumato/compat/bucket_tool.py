@@ -12,7 +12,7 @@ from sfumato.config.command import NO_DRY_RUN, read_command
 from sfumato.config.environment import read_launch
 from sfumato.config.values import FilePath
 
-LATENTS = ("cache_latents",)
+FILLED = ("cache_latents",)
 
 
 class BucketPreparationOptions(Options):
@@ -61,12 +61,12 @@ def make_cache_words(options: BucketPreparationOptions) -> list[str]:
 def prepare_buckets(options: BucketPreparationOptions) -> int:
     """Fill the cache and write the metadata file; gives the exit code."""
     line = read_command(make_cache_words(options), DatasetCacheOptions, absent=NO_DRY_RUN)
-    code = run_cache_command(line, kinds=LATENTS)
+    code = run_cache_command(line, kinds=FILLED)
     if code or read_launch().rank > 0:
         return code
     from sfumato.tools.bucket_metadata import write_train_resolutions
 
-    config = make_cache_config(line, LATENTS)
+    config = make_cache_config(line, FILLED)
     count, missing = write_train_resolutions(config, options.in_json, options.out_json)
     rest = f", {missing:,} of its images have none" if missing else ""
     sys.stdout.write(f"{options.out_json} has the buckets of {count:,} images{rest}; their latents are in the cache\n")

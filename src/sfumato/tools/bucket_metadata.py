@@ -11,7 +11,7 @@ from sfumato.data.find.named_files import locate_images
 from sfumato.tools.cache_plan import make_cache_plan
 from sfumato.tools.caption_output import MetadataFile, read_metadata_entries
 
-MULTIPLE = 8  # of which both sides are in the file
+SIDE_STEP = 8  # of which both sides are in the file
 
 
 def write_train_resolutions(config: Config, source: Path, target: Path) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def write_train_resolutions(config: Config, source: Path, target: Path) -> tuple
     for entry, path in zip(entries.values(), paths, strict=True):
         bucket = None if path is None else buckets.get(normalize_path(os.path.join(base, path)))  # noqa: PTH118
         if bucket is not None:
-            entry["train_resolution"] = [side - side % MULTIPLE for side in bucket]
+            entry["train_resolution"] = [side - side % SIDE_STEP for side in bucket]
             count += 1
     MetadataFile(path=target, name="caption", entries=entries).close()
     return count, len(entries) - count

@@ -18,7 +18,7 @@ from sfumato.errors import UserError
 from sfumato.tools.image_batches import list_image_paths, report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
-Levels = NDArray[np.int64]
+Differences = NDArray[np.int64]
 SHIFT = 15  # bits behind the point
 TANGENT = int(0.4142135623730950488 * (1 << SHIFT) + 0.5)  # of 22.5 degrees
 
@@ -32,7 +32,7 @@ def find_edges(pixels: NDArray[np.uint8], low: float, high: float) -> NDArray[np
     return grow(edges & (strength > high), edges)
 
 
-def find_strongest_differences(pixels: Levels) -> tuple[Levels, Levels]:
+def find_strongest_differences(pixels: Differences) -> tuple[Differences, Differences]:
     """(H, W) each: the Sobel differences to the right and downwards of the channel that has the largest."""
     padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     smooth_down = padded[:-2] + 2 * padded[1:-1] + padded[2:]
@@ -42,12 +42,12 @@ def find_strongest_differences(pixels: Levels) -> tuple[Levels, Levels]:
     return np.take_along_axis(across, channel, 2)[..., 0], np.take_along_axis(down, channel, 2)[..., 0]
 
 
-def is_ridge(across: Levels, down: Levels, strength: Levels) -> NDArray[np.bool_]:
+def is_ridge(across: Differences, down: Differences, strength: Differences) -> NDArray[np.bool_]:
     """Where no neighbor across the edge, in one of four directions, is stronger; beyond the image there is nothing."""
     padded = np.pad(strength, 1)
     height, width = strength.shape
 
-    def neighbor(y: int, x: int) -> Levels:
+    def neighbor(y: int, x: int) -> Differences:
         return padded[1 + y : 1 + y + height, 1 + x : 1 + x + width]
 
     flat = np.abs(across) * TANGENT

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 COUNTS = re.compile(r"(\d+)\+?(girl|boy|other)s?")
-MULTIPLE = re.compile(r"multiple (girl|boy|other)s")
+SEVERAL_TAG = re.compile(r"multiple (girl|boy|other)s")
 OPPOSITES = (  # of which an image of one person has one at most
     ("long hair", "short hair"), ("open mouth", "closed mouth"), ("day", "night"), ("indoors", "outdoors"),
     ("open eyes", "closed eyes"), ("barefoot", "shoes"), ("simple background", "detailed background"),
@@ -55,7 +55,7 @@ def count_people(tags: Sequence[str]) -> dict[str, set[int]]:
 def find_contradictory_tags(tags: Sequence[str]) -> Iterator[str]:
     counts, present = count_people(tags), set(tags)
     people = sum(max(numbers) for numbers in counts.values())
-    multiple = {match[1] for tag in tags if (match := MULTIPLE.fullmatch(tag))}
+    multiple = {match[1] for tag in tags if (match := SEVERAL_TAG.fullmatch(tag))}
     for kind, numbers in counts.items():
         if len(numbers) > 1:
             yield " and ".join(f"{number}{kind}{'s' if number > 1 else ''}" for number in sorted(numbers))
@@ -74,7 +74,7 @@ def find_contradictory_tags(tags: Sequence[str]) -> Iterator[str]:
 def find_contradictions(caption: str, tags: Sequence[str]) -> Iterator[str]:
     """What a caption says and tags deny."""
     text, counts = " ".join(caption.lower().split()), count_people(tags)
-    multiple = any(MULTIPLE.fullmatch(tag) for tag in tags)
+    multiple = any(SEVERAL_TAG.fullmatch(tag) for tag in tags)
     for match in SEVERAL.finditer(text):
         number, kind = NUMBERS.get(match[1]) or int(match[1]), SEX[match[2]]
         if not multiple and counts.get(kind) and number > max(counts[kind]):
