@@ -110,13 +110,15 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     extract = ["lora", "extract", "--model_org", str(model), "--model_tuned", str(merged), "--dim", str(RANK)]
     results["extract"] = run_tool([*extract, "--save_to", small])
     results["resize"] = run_tool(["lora", "resize", str(adapter), "--new_rank", "8", "--save_to", small])
+    quantized = str(folder / "quantized.safetensors")
+    results["quantize"] = run_tool(["model", "quantize", str(model), "--bits", "int8_rotated", "--save_to", quantized])
     results["inspect"] = run_tool(["lora", "inspect", str(adapter)])
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=None, help="where the files are for a while; 7 GB")
+    parser.add_argument("--folder", type=Path, default=None, help="where the files are for a while; 8 GB")
     parser.add_argument("--json", type=Path, default=None, help="also write the numbers there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

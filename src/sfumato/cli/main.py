@@ -50,6 +50,7 @@ LORA_COMMANDS = {
     "resize": Command("lora_resize", "Write a LoRA at a smaller rank."),
     "compare": Command("lora_compare", "Show whether two adapters work together or against each other."),
     "inspect": Command("lora_inspect", "Show what an adapter file does to which blocks, and what is wrong with it."),
+    "tokens": Command("lora_tokens", "Show which tokens an adapter of a text encoder changes most."),
     "check": Command("lora_check", "Show the tensors of an adapter file, and what is wrong with it."),
     "convert": Command("lora_convert", "Write a LoRA under the names of another program."),
 }
@@ -70,7 +71,7 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
     "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, tag and caption its images."),
     "lora": CommandGroup(
-        LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, compare, inspect, check."
+        LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, compare, inspect, check, tokens."
     ),
     "model": CommandGroup(MODEL_COMMANDS, "Tools for checkpoints: merge, convert, inspect, quantize."),
     "metadata": CommandGroup(METADATA_COMMANDS, "The metadata of safetensors files: show, set, strip."),

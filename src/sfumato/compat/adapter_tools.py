@@ -8,6 +8,7 @@ from sfumato.cli.lora_check import LoraCheckOptions, run_check
 from sfumato.cli.lora_extract import LoraExtractOptions, run_extract
 from sfumato.cli.lora_merge import Lists, LoraMergeOptions, ToolPrecision, run_merge
 from sfumato.cli.lora_resize import DynamicMethod, LoraResizeOptions, run_resize
+from sfumato.cli.lora_tokens import LoraTokensOptions, run_tokens
 from sfumato.compat.file_tool import FileTool, show_report
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath, FilePaths, Floats, ModelPath
@@ -179,6 +180,16 @@ class DyloraToolOptions(Options):
     model: FilePath | None = option(None, "the DyLoRA", required=True)
 
 
+class InterrogatorOptions(Options):
+    """Shows which tokens a LoRA of a text encoder changes most."""
+
+    v2: bool = option(False, "the checkpoint says it itself")
+    sd_model: ModelPath | None = option(None, "the checkpoint", required=True)
+    model: FilePath | None = option(None, "the LoRA", required=True)
+    batch_size: int = option(16, "tokens that are encoded at a time", ge=1)
+    clip_skip: int | None = option(None, "compare the output of this layer from the end; the last by default", ge=1)
+
+
 class FluxConvertOptions(Options):
     """Converts a LoRA of FLUX.1 between the names of AI-toolkit (and diffusers) and those of sd-scripts."""
 
@@ -220,6 +231,11 @@ def run_dylora_tool(options: DyloraToolOptions) -> int:
     assert options.save_to is not None
     assert options.unit is not None
     return show_report(divide_ranks(options.model, options.save_to, options.unit))
+
+
+def run_interrogator(options: InterrogatorOptions) -> int:
+    own = select_values(options, LoraTokensOptions, file=options.model, model=options.sd_model)
+    return show_report(run_tokens(own))
 
 
 SAYS_ITSELF = "the checkpoint says it itself"
@@ -274,6 +290,12 @@ ADAPTER_TOOLS = (
         options=ResizeOptions,
         run=run_resize_tool,
         no_effect={"svd_lowrank_niter": "the singular values are exact, from matrices of rank x rank"},
+    ),
+    FileTool(
+        name="networks/lora_interrogator",
+        options=InterrogatorOptions,
+        run=run_interrogator,
+        no_effect={"v2": SAYS_ITSELF},
     ),
     FileTool(name="networks/extract_lora_from_dylora", options=DyloraToolOptions, run=run_dylora_tool),
     FileTool(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.errors import UserError
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
@@ -42,6 +43,17 @@ def find_token_ids(tokenizer: Any, text: str) -> list[int]:
     if isinstance(tokenizer, GemmaTokenizer):
         return [token for token, _ in tokenizer.tokenize(f" {text}")]
     return tokenizer(f" {text}", add_special_tokens=False).input_ids
+
+
+def list_tokens(tokenizer: Any) -> dict[int, str]:
+    """Id -> text of every token, as the tokenizer has it. UserError for Gemma's, which cannot list them."""
+    if isinstance(tokenizer, GemmaTokenizer):
+        raise UserError(
+            "the tokens of a Gemma tokenizer cannot be listed",
+            code="tokens-not-listed",
+            fix="give an adapter of CLIP or T5",
+        )
+    return {number: text for text, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])}
 
 
 def is_known_token(tokenizer: Any, word: str) -> bool:

@@ -188,7 +188,7 @@ def make_spectrum_chart(rows: Sequence[BlockRow]) -> Chart:
         lines=lines,
         x=make_step_axis(1.0, last, name="value"),
         y=find_value_axis(lines, robust=False),
-        note="Where a curve falls to the right, further ranks hardly matter: a resized file is smaller and does the same.",
+        note="Where a curve falls to the right, further ranks hardly matter: a resized file does the same.",
     )
 
 
