@@ -68,7 +68,7 @@ def test_outputs_and_gradients_are_within_the_bound(dtype: torch.dtype, rotation
 
 
 SIZES = {  # outputs and inputs of every kind of linear layer in the blocks of FLUX.1 and SDXL
-    "FLUX.1": [(3072, 3072), (12288, 3072), (3072, 12288), (3072, 15360), (18432, 3072), (9216, 3072)],
+    "FLUX.1": [(3072, 3072), (3072, 15360), (18432, 3072)],
     "SDXL": [
         (640, 640),
         (1280, 1280),

@@ -224,6 +224,46 @@ def test_a_gguf_file_trains_as_the_weights_that_it_means(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+# llama.cpp's names of an encoder's tensors, as its converter writes them.
+LLAMA_CPP = [
+    ("shared", "token_embd"), ("encoder.final_layer_norm", "enc.output_norm"), ("encoder.block.", "enc.blk."),
+    ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"), ("layer.0.SelfAttention.", "attn_"),
+    ("layer.0.layer_norm", "attn_norm"), ("layer.1.layer_norm", "ffn_norm"),
+    ("layer.1.DenseReluDense.wi_0", "ffn_gate"), ("layer.1.DenseReluDense.wi_1", "ffn_up"),
+    ("layer.1.DenseReluDense.wo", "ffn_down"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["flux", "chroma"])
+def test_a_gguf_file_of_t5_encodes_as_the_weights_that_it_means(
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, family: str
+) -> None:
+    toy = toy_shelf.paths(family)
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    meant: dict[str, Tensor] = {}
+    for name, tensor in load_file(toy["t5xxl"]).items():
+        key = name
+        for ours, theirs in LLAMA_CPP:
+            key = key.replace(ours, theirs)
+        is_layer = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+        content, meant[name] = round_q8_0(tensor) if is_layer else (tensor.float().numpy().tobytes(), tensor)
+        tensors[key] = ("Q8_0" if is_layer else "F32", tuple(tensor.shape), content)
+    save_file(meant, tmp_path / "t5.safetensors")
+    small = {**toy, "t5xxl": write_gguf(tmp_path / "t5.gguf", tensors)}
+    model = make_model(plan_toy(small, images, tmp_path / "out"), torch.device("cpu"))
+    part = model.parts["t5"]
+    part.load()
+    kept = [name for name, each in part.module.named_parameters() if isinstance(each, QuantizedWeight)]
+    assert len(kept) == 7 * len(part.module.encoder.block)  # pyright: ignore
+    (gguf,) = model.encode_text("t5", ["a photo of a cat"])
+    whole = make_model(
+        plan_toy({**toy, "t5xxl": tmp_path / "t5.safetensors"}, images, tmp_path / "out"), torch.device("cpu")
+    )
+    whole.parts["t5"].load()
+    (dense,) = whole.encode_text("t5", ["a photo of a cat"])
+    torch.testing.assert_close(gguf["hidden"], dense["hidden"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.full
 @needs_rehearsal
 @every_family

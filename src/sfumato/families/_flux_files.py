@@ -119,7 +119,7 @@ def read_t5(source: Source, denoiser: Network, make_spec: Callable[[str], PartSp
     """Raises UserError for a file of another kind, and for an encoder of another width than the model's."""
     with option_context("t5xxl"):
         prefix = source.find_prefix(T5_IN_WHOLE)
-        weights = Weights(file=source.open_lone(), key_map=_t5.key_map(), prefix=prefix, tied=_t5.TIED_WEIGHTS)
+        weights = _t5.find_weights(source.open_lone(), prefix)
         config = _t5.read_t5_config(source, weights)
     check_network_size("t5xxl", source.path, WIDTH_FAULT, config["d_model"], denoiser.config["joint_attention_dim"])
     return Network(spec=make_spec(prefix), config=config, weights=weights, option="t5xxl")

@@ -136,7 +136,7 @@ def _read(name: str, source: Source) -> Network:
     prefixed = any(key.startswith(ENCODER_LOCATIONS[name].prefix) for key in file.header.tensors)
     prefix = ENCODER_LOCATIONS[name].prefix if prefixed else ""
     if name == "t5":
-        weights = Weights(file=file, key_map=_t5.key_map(), prefix=prefix, tied=_t5.TIED_WEIGHTS)
+        weights = _t5.find_weights(file, prefix)
         config = _t5.read_t5_config(source, weights)
         return Network(spec=make_spec(name), config=config, weights=weights)
     projected = prefix + PROJECTION in file.header.tensors

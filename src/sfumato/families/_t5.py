@@ -14,6 +14,7 @@ from sfumato.families._file_kinds import T5_ENCODER, require_kind
 from sfumato.families._text_features import cut_to_mask, multiply_by_weights, to_device
 from sfumato.families.part import Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
+from sfumato.formats.checkpoint import Checkpoint
 from sfumato.formats.keymap import KeyMap, KeyRule
 
 TARGETS = (
@@ -36,6 +37,40 @@ def key_map() -> KeyMap:
         drop=("encoder.embed_tokens.weight", "spiece_model", "logit_scale"),
         beside=("decoder.{*}", "lm_head.weight"),
     )
+
+
+_LLAMA_CPP_NAMES = {  # of the tensors in a block of a GGUF file -> in a block of ours
+    "attn_norm": "0.layer_norm",
+    "attn_q": "0.SelfAttention.q",
+    "attn_k": "0.SelfAttention.k",
+    "attn_v": "0.SelfAttention.v",
+    "attn_o": "0.SelfAttention.o",
+    "attn_rel_b": "0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "1.layer_norm",
+    "ffn_gate": "1.DenseReluDense.wi_0",
+    "ffn_up": "1.DenseReluDense.wi_1",
+    "ffn_down": "1.DenseReluDense.wo",
+}
+
+
+def llama_cpp_key_map() -> KeyMap:
+    """The names that llama.cpp's converter gives an encoder in a GGUF file."""
+    in_blocks = [
+        KeyRule(f"enc.blk.{{n}}.{theirs}.weight", (f"encoder.block.{{n}}.layer.{ours}.weight",))
+        for theirs, ours in _LLAMA_CPP_NAMES.items()
+    ]
+    around = [
+        KeyRule("token_embd.weight", ("shared.weight",)),
+        KeyRule("enc.output_norm.weight", ("encoder.final_layer_norm.weight",)),
+    ]
+    return KeyMap([*in_blocks, *around], beside=("dec.{*}", "output.weight"))
+
+
+def find_weights(file: Checkpoint, prefix: str) -> Weights:
+    """The encoder in a file, by the names of either kind. prefix: of the usual ones."""
+    is_llama_cpp = "enc.blk.0.attn_q.weight" in file.header.tensors
+    own = llama_cpp_key_map() if is_llama_cpp else key_map()
+    return Weights(file=file, key_map=own, prefix="" if is_llama_cpp else prefix, tied=TIED_WEIGHTS)
 
 
 def spec(prefix: str, *, names: tuple[str, ...] = (), note: str = "") -> PartSpec:
