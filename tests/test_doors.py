@@ -40,6 +40,11 @@ REVIEWED = {  # (file, call) -> why it is safe
     ): "",
     ("config/presets.py", "json.loads(read_text_file(INDEX))"): "in this package",
     ("cli/exits.py", "os.open(os.devnull, os.O_WRONLY)"): "writes nowhere",
+    ("tools/editor/run.py", "webbrowser.open(address)"): "our own address, in the browser",
+    (
+        "tools/editor/server.py",
+        "files('sfumato.tools.editor').joinpath('page', file).read_bytes()",
+    ): "one of this package",
     ("demo/demo.py", "path.read_text(encoding='utf-8')"): "the metrics of the demo's own run",
     ("demo/demo.py", "json.loads(line)"): "of these",
     ("demo/classifier.py", "json.loads(file.header.metadata['classes'])"): "in this package",

@@ -73,12 +73,16 @@ def rank_by_loss(line: CommandLine, options: DatasetInspectOptions, run: Path) -
 
 def make_inspect_config(line: CommandLine) -> Config:
     """The config, with the dataset that the command names, and a resolution where none is given."""
-    dataset = line.options(DatasetInspectOptions).dataset
-    if dataset is not None:
-        name = "dataset_config" if dataset.suffix in (".toml", ".json") else "train_data_dir"
-        line.set_option(name, dataset, place="DATASET")
+    name_dataset(line, line.options(DatasetInspectOptions).dataset)
     config = load_command_config(line, skip_rules=INSPECTION_SKIPS)
     if config.dataset.dataset_config is None and config.buckets.resolution is None:
         print("no --resolution given: buckets are those of 1024")
         return load_command_config(line, defaults=DEFAULT_BUCKETS, skip_rules=INSPECTION_SKIPS)
     return config
+
+
+def name_dataset(line: CommandLine, dataset: Path | None) -> None:
+    """Take the dataset that a command names first, a folder or a file, for the option that it stands for."""
+    if dataset is not None:
+        name = "dataset_config" if dataset.suffix in (".toml", ".json") else "train_data_dir"
+        line.set_option(name, dataset, place="DATASET")

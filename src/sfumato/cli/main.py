@@ -37,6 +37,7 @@ DATASET_COMMANDS = {
     "caption": Command("dataset_caption", "Write captions of images by a model that describes them."),
     "clean": Command("dataset_clean", "Clean the tags and captions of a metadata file."),
     "dedupe": Command("dataset_dedupe", "Name near-duplicates, bad images, and texts that cannot be right."),
+    "edit": Command("dataset_edit", "Look through images and edit their captions in the browser."),
     "merge-captions": Command(
         "dataset_merge", "Gather the captions beside images in a metadata file.", "merge_captions"
     ),
@@ -69,7 +70,9 @@ COMMANDS: dict[str, Command | CommandGroup] = {
     "train": Command("train", "Train an adapter, or the whole model, on your images."),
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
-    "dataset": CommandGroup(DATASET_COMMANDS, "Inspect a dataset, fill its caches, tag and caption its images."),
+    "dataset": CommandGroup(
+        DATASET_COMMANDS, "Inspect a dataset, fill its caches, tag and caption its images, edit captions."
+    ),
     "lora": CommandGroup(
         LORA_COMMANDS, "Tools for LoRA files: merge, extract, resize, convert, compare, inspect, check, tokens."
     ),

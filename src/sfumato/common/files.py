@@ -208,6 +208,19 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode(errors="backslashreplace"))
 
 
+def write_quickly(path: Path, content: bytes) -> None:
+    """Whole or not at all, but not synced to disk: for many small files. A link stays one, and so do permissions."""
+    target = path.resolve()
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_bytes(content)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """A file, or a folder with all that is in it; nothing where there is nothing."""
     if path.is_dir():

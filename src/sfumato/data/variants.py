@@ -9,7 +9,7 @@ from random import Random
 
 from sfumato.common.seeds import python_random
 from sfumato.data.captions import CaptionRules, drops_caption, process_caption
-from sfumato.data.plans import DataPlan, Item, SubsetPlan
+from sfumato.data.plans import DataPlan, SubsetPlan
 from sfumato.errors import Problems
 
 UNCACHEABLE_OPTIONS = (
@@ -29,10 +29,10 @@ def make_variant(text: str, rules: CaptionRules, number: int) -> str:
     return process_caption(text, without_dropout, rng, epoch=1, step=0, max_train_steps=1)
 
 
-def make_longest_variant(item: Item, subset: SubsetPlan) -> str:
+def make_longest_variant(text: str, rules: CaptionRules) -> str:
     """The caption with all its tags, prefix and suffix."""
     unchanged_tags = {"shuffle_caption": False, "caption_tag_dropout_rate": 0.0, "token_warmup_step": 0}
-    return make_variant(item.image.caption, replace(subset.settings.rules, **unchanged_tags), 0)
+    return make_variant(text, replace(rules, **unchanged_tags), 0)
 
 
 def choose_variant(text: str, rules: CaptionRules, *, variants: int, seed: int, sample: int, epoch: int) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from sfumato.common.files import check_file_writable, check_writable, remove_leftovers, write_text
+from sfumato.common.files import check_file_writable, check_writable, remove_leftovers, write_quickly, write_text
 from sfumato.common.json_toml import decode_json
 from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
@@ -89,14 +88,8 @@ class FilesBeside:
             ) from error
 
     def write(self, image: Path, text: str, size: tuple[int, int]) -> None:
-        """Under a temporary name first. Unlike a checkpoint it is not synced: a thousand are quickly made again."""
-        path = image.with_suffix(self.extension)
-        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-        try:
-            temporary.write_bytes(f"{text}\n".encode(errors="backslashreplace"))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Unlike a checkpoint it is not synced: a thousand are quickly made again."""
+        write_quickly(image.with_suffix(self.extension), f"{text}\n".encode(errors="backslashreplace"))
 
     def close(self) -> None:
         pass

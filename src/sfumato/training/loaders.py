@@ -101,7 +101,8 @@ def report_cut_captions(config: Config, data: DataPlan, model: Family, method: M
     captions: dict[str, None] = {}  # each once, in order
     for subset in subsets:
         for row in range(0, len(subset.items), every):
-            captions[method.rewrite_caption(make_longest_variant(subset.items.get_row(row), subset))] = None
+            caption = subset.items.get_row(row).image.caption
+            captions[method.rewrite_caption(make_longest_variant(caption, subset.settings.rules))] = None
     line = describe_cut_captions(model, list(captions), weighted=config.captions.weighted_captions)
     if line:
         log.warning("%s%s", line, f" (looked at one in {every})" if every > 1 else "")

@@ -106,7 +106,7 @@ def inspect_subset(
     """pixels: what decoding showed. bad: faults of images without a valid header."""
     items = list(subset.items)
     paths = [item.image.path for item in items]
-    captions = [make_longest_variant(item, subset) for item in items]
+    captions = [make_longest_variant(item.image.caption, subset.settings.rules) for item in items]
     if weighted:
         captions = [strip_weights(parse_weights(caption)) for caption in captions]
     tokens: dict[str, TokenStatistics] = {}

@@ -1,0 +1,1 @@
+"""The caption editor: a local page with the images of a dataset and their captions."""
