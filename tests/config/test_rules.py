@@ -85,6 +85,7 @@ CASES = {
         "--method leco --prompts_file FILE --network_train_text_encoder_only",
         "--method leco --prompts_file FILE",
     ),
+    "slider-reference-dropout": ("--method image_slider --reference_dropout_rate 0.1", "--method image_slider"),
     "leco-options-unused": ("--method leco --prompts_file FILE", "--no_strict"),
     "token-string-missing": ("--method textual_inversion", "--method textual_inversion --token_string zwx"),
     "token-string-with-other-method": ("--method full --token_string zwx", "--token_string zwx"),

@@ -1,4 +1,4 @@
-"""Rules between the options of training from prompts alone."""
+"""Rules between the options of training from prompts alone, and from pairs of images."""
 
 from __future__ import annotations
 
@@ -56,5 +56,13 @@ LECO_RULES = (
         what="options of images, timesteps and text encoders",
         reason="--method leco trains the denoiser from prompts alone",
         fix="remove --train_data_dir, --resolution, --min_timestep, --text_encoder_lr and the like",
+    ),
+    OptionRule(
+        code="slider-reference-dropout",
+        severity="conflict",
+        options=("method", "reference_dropout_rate"),
+        is_broken=lambda c: c.run.has_pairs and c.dataset.reference_dropout_rate > 0,
+        what="--method image_slider trains both images of each pair, and --reference_dropout_rate drops one of them",
+        fix="remove --reference_dropout_rate",
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sfumato.config.option_rule import OptionRule
+from sfumato.config.run import ADAPTER_METHODS
 from sfumato.config.schema import Config
 
 REPOSITORY_OPTIONS = (
@@ -186,7 +187,7 @@ _NOTES = (
         code="adapter-file-without-metadata",
         severity="note",
         options=("save_model_as", "method"),
-        is_broken=lambda c: c.run.method in ("adapter", "leco") and c.save.save_model_as in ("ckpt", "pt"),
+        is_broken=lambda c: c.run.method in ADAPTER_METHODS and c.save.save_model_as in ("ckpt", "pt"),
         what="a ckpt or pt file of an adapter cannot hold metadata: nothing in it says how it was trained",
         fix="give --save_model_as safetensors",
     ),

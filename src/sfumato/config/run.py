@@ -9,6 +9,8 @@ from pydantic import BeforeValidator
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath, Seed, parse_int_choice
 
+ADAPTER_METHODS = ("adapter", "leco", "image_slider")  # those that write an adapter file
+PAIR_METHODS = ("image_slider",)  # those that learn from pairs of images
 CONTROL_METHODS = ("control_net", "lllite")  # those that learn from control images
 
 
@@ -16,9 +18,10 @@ class RunOptions(Options):
     """The run"""
 
     family: str | None = option(None, "model family; default: detected from the checkpoint")
-    method: Literal["adapter", "full", "textual_inversion", "control_net", "lllite", "leco"] = option(
+    method: Literal["adapter", "full", "textual_inversion", "control_net", "lllite", "leco", "image_slider"] = option(
         "adapter",
-        "what is trained: an adapter, the full model, new words, a ControlNet, LLLite, or an adapter from prompts",
+        "what is trained: an adapter, the full model, new words, a ControlNet, LLLite, or an adapter from prompts or "
+        "from pairs of images",
     )
     config_file: FilePath | None = option(
         None,
@@ -43,6 +46,11 @@ class RunOptions(Options):
     def takes_control(self) -> bool:
         """Whether the images of conditioning_data_dir are control images, not masks."""
         return self.method in CONTROL_METHODS
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the images of reference_data_dirs are those with less of an attribute, and not the model's input."""
+        return self.method in PAIR_METHODS
 
 
 class LoopOptions(Options):

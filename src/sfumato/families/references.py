@@ -1,4 +1,4 @@
-"""Whether the dataset's reference images are what the model takes."""
+"""Whether the dataset's reference images are what the model takes, or the method: those of pairs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ def check_reference_folders(family: type[Family], source: Source, data: DataPlan
                     f"{family.name} takes {taken or 'none'}",
                     code="reference-images-unused",
                     fix=fix,
+                )
+
+
+def check_pairs(data: DataPlan, problems: Problems) -> None:
+    """Add a problem for each subset whose images have no image with less of the attribute, or several."""
+    for dataset in data.datasets:
+        for subset in dataset.subsets:
+            if len(subset.settings.reference_data_dirs) != 1:
+                problems.add(
+                    f"{subset.settings.where}: --method image_slider trains pairs of images, and its images have "
+                    f"{len(subset.settings.reference_data_dirs) or 'no'} partners",
+                    code="slider-pairs-missing",
+                    fix="give one folder as --reference_data_dirs, with less of the attribute in images of equal names",
                 )
 
 

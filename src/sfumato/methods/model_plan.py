@@ -26,7 +26,7 @@ from sfumato.families.model_options import (
     read_base_resolution,
     resolve_options,
 )
-from sfumato.families.references import check_reference_folders, describe_references
+from sfumato.families.references import check_pairs, check_reference_folders, describe_references
 from sfumato.methods import make_method
 from sfumato.methods.base import Method, TrainablePart
 from sfumato.methods.leco import cache_prompts
@@ -83,7 +83,10 @@ def plan_model(config: Config, problems: Problems) -> ModelPlan:
 
 def check_data(model: ModelPlan, data: DataPlan, problems: Problems) -> None:
     """Add a problem for what the data has and the model does not take, and for images of prompts."""
-    check_reference_folders(model.family, model.blueprint.source, data, problems)
+    if model.config.run.has_pairs:
+        check_pairs(data, problems)
+    else:
+        check_reference_folders(model.family, model.blueprint.source, data, problems)
     check_words_in_captions(model.config, data, problems)
     check_inpainting(model, problems)
     if model.config.samples.sample_prompts is not None and samples_enabled(model.config):

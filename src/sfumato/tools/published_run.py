@@ -9,7 +9,7 @@ from PIL import Image
 
 from sfumato.common import files
 from sfumato.config import Config
-from sfumato.config.run import CONTROL_METHODS
+from sfumato.config.run import CONTROL_METHODS, PAIR_METHODS
 from sfumato.config.schema import vocabulary
 from sfumato.families.published import read_published, write_published
 
@@ -30,11 +30,14 @@ REPEATS = 1000  # of the image, so that any batch is full
 def make_published_options(name: str, folder: Path, *, method: str | None) -> dict[str, Any]:
     """Write what the run needs into `folder`; gives option -> value, for whatever the user does not give.
 
-    method: some take control images. Raises UserError for an unknown name.
+    method: some take control images, or pairs of images. Raises UserError for an unknown name.
     """
     content = read_published(name)
     images = folder / "images" / f"{REPEATS}_blank"
-    references = [folder / f"references_{number}" for number in range(content.get("references", 0))]
+    references = [
+        folder / f"references_{number}"
+        for number in range(1 if method in PAIR_METHODS else content.get("references", 0))
+    ]
     control, controls = method in CONTROL_METHODS, folder / "controls"
     for place in (images, *references, *([controls] if control else [])):
         place.mkdir(parents=True)

@@ -17,6 +17,7 @@ from sfumato.common.json_toml import decode_json
 from sfumato.common.names import DEFAULT_NETWORK_MODULE
 from sfumato.common.text import strip_paths
 from sfumato.config import Config
+from sfumato.config.run import ADAPTER_METHODS
 from sfumato.data.plans import DataPlan, DatasetPlan
 from sfumato.errors import UserError
 from sfumato.track.run_description import RunDescription
@@ -68,7 +69,7 @@ def describe_run(
 
 
 def describe_method(config: Config) -> str:
-    if config.run.method not in ("adapter", "leco"):
+    if config.run.method not in ADAPTER_METHODS:
         return config.run.method
     return f"{config.run.method}, {config.network.network_module or DEFAULT_NETWORK_MODULE}"
 
