@@ -20,8 +20,8 @@ class RunOptions(Options):
     family: str | None = option(None, "model family; default: detected from the checkpoint")
     method: Literal["adapter", "full", "textual_inversion", "control_net", "lllite", "leco", "image_slider"] = option(
         "adapter",
-        "what is trained: an adapter, the full model, new words, a ControlNet, LLLite, or an adapter from prompts or "
-        "from pairs of images",
+        "what is trained: an adapter, also from prompts or pairs of images; the full model, new words, a ControlNet, "
+        "LLLite",
     )
     config_file: FilePath | None = option(
         None,

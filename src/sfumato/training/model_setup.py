@@ -20,8 +20,7 @@ from sfumato.optim.bf16_stepper import keep_in_bfloat16
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 from sfumato.training.block_setup import PreparedNetworks, choose_hosted_parts, prepare_blocks
-from sfumato.training.concept_loss import make_concept_goal
-from sfumato.training.pair_loss import make_pair_goal
+from sfumato.training.goals import make_goal
 
 
 def open_model(plan: RunPlan, device: torch.device) -> Family:
@@ -73,5 +72,5 @@ def make_loss_context(plan: RunPlan, text: FrozenTextEncoders, uncertainty: Unce
         text=text,
         device=model.device,
         mixed_dtype=MIXED_PRECISION[config.memory.mixed_precision],
-        goal=make_concept_goal(config.leco) or make_pair_goal(config),
+        goal=make_goal(config),
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sfumato.config import Config
 from sfumato.data.batch import Batch, RandomDraws, name_reference
 from sfumato.loss import LossContext, draw_noise, sample_losses
 
@@ -46,8 +45,3 @@ def pair_batch(batch: Batch) -> Batch:
     alone = replace(batch, extras=replace(batch.extras, images=images), draws=None)
     paired = alone.take(torch.arange(len(batch.captions)).repeat(2))
     return replace(paired, extras=replace(paired.extras, multiplier=torch.cat([strength, -strength])))
-
-
-def make_pair_goal(config: Config) -> PairGoal | None:
-    """None where the run's images are no pairs."""
-    return PairGoal() if config.run.has_pairs else None
