@@ -14,7 +14,7 @@ SETUP := $(VENV)/.set-up
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: setup demo test unit family full fast gpu fuzz curves stops lint check wheel lowest format pages bench clean
+.PHONY: setup demo test unit family full fast gpu fuzz curves stops lint check wheel lowest format pages site bench clean
 
 setup: $(SETUP)
 
@@ -83,12 +83,17 @@ curves: setup
 stops: setup
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=src:tests $(BIN)/python tests/training/stop_moments.py $(or $(MOMENTS),40)
 
-# What is generated from the source: docs/files.md, docs/errors.md, the listing of messages.
+# What is generated from the source: pages of docs/, requirements.txt, the listing of messages.
 pages: setup
 	$(BIN)/python docs/make_file_map.py
 	$(BIN)/python docs/make_messages.py
 	$(BIN)/python docs/make_errors.py
 	$(BIN)/python docs/make_adapters.py
+	$(BIN)/python docs/make_requirements.py
+
+# The manual as a site, in build/site; a broken link is an error.
+site: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Tables, and the same as JSON in build/bench/. ONLY="training flux" runs these alone. REFERENCE=DIR, a checkout of
 # sd-scripts, has it train beside ours (REFERENCE_PYTHON: with another Python).
