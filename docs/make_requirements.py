@@ -22,7 +22,11 @@ def make_requirements() -> str:
     lines += project["dependencies"]
     for extra, packages in project["optional-dependencies"].items():
         if extra not in ("test", "recipe"):
-            lines += ["", f"# extra {extra}", *(package if extra == "optimizers" else f"# {package}" for package in packages)]
+            lines += [
+                "",
+                f"# extra {extra}",
+                *(package if extra == "optimizers" else f"# {package}" for package in packages),
+            ]
     lines += ["", "# by hand", *(f"# {name}  # {why}" for name, why in BY_HAND)]
     return "\n".join([*lines, ""])
 

@@ -25,7 +25,18 @@ NOT_RUN = {  # beginning of a command -> the test that runs it, or why none does
     "python recipes/": "takes hours",
 }
 SMALL = (  # what makes a training of the manual one step on toys, whose attention has several tokens at 128 pixels
-    *("--max_train_steps", "1", "--lr_warmup_steps", "0", "--resolution", "128", "--mixed_precision", "no", "--no_full_bf16", "--no_compile"),
+    *(
+        "--max_train_steps",
+        "1",
+        "--lr_warmup_steps",
+        "0",
+        "--resolution",
+        "128",
+        "--mixed_precision",
+        "no",
+        "--no_full_bf16",
+        "--no_compile",
+    ),
     *("--max_data_loader_n_workers", "0", "--train_batch_size", "1", "--min_bucket_reso", "64"),
     *("--max_bucket_reso", "256", "--save_precision", "float", "--sample_every_n_steps", "0"),
 )

@@ -43,7 +43,9 @@ CODE = re.compile(r"`([^`\n]+)`")
 
 
 def has_commands(page: Path) -> bool:
-    return page.name not in GENERATED and any(piece.words and not find_reason(piece.text) for piece in list_pieces(page))
+    return page.name not in GENERATED and any(
+        piece.words and not find_reason(piece.text) for piece in list_pieces(page)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -80,14 +82,18 @@ def shrink_file(text: str) -> str:
 
 
 def test_requirements_are_those_of_the_project() -> None:
-    assert (ROOT / "requirements.txt").read_text(encoding="utf-8") == page_maker("make_requirements").make_requirements()
+    assert (ROOT / "requirements.txt").read_text(encoding="utf-8") == page_maker(
+        "make_requirements"
+    ).make_requirements()
 
 
 def test_pages_that_people_link_to_are_there() -> None:
     assert not [name for name in LINKED if not (ROOT / "docs" / f"{name}.md").is_file()]
 
 
-@pytest.mark.parametrize(("page", "translations"), TRANSLATED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("page", "translations"), TRANSLATED, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_translations_name_the_same_commands_and_options(page: str, translations: tuple[str, ...]) -> None:
     expected = facts_of(ROOT / page)
     for translation in translations:
@@ -99,7 +105,7 @@ def facts_of(page: Path) -> set[str]:
     """Its commands, files and the words in its code that are options, keys or commands."""
     blocks = {" ".join(piece.words) or f"{piece.file}: {strip_comments(piece.text)}" for piece in list_pieces(page)}
     words = set(CODE.findall(page.read_text(encoding="utf-8")))
-    return blocks | {word for word in words if word.startswith("--") or word in vocabulary() or word.startswith("sfumato ")}
+    return blocks | {word for word in words if word.startswith(("--", "sfumato ")) or word in vocabulary()}
 
 
 def strip_comments(text: str) -> str:
