@@ -62,5 +62,4 @@ def test_wrong_captions_are_among_the_first(images: Path, tmp_path: Path, seed: 
     train(load_config([f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]))
     ranked = rank_images_of_run(tmp_path / "out", "watch")
     assert len(ranked) == 30
-    print([(Path(entry.image.path).name, round(entry.loss.ratio, 2)) for entry in ranked[:8]], wrong)
     assert wrong <= {Path(entry.image.path).name for entry in ranked[:AMONG]}

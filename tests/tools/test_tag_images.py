@@ -191,10 +191,10 @@ def test_a_model_of_the_hub_has_a_folder_of_its_own(
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ("no model", "tagger-missing"),
+        ("no model", "onnx-model-missing"),
         ("no table", "tag-table-missing"),
         ("other table", "tag-table-of-other-model"),
-        ("no onnx", "tagger-invalid"),
+        ("no onnx", "onnx-model-invalid"),
         ("no images", "image-folder-empty"),
         ("no folder", "image-folder-missing"),
         ("another output", "metadata-file-invalid"),
@@ -227,7 +227,7 @@ def test_without_the_package(images: Path, tmp_path: Path, codes: list[str], mon
     model = write_model(tmp_path / "m.onnx")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     assert tag(images, "--model_file", model) == 2
-    assert codes == ["tagger-package-missing"]
+    assert codes == ["onnx-package-missing"]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes everywhere")

@@ -38,6 +38,7 @@ DATASET_COMMANDS = {
     "clean": Command("dataset_clean", "Clean the tags and captions of a metadata file."),
     "dedupe": Command("dataset_dedupe", "Name near-duplicates, bad images, and texts that cannot be right."),
     "edit": Command("dataset_edit", "Look through images and edit their captions in the browser."),
+    "face-crop": Command("dataset_face_crop", "Write crops around faces, named after where the face is."),
     "merge-captions": Command(
         "dataset_merge", "Gather the captions beside images in a metadata file.", "merge_captions"
     ),

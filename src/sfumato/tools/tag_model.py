@@ -13,6 +13,7 @@ from PIL import Image
 
 from sfumato.data.images import decode_layers
 from sfumato.errors import UserError
+from sfumato.tools.onnx_model import download_files, open_session
 from sfumato.tools.tag_table import TagTable, check_outputs, read_tag_table
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 PLAIN_FILES = ("model.onnx", "selected_tags.csv")
 MAPPING_FILES = ("model_optimized.onnx", "tag_mapping.json")  # of repositories named owner/name/folder
 TABLE_FILES = ("selected_tags.csv", "tag_mapping.json")
-PROVIDERS = ("OpenVINOExecutionProvider", "CUDAExecutionProvider", "ROCMExecutionProvider", "CPUExecutionProvider")
 DEFAULT_SIDE = 448  # pixels, where the model does not say what it takes
 WHITE = (255, 255, 255)
 
@@ -34,23 +34,8 @@ def find_model_files(repo_id: str, folder: Path, *, force_download: bool) -> tup
     own = folder / repo_id.replace("/", "_")
     paths = [own / name for name in names]
     if force_download or not all(path.is_file() for path in paths):
-        download_files(f"{owner}/{name}", names, own)
+        download_files(f"{owner}/{name}", names, own, advice="give --model_file PATH with its table beside it")
     return paths[0], paths[1]
-
-
-def download_files(repo_id: str, names: Sequence[str], folder: Path) -> None:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        for name in names:
-            hf_hub_download(repo_id, name, local_dir=folder, force_download=True)
-    except (OSError, ValueError) as error:  # not found, no access, no connection, a malformed name
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the hub did not provide {' and '.join(names)} of {repo_id} ({reason})",
-            code="tagger-unavailable",
-            fix=f"download them into {folder}, or give --model_file PATH with its table beside it",
-        ) from error
 
 
 def list_stale_files(folder: Path) -> list[Path]:
@@ -103,7 +88,7 @@ class Tagger:
 def load_tagger(model: Path, table: Path) -> Tagger:
     """UserError where onnxruntime is missing, the file is no such model, or the table belongs to another one."""
     tags = read_tag_table(table)
-    session = open_session(model)
+    session = open_session(model, purpose="tagging")
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(inputs[0].shape) != 4:
         raise UserError(
@@ -124,32 +109,6 @@ def load_tagger(model: Path, table: Path) -> Tagger:
         batch_size=batch if isinstance(batch, int) and batch > 0 else None,
         channels_first=channels_first,
     )
-
-
-def open_session(model: Path) -> InferenceSession:
-    """On the first that this machine has of OpenVINO, CUDA, ROCm and the CPU."""
-    try:
-        import onnxruntime
-        import onnxruntime.capi.onnxruntime_pybind11_state as faults
-    except ImportError as error:
-        raise UserError(
-            "tagging needs onnxruntime, which is not installed",
-            code="tagger-package-missing",
-            fix='pip install "sfumato[tagger]", or pip install onnxruntime-gpu for a GPU',
-        ) from error
-    if not model.is_file():
-        raise UserError(f"{model} does not exist", code="tagger-missing", fix="check the path")
-    onnxruntime.set_default_logger_severity(3)  # errors alone: it warns of every provider that a machine lacks
-    available = onnxruntime.get_available_providers()
-    providers = [name for name in PROVIDERS if name in available]
-    try:
-        return onnxruntime.InferenceSession(str(model), providers=providers)
-    except (faults.Fail, faults.InvalidGraph, faults.InvalidProtobuf, faults.NoModel, faults.NotImplemented) as error:
-        raise UserError(
-            f"{model} cannot be opened by onnxruntime ({str(error).splitlines()[0]})",
-            code="tagger-invalid",
-            fix="download it again with --force_download",
-        ) from error
 
 
 def prepare_image(data: bytes, path: str, side: int) -> NDArray[np.uint8]:
