@@ -44,6 +44,7 @@ DATASET_COMMANDS = {
     ),
     "merge-tags": Command("dataset_merge", "Gather the tags beside images in a metadata file.", "merge_tags"),
     "resize": Command("dataset_resize", "Write smaller copies of images."),
+    "upscale-latents": Command("dataset_upscale", "Write images of twice the size by a network on their latents."),
     "tag": Command("dataset_tag", "Write the tags that a tagger model sees in images."),
 }
 LORA_COMMANDS = {

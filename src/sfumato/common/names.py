@@ -138,7 +138,6 @@ PLANNED_SCRIPTS = (  # known, not available yet
     "hunyuan_image_train_network",
     "networks/convert_anima_lora_to_comfy",
     "networks/convert_hunyuan_image_lora_to_comfy",
-    "tools/latent_upscaler",
 )
 
 RETIRED_SCRIPTS = {  # out of use: what to use instead, once it is there

@@ -9,6 +9,7 @@ from sfumato.cli.dataset_face_crop import FaceCropOptions, run_face_crop
 from sfumato.cli.dataset_merge import CaptionMergeOptions, TagMergeOptions, run_merge_of_texts
 from sfumato.cli.dataset_resize import ImageResizeOptions, run_resizing
 from sfumato.cli.dataset_tag import CAPTION_ALIASES, TagOptions, run_tagging
+from sfumato.cli.dataset_upscale import LatentUpscaleOptions, run_latent_upscale
 from sfumato.compat.file_tool import FileTool
 from sfumato.config.base import Options, option
 from sfumato.config.values import Extension, FilePath
@@ -96,6 +97,7 @@ CAPTION_TOOLS = (
     FileTool(name="finetune/merge_dd_tags_to_metadata", options=TagMergeOptions, run=run_merge_of_texts),
     FileTool(name="tools/resize_images_to_resolution", options=ImageResizeOptions, run=run_resizing),
     FileTool(name="tools/detect_face_rotate", options=FaceCropOptions, run=run_face_crop),
+    FileTool(name="tools/latent_upscaler", options=LatentUpscaleOptions, run=run_latent_upscale),
     FileTool(name="tools/canny", options=CannyOptions, run=run_canny),
     FileTool(name="finetune/make_captions", options=BlipOptions, run=caption_by_blip, aliases=CAPTION_ALIASES),
     FileTool(name="finetune/make_captions_by_git", options=GitOptions, run=caption_by_git),

@@ -103,8 +103,9 @@ def compute_overlap(first: DetectedBox, second: DetectedBox) -> float:
 def measure_tilt(image: Image.Image, face: DetectedBox, eyes: Detector, min_score: float) -> float:
     """By how many degrees, clockwise, the line between both eyes of a face is turned; 0 where they are not found."""
     margin = EYE_MARGIN * face.longer_side
-    area = (face.left - margin, face.top - margin, face.right + margin, face.bottom + margin)
-    found = eyes.detect(image.crop(tuple(map(round, area))), min_score)[:2]
+    corner, end = (face.left - margin, face.top - margin), (face.right + margin, face.bottom + margin)
+    area = (round(corner[0]), round(corner[1]), round(end[0]), round(end[1]))
+    found = eyes.detect(image.crop(area), min_score)[:2]
     if len(found) < 2:
         return 0.0
     (left, top), (right, bottom) = sorted(box.center for box in found)
