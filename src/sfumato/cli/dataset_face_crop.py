@@ -33,7 +33,7 @@ class FaceCropOptions(Options):
     crop_size: PixelPair | None = option(None, "pixels of the crop; the whole image by default")
     crop_ratio: PixelPair | None = option(None, "size of the crop, in sizes of the face")
     min_size: int | None = option(None, "the smallest face that is taken, in pixels", ge=0)
-    max_size: int | None = option(None, "larger faces, and those of this size, are left out", ge=1)
+    max_size: int | None = option(None, "skip larger faces, and those of this size", ge=1)
     multiple_faces: bool = option(False, "a crop for each face of an image; of the largest by default")
     debug: bool = option(False, "draw a frame around the face")
     min_score: float = option(0.3, "how sure the detector must be", ge=0, le=1)

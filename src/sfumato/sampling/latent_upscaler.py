@@ -67,7 +67,7 @@ def load_upscaler(path: Path) -> LatentUpscaler:
         raise UserError(
             f"{path} holds no latent upscaler: {len(odd)} of its tensors are others, e.g. {odd[0][0]}",
             code="upscaler-unsuitable",
-            fix="give the weights of sd-scripts' latent upscaler",
+            fix="give the weights of such a network: twenty residual blocks of 128 channels",
         )
     network.load_state_dict(tensors)
     return network.float().eval()

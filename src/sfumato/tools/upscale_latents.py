@@ -25,7 +25,7 @@ from sfumato.tools.image_batches import report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
 FACTOR = 2
-WRITTEN_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # that can be written; others become PNG
+WRITTEN_KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # all others become PNG
 
 
 @dataclass(frozen=True, kw_only=True)
