@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -22,18 +24,22 @@ from sfumato.training.setup_run import build_run
 from sfumato.training.validation import run_due_validation
 
 
-def train(config: Config) -> None:
-    """Train as the configuration says. Ends early, with a state to resume from, when the user interrupts."""
+def train(config: Config) -> Path | None:
+    """Train as the configuration says; gives what is saved at the end, a file or a folder.
+
+    Ends early, with a state to resume from, when the user interrupts; None then, and where no step is left.
+    """
     with start_parallel(config.processes.ddp_timeout) as parallel:
         run = build_run(config, parallel)
         if run is None:
-            return
+            return None
         with interruptible(parallel), run.output_lock, run.hub, run.metrics, StateRescue(run):
             if run.config.samples.sample_at_first and not run.state.resumed:
                 save_previews(run, run.step, f"{run.step:06d}")
             run_due_validation(run, run.step if run.state.resumed else 0)
             loop(run)
         check_saves(run)
+        return run.output_path(run.plan.saves.name) if run.step == run.plan.total_steps else None
 
 
 def loop(run: Run) -> None:

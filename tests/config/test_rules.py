@@ -23,6 +23,7 @@ CASES = {
     ),
     "base-weights-multiplier-count": ("--base_weights FILE --base_weights_multiplier 1 2", "--base_weights FILE FILE"),
     "adapter-options-in-full-training": ("--method full --network_dim 4", "--method full"),
+    "extract-without-full-training": ("--extract_lora_at_end 4", "--method full --extract_lora_at_end 4"),
     "full-options-in-adapter-training": ("--block_lr 1e-5,0", "--method full --block_lr 1e-5,0"),
     "cond-emb-dim-unused": ("--cond_emb_dim 16", "--method lllite --cond_emb_dim 16"),
     "control-net-options-unused": ("--control_net_lr 1e-5", "--method control_net --control_net_lr 1e-5"),

@@ -24,7 +24,7 @@ OURS = {
     "strict",
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plan", "plot_timesteps", "profile", "report",
     "text_cache_variants", "cached_encoder", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
-    "timestep_stratified", "save_at_steps", "save_at_epochs",
+    "timestep_stratified", "extract_lora_at_end", "save_at_steps", "save_at_epochs",
     "ema_decay", "ema_sigma_rel", "ema_on_cpu", "evaluate_with_ema",
     "stochastic_rounding", "uncertainty_weighting", "uncertainty_lr",
     "compile", "compile_backend", "compile_mode", "compile_dynamic", "compile_fullgraph", "compile_cache_size_limit",

@@ -16,7 +16,7 @@ from pydantic import PlainValidator
 
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import asks_for_help, training_help
-from sfumato.cli.train import is_silent, run_plan, write_output_config
+from sfumato.cli.train import is_further_process, run_plan, write_output_config
 from sfumato.common.text import GIB
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import NO_DRY_RUN, CommandLine, read_command
@@ -69,7 +69,7 @@ class PlanOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato plan`."""
-    if is_silent():
+    if is_further_process():
         return 0
     if asks_for_help(argv):
         print(training_help("sfumato plan", SUMMARY, own=(PlanOptions,)), end="")

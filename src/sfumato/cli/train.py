@@ -32,7 +32,7 @@ def run_training(
 
     For the arguments see `read_run_config`.
     """
-    if PLAN_FLAG in argv and is_silent():
+    if PLAN_FLAG in argv and is_further_process():
         return 0
     config = read_run_config(argv, program=program, summary=summary, defaults=defaults, absent=absent)
     if config is None:
@@ -57,12 +57,16 @@ def train_or_try(config: Config) -> None:
     from sfumato.train import train
 
     check_memory(config)
-    train(config)
+    saved = train(config)
+    if saved is not None and config.save.extract_lora_at_end is not None and not is_further_process():
+        from sfumato.tools.adapter_files.at_end import extract_at_end
+
+        print("\n".join(extract_at_end(config, saved)))
 
 
 def run_plan(config: Config) -> int:
     """Show the plan; gives the exit code that training would begin with."""
-    if is_silent():
+    if is_further_process():
         return 0
     from sfumato.tools.plan import show_plan
 
@@ -72,10 +76,11 @@ def run_plan(config: Config) -> int:
     return run_guarded(show, debug=config.log.debug)
 
 
-def is_silent() -> bool:
-    """Whether another process of this launch shows the plan.
+def is_further_process() -> bool:
+    """Whether another process of this launch is the first, which does what is done once.
 
-    The others end at once and well: torchrun stops all of them when one fails, before the first has said why.
+    With --plan the others end at once and well: torchrun stops all of them when one fails, before the first has said
+    why.
     """
     from sfumato.config.environment import read_launch
 

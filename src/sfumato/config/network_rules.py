@@ -86,6 +86,14 @@ _CONFLICTS = (
         fix="give --save_model_as safetensors",
     ),
     OptionRule(
+        code="extract-without-full-training",
+        severity="conflict",
+        options=("extract_lora_at_end", "method"),
+        is_broken=lambda c: not is_full(c) and c.save.extract_lora_at_end is not None,
+        what="--extract_lora_at_end makes a LoRA of a model that was trained whole, but none is",
+        fix="remove it, or give --method full",
+    ),
+    OptionRule(
         code="adapter-options-in-full-training",
         severity="conflict",
         options=("method", *ADAPTER_OPTIONS),

@@ -23,6 +23,11 @@ class SaveOptions(Options):
     save_model_as: Literal["ckpt", "pt", "safetensors", "diffusers", "diffusers_safetensors"] | None = option(
         None, "file format; default: safetensors, or a folder for a full model that was loaded from one"
     )
+    extract_lora_at_end: int | None = option(
+        None,
+        "after full training, also write what it has changed as a LoRA of this rank, beside the model: NAME_lora",
+        ge=1,
+    )
     use_safetensors: bool = option(
         False, "save as safetensors where --save_model_as is not given", no_effect="it is the default"
     )
