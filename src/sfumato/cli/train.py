@@ -57,11 +57,12 @@ def train_or_try(config: Config) -> None:
     from sfumato.train import train
 
     check_memory(config)
-    saved = train(config)
-    if saved is not None and config.save.extract_lora_at_end is not None and not is_further_process():
+    saved, rank = train(config), config.save.extract_lora_at_end
+    if saved is not None and rank is not None and not is_further_process():
         from sfumato.tools.adapter_files.at_end import extract_at_end
 
-        print("\n".join(extract_at_end(config, saved)))
+        output = saved.with_name(f"{config.save.output_name}_lora.safetensors")
+        print("\n".join(extract_at_end(config, saved, output, rank)))
 
 
 def run_plan(config: Config) -> int:
