@@ -55,7 +55,7 @@ REPLACED = r"--tag_replacement 'red_tag,red\, bright;blue_tag,blue' --caption_ex
 TAGGER_LINES = {  # -> the images that have tags afterwards
     f"{TAGGER} --batch_size 4 train": "ab",
     f"{TAGGER} train --onnx --repo_id SmilingWolf/wd-swinv2-tagger-v3 --batch_size 4": "ab",
-    f"{TAGGER} --onnx --repo_id SmilingWolf/wd-vit-tagger-v3 --thresh 0.35 --recursive --remove_underscore train": "abc",
+    f"{TAGGER} --onnx --repo_id SmilingWolf/wd-vit-tagger-v3 --recursive --remove_underscore train": "abc",
     f"{TAGGER} --onnx --general_threshold 0.4 --character_threshold 0.85 --caption_extension=.txt train": "ab",
     f"{TAGGER} --batch_size 8 --max_data_loader_n_workers 2 --undesired_tags 'red_tag,blue_tag' train --debug": "ab",
     f"{TAGGER} train --append_tags --frequency_tags --caption_separator ', '": "ab",
