@@ -82,9 +82,9 @@ def train_step(run: Run, step: Step) -> StepResult:
             loss = training_loss(
                 run.context, load_other_images(run, batch), load_latents(run, batch), step.real_samples, samples
             )
-        run.start_backward(step.index, loss)
-        run.scaler.scale(loss).backward()
         total_loss += loss.detach()
+        run.start_backward(step.index, total_loss, is_last=micro_step + 1 == len(step.batches))
+        run.scaler.scale(loss).backward()
     grad_norm, verdict = finish_step(run, step.index, total_loss)
     measured = run.outcomes.check.measure()
     run.scaler.update()

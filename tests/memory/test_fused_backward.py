@@ -115,6 +115,33 @@ def test_weights_and_state_are_the_same(kind: str, buckets: str) -> None:
     assert not torch.equal(find_weight(plain, "1.0"), before)
 
 
+@pytest.mark.parametrize("buckets", ["parameters", "blocks", "in main memory"])
+def test_gradients_of_several_batches_make_one_step(buckets: str) -> None:
+    """Bit for bit those of torch's own loop, with a layer that the last batch does not run."""
+    plain, net = make_net(), make_net()
+    offload = host_blocks(net) if buckets == "in main memory" else None
+    expected, optimizer = make_optimizer(plain, "AdamW"), make_optimizer(net, "AdamW")
+    fused = FusedBackward(optimizer, make_buckets(net, buckets), stepper=None, offload=offload, max_norm=0)
+    for step in range(2):
+        expected.zero_grad()
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for number in range(3):
+            for network in (plain, net):
+                x = torch.randn(4, 8, generator=torch.Generator().manual_seed(3 * step + number))
+                hidden = x if number == 2 else network[0](x)
+                loss = nn.Sequential(*list(network)[1:])(hidden).square().sum() / 3
+                if network is net:
+                    total += loss.detach()
+                    fused.start(step, total) if number == 2 else fused.accumulate()
+                loss.backward()
+        expected.step()
+        norm = fused.finish()
+        torch.testing.assert_close(norm, nn.utils.get_total_norm([each.grad for each in plain.parameters()]))  # pyright: ignore
+        assert_equal(net, plain)
+    assert_equal_states(optimizer, expected)
+
+
 @pytest.mark.parametrize("hosted", [False, True])
 def test_rounding_is_the_same(hosted: bool) -> None:
     """Of bfloat16 weights, whose noise depends on the step and the place of a parameter alone."""

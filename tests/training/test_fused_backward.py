@@ -12,7 +12,7 @@ from sfumato.cli.main import main
 from sfumato.config import load_config
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.plan import make_run_plan
-from toy_runs import equal_tensors, make_arguments, make_images, read_weights, train_toy
+from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 CACHED = {"cache_latents": True, "cache_text_encoder_outputs": True}
 FULL = {"method": "full", "network_dim": None, "learning_rate": "1e-4", **CACHED}
@@ -45,6 +45,19 @@ def test_resume(method: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) 
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("hosted", [{}, {"blocks_to_swap": 99}], ids=["device", "main memory"])
+def test_accumulated_gradients_make_the_same_steps(
+    hosted: dict[str, Any], toy_shelf: ToyShelf, images: Path, tmp_path: Path
+) -> None:
+    toy, options = toy_shelf.paths("flux"), {**FULL, **STEPS, "gradient_accumulation_steps": 2}
+    plain = train_toy(toy, images, tmp_path / "plain", **options)
+    fused = train_toy(toy, images, tmp_path / "fused", **options, **hosted, fused_backward_pass=True)
+    assert equal_tensors(read_weights(fused), read_weights(plain))
+    losses = [[row["loss/current"] for row in read_metrics(run)] for run in (plain, fused)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.full
 def test_a_state_of_a_run_without_it(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """The optimizer is the same, so that either goes on from the other's state."""
     toy, options = toy_shelf.paths("sdxl"), {**FULL, **STEPS}
@@ -58,7 +71,6 @@ def test_a_state_of_a_run_without_it(toy_shelf: ToyShelf, images: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"gradient_accumulation_steps": 2}, "fused-backward-accumulation"),
         ({"mixed_precision": "fp16"}, "fused-backward-fp16"),
         ({"fused_optimizer_groups": 3}, "fused-backward-given-twice"),
         ({"optimizer_type": "Prodigy"}, "fused-backward-optimizer"),

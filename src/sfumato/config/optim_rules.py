@@ -174,14 +174,6 @@ _CONFLICTS = (
         fix="keep one of them",
     ),
     OptionRule(
-        code="fused-backward-accumulation",
-        severity="conflict",
-        options=(*FUSED_OPTIONS, "gradient_accumulation_steps"),
-        is_broken=lambda c: c.optim.fuses_backward and c.loop.gradient_accumulation_steps > 1,
-        what="--gradient_accumulation_steps adds up gradients, which the fused backward pass does not keep",
-        fix="give a larger --train_batch_size instead, or remove one of them",
-    ),
-    OptionRule(
         code="fused-backward-fp16",
         severity="conflict",
         options=(*FUSED_OPTIONS, "mixed_precision"),
@@ -218,6 +210,15 @@ _CONFLICTS = (
 )
 
 _UNUSED = (
+    OptionRule(
+        code="fused-backward-accumulation",
+        severity="note",
+        options=(*FUSED_OPTIONS, "gradient_accumulation_steps"),
+        is_broken=lambda c: c.optim.fuses_backward and c.loop.gradient_accumulation_steps > 1,
+        what="with --gradient_accumulation_steps the fused backward pass keeps all gradients until a step's last batch "
+        "and saves no memory of them",
+        fix="a larger --train_batch_size needs none of it",
+    ),
     OptionRule(
         code="scheduler-type-takes-precedence",
         severity="no effect",

@@ -47,6 +47,8 @@ class FusedBackward:
         self.buckets = [Bucket(parameters=parameters) for parameters in buckets]
         self.stand_ins: Mapping[Tensor, nn.Parameter] = {} if offload is None else offload.stand_ins
         self._loss: Tensor | None = None  # of the step that runs; None outside of steps
+        self._accumulates = False  # whether gradients of the backward that runs wait for another one
+        self._waiting: set[nn.Parameter] = set()  # those with such gradients
         self._step = 0
         self._norms: list[Tensor] = []
         for bucket in self.buckets:
@@ -57,16 +59,23 @@ class FusedBackward:
             stepper.add_copies(self.stand_ins)
         self._place_state()
 
+    def accumulate(self) -> None:
+        """Call before a backward whose gradients wait for that of the step's last batch."""
+        self._accumulates = True
+
     def start(self, step: int, loss: Tensor) -> None:
-        """Call before the backward of the step with this index. loss: 0-d."""
+        """Call before the backward of the step with this index, of its last batch. loss: of all of them, 0-d."""
+        self._accumulates = False
         self._step, self._loss, self._norms = step, loss.detach(), []
 
     def finish(self) -> Tensor:
         """Call after backward: the rest takes its step. Gives the norm of all gradients before clipping, 0-d."""
         assert self._loss is not None
         for bucket in self.buckets:
+            bucket.ready += [parameter for parameter in bucket.parameters if parameter in self._waiting]
             if bucket.ready:
                 self._take_step(bucket)
+        self._waiting.clear()
         norms = [norm.to(self._loss.device) for norm in self._norms]
         self._loss = None
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
@@ -91,6 +100,10 @@ class FusedBackward:
 
     def _collect(self, bucket: Bucket, parameter: nn.Parameter, leaf: Tensor) -> None:
         """A gradient is there."""
+        if self._accumulates:
+            self._waiting.add(parameter)
+            return
+        self._waiting.discard(parameter)
         if self._loss is None:  # a backward that is no step's: what is left says whether the gradient was finite
             assert leaf.grad is not None
             norm = torch.linalg.vector_norm(leaf.grad, math.inf)

@@ -106,11 +106,18 @@ class Run:
         dtype = self.context.mixed_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def start_backward(self, step: int, loss: Tensor) -> None:
-        """Where the optimizer steps in backward, a step has begun that is complete only after it."""
-        if self.optimization.fused is not None:
-            self.mid_step = True
-            self.optimization.fused.start(step, loss)
+    def start_backward(self, step: int, loss: Tensor, *, is_last: bool) -> None:
+        """Where the optimizer steps in the backward of a step's last batch, that is complete only after it.
+
+        loss: of the step's batches up to this one.
+        """
+        if self.optimization.fused is None:
+            return
+        if not is_last:
+            self.optimization.fused.accumulate()
+            return
+        self.mid_step = True
+        self.optimization.fused.start(step, loss)
 
     def take_optimizer_step(self, step: int, taken: Tensor) -> None:
         """The optimizer's own step, where `taken`, 0-d bool on the device, holds."""
