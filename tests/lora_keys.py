@@ -17,7 +17,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 def golden(variant: str) -> Shapes:
     """Every key of a file of sd-scripts at rank 4, alpha 1, and its shape."""
-    return expand(json.loads((GOLDENS / f"{variant}.json").read_text()))
+    content = json.loads((GOLDENS / f"{variant}.json").read_text())
+    return golden(content["same_as"]) if "same_as" in content else expand(content)
 
 
 def shapes_in_file(adapters: Iterable[Adapter]) -> Shapes:
@@ -25,7 +26,7 @@ def shapes_in_file(adapters: Iterable[Adapter]) -> Shapes:
     shapes: Shapes = {}
     for adapter in adapters:
         for suffix, tensor in adapter.export_tensors().items():
-            shapes[f"{adapter.group.name}.{suffix}"] = tuple(tensor.shape)
+            shapes[f"{adapter.file_name}.{suffix}"] = tuple(tensor.shape)
     return shapes
 
 
@@ -34,6 +35,9 @@ def expand(content: Mapping[str, Any]) -> Shapes:
     for layers in content["layers"]:
         for pattern in layers["names"]:
             for name in names(pattern):
+                if "tensors" in layers:
+                    shapes |= {f"{name}.{end}": tuple(shape) for end, shape in layers["tensors"].items()}
+                    continue
                 shapes[f"{name}.alpha"] = ()
                 shapes[f"{name}.lora_down.weight"] = tuple(layers["down"])
                 shapes[f"{name}.lora_up.weight"] = tuple(layers["up"])
