@@ -58,6 +58,9 @@ the second column without a module is an argument of `networks.lora`; `dora_wd` 
 LoHa and LoKr, `train_norm` of all. All kinds go on from a file (`--network_weights`), resume bitwise, and are read by
 `sfumato generate`, `--base_weights` and `--frozen_lora`. The arguments of each are in [options.md](options.md).
 
+`algo=tlora` is refused: LyCORIS writes its matrices without the singular vectors that the change is a difference to,
+and without saying which they were, so that no program can tell from a file what it changes.
+
 `--network_dim` is the rank of some and the size or the number of blocks of others; where it cannot be, the error says
 what can. Megabytes are those of a bf16 file for the U-Net of Stable Diffusion XL without convolutions, with the
 `--network_dim` of the table and the arguments' defaults.

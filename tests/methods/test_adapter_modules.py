@@ -102,7 +102,8 @@ def test_arguments_of_ranks_have_no_effect_without_them() -> None:
 
 
 @pytest.mark.parametrize(("arguments", "code"), [
-    ({"algo": "lorka"}, "lycoris-algo-unknown"), ({"preset": "atn-mlp"}, "lycoris-preset-unknown"),
+    ({"algo": "lorka"}, "lycoris-algo-unknown"), ({"algo": "TLoRA"}, "lycoris-algo-refused"),
+    ({"preset": "atn-mlp"}, "lycoris-preset-unknown"),
     ({"preset": "mine.toml"}, "lycoris-preset-missing"),
     ({"train_llm_adapter": True}, "lycoris-arg-of-other-model"),
 ])  # fmt: skip

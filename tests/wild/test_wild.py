@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from families.toys import ToyShelf
-from sfumato.common.names import PLANNED_LYCORIS_ALGOS
 from sfumato.compat.launch import main as run_script
 from sfumato.compat.scripts import SCRIPTS
 from sfumato.config.schema import vocabulary
@@ -146,10 +145,8 @@ def test_it_trains_two_steps_and_saves(name: str, home: Path, tmp_path: Path, co
         assert all(file.read(key).isfinite().all() for key in file.header.tensors)
 
 
-def is_planned(name: str, text: str) -> bool:
-    """Whether an option, or the arguments in `text`, wait for a feature."""
-    if name == "network_args":
-        return any(f"algo={algo}" in text for algo in PLANNED_LYCORIS_ALGOS)
+def is_planned(name: str) -> bool:
+    """Whether an option waits for a feature."""
     option = vocabulary().get(name)
     return option is not None and bool(option.facts.planned)
 
@@ -161,7 +158,7 @@ def drop_planned(text: str) -> str:
         pieces: list[str] = []
         for piece in re.split(r"(?=--\w)", line) if "--" in line else [line]:
             name = piece.strip().removeprefix("--").replace("=", " ").partition(" ")[0]
-            if not is_planned(name, piece):
+            if not is_planned(name):
                 pieces.append(piece)
         kept.append("".join(pieces) or ("\\" if line.endswith("\\") else ""))
     return "\n".join(kept)

@@ -101,7 +101,9 @@ LYCORIS_CLASSES = {  # names of classes in a preset's file -> whole blocks, or a
     **dict.fromkeys(("FeedForward", "MLP", "CLIPMLP", "Gemma2MLP"), _FEED_FORWARD),
     **dict.fromkeys(("T5DenseGatedActDense", "T5LayerFF"), r"(^|\.)DenseReluDense\."),
 }
-PLANNED_LYCORIS_ALGOS = ("tlora", "abba")
+REFUSED_LYCORIS_ALGOS = {  # -> why
+    "tlora": "its files lack the singular vectors that its change is a difference to, and do not say which they were",
+}
 
 _OFT_LAYERS = LycorisPreset(has_convolutions=False, has_text_encoders=False, layers=_ATTENTION)
 MODULE_PRESETS = {  # --network_module -> the layers that it adapts, where these are not those of LoRA
@@ -110,8 +112,6 @@ MODULE_PRESETS = {  # --network_module -> the layers that it adapts, where these
 }
 MODULE_ARGUMENTS: dict[str, dict[str, Any]] = {"networks.oft_flux": {"divided": True}}  # which the name itself says
 MODULE_RANKS = {"networks.oft_v2": 32, "oft_v2": 32}  # of --network_dim, where it is another one
-
-OTHER_ADAPTERS = "the other adapters"
 
 OPTION_ALIASES = {  # old spelling -> option
     "caption_extention": "caption_extension",

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sfumato.common.names import LYCORIS_MODULES, OTHER_ADAPTERS, PLANNED_LYCORIS_ALGOS
 from sfumato.common.text import EMPTY, join_parts
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
@@ -18,7 +17,7 @@ from sfumato.config.paths import check_paths, suggest_path
 from sfumato.config.presets import read_preset_options
 from sfumato.config.rules import broken_rules
 from sfumato.config.schema import THEMES, Config, vocabulary
-from sfumato.config.values import get_last_part, parse_arguments
+from sfumato.config.values import get_last_part
 from sfumato.errors import Problems
 
 IMPLIED = {  # a switch that includes another
@@ -190,23 +189,10 @@ def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problem
     refused = set()
     for name, value in values.items():
         what, feature = places[name], vocabulary()[name].missing_feature(value)
-        if name == "network_args" and (algo := find_planned_algo(values)):
-            what, feature = f"{what} algo={algo}", OTHER_ADAPTERS
         if feature:
             refused.add(name)
             problems.add(f"{what} is not implemented yet (comes with {feature})", code="option-not-implemented")
     return refused
-
-
-def find_planned_algo(values: Mapping[str, Any]) -> str:
-    """The kind of adapter that LyCORIS' arguments ask for where it does not exist here yet; empty otherwise."""
-    if values.get("network_module") not in LYCORIS_MODULES:
-        return ""
-    try:
-        algo = str(parse_arguments(values["network_args"]).get("algo", "")).lower()
-    except ValueError:  # reported with the other values
-        return ""
-    return algo if algo in PLANNED_LYCORIS_ALGOS else ""
 
 
 def check_rules(config: Config, suspects: set[str], problems: Problems, skip_rules: Collection[str]) -> Config:

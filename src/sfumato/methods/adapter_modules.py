@@ -21,6 +21,7 @@ from sfumato.common.names import (
     MODULE_ARGUMENTS,
     MODULE_PRESETS,
     NETWORK_MODULES,
+    REFUSED_LYCORIS_ALGOS,
     LycorisPreset,
     find_default_rank,
 )
@@ -142,7 +143,13 @@ def read_lycoris(network: NetworkOptions, *, has_convolutions: bool, opt_ins: Co
 
 
 def read_algo(algo: Any) -> str:
-    """The kind of adapter; those of later are refused while the configuration is read."""
+    """The kind of adapter; UserError for one whose files no program can read exactly, and for unknown ones."""
+    if reason := REFUSED_LYCORIS_ALGOS.get(str(algo).lower()):
+        raise UserError(
+            f"--network_args algo={algo} is refused: {reason}",
+            code="lycoris-algo-refused",
+            fix="pissa=True with algo=lora starts from singular vectors, too, and its file is a LoRA",
+        )
     found = LYCORIS_ALGOS.get(str(algo).lower())
     if found is None:
         raise UserError(
