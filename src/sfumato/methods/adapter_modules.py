@@ -148,7 +148,7 @@ def read_algo(algo: Any) -> str:
         raise UserError(
             f"--network_args algo={algo} is refused: {reason}",
             code="lycoris-algo-refused",
-            fix="pissa=True with algo=lora starts from singular vectors, too, and its file is a LoRA",
+            fix="take another kind; docs/adapters.md says which start from singular vectors, too",
         )
     found = LYCORIS_ALGOS.get(str(algo).lower())
     if found is None:
