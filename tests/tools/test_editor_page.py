@@ -57,16 +57,33 @@ def editor(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.fixture(scope="module")
-def page(editor: tuple[subprocess.Popen[str], str], folder: Path) -> Iterator[Browser]:
+def browser(editor: tuple[subprocess.Popen[str], str], folder: Path) -> Iterator[Browser]:
     with open_browser(folder.parent / "profile") as browser:
-        browser.resize(1280, 800)
         browser.open(editor[1])
-        wait_until_ready(browser)
         yield browser
+
+
+@pytest.fixture
+def page(browser: Browser) -> Browser:
+    """All images are shown, and nothing has been changed, whatever the test before did."""
+    browser.resize(1280, 800)
+    browser.run("sessionStorage.clear()")
+    reload(browser)
+    browser.run("fetch('move', {method: 'POST', headers: {'Content-Type': 'application/json'}, "
+                "body: JSON.stringify({direction: 'undo', steps: 1000})}).then(answer => answer.ok)")  # fmt: skip
+    browser.wait("document.getElementById('undo').disabled")
+    return browser
 
 
 def wait_until_ready(page: Browser) -> None:
     page.wait("document.body.dataset.ready === '' && !document.getElementById('progress').textContent")
+
+
+def reload(page: Browser) -> None:
+    page.run("window.isOld = true")
+    page.send("Page.reload")
+    page.wait("!window.isOld")
+    wait_until_ready(page)
 
 
 def read_disk(folder: Path) -> dict[str, str]:
@@ -160,9 +177,7 @@ def test_filter_change_many_undo_and_reload(page: Browser, folder: Path) -> None
     page.press("z")
     page.wait("document.querySelectorAll('.toast').length && !document.getElementById('redo').disabled")
     assert check_shown(page, folder) == changed
-    page.send("Page.reload")
-    page.wait("!document.body?.dataset.ready")
-    wait_until_ready(page)
+    reload(page)
     assert check_shown(page, folder) == changed  # and the history is still there
     page.click("#undo")
     page.wait("document.getElementById('undo').disabled")
@@ -245,9 +260,7 @@ def test_what_another_program_wrote_is_not_lost(page: Browser, folder: Path) -> 
     page.wait("!document.getElementById('conflict').hidden")
     assert file.read_text() == "theirs\n"
     assert page.run("document.getElementById('theirs').textContent") == "theirs"
-    page.send("Page.reload")  # what was written survives
-    page.wait("!document.body?.dataset.ready")
-    wait_until_ready(page)
+    reload(page)  # what was written survives
     assert page.run("document.getElementById('caption').value") == before.strip() + " mine"
     page.wait("!document.getElementById('conflict').hidden")
     page.click("#take-theirs")
@@ -269,11 +282,12 @@ def test_what_another_program_wrote_is_not_lost(page: Browser, folder: Path) -> 
 
 def test_on_a_phone(page: Browser, folder: Path) -> None:
     page.resize(390, 844, mobile=True)
-    page.wait("document.querySelectorAll('.card').length > 8")
+    page.wait("getComputedStyle(document.getElementById('detail')).visibility === 'hidden'")
     assert page.run("document.documentElement.scrollWidth") == 390
     assert len(set(page.run("[...document.querySelectorAll('.card')].map(card => card.style.left)"))) == 3
     page.click(".card[data-place='4']")
     page.wait("getComputedStyle(document.getElementById('detail')).visibility === 'visible'")
+    page.wait("document.getElementById('name').textContent === 'img004.jpg'")
     page.wait("document.getElementById('view').naturalWidth === 96")
     page.click("#caption")
     page.type(", on a phone")
@@ -282,7 +296,6 @@ def test_on_a_phone(page: Browser, folder: Path) -> None:
     assert (folder / "img004.txt").read_text().count(", on a phone") == 1
     page.click("#undo")
     page.wait("document.getElementById('undo').disabled")
-    page.resize(1280, 800)
 
 
 def test_ctrl_c_ends_it(page: Browser, editor: tuple[subprocess.Popen[str], str]) -> None:
