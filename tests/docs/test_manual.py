@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.commands import ROOT, find_reason, list_pieces, read_command
+from docs.commands import ROOT, SMALL, find_reason, list_pieces, read_command
 from docs.home import make_home
 from families.toys import ToyShelf
 from pages import page_maker
@@ -36,6 +36,7 @@ LINKED = (  # pages that people link to
     "wd14_tagger_README-en", "wd14_tagger_README-ja", "gen_img_README", "validation", "fine_tune",
     "train_textual_inversion",
 )  # fmt: skip
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "train").glob("*.toml") if path.stem != "dataset")
 ELSEWHERE = {  # options of torchrun, accelerate and of our scripts that measure
     "help", "nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint", "num_processes", "only", "page", "reference",
 }  # fmt: skip
@@ -71,6 +72,16 @@ def test_every_command_of_a_page_runs(
             script, arguments = read_command(piece.words)
             code = run_script([script, *arguments]) if script else sfumato(arguments)
             assert code == 0, piece.text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_trains(name: str, full_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(full_home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["train", "--config_file", f"examples/train/{name}.toml", *SMALL, "--output_dir", str(tmp_path / "out")]
+    assert sfumato(words) == 0
+    assert list((tmp_path / "out").glob("*.safetensors"))
 
 
 def shrink_file(text: str) -> str:

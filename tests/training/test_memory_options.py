@@ -23,9 +23,18 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
             "mixed_precision": "bf16",
             "optimizer_type": "AdaFactor", "optimizer_args": ["relative_step=False", "scale_parameter=False"],
         },
+        "textual inversion": {
+            "method": "textual_inversion", "network_dim": None, "learning_rate": "1e-2", "token_string": "zwx",
+            "use_object_template": True, "cache_text_encoder_outputs": False,
+        },
+        "control net": {"method": "control_net", "network_dim": None, "learning_rate": "1e-3"},
+        "lllite": {"method": "lllite", "network_dim": 8, "cond_emb_dim": 4},
     },
     "weights": {"as read": {}, "fp8": {"fp8_scaled": True}, "nf4": {"nf4_base": True}},
-    "blocks": {"device": {}, "some": {"blocks_to_swap": 2}, "all": {"blocks_to_swap": 99}},
+    "blocks": {
+        "device": {}, "some": {"blocks_to_swap": 2}, "all": {"blocks_to_swap": 99},
+        "in the file": {"blocks_to_swap": 99, "stream_blocks": True},
+    },
     "recomputed": {
         "none": {},
         "every second": {"checkpoint_every": 2},
@@ -40,6 +49,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "end": {"whole": {}, "resumed": {"save_state": True, "save_every_n_steps": 1}},
 }  # fmt: skip
+METHOD_FAMILIES = {"control net": ("sd", "sdxl", "sd3", "flux"), "lllite": ("sdxl",)}
 WHAT_TRAINS = ("family", "method", "weights")
 SHARED = {"max_train_steps": 2, "max_bucket_reso": 64, "max_grad_norm": 0}
 SHARED |= {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -47,8 +57,14 @@ SHARED |= {"cache_latents": True, "cache_text_encoder_outputs": True}
 
 def is_possible(row: Mapping[str, str]) -> bool:
     """A whole model's blocks in main memory step within backward, and its weights have all their bits."""
-    trains_whole = row.get("method", "adapter") != "adapter"
-    if trains_whole and row.get("weights", "as read") != "as read":
+    method = row.get("method", "adapter")
+    if row.get("family", "sdxl") not in METHOD_FAMILIES.get(method, AXES["family"]):
+        return False
+    trains_whole = method.startswith("full")
+    has_all_bits = row.get("weights", "as read") == "as read"
+    if (trains_whole and not has_all_bits) or (
+        row.get("blocks") == "in the file" and (trains_whole or not has_all_bits)
+    ):
         return False
     return not (trains_whole and row.get("blocks", "device") != "device" and row.get("step") == "after")
 
@@ -67,10 +83,12 @@ def plain() -> dict[tuple[str, ...], dict[str, Tensor]]:
     return {}
 
 
-def collect_options(row: Mapping[str, str]) -> dict[str, Any]:
+def collect_options(row: Mapping[str, str], images: Path) -> dict[str, Any]:
     options: dict[str, Any] = dict(SHARED)
     for axis, value in row.items():
         options |= AXES[axis][value]
+    if row["method"] in METHOD_FAMILIES:
+        options["conditioning_data_dir"] = images / "2_cat"  # each image is its own control image
     return options
 
 
@@ -82,8 +100,8 @@ def test_weights_are_the_same(
     toy, trained = toy_shelf.paths(row["family"]), {axis: row[axis] for axis in WHAT_TRAINS}
     key = tuple(trained.values())
     if key not in plain:
-        plain[key] = read_weights(train_toy(toy, images, tmp_path / "plain", **collect_options(trained)))
-    options = collect_options(row)
+        plain[key] = read_weights(train_toy(toy, images, tmp_path / "plain", **collect_options(trained, images)))
+    options = collect_options(row, images)
     output = train_toy(toy, images, tmp_path / "out", **options)
     assert equal_tensors(read_weights(output), plain[key])
     if row["end"] == "resumed":
