@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     return run_guarded(lambda: run_script(argv), debug="--debug" in argv)
 
 
-def list_scripts() -> list[str]:
+def list_script_names() -> list[str]:
     """The names of all scripts."""
     return [*SCRIPTS, *CACHE_TOOLS, *FILE_TOOLS, *IMAGE_TOOLS]
 
@@ -38,7 +38,7 @@ def list_scripts() -> list[str]:
 def run_script(argv: Sequence[str]) -> int:
     """Run the script that the first word names with the options that follow."""
     if not argv or argv[0] in HELP_FLAGS:
-        lines = [f"  {name}\n" for name in list_scripts()]
+        lines = [f"  {name}\n" for name in list_script_names()]
         sys.stdout.write(f"usage: python -m sfumato.compat SCRIPT [--option value ...]\n\nscripts:\n{''.join(lines)}")
         return 0
     if argv[0].startswith("-"):
