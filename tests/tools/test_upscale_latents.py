@@ -112,3 +112,25 @@ def test_the_command_without_a_correction_is_the_autoencoder_of_diffusers(tmp_pa
         expected = vae.decode(vae.encode(larger).latent_dist.mode()).sample[0].clamp(-1, 1)
     found = np.asarray(Image.open(tmp_path / "out" / "a_upscaled.png")).astype(float) / 127.5 - 1
     assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() < 1.5 / 127.5
+
+
+@pytest.mark.full
+def test_the_hires_fix_of_gen_img_goes_through_the_network(tmp_path: Path, codes: list[str]) -> None:
+    """A network that corrects nothing makes the image of the plain hires fix, another one another image."""
+    toy = write_toy("sd", tmp_path / "toy")["pretrained_model_name_or_path"]
+    line = ["gen_img", "--ckpt", toy, "--prompt", "a cat --w 128 --h 128", "--highres_fix_scale", "0.5", "--seed", "2"]
+    line += ["--highres_fix_steps", "2", "--steps", "2", "--strength", "0.6", "--sequential_file_name"]
+    module = ["--highres_fix_upscaler", "tools.latent_upscaler"]
+    images = {}
+    for name in ("plain", "silent", "loud"):
+        weights = tmp_path / f"{name}.safetensors"
+        save_file(make_weights(silent=name == "silent"), weights)
+        more = [] if name == "plain" else [*module, "--highres_fix_upscaler_args", f"weights={weights}"]
+        assert launch([*map(str, line), *more, "--outdir", str(tmp_path / name)]) == 0
+        (path,) = (tmp_path / name).iterdir()
+        images[name] = np.asarray(Image.open(path)).astype(int)
+        assert str(tmp_path) not in str(Image.open(path).info)
+    assert np.abs(images["silent"] - images["plain"]).max() <= 1
+    assert np.abs(images["loud"] - images["plain"]).max() > 1
+    assert launch([*map(str, line), *module, "--outdir", str(tmp_path / "none")]) == 2
+    assert codes == ["gen-img-upscaler-without-weights"]

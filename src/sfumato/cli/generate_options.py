@@ -72,6 +72,9 @@ class StartOptions(Options):
     )
     highres_fix_save_1st: bool = option(False, "save the smaller image, too")
     highres_fix_latents_upscaling: bool = option(False, "enlarge the latents, not the image")
+    highres_fix_upscaler: Annotated[str, Metavar("FILE")] | None = option(
+        None, "weights of sd-scripts' latent upscaler, which sharpens the enlarged image's latents"
+    )
 
 
 class LargeImageOptions(Options):

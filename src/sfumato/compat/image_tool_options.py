@@ -15,6 +15,7 @@ from sfumato.errors import UserError
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("TEXT ...")]
 MIXED_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
+UPSCALER_MODULES = ("tools.latent_upscaler", "latent_upscaler")
 CHUNK_TOKENS, MOST_CHUNKS = 75, 3
 WITHOUT_CONTROL = "a ControlNet acts in all steps, at full strength, with the control image as it is"
 NOISE = "a model's own noise is never changed when images are made"
@@ -26,9 +27,6 @@ ABSENT_IN_GEN_IMG = {
     **dict.fromkeys(("noise_offset_prob", "noise_offset_range"), NOISE),
     **dict.fromkeys(("clip_guidance_scale", "clip_image_guidance_scale", "clip_vision_strength"), "no CLIP guides it"),
     **dict.fromkeys(("vgg16_guidance_scale", "vgg16_guidance_layer"), "no VGG16 guides it"),
-    **dict.fromkeys(
-        ("highres_fix_upscaler", "highres_fix_upscaler_args"), "images or latents are enlarged without a network"
-    ),
     "XTI_embeddings": "it is out of use",
     "network_show_meta": "`sfumato lora inspect FILE` shows it",
     "network_regional_mask_max_color_codes": "adapters act on the whole image",
@@ -50,6 +48,7 @@ class GenImgOptions(Options):
     network_pre_calc: bool = option(False, "add the adapters to the weights before each image")
     no_preview: bool = option(False, "show no images in a window")
     opt_channels_last: bool = option(False, "order memory by channels last")
+    highres_fix_upscaler_args: Texts = option((), "weights=FILE, with --highres_fix_upscaler tools.latent_upscaler")
     vae_slices: int | None = option(None, "slices of an image that are decoded at a time")
     vae_batch_size: float | None = option(None, "images that are decoded at a time")
 
@@ -70,8 +69,6 @@ class GenImgAbsentOptions(Options):
     clip_vision_strength: Texts = option((), "refused")
     vgg16_guidance_scale: Texts = option((), "refused")
     vgg16_guidance_layer: Texts = option((), "refused")
-    highres_fix_upscaler: Texts = option((), "refused")
-    highres_fix_upscaler_args: Texts = option((), "refused")
     XTI_embeddings: Texts = option((), "refused")
     network_regional_mask_max_color_codes: Texts = option((), "refused")
     emb_normalize_mode: Texts = option((), "refused")
@@ -167,9 +164,25 @@ def take_gen_img(options: GenImgOptions, line: CommandLine) -> tuple[dict[str, A
     if (options.max_embeddings_multiples or 1) > 1:
         tokens = CHUNK_TOKENS * (options.max_embeddings_multiples or 1)
         line.set_option("max_token_length", tokens, place="--max_embeddings_multiples")
+    own = take_upscaler(options, line)
     size = 1024 if options.sdxl else 512
     defaults: dict[str, Any] = {"sample_steps": 50, "scale": 7.5}
-    return {}, defaults if line.own.get("image_path") else {**defaults, "width": size, "height": size}
+    return own, defaults if line.own.get("image_path") else {**defaults, "width": size, "height": size}
+
+
+def take_upscaler(options: GenImgOptions, line: CommandLine) -> dict[str, Any]:
+    """The network that is named by its module and its arguments there is one file of weights here."""
+    module = line.own.get("highres_fix_upscaler")
+    if module is None or module.removesuffix(".py").replace("/", ".") not in UPSCALER_MODULES:
+        return {}
+    given = [text.removeprefix("weights=") for text in options.highres_fix_upscaler_args if text.startswith("weights=")]
+    if not given:
+        line.problems.add(
+            f"--highres_fix_upscaler {module} needs its weights",
+            code="gen-img-upscaler-without-weights",
+            fix="--highres_fix_upscaler_args weights=FILE",
+        )
+    return {"highres_fix_upscaler": given[0] if given else None}
 
 
 def take_minimal(options: Any, line: CommandLine) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -75,6 +75,7 @@ class Prompt:
     highres_fix_strength: float | None = None  # of the first stage, where it starts from an image
     highres_fix_save_1st: bool | None = None
     highres_fix_latents_upscaling: bool | None = None
+    highres_fix_upscaler: str | None = None  # weights of a network that sharpens the enlarged image's latents
     file_name: str | None = None
     unset: tuple[str, ...] = ()  # fields that have no value here, whatever the defaults
     notes: tuple[str, ...] = ()  # what was ignored in the file, and why

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.families.base import Family
 from sfumato.families.encoding import decode_latents, encode_images
+from sfumato.sampling.latent_upscaler import load_upscaler, upscale_images
 from sfumato.sampling.request import ImageRequest
 
 SIZE_STEP = 32  # pixels, of the first stage
@@ -37,5 +39,8 @@ def enlarge(model: Family, latents: Tensor, request: ImageRequest) -> Tensor:
         size = (request.height // model.latents.downscale, request.width // model.latents.downscale)
         return F.interpolate(latents, size=size, mode="bilinear")
     images = decode_latents(model, latents).clamp(-1, 1)
+    if settings.highres_fix_upscaler:
+        network = load_upscaler(Path(settings.highres_fix_upscaler))
+        return upscale_images(model, network, images, (request.height, request.width))
     larger = F.interpolate(images, size=(request.height, request.width), mode="bicubic", antialias=True).clamp(-1, 1)
     return encode_images(model, larger, None, vae_batch_size=1).to(model.device)

@@ -54,6 +54,7 @@ class HighresFix:
     highres_fix_steps: int = HIGHRES_STEPS
     highres_fix_strength: float | None = None  # of the first stage where it starts from an image; None: the same
     highres_fix_latents_upscaling: bool = False  # its latents are enlarged, not its image
+    highres_fix_upscaler: str | None = None  # weights of a network that sharpens the latents of the enlarged image
 
 
 Settings = TypeVar("Settings")

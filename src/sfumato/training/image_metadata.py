@@ -81,7 +81,7 @@ def list_settings(request: ImageRequest) -> dict[str, object]:
     further["network_mul"] = request.multipliers or None
     for settings in (request.start, request.sizes, request.shrink, request.growth, request.highres):
         further |= {} if settings is None else vars(settings)
-    for name in ("init_image", "mask_image"):
+    for name in ("init_image", "mask_image", "highres_fix_upscaler"):
         further[name] = strip_paths(str(further.get(name) or ""))
     return values | {name: value for name, value in further.items() if value not in (None, "")}
 
