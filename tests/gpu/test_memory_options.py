@@ -19,6 +19,7 @@ SHARED: dict[str, Any] = {"optimizer_type": "SGD", "max_train_steps": 6, "max_gr
 OPTIONS: dict[str, dict[str, Any]] = {
     "some blocks in main memory": {"blocks_to_swap": 2},
     "all blocks and their inputs in main memory": {"blocks_to_swap": 99, "cpu_offload_checkpointing": True},
+    "all blocks in the file": {"blocks_to_swap": 99, "stream_blocks": True},
     "every second block recomputed": {"checkpoint_every": 2},
     "whole model, steps within backward": {**FULL, "fused_backward_pass": True},
     "whole model, in main memory": {**FULL, "fused_backward_pass": True, "blocks_to_swap": 99},
