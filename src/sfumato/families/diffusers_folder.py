@@ -116,7 +116,8 @@ def _write_others(model: Family, folder: Path, pipeline: Pipeline) -> Iterator[t
     import diffusers
 
     options = {**model.objective.scheduler_options(), **pipeline.scheduler_options}
-    vars(diffusers.schedulers)[pipeline.scheduler](**options).save_pretrained(folder / "scheduler")
+    scheduler = getattr(diffusers, pipeline.scheduler)  # its modules load what they hold when it is asked for
+    scheduler(**options).save_pretrained(folder / "scheduler")
     yield "scheduler", ["diffusers", pipeline.scheduler]
     for name, part in zip(pipeline.tokenizers, model.text_parts, strict=True):
         tokenizer = model.tokenizers[part]

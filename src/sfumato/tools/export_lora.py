@@ -23,7 +23,7 @@ from sfumato.formats.groups import make_adapter_name
 from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import DIFFUSERS_KEY
 from sfumato.tools.adapter_files.models import KnownFiles, match_files
-from sfumato.tools.adapter_files.outputs import find_widest_dtype
+from sfumato.tools.adapter_files.outputs import check_space, count_tensor_bytes, find_widest_dtype
 
 Program = Literal["kohya", "diffusers", "aitoolkit", "comfyui"]
 
@@ -71,6 +71,7 @@ def export_lora(
         tensors = rename_for_comfyui(routes, precision)
     metadata = {name: value for name, value in file.metadata.items() if name != DIFFUSERS_KEY}
     replaced = target.exists()
+    check_space(target, count_tensor_bytes(tensors, None))
     write_safetensors(target, tensors, add_hashes({"format": "pt", **metadata}, tensors))
     print(f"{target}{' (replaced)' if replaced else ''}: {summarize_routes(routes, tensors, program)}")
     if program in ("diffusers", "aitoolkit") and not any(route.comfyui_name != route.match.name for route in routes):

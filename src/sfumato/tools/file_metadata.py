@@ -13,6 +13,7 @@ from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.hashes import HASH_KEYS, add_hashes
 from sfumato.formats.header import read_header
 from sfumato.formats.metadata import keep_minimum
+from sfumato.tools.adapter_files.outputs import check_space
 
 SAFETENSORS = ".safetensors"
 
@@ -57,6 +58,7 @@ def write_metadata(path: Path, output: Path, metadata: Mapping[str, str]) -> str
         )
     replaced = " (replaced)" if output.exists() else ""
     with TensorFile(path) as file:
+        check_space(output, sum(info.nbytes for info in file.header.tensors.values()))
         had_hashes = HASH_KEYS[0] in file.header.metadata
         own = {name: value for name, value in metadata.items() if name not in HASH_KEYS}
         if had_hashes:

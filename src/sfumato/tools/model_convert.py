@@ -14,13 +14,20 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.errors import UserError
 from sfumato.families import register_families
 from sfumato.families.base import Family, find_family
-from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, close_files, iterate_stored, save_single_file
+from sfumato.families.checkpoint_saving import (
+    TensorEntries,
+    TensorEntry,
+    close_files,
+    count_saved_bytes,
+    iterate_stored,
+    save_single_file,
+)
 from sfumato.families.diffusers_folder import save_folder
 from sfumato.families.part import Network
 from sfumato.families.source import Source, open_source
 from sfumato.formats.checkpoint import TOOL_DTYPES, open_checkpoint
 from sfumato.tools.adapter_files.models import list_input_paths
-from sfumato.tools.adapter_files.outputs import SUFFIXES, check_output, make_spec_entries, write_checkpoint
+from sfumato.tools.adapter_files.outputs import SUFFIXES, check_output, check_space, make_spec_entries, write_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,7 @@ def write_whole_model(
             fix=f"{request.output}.safetensors",
         )
     model = family(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
+    check_space(request.output, count_saved_bytes(blueprint, (), TOOL_DTYPES[request.precision]))
     save = save_single_file if is_file else save_folder
     save(model, request.output, metadata, TOOL_DTYPES[request.precision], changed={})
     close_files(blueprint)

@@ -50,6 +50,7 @@ def merge_models(request: SumRequest) -> list[str]:
     with ExitStack() as stack:
         files = [stack.enter_context(open_checkpoint(path)) for path in request.models]
         names = [{normalize_key(key): key for key in file.header.tensors} for file in files]
+        check_common_keys(request.models, names)
         entries: dict[str, TensorEntry] = {}
         lines = [f"{path} x {ratio:g}" for path, ratio in zip(request.models, ratios, strict=True)]
         for plain, key in names[0].items():
@@ -73,6 +74,18 @@ def normalize_key(key: str) -> str:
     if key.startswith(OLD_ENCODER) and not key.startswith(ENCODER):
         return ENCODER + key.removeprefix(OLD_ENCODER)
     return key
+
+
+def check_common_keys(models: Sequence[Path], names: Sequence[dict[str, str]]) -> None:
+    """UserError for a model that shares hardly any key with the first, so that it would count for nothing."""
+    for path, own in zip(models[1:], names[1:], strict=True):
+        common = len(own.keys() & names[0].keys())
+        if 2 * common < min(len(own), len(names[0])):
+            raise UserError(
+                f"{path} shares {common} of its {len(own)} tensors with {models[0]}, which has {len(names[0])}",
+                code="models-of-several-kinds",
+                fix="give models of one family, in one layout (sfumato model convert)",
+            )
 
 
 def check_same_shapes(found: Sequence[tuple[Checkpoint, str | None]], info: TensorInfo, key: str) -> None:

@@ -68,6 +68,11 @@ def check_space(output: Path, size: int) -> None:
     check_disk_space(output.parent, [DiskNeed("files", 1, size)], mine=output.name)
 
 
+def count_tensor_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
+    """Bytes of tensors, all of them in `dtype`; None: each in its own."""
+    return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors.values())
+
+
 def count_entry_bytes(entries: Mapping[str, TensorEntry], dtype: torch.dtype | None) -> int:
     """Bytes of all tensors, floating-point ones in `dtype`."""
     total = 0
@@ -142,7 +147,7 @@ def write_adapter(
         if tensor.is_floating_point() and (dtype or tensor.dtype) in NARROW:
             check_range(path, name, tensor, dtype or tensor.dtype)
     replaced = path.exists()
-    check_space(path, sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors.values()))
+    check_space(path, count_tensor_bytes(tensors, dtype))
     write_adapter_file(path, tensors, metadata, dtype)
     return f"{path}{' (replaced)' if replaced else ''}"
 
