@@ -25,7 +25,7 @@ CASES = {
     "adapter-options-in-full-training": ("--method full --network_dim 4", "--method full"),
     "extract-without-full-training": ("--extract_lora_at_end 4", "--method full --extract_lora_at_end 4"),
     "full-options-in-adapter-training": ("--block_lr 1e-5,0", "--method full --block_lr 1e-5,0"),
-    "cond-emb-dim-unused": ("--cond_emb_dim 16", "--method lllite --cond_emb_dim 16"),
+    "lllite-options-unused": ("--cond_emb_dim 16", "--method lllite --cond_emb_dim 16 --lllite_use_aspp"),
     "control-net-options-unused": ("--control_net_lr 1e-5", "--method control_net --control_net_lr 1e-5"),
     "learning-rate-before-control-net-lr": (
         "--method control_net --control_net_lr 1e-5 --learning_rate 1e-4",

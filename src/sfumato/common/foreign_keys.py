@@ -53,9 +53,7 @@ FOREIGN_KEYS: dict[str, tuple[str, ...]] = {  # kind -> keys
     OTHER_SCRIPT: (
         # ControlNet, LLLite
         "cond_in_channels", "control_net_lllite_path",
-        "lllite_cond_dim", "lllite_cond_emb_dim", "lllite_cond_in_channels", "lllite_cond_resblocks",
-        "lllite_dropout", "lllite_inpaint_masked_input", "lllite_mlp_dim", "lllite_multiplier",
-        "lllite_target_layers", "lllite_use_aspp",
+        "lllite_cond_emb_dim", "lllite_cond_in_channels", "lllite_inpaint_masked_input", "lllite_multiplier",
         # HunyuanImage and Anima
         "attn_mode", "byt5", "cross_attn_lr", "fp8_vl", "llm_adapter_lr", "llm_adapter_path", "mlp_lr",
         "mod_lr", "qwen3", "qwen3_max_token_length", "qwen_image_vae_2d", "self_attn_lr", "split_attn",

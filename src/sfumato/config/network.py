@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from sfumato.common.extensions import ADAPTERS_GROUP, is_extension
+from sfumato.common.layer_kinds import DEFAULT_LAYERS, KIND_PRESETS, LAYER_KINDS, check_layer_kinds
 from sfumato.common.names import LYCORIS_MODULES, NETWORK_MODULES
 from sfumato.common.registry import did_you_mean
 from sfumato.config.base import Options, option
@@ -36,7 +37,6 @@ class NetworkOptions(Options):
     network_train_unet_only: bool = option(False, "train only the denoiser")
     network_train_text_encoder_only: bool = option(False, "train only the text encoders")
     network_dropout: float | None = option(None, "dropout probability inside the adapter", ge=0, lt=1)
-    cond_emb_dim: int | None = option(None, "channels that LLLite reads of a control image; default: 32", ge=2)
     scale_weight_norms: float | None = option(None, "maximum norm of a layer's weight change", gt=0)
     base_weights: FilePaths = option((), "adapter files or folders merged into the model before training", path="any")
     base_weights_multiplier: Floats = option((), "multipliers of --base_weights, in their order; 1 where missing")
@@ -46,6 +46,22 @@ class NetworkOptions(Options):
         path="any",
         repeatable=True,
     )
+
+
+class LLLiteOptions(Options):
+    """ControlNet-LLLite"""
+
+    cond_emb_dim: int | None = option(None, "channels that LLLite reads of a control image; default: 32", ge=2)
+    lllite_version: int | None = option(
+        None, "structure: 1 is for UNets, 2 for every model; default: 1 for UNets, else 2", ge=1, le=2
+    )
+    lllite_target_layers: Annotated[str, AfterValidator(check_layer_kinds)] = option(
+        DEFAULT_LAYERS,
+        f"layers that version 2 changes: {', '.join(KIND_PRESETS)}, or a list of {', '.join(LAYER_KINDS)}",
+    )
+    lllite_cond_dim: int = option(64, "channels inside the network that reads the control image (version 2)", ge=2)
+    lllite_cond_resblocks: int = option(1, "residual blocks of that network", ge=0)
+    lllite_use_aspp: bool = option(False, "that network also sees at several distances, and the image's mean")
 
 
 class LecoOptions(Options):

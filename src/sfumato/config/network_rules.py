@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sfumato.config.network import FullOptions, NetworkOptions
+from sfumato.config.network import FullOptions, LLLiteOptions, NetworkOptions
 from sfumato.config.option_rule import OptionRule
 from sfumato.config.schema import Config
 
@@ -15,8 +15,8 @@ def is_full(config: Config) -> bool:
     return config.run.method == "full"
 
 
-LLLITE_OPTIONS = ("network_dim", "network_dropout", "network_weights", "cond_emb_dim")
-ADAPTER_OPTIONS = tuple(name for name in NetworkOptions.model_fields if name != "cond_emb_dim")
+LLLITE_OPTIONS = ("network_dim", "network_dropout", "network_weights")  # beside its own
+ADAPTER_OPTIONS = tuple(NetworkOptions.model_fields)
 OTHER_ADAPTER_OPTIONS = tuple(name for name in ADAPTER_OPTIONS if name not in LLLITE_OPTIONS)
 
 
@@ -214,11 +214,11 @@ _CONTROL_NET = (
         fix="give --method control_net, or remove them",
     ),
     OptionRule(
-        code="cond-emb-dim-unused",
+        code="lllite-options-unused",
         severity="no effect",
-        options=("method", "cond_emb_dim"),
-        is_broken=lambda c: c.run.method != "lllite" and c.network.cond_emb_dim is not None,
-        what="--cond_emb_dim",
+        options=("method", *LLLiteOptions.model_fields),
+        is_broken=lambda c: c.run.method != "lllite" and c.is_changed(*LLLiteOptions.model_fields),
+        what="--cond_emb_dim and the options of lllite_",
         reason="LLLite is not trained",
         fix="give --method lllite, or remove it",
     ),

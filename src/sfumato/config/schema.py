@@ -17,7 +17,7 @@ from sfumato.config.evaluation import SampleOptions, ValidationOptions
 from sfumato.config.log import LogOptions
 from sfumato.config.memory import MemoryOptions
 from sfumato.config.model import ModelOptions
-from sfumato.config.network import FullOptions, LecoOptions, NetworkOptions
+from sfumato.config.network import FullOptions, LecoOptions, LLLiteOptions, NetworkOptions
 from sfumato.config.noise import LossOptions, NoiseOptions
 from sfumato.config.optim import EmaOptions, OptimOptions
 from sfumato.config.option_table import OptionTable, make_option_table
@@ -30,6 +30,7 @@ THEMES: dict[str, type[Options]] = {
     "network": NetworkOptions,
     "full": FullOptions,
     "embedding": EmbeddingOptions,
+    "lllite": LLLiteOptions,
     "leco": LecoOptions,
     "dataset": DatasetOptions,
     "buckets": BucketOptions,
@@ -77,6 +78,7 @@ class Config(Options):
     network: NetworkOptions = NetworkOptions()
     full: FullOptions = FullOptions()
     embedding: EmbeddingOptions = EmbeddingOptions()
+    lllite: LLLiteOptions = LLLiteOptions()
     leco: LecoOptions = LecoOptions()
     dataset: DatasetOptions = DatasetOptions()
     buckets: BucketOptions = BucketOptions()

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sfumato.common.layer_kinds import FEED_FORWARD, KEYS, QUERIES
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._flux_files import Transformer
 from sfumato.families._flux_parts import keep_time_exact
-from sfumato.families.part import DENOISER_NAMES, PartSpec
+from sfumato.families.part import DENOISER_NAMES, Network, PartSpec
+from sfumato.formats.controlled import ControlledLayer, LayerPattern, list_transformer_layers
 from sfumato.formats.keymap import KeyMap, KeyRule
 
 DOUBLE, SINGLE = "transformer_blocks.{n}.", "single_transformer_blocks.{n}."
@@ -117,6 +119,21 @@ def make_part_spec(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds
         blocks=(DOUBLE[:-1], SINGLE[:-1]),
         row_split=split_flux_rows,
     )
+
+
+_CONTROLLED = (
+    LayerPattern(kind=QUERIES, paths=f"{DOUBLE}attn.to_q"),
+    LayerPattern(kind=KEYS, paths=f"{DOUBLE}attn.to_k|{DOUBLE}attn.to_v"),
+    LayerPattern(kind=FEED_FORWARD, paths=f"{DOUBLE}ff.net.0.proj"),
+    LayerPattern(kind=QUERIES, paths=f"{SINGLE}attn.to_q", follows_text=True),
+    LayerPattern(kind=KEYS, paths=f"{SINGLE}attn.to_k|{SINGLE}attn.to_v", follows_text=True),
+    LayerPattern(kind=FEED_FORWARD, paths=f"{SINGLE}proj_mlp", follows_text=True),
+)
+
+
+def list_flux_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+    """Of FLUX.1's transformer and those with its blocks."""
+    return list_transformer_layers(denoiser.weights.read_shapes(), _CONTROLLED)
 
 
 def split_flux_rows(original: str, shape: Sequence[int]) -> list[int]:

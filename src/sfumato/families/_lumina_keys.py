@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.common.layer_kinds import FEED_FORWARD, KEYS, QUERIES
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.errors import UserError
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields
+from sfumato.formats.controlled import ControlledLayer, LayerPattern, list_transformer_layers
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 _STACKS = ("layers", "noise_refiner", "context_refiner")  # the last without modulation
@@ -67,6 +69,26 @@ _BLOCK_CHOICES = {
     "noise_refiner": "noise_refiner.{*}",
     "context_refiner": "context_refiner.{*}",
 }
+
+
+def _make_patterns(stack: str, *, follows_text: bool) -> list[LayerPattern]:
+    paths = {
+        QUERIES: ("attn.to_q",),
+        KEYS: ("attn.to_k", "attn.to_v"),
+        FEED_FORWARD: ("feed_forward.linear_1", "feed_forward.linear_3"),  # both read the block's input
+    }
+    return [
+        LayerPattern(kind=kind, paths="|".join(f"{stack}.{{n}}.{name}" for name in names), follows_text=follows_text)
+        for kind, names in paths.items()
+    ]
+
+
+_CONTROLLED = (*_make_patterns("noise_refiner", follows_text=False), *_make_patterns("layers", follows_text=True))
+
+
+def list_lumina_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+    """Those that see the image."""
+    return list_transformer_layers(denoiser.weights.read_shapes(), _CONTROLLED)
 
 
 def spec(prefix: str) -> PartSpec:

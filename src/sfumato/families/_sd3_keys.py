@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sfumato.common.layer_kinds import FEED_FORWARD, KEYS, QUERIES
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._sd3_patches import SD3PatchEmbed
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields
+from sfumato.formats.controlled import ControlledLayer, LayerPattern, list_transformer_layers
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 _HEAD_CHANNELS = 64  # in every published model
@@ -86,6 +88,18 @@ def _make_other_rules(original: str, feed_forward: str, modulation: str) -> list
         KeyRule(original + "mlp.fc2", (feed_forward + "net.2",)),
         KeyRule(original + "adaLN_modulation.1", (modulation,)),
     ]
+
+
+_CONTROLLED = (  # attn2: the image's own attention in the first blocks of 3.5 medium
+    LayerPattern(kind=QUERIES, paths=f"{_BLOCK}attn.to_q|{_BLOCK}attn2.to_q"),
+    LayerPattern(kind=KEYS, paths="|".join(f"{_BLOCK}{attn}.to_{x}" for attn in ("attn", "attn2") for x in "kv")),
+    LayerPattern(kind=FEED_FORWARD, paths=f"{_BLOCK}ff.net.0.proj"),
+)
+
+
+def list_sd3_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+    """Those of the image's stream."""
+    return list_transformer_layers(denoiser.weights.read_shapes(), _CONTROLLED)
 
 
 def spec(prefix: str, blocks: int) -> PartSpec:

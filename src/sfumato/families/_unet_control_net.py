@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sfumato.common.layer_kinds import CROSS_QUERIES, FEED_FORWARD, KEYS, QUERIES
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families import _unet
 from sfumato.families.base import Family
@@ -26,8 +27,16 @@ _FIELDS = (  # that both classes of diffusers have
     *("resnet_time_scale_shift", "projection_class_embeddings_input_dim"),
 )
 _LAYERS = re.compile(
-    r"(?:down_blocks\.(\d+)|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.(?:attn1\.to_[qkv]|attn2\.to_q)\.weight"
+    r"(?:down_blocks\.(\d+)|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\."
+    r"(attn1\.to_[qkv]|attn2\.to_q|ff\.net\.0\.proj)\.weight"
 )
+_LAYER_KINDS = {
+    "attn1.to_q": QUERIES,
+    "attn1.to_k": KEYS,
+    "attn1.to_v": KEYS,
+    "attn2.to_q": CROSS_QUERIES,
+    "ff.net.0.proj": FEED_FORWARD,
+}
 _LATENT_PIXEL = 8  # pixels a side
 _LLLITE_PREFIX = "lllite_unet_"
 _CALLED_WITH = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
@@ -73,9 +82,8 @@ UNET_CONTROL_NET = ControlNetSupport(
 
 
 def list_unet_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
-    """Name in LLLite files, from the original one, -> layer: queries of both attentions, keys and values of the first.
-
-    Those of the upper half are left as they are.
+    """Name in LLLite files, from the original one, -> layer: queries of both attentions, keys and values of the first,
+    and for the second version the feed-forward's first layer. Those of the upper half are left as they are.
     """
     shapes = denoiser.weights.read_shapes()
     layers: dict[str, ControlledLayer] = {}
@@ -89,6 +97,11 @@ def list_unet_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
         level = deepest if match[1] is None else int(match[1])
         name = _LLLITE_PREFIX + original.replace(".", "_")
         layers[name] = ControlledLayer(
-            name=name, path=path, inputs=shapes[weight][1], token_side=_LATENT_PIXEL * 2**level
+            name=name,
+            path=path,
+            inputs=shapes[weight][1],
+            token_side=_LATENT_PIXEL * 2**level,
+            kind=_LAYER_KINDS[match[2]],
+            in_version_1=match[2].startswith("attn"),
         )
     return layers

@@ -42,6 +42,7 @@ class Flux(Family):
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=_DEFAULT_GUIDANCE, size_multiple=16)
     components = _COMPONENTS
     control_net = FLUX_CONTROL_NET
+    list_controlled_layers = staticmethod(_flux_keys.list_flux_layers)
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)

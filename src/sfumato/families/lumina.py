@@ -39,6 +39,7 @@ class Lumina(Family):
     text_parts = ("gemma2",)
     bucket_step = 16
     components = _COMPONENTS
+    list_controlled_layers = staticmethod(_lumina_keys.list_lumina_layers)
     options = frozenset(
         {"gemma2", "ae", "no_half_vae", "gemma2_max_token_length", "system_prompt"}
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}

@@ -46,6 +46,7 @@ class StableDiffusion3(Family):
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=16)
     components = _COMPONENTS
     control_net = SD3_CONTROL_NET
+    list_controlled_layers = staticmethod(_sd3_keys.list_sd3_layers)
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from sfumato.formats.keymap import matches
+
+_PREFIX = "lllite_dit_"
+_TOKEN_SIDE = 16  # pixels: a patch of 2x2 latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,3 +19,36 @@ class ControlledLayer:
     path: str  # in its network
     inputs: int  # channels
     token_side: int  # pixels
+    kind: str  # one of common.layer_kinds
+    follows_text: bool = False  # whether tokens of text come before those of the image
+    in_version_1: bool = False  # whether the first version of LLLite changes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPattern:
+    """The layers of a kind in a transformer: a pattern on their paths."""
+
+    kind: str
+    paths: str
+    follows_text: bool = False
+
+
+def list_transformer_layers(
+    shapes: Mapping[str, Sequence[int]], patterns: Sequence[LayerPattern]
+) -> dict[str, ControlledLayer]:
+    """Name in files -> layer. shapes: of the network's weights, by their names in it."""
+    layers: dict[str, ControlledLayer] = {}
+    for weight, shape in shapes.items():
+        path = weight.removesuffix(".weight")
+        found = next((each for each in patterns if path != weight and matches(each.paths, path)), None)
+        if found is not None:
+            name = _PREFIX + path.replace(".", "_")
+            layers[name] = ControlledLayer(
+                name=name,
+                path=path,
+                inputs=shape[1],
+                token_side=_TOKEN_SIDE,
+                kind=found.kind,
+                follows_text=found.follows_text,
+            )
+    return layers

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.adapters.lllite import LLLite, read_lllite_file
+from sfumato.adapters.control_modules import ControlModules
+from sfumato.adapters.lllite_file import read_lllite_file
 from sfumato.data.batch import CONTROL, Extras
 from sfumato.errors import UserError
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint
 
 
-def attach_lllite(model: Family, path: Path) -> LLLite:
+def attach_lllite(model: Family, path: Path) -> ControlModules:
     """The modules of a file, hooked to the denoiser. UserError where the model's family has none."""
     list_layers = type(model).list_controlled_layers
     if list_layers is None:
@@ -25,7 +26,7 @@ def attach_lllite(model: Family, path: Path) -> LLLite:
     return made
 
 
-def show_control_image(attached: Sequence[LLLite], model: Family, extras: Extras) -> None:
+def show_control_image(attached: Sequence[ControlModules], model: Family, extras: Extras) -> None:
     """Have them read the control image of these inputs, until the next call."""
     control = extras.images.get(CONTROL)
     pixels = None if control is None else control.pixels
@@ -36,7 +37,7 @@ def show_control_image(attached: Sequence[LLLite], model: Family, extras: Extras
 def make_no_lllite_error(blueprint: Blueprint) -> UserError:
     known = [name for name in FAMILIES.names if FAMILIES.get(name).list_controlled_layers]
     return UserError(
-        f"LLLite is for UNets; {blueprint.title} has none",
+        f"{blueprint.title} has no layers that are known to LLLite",
         code="lllite-unsupported",
         fix=f"take a model of one of these families: {', '.join(known)}",
     )

@@ -1,4 +1,4 @@
-"""ControlNet-LLLite training: small layers beside the denoiser's attention learn to steer it by a control image."""
+"""ControlNet-LLLite training: small layers beside the denoiser's own learn to steer it by a control image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.adapters.lllite import LLLite, read_lllite_file, read_widths
+from sfumato.adapters.control_modules import ControlModules
+from sfumato.adapters.lllite_file import read_lllite_file
+from sfumato.common.layer_kinds import parse_layer_kinds
 from sfumato.common.text import list_some
 from sfumato.config import Config
+from sfumato.config.network import LLLiteOptions
 from sfumato.data.batch import Extras, Tensors
 from sfumato.errors import UserError
 from sfumato.families.base import Family
@@ -22,12 +25,11 @@ from sfumato.formats.controlled import ControlledLayer
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.inference_lllite import make_no_lllite_error, show_control_image
+from sfumato.methods.new_lllite import OF_FILE, OF_VERSION_2, choose_version, make_first, make_shared
 from sfumato.methods.trained_parts import make_zero_learning_rates_error
 from sfumato.optim.groups import ParameterGroup
 
 NAME = "lllite"
-DEFAULT_WIDTH = 64  # of --network_dim
-DEFAULT_IMAGE_WIDTH = 32  # of --cond_emb_dim
 
 
 @METHODS.register("lllite")
@@ -41,12 +43,12 @@ class LLLiteMethod:
         self.modules = nn.ModuleDict()
         self.live_text: frozenset[str] = frozenset()
         self.layers: Mapping[str, ControlledLayer] = {}
-        self.widths = (DEFAULT_WIDTH, DEFAULT_IMAGE_WIDTH)  # those that train: of the options, or of the file
+        self.widths = (0, 0)  # those that train: of the options, or of the file; known once the plan is made
 
     @property
-    def trained(self) -> LLLite:
+    def trained(self) -> ControlModules:
         found = self.modules[NAME]
-        assert isinstance(found, LLLite)
+        assert isinstance(found, ControlModules)
         return found
 
     def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
@@ -59,35 +61,37 @@ class LLLiteMethod:
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         if not self.config.optim.learning_rate:
             raise make_zero_learning_rates_error("--learning_rate 1e-4")
-        made = self._make()
-        self.widths = read_widths(self.config.network.network_weights or Path(), made.parts.state_dict())
+        made = self._make(blueprint)
+        self.widths = made.widths
         return [
             TrainablePart(
                 part=NAME,
-                modules=len(made.parts),
+                modules=len(made.layers),
                 parameters=sum(parameter.numel() for parameter in made.parts.parameters()),
                 learning_rate=self.config.optim.learning_rate,
             )
         ]
 
-    def _make(self) -> LLLite:
-        network, seed = self.config.network, self.config.loop.seed
-        assert seed is not None, "a plan has a seed"
-        dropout = network.network_dropout or 0.0
-        if network.network_weights is not None:
-            return read_lllite_file(network.network_weights, self.layers, dropout=dropout)
-        return LLLite(
-            self.layers,
-            width=network.network_dim or DEFAULT_WIDTH,
-            image_width=network.cond_emb_dim or DEFAULT_IMAGE_WIDTH,
-            dropout=dropout,
-            seed=seed,
-        )
+    def _make(self, blueprint: Blueprint) -> ControlModules:
+        file, dropout = self.config.network.network_weights, self.config.network.network_dropout or 0.0
+        if file is not None:
+            return read_lllite_file(file, self.layers, dropout=dropout)
+        if choose_version(self.config, self.layers, blueprint) == 1:
+            return make_first(self.config, self.layers)
+        return make_shared(self.config, self.layers, blueprint)
 
     def list_notes(self, blueprint: Blueprint) -> PlanNotes:
-        if self.config.network.network_weights is not None and self.config.is_changed("network_dim", "cond_emb_dim"):
-            return PlanNotes(("--network_dim and --cond_emb_dim have no effect: --network_weights has its own",))
-        return PlanNotes()
+        made, config = self._make(blueprint), self.config
+        if config.network.network_weights is not None:
+            if config.is_changed("network_dim", *LLLiteOptions.model_fields):
+                return PlanNotes((f"--network_dim, --cond_emb_dim and --lllite_ have no effect: {OF_FILE}",))
+            return PlanNotes()
+        if made.version == 1:
+            given = [name for name in OF_VERSION_2 if config.is_changed(name)]
+            return PlanNotes(tuple(f"--{name} has no effect: it is for --lllite_version 2" for name in given))
+        wanted = parse_layer_kinds(config.lllite.lllite_target_layers)
+        missing = [kind for kind in wanted if all(layer.kind != kind for layer in made.layers.values())]
+        return PlanNotes(tuple(f"--lllite_target_layers: {blueprint.title} has no {kind} layers" for kind in missing))
 
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         return ()
@@ -96,7 +100,7 @@ class LLLiteMethod:
         pass
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
-        made = self._make().to(model.device).train()
+        made = self._make(model.blueprint).to(model.device).train()
         self.modules[NAME] = made
         made.attach(model.denoiser)
         model.has_control_adapter = True
@@ -158,14 +162,15 @@ class LLLiteMethod:
         }
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        parameters = sum(parameter.numel() for parameter in self._make().parameters())
+        parameters = sum(parameter.numel() for parameter in self._make(blueprint).parameters())
         return parameters * (dtype or torch.float32).itemsize
 
     def file_suffix(self, blueprint: Blueprint) -> str:
         return get_file_suffix(self.config.save.save_model_as)
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        write_adapter_file(path, self.trained.parts.state_dict(), metadata, dtype)
+        own = {name: str(value) for name, value in self.trained.describe().items()}
+        write_adapter_file(path, self.trained.parts.state_dict(), {**metadata, **own}, dtype)
 
     def report(self) -> list[str]:
         names = [name for name, parameter in self.trained.parts.named_parameters() if parameter.grad is None]

@@ -1,0 +1,84 @@
+"""Files of ControlNet-LLLite, of either version: what is in them says which, how large, and beside which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sfumato.adapters.control_modules import ControlModules
+from sfumato.adapters.lllite import LLLite
+from sfumato.adapters.lllite_shared import DILATIONS, TRUNK, LLLiteSizes, SharedLLLite
+from sfumato.common.text import list_some
+from sfumato.errors import UserError
+from sfumato.formats.checkpoint import open_checkpoint
+from sfumato.formats.controlled import ControlledLayer
+
+_CHANNELS = 3  # of a control image
+
+
+def read_lllite_file(path: Path, layers: Mapping[str, ControlledLayer], *, dropout: float = 0.0) -> ControlModules:
+    """The modules of a file. layers: those of the model, by name. UserError where the file is for another model."""
+    with open_checkpoint(path) as file:
+        state = {key: file.read(key, dtype=torch.float32) for key in file.keys()}  # noqa: SIM118
+    names = {key.partition(".")[0] for key in state}
+    unknown = sorted(names - {*layers, TRUNK})
+    if unknown:
+        raise UserError(
+            f"{path} is no LLLite file for this model, which has no layer {list_some(unknown)}",
+            code="lllite-layers-unknown",
+            fix="give a file that was trained for the base model's family",
+        )
+    some = {name: layer for name, layer in layers.items() if name in names}
+    made = _make_shared(path, state, some, dropout) if TRUNK in names else _make_first(path, state, some, dropout)
+    expected = {name: tensor.shape for name, tensor in made.parts.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    if differing:
+        raise UserError(
+            f"{path} is no LLLite file for this model: {list_some(differing)} are missing or of another shape",
+            code="lllite-shapes-mismatch",
+        )
+    made.parts.load_state_dict(state)
+    return made
+
+
+def _make_first(
+    path: Path, state: Mapping[str, Tensor], layers: Mapping[str, ControlledLayer], dropout: float
+) -> LLLite:
+    down = next((tensor for key, tensor in state.items() if key.endswith(".down.0.weight")), None)
+    middle = next((tensor for key, tensor in state.items() if key.endswith(".mid.0.weight")), None)
+    if down is None or middle is None:
+        raise UserError(f"{path} is no LLLite file: it has no down and mid layers", code="lllite-file-incomplete")
+    width = down.shape[0]
+    return LLLite(layers, width=width, image_width=middle.shape[1] - width, dropout=dropout)
+
+
+def _make_shared(
+    path: Path, state: Mapping[str, Tensor], layers: Mapping[str, ControlledLayer], dropout: float
+) -> SharedLLLite:
+    down = next((tensor for key, tensor in state.items() if key.endswith(".down.weight")), None)
+    first, third = (state.get(f"{TRUNK}.{name}.weight") for name in ("conv1", "conv3"))
+    last = state.get(f"{TRUNK}.out_norm.weight")
+    if down is None or first is None or third is None or last is None:
+        raise UserError(
+            f"{path} is no whole LLLite file: it has no down layers, or not all of the trunk",
+            code="lllite-trunk-incomplete",
+        )
+    branches = {key.split(".")[3] for key in state if key.startswith(f"{TRUNK}.aspp.branches.")}
+    if first.shape[1] != _CHANNELS or len(branches) not in (0, len(DILATIONS)):
+        raise UserError(
+            f"{path} is an LLLite file whose images have {first.shape[1]} channels and whose pyramid has "
+            f"{len(branches)} branches; those with {_CHANNELS} channels, and no or {len(DILATIONS)} branches are read",
+            code="lllite-variant-unsupported",
+        )
+    sizes = LLLiteSizes(
+        width=down.shape[0],
+        image_width=last.shape[0],
+        trunk_width=third.shape[0],
+        residual_blocks=len({key.split(".")[2] for key in state if key.startswith(f"{TRUNK}.resblocks.")}),
+        has_pyramid=bool(branches),
+    )
+    return SharedLLLite(layers, sizes, dropout=dropout)

@@ -1,0 +1,201 @@
+"""The second version of ControlNet-LLLite: one trunk reads the control image for all layers of any network.
+
+Structure and names of tensors are those of sd-scripts' anima_train_control_net_lllite.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.adapters.control_modules import ControlModules, pad_image
+from sfumato.common.seeds import seed_of
+from sfumato.formats.controlled import ControlledLayer
+
+TRUNK = "lllite_conditioning1"
+TRUNK_SIDE = 16  # pixels of the image that become one of the trunk's
+DILATIONS = (1, 2, 4, 8)  # of the pyramid's branches
+_MOST_GROUPS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLLiteSizes:
+    """What its options choose."""
+
+    width: int  # of a module's layers
+    image_width: int  # of what the trunk gives
+    trunk_width: int
+    residual_blocks: int
+    has_pyramid: bool = False
+    image_channels: int = 3
+
+
+def make_norm(channels: int) -> nn.GroupNorm:
+    """With eight groups, or fewer where these do not divide the channels."""
+    groups = _MOST_GROUPS
+    while channels % groups:
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
+
+
+class ResidualBlock(nn.Module):
+    """Normalization before each of its convolutions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = make_norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.norm2 = make_norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(hidden)))
+
+
+class Pyramid(nn.Module):
+    """Atrous spatial pyramid pooling (Chen et al. 2017): several dilations and the image's mean."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+        def make_branch(inputs: int, dilation: int) -> nn.Sequential:
+            kernel, around = (3, dilation) if dilation > 1 else (1, 0)
+            convolution = nn.Conv2d(inputs, channels, kernel_size=kernel, padding=around, dilation=dilation)
+            return nn.Sequential(convolution, make_norm(channels), nn.SiLU())
+
+        self.branches = nn.ModuleList(make_branch(channels, dilation) for dilation in DILATIONS)
+        self.global_conv = make_branch(channels, 1)
+        self.proj = make_branch(channels * (len(DILATIONS) + 1), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = [branch(x) for branch in self.branches]
+        whole = self.global_conv(x.mean((2, 3), keepdim=True)).expand_as(x)
+        return self.proj(torch.cat([*seen, whole], dim=1))
+
+
+class Trunk(nn.Module):
+    """The control image (B, C, H, W) -> (B, image_width, H / 16, W / 16), normalized over the channels."""
+
+    def __init__(self, sizes: LLLiteSizes) -> None:
+        super().__init__()
+        width = sizes.trunk_width
+        self.conv1 = nn.Conv2d(sizes.image_channels, width // 2, kernel_size=4, stride=4)
+        self.norm1 = make_norm(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, kernel_size=3, padding=1)
+        self.norm2 = make_norm(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, kernel_size=4, stride=4)
+        self.norm3 = make_norm(width)
+        self.resblocks = nn.ModuleList(ResidualBlock(width) for _ in range(sizes.residual_blocks))
+        self.aspp = Pyramid(width) if sizes.has_pyramid else None
+        self.proj = nn.Conv2d(width, sizes.image_width, kernel_size=1)
+        self.out_norm = nn.LayerNorm(sizes.image_width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        hidden = F.silu(self.norm1(self.conv1(image)))
+        hidden = F.silu(self.norm2(self.conv2(hidden)))
+        hidden = F.silu(self.norm3(self.conv3(hidden)))
+        for block in self.resblocks:
+            hidden = block(hidden)
+        hidden = hidden if self.aspp is None else self.aspp(hidden)
+        return self.out_norm(self.proj(hidden).movedim(1, -1)).movedim(-1, 1)
+
+
+class SharedModule(nn.Module):
+    """The layers beside one controlled layer."""
+
+    def __init__(self, layer: ControlledLayer, sizes: LLLiteSizes, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.depth_embed = nn.Parameter(torch.zeros(sizes.image_width))
+        self.down = nn.Linear(layer.inputs, sizes.width)
+        self.mid = nn.Linear(sizes.width + sizes.image_width, sizes.width)
+        self.cond_to_film = nn.Linear(sizes.image_width, 2 * sizes.width)
+        self.up = nn.Linear(sizes.width, layer.inputs)
+        for last in (self.cond_to_film, self.up):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """x (B, tokens, channels), what the trunk gives (B, tokens, image_width) -> the change of x."""
+        seen = seen + self.depth_embed.to(seen)
+        scale, shift = self.cond_to_film(seen).chunk(2, dim=-1)
+        hidden = self.mid(torch.cat([seen, F.silu(self.down(x)).to(seen)], dim=-1))
+        hidden = F.silu(hidden * (1 + scale) + shift)
+        hidden = F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+        return self.up(hidden)
+
+
+class SharedLLLite(ControlModules):
+    """The second version: the trunk runs once in each forward of the network, before its first layer."""
+
+    version = 2
+
+    def __init__(
+        self, layers: Mapping[str, ControlledLayer], sizes: LLLiteSizes, *, dropout: float = 0.0, seed: int = 0
+    ) -> None:
+        """layers: by name in files. seed: of what is drawn, whatever was drawn before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "new LLLite"))
+            made: dict[str, nn.Module] = {TRUNK: Trunk(sizes)}
+            made |= {name: SharedModule(layer, sizes, dropout) for name, layer in layers.items()}
+        super().__init__(layers, made, (sizes.width, sizes.image_width))
+        self.sizes = sizes
+        self._seen: dict[int, Tensor] = {}  # pixels a side of a token -> what the trunk gave (B, tokens, image_width)
+        self._text_lengths: int | Tensor = 0  # tokens of text before the image's, one number or (B,)
+
+    def begin_forward(self, arguments: Mapping[str, Any]) -> None:
+        assert self.image is not None
+        image = pad_image(self.image, TRUNK_SIDE)
+        grid = self.parts[TRUNK](image)
+        height, width = self.image.shape[-2:]
+        self._seen = {}
+        for side in {layer.token_side for layer in self.layers.values()}:
+            size = (-(-height // side), -(-width // side))
+            resized = grid if size == tuple(grid.shape[-2:]) else F.adaptive_avg_pool2d(grid, size)
+            self._seen[side] = resized.flatten(2).transpose(1, 2)
+        self._text_lengths = find_text_lengths(arguments)
+
+    def change_input(self, layer: ControlledLayer, x: Tensor) -> Tensor:
+        seen, module = self._seen[layer.token_side], self.parts[layer.name]
+        count, start = seen.shape[1], self._text_lengths if layer.follows_text else 0
+        if isinstance(start, int):
+            own = x[:, start : start + count]
+            changed = own + self.strength * module(own, seen).to(x)
+            return torch.cat([x[:, :start], changed, x[:, start + count :]], dim=1)
+        places = start[:, None] + torch.arange(count, device=x.device)
+        places = places[..., None].expand(-1, -1, x.shape[-1])
+        change = module(x.gather(1, places), seen)
+        return x.scatter_add(1, places, self.strength * change.to(x))
+
+    def describe(self) -> Mapping[str, object]:
+        sizes = self.sizes
+        kinds = dict.fromkeys(layer.kind for layer in self.layers.values())
+        facts: dict[str, object] = {
+            "version": self.version,
+            "cond_emb_dim": sizes.image_width,
+            "cond_dim": sizes.trunk_width,
+            "cond_resblocks": sizes.residual_blocks,
+            "use_aspp": str(sizes.has_pyramid).lower(),
+            "mlp_dim": sizes.width,
+            "target_layers": ",".join(kinds),
+            "target_atomics": ",".join(kinds),
+            "cond_in_channels": sizes.image_channels,
+            "inpaint_masked_input": "false",
+        }
+        if sizes.has_pyramid:
+            facts["aspp_dilations"] = ",".join(map(str, DILATIONS))
+        return {f"lllite.{name}": value for name, value in facts.items()}
+
+
+def find_text_lengths(arguments: Mapping[str, Any]) -> int | Tensor:
+    """Tokens of text that a network puts before those of the image, for each sample where it packs them."""
+    mask, text = arguments.get("encoder_attention_mask"), arguments.get("encoder_hidden_states")
+    if isinstance(mask, Tensor):
+        return mask.sum(1)
+    return text.shape[1] if isinstance(text, Tensor) else 0

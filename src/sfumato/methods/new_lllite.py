@@ -1,0 +1,73 @@
+"""New modules of ControlNet-LLLite: which version, beside which layers, how large."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sfumato.adapters.lllite import LLLite
+from sfumato.adapters.lllite_shared import LLLiteSizes, SharedLLLite
+from sfumato.common.layer_kinds import parse_layer_kinds
+from sfumato.config import Config
+from sfumato.errors import UserError
+from sfumato.families.blueprint import Blueprint
+from sfumato.formats.controlled import ControlledLayer
+
+Layers = Mapping[str, ControlledLayer]
+DEFAULT_WIDTH = 64  # of --network_dim
+DEFAULT_IMAGE_WIDTH = 32  # of --cond_emb_dim
+OF_VERSION_2 = ("lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp")
+OF_FILE = "--network_weights says what it is"
+
+
+def choose_version(config: Config, layers: Layers, blueprint: Blueprint) -> int:
+    """UserError for version 1 with a model that has none of its layers."""
+    version, has_first = config.lllite.lllite_version, any(layer.in_version_1 for layer in layers.values())
+    if version == 1 and not has_first:
+        raise UserError(
+            f"--lllite_version 1 is for UNets; {blueprint.title} has none",
+            code="lllite-version-unsupported",
+            fix="--lllite_version 2",
+        )
+    return version or (1 if has_first else 2)
+
+
+def make_first(config: Config, layers: Layers) -> LLLite:
+    return LLLite(
+        {name: layer for name, layer in layers.items() if layer.in_version_1},
+        width=config.network.network_dim or DEFAULT_WIDTH,
+        image_width=config.lllite.cond_emb_dim or DEFAULT_IMAGE_WIDTH,
+        dropout=config.network.network_dropout or 0.0,
+        seed=get_seed(config),
+    )
+
+
+def make_shared(config: Config, layers: Layers, blueprint: Blueprint) -> SharedLLLite:
+    """UserError where the model has no layers of the wanted kinds, or the trunk's width is odd."""
+    options = config.lllite
+    kinds = parse_layer_kinds(options.lllite_target_layers)
+    some = {name: layer for name, layer in layers.items() if layer.kind in kinds}
+    if not some:
+        raise UserError(
+            f"--lllite_target_layers {options.lllite_target_layers}: {blueprint.title} has no such layers",
+            code="lllite-no-layers",
+            fix="--lllite_target_layers self_attn_q",
+        )
+    if options.lllite_cond_dim % 2:
+        raise UserError(
+            f"--lllite_cond_dim {options.lllite_cond_dim} is odd, and half of it are the channels of the first layers",
+            code="lllite-cond-dim-odd",
+            fix=f"--lllite_cond_dim {options.lllite_cond_dim + 1}",
+        )
+    sizes = LLLiteSizes(
+        width=config.network.network_dim or DEFAULT_WIDTH,
+        image_width=options.cond_emb_dim or DEFAULT_IMAGE_WIDTH,
+        trunk_width=options.lllite_cond_dim,
+        residual_blocks=options.lllite_cond_resblocks,
+        has_pyramid=options.lllite_use_aspp,
+    )
+    return SharedLLLite(some, sizes, dropout=config.network.network_dropout or 0.0, seed=get_seed(config))
+
+
+def get_seed(config: Config) -> int:
+    assert config.loop.seed is not None, "a plan has a seed"
+    return config.loop.seed

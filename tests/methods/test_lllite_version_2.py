@@ -1,0 +1,321 @@
+"""The second version of LLLite in every family: against its structure written out, trained, resumed, generated with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from families.loading import load_model
+from families.toys import ToyShelf
+from sfumato.adapters.control_modules import ControlModules
+from sfumato.adapters.lllite_file import read_lllite_file
+from sfumato.adapters.lllite_shared import LLLiteSizes, SharedLLLite
+from sfumato.cli.generate import main as generate_command
+from sfumato.common.layer_kinds import parse_layer_kinds
+from sfumato.data.batch import CONTROL, Extras, ImageInput, Sizes, pad_stack
+from sfumato.errors import UserError
+from sfumato.families.base import Family
+from sfumato.families.encoding import encode_text
+from sfumato.methods.inference_adapters import InferenceAdapters
+from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
+
+FAMILIES = ("flux", "sd", "sdxl", "sd3", "chroma", "lumina", "flux_kontext")
+EVERY_LAYER = "self_attn_q_pre,self_attn_kv_pre,cross_attn_q_pre,mlp_fc1_pre"
+OPTIONS: dict[str, Any] = {
+    "method": "lllite", "network_dim": 8, "cond_emb_dim": 4, "lllite_cond_dim": 6, "learning_rate": "1e-2",
+    "lllite_version": 2, "cache_latents": True, "lllite_target_layers": EVERY_LAYER, "lllite_use_aspp": True,
+}  # fmt: skip
+TRUNK = "lllite_conditioning1"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("data")
+    images, controls = make_images(root / "images", 4), make_images(root / "controls", 4)
+    for file in (controls / "2_cat").glob("*.png"):
+        image = Image.open(file)
+        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(file)
+    return images, controls
+
+
+def read_layers(model: Family, file: Path) -> ControlModules:
+    list_layers = type(model).list_controlled_layers
+    assert list_layers is not None
+    return read_lllite_file(file, list_layers(model.blueprint.networks["denoiser"]))
+
+
+def train_it(toy: Mapping[str, Path], data: tuple[Path, Path], output: Path, **options: Any) -> Path:
+    return train_toy(toy, data[0], output, **{**OPTIONS, "conditioning_data_dir": data[1], **options})
+
+
+def write_drawn_file(model: Family, path: Path) -> Path:
+    """Modules of every layer of the model, all of whose weights are drawn."""
+    list_layers = type(model).list_controlled_layers
+    assert list_layers is not None
+    sizes = LLLiteSizes(width=8, image_width=4, trunk_width=6, residual_blocks=2, has_pyramid=True)
+    made = SharedLLLite(list_layers(model.blueprint.networks["denoiser"]), sizes)
+    draw = torch.Generator().manual_seed(2)
+    state = {name: torch.randn(tensor.shape, generator=draw) / 3 for name, tensor in made.parts.state_dict().items()}
+    save_file(state, path)
+    return path
+
+
+class WrittenOut:
+    """sd-scripts' structure over the tensors of a file, in functions of torch."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def get(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"]
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        channels = x.shape[1]
+        groups = next(g for g in (8, 4, 2, 1) if channels % g == 0)
+        return F.group_norm(x, groups, *self.get(name))
+
+    def read_image(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H / 16, W / 16)"""
+        h = F.silu(self.norm(F.conv2d(image, *self.get(f"{TRUNK}.conv1"), stride=4), f"{TRUNK}.norm1"))
+        h = F.silu(self.norm(F.conv2d(h, *self.get(f"{TRUNK}.conv2"), padding=1), f"{TRUNK}.norm2"))
+        h = F.silu(self.norm(F.conv2d(h, *self.get(f"{TRUNK}.conv3"), stride=4), f"{TRUNK}.norm3"))
+        for number in range(2):
+            block = f"{TRUNK}.resblocks.{number}"
+            inner = F.conv2d(F.silu(self.norm(h, f"{block}.norm1")), *self.get(f"{block}.conv1"), padding=1)
+            h = h + F.conv2d(F.silu(self.norm(inner, f"{block}.norm2")), *self.get(f"{block}.conv2"), padding=1)
+        seen = []
+        for number, dilation in enumerate((1, 2, 4, 8)):
+            branch, around = f"{TRUNK}.aspp.branches.{number}", 0 if dilation == 1 else dilation
+            wide = F.conv2d(h, *self.get(f"{branch}.0"), padding=around, dilation=dilation)
+            seen.append(F.silu(self.norm(wide, f"{branch}.1")))
+        whole = F.conv2d(F.adaptive_avg_pool2d(h, 1), *self.get(f"{TRUNK}.aspp.global_conv.0"))
+        whole = F.silu(self.norm(whole, f"{TRUNK}.aspp.global_conv.1"))
+        seen.append(F.interpolate(whole, size=h.shape[-2:], mode="bilinear"))
+        h = F.conv2d(torch.cat(seen, 1), *self.get(f"{TRUNK}.aspp.proj.0"))
+        h = F.conv2d(F.silu(self.norm(h, f"{TRUNK}.aspp.proj.1")), *self.get(f"{TRUNK}.proj"))
+        tokens = F.layer_norm(h.flatten(2).transpose(1, 2), h.shape[1:2], *self.get(f"{TRUNK}.out_norm"))
+        return tokens.transpose(1, 2).reshape(h.shape)
+
+    def change(self, name: str, x: Tensor, seen: Tensor) -> Tensor:
+        """Image tokens x (B, N, C), seen (B, N, image channels)."""
+        seen = seen + self.tensors[f"{name}.depth_embed"]
+        scale, shift = F.linear(seen, *self.get(f"{name}.cond_to_film")).chunk(2, dim=-1)
+        middle = F.linear(
+            torch.cat([seen, F.silu(F.linear(x, *self.get(f"{name}.down")))], -1), *self.get(f"{name}.mid")
+        )
+        return F.linear(F.silu(middle * (1 + scale) + shift), *self.get(f"{name}.up"))
+
+
+def watch_inputs(network: nn.Module, paths: list[str], seen: dict[str, Tensor]) -> None:
+    for path in paths:
+
+        def note(module: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+            seen[path] = args[0].detach().clone()
+
+        network.get_submodule(path).register_forward_pre_hook(note)
+
+
+@pytest.mark.fast_for("lumina")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_of_layers_change_as_written_out(family: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """Two captions of different lengths: only tokens of the image change, wherever the network puts them."""
+    model = load_model(toy_shelf.options(family))
+    file = write_drawn_file(model, tmp_path / "drawn.safetensors")
+    made = read_layers(model, file)
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+    paths = [layer.path for layer in made.layers.values()]
+    watch_inputs(model.denoiser, paths, before)
+    made.attach(model.denoiser)
+    watch_inputs(model.denoiser, paths, after)
+    image = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    made.set_image(image)
+
+    rows = {part: encode_text(model, part, ["a cat", "a red dog on a wooden table"], weighted=False)
+            for part in model.text_parts}  # fmt: skip
+    features = {part: {n: pad_stack([row[n] for row in each]) for n in each[0]} for part, each in rows.items()}
+    text = model.condition(features, Sizes.from_size(2, 64, 96), None)
+    latents = torch.randn(2, model.latents.channels, 8, 12, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        changed = model.predict(latents, torch.tensor([500.0, 200.0]), text)
+        made.set_image(None)
+        plain = model.predict(latents, torch.tensor([500.0, 200.0]), text)
+        made.set_image(image)
+        model.predict(latents, torch.tensor([500.0, 200.0]), text)
+    assert (changed - plain).abs().max() > 1e-3
+
+    written = WrittenOut(load_file(file))
+    grid = written.read_image(image)
+    for layer in made.layers.values():
+        side, x, found = layer.token_side, before[layer.path], after[layer.path]
+        size = (-(-64 // side), -(-96 // side))
+        seen = F.interpolate(grid, size=size, mode="area").flatten(2).transpose(1, 2)
+        for row in range(2):
+            start = 0
+            if layer.follows_text:
+                mask = text.get("encoder_attention_mask")
+                start = text["encoder_hidden_states"].shape[1] if mask is None else int(mask[row].sum())
+            own = slice(start, start + seen.shape[1])
+            expected = x[row].clone()
+            expected[own] += written.change(layer.name, x[row : row + 1, own], seen[row : row + 1])[0]
+            torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+            assert (found[row][own] - x[row][own]).abs().max() > 1e-3
+    kinds = {layer.kind for layer in made.layers.values()}
+    wanted = set(parse_layer_kinds(EVERY_LAYER))
+    assert kinds == (wanted if family in ("sd", "sdxl") else wanted - {"cross_attn_q_pre"})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "flux_kontext"])
+def test_it_trains_resumes_exactly_and_generates_its_preview(
+    family: str, toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    toy, control = toy_shelf.paths(family), data[1] / "2_cat" / "0.png"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"a cat --w 64 --h 64 --s 2 --d 1 --l 1 --cn {control}\n")
+    more = {"sample_prompts": prompts, "sample_every_n_steps": 4, "save_every_n_steps": 2, "save_state": True}
+    output = train_it(toy, data, tmp_path / "straight", **more)
+    resumed = train_it(toy, data, tmp_path / "resumed", resume=output / "lora-step00000002-state")
+    assert equal_tensors(read_weights(resumed), read_weights(output))
+    tensors = read_weights(output)
+    ups = [tensor for name, tensor in tensors.items() if name.endswith(".up.weight")]
+    assert ups
+    trained = [bool(tensor.any()) for tensor in ups]
+    assert all(trained) or (family == "sd" and any(trained))  # the middle of its toy is one token at 64 pixels
+    with safe_open(output / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"].endswith("/control-net-lllite")
+    assert {name: metadata[f"lllite.{name}"] for name in ("version", "cond_emb_dim", "cond_dim", "mlp_dim")} == {
+        "version": "2", "cond_emb_dim": "4", "cond_dim": "6", "mlp_dim": "8"
+    }  # fmt: skip
+    assert (metadata["lllite.use_aspp"], metadata["lllite.aspp_dilations"]) == ("true", "1,2,4,8")
+
+    given = toy_shelf.options(family).model_dump(exclude_defaults=True)
+    line = [word for name, value in given.items() if not isinstance(value, tuple)
+            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]  # fmt: skip
+    line += ["--prompt", "a cat", "--W", "64", "--H", "64", "--steps", "2", "--seed", "1", "--scale", "1"]
+    line += ["--outdir", str(tmp_path / "made"), "--control_net_lllite_models", str(output / "lora.safetensors")]
+    assert generate_command([*line, "--control_net_image", str(control)]) == 0
+    (made,) = (tmp_path / "made").glob("*.png")
+    (preview,) = (output / "sample").glob("*.png")
+    assert Image.open(made).tobytes() == Image.open(preview).tobytes()
+    made.unlink()
+    assert generate_command(line) == 0
+    (plain,) = (tmp_path / "made").glob("*.png")
+    assert Image.open(plain).tobytes() != Image.open(preview).tobytes()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["flux", "sdxl"])
+def test_the_loss_falls_and_goes_on_from_a_file(
+    family: str, toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    toy = toy_shelf.paths(family)
+    fixed = {"min_timestep": 400, "max_timestep": 401, "lllite_target_layers": "self_attn_qkv"}
+    losses = [
+        row["loss/current"] for row in read_metrics(train_it(toy, data, tmp_path / "long", max_train_steps=24, **fixed))
+    ]
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+    own = dict.fromkeys(name for name in OPTIONS if name.startswith(("lllite_", "network_", "cond_")))
+    given = {
+        **own,
+        "network_weights": tmp_path / "long/lora.safetensors",
+        "max_train_steps": 1,
+        "learning_rate": "1e-9",
+    }
+    after = read_weights(train_it(toy, data, tmp_path / "more", **{**fixed, **given}))
+    for name, tensor in read_weights(tmp_path / "long").items():
+        torch.testing.assert_close(after.pop(name), tensor, rtol=0, atol=1e-6)
+    assert not after
+
+
+@pytest.mark.full
+def test_recomputed_blocks_give_the_same(toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path) -> None:
+    toy = toy_shelf.paths("flux")
+    plain = read_weights(train_it(toy, data, tmp_path / "plain", max_train_steps=2))
+    again = read_weights(train_it(toy, data, tmp_path / "again", max_train_steps=2, gradient_checkpointing=True))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_strength_and_images(toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """Without an image nothing changes, and an image of another size than the tokens is refused by torch, not read."""
+    model = load_model(toy_shelf.options("flux"))
+    file = write_drawn_file(model, tmp_path / "drawn.safetensors")
+    adapters = InferenceAdapters(model, [], lllite=[file])
+    (made,) = adapters.controlled
+    assert set(made.parts.state_dict()) == set(load_file(file))
+    adapters.set_batch(model, Extras(images={CONTROL: ImageInput(pixels=torch.zeros(1, 3, 64, 64))}))
+    assert made.is_active
+    made.strength = 0.0
+    assert not made.is_active
+    adapters.set_batch(model, Extras())
+    made.strength = 1.0
+    assert not made.is_active
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ("no trunk", "lllite-trunk-incomplete"),
+        ("four channels", "lllite-variant-unsupported"),
+        ("other model", "lllite-layers-unknown"),
+        ("shape", "lllite-shapes-mismatch"),
+    ],
+)
+def test_files_that_are_refused(change: str, code: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    model = load_model(toy_shelf.options("flux"))
+    state = load_file(write_drawn_file(model, tmp_path / "drawn.safetensors"))
+    if change == "no trunk":
+        state.pop(f"{TRUNK}.out_norm.weight")
+    elif change == "four channels":
+        state[f"{TRUNK}.conv1.weight"] = torch.zeros(3, 4, 4, 4)
+    elif change == "shape":
+        state[f"{TRUNK}.proj.bias"] = torch.zeros(9)
+    save_file(state, tmp_path / "changed.safetensors")
+    if change == "other model":
+        model = load_model(toy_shelf.options("sd"))
+    with pytest.raises(UserError) as raised:
+        read_layers(model, tmp_path / "changed.safetensors")
+    assert raised.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"lllite_cond_dim": 7}, "lllite-cond-dim-odd"),
+        ({"lllite_target_layers": "cross_attn_q_pre"}, "lllite-no-layers"),
+    ],
+)
+def test_options_that_are_refused(
+    options: dict[str, Any], code: str, toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as raised:
+        train_it(toy_shelf.paths("flux"), data, tmp_path / "out", **options)
+    assert raised.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("self_attn_qkv", ("self_attn_q_pre", "self_attn_kv_pre")),
+        ("mlp_fc1_pre, self_attn_q_pre", ("self_attn_q_pre", "mlp_fc1_pre")),
+        ("self_attn", None),
+        ("", None),
+    ],
+)
+def test_names_of_layers(text: str, kinds: tuple[str, ...] | None) -> None:
+    if kinds is None:
+        with pytest.raises(ValueError, match="names no layers"):
+            parse_layer_kinds(text)
+    else:
+        assert parse_layer_kinds(text) == kinds
