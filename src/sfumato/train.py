@@ -99,7 +99,7 @@ def finish_step(run: Run, index: int, total_loss: Tensor) -> tuple[Tensor, Verdi
         return grad_norm, judge_step(total_loss, grad_norm, torch.ones_like(total_loss))
     run.parallel.read_facts(run.parallel.reduce(run.all_parameters, total_loss))
     run.scaler.unscale_(run.optimizer)
-    grad_norm = run.parallel.total_norm(run.parameters)
+    grad_norm = run.optimization.unscale_norm(run.parallel.total_norm(run.parameters))
     verdict = judge_step(total_loss, grad_norm, run.scaler.scale(torch.ones_like(total_loss)))
     if run.config.optim.max_grad_norm > 0:
         run.parallel.clip(run.parameters, run.config.optim.max_grad_norm, grad_norm)

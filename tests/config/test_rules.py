@@ -25,6 +25,12 @@ CASES = {
     "adapter-options-in-full-training": ("--method full --network_dim 4", "--method full"),
     "extract-without-full-training": ("--extract_lora_at_end 4", "--method full --extract_lora_at_end 4"),
     "full-options-in-adapter-training": ("--block_lr 1e-5,0", "--method full --block_lr 1e-5,0"),
+    "full-fp16-without-fp16-precision": ("--full_fp16", "--full_fp16 --mixed_precision fp16"),
+    "full-fp16-with-ggpo": (
+        "--full_fp16 --mixed_precision fp16 --network_args ggpo_sigma=0.03 ggpo_beta=0.01",
+        "--mixed_precision fp16 --network_args ggpo_sigma=0.03 ggpo_beta=0.01",
+    ),
+    "full-fp16-rounding": ("--full_fp16 --mixed_precision fp16", "--mixed_precision fp16"),
     "lllite-options-unused": ("--cond_emb_dim 16", "--method lllite --cond_emb_dim 16 --lllite_use_aspp"),
     "control-net-options-unused": ("--control_net_lr 1e-5", "--method control_net --control_net_lr 1e-5"),
     "learning-rate-before-control-net-lr": (

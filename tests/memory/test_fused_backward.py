@@ -16,7 +16,7 @@ from transformers.optimization import Adafactor
 
 from sfumato.memory.fused_backward import FusedBackward, divide
 from sfumato.memory.offload import BlockOffload
-from sfumato.optim.bf16_stepper import Bf16Stepper
+from sfumato.optim.half_stepper import HalfStepper
 
 CPU = torch.device("cpu")
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -58,7 +58,7 @@ def iterate_losses(net: nn.Module, steps: int = 3) -> Iterator[Tensor]:
         yield net(x).square().sum()
 
 
-def train(net: nn.Sequential, optimizer: Optimizer, stepper: Bf16Stepper | None = None, max_norm: float = 0.0) -> None:
+def train(net: nn.Sequential, optimizer: Optimizer, stepper: HalfStepper | None = None, max_norm: float = 0.0) -> None:
     """As torch's own loops do; each gradient is clipped by its own norm."""
     for step, loss in enumerate(iterate_losses(net)):
         optimizer.zero_grad()
@@ -148,8 +148,8 @@ def test_rounding_is_the_same(hosted: bool) -> None:
     plain, net = make_net().bfloat16(), make_net().bfloat16()
     offload = host_blocks(net) if hosted else None
     expected, optimizer = make_optimizer(plain, "AdamW"), make_optimizer(net, "AdamW")
-    train(plain, expected, Bf16Stepper(expected, seed=5, stochastic=True))
-    stepper = Bf16Stepper(optimizer, seed=5, stochastic=True)
+    train(plain, expected, HalfStepper(expected, seed=5, stochastic=True))
+    stepper = HalfStepper(optimizer, seed=5, stochastic=True)
     buckets = make_buckets(net, "parameters")
     train_fused(net, FusedBackward(optimizer, buckets, stepper=stepper, offload=offload, max_norm=0), optimizer)
     assert_equal(net, plain)

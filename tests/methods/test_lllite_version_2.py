@@ -169,7 +169,7 @@ def test_inputs_of_layers_change_as_written_out(family: str, toy_shelf: ToyShelf
             expected[own] += written.change(layer.name, x[row : row + 1, own], seen[row : row + 1])[0]
             torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
             assert (found[row][own] - x[row][own]).abs().max() > 1e-3
-    kinds = {layer.kind for layer in made.layers.values()}
+    kinds = {layer.layer_kind for layer in made.layers.values()}
     wanted = set(parse_layer_kinds(EVERY_LAYER))
     assert kinds == (wanted if family in ("sd", "sdxl") else wanted - {"cross_attn_q_pre"})
 

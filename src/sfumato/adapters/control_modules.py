@@ -36,7 +36,7 @@ class ControlModules(nn.Module, ABC):
 
     def attach(self, network: nn.Module) -> None:
         """From now on the network's layers have their inputs changed."""
-        self._handles.append(network.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(network.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         for layer in self.layers.values():
             hooked = network.get_submodule(layer.path)
             self._handles.append(hooked.register_forward_pre_hook(self._make_hook(layer)))
@@ -49,7 +49,7 @@ class ControlModules(nn.Module, ABC):
     def is_active(self) -> bool:
         return self.image is not None and self.strength != 0
 
-    def _begin(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before_forward(self, network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.is_active:
             self.begin_forward(kwargs)
 
@@ -71,7 +71,7 @@ class ControlModules(nn.Module, ABC):
         """x (B, tokens, channels) as the layer reads it."""
 
     @abstractmethod
-    def describe(self) -> Mapping[str, object]:
+    def file_metadata(self) -> Mapping[str, object]:
         """The metadata of its files, plain values."""
 
 

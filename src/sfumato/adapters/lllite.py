@@ -78,5 +78,5 @@ class LLLite(ControlModules):
         change = self.parts[layer.name](x, self.image.to(x))
         return x + self.strength * change.to(x)
 
-    def describe(self) -> Mapping[str, object]:
+    def file_metadata(self) -> Mapping[str, object]:
         return {}

@@ -173,9 +173,9 @@ class SharedLLLite(ControlModules):
         change = module(x.gather(1, places), seen)
         return x.scatter_add(1, places, self.strength * change.to(x))
 
-    def describe(self) -> Mapping[str, object]:
+    def file_metadata(self) -> Mapping[str, object]:
         sizes = self.sizes
-        kinds = dict.fromkeys(layer.kind for layer in self.layers.values())
+        kinds = dict.fromkeys(layer.layer_kind for layer in self.layers.values())
         facts: dict[str, object] = {
             "version": self.version,
             "cond_emb_dim": sizes.image_width,

@@ -35,12 +35,11 @@ class MemoryOptions(Options):
     use_flash_attn: bool = option(False, "same as --attention flash, where that can be had")
     use_sage_attn: bool = option(False, "sageattention; refused, because it has no gradients")
     full_fp16: bool = option(
-        False, "weights and gradients in float16, too",
-        planned="float16 training; --full_bf16 keeps them in bfloat16",
-    )  # fmt: skip
+        False, "trained weights and their gradients in float16, too; bfloat16 has its range without a loss scale"
+    )
     full_bf16: bool = option(False, "trained weights and their gradients in bfloat16, too")
     stochastic_rounding: bool = option(
-        True, "stochastic rounding of bfloat16 weights, so that small steps are not lost"
+        True, "stochastic rounding of bfloat16 and float16 weights, so that small steps are not lost"
     )
     fp8_base: bool = option(False, "keep the weights of the frozen denoiser and text encoders in float8")
     fp8_base_unet: bool = option(False, "keep those of the frozen denoiser alone in float8")
@@ -94,6 +93,11 @@ class MemoryOptions(Options):
     compile_cache_size_limit: int | None = option(
         None, "graphs for one class of blocks, after which it is not compiled; default: 8 for each block", ge=1
     )
+
+    @property
+    def trained_precision(self) -> Literal["no", "bf16", "fp16"]:
+        """Of trained weights and their gradients; no: float32."""
+        return "bf16" if self.full_bf16 else "fp16" if self.full_fp16 else "no"
 
     @property
     def wanted_attention(self) -> str:

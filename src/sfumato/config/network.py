@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from sfumato.common.extensions import ADAPTERS_GROUP, is_extension
-from sfumato.common.layer_kinds import DEFAULT_LAYERS, KIND_PRESETS, LAYER_KINDS, check_layer_kinds
+from sfumato.common.layer_kinds import DEFAULT_LAYERS, check_layer_kinds
 from sfumato.common.names import LYCORIS_MODULES, NETWORK_MODULES
 from sfumato.common.registry import did_you_mean
 from sfumato.config.base import Options, option
@@ -57,7 +57,7 @@ class LLLiteOptions(Options):
     )
     lllite_target_layers: Annotated[str, AfterValidator(check_layer_kinds)] = option(
         DEFAULT_LAYERS,
-        f"layers that version 2 changes: {', '.join(KIND_PRESETS)}, or a list of {', '.join(LAYER_KINDS)}",
+        "layers that version 2 changes, e.g. self_attn_qkv, or a list such as self_attn_q_pre,mlp_fc1_pre",
     )
     lllite_cond_dim: int = option(64, "channels inside the network that reads the control image (version 2)", ge=2)
     lllite_cond_resblocks: int = option(1, "residual blocks of that network", ge=0)

@@ -322,8 +322,8 @@ _UNUSED = (
     OptionRule(
         code="stochastic-rounding-unused",
         severity="no effect",
-        options=("full_bf16", "stochastic_rounding"),
-        is_broken=lambda c: not c.memory.full_bf16 and not c.memory.stochastic_rounding,
+        options=("full_bf16", "full_fp16", "stochastic_rounding"),
+        is_broken=lambda c: c.memory.trained_precision == "no" and not c.memory.stochastic_rounding,
         what="--no_stochastic_rounding",
         reason="trained weights are in float32",
         fix="remove it, or give --full_bf16",

@@ -71,4 +71,30 @@ PRECISION_RULES = (
         reason="--attention takes precedence",
         fix="remove them",
     ),
+    OptionRule(
+        code="full-fp16-without-fp16-precision",
+        severity="conflict",
+        options=("full_fp16", "mixed_precision"),
+        is_broken=lambda c: c.memory.full_fp16 and c.memory.mixed_precision != "fp16",
+        what="--full_fp16 keeps weights in float16, but the computation is not in float16",
+        fix="give --mixed_precision fp16",
+    ),
+    OptionRule(
+        code="full-fp16-with-ggpo",
+        severity="conflict",
+        options=("full_fp16", "network_args"),
+        is_broken=lambda c: c.memory.full_fp16 and any(name.startswith("ggpo_") for name in c.network.network_args),
+        what="--network_args ggpo_sigma and ggpo_beta measure gradients after a step, which --full_fp16 keeps "
+        "multiplied with the loss scale",
+        fix="give --full_bf16 and --mixed_precision bf16, or remove ggpo_sigma and ggpo_beta",
+    ),
+    OptionRule(
+        code="full-fp16-rounding",
+        severity="note",
+        options=("full_fp16", "stochastic_rounding"),
+        is_broken=lambda c: c.memory.full_fp16,
+        what="weights and gradients are in float16; each step is computed in float32 and rounded, and gradients beyond "
+        "65504 after the loss scale skip it",
+        fix="--full_bf16 with --mixed_precision bf16 has no such limit",
+    ),
 )

@@ -19,6 +19,7 @@ from sfumato.families._flux_parts import keep_time_exact
 from sfumato.families.part import PartSpec
 from sfumato.formats.keymap import KeyMap, KeyRule
 
+list_chroma_layers = _flux_keys.list_flux_layers
 APPROXIMATOR = "distilled_guidance_layer"
 _RULES = (
     *_flux_keys.BLOCK_RULES,

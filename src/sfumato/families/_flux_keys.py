@@ -122,12 +122,12 @@ def make_part_spec(prefix: str, keys: KeyMap, in_targets: tuple[str, ...], kinds
 
 
 _CONTROLLED = (
-    LayerPattern(kind=QUERIES, paths=f"{DOUBLE}attn.to_q"),
-    LayerPattern(kind=KEYS, paths=f"{DOUBLE}attn.to_k|{DOUBLE}attn.to_v"),
-    LayerPattern(kind=FEED_FORWARD, paths=f"{DOUBLE}ff.net.0.proj"),
-    LayerPattern(kind=QUERIES, paths=f"{SINGLE}attn.to_q", follows_text=True),
-    LayerPattern(kind=KEYS, paths=f"{SINGLE}attn.to_k|{SINGLE}attn.to_v", follows_text=True),
-    LayerPattern(kind=FEED_FORWARD, paths=f"{SINGLE}proj_mlp", follows_text=True),
+    LayerPattern(layer_kind=QUERIES, paths=f"{DOUBLE}attn.to_q"),
+    LayerPattern(layer_kind=KEYS, paths=f"{DOUBLE}attn.to_k|{DOUBLE}attn.to_v"),
+    LayerPattern(layer_kind=FEED_FORWARD, paths=f"{DOUBLE}ff.net.0.proj"),
+    LayerPattern(layer_kind=QUERIES, paths=f"{SINGLE}attn.to_q", follows_text=True),
+    LayerPattern(layer_kind=KEYS, paths=f"{SINGLE}attn.to_k|{SINGLE}attn.to_v", follows_text=True),
+    LayerPattern(layer_kind=FEED_FORWARD, paths=f"{SINGLE}proj_mlp", follows_text=True),
 )
 
 

@@ -78,7 +78,9 @@ def _make_patterns(stack: str, *, follows_text: bool) -> list[LayerPattern]:
         FEED_FORWARD: ("feed_forward.linear_1", "feed_forward.linear_3"),  # both read the block's input
     }
     return [
-        LayerPattern(kind=kind, paths="|".join(f"{stack}.{{n}}.{name}" for name in names), follows_text=follows_text)
+        LayerPattern(
+            layer_kind=kind, paths="|".join(f"{stack}.{{n}}.{name}" for name in names), follows_text=follows_text
+        )
         for kind, names in paths.items()
     ]
 

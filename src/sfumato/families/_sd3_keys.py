@@ -91,9 +91,9 @@ def _make_other_rules(original: str, feed_forward: str, modulation: str) -> list
 
 
 _CONTROLLED = (  # attn2: the image's own attention in the first blocks of 3.5 medium
-    LayerPattern(kind=QUERIES, paths=f"{_BLOCK}attn.to_q|{_BLOCK}attn2.to_q"),
-    LayerPattern(kind=KEYS, paths="|".join(f"{_BLOCK}{attn}.to_{x}" for attn in ("attn", "attn2") for x in "kv")),
-    LayerPattern(kind=FEED_FORWARD, paths=f"{_BLOCK}ff.net.0.proj"),
+    LayerPattern(layer_kind=QUERIES, paths=f"{_BLOCK}attn.to_q|{_BLOCK}attn2.to_q"),
+    LayerPattern(layer_kind=KEYS, paths="|".join(f"{_BLOCK}{attn}.to_{x}" for attn in ("attn", "attn2") for x in "kv")),
+    LayerPattern(layer_kind=FEED_FORWARD, paths=f"{_BLOCK}ff.net.0.proj"),
 )
 
 

@@ -101,7 +101,7 @@ def list_unet_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
             path=path,
             inputs=shapes[weight][1],
             token_side=_LATENT_PIXEL * 2**level,
-            kind=_LAYER_KINDS[match[2]],
+            layer_kind=_LAYER_KINDS[match[2]],
             in_version_1=match[2].startswith("attn"),
         )
     return layers

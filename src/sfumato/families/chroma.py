@@ -12,7 +12,7 @@ from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.data.batch import Sizes, Tensors
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.errors import Problems
-from sfumato.families import _chroma_keys, _flux_files, _flux_keys, _flux_parts, _t5, _tokenizers, _vae
+from sfumato.families import _chroma_keys, _flux_files, _flux_parts, _t5, _tokenizers, _vae
 from sfumato.families._flux_parts import extend_mask, make_common_inputs, unpack
 from sfumato.families._text_features import cut_to_mask, to_device
 from sfumato.families.base import FAMILIES, Family, TokenBudget
@@ -36,7 +36,7 @@ class Chroma(Family):
     sd_scripts_reads = _flux_parts.READ_BY_SCRIPT
     sampling = Sampling(width=512, height=512, steps=20, scale=1.0, guidance=None, size_multiple=16)
     components = _COMPONENTS
-    list_controlled_layers = staticmethod(_flux_keys.list_flux_layers)
+    list_controlled_layers = staticmethod(_chroma_keys.list_chroma_layers)
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)

@@ -19,7 +19,7 @@ class ControlledLayer:
     path: str  # in its network
     inputs: int  # channels
     token_side: int  # pixels
-    kind: str  # one of common.layer_kinds
+    layer_kind: str  # one of common.layer_kinds
     follows_text: bool = False  # whether tokens of text come before those of the image
     in_version_1: bool = False  # whether the first version of LLLite changes it
 
@@ -28,7 +28,7 @@ class ControlledLayer:
 class LayerPattern:
     """The layers of a kind in a transformer: a pattern on their paths."""
 
-    kind: str
+    layer_kind: str
     paths: str
     follows_text: bool = False
 
@@ -48,7 +48,7 @@ def list_transformer_layers(
                 path=path,
                 inputs=shape[1],
                 token_side=_TOKEN_SIDE,
-                kind=found.kind,
+                layer_kind=found.layer_kind,
                 follows_text=found.follows_text,
             )
     return layers

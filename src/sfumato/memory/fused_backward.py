@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sfumato.memory.offload import BlockOffload
-from sfumato.optim.bf16_stepper import Bf16Stepper, move_state
+from sfumato.optim.half_stepper import HalfStepper, move_state
 from sfumato.optim.skipping import step_where
 
 
@@ -38,7 +38,7 @@ class FusedBackward:
         optimizer: Optimizer,
         buckets: Sequence[Sequence[nn.Parameter]],
         *,
-        stepper: Bf16Stepper | None,
+        stepper: HalfStepper | None,
         offload: BlockOffload | None,
         max_norm: float,
     ) -> None:

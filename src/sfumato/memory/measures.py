@@ -111,7 +111,9 @@ MEASURES.register("trained weights in bfloat16")(
         cost="trained weights are rounded to 8 bits of precision, stochastically",
         list_levels=offer(
             {"mixed_precision": "bf16", "full_bf16": True},
-            when=lambda c: c.run.method == "full" and c.memory.mixed_precision != "fp16" and not c.memory.full_bf16,
+            when=lambda c: (
+                c.run.method == "full" and c.memory.mixed_precision != "fp16" and c.memory.trained_precision == "no"
+            ),
         ),
     )
 )

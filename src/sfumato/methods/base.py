@@ -55,7 +55,7 @@ class Method(Protocol):
         ...
 
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
-        """The networks whose own weights train; they are loaded in float32, or in bfloat16 with --full_bf16."""
+        """The networks whose own weights train; in float32, or as --full_bf16 or --full_fp16 say."""
         ...
 
     def change_frozen(self, model: Family) -> None:

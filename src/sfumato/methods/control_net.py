@@ -24,7 +24,7 @@ from sfumato.formats.checkpoint_writer import catch_disk_full, write_safetensors
 from sfumato.formats.keymap import matches
 from sfumato.formats.pickled import get_file_suffix, is_pickled, write_pickle
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
-from sfumato.methods.trained_parts import make_zero_learning_rates_error
+from sfumato.methods.trained_parts import get_trained_dtype, make_zero_learning_rates_error
 from sfumato.optim.groups import ParameterGroup
 
 CONFIG_KEY = "sfumato.config"  # metadata of a file: the configurations of its networks, as JSON
@@ -151,7 +151,7 @@ class ControlNetMethod:
         return {"ss_control_net_lr": self.learning_rate, "ss_control_net_name": strip_paths(given) if given else None}
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        trained = torch.bfloat16 if self.config.memory.full_bf16 else torch.float32
+        trained = get_trained_dtype(self.config.memory)
         shapes = blueprint.networks[CONTROL_NET].weights.read_shapes()
         return sum(shape.numel() for shape in shapes.values()) * (dtype or trained).itemsize
 

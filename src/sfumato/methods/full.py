@@ -35,7 +35,7 @@ from sfumato.formats.keymap import matches
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.full_learning_rates import TrainedWeights, read_full_learning_rates
-from sfumato.methods.trained_parts import check_text_cache, describe_text_encoder_lr
+from sfumato.methods.trained_parts import check_text_cache, describe_text_encoder_lr, get_trained_dtype
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class FullMethod:
         return {f"ss_{name}": self.config.value(name) for name in names if self.config.is_changed(name)}
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        trained = torch.bfloat16 if self.config.memory.full_bf16 else torch.float32
+        trained = get_trained_dtype(self.config.memory)
         return count_saved_bytes(blueprint, self.full_precision_parts(blueprint), dtype, trained)
 
     def file_suffix(self, blueprint: Blueprint) -> str:

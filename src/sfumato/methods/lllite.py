@@ -11,21 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters.control_modules import ControlModules
-from sfumato.adapters.lllite_file import read_lllite_file
-from sfumato.common.layer_kinds import parse_layer_kinds
 from sfumato.common.text import list_some
 from sfumato.config import Config
-from sfumato.config.network import LLLiteOptions
 from sfumato.data.batch import Extras, Tensors
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.formats.adapter_file import write_adapter_file
-from sfumato.formats.controlled import ControlledLayer
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.inference_lllite import make_no_lllite_error, show_control_image
-from sfumato.methods.new_lllite import OF_FILE, OF_VERSION_2, choose_version, make_first, make_shared
+from sfumato.methods.new_lllite import Layers, list_lllite_notes, make_control_modules
 from sfumato.methods.trained_parts import make_zero_learning_rates_error
 from sfumato.optim.groups import ParameterGroup
 
@@ -42,7 +38,7 @@ class LLLiteMethod:
         self.config = config
         self.modules = nn.ModuleDict()
         self.live_text: frozenset[str] = frozenset()
-        self.layers: Mapping[str, ControlledLayer] = {}
+        self.layers: Layers = {}
         self.widths = (0, 0)  # those that train: of the options, or of the file; known once the plan is made
 
     @property
@@ -61,7 +57,7 @@ class LLLiteMethod:
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
         if not self.config.optim.learning_rate:
             raise make_zero_learning_rates_error("--learning_rate 1e-4")
-        made = self._make(blueprint)
+        made = make_control_modules(self.config, self.layers, blueprint)
         self.widths = made.widths
         return [
             TrainablePart(
@@ -72,26 +68,8 @@ class LLLiteMethod:
             )
         ]
 
-    def _make(self, blueprint: Blueprint) -> ControlModules:
-        file, dropout = self.config.network.network_weights, self.config.network.network_dropout or 0.0
-        if file is not None:
-            return read_lllite_file(file, self.layers, dropout=dropout)
-        if choose_version(self.config, self.layers, blueprint) == 1:
-            return make_first(self.config, self.layers)
-        return make_shared(self.config, self.layers, blueprint)
-
     def list_notes(self, blueprint: Blueprint) -> PlanNotes:
-        made, config = self._make(blueprint), self.config
-        if config.network.network_weights is not None:
-            if config.is_changed("network_dim", *LLLiteOptions.model_fields):
-                return PlanNotes((f"--network_dim, --cond_emb_dim and --lllite_ have no effect: {OF_FILE}",))
-            return PlanNotes()
-        if made.version == 1:
-            given = [name for name in OF_VERSION_2 if config.is_changed(name)]
-            return PlanNotes(tuple(f"--{name} has no effect: it is for --lllite_version 2" for name in given))
-        wanted = parse_layer_kinds(config.lllite.lllite_target_layers)
-        missing = [kind for kind in wanted if all(layer.kind != kind for layer in made.layers.values())]
-        return PlanNotes(tuple(f"--lllite_target_layers: {blueprint.title} has no {kind} layers" for kind in missing))
+        return PlanNotes(tuple(list_lllite_notes(self.config, self.layers, blueprint)))
 
     def full_precision_parts(self, blueprint: Blueprint) -> Collection[str]:
         return ()
@@ -100,7 +78,7 @@ class LLLiteMethod:
         pass
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
-        made = self._make(model.blueprint).to(model.device).train()
+        made = make_control_modules(self.config, self.layers, model.blueprint).to(model.device).train()
         self.modules[NAME] = made
         made.attach(model.denoiser)
         model.has_control_adapter = True
@@ -162,14 +140,16 @@ class LLLiteMethod:
         }
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        parameters = sum(parameter.numel() for parameter in self._make(blueprint).parameters())
+        parameters = sum(
+            parameter.numel() for parameter in make_control_modules(self.config, self.layers, blueprint).parameters()
+        )
         return parameters * (dtype or torch.float32).itemsize
 
     def file_suffix(self, blueprint: Blueprint) -> str:
         return get_file_suffix(self.config.save.save_model_as)
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        own = {name: str(value) for name, value in self.trained.describe().items()}
+        own = {name: str(value) for name, value in self.trained.file_metadata().items()}
         write_adapter_file(path, self.trained.parts.state_dict(), {**metadata, **own}, dtype)
 
     def report(self) -> list[str]:

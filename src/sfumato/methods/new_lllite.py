@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+from sfumato.adapters.control_modules import ControlModules
 from sfumato.adapters.lllite import LLLite
+from sfumato.adapters.lllite_file import read_lllite_file
 from sfumato.adapters.lllite_shared import LLLiteSizes, SharedLLLite
 from sfumato.common.layer_kinds import parse_layer_kinds
 from sfumato.config import Config
+from sfumato.config.network import LLLiteOptions
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
 from sfumato.formats.controlled import ControlledLayer
@@ -16,7 +19,31 @@ Layers = Mapping[str, ControlledLayer]
 DEFAULT_WIDTH = 64  # of --network_dim
 DEFAULT_IMAGE_WIDTH = 32  # of --cond_emb_dim
 OF_VERSION_2 = ("lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp")
-OF_FILE = "--network_weights says what it is"
+
+
+def make_control_modules(config: Config, layers: Layers, blueprint: Blueprint) -> ControlModules:
+    """Those of --network_weights, else new ones of either version. UserError where the model has no such layers."""
+    file, dropout = config.network.network_weights, config.network.network_dropout or 0.0
+    if file is not None:
+        return read_lllite_file(file, layers, dropout=dropout)
+    if choose_version(config, layers, blueprint) == 1:
+        return make_first(config, layers)
+    return make_shared(config, layers, blueprint)
+
+
+def list_lllite_notes(config: Config, layers: Layers, blueprint: Blueprint) -> Iterator[str]:
+    """A line for each option without the effect that it seems to have."""
+    if config.network.network_weights is not None:
+        if config.is_changed("network_dim", *LLLiteOptions.model_fields):
+            yield "--network_dim, --cond_emb_dim and --lllite_ options have no effect: --network_weights has its own"
+    elif choose_version(config, layers, blueprint) == 1:
+        for name in (name for name in OF_VERSION_2 if config.is_changed(name)):
+            yield f"--{name} has no effect: it is for --lllite_version 2"
+    else:
+        own = {layer.layer_kind for layer in layers.values()}
+        for kind in parse_layer_kinds(config.lllite.lllite_target_layers):
+            if kind not in own:
+                yield f"--lllite_target_layers: {blueprint.title} has no {kind} layers"
 
 
 def choose_version(config: Config, layers: Layers, blueprint: Blueprint) -> int:
@@ -45,7 +72,7 @@ def make_shared(config: Config, layers: Layers, blueprint: Blueprint) -> SharedL
     """UserError where the model has no layers of the wanted kinds, or the trunk's width is odd."""
     options = config.lllite
     kinds = parse_layer_kinds(options.lllite_target_layers)
-    some = {name: layer for name, layer in layers.items() if layer.kind in kinds}
+    some = {name: layer for name, layer in layers.items() if layer.layer_kind in kinds}
     if not some:
         raise UserError(
             f"--lllite_target_layers {options.lllite_target_layers}: {blueprint.title} has no such layers",

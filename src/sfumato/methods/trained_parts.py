@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from sfumato.config import Config, OptimOptions
+import torch
+
+from sfumato.config import Config, MemoryOptions, OptimOptions
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
+from sfumato.formats.checkpoint import SAVE_DTYPES
 
 
 def read_text_encoder_lr(optim: OptimOptions, order: Sequence[str]) -> dict[str, float]:
@@ -50,3 +53,8 @@ def check_text_cache(config: Config, parts: Collection[str], blueprint: Blueprin
 
 def make_zero_learning_rates_error(fix: str) -> UserError:
     return UserError("no part of the model trains: every learning rate is 0", code="learning-rates-all-zero", fix=fix)
+
+
+def get_trained_dtype(memory: MemoryOptions) -> torch.dtype:
+    """Of weights that train."""
+    return SAVE_DTYPES.get(memory.trained_precision) or torch.float32

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from sfumato.config import OptimOptions
 from sfumato.errors import Problems, UserError
-from sfumato.optim.bf16_stepper import steps_each_parameter
+from sfumato.optim.half_stepper import steps_each_parameter
 from sfumato.optim.lr_schedule import check_schedule, describe_schedule
 from sfumato.optim.optimizers import check_saved_class, try_optimizer
 

@@ -81,7 +81,11 @@ class ParallelStrategy(ABC):
 
     def total_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The 2-norm of all gradients together, 0-d."""
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if any(gradient.dtype == torch.float16 for gradient in gradients):  # whose norm may be beyond its range
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        return nn.utils.get_total_norm(gradients)
 
     def clip(self, parameters: Sequence[nn.Parameter], maximum: float, norm: Tensor) -> None:
         """Scale the gradients down to `maximum`, where `norm`, their total norm, is above it."""

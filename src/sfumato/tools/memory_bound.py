@@ -52,7 +52,7 @@ def count_weight_bytes(part: Part) -> int:
 
 def count_trained_bytes(plan: ModelPlan) -> int:
     """Gradients, the optimizer's state, EMAs, and trained weights that are not the networks' own."""
-    own = FLOAT32_BYTES if not plan.config.memory.full_bf16 else torch.bfloat16.itemsize
+    own = FLOAT32_BYTES if plan.config.memory.trained_precision == "no" else torch.bfloat16.itemsize
     added = 0 if plan.method.full_precision_parts(plan.blueprint) else own
     gradient = 0 if plan.config.optim.fuses_backward else own
     return sum(part.parameters for part in plan.parts) * (gradient + added + sum(count_kept_bytes(plan.config)))

@@ -18,8 +18,8 @@ from sfumato.memory.blocks import WrappedBlocks, wrap_blocks
 from sfumato.memory.fused_backward import FusedBackward, divide
 from sfumato.memory.offload import BlockOffload, choose_hosted_blocks, find_blocks
 from sfumato.methods.model_plan import ModelPlan
-from sfumato.optim.bf16_stepper import Bf16Stepper
 from sfumato.optim.groups import ParameterGroup
+from sfumato.optim.half_stepper import HalfStepper
 from sfumato.plan import RunPlan
 from sfumato.quantization.choice import describe_precision
 
@@ -92,7 +92,7 @@ def prepare_blocks(
 
 
 def make_fused_backward(
-    optim: OptimOptions, optimizer: Optimizer, networks: PreparedNetworks, stepper: Bf16Stepper | None
+    optim: OptimOptions, optimizer: Optimizer, networks: PreparedNetworks, stepper: HalfStepper | None
 ) -> FusedBackward | None:
     """None where the optimizer steps after backward."""
     if not optim.fuses_backward:

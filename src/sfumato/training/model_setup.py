@@ -16,7 +16,7 @@ from sfumato.memory.host import keep_freed_memory
 from sfumato.memory.low_precision import choose_formats
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.methods.model_plan import ModelPlan
-from sfumato.optim.bf16_stepper import keep_in_bfloat16
+from sfumato.optim.half_stepper import keep_in_half
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 from sfumato.training.block_setup import PreparedNetworks, choose_hosted_parts, prepare_blocks
@@ -35,7 +35,7 @@ def open_model(plan: RunPlan, device: torch.device) -> Family:
 def make_model(plan: RunPlan | ModelPlan, device: torch.device) -> Family:
     """The model on its device from what is planned for it alone."""
     config = plan.config
-    trained_dtype = torch.bfloat16 if config.memory.full_bf16 else torch.float32
+    trained_dtype = MIXED_PRECISION[config.memory.trained_precision]
     blueprint = plan.blueprint.with_dtype(plan.method.full_precision_parts(plan.blueprint), trained_dtype)
     model = plan.family(blueprint, config.model, dtype=MIXED_PRECISION[config.memory.mixed_precision], device=device)
     choose_formats(model, config.memory, trained=plan.method.full_precision_parts(plan.blueprint))
@@ -53,8 +53,8 @@ def load_networks(
     for part in needed.values():
         part.load()
     groups = plan.method.prepare(model)
-    if config.memory.full_bf16:
-        keep_in_bfloat16(groups)
+    if config.memory.trained_precision != "no":
+        keep_in_half(groups, MIXED_PRECISION[config.memory.trained_precision])
     for name, part in needed.items():
         parallel.prepare(name, part.module)
     masks_attention = plan.blueprint.masks_attention

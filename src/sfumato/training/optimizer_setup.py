@@ -1,4 +1,4 @@
-"""The optimizer and what surrounds it: schedule, scaler, bfloat16 steps, EMA; all of it is part of the state."""
+"""The optimizer and what surrounds it: schedule, scaler, half-precision steps, EMA; all of it is part of the state."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch.optim import Optimizer
 from sfumato.config import Config
 from sfumato.diffusion.uncertainty import UNCERTAINTY_GROUP, Uncertainty, make_uncertainty
 from sfumato.memory.fused_backward import FusedBackward
-from sfumato.optim.bf16_stepper import Bf16Stepper, make_bf16_stepper
 from sfumato.optim.ema import EmaSet
 from sfumato.optim.groups import ParameterGroup
+from sfumato.optim.half_scaler import HalfGradScaler, make_scaler
+from sfumato.optim.half_stepper import HalfStepper, make_half_stepper
 from sfumato.optim.lr_schedule import LrSchedule, make_lr_schedule
 from sfumato.optim.optimizers import make_optimizer
 from sfumato.optim.skipping import step_where
@@ -36,15 +37,19 @@ class OptimizerSetup:
     optimizer: Optimizer
     lr_schedule: LrSchedule
     scaler: GradScaler  # does nothing but in fp16
-    bf16_stepper: Bf16Stepper | None  # where weights are in bfloat16
+    half_stepper: HalfStepper | None  # where weights are in half precision
     parameters: list[nn.Parameter]  # of the method
     uncertainty: Uncertainty | None  # learned weights of the loss
     ema: EmaSet
     fused: FusedBackward | None  # where it steps while backward runs
 
+    def unscale_norm(self, norm: Tensor) -> Tensor:
+        """The norm of the gradients from that of those that the scaler has left."""
+        return norm / self.scaler.read_scale() if isinstance(self.scaler, HalfGradScaler) else norm
+
     def take_step(self, step: int, taken: Tensor) -> None:
         """The optimizer step with this index, where `taken`, 0-d bool on the device, holds."""
-        stepper = self.bf16_stepper
+        stepper = self.half_stepper
         step_where(taken, self.optimizer, self.optimizer.step if stepper is None else partial(stepper.step, step))
 
 
@@ -58,17 +63,18 @@ def set_up_optimizer(
     state.add("uncertainty", UncertaintyState(uncertainty))
     optimizer = make_optimizer(config.optim, [*groups, *uncertainty_groups(config, uncertainty)])
     lr_schedule = make_lr_schedule(config.optim, optimizer, plan.total_steps - start.schedule)
-    scaler = GradScaler(device.type, enabled=config.memory.mixed_precision == "fp16")
+    memory = config.memory
+    scaler = make_scaler(device, mixed=memory.mixed_precision == "fp16", full=memory.full_fp16)
     state.add("optimizer", OptimizerState(optimizer))
     state.add("lr_schedule", lr_schedule)
     state.add("scaler", ScalerState(scaler))
     parameters = [parameter for group in groups for parameter in group.parameters]
-    stepper = make_bf16_stepper(config.memory, optimizer, plan.seed)
+    stepper = make_half_stepper(memory, optimizer, plan.seed, scaler)
     return OptimizerSetup(
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         scaler=scaler,
-        bf16_stepper=stepper,
+        half_stepper=stepper,
         fused=make_fused_backward(config.optim, optimizer, networks, stepper),
         parameters=parameters,
         uncertainty=uncertainty,

@@ -118,7 +118,7 @@ def describe_origin(run: Run, request: ImageRequest, step: int) -> dict[str, str
     """
     file, note = find_weights_file(run, step)
     more = dict(run.method.list_generate_options(file))
-    if run.config.memory.mixed_precision != "no" and not run.config.memory.full_bf16:
+    if run.config.memory.mixed_precision != "no" and run.config.memory.trained_precision == "no":
         more |= {"float32_parts": sorted(run.method.full_precision_parts(run.model.blueprint)) or None}
     if run.config.model.enable_scaled_pos_embed:
         more["resolution"] = run.config.buckets.resolution

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from families.toys import ToyShelf
 from sfumato.config import OptimOptions, load_config
 from sfumato.formats.state import load_state
-from sfumato.optim import bf16_stepper
+from sfumato.optim import half_stepper
 from sfumato.optim.averaging import eval_weights
-from sfumato.optim.bf16_stepper import Bf16Stepper, keep_in_bfloat16, stochastic_round
 from sfumato.optim.groups import ParameterGroup
+from sfumato.optim.half_stepper import HalfStepper, keep_in_half, stochastic_round
 from sfumato.optim.optimizers import class_name, make_optimizer, restore_optimizer
 from sfumato.parallel.start import start_parallel
 from sfumato.train import train_step
@@ -98,9 +98,9 @@ def test_a_small_constant_step_counts_in_expectation() -> None:
     moved = {}
     for stochastic in (False, True):
         parameter = nn.Parameter(torch.ones(size))
-        keep_in_bfloat16([ParameterGroup(name="", parameters=[parameter], learning_rate=lr)])
+        keep_in_half([ParameterGroup(name="", parameters=[parameter], learning_rate=lr)], torch.bfloat16)
         optimizer = torch.optim.SGD([parameter], lr=lr)
-        step = Bf16Stepper(optimizer, seed=1, stochastic=stochastic)
+        step = HalfStepper(optimizer, seed=1, stochastic=stochastic)
         for index in range(steps):
             parameter.grad = -torch.ones_like(parameter)
             step.step(index)
@@ -127,7 +127,7 @@ def options(request: pytest.FixtureRequest) -> OptimOptions:
 
 
 def make_bf16_optimizer(module: nn.Sequential, options: OptimOptions) -> Any:
-    keep_in_bfloat16(make_groups(module, 0.0))
+    keep_in_half(make_groups(module, 0.0), torch.bfloat16)
     return make_optimizer(options, make_groups(module, options.learning_rate))
 
 
@@ -135,10 +135,10 @@ def test_a_step_is_the_one_of_float32_rounded(options: OptimOptions, monkeypatch
     """Whatever the optimizer: three steps, some weights at a time, next to the same on float32 weights that are
     rounded after each; the state is float32's own.
     """
-    monkeypatch.setattr(bf16_stepper, "CHUNK_SIZE", 20)
+    monkeypatch.setattr(half_stepper, "CHUNK_SIZE", 20)
     ours, theirs = network(), network()
     optimizer = make_bf16_optimizer(ours, options)
-    step = Bf16Stepper(optimizer, seed=1, stochastic=False)
+    step = HalfStepper(optimizer, seed=1, stochastic=False)
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         other.data.copy_(mine)
     plain = make_optimizer(options, make_groups(theirs, options.learning_rate))
@@ -170,11 +170,11 @@ def assert_equal(ours: dict, theirs: dict) -> None:
 
 def test_only_some_weights_are_in_float32_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW never sees more than was allowed; an optimizer that measures all together sees all."""
-    monkeypatch.setattr(bf16_stepper, "CHUNK_SIZE", 50)
+    monkeypatch.setattr(half_stepper, "CHUNK_SIZE", 50)
     module = network()
     options = OptimOptions(optimizer_type="AdamW", learning_rate=0.01)
     optimizer = make_bf16_optimizer(module, options)
-    step = Bf16Stepper(optimizer, seed=1, stochastic=True)
+    step = HalfStepper(optimizer, seed=1, stochastic=True)
     seen: list[list[int]] = []
     taken: Callable[[], Any] = optimizer.step
 
@@ -197,9 +197,9 @@ def test_rounding_does_not_depend_on_the_chunk_size(part: int, monkeypatch: pyte
     """Two steps, or two parameters of one step, round differently."""
     options, result = OptimOptions(optimizer_type="AdamW", learning_rate=1e-5), []
     for size in (50, part):
-        monkeypatch.setattr(bf16_stepper, "CHUNK_SIZE", size)
+        monkeypatch.setattr(half_stepper, "CHUNK_SIZE", size)
         module = network()
-        step = Bf16Stepper(make_bf16_optimizer(module, options), seed=1, stochastic=True)
+        step = HalfStepper(make_bf16_optimizer(module, options), seed=1, stochastic=True)
         for index in range(3):
             set_gradients(module, index)
             step.step(index)
@@ -213,7 +213,7 @@ def test_rounding_does_not_depend_on_the_chunk_size(part: int, monkeypatch: pyte
 def test_a_failed_step_leaves_the_groups_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     module = network()
     optimizer = make_bf16_optimizer(module, OptimOptions(optimizer_type="AdamW", learning_rate=0.01))
-    step = Bf16Stepper(optimizer, seed=1, stochastic=True)
+    step = HalfStepper(optimizer, seed=1, stochastic=True)
     set_gradients(module, 0)
     step.step(0)
 
@@ -233,7 +233,7 @@ def test_a_parameter_without_gradient_is_skipped() -> None:
     before = [parameter.detach().clone() for parameter in module.parameters()]
     set_gradients(module, 0)
     module[0].weight.grad = None
-    Bf16Stepper(optimizer, seed=1, stochastic=True).step(0)
+    HalfStepper(optimizer, seed=1, stochastic=True).step(0)
     moved = [not torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True)]
     assert moved == [False, True, True, True]
 
@@ -243,7 +243,7 @@ def test_resume_continues_exactly(options: OptimOptions) -> None:
     first = make_bf16_optimizer(straight, options)
     for index in range(4):
         set_gradients(straight, index)
-        Bf16Stepper(first, seed=1, stochastic=True).step(index)
+        HalfStepper(first, seed=1, stochastic=True).step(index)
     second = make_bf16_optimizer(parts, options)
     for index in range(4):
         if index == 2:
@@ -251,7 +251,7 @@ def test_resume_continues_exactly(options: OptimOptions) -> None:
             second = make_bf16_optimizer(parts, options)
             restore_optimizer(second, state, class_name(second))
         set_gradients(parts, index)
-        Bf16Stepper(second, seed=1, stochastic=True).step(index)
+        HalfStepper(second, seed=1, stochastic=True).step(index)
     assert equal_tensors(straight.state_dict(), parts.state_dict())
 
 
@@ -315,9 +315,9 @@ def test_the_average_of_a_schedule_free_optimizer(name: str) -> None:
     pytest.importorskip("schedulefree")
     parameter = nn.Parameter(torch.randn(50, generator=generator()))
     group = ParameterGroup(name="x", parameters=[parameter], learning_rate=0.1)
-    keep_in_bfloat16([group])
+    keep_in_half([group], torch.bfloat16)
     optimizer = make_optimizer(OptimOptions(optimizer_type=name), [group])
-    stepper = Bf16Stepper(optimizer, seed=0, stochastic=True)
+    stepper = HalfStepper(optimizer, seed=0, stochastic=True)
     for step in range(8):  # the first steps of RAdam do not average
         parameter.grad = torch.ones_like(parameter) * (step + 1)
         stepper.step(step)
