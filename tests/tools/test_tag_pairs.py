@@ -101,7 +101,6 @@ def account(given: dict[str, Any], *, mapped: bool) -> str:
     return separator.join(tags)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("mapped", [False, True])
 def test_every_two_options(tmp_path: Path, mapped: bool) -> None:
     pairs = [{**first, **second} for first, second in combinations(SINGLE, 2)]
