@@ -153,6 +153,8 @@ def test_faults(folder: Path) -> None:
     assert editor.faults("f.txt") >= {"repeated", "untidy"}
     assert editor.faults("g.txt") == {"lines", "untidy"}
     assert Editor(folder, "--enable_wildcard").faults("g.txt") == {"untidy"}
+    assert editor.edit("a.txt", "1girl, long_hair, Short Hair")["changed"]
+    assert editor.faults("a.txt") == {"contradictory"}
     assert editor.text("e.txt") == "café"  # as it is probably meant, and in UTF-8 once it is saved
     assert editor.edit("e.txt", "café!")["changed"]
     assert (folder / "e.txt").read_bytes() == "café!\n".encode()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from sfumato.data.captions import CaptionRules
+from sfumato.tools.caption_faults import find_contradictory_tags, normalize_tags
 from sfumato.tools.editor.caption_files import CaptionContent
 from sfumato.tools.editor.text_changes import drop_repeated, split_caption_tags
 
@@ -16,6 +17,7 @@ CAPTION_FAULTS: Mapping[str, str] = {  # name -> what the page says
     "long": "over the token limit",
     "duplicate": "same caption as another",
     "repeated": "repeated tag",
+    "contradictory": "contradictory tags",
     "lines": "several lines",
     "untidy": "stray commas or spaces",
     "damaged": "unreadable image",
@@ -38,6 +40,8 @@ def find_caption_faults(content: CaptionContent, rules: CaptionRules) -> list[st
     tags = [split_caption_tags(line, separator) for line in lines]
     if any(len(drop_repeated(line_tags)) < len(line_tags) for line_tags in tags):
         faults.append("repeated")
+    if any(any(find_contradictory_tags(normalize_tags(", ".join(line_tags)))) for line_tags in tags):
+        faults.append("contradictory")
     if any(is_untidy(line, separator) for line in lines):
         faults.append("untidy")
     return faults
