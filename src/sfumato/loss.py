@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import Recipe
 from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders, encode_with_grad
-from sfumato.methods.base import Method
+from sfumato.sampling.denoise import Predictor
 
 
 class Goal(Protocol):
@@ -32,12 +33,20 @@ class Goal(Protocol):
         ...
 
 
+class LossMethod(Predictor, Protocol):
+    """What a loss needs of a training method, or of the adapters in its place."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """A context with the model as it was before training."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossContext:
     """All that a loss depends on besides the batch."""
 
     model: Family
-    method: Method
+    method: LossMethod
     recipe: Recipe
     randomness: Randomness
     text: FrozenTextEncoders  # features of encoders that do not train and are not cached

@@ -71,6 +71,7 @@ METADATA_COMMANDS = {
 COMMANDS: dict[str, Command | CommandGroup] = {
     "train": Command("train", "Train an adapter, or the whole model, on your images."),
     "generate": Command("generate", "Make images of prompts, with a model alone or with adapters."),
+    "compare": Command("compare", "Show the saved checkpoints of a run side by side, and which of them to take."),
     "plan": Command("plan", "Show what `train` would do with the same options, without training."),
     "dataset": CommandGroup(
         DATASET_COMMANDS, "Inspect a dataset, fill its caches, tag and caption its images, edit captions."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -65,6 +66,26 @@ class InferenceAdapters:
     def rewrite_caption(self, text: str) -> str:
         return self.words.replace(text)
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A context with the model alone; words stay."""
+        engines = [engine for file in self.files for engine in file.engines]
+        before = [engine.multiplier for engine in engines]
+        for engine in engines:
+            engine.multiplier = 0.0
+        try:
+            yield
+        finally:
+            for engine, multiplier in zip(engines, before, strict=True):
+                engine.multiplier = multiplier
+
+    def detach(self) -> None:
+        """Remove every hook of the adapters; words stay."""
+        for engine in (engine for file in self.files for engine in file.engines):
+            engine.detach()
+        for each in self.controlled:
+            each.detach()
+
     def set_batch(self, model: Family, extras: Extras) -> None:
         """The strengths of the images where they have any, else those of the files."""
         show_control_image(self.controlled, model, extras)
@@ -76,6 +97,29 @@ class InferenceAdapters:
 
     def predict(self, model: Family, noisy: Tensor, t: Tensor, conditioning: Tensors, extras: Extras) -> Tensor:
         return model.predict(noisy, t, conditioning, extras.images)
+
+
+@contextmanager
+def attach_in_turn(
+    model: Family, files: Strengths, *, embeddings: Sequence[tuple[Path, str]] = (), lllite: Sequence[Path] = ()
+) -> Iterator[InferenceAdapters]:
+    """A context with adapters; afterwards the model is what it was, ready for the next ones.
+
+    Its weights stay in memory, but for those of text encoders that had new words.
+    """
+    changes = {name: list(part.changes) for name, part in model.parts.items()}
+    tokenizers, has_control = dict(model.tokenizers), model.has_control_adapter
+    adapters = InferenceAdapters(model, files, embeddings=embeddings, lllite=lllite)
+    try:
+        yield adapters
+    finally:
+        adapters.detach()
+        for name, part in model.parts.items():
+            part.changes[:] = changes[name]
+            if adapters.words and name in model.text_parts:
+                part.unload()
+        model.tokenizers.update(tokenizers)
+        model.has_control_adapter = has_control
 
 
 def read_words(adapters: Sequence[Path], embeddings: Sequence[tuple[Path, str]]) -> NewWords:

@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.common.seeds import python_random
+from sfumato.config import Config
 from sfumato.data.batch import CONTROL, INPAINT, Batch, ImageInput, is_reference
 from sfumato.data.cache.entries import make_not_finite_error
 from sfumato.data.inpaint_masks import draw_mask
 from sfumato.data.loader import Loader
+from sfumato.families.base import Family
 from sfumato.families.encoding import encode_images, encode_inpaint
-from sfumato.training.run import Run
 
 
-def load_latents(run: Run, batch: Batch) -> Tensor:
+class LatentSource(Protocol):
+    """What latents are made with: a run, or a checkpoint that is measured without one."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def model(self) -> Family: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        ...
+
+
+def load_latents(run: LatentSource, batch: Batch) -> Tensor:
     """(B, C, h, w) on the device; zeros for samples without an image."""
     if batch.latents is not None:
         return batch.latents.to(run.device, non_blocking=True)
@@ -29,12 +49,12 @@ def load_latents(run: Run, batch: Batch) -> Tensor:
     return encode_images(run.model, batch.pixels, batch.entry_seeds.tolist(), vae_batch_size=size)
 
 
-def load_other_images(run: Run, batch: Batch) -> Batch:
+def load_other_images(run: LatentSource, batch: Batch) -> Batch:
     """The batch with its reference images, and what a model for inpainting sees, as latents on the device."""
     return load_inpaint(run, load_references(run, batch))
 
 
-def load_inpaint(run: Run, batch: Batch) -> Batch:
+def load_inpaint(run: LatentSource, batch: Batch) -> Batch:
     """What is painted: the loss mask of a sample that has one, else a mask that is a function of the sample's id."""
     if not run.model.blueprint.inpaints:
         return batch
@@ -44,7 +64,7 @@ def load_inpaint(run: Run, batch: Batch) -> Batch:
     for row, sample in enumerate(batch.ids.tolist()):
         own = None if batch.mask is None else batch.mask[row].cpu().float()
         if own is None or bool((own == 1).all()):
-            drawn = draw_mask(python_random(run.plan.seed, "inpaint mask", sample), (width, height))
+            drawn = draw_mask(python_random(run.seed, "inpaint mask", sample), (width, height))
             masks.append(torch.from_numpy(drawn)[None])
         else:
             masks.append(F.interpolate(own[None], size=(height, width))[0].round())
@@ -54,7 +74,7 @@ def load_inpaint(run: Run, batch: Batch) -> Batch:
     return replace(batch, extras=replace(batch.extras, images=images))
 
 
-def load_references(run: Run, batch: Batch) -> Batch:
+def load_references(run: LatentSource, batch: Batch) -> Batch:
     """The batch with its reference images as latents on the device, and the control images where these are latents."""
     images = dict(batch.extras.images)
     for role, image in batch.extras.images.items():
@@ -63,7 +83,7 @@ def load_references(run: Run, batch: Batch) -> Batch:
     return replace(batch, extras=replace(batch.extras, images=images)) if images else batch
 
 
-def load_reference(run: Run, image: ImageInput) -> ImageInput:
+def load_reference(run: LatentSource, image: ImageInput) -> ImageInput:
     if image.latents is not None:
         return replace(image, latents=image.latents.to(run.device, non_blocking=True))
     assert image.pixels is not None

@@ -1,4 +1,4 @@
-"""The output folder of a run: its name is locked there, what killed runs left is removed, the images are listed."""
+"""The output folder of a run: its name is locked there, leftovers go, and what the run reads is written down."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from sfumato.common.files import remove_leftovers
 from sfumato.common.run_lock import RunLock
+from sfumato.config.run_record import write_run_record
+from sfumato.data.find.index import get_default_cache_dir
 from sfumato.formats.state import remove_useless_copies
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
@@ -23,8 +25,11 @@ def lock_output(plan: RunPlan, parallel: ParallelStrategy) -> AbstractContextMan
     return RunLock(plan.output_dir, plan.saves.name) if parallel.is_main else nullcontext()
 
 
-def clean_output_folder(plan: RunPlan, *, resumed: bool) -> None:
-    """Remove what a killed run has left half-written; warn once where a new run replaces an earlier one."""
+def prepare_output_folder(plan: RunPlan, *, resumed: bool) -> None:
+    """Remove what a killed run has left half-written; warn once where a new run replaces an earlier one.
+
+    The options are remembered for `sfumato compare`.
+    """
     folder, name = plan.output_dir, plan.saves.name
     for place in (folder, folder / "sample"):
         remove_leftovers(place, re.escape(name) + "[-._].*")
@@ -32,6 +37,10 @@ def clean_output_folder(plan: RunPlan, *, resumed: bool) -> None:
     output = folder / (name + plan.method.file_suffix(plan.blueprint))
     if not resumed and output.exists():
         log.warning("%s is of an earlier run: this one replaces the files of that name in --output_dir", output.name)
+    try:
+        write_run_record(plan.config, get_default_cache_dir())
+    except OSError as error:
+        log.info("the options are not remembered for `sfumato compare`: %s", error)
 
 
 def record_images(plan: RunPlan, *, resumed: bool) -> Sequence[int]:

@@ -64,12 +64,16 @@ class Run:
         return self.plan.config
 
     @property
+    def seed(self) -> int:
+        return self.plan.seed
+
+    @property
     def model(self) -> Family:
         return self.context.model
 
     @property
     def method(self) -> Method:
-        return self.context.method
+        return self.plan.method
 
     @property
     def device(self) -> torch.device:

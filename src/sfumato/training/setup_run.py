@@ -13,7 +13,7 @@ from sfumato.training.loaders import make_loader, make_validation_loader
 from sfumato.training.model_setup import load_networks, make_loss_context, open_model
 from sfumato.training.optimizer_setup import set_up_optimizer
 from sfumato.training.outcomes import make_outcomes
-from sfumato.training.output_folder import clean_output_folder, lock_output, record_images
+from sfumato.training.output_folder import lock_output, prepare_output_folder, record_images
 from sfumato.training.plan_report import make_reported_plan
 from sfumato.training.preview_prompts import read_preview_prompts
 from sfumato.training.run import Run
@@ -34,7 +34,7 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
             return None
         check_agreement(parallel, state.info, start)
         if parallel.is_main:
-            clean_output_folder(plan, resumed=state.resumed)
+            prepare_output_folder(plan, resumed=state.resumed)
         model = open_model(plan, parallel.device)
         prompts = read_preview_prompts(plan, model)
         loader = make_loader(plan, model, parallel, prompts=prompts, first_step=start.data)

@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sfumato.config.evaluation import VALIDATION_LEVELS
+from sfumato.data.batch import Batch
 from sfumato.data.batch_sampler import ValidationSampler
+from sfumato.data.loader import Loader
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.timesteps import timestep_quantiles
-from sfumato.loss import sample_losses
+from sfumato.loss import LossContext, sample_losses
 from sfumato.training.evaluation import eval_mode
-from sfumato.training.latents import check_latents, load_latents, load_other_images
+from sfumato.training.latents import LatentSource, check_latents, load_latents, load_other_images
 from sfumato.training.memory_shortage import give_up_where_short, run_within_memory
 from sfumato.training.run import Run
 from sfumato.training.saving import ema_metadata, save_output, survive_failed_save
@@ -32,6 +37,15 @@ from sfumato.training.saving import ema_metadata, save_output, survive_failed_sa
 log = logging.getLogger(__name__)
 SERIES = "loss/validation/"  # as sd-scripts names its curves
 VALIDATION = "validation"
+
+
+class LossSource(LatentSource, Protocol):
+    """What losses are measured with: a run, or a checkpoint without one."""
+
+    @property
+    def context(self) -> LossContext: ...
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
 
 
 def run_due_validation(run: Run, step: int) -> None:
@@ -106,25 +120,31 @@ def measure_validation_loss(run: Run, times: list[int]) -> list[float] | None:
 
 def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
     """The loss of each image of this process at each time; ends early when the run is to stop."""
-    loader = run.validation_loader
+    loader, sampler = run.validation_loader, validation_sampler(run)
     assert loader is not None
-    randomness = Randomness(validation_sampler(run).seed)
     for step in loader.steps():
         if run.parallel.stop_requested:
             return
-        (batch,) = step.batches
-        batch = load_other_images(run, batch)
-        x0, positions = load_latents(run, batch), batch.weight.nonzero().flatten()
-        if batch.latents is None:  # those of the cache were checked when they were made
-            check_latents(x0, batch, loader)
-        real, rows = (index.to(run.device, non_blocking=True) for index in (positions, batch.ids[positions]))
-        for column, t in enumerate(times):
-            noise = randomness.per_sample(
-                f"validation noise {column}", batch.ids, lambda draw, i, x0=x0: run.context.recipe.noise(draw, x0[i])
-            ).to(x0, non_blocking=True)
-            with run.autocast():
-                losses = sample_losses(run.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
-            table[rows, column] = losses[real].to(table)
+        fill_validation_rows(run, loader, step.batches[0], times, table, seed=sampler.seed)
+
+
+def fill_validation_rows(
+    source: LossSource, loader: Loader, batch: Batch, times: Sequence[int], table: Tensor, *, seed: int
+) -> None:
+    """The losses of one batch of held-out images. seed: of the validation."""
+    randomness, recipe = Randomness(seed), source.context.recipe
+    batch = load_other_images(source, batch)
+    x0, positions = load_latents(source, batch), batch.weight.nonzero().flatten()
+    if batch.latents is None:  # those of the cache were checked when they were made
+        check_latents(x0, batch, loader)
+    real, rows = (index.to(source.device, non_blocking=True) for index in (positions, batch.ids[positions]))
+    for column, t in enumerate(times):
+        noise = randomness.per_sample(
+            f"validation noise {column}", batch.ids, lambda draw, i: recipe.noise(draw, x0[i])
+        ).to(x0, non_blocking=True)
+        with source.autocast():
+            losses = sample_losses(source.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
+        table[rows, column] = losses[real].to(table)
 
 
 def report_validation_loss(run: Run, step: int, loss: float, by_level: dict[int, float]) -> None:
