@@ -43,7 +43,7 @@ def test_the_good_checkpoint_is_taken(tmp_path: Path, seed: int) -> None:
     comparison = compare_run(plan_comparison(load_config(line), output, SUBJECT, wanted), ClassifierEncoder())
     under, good, over = comparison.checkpoints
     assert [each.checkpoint.path.stem for each in comparison.checkpoints] == [UNDER, GOOD, OVER]
-    assert comparison.taken is good
+    assert comparison.chosen is good
     assert good.judged.value > max(under.judged.value, over.judged.value) + 0.1, "it is no matter of chance"
     learned = [float(each.judged.gains.mean()) for each in comparison.checkpoints]
     assert learned[0] < 0.3 < 0.5 < min(learned[1:])

@@ -20,8 +20,8 @@ PARTICIPLES = {"told", "shown", "made", "held", "kept", "found", "drawn", "taken
 NO_PARTICIPLES = {"need", "seed", "feed", "embed"}
 ALLOWED_FUNCTIONS = frozenset(  # (file, name): the context manager that the glossary itself names
     (f"methods/{module}.py", "disabled")
-    for module in ("adapter", "base", "control_net", "full", "lllite", "textual_inversion")
-)
+    for module in ("adapter", "base", "control_net", "full", "inference_adapters", "lllite", "textual_inversion")
+) | {("loss.py", "disabled")}
 PHRASES = {  # what occurs in no message or help line -> what to say instead
     r"\bpictures?\b": "image, or sample for a generated one",
     r"\bthe field('s)?\b": "sd-scripts or kohya format",

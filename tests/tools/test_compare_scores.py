@@ -14,12 +14,12 @@ from sfumato.tools.compare.scores import (
     References,
     Scores,
     find_copies,
-    find_nearest,
+    find_nearest_image,
     mean_similarity,
     mean_similarity_among,
-    measure_change,
     measure_drift,
     measure_learned,
+    measure_pixel_change,
     measure_usual_copies,
 )
 
@@ -47,7 +47,7 @@ def test_similarities_are_those_of_torch() -> None:
     images, others = (F.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (5, 7))
     expected = F.cosine_similarity(images[:, None], others[None], dim=2)
     torch.testing.assert_close(mean_similarity(images, others), expected.mean(1))
-    distances, index = find_nearest(images, others)
+    distances, index = find_nearest_image(images, others)
     torch.testing.assert_close(distances, 1 - expected.max(1).values)
     assert torch.equal(index, expected.argmax(1))
 
@@ -119,7 +119,7 @@ def test_drift_is_0_for_other_seeds_and_1_for_another_prompt() -> None:
 def test_change_is_a_root_mean_square() -> None:
     image = torch.zeros(3, 2, 2)
     image[0] = 0.6
-    assert measure_change(image, torch.zeros(3, 2, 2)) == pytest.approx(0.6 / math.sqrt(3))
+    assert measure_pixel_change(image, torch.zeros(3, 2, 2)) == pytest.approx(0.6 / math.sqrt(3))
 
 
 def judge(step: int, learned: list[float], drift: list[float], *, copied: float = 0, loss: float = math.nan) -> Judged:

@@ -62,14 +62,14 @@ class Judged:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class CheckpointChoice:
     """The checkpoint to take, None where nothing speaks for any; and why, as sentences."""
 
     index: int | None
     reasons: Sequence[str]
 
 
-def choose_checkpoint(checkpoints: Sequence[Judged]) -> Choice:
+def choose_checkpoint(checkpoints: Sequence[Judged]) -> CheckpointChoice:
     """The rule."""
     valued = [i for i, each in enumerate(checkpoints) if math.isfinite(each.value)]
     if valued:
@@ -78,24 +78,28 @@ def choose_checkpoint(checkpoints: Sequence[Judged]) -> Choice:
     if measured:
         index = min(measured, key=lambda i: (checkpoints[i].validation_loss, checkpoints[i].step))
         lowest = f"It has the lowest validation loss, {checkpoints[index].validation_loss:.4f}."
-        return Choice(index=index, reasons=[lowest, "What it has learned and forgotten was not measured."])
-    return Choice(index=None, reasons=["There is neither an image encoder with training images nor a validation loss."])
+        return CheckpointChoice(index=index, reasons=[lowest, "What it has learned and forgotten was not measured."])
+    return CheckpointChoice(
+        index=None, reasons=["There is neither an image encoder with training images nor a validation loss."]
+    )
 
 
-def choose_by_value(checkpoints: Sequence[Judged], valued: Sequence[int]) -> Choice:
+def choose_by_value(checkpoints: Sequence[Judged], valued: Sequence[int]) -> CheckpointChoice:
     """The one with the fewest steps of those that are as good as the one with the highest value."""
     best = max(valued, key=lambda i: (checkpoints[i].value, -checkpoints[i].step))
     equal = [i for i in valued if is_as_good(checkpoints[i], checkpoints[best])]
     index = min(equal, key=lambda i: (checkpoints[i].step, i))
     taken, highest = checkpoints[index], checkpoints[best]
     if taken.value <= 0:
-        return Choice(index=None, reasons=[f"{NOT_WORTH_IT} {highest.value:.2f}, that of {highest.name}.", ADVICE])
+        return CheckpointChoice(
+            index=None, reasons=[f"{NOT_WORTH_IT} {highest.value:.2f}, that of {highest.name}.", ADVICE]
+        )
     parts = [taken.value, float(taken.gains.mean()), or_zero(taken.drift), or_zero(taken.memorized)]
     value, learned, drift, memorized = (f"{part:.2f}" for part in parts)
     first = f"Its value is {value}: learned {learned}, drift {drift}, memorized {memorized}."
     if index == best:
-        return Choice(index=index, reasons=[first, "That is the highest."])
-    return Choice(
+        return CheckpointChoice(index=index, reasons=[first, "That is the highest."])
+    return CheckpointChoice(
         index=index, reasons=[first, f"The highest is {highest.value:.2f}, after step {highest.step:,}: {CHANCE}"]
     )
 

@@ -24,8 +24,8 @@ from sfumato.tools.compare.data import RunData, load_folder, load_items
 from sfumato.tools.compare.encoder import ImageEncoder
 from sfumato.tools.compare.images import ComparedImages, ComparedPrompts
 from sfumato.tools.compare.models import CheckpointModels
-from sfumato.tools.compare.page import ClosestPair, ComparedCheckpoint, Comparison, render_comparison
-from sfumato.tools.compare.scores import References, Scores, measure_change, measure_scores
+from sfumato.tools.compare.page import ClosestPair, ComparedCheckpoint, RunComparison, render_compare_page
+from sfumato.tools.compare.scores import References, Scores, measure_pixel_change, measure_scores
 from sfumato.tools.compare.validation import ValidationLosses
 from sfumato.track.progress_task import ProgressTask
 
@@ -68,7 +68,7 @@ class CompareRequest:
         return self.folder / f"{self.name}.compare.html"
 
 
-def compare_run(request: CompareRequest, encoder: ImageEncoder | None) -> Comparison:
+def compare_run(request: CompareRequest, encoder: ImageEncoder | None) -> RunComparison:
     """Make what is missing, measure, choose; writes NAME.compare.html and NAME.compare.json beside the images."""
     models = CheckpointModels(request.config, [dataset.settings.resolution for dataset in request.data.plan.datasets])
     states = make_all_images(request, models)
@@ -91,7 +91,10 @@ def compare_run(request: CompareRequest, encoder: ImageEncoder | None) -> Compar
             validation_loss=loss,
         )
         first = len(request.concept) * len(request.seeds)
-        changes = [measure_change(*map(to_tensor, pair)) for pair in zip(images[first:], base[first:], strict=True)]
+        changes = [
+            measure_pixel_change(*map(make_pixel_tensor, pair))
+            for pair in zip(images[first:], base[first:], strict=True)
+        ]
         compared.append(
             ComparedCheckpoint(
                 checkpoint=checkpoint,
@@ -101,7 +104,7 @@ def compare_run(request: CompareRequest, encoder: ImageEncoder | None) -> Compar
                 closest=pairs,
             )
         )
-    comparison = Comparison(
+    comparison = RunComparison(
         name=request.name,
         model=request.model,
         encoder=encoder.name if encoder else "",
@@ -113,7 +116,7 @@ def compare_run(request: CompareRequest, encoder: ImageEncoder | None) -> Compar
         image_folder=request.image_folder.name,
         counts={"training": len(real.training), "held out": len(real.held_out)},
     )
-    files.write_text(request.page, render_comparison(comparison))
+    files.write_text(request.page, render_compare_page(comparison))
     files.write_text(request.page.with_suffix(".json"), json.dumps(to_plain(comparison), indent=1))
     return comparison
 
@@ -191,14 +194,14 @@ class RealImages:
         )
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def make_pixel_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
-def to_plain(comparison: Comparison) -> dict[str, Any]:
+def to_plain(comparison: RunComparison) -> dict[str, Any]:
     """The numbers of the page, and the choice."""
-    taken = comparison.taken
+    taken = comparison.chosen
     return {
         "name": comparison.name,
         "encoder": comparison.encoder,

@@ -77,11 +77,11 @@ def load_image_encoder(name: str, device: torch.device) -> TransformersEncoder:
             fix="give a folder or a name on the hub with CLIP or DINOv2 in safetensors",
         ) from error
     encoder = TransformersEncoder(name=path.name, model=model.to(device).eval(), processor=processor)
-    check_vectors(encoder)
+    check_encoder(encoder)
     return encoder
 
 
-def check_vectors(encoder: ImageEncoder) -> None:
+def check_encoder(encoder: ImageEncoder) -> None:
     """UserError where a model gives no vectors of images, e.g. since it is one of texts."""
     try:
         encoder.encode([Image.new("RGB", (64, 64))])

@@ -30,8 +30,8 @@ from sfumato.tools.generate import encode_all_prompts
 from sfumato.training.image_metadata import generate_command, image_metadata, model_options, save_image
 
 log = logging.getLogger(__name__)
-KEY = "made of"  # the text of a file that says what it depends on
-Done = Callable[[int, int], None]  # images that are there, of all
+RECIPE_KEY = "made of"  # the text of a file that says what it depends on
+OnImage = Callable[[int, int], None]  # images that are there, of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,12 @@ class ComparedImages:
     """Makes the images of one checkpoint after the other, but for those that are there."""
 
     def __init__(
-        self, models: CheckpointModels, prompts: ComparedPrompts, folder: Path, done: Done, total: int
+        self, models: CheckpointModels, prompts: ComparedPrompts, folder: Path, on_image: OnImage, total: int
     ) -> None:
-        """total: images of all checkpoints. done: called after each."""
+        """total: images of all checkpoints. on_image: called after each."""
         self.models, self.prompts, self.folder = models, prompts, folder
         self.config = models.config
-        self.done, self.total, self.count = done, total, 0
+        self.on_image, self.total, self.count = on_image, total, 0
         self._frozen: FrozenTextEncoders | None = None  # features that no checkpoint changes
         self._noted: set[str] = set()
 
@@ -75,7 +75,7 @@ class ComparedImages:
         missing = [(path, prompt) for path, prompt in wanted if read_key(path) != keys[path]]
         self._count(len(wanted) - len(missing))
         if missing:
-            with self.models.open(checkpoint) as (model, adapters):
+            with self.models.use(checkpoint) as (model, adapters):
                 self._make_missing(model, adapters, missing, keys, checkpoint)
         return [open_made(path) for path, _ in wanted]
 
@@ -98,7 +98,7 @@ class ComparedImages:
                 made = generate_batch(model, adapters, [request for request, _ in group], frozen)
             for pixels, (request, path) in zip(made, group, strict=True):
                 command = generate_command(self.config, request, model.sampling, options)
-                save_image(path, pixels, {**image_metadata(request), "command": command, KEY: keys[path]})
+                save_image(path, pixels, {**image_metadata(request), "command": command, RECIPE_KEY: keys[path]})
                 self._count(1)
 
     def _encode(
@@ -129,15 +129,15 @@ class ComparedImages:
         facts = [repr(prompt), self.prompts.sampler, str(self.prompts.weighted)]
         for name, value in {**model_options(self.config), **self.models.list_options(checkpoint)}.items():
             values = value if isinstance(value, tuple | list) else (value,)
-            facts += [name, *(describe_file(str(item)) for item in values)]
+            facts += [name, *(identify_file(str(item)) for item in values)]
         return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def _count(self, images: int) -> None:
         self.count += images
-        self.done(self.count, self.total)
+        self.on_image(self.count, self.total)
 
 
-def describe_file(text: str) -> str:
+def identify_file(text: str) -> str:
     """Of a path its size and time, too; of a folder those of its files."""
     path = Path(text)
     if not path.exists():
@@ -152,7 +152,7 @@ def read_key(path: Path) -> str:
     try:
         with open_image(BytesIO(read_file(path))) as image:
             image.load()
-            return str(image.info.get(KEY, ""))
+            return str(image.info.get(RECIPE_KEY, ""))
     except DECODER_ERRORS:
         return ""
 

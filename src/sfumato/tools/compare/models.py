@@ -47,7 +47,7 @@ class CheckpointModels:
         return self.method.list_generate_options(str(checkpoint) if checkpoint else "")
 
     @contextmanager
-    def open(self, checkpoint: Path | None) -> Iterator[tuple[Family, InferenceAdapters]]:
+    def use(self, checkpoint: Path | None) -> Iterator[tuple[Family, InferenceAdapters]]:
         """The model with a checkpoint, and what predicts with it."""
         options = self.list_options(checkpoint)
         whole = {name: value for name, value in options.items() if name in vocabulary() and name != "network_weights"}

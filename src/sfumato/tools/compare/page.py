@@ -13,7 +13,7 @@ from PIL import Image
 
 from sfumato.config.prompts import Prompt
 from sfumato.tools.compare.checkpoints import SavedCheckpoint
-from sfumato.tools.compare.choice import Choice, Judged
+from sfumato.tools.compare.choice import CheckpointChoice, Judged
 from sfumato.tools.compare.images import ComparedPrompts
 from sfumato.tools.compare.style import COMPARE_CSS, COMPARE_SCRIPT
 from sfumato.tools.dataset_page import embed_image
@@ -57,7 +57,7 @@ class ComparedCheckpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class RunComparison:
     """All that the page shows."""
 
     name: str
@@ -66,13 +66,13 @@ class Comparison:
     prompts: ComparedPrompts
     base: Sequence[Image.Image]
     checkpoints: Sequence[ComparedCheckpoint]
-    choice: Choice
+    choice: CheckpointChoice
     notes: Sequence[str]
     image_folder: str
     counts: Mapping[str, int]  # of real images
 
     @property
-    def taken(self) -> ComparedCheckpoint | None:
+    def chosen(self) -> ComparedCheckpoint | None:
         return None if self.choice.index is None else self.checkpoints[self.choice.index]
 
     def format_lines(self) -> list[str]:
@@ -84,7 +84,7 @@ class Comparison:
         columns = list(zip(*([head, *cells] for head, cells in rows), strict=True))
         widths = [max(map(len, column)) for column in zip(*columns, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in columns]
-        taken = self.taken
+        taken = self.chosen
         verdict = f"take {taken.checkpoint.path.name}" if taken else "no checkpoint to recommend"
         return [*lines, "", f"{verdict}: {' '.join(self.choice.reasons)}", *self.notes]
 
@@ -108,7 +108,7 @@ COLUMNS = {  # number -> heading, explanation
 DIGITS = {"nearest": 3, "change": 3, "validation_loss": 4}  # after the point
 
 
-def render_comparison(comparison: Comparison) -> str:
+def render_compare_page(comparison: RunComparison) -> str:
     """The HTML file."""
     body = [
         render_compare_header(comparison),
@@ -129,7 +129,7 @@ def render_comparison(comparison: Comparison) -> str:
     )
 
 
-def render_compare_header(comparison: Comparison) -> str:
+def render_compare_header(comparison: RunComparison) -> str:
     count, prompts = len(comparison.checkpoints), comparison.prompts
     facts = [
         ("checkpoints", f"{count}"),
@@ -152,14 +152,14 @@ def format_seeds(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds)) if len(seeds) <= 4 else f"{seeds[0]} to {seeds[-1]}"
 
 
-def render_verdict(comparison: Comparison) -> str:
-    taken = comparison.taken
+def render_verdict(comparison: RunComparison) -> str:
+    taken = comparison.chosen
     title = f"Take <code>{escape(taken.checkpoint.path.name)}</code>" if taken else "No checkpoint to recommend"
     reasons = "".join(f"<p>{escape(reason)}</p>" for reason in comparison.choice.reasons)
     return f'<section class="verdict{"" if taken else " none"}"><h2>{title}</h2>{reasons}</section>'
 
 
-def render_score_charts(comparison: Comparison) -> Iterator[str]:
+def render_score_charts(comparison: RunComparison) -> Iterator[str]:
     """What the value is made of, and the validation loss, over the steps; EMAs have lines of their own nowhere."""
     plain = [each for each in comparison.checkpoints if not each.checkpoint.ema]
     figures = [
@@ -187,7 +187,7 @@ def make_score_chart(checkpoints: Sequence[ComparedCheckpoint], title: str, name
     return Chart(title=title, lines=lines, x=find_step_axis(lines), y=find_value_axis(lines, robust=False))
 
 
-def render_score_table(comparison: Comparison) -> str:
+def render_score_table(comparison: RunComparison) -> str:
     """A row for each checkpoint; columns without a number are omitted."""
     numbers = [each.list_numbers() for each in comparison.checkpoints]
     shown = [name for name in COLUMNS if any(row.get(name) is not None for row in numbers)]
@@ -195,7 +195,7 @@ def render_score_table(comparison: Comparison) -> str:
     rows: list[str] = []
     for each, row in zip(comparison.checkpoints, numbers, strict=True):
         cells = "".join(f"<td>{format_score(name, row.get(name))}</td>" for name in shown)
-        style, mark = (' class="taken"', " ✓") if each is comparison.taken else ("", "")
+        style, mark = (' class="taken"', " ✓") if each is comparison.chosen else ("", "")
         rows.append(f'<tr{style}><th scope="row">{escape(each.checkpoint.label)}{mark}</th>{cells}</tr>')
     legend = "".join(f"<li><b>{COLUMNS[name][0]}</b> {escape(COLUMNS[name][1])}</li>" for name in shown)
     return (
@@ -209,14 +209,14 @@ def format_score(name: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.{DIGITS.get(name, 2)}f}".replace("-", "−")
 
 
-def render_closest(comparison: Comparison) -> Iterator[str]:
+def render_closest(comparison: RunComparison) -> Iterator[str]:
     """Of each checkpoint the image that is nearest to a training image, beside that one."""
     pairs = [(each, each.closest) for each in comparison.checkpoints if each.closest]
     if not pairs:
         return
     cards: list[str] = []
     for each, pair in pairs:
-        style = " taken" if each is comparison.taken else ""
+        style = " taken" if each is comparison.chosen else ""
         made, training = (
             render_image(image, alt, 160) for image, alt in ((pair.made, "made"), (pair.training, "trained on"))
         )
@@ -230,7 +230,7 @@ def render_closest(comparison: Comparison) -> Iterator[str]:
     )
 
 
-def render_image_rows(comparison: Comparison) -> Iterator[str]:
+def render_image_rows(comparison: RunComparison) -> Iterator[str]:
     """Rows of prompts and seeds, columns of checkpoints after the model before training."""
     total = len(comparison.base) * (1 + len(comparison.checkpoints))
     side = next(side for most, side in THUMBNAIL_SIDES if total <= most)
@@ -252,20 +252,20 @@ def render_image_rows(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def render_heads(comparison: Comparison) -> str:
+def render_heads(comparison: RunComparison) -> str:
     heads = ['<th scope="col">before training</th>']
     for each in comparison.checkpoints:
-        style, mark = (' class="taken"', " ✓") if each is comparison.taken else ("", "")
+        style, mark = (' class="taken"', " ✓") if each is comparison.chosen else ("", "")
         heads.append(f'<th scope="col"{style}>{escape(each.checkpoint.label)}{mark}</th>')
     return "".join(heads)
 
 
-def render_compared_prompt(comparison: Comparison, prompt: Prompt, first: int, part: str, side: int) -> str:
+def render_compared_prompt(comparison: RunComparison, prompt: Prompt, first: int, part: str, side: int) -> str:
     """The prompt, and a row of images for each seed. first: the index of its first image. part: of the files' names."""
     columns = [("base", "before training", comparison.base, "")]
     for each in comparison.checkpoints:
         path = each.checkpoint.path
-        style = ' class="taken"' if each is comparison.taken else ""
+        style = ' class="taken"' if each is comparison.chosen else ""
         columns.append((path.name.removesuffix(path.suffix), each.checkpoint.label, each.images, style))
     rows: list[str] = []
     for i in range(len(comparison.prompts.seeds)):
@@ -287,7 +287,7 @@ def render_image(image: Image.Image, alt: str, side: int) -> str:
     return f'<img src="{embed_image(small)}" width="{small.width}" height="{small.height}" alt="{escape(alt)}">'
 
 
-def render_compare_notes(comparison: Comparison) -> Iterator[str]:
+def render_compare_notes(comparison: RunComparison) -> Iterator[str]:
     if comparison.notes:
         items = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes)
         yield f"<section><h2>Notes</h2><ul>{items}</ul></section>"

@@ -57,7 +57,7 @@ class Scores:
 def measure_scores(concept: Tensor, neutral: Tensor, references: References) -> Scores:
     """concept, neutral: (P, S, D) of the prompts about the concept and of those that are not."""
     images = concept.flatten(0, 1)
-    distances, index = find_nearest(images, references.training)
+    distances, index = find_nearest_image(images, references.training)
     return Scores(
         to_training=mean_similarity(images, references.training),
         to_held_out=mean_similarity(images, references.held_out),
@@ -86,7 +86,7 @@ def mean_similarity_among(images: Tensor) -> float:
     return float((products.sum() - products.diagonal().sum()) / (count * (count - 1)))
 
 
-def find_nearest(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
+def find_nearest_image(images: Tensor, training: Tensor) -> tuple[Tensor, Tensor]:
     """(N, D), (M, D) -> (N,) 1 - the cosine to the nearest one, (N,) which that is; nan and -1 without any."""
     if not len(training):
         return images.new_full((len(images),), math.nan), torch.full((len(images),), -1)
@@ -113,13 +113,15 @@ def measure_learned(images: Tensor, references: References) -> Tensor:
 
 def find_copies(images: Tensor, training: Tensor) -> Tensor:
     """(N, D), (M, D) -> (N,): 1 where an image is nearer to its nearest training image than any other training image
-    is to that one, else 0 (Alaa et al. 2022, "How faithful is your synthetic data?", sec. 4.3). nan for fewer than two training images.
+    is to that one, else 0 (Alaa et al. 2022, "How faithful is your synthetic data?", sec. 4.3).
+
+    nan for fewer than two training images.
     """
     if len(training) < 2:
         return images.new_full((len(images),), math.nan)
     among = training @ training.T
     own = 1 - among.fill_diagonal_(-math.inf).max(1).values
-    distances, index = find_nearest(images, training)
+    distances, index = find_nearest_image(images, training)
     return (distances < own[index]).to(images.dtype)
 
 
@@ -158,6 +160,6 @@ def measure_drift(images: Tensor, base: Tensor) -> Tensor:
     return (usual - to_base) / (usual - unrelated)
 
 
-def measure_change(image: Tensor, base: Tensor) -> float:
+def measure_pixel_change(image: Tensor, base: Tensor) -> float:
     """Two images (3, H, W) in [0, 1] of one seed -> the root mean square of their difference. It needs no encoder."""
     return float((image - base).square().mean().sqrt())

@@ -36,7 +36,7 @@ class ValidationLosses:
         for checkpoint in checkpoints:
             loss = self.find_written(checkpoint)
             if math.isnan(loss) and self.plan.validation:
-                with models.open(checkpoint.path) as (model, adapters):
+                with models.use(checkpoint.path) as (model, adapters):
                     for part in (name for name in model.parts if name not in model.text_parts):
                         model.parts[part].load()
                     loss = measure_held_out_loss(self.config, self.plan, model, adapters)
