@@ -34,7 +34,7 @@ def read_pixels(path: Path) -> np.ndarray:
 
 def write_prompts(folder: Path) -> list[str]:
     """One prompt about the cat, and two that are not."""
-    (folder / "prompts.txt").write_text("a photo of a cat --w 64 --h 64\n")
+    (folder / "prompts.txt").write_text("a photo of zwx, a cat --w 64 --h 64\n")
     (folder / "neutral.txt").write_text("a tree --w 64 --h 64\na house --w 64 --h 64\n")
     return ["--prompts", str(folder / "prompts.txt"), "--neutral_prompts", str(folder / "neutral.txt")]
 
@@ -49,7 +49,7 @@ RUNS = {
     "whole": ("sd", {"method": "full", "network_dim": None, "learning_rate": "1e-5"}),
     "words": (
         "sd",
-        {"method": "textual_inversion", "network_dim": None, "token_string": "zebracat", "init_word": "cat"},
+        {"method": "textual_inversion", "network_dim": None, "token_string": "zwx", "caption_prefix": "zwx"},
     ),
     "sdxl": ("sdxl", {"network_train_unet_only": True}),
     "sd3": ("sd3", {"network_train_unet_only": True}),
@@ -58,7 +58,7 @@ RUNS = {
 }
 
 
-@pytest.mark.fast_for("lora-")
+@pytest.mark.fast_for("[lora]")
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_can_be_compared(
     tmp_path: Path, toy_shelf: ToyShelf, run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -107,6 +107,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, toy_shelf: ToyShelf) -> Pa
     return train_toy(toy_shelf.paths("sd"), make_images(folder / "images"), folder / "out", **options)
 
 
+@pytest.mark.full
 def test_the_validation_loss_is_what_the_run_wrote_or_the_same_measured_now(trained: Path, tmp_path: Path) -> None:
     assert main(["compare", str(trained), *QUICK, *write_prompts(tmp_path)]) == 0
     written = read_result(trained)["checkpoints"]
@@ -127,6 +128,7 @@ def test_the_validation_loss_is_what_the_run_wrote_or_the_same_measured_now(trai
     assert all(loss is not None for loss in measured.values()), "those of EMAs, too"
 
 
+@pytest.mark.full
 def test_what_is_there_is_not_made_again(trained: Path, tmp_path: Path) -> None:
     argv = ["compare", str(trained), *QUICK, *write_prompts(tmp_path)]
     assert main(argv) == 0
@@ -144,6 +146,7 @@ def test_what_is_there_is_not_made_again(trained: Path, tmp_path: Path) -> None:
     assert {path for path in folder.iterdir() if path.stat().st_mtime_ns == times[path]} == set()
 
 
+@pytest.mark.full
 def test_the_run_is_found_without_its_options(trained: Path, tmp_path: Path, codes: list[str]) -> None:
     """Those that hold paths are in the user's cache folder alone, and only for this folder."""
     (record,) = (get_default_cache_dir() / "runs").glob("*.toml")
@@ -159,6 +162,7 @@ def test_the_run_is_found_without_its_options(trained: Path, tmp_path: Path, cod
         assert path.is_dir() or str(record.parents[2]).encode() not in path.read_bytes()
 
 
+@pytest.mark.full
 def test_a_model_that_was_moved(
     trained: Path, tmp_path: Path, codes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +189,7 @@ def test_folders_that_cannot_be_compared(tmp_path: Path, codes: list[str], name:
     assert codes == [code]
 
 
+@pytest.mark.full
 def test_a_folder_without_held_out_images(trained: Path, tmp_path: Path, codes: list[str]) -> None:
     from tools.test_image_encoder import write_dino
 

@@ -108,7 +108,7 @@ def make_caption_prompts(rows: Sequence[tuple[Item, SubsetPlan]], count: int) ->
     """Prompts of different captions, evenly chosen; where images have control or reference images, with these."""
     by_caption: dict[str, Prompt] = {}
     for item, subset in rows:
-        caption = make_longest_variant(item, subset)
+        caption = make_longest_variant(item.image.caption, subset.settings.rules)
         control = item.conditioning.path if item.conditioning else None
         reference = item.references[0].path if item.references else None
         if caption not in by_caption:

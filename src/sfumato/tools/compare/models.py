@@ -17,6 +17,7 @@ from sfumato.methods.inference_adapters import InferenceAdapters, attach_in_turn
 from sfumato.tools.generate_setup import GenerateRequest, load_requested_model, make_adapters
 
 log = logging.getLogger(__name__)
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")  # folders, in the order of the text encoders
 
 
 class CheckpointModels:
@@ -44,13 +45,14 @@ class CheckpointModels:
 
     def list_options(self, checkpoint: Path | None) -> Mapping[str, object]:
         """The options of `sfumato generate` for a checkpoint; None is the model before training."""
-        return self.method.list_generate_options(str(checkpoint) if checkpoint else "")
+        options = self.method.list_generate_options(str(checkpoint) if checkpoint else "")
+        return {**self._find_tokenizers(), **options} if list_model_options(options) else options
 
     @contextmanager
     def use(self, checkpoint: Path | None) -> Iterator[tuple[Family, InferenceAdapters]]:
         """The model with a checkpoint, and what predicts with it."""
         options = self.list_options(checkpoint)
-        whole = {name: value for name, value in options.items() if name in vocabulary() and name != "network_weights"}
+        whole = list_model_options(options)
         if whole:
             self._base = None  # there is room for one model
             model = self._load(self.config.with_values(whole))
@@ -72,6 +74,16 @@ class CheckpointModels:
         model.set_resolutions(self.resolutions)
         return model
 
+    def _find_tokenizers(self) -> dict[str, object]:
+        """Those beside the base model, which a checkpoint in another folder has not beside it."""
+        base = self.config.model.pretrained_model_name_or_path
+        if self.config.model.tokenizer or base is None:
+            return {}
+        folder = Path(base) if Path(base).is_dir() else Path(base).parent
+        found = tuple(str(path) for path in (folder / name for name in TOKENIZERS) if path.is_dir())
+        _, blueprint = describe_model(self.config)
+        return {"tokenizer": found} if len(found) == len(blueprint.text_parts) else {}
+
     def _list_float32_parts(self, config: Config) -> tuple[str, ...]:
         """The networks that train as a whole keep the precision that they are trained in."""
         if config.memory.full_bf16:
@@ -79,6 +91,11 @@ class CheckpointModels:
         _, blueprint = describe_model(config)
         parts = self.method.full_precision_parts(blueprint)
         return tuple(part for part in parts if part in blueprint.networks or config is not self.config)
+
+
+def list_model_options(options: Mapping[str, object]) -> dict[str, object]:
+    """Those of them that name the model itself, not what is attached to it."""
+    return {name: value for name, value in options.items() if name in vocabulary() and name != "network_weights"}
 
 
 def read_paths(options: Mapping[str, object], name: str) -> list[Path]:
