@@ -90,3 +90,18 @@ def test_what_is_no_page_is_never_written(name: str, file: Path, tmp_path: Path,
     assert main(["lora", "inspect", str(file), "--family", "flux", "--html", str(tmp_path / name)]) == 2
     assert codes == ["page-path"]
     assert file.read_bytes() == before
+
+
+def test_layers_that_lycoris_alone_adapts(tmp_path: Path, capsys: pytest.CaptureFixture[str], codes: list[str]) -> None:
+    """The embedding of timesteps, and norms with their biases, of which no low rank is made."""
+    embedding, norm = "lora_unet_time_embedding_linear_2", "lora_unet_down_blocks_0_attentions_0_norm"
+    matrices = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "alpha": torch.tensor(1.0)}
+    save_file({f"{embedding}.{end}": tensor for end, tensor in matrices.items()}, tmp_path / "a.safetensors")
+    norms = {f"{norm}.w_norm": torch.tensor([3.0, 0.0]), f"{norm}.b_norm": torch.ones(2)}
+    save_file(norms, tmp_path / "b.safetensors")
+    for name in ("a", "b"):
+        assert main(["lora", "inspect", str(tmp_path / f"{name}.safetensors"), "--family", "sd"]) == 0
+        assert "no problems found" in capsys.readouterr().out
+    command = ["lora", "merge", str(tmp_path / "b.safetensors"), "--new_rank", "1", "--family", "sd", "--save_to"]
+    assert main([*command, str(tmp_path / "c.safetensors")]) == 2
+    assert codes == ["adapter-change-of-norm"]

@@ -43,7 +43,10 @@ NORM_TARGETS = (
     *(f"{block}.resnets.{{n}}.norm{i}" for block in _LEVELS for i in (1, 2)),
     "conv_norm_out",
 )
-_OTHER_TARGETS = ("conv_in", "conv_out", "time_embedding.linear_{n}", "add_embedding.linear_{n}")  # LyCORIS adapts them
+_OTHER_TARGETS = (  # LyCORIS adapts them; without {n}, since a name with _ for dots is read by the words of targets
+    *("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"),
+    *("add_embedding.linear_1", "add_embedding.linear_2"),
+)
 BLOCKS = (
     "down_blocks.{n}.resnets.{n}",
     "down_blocks.{n}.attentions.{n}",

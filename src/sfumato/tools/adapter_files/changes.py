@@ -84,7 +84,8 @@ def find_low_rank(match: LayerMatch) -> Factors | None:
 def restore_on(match: LayerMatch, known: Mapping[str, Tensor], network: Network | None) -> Adapter:
     """The adapter of a match, whose layers hold the weights where it reads them, else zeros that take no memory.
 
-    known: our name -> weight, of some of them; the others are read from the network's file.
+    known: our name -> weight, of some of them; the others are read from the network's file. Without a network, layers
+    have the biases that the adapter changes.
     """
     reads = any(get_class(kind).reads_weights for kind in match.kinds)
     layers: dict[str, Layer] = {}
@@ -98,6 +99,9 @@ def restore_on(match: LayerMatch, known: Mapping[str, Tensor], network: Network 
             assert network is not None, "callers give it where weights are read"
             weight = network.weights.read(name, dtype=torch.float32)
         layers[path] = hold_weight(layer, weight)
+        if network is None and any(get_class(kind).changes_biases for kind in match.kinds):
+            bias = torch.zeros(()).expand(len(layer.weight))
+            layers[path]._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
     return restore_adapter(match.kinds, match.view.bind(layers), match.tensors)
 
 

@@ -180,6 +180,12 @@ def _add_whole(
     if factors:
         total.factors.append(Factors(factors.down.to(device), factors.up.to(device) * strength))
         return
+    if adapter.group.layers[0].weight.ndim < 2:
+        raise UserError(
+            f"{match.name} is a norm, for which no low rank has a place",
+            code="adapter-change-of-norm",
+            fix="merge it into a model with --model",
+        )
     matrix = form_matrix(match, networks).to(device) * strength
     total.matrix = matrix if total.matrix is None else total.matrix + matrix
 
@@ -187,7 +193,8 @@ def _add_whole(
 def form_matrix(
     match: LayerMatch, networks: Mapping[str, Network] = NO_NETWORKS, *, with_biases: bool = True
 ) -> Tensor:
-    """The whole change of all layers behind a name: (rows, columns * kernel), float32, in the rows of its layout.
+    """The whole change of all layers behind a name: (rows, columns * kernel), float32, in the rows of its layout; of a
+    norm (rows, 1).
 
     networks: of the base model, by part. UserError for kinds whose change depends on weights that are not among them,
     and for changes of biases unless these do not count.
@@ -207,7 +214,8 @@ def form_matrix(
             code="adapter-change-of-bias",
             fix="merge it into a model with --model",
         )
-    return match.view.stack_rows([adapter.delta(i).float() for i in range(len(match.view.paths))]).flatten(1)
+    matrix = match.view.stack_rows([adapter.delta(i).float() for i in range(len(match.view.paths))])
+    return matrix.flatten(1) if matrix.ndim > 1 else matrix.unsqueeze(1)
 
 
 def reduce_sum(total: Sum, group: LayerGroup, request: JoinRequest) -> tuple[Factors, float]:
