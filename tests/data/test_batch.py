@@ -30,5 +30,5 @@ def test_masks_are_padded_with_false():
 
 def test_the_contract_has_these_fields():
     assert {"ids", "latents", "pixels", "captions", "text", "text_dropped", "sizes", "extras", "weight", "mask",
-            "preserve", "entry_seeds", "draws", "timestep_offset",
+            "preserve", "entry_seeds", "draws", "timestep_offset", "image_numbers",
             "concepts"} == {field.name for field in fields(Batch)}  # fmt: skip
