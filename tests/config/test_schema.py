@@ -20,7 +20,8 @@ THEIR_OPTIONS = (
 )  # where both have an option, they agree but for what stands below
 OURS = {
     "skip_image_resolution", "train_inpainting", "checkpoint_every",
-    "family", "method", "preset", "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting",
+    "family", "method", "preset", "show_timesteps", "show_timesteps_resolution", "show_timesteps_offset",
+    "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting",
     "strict",
     "lllite_version", "lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp",
     "debug", "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plan", "plot_timesteps", "profile", "report",

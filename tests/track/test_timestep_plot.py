@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageColor
 
 from families.toys import ToyShelf
 from sfumato.cli.main import main
+from sfumato.compat.launch import main as run_script
 from sfumato.config import LossOptions, NoiseOptions
 from sfumato.diffusion.objective import LatentSpec, Objective, RectifiedFlow, VariancePreserving
 from sfumato.diffusion.recipe import make_recipe
@@ -115,3 +117,26 @@ def test_plan_and_training_draw_it(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     first, second = (np.asarray(Image.open(tmp_path / name)) for name in ("plan/t.png", "train.png"))
     assert np.array_equal(first, second)
     assert not (tmp_path / "out" / "t.png").exists()
+
+
+def test_a_script_shows_timesteps_and_trains_nothing(
+    toy_shelf: ToyShelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy, images = toy_shelf.paths("flux"), make_images(tmp_path / "images", 2)
+    line = make_arguments(toy, images, tmp_path / "out", timestep_sampling="sigmoid", sigmoid_scale=2.0)
+    assert run_script(["flux_train_network", *line, "--show_timesteps", "console"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    densities = [float(row.split()[3]) for row in shown if row.strip()[0].isdigit()]
+    edges = np.linspace(0, 1, len(densities) + 1)
+    with np.errstate(divide="ignore"):
+        below = normal_cdf(np.log(edges / (1 - edges)) / 2)
+    assert np.allclose(densities, np.diff(below) * len(densities), atol=5e-3)  # t = sigmoid(2 n)
+    assert run_script(["flux_train_network", *line, "--show_timesteps", "console", "--show_timesteps_offset", "1"]) == 0
+    moved = [float(row.split()[3]) for row in capsys.readouterr().out.splitlines() if row.strip()[0].isdigit()]
+    assert sum(moved[:12]) < sum(densities[:12])
+    assert run_script(["flux_train_network", *line, "--show_timesteps", "image"]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora.timesteps.png"]
+
+
+def normal_cdf(values: np.ndarray) -> np.ndarray:
+    return np.array([NormalDist().cdf(value) if np.isfinite(value) else float(value > 0) for value in values])

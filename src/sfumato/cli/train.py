@@ -39,6 +39,10 @@ def run_training(
         return 0
     if config.run.plan:
         return run_plan(config)
+    if config.run.show_timesteps is not None:
+        from sfumato.tools.plan import show_timesteps
+
+        return 0 if is_further_process() else run_guarded(lambda: show_timesteps(config), debug=config.log.debug)
     if config.dataset.debug_dataset:
         from sfumato.tools.dataset_inspect import show_dataset
 

@@ -60,8 +60,8 @@ FOREIGN_KEYS: dict[str, tuple[str, ...]] = {  # kind -> keys
         "t5_max_token_length", "t5_tokenizer_path", "text_encoder", "text_encoder_cpu",
         "unsloth_offload_checkpointing", "vae_chunk_size", "vae_disable_cache", "vae_enable_tiling",
         # newer switches that change nothing in the result
-        "cuda_allow_tf32", "cuda_cudnn_benchmark", "show_timesteps", "show_timesteps_offset",
-        "show_timesteps_resolution", "svd_lowrank_niter",
+        "cuda_allow_tf32", "cuda_cudnn_benchmark",
+        "svd_lowrank_niter",
         # tools for captions, metadata and images
         "caption_weights", "character_threshold", "debug_dir", "general_threshold", "max_length", "out_json",
         "recursive", "remove_underscore", "undesired_tags",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from sfumato.config.base import Options, option
-from sfumato.config.values import FilePath, Seed, parse_int_choice
+from sfumato.config.values import FilePath, Resolution, Seed, parse_int_choice
 
 ADAPTER_METHODS = ("adapter", "leco", "image_slider")  # those that write an adapter file
 PAIR_METHODS = ("image_slider",)  # those that learn from pairs of images
@@ -34,6 +34,13 @@ class RunOptions(Options):
     plot_timesteps: FilePath | None = option(
         None, "plot the timestep distribution and the loss weights to a PNG file of this name"
     )
+    show_timesteps: Literal["console", "image"] | None = option(
+        None, "print the timestep distribution, or draw OUTPUT_NAME.timesteps.png into --output_dir, and exit"
+    )
+    show_timesteps_resolution: Resolution | None = option(
+        None, "with --show_timesteps: the size of an image; by default those of the dataset"
+    )
+    show_timesteps_offset: float = option(0.0, "with --show_timesteps: an offset of timesteps like that of a subset")
     plan: bool = option(
         False, "check everything, show what the run would do, and exit; no weight is read, no file is written"
     )

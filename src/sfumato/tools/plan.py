@@ -8,7 +8,8 @@ from sfumato.config import Config
 from sfumato.config.environment import read_launch
 from sfumato.config.listing import option_lines
 from sfumato.plan import RunPlan, make_run_plan, with_seed
-from sfumato.training.plan_report import draw_timesteps, plan_lines, resume_lines
+from sfumato.training.plan_report import plan_lines, resume_lines
+from sfumato.training.timestep_report import draw_timesteps, report_timesteps
 
 
 def show_plan(config: Config) -> RunPlan:
@@ -22,6 +23,12 @@ def show_plan(config: Config) -> RunPlan:
     print_lines((*plan_lines(plan), *resume_lines(plan)))
     draw_timesteps(plan)
     return plan
+
+
+def show_timesteps(config: Config) -> None:
+    """Show which timesteps a run would train, and train nothing."""
+    plan = make_run_plan(with_seed(config), processes=read_launch().processes, remember=False)
+    print_lines(report_timesteps(plan))
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from sfumato.common import files
 from sfumato.config import Config
 from sfumato.config.listing import public_options
 from sfumato.data.find.data_rows import make_data_rows
@@ -16,6 +15,7 @@ from sfumato.data.split import make_validation_sampler
 from sfumato.formats.save_schedule import describe_retention
 from sfumato.plan import RunPlan, count_steps, draw_seed, make_run_plan, requested_first_step, with_seed
 from sfumato.training.start_point import describe_end, find_start_point
+from sfumato.training.timestep_report import draw_timesteps
 
 if TYPE_CHECKING:
     from sfumato.parallel.base import ParallelStrategy
@@ -97,20 +97,3 @@ def model_lines(plan: RunPlan) -> Iterator[str]:
     for part in plan.parts:
         yield f"  {part.part:<20}{part.modules:>10,}{part.parameters:>14,}{part.learning_rate:>16.3g}"
     yield from (f"note: {note}" for note in plan.notes)
-
-
-def draw_timesteps(plan: RunPlan) -> None:
-    """The chart that --plot_timesteps asks for."""
-    config, blueprint, buckets = plan.config, plan.blueprint, plan.data.buckets
-    path = config.run.plot_timesteps
-    if path is None:
-        return
-    from sfumato.diffusion.recipe import make_recipe
-    from sfumato.track.timestep_plot import draw_timestep_plot, measure_timesteps
-
-    recipe = make_recipe(config.noise, config.loss, blueprint.objective, config.model.guidance_scale)
-    found = measure_timesteps(recipe, blueprint.objective, blueprint.latents, plan.data.sizes_and_offsets)
-    width, height = next(iter(buckets))
-    sizes = f"images of {len(buckets)} sizes" if len(buckets) > 1 else f"images of {width}x{height}"
-    with files.write_atomically(path) as temporary:
-        draw_timestep_plot(found, subtitle=f"{blueprint.title}, {sizes}").save(temporary, "PNG", optimize=True)

@@ -32,7 +32,7 @@ THEMES_OF_WEIGHTS = {"run", "model", "network", "full", "embedding"}  # whose op
 # Where a run writes, what it shows, and how fast it is do not change what it learns.
 HARMLESS_THEMES = {"save", "metadata", "hub", "log", "samples", "validation", "loader", "processes"}
 HARMLESS_OPTIONS = {
-    "config_file", "plot_timesteps", "output_config", "cache_latents", "cache_latents_to_disk", "cache_dir",
+    "config_file", "preset", "plot_timesteps", "output_config", "cache_latents", "cache_latents_to_disk", "cache_dir",
     "cache_text_encoder_outputs_to_disk", "vae_batch_size", "skip_cache_check", "train_data_dir", "reg_data_dir",
     "dataset_config",
 }  # fmt: skip
