@@ -32,7 +32,7 @@ def learn(output: Path, seed: int, *, forget: bool = False, **options: str) -> l
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_good_checkpoint_is_taken(tmp_path: Path, seed: int) -> None:
     output, spoiled = tmp_path / "run", tmp_path / "spoiled"
-    line = learn(output, seed, max_train_steps="100", save_at_steps="10")
+    line = learn(output, seed, max_train_steps="150", save_at_steps="10")
     learn(spoiled, seed, forget=True, max_train_steps="120", learning_rate="5e-3", lr_scheduler="constant_with_warmup")
     shutil.copy(spoiled / f"{SUBJECT}.safetensors", output / f"{OVER}.safetensors")
     (tmp_path / "prompts.txt").write_text("\n".join(SUBJECTS))
@@ -46,5 +46,5 @@ def test_the_good_checkpoint_is_taken(tmp_path: Path, seed: int) -> None:
     assert comparison.chosen is good
     assert good.judged.value > max(under.judged.value, over.judged.value) + 0.1, "it is no matter of chance"
     learned = [float(each.judged.gains.mean()) for each in comparison.checkpoints]
-    assert learned[0] < 0.3 < 0.5 < min(learned[1:])
+    assert learned[0] < 0.3 < min(learned[1:])
     assert good.judged.drift < 0.3 < over.judged.drift
