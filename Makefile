@@ -89,6 +89,7 @@ pages: setup
 	$(BIN)/python docs/make_messages.py
 	$(BIN)/python docs/make_errors.py
 	$(BIN)/python docs/make_adapters.py
+	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_requirements.py
 
 # The manual as a site, in build/site; a broken link is an error.

@@ -78,6 +78,12 @@ def make_data(home: Path) -> None:
     (home / "embeddings").mkdir()
     torch.save({"emb_params": torch.zeros(2, 64)}, home / "embeddings" / "robot4.pt")
     make_images(home / "datasets/masks", mode="L")
+    make_images(home / "datasets/controls")
+    make_images(home / "paired/4_robot", captions=True)
+    write(
+        home / "control_prompt.txt",
+        f"a robot --w 64 --h 64 --d 1 --s 2 --cn {(home / 'datasets/controls/0.png').as_posix()}\n",
+    )
     make_images(home / "datasets/cutouts", captions=True, mode="RGBA")
     entries = {
         path.stem: {"caption": "a robot", "tags": "1robot, solo"} for path in (home / "datasets/robot").glob("*.png")

@@ -25,6 +25,7 @@ from wild.layout import fill, make_home, write
 WILD = Path(__file__).parent
 KINDS = (
     "colab",
+    "control",
     "easy_training",
     "fluxgym",
     "kohya_ss",
@@ -39,6 +40,9 @@ TRAINED = (  # three of each kind of program
     "colab/train_network.standard.toml",
     "colab/train_network.several_folders.toml",
     "colab/train_network.sections.toml",
+    "control/control_net_command.sh",
+    "control/lllite_second_version.sh",
+    "control/sdxl_train_control_net_lllite.window.toml",
     "easy_training/train_network.standard.toml",
     "easy_training/train_network.wildcards.toml",
     "easy_training/sdxl_train_network.cached.toml",
