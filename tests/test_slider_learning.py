@@ -49,7 +49,7 @@ def measure(slider: Path, strength: float) -> float:
     return sum(prediction.probabilities[MORE] for prediction in predictions) / len(predictions)
 
 
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_an_attribute_grows_with_the_strength(tmp_path: Path, seed: int) -> None:
     slider = learn(tmp_path, seed)
     found = [measure(slider, strength) for strength in (0, 0.6, 1.2)]
