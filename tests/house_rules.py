@@ -62,6 +62,7 @@ NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names
 # What the field named after a family though others use it: an option and two keys of adapter files.
 OPTION_NAMES = {"flux_shift", "sd_model", "ss_sd_scripts_commit_hash"}
 ALLOWED_FAMILY_NAMES = {("config/model.py", name) for name in ("flux", "flux_kontext", "chroma")}  # --model_type
+ALLOWED_FAMILY_NAMES |= {("training/comfyui_workflow.py", "EmptySD3LatentImage")}  # a node of ComfyUI
 NAMES_KINDS = {"adapters", "families", "compat", "demo", "cli", "common", "config"}  # classes, names in files, options
 ALLOWED_KIND_NAMES = {  # file -> what it may say: others' keys, arguments and file names, an option, a command
     "formats/adapter_keys.py": r".*", "formats/peft_config.py": r".*", "tools/export_lora.py": r".*",

@@ -13,14 +13,15 @@ from sfumato.data.batch import Extras, Sizes, Tensors
 from sfumato.families.base import Family
 from sfumato.families.deep_shrink import shrink_features
 from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode_with_grad
-from sfumato.sampling.denoise import DenoiseRequest, Guidance, Predictor, denoise
+from sfumato.sampling.denoise import DenoisedStep, DenoiseRequest, Guidance, Predictor, Region, denoise_steps
 from sfumato.sampling.growth import Growth
 from sfumato.sampling.highres import enlarge, make_first_stage
 from sfumato.sampling.images import encode_request_images, encode_start
+from sfumato.sampling.regions import read_region_weights
 from sfumato.sampling.request import ImageRequest
 from sfumato.sampling.schedulers import make_scheduler
 from sfumato.sampling.settings import SizeInputs
-from sfumato.sampling.start import Start
+from sfumato.sampling.start import Start, draw_first_noise
 
 
 def encode_prompts(
@@ -132,6 +133,39 @@ def gather_extras(model: Family, requests: Sequence[ImageRequest]) -> Extras:
     return Extras(images=images, multiplier=table[:, 0], multipliers=table)
 
 
+def encode_regions(
+    model: Family,
+    method: Predictor,
+    requests: Sequence[ImageRequest],
+    extras: Extras,
+    frozen: FrozenTextEncoders | None,
+) -> Iterator[Region]:
+    """The parts of the images, where they have several; adapters of encoders change the text of their part alone."""
+    first, count = requests[0], len(requests)
+    if first.regions is None:
+        return
+    sizes = list_sizes(first.sizes, first.width, first.height, count)
+    negative_sizes = list_sizes(first.sizes, first.width, first.height, count, negative=True)
+    weights = read_region_weights(model, first.regions, (first.width, first.height))
+    for number, prompt in enumerate(first.regions.parts):
+        table = None if extras.multipliers is None else keep_column(extras.multipliers, number)
+        own = [replace(request, prompt=prompt, regions=None) for request in requests]
+        method.set_batch(model, replace(extras, multipliers=table))
+        yield Region(
+            text=encode_requests(model, method, own, sizes, frozen),
+            guidance=encode_guidance(model, method, own, negative_sizes, frozen),
+            multipliers=table,
+            weight=weights[number][None, None].to(model.device),
+        )
+
+
+def keep_column(table: Tensor, number: int) -> Tensor:
+    """(B, N) with zeros in all columns but one; in all where there is no such column."""
+    kept = torch.zeros_like(table)
+    kept[:, number : number + 1] = table[:, number : number + 1]
+    return kept
+
+
 def denoise_requests(
     model: Family,
     method: Predictor,
@@ -139,8 +173,8 @@ def denoise_requests(
     generators: list[Generator],
     frozen: FrozenTextEncoders | None,
     start: Start | None,
-) -> Tensor:
-    """The latents of requests with one batch key."""
+) -> Iterator[DenoisedStep]:
+    """The steps of requests with one batch key."""
     first, count, spec = requests[0], len(requests), model.latents
     extras = gather_extras(model, requests)
     method.set_batch(model, extras)
@@ -149,21 +183,22 @@ def denoise_requests(
     negative_sizes = list_sizes(first.sizes, first.width, first.height, count, negative=True)
     guidance = encode_guidance(model, method, requests, negative_sizes, frozen)
     shape = (spec.channels, first.height // spec.downscale, first.width // spec.downscale)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    noise = torch.stack([draw_first_noise(shape, generator, first.first_noise) for generator in generators])
     growth = None if first.growth is None or start is not None else Growth.start(first.growth, (shape[1], shape[2]))
     request = DenoiseRequest(
         noise=(noise if growth is None else growth.shrink(noise)).to(model.device, non_blocking=True),
         text=text,
-        scheduler=make_scheduler(first.sampler, model.objective),
+        scheduler=make_scheduler(first.sampler, model.objective, zero_offset=first.force_scheduler_zero_steps_offset),
         steps=first.steps,
         generators=generators,
         extras=extras,
         flow_shift=first.flow_shift,
         start=start,
         growth=growth,
+        regions=list(encode_regions(model, method, requests, extras, frozen)),
     )
     with nullcontext() if first.shrink is None else shrink_features(model.denoiser, first.shrink):
-        return denoise(model, method, request, guidance)
+        yield from denoise_steps(model, method, request, guidance)
 
 
 @torch.no_grad()
@@ -171,27 +206,40 @@ def generate_stages(
     model: Family, method: Predictor, requests: Sequence[ImageRequest], frozen: FrozenTextEncoders | None = None
 ) -> Iterator[Tensor]:
     """The latents (B, C, h, w) of requests with one batch key; before them those of a smaller first stage, if any."""
+    yield from (step.latents for step in generate_steps(model, method, requests, frozen) if step.is_last)
+
+
+@torch.no_grad()
+def generate_steps(
+    model: Family, method: Predictor, requests: Sequence[ImageRequest], frozen: FrozenTextEncoders | None = None
+) -> Iterator[DenoisedStep]:
+    """Each step of each stage; the last one of a stage has its latents."""
     first = requests[0]
     assert all(request.batch_key == first.batch_key for request in requests)
     generators = [Generator().manual_seed(request.seed) for request in requests]
     if first.highres is None:
-        yield denoise_requests(model, method, requests, generators, frozen, encode_start(model, first, len(requests)))
+        given = encode_start(model, first, len(requests))
+        yield from denoise_requests(model, method, requests, generators, frozen, given)
         return
     small = [make_first_stage(request, model) for request in requests]
     before = encode_start(model, small[0], len(requests))
-    latents = denoise_requests(model, method, small, generators, frozen, before)
-    yield latents
+    latents = before.latents if before is not None else torch.empty(0)
+    for step in denoise_requests(model, method, small, generators, frozen, before):
+        latents = step.latents
+        yield step
     start = Start(latents=enlarge(model, latents, first), strength=first.highres.strength)
     given = encode_start(model, first, len(requests))
     if given is not None and given.mask is not None:  # what may not change is that of the full-size image
         kept = torch.lerp(given.latents, start.latents, given.mask)
         start = replace(start, latents=kept, mask=given.mask)
-    yield denoise_requests(model, method, requests, generators, frozen, start)
+    if first.highres.highres_fix_disable_control_net:
+        requests = [replace(request, control_image="") for request in requests]
+    yield from denoise_requests(model, method, requests, generators, frozen, start)
 
 
-def decode_images(model: Family, latents: Tensor) -> list[Tensor]:
-    """The images (3, H, W) in [-1, 1], float32 on the CPU."""
-    return list(decode_latents(model, latents).cpu().clamp(-1, 1))
+def decode_images(model: Family, latents: Tensor, batch_size: int = 1) -> list[Tensor]:
+    """The images (3, H, W) in [-1, 1], float32 on the CPU. batch_size: how many are decoded at a time."""
+    return list(decode_latents(model, latents, batch_size).cpu().clamp(-1, 1))
 
 
 def generate_batch(

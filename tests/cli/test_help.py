@@ -7,7 +7,8 @@ import re
 import pytest
 
 from sfumato.cli.ema import EmaFileOptions
-from sfumato.cli.generate import ALIASES, HIGHLIGHTS, GenerateOptions
+from sfumato.cli.generate import ALIASES, HIGHLIGHTS
+from sfumato.cli.generate_options import GenerateOptions
 from sfumato.cli.help import command_help, training_help
 from sfumato.config.schema import vocabulary
 

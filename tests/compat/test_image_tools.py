@@ -218,7 +218,7 @@ def test_other_names() -> None:
     ("words", "code"),
     [
         ("--prompt a --fp16 --bf16", "gen-img-two-precisions"),
-        ("--prompt a --control_net_ratios 1", "option-of-another-script"),
+        ("--prompt a --clip_guidance_scale 1", "option-of-another-script"),
         ("--use_original_file_name --prompt a", "original-name-without-image"),
         ("--image_path . --prompt a", "start-folder-empty"),
         ("--prompt a --interactive", "prompt-given-twice"),

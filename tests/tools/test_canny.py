@@ -11,7 +11,7 @@ from PIL import Image
 
 from sfumato.cli.main import main
 from sfumato.compat.launch import main as launch
-from sfumato.tools.canny_edges import find_edges
+from sfumato.data.edges import find_edges
 from tools.test_dataset_review import draw_discs
 
 EDGES = {  # of cv2.Canny 5.0.0 (apertures of 3, L1): thresholds -> number of edge pixels, SHA-256 of them as bits

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from families.toys import ToyShelf
-from sfumato.cli.generate import ALIASES, COMMAND_THEMES, HIGHLIGHTS, make_prompts, plan_series
+from sfumato.cli.generate import ALIASES, COMMAND_THEMES, HIGHLIGHTS
+from sfumato.cli.generate_job import make_prompts, plan_series
 from sfumato.cli.generate_options import GenerateOptions, list_defaults
 from sfumato.cli.main import main
 from sfumato.config import load_config

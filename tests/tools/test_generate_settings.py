@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from families.toys import ToyShelf
 from sfumato.cli.main import main
+from sfumato.sampling.request import ImageRequest
+from sfumato.training.comfyui_workflow import make_workflow
 
 START = "--W 64 --H 64 --steps 3 --seed 5 --scale 3"
 LINES = {
@@ -77,3 +80,28 @@ def test_the_recipe_for_other_programs(folder: Path, toy_shelf: ToyShelf) -> Non
         _, read_again = read(found)
         assert (read_again["prompt"], read_again["negative_prompt"]) == ("a cat", "a dog")
         assert read_again["init_image"] == source.name
+
+
+def test_the_workflow_for_comfyui() -> None:
+    """Every link joins an output with an input of its type, both of which know it; the sampler has the request."""
+    request = ImageRequest(
+        prompt="a cat", negative_prompt="a dog", width=64, height=96, seed=5, steps=3, scale=4.0, guidance=None,
+        sampler="k_euler_a",
+    )  # fmt: skip
+    graph = json.loads(make_workflow(request, checkpoint="m/toy.safetensors", adapters=[("a.safetensors", 0.5)]))
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(graph["links"]) == graph["last_link_id"] == 11
+    for link, source, output, target, slot, kind in graph["links"]:
+        assert nodes[source]["outputs"][output]["type"] == nodes[target]["inputs"][slot]["type"] == kind
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == link
+        assert source < target
+    by_type = {node["type"]: node for node in graph["nodes"]}
+    assert by_type["KSampler"]["widgets_values"] == [5, "fixed", 3, 4.0, "euler_ancestral", "normal", 1.0]
+    assert by_type["LoraLoader"]["widgets_values"] == ["a.safetensors", 0.5, 0.5]
+    assert by_type["EmptyLatentImage"]["widgets_values"] == [64, 96, 1]
+    texts = [node["widgets_values"] for node in graph["nodes"] if node["type"] == "CLIPTextEncode"]
+    assert texts == [["a cat"], ["a dog"]]
+    sampled = {socket["name"]: socket["link"] for socket in by_type["KSampler"]["inputs"]}
+    (positive,) = [link for link in graph["links"] if link[0] == sampled["positive"]]
+    assert nodes[positive[1]]["widgets_values"] == ["a cat"]

@@ -113,7 +113,7 @@ def test_generate_and_dataset_cache_end_alike(
     import sfumato.tools.dataset_cache
     import sfumato.tools.generate  # noqa: F401 -- found by name
 
-    signal_before(monkeypatch, "sfumato.tools.generate.generate_stages", number=number)
+    signal_before(monkeypatch, "sfumato.tools.generate.generate_steps", number=number)
     model = ["--pretrained_model_name_or_path", str(toy["pretrained_model_name_or_path"])]
     words = ["generate", *model, "--prompt", "a cat --w 64 --h 64 --s 2", "--outdir", str(tmp_path / "images")]
     assert main(words) == 130

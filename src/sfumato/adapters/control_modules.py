@@ -32,6 +32,7 @@ class ControlModules(nn.Module, ABC):
         self.parts = nn.ModuleDict(parts)
         self.image: Tensor | None = None  # (B, 3, H, W) in [-1, 1]; None: nothing is changed
         self.strength = 1.0
+        self.image_strength = 1.0  # of this image, beside it
         self._handles: list[RemovableHandle] = []
 
     def attach(self, network: nn.Module) -> None:
@@ -41,9 +42,9 @@ class ControlModules(nn.Module, ABC):
             hooked = network.get_submodule(layer.path)
             self._handles.append(hooked.register_forward_pre_hook(self._make_hook(layer)))
 
-    def set_image(self, image: Tensor | None) -> None:
+    def set_image(self, image: Tensor | None, strength: float = 1.0) -> None:
         """For every forward until the next call. image: (B, 3, H, W) in [-1, 1]."""
-        self.image = image
+        self.image, self.image_strength = image, strength
 
     @property
     def is_active(self) -> bool:

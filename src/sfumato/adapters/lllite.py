@@ -82,7 +82,7 @@ class LLLite(ControlModules):
     def change_input(self, layer: ControlledLayer, x: Tensor) -> Tensor:
         assert self.image is not None
         change = self.parts[layer.name](x, self.image.to(x))
-        return x + self.strength * change.to(x)
+        return x + self.strength * self.image_strength * change.to(x)
 
     def file_metadata(self) -> Mapping[str, object]:
         return {}

@@ -166,12 +166,12 @@ class SharedLLLite(ControlModules):
         count, start = seen.shape[1], self._text_lengths if layer.follows_text else 0
         if isinstance(start, int):
             own = x[:, start : start + count]
-            changed = own + self.strength * module(own, seen).to(x)
+            changed = own + self.strength * self.image_strength * module(own, seen).to(x)
             return torch.cat([x[:, :start], changed, x[:, start + count :]], dim=1)
         places = start[:, None] + torch.arange(count, device=x.device)
         places = places[..., None].expand(-1, -1, x.shape[-1])
         change = module(x.gather(1, places), seen)
-        return x.scatter_add(1, places, self.strength * change.to(x))
+        return x.scatter_add(1, places, self.strength * self.image_strength * change.to(x))
 
     def file_metadata(self) -> Mapping[str, object]:
         sizes = self.sizes

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sfumato.cli.generate_options import GenerateOptions
 from sfumato.config import Config
+from sfumato.config.precision_rules import LOW_PRECISION
 from sfumato.errors import UserError
 
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
@@ -26,6 +27,25 @@ def list_networks(options: GenerateOptions, config: Config) -> list[tuple[Path, 
         if not path.exists():
             raise UserError(f"--network_weights: {path} does not exist", code="network-weights-missing")
     return list(zip(paths, (*multipliers, *[1.0] * len(paths)), strict=False))
+
+
+def check_pre_calc(options: GenerateOptions, config: Config) -> None:
+    """UserError for weights that cannot change and come back: in fewer bits, or with the adapters in them already."""
+    if not options.network_pre_calc:
+        return
+    if options.network_merge:
+        raise UserError(
+            "--network_merge and --network_pre_calc are two ways to add adapters to the weights",
+            code="network-merge-with-pre-calc",
+            fix="remove one of them",
+        )
+    given = [name for name in LOW_PRECISION if config.is_changed(name)]
+    if given:
+        raise UserError(
+            f"--network_pre_calc cannot be combined with --{given[0]}: such weights are rounded at each change",
+            code="network-pre-calc-in-low-precision",
+            fix="remove --network_pre_calc; the adapters are then computed beside the weights",
+        )
 
 
 def list_embeddings(options: GenerateOptions) -> list[tuple[Path, str]]:

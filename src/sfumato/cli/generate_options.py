@@ -9,7 +9,7 @@ from pydantic import BeforeValidator
 
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.prompt_options import MAX_IMAGE_SIDE, MAX_STEPS
-from sfumato.config.values import FilePath, FilePaths, Floats, to_tuple
+from sfumato.config.values import FilePath, FilePaths, Floats, ModelPaths, Shares, to_tuple
 
 Names = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("NAME ...")]
 
@@ -31,6 +31,10 @@ class GenerateOptions(Options):
     )
     network_merge: bool = option(False, "add the adapters to the model's weights, instead of computing them beside it")
     network_merge_n_models: int | None = option(None, "the same for the first N of them", ge=1)
+    network_pre_calc: bool = option(
+        False, "add the other adapters to the weights before each batch, at its strengths; faster than beside them"
+    )
+    network_show_meta: bool = option(False, "show the metadata of the adapter files")
     outdir: FilePath = option(Path("outputs"), "folder for the images")
     W: int | None = option(None, "width", ge=1, le=MAX_IMAGE_SIDE)
     H: int | None = option(None, "height", ge=1, le=MAX_IMAGE_SIDE)
@@ -47,9 +51,10 @@ class GenerateOptions(Options):
     flow_shift: float | None = option(None, "shift of a flow model's timesteps towards noise", gt=0)
     prompt_2: str | None = option(None, "what the second text encoder reads instead of the prompt")
     clip_prompt: str | None = option(None, "what the pooled vector of the text is made of, instead of the prompt")
-    control_net_lllite_models: FilePaths = option((), "files of ControlNet-LLLite")
-    control_net_image: FilePath | None = option(None, "control image of ControlNet or LLLite, of prompts without --cn")
     reference_image: FilePath | None = option(None, "image that a model for edits starts from")
+    vae_tile_size: int | None = option(
+        None, "encode and decode images in overlapping tiles of so many pixels a side, in less memory", ge=64
+    )
     float32_parts: Names = option((), "networks kept in float32, e.g. those that were trained as a whole")
 
 
@@ -63,6 +68,12 @@ class StartOptions(Options):
         None, "mask, white where the image may change, or a folder with one for each image", path="any"
     )
     strength: float | None = option(None, "share of the steps that are made from there; default: 0.8", gt=0, le=1)
+    network_regional_mask_max_color_codes: int | None = option(
+        None,
+        "of prompts in parts, separated by AND: for how many parts the mask has a color each, instead of a channel",
+        ge=1,
+        le=7,
+    )
     highres_fix_scale: float | None = option(
         None, "make a smaller image first, of this share of the width and height, and the image from it", gt=0, le=1
     )
@@ -75,6 +86,44 @@ class StartOptions(Options):
     highres_fix_upscaler: Annotated[str, Metavar("FILE")] | None = option(
         None, "weights of sd-scripts' latent upscaler, which sharpens the enlarged image's latents"
     )
+
+
+class ControlOptions(Options):
+    """Control images"""
+
+    control_net_models: ModelPaths = option(
+        (),
+        "ControlNets, after that of --controlnet_model_name_or_path: files, folders of diffusers or names on the hub",
+    )
+    control_net_lllite_models: FilePaths = option((), "files of ControlNet-LLLite")
+    control_net_image: FilePaths = option(
+        (),
+        "control images of prompts without --cn, or a folder of them: one for each ControlNet or LLLite, then those of "
+        "the next image, in turn",
+    )
+    control_net_multipliers: Floats = option((), "strength of each ControlNet or LLLite; 1 where missing")
+    control_net_ratios: Shares = option((), "share of the steps up to which each acts; 1 where missing")
+    control_net_starts: Shares = option((), "share of the steps from which each acts; 0 where missing")
+    control_net_preps: Names = option(
+        (), "what each reads of its file: canny_63_191 for edges with these limits, none for the image itself"
+    )
+    highres_fix_disable_control_net: bool = option(False, "control images steer the smaller image alone")
+
+
+class FirstNoiseOptions(Options):
+    """The noise that images start from"""
+
+    noise_offset_prob: float | None = option(
+        None, "probability that an image's noise has an offset for each channel", ge=0, le=1
+    )
+    noise_offset_range: Floats = option((), "smallest and largest offset; default: 0.02 0.1")
+    pyramid_noise_prob: float | None = option(
+        None, "probability that an image's noise has coarser layers of noise, too", ge=0, le=1
+    )
+    pyramid_noise_discount_range: Floats = option((), "smallest and largest weight of each layer; default: 0.6 0.8")
+    noise_offset: float | None = option(None, "offset of the noise of every image, in its place")
+    pyramid_noise_discount: float | None = option(None, "weight of coarser layers in every image's, in its place")
+    force_scheduler_zero_steps_offset: bool = option(False, "time grid of schedulers whose steps_offset is 0")
 
 
 class LargeImageOptions(Options):
@@ -115,17 +164,29 @@ class SeriesOptions(Options):
         None, "Python file whose get_prompter(args, pipe, networks) gives the prompts", path="file"
     )
     prompter_module_args: str | None = option(None, "text that the function finds in args.prompter_module_args")
+    grid: bool = option(False, "write a contact sheet of all images, too")
+    xy: Names = option(
+        (),
+        'a sheet of all combinations of the values of one option or two: "network_mul=0,0.5,1" "steps=10,20"',
+    )
+    progress_file: FilePath | None = option(
+        None, "write the image as far as it is, small and in approximate colors, to this file after each step"
+    )
     sequential_file_name: bool = option(False, "name images im_000001.png and so on")
     use_original_file_name: bool = option(False, "name images like those that they start from")
 
 
+PROMPT_THEMES = (GenerateOptions, StartOptions, LargeImageOptions, ControlOptions, FirstNoiseOptions)
 PROMPT_FIELDS = {  # option -> field of a prompt where that has another name
     "W": "width", "H": "height", "steps": "sample_steps", "guidance": "guidance_scale", "image_path": "init_image",
-    "mask_path": "mask_image", "control_net_image": "controlnet_image",
+    "mask_path": "mask_image",
 }  # fmt: skip
 NO_PROMPT_FIELDS = (
     "prompt", "plain_prompt", "network_weights", "network_mul", "network_merge", "network_merge_n_models", "outdir",
-    "control_net_lllite_models", "textual_inversion_embeddings", "float32_parts", "image_path", "mask_path",
+    "network_pre_calc", "network_show_meta",
+    "textual_inversion_embeddings", "float32_parts", "vae_tile_size", "image_path", "mask_path", "control_net_models",
+    "control_net_lllite_models", "control_net_image", "noise_offset_prob", "noise_offset_range", "pyramid_noise_prob",
+    "pyramid_noise_discount_range",
 )  # fmt: skip
 
 
@@ -134,6 +195,6 @@ def list_defaults(*themes: Options) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for theme in themes:
         for name, value in vars(theme).items():
-            if name not in NO_PROMPT_FIELDS and value not in (None, False):
+            if name not in NO_PROMPT_FIELDS and value is not None and value is not False and value != ():
                 values[PROMPT_FIELDS.get(name, name)] = str(value) if isinstance(value, Path) else value
     return values

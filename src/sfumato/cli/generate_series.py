@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from sfumato.cli.generate_options import SeriesOptions
+from sfumato.cli.generate_options import FirstNoiseOptions, SeriesOptions
 from sfumato.common.files import read_file
 from sfumato.config.prompts import Prompt, parse_line
 from sfumato.config.wildcards import expand_variants, has_every
@@ -19,8 +19,24 @@ from sfumato.data.find.image_formats import open_image
 from sfumato.data.images import read_image
 from sfumato.errors import UserError
 
+DEFAULT_RANGES = {"noise_offset": (0.02, 0.1), "pyramid_noise_discount": (0.6, 0.8)}
+PART_SEPARATOR = " AND "
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SEED = 2**64
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseChance:
+    """A change of the first noise that only some images have."""
+
+    probability: float
+    low: float
+    high: float
+
+    def draw(self, seed: str) -> float | None:
+        """Its value, uniform within the limits; None where the image does not have it."""
+        generator = Random(seed)
+        return generator.uniform(self.low, self.high) if generator.random() < self.probability else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +47,9 @@ class Series:
     first_seed: int  # of prompts without a seed of their own, plus the number of images before
     images: Sequence[Path] = ()  # to start from, in turn
     masks: Sequence[Path] = ()  # theirs, in turn
+    controls: Sequence[Path] = ()  # control images: one for each reader, then those of the next image, in turn
+    num_controls: int = 0  # how many read one
+    noise: Mapping[str, NoiseChance] = field(default_factory=dict)  # field of a prompt -> when it is set
     plain: bool = False  # prompts have no variants
     before: int = field(default=0)  # images that were made before these
 
@@ -43,7 +62,24 @@ class Series:
                 Random(self.first_seed + iteration).shuffle(order)
             for prompt in order:
                 found += self._repeat(prompt, iteration, self.before + len(found))
-        return [self._start_from_image(prompt, self.before + i) for i, prompt in enumerate(found)]
+        return [self._add_files(prompt, self.before + i) for i, prompt in enumerate(found)]
+
+    def _add_files(self, prompt: Prompt, number: int) -> Prompt:
+        return self._change_noise(self._add_controls(self._start_from_image(prompt, number), number))
+
+    def _add_controls(self, prompt: Prompt, number: int) -> Prompt:
+        """Its control images, in turn, unless it names one."""
+        if not self.controls or prompt.controlnet_image is not None:
+            return prompt
+        wanted = min(max(self.num_controls, 1), len(self.controls))
+        first, *further = (str(self.controls[(number * wanted + i) % len(self.controls)]) for i in range(wanted))
+        return replace(prompt, controlnet_image=first, further_control_images=tuple(further))
+
+    def _change_noise(self, prompt: Prompt) -> Prompt:
+        """What the image's seed draws for its first noise, where the prompt does not say."""
+        assert prompt.seed is not None
+        drawn = {name: chance.draw(f"{name} {prompt.seed}") for name, chance in self.noise.items()}
+        return prompt.apply_defaults({name: value for name, value in drawn.items() if value is not None})
 
     def _repeat(self, prompt: Prompt, iteration: int, before: int) -> Iterator[Prompt]:
         """The images of one prompt. Of one that stands for every combination all have the first seed, as in gen_img."""
@@ -53,7 +89,8 @@ class Series:
         for seed in seeds:
             for text, negative in self._expand(prompt, seed):
                 own = seeds[0] if every else seed
-                yield replace(prompt, prompt=text, negative_prompt=negative, seed=own, seeds=())
+                parts = () if self.plain else split_parts(text)
+                yield replace(prompt, prompt=text, negative_prompt=negative, parts=parts, seed=own, seeds=())
 
     def _choose_seed(self, prompt: Prompt, iteration: int, repeat: int, count: int, before: int) -> int:
         if repeat < len(prompt.seeds):
@@ -74,12 +111,35 @@ class Series:
         """The image to start from, in turn; without a size in the prompt its own."""
         if self.images and prompt.init_image is None:
             prompt = replace(prompt, init_image=str(self.images[number % len(self.images)]))
-        if self.masks and prompt.init_image and prompt.mask_image is None:
+        if self.masks and (prompt.init_image or prompt.parts) and prompt.mask_image is None:
             prompt = replace(prompt, mask_image=str(self.masks[number % len(self.masks)]))
         if prompt.init_image and None in (prompt.width, prompt.height):
             width, height = read_image(Path(prompt.init_image)).size
             prompt = replace(prompt, width=prompt.width or width, height=prompt.height or height)
         return prompt
+
+
+def split_parts(text: str) -> tuple[str, ...]:
+    """The prompts of parts of the image; empty where there is only one."""
+    parts = tuple(part.strip() for part in text.split(PART_SEPARATOR))
+    return parts if len(parts) > 1 else ()
+
+
+def read_noise_chances(options: FirstNoiseOptions) -> dict[str, NoiseChance]:
+    """Field of a prompt -> when it is set; UserError for limits that are no pair."""
+    chances: dict[str, NoiseChance] = {}
+    for name, default in DEFAULT_RANGES.items():
+        limits = vars(options)[f"{name}_range"] or default
+        probability = vars(options)[f"{name.removesuffix('_discount')}_prob"]
+        if len(limits) != 2 or limits[0] > limits[1]:
+            raise UserError(
+                f"--{name}_range takes two numbers, the smaller first",
+                code="noise-range-invalid",
+                fix=f"--{name}_range {default[0]} {default[1]}",
+            )
+        if probability:
+            chances[name] = NoiseChance(probability=probability, low=limits[0], high=limits[1])
+    return chances
 
 
 def list_image_files(path: Path | None, option: str) -> list[Path]:

@@ -17,21 +17,11 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("TEXT ..."
 MIXED_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
 UPSCALER_MODULES = ("tools.latent_upscaler", "latent_upscaler")
 CHUNK_TOKENS, MOST_CHUNKS = 75, 3
-WITHOUT_CONTROL = "a ControlNet acts in all steps, at full strength, with the control image as it is"
-NOISE = "a model's own noise is never changed when images are made"
+MIN_TILE = 64  # pixels a side
 ABSENT_IN_GEN_IMG = {
-    **dict.fromkeys(("control_net_preps",), WITHOUT_CONTROL),
-    **dict.fromkeys(("control_net_multipliers", "control_net_weights", "control_net_ratios"), WITHOUT_CONTROL),
-    **dict.fromkeys(("highres_fix_disable_control_net",), WITHOUT_CONTROL),
-    **dict.fromkeys(("pyramid_noise_prob", "pyramid_noise_discount_range"), NOISE),
-    **dict.fromkeys(("noise_offset_prob", "noise_offset_range"), NOISE),
     **dict.fromkeys(("clip_guidance_scale", "clip_image_guidance_scale", "clip_vision_strength"), "no CLIP guides it"),
     **dict.fromkeys(("vgg16_guidance_scale", "vgg16_guidance_layer"), "no VGG16 guides it"),
     "XTI_embeddings": "it is out of use",
-    "network_show_meta": "`sfumato lora inspect FILE` shows it",
-    "network_regional_mask_max_color_codes": "adapters act on the whole image",
-    "emb_normalize_mode": "prompt weights always restore the mean, the mode `original`",
-    "force_scheduler_zero_steps_offset": "the steps are those of diffusers' pipelines",
 }
 
 
@@ -45,36 +35,24 @@ class GenImgOptions(Options):
     max_embeddings_multiples: int | None = option(None, "longest prompt, in times of 75 tokens", ge=1, le=MOST_CHUNKS)
     network_module: Texts = option((), "modules of the adapters")
     network_args: Texts = option((), "arguments of the adapters")
-    network_pre_calc: bool = option(False, "add the adapters to the weights before each image")
     no_preview: bool = option(False, "show no images in a window")
     opt_channels_last: bool = option(False, "order memory by channels last")
     highres_fix_upscaler_args: Texts = option((), "weights=FILE, with --highres_fix_upscaler tools.latent_upscaler")
-    vae_slices: int | None = option(None, "slices of an image that are decoded at a time")
-    vae_batch_size: float | None = option(None, "images that are decoded at a time")
+    vae_slices: int | None = option(None, "decode images in so many parts along their longer side", ge=1)
+    vae_batch_size: float | None = option(
+        None, "images that are decoded at a time; below 1: this share of --batch_size", gt=0
+    )
 
 
 class GenImgAbsentOptions(Options):
     """Options of gen_img that are refused, with the reason."""
 
-    control_net_preps: Texts = option((), "refused")
-    control_net_multipliers: Texts = option((), "refused")
-    control_net_weights: Texts = option((), "refused")
-    control_net_ratios: Texts = option((), "refused")
-    pyramid_noise_prob: Texts = option((), "refused")
-    pyramid_noise_discount_range: Texts = option((), "refused")
-    noise_offset_prob: Texts = option((), "refused")
-    noise_offset_range: Texts = option((), "refused")
     clip_guidance_scale: Texts = option((), "refused")
     clip_image_guidance_scale: Texts = option((), "refused")
     clip_vision_strength: Texts = option((), "refused")
     vgg16_guidance_scale: Texts = option((), "refused")
     vgg16_guidance_layer: Texts = option((), "refused")
     XTI_embeddings: Texts = option((), "refused")
-    network_regional_mask_max_color_codes: Texts = option((), "refused")
-    emb_normalize_mode: Texts = option((), "refused")
-    highres_fix_disable_control_net: bool = option(False, "refused")
-    force_scheduler_zero_steps_offset: bool = option(False, "refused")
-    network_show_meta: bool = option(False, "refused")
 
 
 class SdxlGenImgOptions(GenImgOptions):
@@ -121,6 +99,19 @@ class FluxInferenceOptions(SizedOptions):
     flux_dtype: str | None = option(None, "precision of the transformer")
 
 
+class InpaintingInferenceOptions(MinimalOptions):
+    """Paints within a mask with a model for inpainting of Stable Diffusion 1 or 2, or with --sdxl of XL."""
+
+    sdxl: bool = option(False, "the model is Stable Diffusion XL")
+    image: FilePath | None = option(None, "image to paint in", path="file")
+    mask: FilePath | None = option(None, "mask, white where the model paints", path="file")
+    width: int = option(512, "width", ge=1)
+    height: int = option(512, "height", ge=1)
+    guidance_scale: float = option(7.5, "classifier-free guidance; 1 for none")
+    fp16: bool = option(False, "compute in float16")
+    bf16: bool = option(False, "compute in bfloat16")
+
+
 class LuminaInferenceOptions(MinimalOptions):
     """Makes an image with Lumina-Image 2.0."""
 
@@ -137,16 +128,11 @@ class LuminaInferenceOptions(MinimalOptions):
     offload: bool = option(False, "keep networks in main memory while they rest")
 
 
-class LuminaAbsentOptions(Options):
-    """Options of that script that are refused, with the reason."""
-
-    add_system_prompt_to_negative_prompt: bool = option(False, "refused")
-
-
 MINIMAL_PROMPTS = {  # script's options -> what they make without being told, and defaults of prompts
     SdxlInferenceOptions: ("A photo of a cat", {"sample_steps": 50, "scale": 7.5, "width": 1024, "height": 1024}),
     Sd3InferenceOptions: ("A photo of a cat", {"sample_steps": 50, "scale": 5.0}),
     FluxInferenceOptions: ("A photo of a cat", {"sample_steps": 50, "scale": 1.0, "guidance_scale": 3.5}),
+    InpaintingInferenceOptions: ("A photo of a cat", {"sample_steps": 30}),
     LuminaInferenceOptions: (
         "A beautiful sunset over the mountains",
         {"sample_steps": 36, "cfg_trunc_ratio": 0.25, "renorm_cfg": 1.0},
@@ -164,8 +150,8 @@ def take_gen_img(options: GenImgOptions, line: CommandLine) -> tuple[dict[str, A
     if (options.max_embeddings_multiples or 1) > 1:
         tokens = CHUNK_TOKENS * (options.max_embeddings_multiples or 1)
         line.set_option("max_token_length", tokens, place="--max_embeddings_multiples")
-    own = take_upscaler(options, line)
     size = 1024 if options.sdxl else 512
+    own = {**take_upscaler(options, line), **take_vae(options, line, size)}
     defaults: dict[str, Any] = {"sample_steps": 50, "scale": 7.5}
     return own, defaults if line.own.get("image_path") else {**defaults, "width": size, "height": size}
 
@@ -185,6 +171,21 @@ def take_upscaler(options: GenImgOptions, line: CommandLine) -> dict[str, Any]:
     return {"highres_fix_upscaler": given[0] if given else None}
 
 
+def take_vae(options: GenImgOptions, line: CommandLine, size: int) -> dict[str, Any]:
+    """How the autoencoder saves memory. size: of images without one."""
+    own: dict[str, Any] = {}
+    if options.vae_batch_size is not None:
+        share = options.vae_batch_size * (
+            1 if options.vae_batch_size >= 1 else line.values.get("sample_batch_size") or 1
+        )
+        own["vae_batch_size"] = options.vae_batch_size
+        line.set_option("vae_batch_size", max(1, int(share)), place="--vae_batch_size")
+    if (options.vae_slices or 1) > 1:
+        side = max(line.own.get("W") or size, line.own.get("H") or size)
+        own["vae_tile_size"] = max(MIN_TILE, -(-side // (options.vae_slices or 1)))
+    return own
+
+
 def take_minimal(options: Any, line: CommandLine) -> tuple[dict[str, Any], dict[str, Any]]:
     """Adapters with their multipliers, sizes, precision and the prompt that the script makes without one."""
     own: dict[str, Any] = {"outdir": options.output_dir}
@@ -202,8 +203,22 @@ def take_minimal(options: Any, line: CommandLine) -> tuple[dict[str, Any], dict[
     if "dtype" in given:
         line.set_option("mixed_precision", MIXED_PRECISIONS[given["dtype"]], place="--dtype")
     if "guidance_scale" in given:
-        defaults |= {"scale": given["guidance_scale"], "flow_shift": given["discrete_flow_shift"]}
+        defaults |= {"scale": given["guidance_scale"]}
+    if "discrete_flow_shift" in given:
+        defaults |= {"flow_shift": given["discrete_flow_shift"]}
+    if isinstance(options, InpaintingInferenceOptions):
+        own |= take_inpainting(options, line)
     return own, defaults
+
+
+def take_inpainting(options: InpaintingInferenceOptions, line: CommandLine) -> dict[str, Any]:
+    """The image to start from and its mask; the family is that of --sdxl."""
+    line.set_option("family", "sdxl" if options.sdxl else "sd", place="--sdxl")
+    if options.image is None:
+        line.problems.add(
+            "--image is missing", code="inpainting-image-missing", fix="--image picture.png --mask mask.png"
+        )
+    return {"image_path": options.image, "mask_path": options.mask}
 
 
 def take_size(given: dict[str, Any]) -> dict[str, int]:

@@ -61,6 +61,11 @@ class ModelOptions(Options):
     apply_t5_attn_mask: bool = option(False, "mask the padding tokens of T5-XXL in attention")
     apply_lg_attn_mask: bool = option(False, "zero the padding tokens of CLIP-L and CLIP-G")
     guidance_scale: float | None = option(None, "embedded guidance during training; default: that of the family", ge=0)
+    emb_normalize_mode: Literal["original", "none", "abs"] = option(
+        "original",
+        "what weighted words leave of the features' size: the mean, nothing, or the mean of absolute values",
+    )
     system_prompt: str = option("", "text before every caption and prompt, but not before a negative one")
+    add_system_prompt_to_negative_prompt: bool = option(False, "--system_prompt is before negative prompts, too")
     pos_emb_random_crop_rate: float = option(0.0, "probability of a random crop of the position embedding", ge=0, le=1)
     enable_scaled_pos_embed: bool = option(False, "scale the position embedding to each resolution")

@@ -220,6 +220,7 @@ FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(to_tuple), Metavar("
 LearningRates = Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(to_tuple), Metavar("X ...")]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(to_tuple), Metavar("N ...")]
 Floats = Annotated[tuple[float, ...], BeforeValidator(to_tuple), Metavar("X ...")]
+Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(to_tuple), Metavar("X ...")]
 Resolution = Annotated[
     tuple[int, int],
     PlainValidator(parse_resolution),

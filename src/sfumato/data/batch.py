@@ -37,6 +37,9 @@ class ImageInput:
     pixels: Tensor | None = None  # (B, 3, H, W) in [-1, 1]
     latents: Tensor | None = None  # (B, C, h, w), scaled and shifted
     present: Tensor | None = None  # (B,) bool, on the CPU: the samples that have it, zeros for the others; None: all
+    strength: float = 1.0  # of what it steers
+    starts_at: float = 0.0  # the share of the steps after which it takes part, where an image is generated
+    ends_at: float = 1.0  # and the share up to which it does
 
     def map_large(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same with the image changed; `present` stays, since the host looks at it."""
@@ -48,6 +51,20 @@ Images = Mapping[str, ImageInput]  # by role: "control", "reference_1"
 CONTROL = "control"
 INPAINT = "inpaint"  # latents (B, M + C, h, w): 1 where the model paints, then the image without what is there
 _REFERENCE = "reference_"
+
+
+def name_control(number: int) -> str:
+    """The role of what the ControlNet or LLLite of this number reads, counted from 0."""
+    return f"{CONTROL}_{number + 1}" if number else CONTROL
+
+
+def select_active(images: Images, step: int, steps: int) -> Images:
+    """Those that take part in a step, counted from 0, as diffusers counts control_guidance_start and _end."""
+    return {
+        role: image
+        for role, image in images.items()
+        if image.starts_at <= step / steps and (step + 1) / steps <= image.ends_at
+    }
 
 
 def name_reference(number: int) -> str:

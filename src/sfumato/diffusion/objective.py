@@ -62,6 +62,10 @@ class Objective(Protocol):
         """The prediction in the space of `target`."""
         ...
 
+    def estimate_image(self, prediction: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        """x0 as the prediction has it."""
+        ...
+
     def image_error(self, level: Level, snr: Tensor) -> Tensor:
         """(B,): squared error of the image per squared error of the estimate; `snr` is finite and above 0."""
         ...
@@ -137,6 +141,12 @@ class VariancePreserving:
     def estimate(self, prediction: Tensor, noisy: Tensor, level: Level) -> Tensor:
         return prediction
 
+    def estimate_image(self, prediction: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        alpha, sigma = per_sample(level.alpha, noisy), per_sample(level.sigma, noisy)
+        if self.predicts == "v":
+            return alpha * noisy - sigma * prediction
+        return (noisy - sigma * prediction) / alpha.clamp(min=1e-4)  # at SNR 0 noise says nothing of the image
+
     def image_error(self, level: Level, snr: Tensor) -> Tensor:
         return 1 / snr if self.predicts == "epsilon" else level.sigma**2
 
@@ -199,6 +209,9 @@ class RectifiedFlow:
         if self.space == "sigma_scaled":
             return noisy - per_sample(level.sigma, noisy) * prediction
         return prediction if self.space == "raw" else prediction + noisy
+
+    def estimate_image(self, prediction: Tensor, noisy: Tensor, level: Level) -> Tensor:
+        return noisy - per_sample(level.sigma, noisy) * prediction
 
     def image_error(self, level: Level, snr: Tensor) -> Tensor:
         return torch.ones_like(snr) if self.space == "sigma_scaled" else level.sigma**2

@@ -44,6 +44,7 @@ CLIP_FIELDS = (  # of a published config.json; the token ids there are often wro
 )
 PENULTIMATE = 2  # the layer from the end that later models read, without the final norm
 CHUNK_LENGTH = CLIP_LENGTH - 2  # tokens between begin and end token; longer captions are encoded in several chunks
+KEEP_MEAN = "original"  # of --emb_normalize_mode
 
 
 def key_map() -> KeyMap:
@@ -228,19 +229,24 @@ def make_clip_weights(tokenizer: Any, pieces: WeightedText, *, chunks: int) -> T
     return torch.tensor([1.0, *weights, *[1.0] * (CHUNK_LENGTH * chunks - len(weights)), 1.0])
 
 
-def apply_prompt_weights(tokenizer: Any, features: Tensors, pieces: WeightedText, *, chunks: int = 1) -> Tensors:
-    """One caption's features with its tokens scaled by their weights."""
+def apply_prompt_weights(
+    tokenizer: Any, features: Tensors, pieces: WeightedText, *, chunks: int = 1, mode: str = KEEP_MEAN
+) -> Tensors:
+    """One caption's features with its tokens scaled by their weights. mode: of --emb_normalize_mode."""
     hidden = features["hidden"]
     weights = make_clip_weights(tokenizer, pieces, chunks=chunks)[: len(hidden)]
-    return {**features, "hidden": scale_tokens(hidden, weights)}
+    return {**features, "hidden": scale_tokens(hidden, weights, mode)}
 
 
-def scale_tokens(hidden: Tensor, weights: Tensor) -> Tensor:
-    """(L, D) scaled around its mean by (L,) weights.
+def scale_tokens(hidden: Tensor, weights: Tensor, mode: str = KEEP_MEAN) -> Tensor:
+    """(L, D) scaled by (L,) weights: around its mean, alone ("none"), or with its mean absolute value kept ("abs").
 
-    sd-scripts multiplies and then rescales everything to the old mean, which is nearly the same where the mean is far
-    from zero and unstable where it is near.
+    Instead of the first sd-scripts multiplies and then rescales everything to the old mean, which is nearly the same
+    where the mean is far from zero and unstable where it is near.
     """
+    if mode != KEEP_MEAN:
+        scaled = hidden * weights.to(hidden)[:, None]
+        return scaled if mode == "none" else scaled * (hidden.abs().mean() / scaled.abs().mean())
     return hidden + (weights.to(hidden) - 1)[:, None] * (hidden - hidden.mean())  # where the weight is 1: unchanged
 
 
@@ -259,7 +265,9 @@ def join_chunks(hidden: Tensor, chunks: int) -> Tensor:
     return torch.cat([rows[:, 0, :1], rows[:, :, 1:-1].flatten(1, 2), rows[:, -1, -1:]], dim=1)
 
 
-def fingerprint_clip(tokenizer: Any, *, layer: int, chunks: int) -> str:
-    """What features depend on besides the weights: tokenizer, layer, length."""
+def fingerprint_clip(tokenizer: Any, *, layer: int, chunks: int, mode: str = KEEP_MEAN) -> str:
+    """What features depend on besides the weights: tokenizer, layer, length, how weighted words are scaled."""
     words = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    return f"tokenizer {words}, padding {tokenizer.pad_token_id}, layer {layer}, {CHUNK_LENGTH * chunks} tokens"
+    scaling = "" if mode == KEEP_MEAN else f", weights {mode}"
+    length = f"{CHUNK_LENGTH * chunks} tokens"
+    return f"tokenizer {words}, padding {tokenizer.pad_token_id}, layer {layer}, {length}{scaling}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._flux_keys import DOUBLE, FLUX_KEYS, SINGLE, split_flux_rows
 from sfumato.families._flux_parts import keep_time_exact, pack
 from sfumato.families.base import Family
-from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, make_image_layer_rules
+from sfumato.families.control_net import ControlNetSupport, FileLayout, make_image_layer_rules
 from sfumato.families.source import select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule
 
@@ -75,8 +76,9 @@ def _takes_latents(config: Mapping[str, Any]) -> bool:
     return config.get("conditioning_embedding_channels") is None
 
 
-def _run(model: Family, arguments: Mapping[str, Any], image: Tensor) -> dict[str, object]:
-    part = model.parts[CONTROL_NET]
+def _run(model: Family, name: str, arguments: Mapping[str, Any], image: Tensor) -> dict[str, object]:
+    """One residual for each block, so that ControlNets of several depths can be added."""
+    part, denoiser = model.parts[name], model.parts["denoiser"].network.config
     own = {name: arguments[name] for name in _CALLED_WITH}
     if part.network.config["guidance_embeds"]:
         unguided = torch.full_like(arguments["timestep"], _UNGUIDED_BASE)
@@ -85,10 +87,17 @@ def _run(model: Family, arguments: Mapping[str, Any], image: Tensor) -> dict[str
     image = pack(image) if in_latents else image
     double, single = part.module(**own, controlnet_cond=image, return_dict=False)
     return {
-        "controlnet_block_samples": double,
-        "controlnet_single_block_samples": single,
-        "controlnet_blocks_repeat": not in_latents,  # XLabs count them around, InstantX spread them out
+        "controlnet_block_samples": _fill_blocks(double, denoiser["num_layers"], around=not in_latents),
+        "controlnet_single_block_samples": _fill_blocks(single, denoiser["num_single_layers"], around=False),
     }
+
+
+def _fill_blocks(samples: Sequence[Tensor] | None, blocks: int, *, around: bool) -> list[Tensor] | None:
+    """A residual for each block: XLabs count them around, InstantX spread them out."""
+    if not samples:
+        return None
+    interval = math.ceil(blocks / len(samples))
+    return [samples[i % len(samples) if around else i // interval] for i in range(blocks)]
 
 
 def _find_fault(config: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._sd3_patches import SD3PatchEmbed
 from sfumato.families.base import Family
-from sfumato.families.control_net import CONTROL_NET, ControlNetSupport
+from sfumato.families.control_net import ControlNetSupport
 from sfumato.families.source import select_fields
 
 _FIELDS = (
@@ -57,9 +57,9 @@ def build_sd3_control_net(config: Mapping[str, Any]) -> Any:
     return network
 
 
-def _run(model: Family, arguments: Mapping[str, Any], image: Tensor) -> dict[str, object]:
+def _run(model: Family, part: str, arguments: Mapping[str, Any], image: Tensor) -> dict[str, object]:
     """Where the ControlNet was trained without the pooled text, its control latents are not shifted either."""
-    network = model.parts[CONTROL_NET].module
+    network = model.parts[part].module
     config: Any = network.config
     hidden, pooled, spec = arguments["hidden_states"], arguments["pooled_projections"], model.latents
     if config.force_zeros_for_pooled_projection:
@@ -76,7 +76,10 @@ def _run(model: Family, arguments: Mapping[str, Any], image: Tensor) -> dict[str
         timestep=arguments["timestep"],
         return_dict=False,
     )
-    return {"block_controlnet_hidden_states": samples}
+    count = model.parts["denoiser"].network.config["num_layers"]
+    # One for each block, so that ControlNets of several depths can be added.
+    spread = [samples[int(i / (count / len(samples)))] for i in range(count)]
+    return {"block_controlnet_hidden_states": spread}
 
 
 def _find_fault(config: Mapping[str, Any]) -> str:

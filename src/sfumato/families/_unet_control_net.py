@@ -12,7 +12,7 @@ from sfumato.common.layer_kinds import CROSS_QUERIES, FEED_FORWARD, KEYS, QUERIE
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families import _unet
 from sfumato.families.base import Family
-from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, make_image_layer_rules
+from sfumato.families.control_net import ControlNetSupport, FileLayout, make_image_layer_rules
 from sfumato.families.part import Network
 from sfumato.families.source import select_fields
 from sfumato.formats.controlled import ControlledLayer
@@ -62,10 +62,10 @@ def _list_layouts(denoiser: Mapping[str, Any]) -> list[FileLayout]:
     return [FileLayout("control_model.", names), FileLayout("", names)]
 
 
-def _run(model: Family, arguments: Mapping[str, Any], image: Tensor) -> dict[str, object]:
+def _run(model: Family, part: str, arguments: Mapping[str, Any], image: Tensor) -> dict[str, object]:
     """The image goes from [-1, 1] to [0, 1], as every program that generates images with ControlNets has it."""
     own = {name: arguments[name] for name in _CALLED_WITH if name in arguments}
-    network = model.parts[CONTROL_NET].module
+    network = model.parts[part].module
     down, middle = network(**own, controlnet_cond=(image + 1) / 2, return_dict=False)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 

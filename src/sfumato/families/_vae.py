@@ -186,15 +186,28 @@ def choose_dtype(dtype: torch.dtype, *, no_half: bool = False) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 or (no_half and dtype == torch.bfloat16) else dtype
 
 
-def encode(vae: Part, latents: LatentSpec, pixels: Tensor, noise: Tensor) -> Tensor:
-    """Posterior sample mean + std * noise, then (z - shift) * scale: (B, 3, H, W) -> (B, C, h, w)."""
+def encode(vae: Part, latents: LatentSpec, pixels: Tensor, noise: Tensor, *, tile: int = 0) -> Tensor:
+    """Posterior sample mean + std * noise, then (z - shift) * scale: (B, 3, H, W) -> (B, C, h, w).
+
+    tile: side in pixels of overlapping tiles that are processed one after the other, in less memory; 0: whole images.
+    """
     network: Any = vae.module
+    set_tiles(network, latents, tile)
     posterior = network.encode(pixels.to(vae.device, vae.dtype, non_blocking=True)).latent_dist
     z = posterior.mean + posterior.std * noise.to(posterior.mean, non_blocking=True)
     return (z - latents.shift) * latents.scale
 
 
-def decode(vae: Part, latents: LatentSpec, z: Tensor) -> Tensor:
-    """Scaled latents (B, C, h, w) -> (B, 3, H, W)."""
+def decode(vae: Part, latents: LatentSpec, z: Tensor, *, tile: int = 0) -> Tensor:
+    """Scaled latents (B, C, h, w) -> (B, 3, H, W). tile: as of `encode`."""
     network: Any = vae.module
+    set_tiles(network, latents, tile)
     return network.decode((z / latents.scale + latents.shift).to(vae.device, vae.dtype), return_dict=False)[0]
+
+
+def set_tiles(network: Any, latents: LatentSpec, tile: int) -> None:
+    """Turn diffusers' tiling of an AutoencoderKL on or off. tile: side in pixels; 0: off."""
+    network.use_tiling = tile > 0
+    if tile:
+        network.tile_latent_min_size = max(1, tile // latents.downscale)
+        network.tile_sample_min_size = network.tile_latent_min_size * latents.downscale

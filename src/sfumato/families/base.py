@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sfumato.common.registry import Registry
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.config.schema import vocabulary
-from sfumato.data.batch import CONTROL, Images, Sizes, Tensors
+from sfumato.data.batch import Images, Sizes, Tensors, name_control
 from sfumato.data.buckets import Size
 from sfumato.data.prompt_weighting import WeightedText
 from sfumato.errors import UserError
@@ -25,7 +25,13 @@ from sfumato.families import _vae
 from sfumato.families._file_kinds import describe_keys
 from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
-from sfumato.families.control_net import CONTROL_NET, ControlNetSupport
+from sfumato.families.control_net import (
+    CONTROL_NET,
+    ControlNetSupport,
+    is_control_net,
+    scale_arguments,
+    sum_arguments,
+)
 from sfumato.families.part import Builder, Network, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
 from sfumato.formats.controlled import ControlledLayer
@@ -79,11 +85,12 @@ class Family(ABC):
         self.latents = blueprint.latents
         self.text_parts = blueprint.text_parts
         self.tokenizers: dict[str, Any] = dict(self.load_tokenizers(blueprint, model))  # of each text encoder
-        self.has_control_adapter = False  # whether what reads a control image is attached to the denoiser
+        self.control_adapters = 0  # how many that read a control image are attached to the denoiser
+        self.vae_tile_size = 0  # pixels a side of the autoencoder's tiles; 0: whole images
         self.overflow_warned = False  # whether the warning about half precision was given
         builders = {"vae": _vae.build, **self.builders(blueprint)}
         if self.control_net is not None:
-            builders[CONTROL_NET] = self.control_net.build
+            builders |= {name: self.control_net.build for name in blueprint.networks if is_control_net(name)}
         self.parts: dict[str, Part] = {}
         for name, network in blueprint.networks.items():
             place = self.choose_place(name)
@@ -203,7 +210,7 @@ class Family(ABC):
 
     def encode_image(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] and the posterior's noise (B, C, h, w) -> scaled latents."""
-        return _vae.encode(self.parts["vae"], self.latents, pixels, noise)
+        return _vae.encode(self.parts["vae"], self.latents, pixels, noise, tile=self.vae_tile_size)
 
     def shrink_mask(self, masks: Tensor) -> Tensor:
         """What a denoiser for inpainting sees of masks (B, 1, H, W): (B, M, h, w) in the size of latents."""
@@ -212,7 +219,7 @@ class Family(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents -> (B, 3, H, W) in [-1, 1]."""
-        return _vae.decode(self.parts["vae"], self.latents, latents)
+        return _vae.decode(self.parts["vae"], self.latents, latents, tile=self.vae_tile_size)
 
     @abstractmethod
     def make_inputs(self, noisy: Tensor, t: Tensor, conditioning: Tensors) -> dict[str, object]:
@@ -229,25 +236,44 @@ class Family(ABC):
     @property
     def takes_control(self) -> bool:
         """Whether a control image steers what this model generates."""
-        return self.has_control_adapter or CONTROL_NET in self.parts
+        return self.num_controls > 0
+
+    @property
+    def num_controls(self) -> int:
+        """How many control images they read: the n-th ControlNet and the n-th LLLite the same one."""
+        return max(self.control_adapters, len(self.control_nets))
+
+    @property
+    def control_nets(self) -> list[str]:
+        """The parts that are ControlNets; the n-th reads the n-th control image."""
+        return [name for name in self.parts if is_control_net(name)]
 
     @property
     def takes_control_latents(self) -> bool:
         """Whether its ControlNet reads the control image as latents, not as pixels."""
-        if self.control_net is None or CONTROL_NET not in self.parts:
+        return self.reads_control_latents(CONTROL_NET)
+
+    def reads_control_latents(self, part: str) -> bool:
+        """The same of one of several; False where the model has no such part."""
+        if self.control_net is None or part not in self.parts:
             return False
-        return self.control_net.takes_latents(self.parts[CONTROL_NET].network.config)
+        return self.control_net.takes_latents(self.parts[part].network.config)
 
     def add_control(self, arguments: dict[str, object], images: Images) -> dict[str, object]:
-        """The denoiser's arguments with what the ControlNet computes, where there is one and a control image."""
-        if CONTROL_NET not in self.parts or CONTROL not in images:
-            return arguments
-        part, control = self.parts[CONTROL_NET], images[CONTROL]
-        assert self.control_net is not None
-        image = control.pixels if control.latents is None else control.latents
-        assert image is not None
-        image = image.to(part.device, part.dtype, non_blocking=True)
-        return {**arguments, **self.control_net.run(self, arguments, image)}
+        """The denoiser's arguments with the sum of what the ControlNets compute that have a control image."""
+        steered: dict[str, object] = {}
+        for number, name in enumerate(self.control_nets):
+            control = images.get(name_control(number))
+            if control is None:
+                continue
+            assert self.control_net is not None
+            image = control.pixels if control.latents is None else control.latents
+            assert image is not None
+            image = image.to(self.parts[name].device, self.parts[name].dtype, non_blocking=True)
+            own = self.control_net.run(self, name, arguments, image)
+            own = own if control.strength == 1 else scale_arguments(own, control.strength)
+            steered = sum_arguments(steered, own) if steered else own
+        return {**arguments, **steered}
 
     def choose_reference_size(self, image: Size, generated: Size) -> Size:
         """The size, (width, height) in pixels, at which an image is a reference for an image of the second size."""

@@ -30,6 +30,7 @@ class Sampling:
     size_multiple: int
     cfg_trunc_ratio: float = 1.0  # classifier-free guidance only while 1 - t / 1000 is below it
     renorm_cfg: float = 0.0  # largest norm of a guided prediction, in norms of the prompt's; 0: no limit
+    is_distilled: bool = False  # to few steps: scripts that make more by default do not here
 
 
 @dataclass(frozen=True, kw_only=True)

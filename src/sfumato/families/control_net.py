@@ -14,7 +14,7 @@ from sfumato.formats.keymap import KeyMap, KeyRule
 if TYPE_CHECKING:
     from sfumato.families.base import Family
 
-CONTROL_NET = "control_net"  # its name among a model's parts
+CONTROL_NET = "control_net"  # its name among a model's parts, of the first where there are several
 _IMAGE_LAYERS = 8  # convolutions that bring a control image to the latents' size
 NetworkConfig = Mapping[str, Any]
 
@@ -35,8 +35,9 @@ class ControlNetSupport:
     make_config: Callable[[NetworkConfig], dict[str, Any]]  # the denoiser's configuration -> that of a new ControlNet
     blocks: tuple[str, ...]  # patterns on the paths of the repeated blocks
     drawn: tuple[str, ...]  # patterns on tensors of a new one that are drawn; others are copied, or begin at 0
-    # Of the model, the denoiser's arguments and the control image (B, C, H, W): the further arguments of the denoiser.
-    run: Callable[[Family, Mapping[str, Any], Tensor], dict[str, object]]
+    # Of the model, the ControlNet's name among its parts, the denoiser's arguments and the control image (B, C, H, W):
+    # the further arguments of the denoiser.
+    run: Callable[[Family, str, Mapping[str, Any], Tensor], dict[str, object]]
     # The configuration of a file that holds none: from the denoiser's and the shapes of its tensors under our names.
     guess_config: Callable[[NetworkConfig, Mapping[str, Sequence[int]]], dict[str, Any]] | None = None
     # Values of fields that a file's own configuration lacks, where diffusers' are not those of a new ControlNet.
@@ -51,6 +52,42 @@ class ControlNetSupport:
     find_fault: Callable[[NetworkConfig], str] = lambda config: (
         ""
     )  # what of a published one's configuration is not supported
+
+
+def name_control_net(number: int) -> str:
+    """The part of the ControlNet of this number, counted from 0."""
+    return f"{CONTROL_NET}_{number + 1}" if number else CONTROL_NET
+
+
+def is_control_net(part: str) -> bool:
+    return part.startswith(CONTROL_NET)
+
+
+def scale_arguments(arguments: Mapping[str, object], strength: float) -> dict[str, object]:
+    """A ControlNet's further arguments of the denoiser at this strength; what is no tensor stays."""
+    return {name: _scale(value, strength) for name, value in arguments.items()}
+
+
+def _scale(value: object, strength: float) -> object:
+    if isinstance(value, Tensor):
+        return value * strength
+    return [_scale(each, strength) for each in value] if isinstance(value, tuple | list) else value
+
+
+def sum_arguments(first: Mapping[str, object], second: Mapping[str, object]) -> dict[str, object]:
+    """What two ControlNets of one family steer together."""
+    names = dict.fromkeys((*first, *second))
+    return {name: _sum(first.get(name), second.get(name)) for name in names}
+
+
+def _sum(first: object, second: object) -> object:
+    if first is None or second is None:
+        return second if first is None else first
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first + second
+    if isinstance(first, tuple | list) and isinstance(second, tuple | list):
+        return [_sum(*pair) for pair in zip(first, second, strict=True)]
+    return first
 
 
 def make_image_layer_rules(ours: str) -> list[KeyRule]:

@@ -17,7 +17,7 @@ from sfumato.errors import UserError
 from sfumato.families._file_kinds import option_context
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout
+from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, name_control_net
 from sfumato.families.part import Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields, find_path, on_meta
 from sfumato.formats.composed import ComposedFile
@@ -26,10 +26,13 @@ from sfumato.formats.keymap import KeyMap, make_identity_map, matches
 _OPTION = "controlnet_model_name_or_path"
 
 
-def add_control_net(family: type[Family], blueprint: Blueprint, model: ModelOptions, seed: int) -> Blueprint:
+def add_control_net(
+    family: type[Family], blueprint: Blueprint, model: ModelOptions, seed: int, number: int = 0
+) -> Blueprint:
     """The blueprint with a ControlNet: that of the option's file or folder, or a new one.
 
-    seed: of what is drawn for a new one. Raises UserError where the family has none, or the file is for another model.
+    seed: of what is drawn for a new one. number: of those before it. Raises UserError where the family has none, or the
+    file is for another model.
     """
     support = family.control_net
     if support is None:
@@ -52,7 +55,9 @@ def add_control_net(family: type[Family], blueprint: Blueprint, model: ModelOpti
     else:
         with option_context(_OPTION):
             network = read_control_net(support, denoiser, Source(find_path(given)))
-    return replace(blueprint, networks={**blueprint.networks, CONTROL_NET: network})
+    part = name_control_net(number)
+    network = replace(network, spec=replace(network.spec, name=part))
+    return replace(blueprint, networks={**blueprint.networks, part: network})
 
 
 def read_control_net(support: ControlNetSupport, denoiser: Network, source: Source) -> Network:

@@ -41,10 +41,12 @@ def shrink_features(unet: Any, settings: DeepShrink) -> Iterator[None]:
     inputs, outputs = list_input_blocks(unet), list_output_layers(unet)
     depth: list[int | None] = [None]  # at the timestep of this call
     skips: list[torch.Size] = []  # sizes (h, w) that the output blocks have still to join
+    whole: list[torch.Size] = []  # the size of the input
 
     def start(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         depth[0] = settings.find_depth(float(kwargs["timestep"].flatten()[0]))
         skips.clear()
+        whole[:] = [(args[0] if args else kwargs["sample"]).shape[-2:]]
 
     def shrink(number: int) -> Any:
         def change(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -61,7 +63,10 @@ def shrink_features(unet: Any, settings: DeepShrink) -> Iterator[None]:
     def join(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return resize_like(output, skips.pop()) if skips and depth[0] is not None else None
 
-    handles = [unet.register_forward_pre_hook(start, with_kwargs=True)]
+    def finish(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return resize_like(output, whole[0])  # the first layer's input may have been made smaller
+
+    handles = [unet.register_forward_pre_hook(start, with_kwargs=True), unet.register_forward_hook(finish)]
     handles += [layer.register_forward_pre_hook(shrink(number)) for number, layer in enumerate(inputs)]
     handles += [layer.register_forward_hook(remember) for layer in (unet.conv_in, *unet.down_blocks)]
     handles += [layer.register_forward_hook(join) for layer in outputs]

@@ -19,6 +19,7 @@ from sfumato.families.base import Family
 from sfumato.families.part import Part
 
 log = logging.getLogger(__name__)
+SMALL_TILE = 512  # pixels a side
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -54,19 +55,36 @@ def encode_inpaint(
 
 
 @torch.no_grad()
-def decode_latents(model: Family, latents: Tensor) -> Tensor:
+def decode_latents(model: Family, latents: Tensor, batch_size: int = 1) -> Tensor:
     """Scaled latents (B, C, h, w) -> (B, 3, H, W) in about [-1, 1], float32; UserError where they are not finite.
 
-    One at a time to save memory; the autoencoder is loaded for it where it is not.
+    One at a time by default, to save memory, and in tiles where that does not suffice; the autoencoder is loaded for it
+    where it is not.
     """
     with model.parts["vae"].hold():
-        rows = torch.arange(len(latents)).split(1)
-        images = torch.cat([run_vae(model, lambda row: model.decode(latents[row]).float(), row) for row in rows])
+        rows = torch.arange(len(latents)).split(batch_size)
+        images = torch.cat([decode_rows(model, latents, row) for row in rows])
     if not torch.isfinite(latents).all():
         raise UserError("the denoiser's latents contain NaN or inf", code="sample-latents-nonfinite")
     if not torch.isfinite(images).all():
         raise UserError("the autoencoder's image contains NaN or inf, even in float32", code="sample-image-nonfinite")
     return images
+
+
+def decode_rows(model: Family, latents: Tensor, rows: Tensor) -> Tensor:
+    """The images of some rows; from the first that does not fit in memory on in tiles, which is reported."""
+    is_short = False
+    try:
+        return run_vae(model, lambda row: model.decode(latents[row]).float(), rows)
+    except torch.OutOfMemoryError:
+        if model.vae_tile_size:
+            raise
+        is_short = True
+    assert is_short  # the error is gone, and with it the tensors of the calls that it went through
+    torch.cuda.empty_cache()
+    model.vae_tile_size = SMALL_TILE
+    log.warning("the autoencoder does not fit in memory; images are decoded in tiles of %d pixels now", SMALL_TILE)
+    return run_vae(model, lambda row: model.decode(latents[row]).float(), rows)
 
 
 def run_vae(model: Family, make: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -121,7 +139,10 @@ def encode_text(
     The family's prompt prefix comes before each caption, without prompt weights; not before a `negative` prompt or an
     empty one, so that a dropped caption equals the empty prompt of classifier-free guidance.
     """
-    prefixes = ["" if negative or not caption else model.prompt_prefix for caption in captions]
+    if negative and model.model_options.add_system_prompt_to_negative_prompt:
+        prefixes = [model.prompt_prefix] * len(captions)
+    else:
+        prefixes = ["" if negative or not caption else model.prompt_prefix for caption in captions]
     if not (weighted and "weighted_captions" in model.options):
         return model.encode_text(part, [prefix + text for prefix, text in zip(prefixes, captions, strict=True)])
     texts = [((prefix, 1.0), *parse_weights(text)) for prefix, text in zip(prefixes, captions, strict=True)]

@@ -21,6 +21,7 @@ from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.part import Builder, Network, PartSpec
 from sfumato.families.source import Source, find_component, find_present
 
+_FEW_STEPS = 4
 _T5_LENGTHS = {True: 512, False: 256}  # with embedded guidance (dev), without (schnell)
 _DEFAULT_GUIDANCE = 3.5
 _FILL_GUIDANCE = 30.0  # with which FLUX.1 Fill was distilled
@@ -47,6 +48,8 @@ class Flux(Family):
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(blueprint, model, dtype=dtype, device=device)
         self.guided = bool(blueprint.networks["denoiser"].config["guidance_embeds"])
+        if not self.guided:  # schnell
+            self.sampling = replace(self.sampling, steps=_FEW_STEPS, is_distilled=True)
         self.masked = model.apply_t5_attn_mask
         self.guidance = _choose_guidance(blueprint.networks["denoiser"])  # the default
         self.sampling = replace(self.sampling, guidance=self.guidance)

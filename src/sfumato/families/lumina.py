@@ -42,6 +42,7 @@ class Lumina(Family):
     list_controlled_layers = staticmethod(_lumina_keys.list_lumina_layers)
     options = frozenset(
         {"gemma2", "ae", "no_half_vae", "gemma2_max_token_length", "system_prompt"}
+        | {"add_system_prompt_to_negative_prompt"}
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
         | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}
         | {"weighted_captions", "prompt_weighting"}

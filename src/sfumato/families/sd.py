@@ -70,7 +70,7 @@ class StableDiffusion(Family):
     bucket_step = 64
     options = frozenset(
         {"vae", "no_half_vae", "clip_skip", "max_token_length", "v2", "v_parameterization", "zero_terminal_snr"}
-        | {"weighted_captions", "prompt_weighting", "sample_sampler"}
+        | {"weighted_captions", "prompt_weighting", "sample_sampler", "emb_normalize_mode"}
         | _unet.LOSS_OPTIONS
     )
     has_deep_shrink = True
@@ -162,7 +162,9 @@ class StableDiffusion(Family):
         return [{"hidden": row} for row in _clip.join_chunks(hidden, self.chunks)]
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
-        return _clip.apply_prompt_weights(self.tokenizers["clip"], features, pieces, chunks=self.chunks)
+        return _clip.apply_prompt_weights(
+            self.tokenizers["clip"], features, pieces, chunks=self.chunks, mode=self.model_options.emb_normalize_mode
+        )
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
         return TokenBudget(
@@ -170,7 +172,12 @@ class StableDiffusion(Family):
         )
 
     def text_fingerprint(self, part: str) -> str:
-        return _clip.fingerprint_clip(self.tokenizers["clip"], layer=self.clip_layer, chunks=self.chunks)
+        return _clip.fingerprint_clip(
+            self.tokenizers["clip"],
+            layer=self.clip_layer,
+            chunks=self.chunks,
+            mode=self.model_options.emb_normalize_mode,
+        )
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         return {"encoder_hidden_states": features["clip"]["hidden"]}

@@ -37,7 +37,13 @@ class StableDiffusion3(Family):
     options = frozenset(
         {"vae", "no_half_vae", "clip_l", "clip_g", "t5xxl", "t5xxl_max_token_length", "t5xxl_device", "t5xxl_dtype"}
         | {"apply_lg_attn_mask", "apply_t5_attn_mask", "clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate"}
-        | {"pos_emb_random_crop_rate", "enable_scaled_pos_embed", "weighted_captions", "prompt_weighting"}
+        | {
+            "pos_emb_random_crop_rate",
+            "enable_scaled_pos_embed",
+            "weighted_captions",
+            "prompt_weighting",
+            "emb_normalize_mode",
+        }
         | {"weighting_scheme", "logit_mean", "logit_std", "mode_scale", "training_shift"}
         | {"timestep_sampling", "sigmoid_scale", "discrete_flow_shift", "model_prediction_type"}
     )
@@ -148,8 +154,10 @@ class StableDiffusion3(Family):
         return _sd3_text.encode_clip(encoder, tokenizer, captions, masked=masked)
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
-        apply = _t5.apply_prompt_weights if part == "t5" else _clip.apply_prompt_weights
-        return apply(self.tokenizers[part], features, pieces)
+        tokenizer, mode = self.tokenizers[part], self.model_options.emb_normalize_mode
+        if part == "t5":
+            return _t5.apply_prompt_weights(tokenizer, features, pieces)
+        return _clip.apply_prompt_weights(tokenizer, features, pieces, mode=mode)
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
         limit = self.t5_length - 1 if part == "t5" else _clip.CHUNK_LENGTH
@@ -159,7 +167,9 @@ class StableDiffusion3(Family):
         masked = f"masked {self.masked[part]}"
         if part == "t5":
             return f"{self.t5_length} tokens, {masked}"
-        return f"{_clip.fingerprint_clip(self.tokenizers[part], layer=_clip.PENULTIMATE, chunks=1)}, pooled, {masked}"
+        mode = self.model_options.emb_normalize_mode
+        clip = _clip.fingerprint_clip(self.tokenizers[part], layer=_clip.PENULTIMATE, chunks=1, mode=mode)
+        return f"{clip}, pooled, {masked}"
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         moved: dict[str, Tensors] = {}

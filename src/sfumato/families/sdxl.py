@@ -75,7 +75,7 @@ class StableDiffusionXL(Family):
     bucket_step = 32
     options = frozenset(
         {"vae", "no_half_vae", "max_token_length", "v_parameterization", "zero_terminal_snr"}
-        | {"weighted_captions", "prompt_weighting", "sample_sampler"}
+        | {"weighted_captions", "prompt_weighting", "sample_sampler", "emb_normalize_mode"}
         | _unet.LOSS_OPTIONS
     )
     has_size_inputs = True
@@ -173,13 +173,20 @@ class StableDiffusionXL(Family):
         return [{"hidden": row, "pooled": vector} for row, vector in zip(rows, vectors, strict=True)]
 
     def apply_prompt_weights(self, part: str, features: Tensors, pieces: WeightedText) -> Tensors:
-        return _clip.apply_prompt_weights(self.tokenizers[part], features, pieces, chunks=self.chunks)
+        return _clip.apply_prompt_weights(
+            self.tokenizers[part], features, pieces, chunks=self.chunks, mode=self.model_options.emb_normalize_mode
+        )
 
     def token_budget(self, part: str, captions: Sequence[str]) -> TokenBudget:
         return TokenBudget(_tokenizers.count_tokens(self.tokenizers[part], captions), _clip.CHUNK_LENGTH * self.chunks)
 
     def text_fingerprint(self, part: str) -> str:
-        return _clip.fingerprint_clip(self.tokenizers[part], layer=_clip.PENULTIMATE, chunks=self.chunks)
+        return _clip.fingerprint_clip(
+            self.tokenizers[part],
+            layer=_clip.PENULTIMATE,
+            chunks=self.chunks,
+            mode=self.model_options.emb_normalize_mode,
+        )
 
     def condition(self, features: Mapping[str, Tensors], sizes: Sizes, guidance: float | None) -> Tensors:
         text = torch.cat([features["clip_l"]["hidden"], features["clip_g"]["hidden"]], dim=-1)

@@ -17,6 +17,7 @@ from sfumato.families.base import Family
 from sfumato.families.new_tokens import attach_tokens, read_embedding_widths
 from sfumato.formats.embedding_file import EmbeddingFile, read_bundled_embeddings, read_embedding_file
 from sfumato.methods.base_weights import read_base_weights
+from sfumato.methods.calculated_weights import CalculatedWeights
 from sfumato.methods.frozen_adapters import FrozenAdapters, read_frozen_file
 from sfumato.methods.inference_lllite import attach_lllite, show_control_image
 from sfumato.methods.new_words import NewWords, count_vectors, number_words, read_embedding_names
@@ -29,7 +30,8 @@ class InferenceAdapters:
     """Hooks the adapters, so that they add exactly what they added in training; those of `base` are merged before.
 
     embeddings: files of textual inversion, each with its word, or "" for the one that it names. Words in the adapters'
-    files are used, too. lllite: files of ControlNet-LLLite, which all read a request's control image.
+    files are used, too. lllite: files of ControlNet-LLLite. calculated: the adapters are added to the weights before
+    each batch instead, which then has one strength of each.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class InferenceAdapters:
         base: Strengths = (),
         embeddings: Sequence[tuple[Path, str]] = (),
         lllite: Sequence[Path] = (),
+        calculated: bool = False,
     ) -> None:
         networks = {name: part.network for name, part in model.parts.items() if part.spec.targets}
         specs = {name: network.spec for name, network in networks.items()}
@@ -50,8 +53,9 @@ class InferenceAdapters:
         read = [read_frozen_file(request, specs, groups, uses_words=True) for request in requests]
         for line in (*merged.notes, *(note for file in read for note in file.notes)):
             log.warning("%s", line)
-        self.files = [FrozenAdapters([file]) for file in read]
         self.strengths = [file.request.strength for file in read]
+        self.calculated = CalculatedWeights(read) if calculated and read else None
+        self.files = [] if calculated else [FrozenAdapters([file]) for file in read]
         for file in self.files:
             file.register(model)
         adapted = {part for file in read for part in file.matches}
@@ -90,6 +94,10 @@ class InferenceAdapters:
         """The strengths of the images where they have any, else those of the files."""
         show_control_image(self.controlled, model, extras)
         table = extras.multipliers
+        if self.calculated is not None:
+            given = self.strengths if table is None else [float(value) for value in table[0]]
+            self.calculated.apply(model, tuple(extend_to(given, len(self.strengths))))
+            return
         for number, (file, strength) in enumerate(zip(self.files, self.strengths, strict=True)):
             column = None if table is None else table[:, min(number, table.shape[1] - 1)].to(model.device)
             for engine in file.engines:
@@ -108,7 +116,7 @@ def attach_in_turn(
     Its weights stay in memory, but for those of text encoders that had new words.
     """
     changes = {name: list(part.changes) for name, part in model.parts.items()}
-    tokenizers, has_control = dict(model.tokenizers), model.has_control_adapter
+    tokenizers, controls = dict(model.tokenizers), model.control_adapters
     adapters = InferenceAdapters(model, files, embeddings=embeddings, lllite=lllite)
     try:
         yield adapters
@@ -119,7 +127,12 @@ def attach_in_turn(
             if adapters.words and name in model.text_parts:
                 part.unload()
         model.tokenizers.update(tokenizers)
-        model.has_control_adapter = has_control
+        model.control_adapters = controls
+
+
+def extend_to(values: Sequence[float], count: int) -> list[float]:
+    """So many values: the last one counts for the rest."""
+    return [values[min(i, len(values) - 1)] for i in range(count)]
 
 
 def read_words(adapters: Sequence[Path], embeddings: Sequence[tuple[Path, str]]) -> NewWords:

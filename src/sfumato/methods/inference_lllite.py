@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sfumato.adapters.control_modules import ControlModules
 from sfumato.adapters.lllite_file import read_lllite_file
-from sfumato.data.batch import CONTROL, Extras
+from sfumato.data.batch import Extras, name_control
 from sfumato.errors import UserError
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint
@@ -22,16 +22,17 @@ def attach_lllite(model: Family, path: Path) -> ControlModules:
     made.to(model.device).requires_grad_(False).eval()
     model.parts["denoiser"].load()
     made.attach(model.denoiser)
-    model.has_control_adapter = True
+    model.control_adapters += 1
     return made
 
 
 def show_control_image(attached: Sequence[ControlModules], model: Family, extras: Extras) -> None:
-    """Have them read the control image of these inputs, until the next call."""
-    control = extras.images.get(CONTROL)
-    pixels = None if control is None else control.pixels
-    for each in attached:
-        each.set_image(None if pixels is None else pixels.to(model.device, non_blocking=True))
+    """Have each read its control image of these inputs, at its strength, until the next call."""
+    for number, each in enumerate(attached):
+        control = extras.images.get(name_control(number))
+        pixels = None if control is None else control.pixels
+        image = None if pixels is None else pixels.to(model.device, non_blocking=True)
+        each.set_image(image, strength=1.0 if control is None else control.strength)
 
 
 def make_no_lllite_error(blueprint: Blueprint) -> UserError:

@@ -81,7 +81,7 @@ class LLLiteMethod:
         made = make_control_modules(self.config, self.layers, model.blueprint).to(model.device).train()
         self.modules[NAME] = made
         made.attach(model.denoiser)
-        model.has_control_adapter = True
+        model.control_adapters = 1
         learning_rate = self.config.optim.learning_rate
         return [ParameterGroup(name=NAME, parameters=list(made.parameters()), learning_rate=learning_rate)]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from sfumato.data.batch import Extras, Tensors
+from sfumato.data.batch import Extras, Tensors, select_active
 from sfumato.diffusion.objective import Objective
 from sfumato.families.base import Family
 from sfumato.sampling.growth import Growth
@@ -31,6 +31,16 @@ class Predictor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """A part of the images with a prompt and adapters of its own."""
+
+    text: Tensors  # the denoiser's arguments for its prompts
+    guidance: Guidance
+    multipliers: Tensor | None  # (B, N) strengths of the adapters in it; None: there are none
+    weight: Tensor  # (1, 1, h, w), its share of each place; those of all regions sum up to 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class DenoiseRequest:
     """A batch of noise to turn into latents, and what its denoising depends on besides model and guidance."""
 
@@ -42,6 +52,7 @@ class DenoiseRequest:
     extras: Extras = field(default_factory=Extras)  # further images, by role
     flow_shift: float | None = None  # of the time grid, where the objective has such a shift
     start: Start | None = None  # an image to start from
+    regions: Sequence[Region] = ()  # in place of the text and the guidance
     growth: Growth | None = None  # how latents that start small grow
 
 
@@ -69,14 +80,37 @@ class Guidance:
         return limit_norm(guided, positive, self.norm_limit) if self.norm_limit else guided
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenoisedStep:
+    """What one step made."""
+
+    latents: Tensor  # (B, C, h, w), in the scheduler's scale
+    noisy: Tensor  # what the model saw
+    prediction: Tensor  # and said, guided
+    t: Tensor  # at this timestep, 0-d
+    number: int  # counted from 1
+    count: int  # of all steps
+    objective: Objective
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.count
+
+    def estimate_image(self) -> Tensor:
+        """The latents that the image would have if the prediction were right."""
+        return self.objective.estimate_image(self.prediction, self.noisy, self.objective.level(self.t.cpu().reshape(1)))
+
+
 @torch.no_grad()
 def denoise(model: Family, method: Predictor, request: DenoiseRequest, guidance: Guidance) -> Tensor:
     """Clean latents (B, C, h, w)."""
-    return deque(denoise_steps(model, method, request, guidance), maxlen=1).pop()
+    return deque(denoise_steps(model, method, request, guidance), maxlen=1).pop().latents
 
 
-def denoise_steps(model: Family, method: Predictor, request: DenoiseRequest, guidance: Guidance) -> Iterator[Tensor]:
-    """The latents (B, C, h, w) after each step, in the scheduler's scale."""
+def denoise_steps(
+    model: Family, method: Predictor, request: DenoiseRequest, guidance: Guidance
+) -> Iterator[DenoisedStep]:
+    """Each step, one after the other."""
     scheduler, objective = request.scheduler, choose_objective(model, request)
     objective.set_timesteps(scheduler, request.steps, model.latents, request.noise.shape)
     timesteps, start = scheduler.timesteps, request.start
@@ -85,24 +119,49 @@ def denoise_steps(model: Family, method: Predictor, request: DenoiseRequest, gui
     else:
         timesteps = skip_timesteps(scheduler, objective, request.steps, start.strength)
         x = start_from(scheduler, objective, start, request.noise, timesteps[0])
+    extras = request.extras
     for i, t in enumerate(timesteps):
+        active = select_active(request.extras.images, i, len(timesteps))
+        if active.keys() != extras.images.keys():
+            extras = replace(extras, images=active)
+            method.set_batch(model, extras)
         noisy = objective.scale_model_input(scheduler, x, t)
-        prediction = predict_guided(model, method, noisy, t, request, guidance)
+        prediction = predict_regions(model, method, noisy, t, replace(request, extras=extras), guidance)
         if request.growth is not None and request.growth.is_due(i, t, is_last=i + 1 == len(timesteps)):
             x = request.growth.step(scheduler, prediction, t, x, request.generators)
-            yield x
-            continue
-        x = scheduler.step(prediction, t, x, **_generator_argument(scheduler, request.generators)).prev_sample
-        if start is not None:
-            following = timesteps[i + 1] if i + 1 < len(timesteps) else None
-            x = keep_outside(scheduler, objective, start, x, request.noise, following)
-        yield x
+        else:
+            x = scheduler.step(prediction, t, x, **_generator_argument(scheduler, request.generators)).prev_sample
+            if start is not None:
+                following = timesteps[i + 1] if i + 1 < len(timesteps) else None
+                x = keep_outside(scheduler, objective, start, x, request.noise, following)
+        yield DenoisedStep(
+            latents=x, noisy=noisy, prediction=prediction, t=t, number=i + 1, count=len(timesteps), objective=objective
+        )
 
 
 def choose_objective(model: Family, request: DenoiseRequest) -> Objective:
     """The model's own, with the request's shift where it has one."""
     shifted = None if request.flow_shift is None else model.objective.with_shift(request.flow_shift)
     return shifted or model.objective
+
+
+def predict_regions(
+    model: Family, method: Predictor, noisy: Tensor, t: Tensor, request: DenoiseRequest, guidance: Guidance
+) -> Tensor:
+    """The guided prediction; of several regions the sum of theirs, each with its weight at each place.
+
+    As in MultiDiffusion (Bar-Tal et al. 2023, eq. 5). Each region's is made for the whole image, so that it fits in.
+    """
+    if not request.regions:
+        return predict_guided(model, method, noisy, t, request, guidance)
+    total = torch.zeros_like(noisy, dtype=torch.float32)
+    for region in request.regions:
+        extras = replace(request.extras, multipliers=region.multipliers)
+        method.set_batch(model, extras)
+        own = replace(request, text=region.text, extras=extras)
+        weight = torch.nn.functional.interpolate(region.weight, size=noisy.shape[-2:])
+        total += weight * predict_guided(model, method, noisy, t, own, region.guidance)
+    return total
 
 
 def predict_guided(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.batch import CONTROL, INPAINT, ImageInput, Images, name_reference
+from sfumato.data.batch import INPAINT, ImageInput, Images, name_control, name_reference
 from sfumato.data.buckets import Size
 from sfumato.data.cache.entries import to_tensor
 from sfumato.data.images import read_image
 from sfumato.data.masks import downscale_mask
 from sfumato.families.base import Family
+from sfumato.families.control_net import name_control_net
 from sfumato.families.encoding import encode_images, encode_inpaint
+from sfumato.sampling.control_images import NO_PREPARATION, prepare_control_image
 from sfumato.sampling.request import ImageRequest
 from sfumato.sampling.start import Start
 
+_T = TypeVar("_T")
 HALF_WHITE = 128  # of 255: what is as white as this is painted
 
 
@@ -29,13 +34,33 @@ def encode_request_images(model: Family, request: ImageRequest, count: int) -> I
         image = read_image(Path(request.reference_image))
         latents = encode_resized(model, image, model.choose_reference_size(image.size, (request.width, request.height)))
         images[name_reference(0)] = ImageInput(latents=latents.expand(count, -1, -1, -1))
-    if request.control_image:
-        image, size = read_image(Path(request.control_image)), (request.width, request.height)
-        if model.takes_control_latents:
-            images[CONTROL] = ImageInput(latents=encode_resized(model, image, size).expand(count, -1, -1, -1))
-        else:
-            images[CONTROL] = ImageInput(pixels=resize_to_tensor(image, size).expand(count, -1, -1, -1))
-    return {**images, **encode_painted(model, request, count)}
+    return {**images, **encode_controls(model, request, count), **encode_painted(model, request, count)}
+
+
+def encode_controls(model: Family, request: ImageRequest, count: int) -> Images:
+    """What each ControlNet or LLLite reads, with its strength and its share of the steps."""
+    images: dict[str, ImageInput] = {}
+    files, control = [request.control_image, *request.control.further_control_images], request.control
+    for number in range(model.num_controls if request.control_image else 0):
+        image = read_image(Path(files[number % len(files)]))
+        prepared = prepare_control_image(image, find_nth(control.control_net_preps, number, NO_PREPARATION))
+        size = (request.width, request.height)
+        in_latents = model.reads_control_latents(name_control_net(number))
+        encoded = encode_resized(model, prepared, size) if in_latents else resize_to_tensor(prepared, size)
+        encoded = encoded.expand(count, -1, -1, -1)
+        images[name_control(number)] = ImageInput(
+            latents=encoded if in_latents else None,
+            pixels=None if in_latents else encoded,
+            strength=find_nth(control.control_net_multipliers, number, 1.0),
+            starts_at=find_nth(control.control_net_starts, number, 0.0),
+            ends_at=find_nth(control.control_net_ratios, number, 1.0),
+        )
+    return images
+
+
+def find_nth(values: Sequence[_T], number: int, default: _T) -> _T:
+    """The value of this number, counted from 0, where there are so many."""
+    return values[number] if number < len(values) else default
 
 
 def encode_start(model: Family, request: ImageRequest, count: int) -> Start | None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sfumato.config.prompts import Prompt
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.deep_shrink import DeepShrink
 from sfumato.sampling.settings import (
+    ControlSettings,
+    FirstNoise,
     GradualLatent,
     HighresFix,
+    RegionSettings,
     SizeInputs,
     StartImage,
     given_values,
@@ -40,17 +43,29 @@ class ImageRequest:
     renorm_cfg: float = 0.0
     flow_shift: float | None = None  # of the time grid; None: the family's own
     reference_image: str = ""  # the file of a reference image
-    control_image: str = ""  # the file of a control image
+    control_image: str = ""  # the file of a control image, of the first where there are several
+    control: ControlSettings = field(default_factory=ControlSettings)
+    first_noise: FirstNoise = field(default_factory=FirstNoise)
+    force_scheduler_zero_steps_offset: bool = False  # the time grid is that of a scheduler whose steps_offset is 0
     weighted: bool = True  # whether (words) and [words] have more and less weight
     prompt_2: str | None = None  # what the second text encoder reads instead
     clip_prompt: str | None = None  # what the pooled vector is made of instead
     negative_scale: float | None = None  # strength of the negative prompt alone; None: that of the guidance
     multipliers: tuple[float, ...] = ()  # of the adapters, in their order; empty: their own
     start: StartImage | None = None
+    regions: RegionSettings | None = None
     sizes: SizeInputs = field(default_factory=SizeInputs)
     shrink: DeepShrink | None = None
     growth: GradualLatent | None = None
     highres: HighresFix | None = None
+
+    @property
+    def settings(self) -> list[Any]:
+        """The settings that only some images have, of this one."""
+        every = (
+            self.start, self.regions, self.sizes, self.shrink, self.growth, self.highres, self.control, self.first_noise
+        )  # fmt: skip
+        return [settings for settings in every if settings is not None]
 
     @property
     def guided(self) -> bool:
@@ -69,7 +84,8 @@ class ImageRequest:
         further = [text for text in (self.prompt_2, self.clip_prompt) if text is not None]
         negative = [self.negative_prompt] if self.guided else []
         negative += [""] if self.guided and self.negative_scale is not None else []
-        return [*((text, False) for text in (self.prompt, *further)), *((text, True) for text in negative)]
+        prompts = [self.prompt] if self.regions is None else self.regions.parts
+        return [*((text, False) for text in (*prompts, *further)), *((text, True) for text in negative)]
 
     def text_for(self, model: Family, part: str) -> str:
         """What a text encoder reads."""
@@ -101,12 +117,16 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         flow_shift=prompt.flow_shift if _takes_shift(prompt, model) else None,
         reference_image=(prompt.reference_image or "") if model.num_references else "",
         control_image=(prompt.controlnet_image or "") if model.takes_control else "",
+        control=read_settings(ControlSettings, prompt) if model.takes_control else ControlSettings(),
+        first_noise=read_settings(FirstNoise, prompt),
+        force_scheduler_zero_steps_offset=prompt.force_scheduler_zero_steps_offset or False,
         weighted=weighted,
         prompt_2=prompt.prompt_2 if len(model.text_parts) > 1 else None,
         clip_prompt=prompt.clip_prompt if model.has_pooled_text else None,
         negative_scale=prompt.negative_scale,
         multipliers=prompt.network_mul,
         start=read_start(prompt, model) if prompt.init_image else None,
+        regions=read_regions(prompt),
         sizes=read_settings(SizeInputs, prompt) if model.has_size_inputs else SizeInputs(),
         shrink=choose_shrink(prompt, model),
         growth=choose_growth(prompt, model, prompt.sample_sampler or sampler),
@@ -161,6 +181,8 @@ def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterat
         yield f"{start}--ss is ignored: flow models always use Euler"
     if prompt.controlnet_image and not model.takes_control:
         yield f"{start}--cn has no effect, there is no ControlNet"
+    elif given_values(ControlSettings, prompt) and not prompt.controlnet_image:
+        yield f"{start}--control_net_... has no effect without a control image, --cn FILE"
     if model.takes_control and not prompt.controlnet_image:
         yield f"{start}it has no control image (--cn FILE), so the ControlNet takes no part"
     if prompt.reference_image and not model.num_references:
@@ -191,14 +213,27 @@ def list_unsupported(prompt: Prompt, model: Family) -> Iterator[str]:
         yield "Gradual Latent has no effect on an image that starts from another"
     if prompt.strength is not None and not (prompt.init_image or prompt.highres_fix_scale):
         yield "--t has no effect without an image to start from, --img FILE"
-    if prompt.mask_image and not prompt.init_image:
+    if prompt.mask_image and not prompt.init_image and len(prompt.parts) < 2:
         yield "--mk has no effect without an image to start from, --img FILE"
 
 
 def read_start(prompt: Prompt, model: Family) -> StartImage:
     """A model for inpainting starts from noise unless the prompt says otherwise."""
     start = read_settings(StartImage, prompt)
+    if len(prompt.parts) > 1:
+        start = replace(start, mask_image="")
     return replace(start, strength=1.0) if model.blueprint.inpaints and prompt.strength is None else start
+
+
+def read_regions(prompt: Prompt) -> RegionSettings | None:
+    """Where there are several parts a mask says where they are, not what may change."""
+    if len(prompt.parts) < 2:
+        return None
+    return RegionSettings(
+        parts=prompt.parts,
+        region_mask=prompt.mask_image or "",
+        network_regional_mask_max_color_codes=prompt.network_regional_mask_max_color_codes,
+    )
 
 
 def _takes_shift(prompt: Prompt, model: Family) -> bool:

@@ -26,10 +26,11 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # sd-scripts' names -> diff
 }
 
 
-def make_scheduler(name: str, objective: Objective) -> Any:
+def make_scheduler(name: str, objective: Objective, *, zero_offset: bool = False) -> Any:
     """A new diffusers scheduler for the objective; sd-scripts' names, with or without the k_ prefix.
 
-    Flow models always use Euler steps over the family's own time grid.
+    zero_offset: its time grid begins one step earlier, at timestep 0, where it has such an offset. Flow models always
+    use Euler steps over the family's own time grid.
     """
     from diffusers import schedulers
 
@@ -41,6 +42,8 @@ def make_scheduler(name: str, objective: Objective) -> Any:
     if scheduler_name == "LMSDiscreteScheduler" and importlib.util.find_spec("scipy") is None:
         raise UserError(f"the sampler {name} needs scipy", code="sampler-needs-scipy", fix="pip install scipy")
     scheduler, options = getattr(schedulers, scheduler_name), objective.scheduler_options() | options
+    if zero_offset and "steps_offset" in options:
+        options["steps_offset"] = 0
     if unknown := options.keys() - inspect.signature(scheduler).parameters.keys():
         raise UserError(
             f"sampler {name} does not support this model's noise schedule ({', '.join(sorted(unknown))})",

@@ -22,6 +22,17 @@ class StartImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegionSettings:
+    """Prompts of parts of an image, and where these are; the n-th adapter acts in the n-th part."""
+
+    parts: tuple[str, ...]
+    region_mask: str = ""  # red, green and blue are where the first three are; the others are everywhere
+    network_regional_mask_max_color_codes: int | None = (
+        None  # the n-th is where the color has the bits of n: red 1, ...
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SizeInputs:
     """The sizes and the crop in pixels that models with such inputs are told; None: those of the image."""
 
@@ -55,6 +66,26 @@ class HighresFix:
     highres_fix_strength: float | None = None  # of the first stage where it starts from an image; None: the same
     highres_fix_latents_upscaling: bool = False  # its latents are enlarged, not its image
     highres_fix_upscaler: str | None = None  # weights of a network that sharpens the latents of the enlarged image
+    highres_fix_disable_control_net: bool = False  # control images steer the first stage alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlSettings:
+    """How ControlNets and LLLites act; the n-th value is that of the n-th one, in the order of the options."""
+
+    further_control_images: tuple[str, ...] = ()  # after the first; images are repeated where there are fewer
+    control_net_multipliers: tuple[float, ...] = ()
+    control_net_ratios: tuple[float, ...] = ()  # share of the steps up to which it acts
+    control_net_starts: tuple[float, ...] = ()  # share of the steps from which it acts
+    control_net_preps: tuple[str, ...] = ()  # "canny_63_191": its image are the edges of the file; "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstNoise:
+    """What is done to the noise that an image starts from."""
+
+    noise_offset: float | None = None
+    pyramid_noise_discount: float | None = None
 
 
 Settings = TypeVar("Settings")
@@ -68,4 +99,4 @@ def read_settings(kind: type[Settings], prompt: Prompt) -> Settings:
 def given_values(kind: type[Any], prompt: Prompt) -> dict[str, Any]:
     """The values that a prompt has of a kind of settings."""
     values = {field.name: vars(prompt)[field.name] for field in fields(kind)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value not in (None, ())}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from sfumato.diffusion.noise import add_multires
 from sfumato.diffusion.objective import Objective
+from sfumato.sampling.settings import FirstNoise
+
+PYRAMID_LAYERS = 6  # at most; it ends at one pixel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +23,16 @@ class Start:
     latents: Tensor  # (B, C, h, w), scaled
     strength: float  # share of the steps that are made, above 0 and up to 1
     mask: Tensor | None = None  # (B, 1, h, w): 1 where the image may change, 0 where it stays
+
+
+def draw_first_noise(shape: Sequence[int], generator: Generator, settings: FirstNoise) -> Tensor:
+    """(C, h, w): standard normal, where the settings ask for it with an offset for each channel and coarser layers."""
+    noise = torch.randn(tuple(shape), generator=generator)
+    if settings.noise_offset:
+        noise = noise + settings.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
+    if settings.pyramid_noise_discount:
+        noise = add_multires(noise, generator, PYRAMID_LAYERS, settings.pyramid_noise_discount)
+    return noise
 
 
 def skip_timesteps(scheduler: Any, objective: Objective, steps: int, strength: float) -> Tensor:

@@ -59,3 +59,10 @@ class FileNames:
 
     def _is_free(self, path: Path) -> bool:
         return path not in self.chosen and not path.exists()
+
+
+def find_free_sheet(folder: Path, kind: str) -> Path:
+    """A name for a sheet of images: grid_TIME.png and so on."""
+    stamp = time.strftime("%Y%m%d%H%M%S")
+    names = (f"{kind}_{stamp}{f'_{number}' if number else ''}.png" for number in count())
+    return next(path for name in names if not (path := folder / name).exists())

@@ -74,10 +74,10 @@ class ConceptGoal:
         guidance = Guidance(negative=unconditional, scale=self.guidance_scale)
         numbers = self.draw_numbers(context, batch).tolist()
         noisy = noise.clone()
-        for number, x in enumerate(denoise_steps(context.model, context.method, request, guidance), 1):
+        for number, step in enumerate(denoise_steps(context.model, context.method, request, guidance), 1):
             for i in range(len(numbers)):
                 if numbers[i] == number:
-                    noisy[i] = x[i]
+                    noisy[i] = step.latents[i]
             if number == max(numbers):
                 break
         return noisy

@@ -41,10 +41,14 @@ SOME_HAVE = (
     "shrink",
     "growth",
     "highres",
+    "control",
+    "regions",
+    "first_noise",
+    "force_scheduler_zero_steps_offset",
 )
 EXIF_DESCRIPTION = 270  # the tag of an image's description
 ASKING = ("ds_depth_1", "gradual_latent_timesteps")
-COMMAND_NAMES = {"init_image": "image_path", "mask_image": "mask_path"}
+COMMAND_NAMES = {"init_image": "image_path", "mask_image": "mask_path", "region_mask": "mask_path"}
 A1111_SAMPLERS = {
     "ddim": "DDIM", "pndm": "PLMS", "lms": "LMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
     "dpm_2": "DPM2", "dpm_2_a": "DPM2 a", "dpmsolver": "DPM++ 2M", "dpmsolver++": "DPM++ 2M", "dpmsingle": "DPM++ 2S",
@@ -79,11 +83,13 @@ def list_settings(request: ImageRequest) -> dict[str, object]:
     values = {name: value for name, value in vars(request).items() if name not in SOME_HAVE}
     further = {name: vars(request)[name] for name in ("prompt_2", "clip_prompt", "negative_scale")}
     further["network_mul"] = request.multipliers or None
-    for settings in (request.start, request.sizes, request.shrink, request.growth, request.highres):
-        further |= {} if settings is None else vars(settings)
-    for name in ("init_image", "mask_image", "highres_fix_upscaler"):
+    further["force_scheduler_zero_steps_offset"] = request.force_scheduler_zero_steps_offset or None
+    for settings in request.settings:
+        further |= vars(settings)
+    for name in ("init_image", "mask_image", "region_mask", "highres_fix_upscaler"):
         further[name] = strip_paths(str(further.get(name) or ""))
-    return values | {name: value for name, value in further.items() if value not in (None, "")}
+    further["further_control_images"] = [strip_paths(name) for name in request.control.further_control_images] or None
+    return values | {name: value for name, value in further.items() if value not in (None, "", ())}
 
 
 def format_parameters(request: ImageRequest) -> str:
@@ -128,14 +134,18 @@ def model_options(config: Config) -> dict[str, object]:
 def request_options(request: ImageRequest, defaults: Sampling) -> dict[str, object]:
     """The options of `sfumato generate` for a request; None where the request has no value."""
     text = request.prompt
-    options: dict[str, object] = {"prompt": UserText(text), "plain_prompt": needs_plain_prompt(text)}
+    options: dict[str, object] = {
+        "prompt": UserText(text),
+        "plain_prompt": request.regions is None and needs_plain_prompt(text),
+    }
     options |= {"negative_prompt": UserText(request.negative_prompt)} if request.negative_prompt else {}
     options |= {"W": request.width, "H": request.height, "seed": request.seed, "steps": request.steps}
     options |= {"scale": request.scale, "guidance": request.guidance}
     for name in ("cfg_trunc_ratio", "renorm_cfg"):
         options |= {name: vars(request)[name]} if vars(request)[name] != vars(defaults)[name] else {}
     options |= {"flow_shift": request.flow_shift, "reference_image": request.reference_image or None}
-    options["control_net_image"] = request.control_image or None
+    if request.control_image:
+        options["control_net_image"] = [request.control_image, *request.control.further_control_images]
     options |= list_further_options(request)
     if request.sampler != vocabulary()["sample_sampler"].default:
         options["sample_sampler"] = request.sampler
@@ -144,20 +154,30 @@ def request_options(request: ImageRequest, defaults: Sampling) -> dict[str, obje
 
 def needs_plain_prompt(text: str) -> bool:
     """Whether a prompt would be read as something else: options at its end, variants in braces."""
-    return parse_line(text, where="").prompt != text or has_variants(text) or "\\{" in text or "\\}" in text
+    return (
+        parse_line(text, where="").prompt != text
+        or has_variants(text)
+        or "\\{" in text
+        or "\\}" in text
+        or " AND " in text
+    )
 
 
 def list_further_options(request: ImageRequest) -> dict[str, object]:
     """Those of settings that only some images have, where they differ from their defaults."""
-    options: dict[str, object] = {"negative_scale": request.negative_scale, "network_mul": request.multipliers or None}
+    options: dict[str, Any] = {"negative_scale": request.negative_scale, "network_mul": request.multipliers or None}
     for name in ("prompt_2", "clip_prompt"):
         text = vars(request)[name]
         options |= {name: None if text is None else UserText(text)}
-    for settings in (request.start, request.sizes, request.shrink, request.growth, request.highres):
-        if settings is not None:
-            required = {name: value for name, value in vars(settings).items() if not has_default(settings, name)}
-            options |= {COMMAND_NAMES.get(name, name): value for name, value in required.items()}
-    return {name: value for name, value in options.items() if value not in (None, "")}
+    options |= {"force_scheduler_zero_steps_offset": request.force_scheduler_zero_steps_offset}
+    for settings in request.settings:
+        required: dict[str, Any] = {
+            name: value for name, value in vars(settings).items() if not has_default(settings, name)
+        }
+        options |= {COMMAND_NAMES.get(name, name): value for name, value in required.items()}
+    for name in ("further_control_images", "parts"):  # with the first one, in the prompt
+        options.pop(name, None)
+    return {name: value for name, value in options.items() if value not in (None, "", ())}
 
 
 def has_default(settings: Any, name: str) -> bool:

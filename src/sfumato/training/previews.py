@@ -13,6 +13,7 @@ from sfumato.common.text import strip_paths
 from sfumato.config.prompts import Prompt, read_prompts
 from sfumato.sample import generate_batch
 from sfumato.sampling.request import ImageRequest, group_requests, list_ignored, make_request
+from sfumato.training.comfyui_workflow import make_workflow
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.image_metadata import generate_command, image_metadata, save_image
 from sfumato.training.memory_shortage import give_up_where_short, run_within_memory
@@ -128,6 +129,12 @@ def describe_origin(run: Run, request: ImageRequest, step: int) -> dict[str, str
         "model": run.plan.blueprint.source.name,
         "trained": strip_paths(file),
         "command": generate_command(run.config, request, run.model.sampling, more),
+        "workflow": make_workflow(
+            request,
+            checkpoint=run.plan.blueprint.source.name,
+            adapters=[(file, 1.0)] if "network_weights" in more else (),
+            channels=run.model.latents.channels,
+        ),
         "note": note,
     }
     return {name: value for name, value in text.items() if value}

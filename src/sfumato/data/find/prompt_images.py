@@ -13,9 +13,8 @@ def check_prompt_images(prompts: Iterable[Prompt], *, control: bool) -> None:
     """UserError for an image that cannot be read. control: whether control images are used."""
     files: dict[str | None, None] = {}
     for prompt in prompts:
-        files |= dict.fromkeys(
-            (prompt.reference_image, prompt.init_image, prompt.mask_image, prompt.controlnet_image if control else None)
-        )
+        controls = (prompt.controlnet_image, *prompt.further_control_images) if control else ()
+        files |= dict.fromkeys((prompt.reference_image, prompt.init_image, prompt.mask_image, *controls))
     for path in files:
         if path:
             read_image(Path(path))
