@@ -171,3 +171,4 @@ def test_a_run_that_only_harms_has_no_checkpoint_to_take() -> None:
     choice = choose_checkpoint([judge(10, [0.1, 0.1], [0.4, 0.4]), judge(20, [0.5, 0.5], [0.9, 0.9])])
     assert choice.index is None
     assert "before training" in choice.reasons[0]
+    assert choose_checkpoint([judge(10, [0.3, -0.2], [0, 0])]).index is None, "0.05, of which chance explains 0.25"

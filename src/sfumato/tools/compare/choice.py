@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfumato.tools.compare.scores import Scores
 
-NOT_WORTH_IT = "No checkpoint is worth more than the model before training: the highest value is"
+NOT_WORTH_IT = "No checkpoint is clearly worth more than the model before training: the highest value is"
 ADVICE = (
     "Where little was learned, train longer or faster; where drift is high, shorter, or with regularization images."
 )
@@ -90,7 +90,7 @@ def choose_by_value(checkpoints: Sequence[Judged], valued: Sequence[int]) -> Che
     equal = [i for i in valued if is_as_good(checkpoints[i], checkpoints[best])]
     index = min(equal, key=lambda i: (checkpoints[i].step, i))
     taken, highest = checkpoints[index], checkpoints[best]
-    if taken.value <= 0:
+    if taken.value <= standard_error_of(taken.gains, taken.losses):
         return CheckpointChoice(
             index=None, reasons=[f"{NOT_WORTH_IT} {highest.value:.2f}, that of {highest.name}.", ADVICE]
         )
@@ -108,8 +108,13 @@ def is_as_good(other: Judged, best: Judged) -> bool:
     """Whether chance explains the difference of values: at most its standard error, over images with the same seeds."""
     if other is best:
         return True
-    error = math.hypot(standard_error(best.gains - other.gains), standard_error(best.losses - other.losses))
+    error = standard_error_of(best.gains - other.gains, best.losses - other.losses)
     return best.value - other.value <= error
+
+
+def standard_error_of(gains: Tensor, losses: Tensor) -> float:
+    """Of the difference of two means."""
+    return math.hypot(standard_error(gains), standard_error(losses))
 
 
 def standard_error(differences: Tensor) -> float:
