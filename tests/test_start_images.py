@@ -173,24 +173,3 @@ def test_a_masked_image_of_stable_diffusion_3(toy_shelf: ToyShelf) -> None:
     ).images  # fmt: skip
     small = torch.nn.functional.interpolate(mask, size=(8, 8))
     check_equal(case.run(0.6, small), theirs, case.image)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("masked", [False, True])
-def test_an_image_of_chroma(masked: bool, toy_shelf: ToyShelf) -> None:
-    """The texts cut to what counts: the pipeline adds its mask to the scores, which hides next to nothing."""
-    case = Case("chroma", toy_shelf)
-    pipe = load_pipeline(f"Chroma{'Inpaint' if masked else 'Img2Img'}Pipeline", case)
-    pipe.latent_channels = case.channels
-    text = case.model.encode_text("t5", ["a cat"])[0]
-    no_text = case.model.encode_text("t5", ["a dog"])[0]
-    mask = torch.zeros(1, 1, 64, 64)
-    mask[..., 16:48, :32] = 1
-    more: dict[str, Any] = {"mask_image": mask, "masked_image_latents": case.image} if masked else {}
-    theirs = pipe(
-        image=case.image, guidance_scale=1.0, prompt_embeds=text["hidden"][None],
-        prompt_attention_mask=text["mask"][None], negative_prompt_embeds=no_text["hidden"][None],
-        negative_prompt_attention_mask=no_text["mask"][None], **SIZE, **give(case, 0.55), **more,
-    ).images  # fmt: skip
-    small = torch.nn.functional.interpolate(mask, size=(8, 8)) if masked else None
-    check_equal(case.run(0.55, small), unpack(theirs, case.image.shape), case.image)
