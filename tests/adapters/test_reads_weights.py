@@ -20,7 +20,8 @@ def test_the_kinds_whose_change_depends_on_the_weights_say_so() -> None:
         changes: list[torch.Tensor] = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            group = make_group(nn.Sequential(nn.Linear(8, 8)))
+            layer = nn.LayerNorm(8) if kind.of_norms else nn.Conv2d(8, 8, 3) if kind.replaces else nn.Linear(8, 8)
+            group = make_group(nn.Sequential(layer))
             request = AdapterRequest(
                 rank=4, alpha=2.0, options=kind.options_class(), generator=torch.Generator().manual_seed(0)
             )

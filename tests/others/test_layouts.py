@@ -88,7 +88,7 @@ def models(toy_shelf: ToyShelf) -> Models:
 
 
 def list_groups(model: Family, part: str = "denoiser") -> list[LayerGroup]:
-    return model.parts[part].groups(every=True)
+    return [group for group in model.parts[part].groups(every=True) if not group.is_norm]  # of which no LoRA is
 
 
 def list_paths(model: Family, part: str = "denoiser") -> list[str]:

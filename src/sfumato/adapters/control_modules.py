@@ -42,6 +42,12 @@ class ControlModules(nn.Module, ABC):
             hooked = network.get_submodule(layer.path)
             self._handles.append(hooked.register_forward_pre_hook(self._make_hook(layer)))
 
+    def detach(self) -> None:
+        """The network's layers have their own inputs again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
     def set_image(self, image: Tensor | None, strength: float = 1.0) -> None:
         """For every forward until the next call. image: (B, 3, H, W) in [-1, 1]."""
         self.image, self.image_strength = image, strength
