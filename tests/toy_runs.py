@@ -21,7 +21,7 @@ from sfumato.training.setup_run import build_run
 NEEDED = {"toy_chroma": {"apply_t5_attn_mask": True}}  # checkpoint -> options without which it is refused
 # At 64 pixels the middle of the toy UNets is one token, whose attention can learn nothing.
 SEVERAL_TOKENS = {"resolution": 128, "max_bucket_reso": 256}
-REPORT = ("lora.images.jsonl", "lora.report.html", "lora.report.json")
+REPORT = ("lora.report.html", "lora.report.json")
 
 
 def make_images(folder: Path, count: int = 5, *, name: str = "2_cat") -> Path:

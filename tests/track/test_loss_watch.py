@@ -12,7 +12,7 @@ from PIL import Image
 from data.test_batch_sampler import make_plan
 from sfumato.cli.main import main
 from sfumato.errors import UserError
-from sfumato.track.image_list import read_image_list, write_image_list
+from sfumato.track.image_list import find_image_list, read_image_list, write_image_list
 from sfumato.track.loss_watch import LEVEL_SAMPLES, MAX_LEVELS, level_means, rank_images
 from sfumato.track.report import rebuild_report
 from track.report_pages import PageParser, write_lines
@@ -73,7 +73,9 @@ def run(tmp_path: Path) -> Path:
         Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)).save(path)
         listed.append({"path": str(path), "caption": f"{EVIL} number {i}"})
     (tmp_path / "images" / "5.png").unlink()
-    (tmp_path / "cat.images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    path = find_image_list(tmp_path, "cat")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in listed))
     rows = []
     for step in range(1, 61):
         t = rng.uniform(0, 1000, 5)
@@ -121,7 +123,7 @@ def test_inspect_lists_the_images_of_a_run(run: Path, name: str, capsys: pytest.
     ],
 )
 def test_a_list_that_is_missing_or_damaged(run: Path, content: str | None, code: str) -> None:
-    path = run / "cat.images.jsonl"
+    path = find_image_list(run, "cat")
     path.unlink()
     if content is not None:
         path.write_text(content)

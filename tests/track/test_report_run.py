@@ -14,7 +14,7 @@ from sfumato.config import load_config
 from sfumato.config.listing import public_options
 from sfumato.data.plans import DataPlan
 from sfumato.demo.toy import write_toy
-from sfumato.track.image_list import read_image_list
+from sfumato.track.image_list import find_image_list, read_image_list
 from sfumato.track.report_facts import describe_run
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 from track.report_pages import PageParser, read_page
@@ -129,4 +129,4 @@ def test_a_resumed_run_knows_the_images_of_all_samples(sd: Toy, images: Path, tm
     assert rows == read_metrics(parts)
     counts = Counter(number for row in rows for number in row["images"])
     assert counts == dict.fromkeys(range(5), 2)  # an epoch: 5 images, twice each
-    assert read_image_list(straight / "lora.images.jsonl") == read_image_list(parts / "lora.images.jsonl")
+    assert read_image_list(find_image_list(straight, "lora")) == read_image_list(find_image_list(parts, "lora"))

@@ -9,7 +9,7 @@ from sfumato.common import files
 from sfumato.errors import UserError
 from sfumato.tools.image_page import ImageGroup, render_image_page
 from sfumato.track.image_cards import make_image_tag
-from sfumato.track.image_list import IMAGES_SUFFIX, read_image_list
+from sfumato.track.image_list import find_image_list, read_image_list
 from sfumato.track.image_watch import RATIO_NOTE, RankedImage, make_loss_card, rank_run
 from sfumato.track.report import find_run_name
 from sfumato.track.report_curves import METRICS_SUFFIX, Curves
@@ -42,12 +42,12 @@ def find_run(run: Path) -> tuple[Path, str]:
 
 def rank_images_of_run(folder: Path, name: str) -> list[RankedImage]:
     """UserError where nothing can be ranked."""
-    path = folder / f"{name}{IMAGES_SUFFIX}"
+    path = find_image_list(folder, name)
     if not path.is_file():
         raise UserError(
-            f"{path.name} is missing, so that it is not known which images {name} has trained on",
+            f"the list of images of {name} is not in the cache folder of this user ({path.parent})",
             code="image-list-missing",
-            fix="train it again: every run on images writes this list when it starts",
+            fix="look where it was trained, before its folder was moved: every run on images writes this list",
         )
     curves = Curves(folder / f"{name}{METRICS_SUFFIX}")
     curves.read()

@@ -1,4 +1,4 @@
-"""NAME.images.jsonl: the images of a run, by the numbers that its metrics file calls them."""
+"""The images of a run, by the numbers that its metrics file calls them; in the cache folder, since it has paths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from sfumato.common import files
 from sfumato.common.json_toml import decode_json
+from sfumato.config.run_record import find_run_record
 from sfumato.data.find.image_table import ImageRow
+from sfumato.data.find.index import get_default_cache_dir
 from sfumato.data.plans import DataPlan
 from sfumato.errors import UserError
 
@@ -33,10 +35,16 @@ class ListedImage(NamedTuple):
         return ImageRow(self.path, self.byte_count, 0, 0, 0, "", self.archive, self.offset).read()
 
 
+def find_image_list(folder: Path, name: str) -> Path:
+    """The file for a run of this name in this output folder; it need not exist."""
+    return find_run_record(get_default_cache_dir(), folder, name).with_suffix(IMAGES_SUFFIX)
+
+
 def write_image_list(path: Path, data: DataPlan, *, resumed: bool) -> Sequence[int]:
     """Write the list; gives the number of each training image by its position in the plan, () where none is listed.
 
-    In a resumed run images keep the numbers that they had, and new ones get others.
+    In a resumed run images keep the numbers that they had, and new ones get others. OSError where the folder cannot be
+    written.
     """
     rows = list(iterate_training_images(data))
     if not rows or len(rows) > MAX_LISTED:
@@ -52,6 +60,7 @@ def write_image_list(path: Path, data: DataPlan, *, resumed: bool) -> Sequence[i
         images[name] = ListedImage(name, row.caption, archive, row.offset, row.byte_count)
         found.append(numbers.setdefault(name, len(numbers)))
     lines = [json.dumps(image._asdict(), ensure_ascii=True) for image in images.values()]
+    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, "".join(f"{line}\n" for line in lines))
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sfumato.track.image_cards import ImageCard, make_image_tag, render_cards
-from sfumato.track.image_list import IMAGES_SUFFIX, ListedImage, read_image_list
+from sfumato.track.image_list import ListedImage, find_image_list, read_image_list
 from sfumato.track.loss_watch import ImageLoss, rank_images
 from sfumato.track.report_curves import Curves
 
@@ -43,7 +43,7 @@ class ImageWatch:
     """Keeps the list of a run's images and the thumbnails of those shown before, since the page is written often."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder / f"{name}{IMAGES_SUFFIX}"
+        self.path = find_image_list(folder, name)
         self.images: list[ListedImage] | None = None
         self.tags: dict[str, str] = {}
 

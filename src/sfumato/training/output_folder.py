@@ -15,7 +15,7 @@ from sfumato.data.find.index import get_default_cache_dir
 from sfumato.formats.state import remove_useless_copies
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
-from sfumato.track.image_list import IMAGES_SUFFIX, write_image_list
+from sfumato.track.image_list import find_image_list, write_image_list
 
 log = logging.getLogger(__name__)
 
@@ -45,4 +45,8 @@ def prepare_output_folder(plan: RunPlan, *, resumed: bool) -> None:
 
 def record_images(plan: RunPlan, *, resumed: bool) -> Sequence[int]:
     """Write down which images the run trains on; gives their numbers in this list by their positions in the plan."""
-    return write_image_list(plan.output_dir / f"{plan.saves.name}{IMAGES_SUFFIX}", plan.data, resumed=resumed)
+    try:
+        return write_image_list(find_image_list(plan.output_dir, plan.saves.name), plan.data, resumed=resumed)
+    except OSError as error:
+        log.info("the images are not recorded for the list of their losses: %s", error)
+        return ()
