@@ -74,6 +74,7 @@ def test_an_image_that_overflows_is_encoded_in_float32(
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float16 for name in before)
 
 
+@pytest.mark.full
 def test_an_image_is_decoded_in_float32_where_half_overflows(
     toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

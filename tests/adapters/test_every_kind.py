@@ -165,6 +165,7 @@ def find_toy(toy_shelf: ToyShelf, family: str) -> dict[str, Path]:
     return toy_shelf.paths(name, variant=variant)
 
 
+@pytest.mark.full
 @each_kind
 def test_the_loss_of_a_fixed_batch_falls(name: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     family, options = KINDS[name]

@@ -69,6 +69,7 @@ def test_an_image_is_a_function_of_prompt_and_seed(pipeline: DemoPipeline) -> No
     assert len({make_hash("cat, blue", 1), make_hash("cat, blue", 2), make_hash("cat, red", 1)}) == 3
 
 
+@pytest.mark.full
 def test_a_pipeline_of_diffusers_generates_the_same(pipeline: DemoPipeline) -> None:
     import diffusers
 

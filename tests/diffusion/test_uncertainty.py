@@ -107,6 +107,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LEARNED = {"uncertainty_weighting": True, "network_train_unet_only": True}
 
 
+@pytest.mark.full
 def test_the_first_step_is_that_of_unweighted_training(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """The first step is the same to the bit, clipped by the same norm; the weight itself learns from it."""
     toy = toy_shelf.paths("sd")
@@ -134,6 +135,7 @@ def test_the_first_step_is_that_of_unweighted_training(toy_shelf: ToyShelf, imag
         pytest.param({"method": "full", "network_dim": None, "network_train_unet_only": None}, marks=pytest.mark.full),
     ],
 )
+@pytest.mark.full
 def test_resume_is_exact(toy_shelf: ToyShelf, images: Path, tmp_path: Path, options: dict) -> None:
     toy, common = toy_shelf.paths("sd"), {**LEARNED, "max_train_steps": 4, "learning_rate": "1e-4", **options}
     straight = train_toy(toy, images, tmp_path / "straight", **common, save_every_n_steps=2, save_state=True)
@@ -149,6 +151,7 @@ def test_resume_is_exact(toy_shelf: ToyShelf, images: Path, tmp_path: Path, opti
     assert not any("uncertainty" in name for name in read_weights(straight))
 
 
+@pytest.mark.full
 def test_a_state_of_another_loss_is_refused(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     toy = toy_shelf.paths("sd")
     train_toy(toy, images, tmp_path, save_state=True, max_train_steps=1, network_train_unet_only=True)

@@ -38,7 +38,8 @@ LINKED = (  # pages that people link to
 )  # fmt: skip
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "train").glob("*.toml") if path.stem != "dataset")
 ELSEWHERE = {  # options of torchrun, accelerate and of our scripts that measure
-    "help", "nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint", "num_processes", "only", "page", "reference", "kinds", "models",
+    "help", "nproc_per_node", "nnodes", "node_rank", "rdzv_endpoint", "num_processes", "only", "page", "reference",
+    "kinds", "models",
 }  # fmt: skip
 CODE = re.compile(r"`([^`\n]+)`")
 

@@ -55,6 +55,7 @@ def test_one_encoder_cached_is_both_live(toy_shelf: ToyShelf, images: Path, tmp_
         assert equal_tensors(read_weights(live), read_weights(kept))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "args"), [("flux", ["train_blocks=single"]), ("chroma", ["single_dim=0"])])
 def test_split_qkv_in_a_run(family: str, args: list[str], toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     """The file holds one LoRA of the fused layer; training goes on from it, with split_qkv and without."""

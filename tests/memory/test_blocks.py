@@ -69,6 +69,7 @@ def losses_and_gradients(net: Net, engine: AdapterEngine) -> list[Tensor]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("graphs")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend", ["", "count"])

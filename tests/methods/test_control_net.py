@@ -88,6 +88,7 @@ def test_the_loss_falls_and_hangs_on_the_control_image(
     assert not equal_tensors(read_weights(other), read_weights(trained.output))
 
 
+@pytest.mark.full
 @fast_for_one
 @families
 def test_a_resumed_run_is_bitwise_the_same(family: str, control_shelf: ControlShelf, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_it_is_in_the_forward_as_base_weights_are(flux: Toy, images: Path, style
     assert cached == pytest.approx(merged, rel=1e-5)
 
 
+@pytest.mark.full
 def test_nothing_of_it_is_trained_saved_or_kept(flux: Toy, images: Path, style: Path, tmp_path: Path) -> None:
     before = style.read_bytes()
     run = build_toy_run(flux, images, tmp_path / "a", frozen_lora=str(style))

@@ -162,7 +162,7 @@ def denoise(run: Run, plain: Family, batch: Batch, t: Tensor, recorder: Recorder
     return torch.cat(samples)
 
 
-@pytest.mark.fast_for("flux")
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_and_its_file(toy_shelf: ToyShelf, prompts: Path, tmp_path: Path, family: str) -> None:
     """Resumed bit by bit; the file is the LoRA of any other run that trains the denoiser, but for its metadata."""

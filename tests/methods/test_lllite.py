@@ -57,6 +57,7 @@ def change_written_out(tensors: dict[str, Tensor], name: str, x: Tensor, image: 
     return F.linear(middle, *get("up.0"))
 
 
+@pytest.mark.full
 def test_inputs_of_layers_change_as_written_out(trained: Trained) -> None:
     model = load_model(trained.options)
     adapters = InferenceAdapters(model, [], lllite=[trained.file])

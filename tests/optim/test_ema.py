@@ -171,7 +171,8 @@ EMA = {"ema_decay": 0.9, "ema_sigma_rel": [0.05, 0.1]}
 SUFFIXES = ("-ema", "-ema0.05", "-ema0.1")
 
 
-@pytest.mark.parametrize("method", [LORA, pytest.param(FULL, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("method", [LORA, FULL])
 def test_training_is_unchanged_and_resume_is_exact(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, method: dict
 ) -> None:
@@ -222,6 +223,7 @@ def test_older_averages_are_removed_with_older_saves(toy_shelf: ToyShelf, images
     assert left == sorted(f"{name}{suffix}.safetensors" for name in names for suffix in ("", "-ema0.1"))
 
 
+@pytest.mark.full
 def test_an_average_may_start_later(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,6 +54,7 @@ PACKAGES = {
 @pytest.mark.parametrize(
     "case", ["float16", "schedule-free", *(pytest.param(case, marks=pytest.mark.full) for case in list(RUNS)[2:])]
 )
+@pytest.mark.full
 def test_resume_is_exact_and_previews_change_nothing(sd: Toy, images: Path, tmp_path: Path, case: str) -> None:
     """4 steps in one go = 4 steps with previews after each = 2 steps, resume, 2 steps."""
     if case in PACKAGES:
@@ -128,6 +129,7 @@ def test_an_overflow_costs_one_step_and_half_the_scale(sd: Toy, images: Path, tm
     assert all(parameter.isfinite().all() for parameter in opened.parameters)
 
 
+@pytest.mark.full
 def test_gradients_are_clipped_at_their_own_size(sd: Toy, images: Path, tmp_path: Path) -> None:
     """Not at the size that the loss scale gives them: clipping acts on the same norm with and without float16."""
     norms = {}

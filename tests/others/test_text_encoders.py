@@ -56,6 +56,7 @@ def pooled(clip_folder: Path, toy_shelf: ToyShelf) -> dict[str, Tensor]:
     return features(load_model(toy_shelf.options("flux")), "clip_l")
 
 
+@pytest.mark.full
 def test_the_whole_of_clip(whole_clip: Any, pooled: dict[str, Tensor], toy_shelf: ToyShelf, tmp_path: Path) -> None:
     """As transformers saves it: a folder, and its file alone."""
     whole_clip.save_pretrained(tmp_path / "clip")

@@ -138,6 +138,7 @@ def test_the_optimum_of_a_known_case(toy_shelf, images):
     assert len(found) >= 4
 
 
+@pytest.mark.full
 @needs_rehearsal
 def test_the_command(toy_shelf, images, tmp_path, capsys):
     """What fits is left as it is, and the file trains the same run."""

@@ -128,6 +128,7 @@ def test_a_fully_trained_model(
         ),
     ],
 )  # fmt: skip
+@pytest.mark.full
 def test_ema_and_weights_in_bfloat16(
     options: dict[str, Any], trained: str, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_concatenation_is_exact(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["loha", "lokr"])
 def test_any_kind_becomes_low_rank(name: str, flux: Family, files: dict[str, Path], tmp_path: Path) -> None:
     """At a rank that is enough the sum of different kinds is exact."""

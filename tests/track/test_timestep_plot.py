@@ -119,6 +119,7 @@ def test_plan_and_training_draw_it(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "t.png").exists()
 
 
+@pytest.mark.full
 def test_a_script_shows_timesteps_and_trains_nothing(
     toy_shelf: ToyShelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,6 +32,7 @@ def open_run(toy_shelf: ToyShelf, tmp_path: Path, **options: Any) -> Run:
         return run  # nothing is written
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("noise", NOISE)
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_loss_is_the_same_to_the_bit(toy_shelf: ToyShelf, tmp_path: Path, noise: str, cached: bool) -> None:

@@ -70,6 +70,7 @@ def test_options_that_previews_ignore_are_listed() -> None:
     [UserError("no such image", code="image-missing"), RuntimeError("shapes differ"), IndexError("past the end")],
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
+@pytest.mark.full
 def test_whatever_fails_is_a_warning(
     error: Exception, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

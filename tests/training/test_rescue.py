@@ -130,6 +130,7 @@ def damage(folder: Path, how: str, *, but: Sequence[str] = ()) -> None:
             Image.new("RGB", (80, 72)).save(path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["gone", "cut", "resized"])
 def test_images_that_change_while_the_run_goes_on(
     how: str,

@@ -80,6 +80,7 @@ def test_every_difference_is_a_line_and_what_differs_by_nature_none(
     ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("change", ["caption", "content", "name", "folder"])
 def test_changes_that_keep_the_number_of_images(
     change: str, toy: Toy, images: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

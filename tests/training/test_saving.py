@@ -36,7 +36,8 @@ def test_an_adapter_as_torch_pickles_it(kind: str, toy_shelf: ToyShelf, tmp_path
     assert all(torch.allclose(tensor, found[name].float(), atol=1e-7) for name, tensor in read_weights(more).items())
 
 
-@pytest.mark.parametrize("layout", ["original", pytest.param("diffusers", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_a_whole_model_as_torch_pickles_it(layout: Any, toy_shelf: ToyShelf, tmp_path: Path, images: Path) -> None:
     """The tensors of the safetensors file, under state_dict, with the epoch and step beside them; it can be read."""
     toy = toy_shelf.paths("sd", layout)

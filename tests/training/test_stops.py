@@ -58,7 +58,7 @@ def signal_before(monkeypatch: pytest.MonkeyPatch, place: str, *, number: int = 
     monkeypatch.setattr(sys.modules[module], name, interrupted)
 
 
-@pytest.mark.fast_for("1-SIGTERM", "2-SIGINT")
+@pytest.mark.fast_for("1-SIGTERM")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("times", [1, 2])  # a terminal and a launcher may both pass it on
 def test_a_signal_in_a_step_saves_the_state_after_it(

@@ -154,6 +154,7 @@ def test_a_seed_that_is_drawn_has_no_say(sd: Toy, images: Path, tmp_path: Path) 
         ),
     ],
 )  # fmt: skip
+@pytest.mark.full
 def test_training_does_not_notice(sd: Toy, images: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """After each step or hardly ever: weights and losses are the same to the last bit."""
     if "ScheduleFree" in options.get("optimizer_type", ""):
