@@ -20,7 +20,17 @@ NOT_RUN = {  # beginning of a command -> the test that runs it, or why none does
     "sfumato demo": "tests/demo",
     "sfumato plan --rehearse": "tests/tools/test_rehearse.py",
     "sfumato plan --fit": "tests/tools/test_fit.py",
-    "sfumato dataset edit": "tests/tools, in a browser",
+    "sfumato dataset edit": "tests/tools/test_editor_page.py",
+    "sfumato dataset inspect --run": "tests/track/test_loss_watch.py",
+    "sfumato dataset tag": "tests/tools/test_dataset_lines.py",
+    "sfumato dataset caption": "tests/tools/test_caption_images.py",
+    "sfumato dataset face-crop": "tests/tools",
+    "sfumato dataset upscale-latents": "tests/tools",
+    "python launchers/finetune/tag_images_by_wd14_tagger.py": "tests/tools/test_dataset_lines.py",
+    "python launchers/flux_train_network.py --model_type flux_kontext": "tests/families/test_flux_kontext.py",
+    "sfumato compare": "tests/tools/test_compare.py",
+    "torchrun": "tests/parallel",
+    "accelerate launch --num_processes": "tests/parallel",
     "python benchmarks/": "tests/test_benchmarks.py",
     "python recipes/": "takes hours",
 }
@@ -87,4 +97,5 @@ def shrink(words: list[str]) -> tuple[str, ...]:
     """Options that make a command small. words: of the command, or the script's name alone."""
     trains = words[0] in SCRIPTS or words[:2] == ["sfumato", "train"]
     makes_images = words[0] in ("gen_img", "sdxl_gen_img") or words[:2] == ["sfumato", "generate"]
-    return SMALL if trains else SMALL_IMAGE if makes_images else ()
+    fills_caches = words[:3] == ["sfumato", "dataset", "cache"]
+    return SMALL if trains else SMALL_IMAGE if makes_images else ("--mixed_precision", "no") if fills_caches else ()

@@ -33,5 +33,7 @@ def make_home(shelf: ToyShelf, home: Path, change: Callable[[str], str] = str) -
     make_images(home / "reg/1_robot")
     make_images(home / "masks", mode="L")
     make_images(home / "controls")
+    for folder in ("more", "less"):
+        make_images(home / folder, captions=True)
     write(home / "prompts.txt", PROMPTS)
     return home

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.commands import ROOT, SMALL, find_reason, list_pieces, read_command
+from docs.commands import BLOCK, ROOT, SHELLS, SMALL, find_reason, list_pieces, read_command
 from docs.home import make_home
 from families.toys import ToyShelf
 from pages import page_maker
@@ -73,6 +73,12 @@ def test_every_command_of_a_page_runs(
             script, arguments = read_command(piece.words)
             code = run_script([script, *arguments]) if script else sfumato(arguments)
             assert code == 0, piece.text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_in_a_block_that_runs(page: Path) -> None:
+    text = BLOCK.sub(lambda block: "" if block[2] in SHELLS else block[0], page.read_text(encoding="utf-8"))
+    assert not re.findall(r"^ *(?:sfumato|torchrun|accelerate launch|python) .*--\w.*$", text, flags=re.MULTILINE)
 
 
 @pytest.mark.full
