@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.commands import BLOCK, ROOT, SHELLS, SMALL, find_reason, list_pieces, read_command
+from docs.commands import BLOCK, NOT_RUN, ROOT, SHELLS, SMALL, find_reason, list_pieces, read_command
 from docs.home import make_home
 from families.toys import ToyShelf
 from pages import page_maker
@@ -73,6 +73,11 @@ def test_every_command_of_a_page_runs(
             script, arguments = read_command(piece.words)
             code = run_script([script, *arguments]) if script else sfumato(arguments)
             assert code == 0, piece.text
+
+
+def test_what_does_not_run_here_runs_elsewhere() -> None:
+    named = {reason for reason in NOT_RUN.values() if reason.startswith("tests/")}
+    assert not [reason for reason in named if not (ROOT / reason).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

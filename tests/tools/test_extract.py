@@ -147,6 +147,22 @@ def test_the_full_rank_is_exact(rank: int, more: list[str], flux: Family, file: 
     assert all(torch.allclose(before[key], after[key]) for key in before if key.endswith("alpha"))
 
 
+def test_norms_stay_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
+    layer = f"{block}_attn1_to_q"
+    norms = {f"{block}_norm1.w_norm": torch.randn(32), f"{block}_norm1.b_norm": torch.randn(32)}
+    ranked = {f"{layer}.lora_down.weight": torch.randn(4, 32), f"{layer}.lora_up.weight": torch.randn(32, 4)}
+    save_file({**ranked, f"{layer}.alpha": torch.tensor(2.0), **norms}, tmp_path / "both.safetensors")
+    command = ["lora", "resize", str(tmp_path / "both.safetensors"), "--new_rank", "2"]
+    assert main([*command, "--save_to", str(tmp_path / "smaller.safetensors")]) == 0
+    after = load_file(tmp_path / "smaller.safetensors")
+    assert len(after[f"{layer}.lora_down.weight"]) == 2
+    assert all(torch.equal(after[key], norms[key]) for key in norms)
+    save_file(norms, tmp_path / "both.safetensors")
+    assert main([*command, "--save_to", str(tmp_path / "none.safetensors")]) == 2
+    assert "no rank that could be cut" in capsys.readouterr().err
+
+
 def test_resized_to_the_nearest(file: Path, tmp_path: Path) -> None:
     """alpha / rank stays; sd-scripts' script gives the same."""
     output, other = tmp_path / "r.safetensors", tmp_path / "s.safetensors"

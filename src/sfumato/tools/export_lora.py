@@ -200,7 +200,9 @@ def divide_layers(path: Path, match: LayerMatch) -> list[dict[str, Tensor]]:
             raise UserError(
                 f"{path}: diffusers' pipelines load no {describe_kinds(match.kinds)} like that of {match.name}",
                 code="export-kind-unknown",
-                fix=f"--to comfyui, or make a LoRA of it: sfumato lora merge {path} --new_rank N --save_to FILE",
+                fix="--to comfyui"
+                if get_class(kind).of_norms
+                else f"--to comfyui, or make a LoRA of it: sfumato lora merge {path} --new_rank N --save_to FILE",
             )
         for tensors, more in zip(layers, found, strict=True):
             tensors |= more

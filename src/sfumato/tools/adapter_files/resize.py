@@ -68,18 +68,23 @@ class ResizedLayer:
 def resize_adapter(request: ResizeRequest) -> list[str]:
     """Write the file with at most the new rank in each layer; the lines of the report.
 
-    alpha / rank of each layer stays as it is. UserError for kinds that have no ranks of this kind, and for a method
-    without its number.
+    alpha / rank of each layer stays as it is, and so do norms, which have no rank. UserError for kinds that have no
+    ranks of this kind, and for a method without its number.
     """
     check_output(request.output, [request.source])
     check_method(request.method, request.param)
     file = read_adapter_file(request.source)
+    ranked = {name: not get_class(kinds[0]).of_norms for name, kinds in file.kinds.items()}
     layers: list[ResizedLayer] = []
     with ProgressTask(request.output.name, "layers") as progress:
-        for name in file.layers:
+        for name in filter(ranked.get, file.layers):
             layers.append(resize_layer(file, name, request))
-            progress(len(layers), len(file.layers))
+            progress(len(layers), sum(ranked.values()))
+    if not layers:
+        raise make_no_rank_error(file, next(iter(file.layers)), request)
     tensors = {f"{layer.name}.{end}": tensor for layer in layers for end, tensor in layer.tensors.items()}
+    for name in (name for name, has_rank in ranked.items() if not has_rank):
+        tensors |= {f"{name}.{end}": tensor for end, tensor in file.layers[name].items()}
     dtype = TOOL_DTYPES[request.precision] or find_widest_dtype([file])
     dims = [(layer.rank, layer.alpha) for layer in layers]
     how = f", {request.method} {request.param:g}" if request.method else ""
@@ -90,6 +95,15 @@ def resize_adapter(request: ResizeRequest) -> list[str]:
     lines = [layer.make_line() for layer in layers] if request.verbose else []
     lines += file.describe_passed_over()
     return [*lines, f"{written}: {summarize_layers(layers)}"]
+
+
+def make_no_rank_error(file: AdapterFile, name: str, request: ResizeRequest) -> UserError:
+    of_norms = get_class(file.kinds[name][0]).of_norms
+    return UserError(
+        f"{file.path}: {name} is a {describe_kinds(file.kinds[name])}, which has no rank that could be cut",
+        code="resize-kind-unsupported",
+        fix="" if of_norms else f"sfumato lora merge {file.path} --new_rank {request.new_rank} --save_to FILE",
+    )
 
 
 def check_method(method: RankMethod | None, param: float | None) -> None:
@@ -108,11 +122,7 @@ def resize_layer(file: AdapterFile, name: str, request: ResizeRequest) -> Resize
     tensors, kinds = file.layers[name], file.kinds[name]
     found = get_class(kinds[-1]).to_factors(tensors) if len(kinds) == 1 else None
     if found is None:
-        raise UserError(
-            f"{file.path}: {name} is a {describe_kinds(kinds)}, which has no rank that could be cut",
-            code="resize-kind-unsupported",
-            fix=f"sfumato lora merge {file.path} --new_rank {request.new_rank} --save_to FILE",
-        )
+        raise make_no_rank_error(file, name, request)
     factors = Factors(*(matrix.to(request.device) for matrix in found))
     old_rank, kernel = len(factors.down), find_kernel(file, name)
     svd = decompose_product(factors)
