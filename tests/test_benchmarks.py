@@ -26,7 +26,7 @@ def test_a_step_and_the_start_by_the_difference_of_two_runs(tmp_path: Path) -> N
     speed = benchmark.time_steps([sys.executable, str(script)], 6)
     assert speed.step_s == pytest.approx(0.1, rel=0.2)
     assert speed.start_s == pytest.approx(0.4, abs=0.1)
-    assert 0.001 < speed.peak_gb < 1
+    assert speed.peak_gb > 0.001  # a child begins with what the process that started it had
     script.write_text("raise SystemExit('no such model')")
     with pytest.raises(benchmark.subprocess.CalledProcessError):
         benchmark.time_steps([sys.executable, str(script)], 1)

@@ -128,7 +128,7 @@ def gather_extras(model: Family, requests: Sequence[ImageRequest]) -> Extras:
     if not any(request.multipliers for request in requests):
         return Extras(images=images)
     columns = max(len(request.multipliers) for request in requests)
-    rows = [request.multipliers or (1.0,) for request in requests]
+    rows = [request.multipliers for request in requests]  # all have some, or none has: `batch_key`
     table = torch.tensor([[*row, *row[-1:] * (columns - len(row))] for row in rows])
     return Extras(images=images, multiplier=table[:, 0], multipliers=table)
 

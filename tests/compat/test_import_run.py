@@ -58,6 +58,23 @@ def test_words_are_split_as_by_a_shell() -> None:
     assert command.options == shlex.split(line)[1:]
 
 
+def test_commands_of_one_line_and_paths_that_end_in_a_backslash() -> None:
+    text = (
+        "cd fine_tune && accelerate launch train_network.py --a 1 && python sdxl_train_network.py --b 2; echo done\n"
+        "set OUT=C:\\out\\\nset IN=C:\\in\\\n"
+        'python fine_tune.py --output_dir %OUT% --train_data_dir %IN% --optimizer_args "betas=\\"0.9,0.99\\""\n'
+    )
+    found = [(command.script, command.options) for command in find_old_commands(text)]
+    assert found == [
+        ("train_network", ["--a", "1"]),
+        ("sdxl_train_network", ["--b", "2"]),
+        (
+            "fine_tune",
+            ["--output_dir", "C:\\out\\", "--train_data_dir", "C:\\in\\", "--optimizer_args", 'betas="0.9,0.99"'],
+        ),
+    ]
+
+
 def test_the_file_that_is_written_has_the_options_of_the_command(tmp_path: Path) -> None:
     source, target = tmp_path / "old.sh", tmp_path / "new.toml"
     source.write_text(SHELL)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
 
-from sfumato.data.batch import Batch, pad_stack
+from sfumato.data.batch import Batch, ImageInput, index_batch, pad_stack
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,10 @@ def test_the_contract_has_these_fields():
     assert {"ids", "latents", "pixels", "captions", "text", "text_dropped", "sizes", "extras", "weight", "mask",
             "preserve", "entry_seeds", "draws", "timestep_offset", "image_numbers",
             "concepts"} == {field.name for field in fields(Batch)}  # fmt: skip
+
+
+def test_samples_are_taken_with_their_further_images():
+    control = ImageInput(pixels=torch.arange(3.0).reshape(3, 1, 1, 1), strength=0.5)
+    taken: Any = index_batch({"control": control}, torch.tensor([2, 0]))["control"]
+    assert taken.pixels.flatten().tolist() == [2, 0]
+    assert (taken.strength, taken.latents) == (0.5, None)

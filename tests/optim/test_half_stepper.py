@@ -331,3 +331,11 @@ def test_the_average_of_a_schedule_free_optimizer(name: str) -> None:
         assert not torch.equal(parameter, trained)
     assert torch.equal(parameter, trained)
     assert first["train_mode"]
+
+
+def test_every_float16_is_unchanged() -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = values[values.isfinite()]
+    for seed in range(5):
+        rounded = stochastic_round(values.float(), torch.Generator().manual_seed(seed), torch.float16)
+        assert torch.equal(rounded, values)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from families.toys import ToyShelf
 from sfumato.cli.main import main
+from sfumato.config.run_record import find_run_record
 from sfumato.data.find.index import get_default_cache_dir
 from sfumato.tools.compare.checkpoints import SavedCheckpoint, choose_some, find_checkpoints
 from toy_runs import make_images, train_toy
@@ -149,7 +150,7 @@ def test_what_is_there_is_not_made_again(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_run_is_found_without_its_options(trained: Path, tmp_path: Path, codes: list[str]) -> None:
     """Those that hold paths are in the user's cache folder alone, and only for this folder."""
-    (record,) = (get_default_cache_dir() / "runs").glob("*.toml")
+    record = find_run_record(get_default_cache_dir(), trained, "lora")
     moved = tmp_path / "moved"
     shutil.copytree(trained, moved)
     assert main(["compare", str(moved), *QUICK]) == 2
@@ -166,7 +167,7 @@ def test_the_run_is_found_without_its_options(trained: Path, tmp_path: Path, cod
 def test_a_model_that_was_moved(
     trained: Path, tmp_path: Path, codes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (record,) = (get_default_cache_dir() / "runs").glob("*.toml")
+    record = find_run_record(get_default_cache_dir(), trained, "lora")
     text = record.read_text()
     try:
         record.write_text(text.replace(".safetensors", ".gone"))
@@ -212,7 +213,7 @@ def test_checkpoints_are_known_by_their_names(tmp_path: Path) -> None:
     (tmp_path / "run-step00000010-state" / "state.safetensors").touch()
     (tmp_path / "run.report.json").touch()
     (tmp_path / "run.compare").mkdir()
-    found = find_checkpoints(tmp_path, "run", steps_per_epoch=7, last_step=30)
+    found = find_checkpoints(tmp_path, "run", steps_per_epoch=7, last_step=30, best_step=21)
     assert [(each.path.name.removesuffix(".ckpt"), each.step, each.ema) for each in found] == [
         ("run-step00000005", 5, ""),
         ("run-step00000010", 10, ""),

@@ -147,11 +147,14 @@ def main_of_inspect(run: Path) -> None:
 
 def test_images_keep_their_numbers_when_a_run_is_resumed_with_others(tmp_path: Path) -> None:
     path = tmp_path / "cat.images.jsonl"
-    assert write_image_list(path, make_plan([[(1, 2), (1, 1)], [(2, 2)]]), resumed=True) == [0, 1, 2, 3, 4]
+    assert write_image_list(path, make_plan([[(1, 2), (1, 1)], [(2, 2)]]), continued=False) == [0, 1, 2, 3, 4]
     before = read_image_list(path)
     assert [image.caption for image in before] == ["0 0 0", "0 0 1", "0 1 0", "1 0 0", "1 0 1"]
-    assert write_image_list(path, make_plan([[(1, 1), (1, 2)], [(2, 1)]]), resumed=True) == [0, 2, 5, 3]
+    assert write_image_list(path, make_plan([[(1, 1), (1, 2)], [(2, 1)]]), continued=True) == [0, 2, 5, 3]
     assert read_image_list(path)[:5] == before
     assert read_image_list(path)[5].caption == "0 1 1"
-    assert write_image_list(path, make_plan([[(1, 1), (1, 2)]]), resumed=False) == [0, 1, 2]
+    assert write_image_list(path, make_plan([[(1, 1), (1, 2)]]), continued=False) == [0, 1, 2]
     assert len(read_image_list(path)) == 3
+    path.unlink()
+    assert write_image_list(path, make_plan([[(1, 1)]]), continued=True) == ()  # the numbers before are not known
+    assert not path.exists()

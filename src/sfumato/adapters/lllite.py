@@ -68,12 +68,6 @@ class LLLite(ControlModules):
             made = {name: LLLiteModule(layer, width, image_width, dropout) for name, layer in layers.items()}
         super().__init__(layers, made, (width, image_width))
 
-    def detach(self) -> None:
-        """Remove every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
     def iterate(self) -> Iterator[LLLiteModule]:
         for module in self.parts.values():
             assert isinstance(module, LLLiteModule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
@@ -57,6 +57,16 @@ class NormDifference(Adapter):
     def is_wanted(cls, options: Options, group: LayerGroup | None) -> bool:
         assert isinstance(options, NormOptions)
         return options.train_norm
+
+    @classmethod
+    def check(cls, options: Options, groups: Sequence[LayerGroup]) -> None:
+        assert isinstance(options, NormOptions)
+        if options.train_norm and not groups:
+            raise UserError(
+                "--network_args train_norm has no effect: no norm layer with a weight is among what is adapted",
+                code="train-norm-without-norms",
+                fix="remove train_norm",
+            )
 
     @classmethod
     def create(cls, group: LayerGroup, request: AdapterRequest) -> Self:

@@ -63,7 +63,7 @@ def drop_missing(values: Mapping[str, Any], given: set[str]) -> tuple[dict[str, 
                 fix=f"--{name} FILE_OR_FOLDER says where it is now",
             )
         else:
-            notes.append(f"--{name} {missing[0]} does not exist any more and is ignored.")
+            notes.append(f"--{name} {missing[0].name} does not exist any more and is ignored.")  # paths are in no page
     return kept, notes
 
 

@@ -224,7 +224,10 @@ def make_fish(entries: Sequence[Entry]) -> str:
             said = name_zsh(first, name, descriptions).partition(":")[2]
             lines.append(f"complete -c sfumato -n {quote_word(condition)} -a {name} -d {quote_fish(said)}")
     for entry in entries:
-        condition = quote_word("; and ".join(f"__fish_seen_subcommand_from {word}" for word in entry.words))
+        seen = [f"__fish_seen_subcommand_from {word}" for word in entry.words]
+        if len(entry.words) == 1:  # `compare` is also a command of `lora`
+            seen.append(f"not __fish_seen_subcommand_from {' '.join(first for first in groups if first)}")
+        condition = quote_word("; and ".join(seen))
         lines.append(f"complete -c sfumato -n {condition} -F")
         for flag in entry.flags:
             values = "" if flag.is_switch else f" -xa {quote_word(' '.join(flag.choices))}" if flag.choices else " -rF"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.prompt_options import MAX_IMAGE_SIDE, MAX_STEPS
+from sfumato.config.prompt_options import MAX_IMAGE_SIDE, MAX_STEPS, check_unsharp
 from sfumato.config.values import FilePath, FilePaths, Floats, ModelPaths, Shares, to_tuple
 
+UnsharpNumbers = Annotated[str, AfterValidator(check_unsharp), Metavar("N,X,X[,0]")]
 Names = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("NAME ...")]
 
 
@@ -147,7 +148,7 @@ class LargeImageOptions(Options):
     gradual_latent_ratio_step: float | None = option(None, "by how much it grows at a time; default: 0.125", gt=0)
     gradual_latent_every_n_steps: int | None = option(None, "after how many steps it grows again; default: 3", ge=1)
     gradual_latent_s_noise: float | None = option(None, "factor of the noise in those steps; default: 1", ge=0)
-    gradual_latent_unsharp_params: str | None = option(
+    gradual_latent_unsharp_params: UnsharpNumbers | None = option(
         None, "sharpens what has grown: kernel size, sigma, strength and, for directions instead of latents, 0"
     )
 

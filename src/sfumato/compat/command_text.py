@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import PurePath
 
 from sfumato.common.names import SCRIPT_ALIASES
 from sfumato.compat.scripts import SCRIPTS
 from sfumato.errors import UserError
 
-CONTINUED = re.compile(r"[ \t]*(?:\\|\^|`)[ \t]*\r?\n[ \t]*")  # bash, cmd, PowerShell
+CONTINUED = re.compile(r"[ \t]+(?:\\|\^|`)[ \t]*\r?\n[ \t]*")  # bash, cmd, PowerShell; a path may end in a backslash
 COMMENT = re.compile(r"^\s*(?:#|::|REM\b|@?echo\b)", re.IGNORECASE)
 SETTING = re.compile(r"""^\s*(?:export\s+|set\s+(")?|\$env:|\$)?([A-Za-z_]\w*)\s*=\s*(.*?)(?(1)")\s*$""", re.IGNORECASE)
 VARIABLE = re.compile(r"\$\{(\w+)\}|\$(?:env:)?(\w+)|%(\w+)%")
-WORD = re.compile(r"""(?:[^\s"']|"[^"]*"|'[^']*')+""")
+WORD = re.compile(r"""(?:[^\s"';]|"(?:\\"|[^"])*"|'[^']*')+|;""")
 ENDS = ("&&", "||", "|", ";", "&", ">", ">>", "2>", "2>&1")  # of a command in a shell
 
 
@@ -38,21 +39,28 @@ def find_old_commands(text: str) -> list[OldCommand]:
     for line in CONTINUED.sub(" ", text).splitlines():
         if COMMENT.match(line):
             continue
-        words = split_words(line)
-        places = [place for place, word in enumerate(words) if name_script(word)]
-        if places:
-            filled = [fill_variables(word, variables) for word in words]
-            end = next((place for place, word in enumerate(words) if place > places[0] and word in ENDS), None)
-            found.append(
-                OldCommand(
-                    script=name_script(words[places[0]]),
-                    launcher=filled[: places[0]],
-                    options=filled[places[0] + 1 : end],
-                )
-            )
-        elif setting := SETTING.match(line):
+        commands = [read_old_command(words, variables) for words in iterate_commands(split_words(line))]
+        found += [command for command in commands if command is not None]
+        setting = SETTING.match(line)
+        if setting and not any(commands):
             variables[setting[2].lower()] = fill_variables(unquote(setting[3]), variables)
     return found
+
+
+def iterate_commands(words: list[str]) -> Iterator[list[str]]:
+    """The commands of a line, each without what ends it."""
+    for is_end, group in groupby(words, key=ENDS.__contains__):
+        if not is_end:
+            yield list(group)
+
+
+def read_old_command(words: list[str], variables: dict[str, str]) -> OldCommand | None:
+    """None for a command that runs no script that trains."""
+    place = next((place for place, word in enumerate(words) if name_script(word)), None)
+    if place is None or words[0] == "cd":
+        return None
+    filled = [fill_variables(word, variables) for word in words]
+    return OldCommand(script=name_script(words[place]), launcher=filled[:place], options=filled[place + 1 :])
 
 
 def split_words(line: str) -> list[str]:
@@ -62,7 +70,11 @@ def split_words(line: str) -> list[str]:
 
 def unquote(word: str) -> str:
     """Without the quotes around it or around a part of it, as in --name="a b"; those inside other quotes stay."""
-    return re.sub(r""""([^"]*)"|'([^']*)'""", lambda match: match[1] if match[1] is not None else match[2], word)
+
+    def strip(match: re.Match[str]) -> str:
+        return match[2] if match[1] is None else match[1].replace('\\"', '"')
+
+    return re.sub(r""""((?:\\"|[^"])*)"|'([^']*)'""", strip, word)
 
 
 def name_script(word: str) -> str:

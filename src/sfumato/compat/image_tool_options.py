@@ -121,7 +121,7 @@ class LuminaInferenceOptions(MinimalOptions):
     image_height: int = option(1024, "height", ge=1)
     guidance_scale: float = option(3.5, "classifier-free guidance; 1 for none")
     discrete_flow_shift: float = option(6.0, "shift of the timesteps towards noise", gt=0)
-    dtype: Precision = option("bf16", "precision of all networks")
+    dtype: Precision = option("bfloat16", "precision of all networks")
     gemma2_dtype: str | None = option(None, "precision of Gemma 2")
     ae_dtype: str | None = option(None, "precision of the autoencoder")
     device: str | None = option(None, "device that computes")
@@ -188,14 +188,20 @@ def take_vae(options: GenImgOptions, line: CommandLine, size: int) -> dict[str, 
 
 def take_minimal(options: Any, line: CommandLine) -> tuple[dict[str, Any], dict[str, Any]]:
     """Adapters with their multipliers, sizes, precision and the prompt that the script makes without one."""
-    own: dict[str, Any] = {"outdir": options.output_dir}
+    own: dict[str, Any] = {} if "outdir" in line.own else {"outdir": options.output_dir}
     pairs = [split_multiplier(text) for text in options.lora_weights]
-    own |= {"network_weights": tuple(path for path, _ in pairs), "network_mul": tuple(number for _, number in pairs)}
+    if pairs:
+        own |= {
+            "network_weights": tuple(path for path, _ in pairs),
+            "network_mul": tuple(number for _, number in pairs),
+        }
     prompt, defaults = MINIMAL_PROMPTS[type(options)]
-    if not (line.own.get("prompt") or line.own.get("interactive") or "sample_prompts" in line.values):
+    has_prompt = any(line.own.get(name) for name in ("prompt", "interactive", "from_module"))
+    if not has_prompt and "sample_prompts" not in line.values:
         own["prompt"] = prompt
     given = vars(options)
-    own["network_merge"] = given.get("merge_lora_weights", False)
+    if given.get("merge_lora_weights"):
+        own["network_merge"] = True
     defaults = {**defaults, **take_size(given)}
     for name in ("fp16", "bf16"):
         if given.get(name):

@@ -76,11 +76,11 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-def _parse_unsharp(text: str) -> str:
-    """kernel size, sigma, strength and, if not on latents alone, 0 or 1."""
+def check_unsharp(text: str) -> str:
+    """kernel size, sigma, strength and, if not on latents alone, 0 or 1; ValueError for anything else."""
     numbers = _parse_numbers(text)
-    if len(numbers) not in (3, 4):
-        raise ValueError
+    if len(numbers) not in (3, 4) or numbers[0] < 0 or numbers[1] <= 0:
+        raise ValueError("is not a kernel size, a sigma above 0 and a strength, e.g. 9,0.5,0.5")
     return text.strip()
 
 
@@ -124,5 +124,5 @@ LINE_OPTIONS = {
     "gls": LineOption("gradual_latent_ratio_step", ANY_TEXT, _parse_positive),
     "gle": LineOption("gradual_latent_every_n_steps", ANY_TEXT, _parse_count),
     "glsn": LineOption("gradual_latent_s_noise", ANY_TEXT, _parse_number),
-    "glus": LineOption("gradual_latent_unsharp_params", ANY_TEXT, _parse_unsharp),
+    "glus": LineOption("gradual_latent_unsharp_params", ANY_TEXT, check_unsharp),
 }

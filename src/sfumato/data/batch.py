@@ -147,7 +147,9 @@ def index_batch(value: Any, positions: Tensor) -> Any:
         return {name: index_batch(entry, positions) for name, entry in value.items()}
     if isinstance(value, Sizes | Extras | ImageInput | RandomDraws):
         return replace(value, **index_batch(vars(value), positions))
-    return None if value is None else [value[position] for position in positions.tolist()]
+    if value is None or isinstance(value, float):  # one of all samples
+        return value
+    return [value[position] for position in positions.tolist()]
 
 
 def pad_stack(items: Sequence[Tensor]) -> Tensor:

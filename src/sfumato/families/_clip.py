@@ -17,8 +17,9 @@ from sfumato.errors import UserError
 from sfumato.families._file_kinds import CLIP_ENCODER, ShapeTable, require_kind
 from sfumato.families._tokenizers import CLIP_LENGTH, check_vocabulary_size
 from sfumato.families.blueprint import Blueprint
+from sfumato.families.hub_models import find_path
 from sfumato.families.part import Network, PartSpec
-from sfumato.families.source import Source, Weights, find_path, select_fields
+from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule
 
 if TYPE_CHECKING:

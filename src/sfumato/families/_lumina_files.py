@@ -10,8 +10,9 @@ from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer, find_gemma_tokenizer, load_gemma_tokenizer
 from sfumato.families._tokenizers import check_vocabulary_size
 from sfumato.families.blueprint import Blueprint
+from sfumato.families.hub_models import find_path
 from sfumato.families.part import Network
-from sfumato.families.source import Source, find_path
+from sfumato.families.source import Source
 
 _TEXT = "text_encoders."  # in files with the whole model
 LUMINA_TEXT_PREFIX = _TEXT + "gemma2_2b.transformer."

@@ -18,8 +18,9 @@ from sfumato.families._file_kinds import option_context
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, name_control_net
+from sfumato.families.hub_models import find_path
 from sfumato.families.part import Network, PartSpec
-from sfumato.families.source import Source, Weights, drop_private_fields, find_path, on_meta
+from sfumato.families.source import Source, Weights, drop_private_fields, on_meta
 from sfumato.formats.composed import ComposedFile
 from sfumato.formats.keymap import KeyMap, make_identity_map, matches
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,12 +17,12 @@ from sfumato.common.files import read_file
 from sfumato.common.json_toml import decode_json
 from sfumato.common.text import list_some
 from sfumato.config import ModelOptions
-from sfumato.config.paths import suggest_path
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import ShapeTable, make_missing_error, option_context
 from sfumato.families.cached_encoders import NO_CACHED_ENCODERS, CachedEncoders
 from sfumato.families.finite_check import FiniteCheck
 from sfumato.families.foreign_keys import describe_passed_over, find_conflicts
+from sfumato.families.hub_models import find_path
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint, HeaderFile, TensorFile, open_checkpoint
 from sfumato.formats.keymap import KeyMap
 from sfumato.formats.shards import find_network_file
@@ -34,14 +33,8 @@ log = logging.getLogger(__name__)
 Shapes = dict[str, torch.Size]
 Formats = Mapping[str, WeightFormat]  # our name of a weight -> how it is kept in memory
 NO_FORMATS: Formats = {}
-NOT_HERE = ("model-path-missing", "hub-model-unavailable")  # codes of errors about a path or name without a model
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 MODEL_INDEX = "model_index.json"  # of a whole model in diffusers' layout
-HUB_FILES = (MODEL_INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")  # folders, no lone checkpoints
-HUB_VARIANTS = ("*.fp16.*", "*.non_ema.*")
-HUB_UNUSED = ("safety_checker/*", "feature_extractor/*")
-# What a model is downloaded as, in this order, until it has weights: (further files, files to leave out).
-HUB_ATTEMPTS = (((), HUB_VARIANTS), (("*/*.bin",), HUB_VARIANTS), (("*/*.bin",), ("*.non_ema.*",)))
+NOT_HERE = ("model-path-missing", "hub-model-unavailable")  # codes of errors about a path or name without a model
 
 
 @dataclass(frozen=True)
@@ -136,41 +129,6 @@ def open_source(model: ModelOptions) -> Source:
     name = model.pretrained_model_name_or_path
     path = find_path(name)
     return Source(path, hub_name="" if Path(name).exists() else name)
-
-
-def find_path(name: str) -> Path:
-    """The path of a file or folder, or the folder in the hub's cache for a name on the hub (owner/name).
-
-    Downloads what the cache lacks unless HF_HUB_OFFLINE is set. Raises UserError where nothing is found.
-    """
-    path = Path(name)
-    if path.exists():
-        return path
-    if not HUB_NAME.fullmatch(name):
-        raise UserError(f"{path} does not exist", code="model-path-missing", fix=suggest_path(path))
-    try:
-        return _download(name)
-    except (OSError, ValueError) as error:  # not found, no access, no connection, a malformed name
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{name} is no file or folder, and the hub did not provide a model of this name ({reason})",
-            code="hub-model-unavailable",
-            fix="give the path of a checkpoint, or download the model first",
-        ) from error
-
-
-def _download(name: str) -> Path:
-    """The folder of a model in the hub's cache: safetensors where it has them, else pickled files, else variants."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path()
-    for more, without in HUB_ATTEMPTS:
-        wanted, unwanted = [*HUB_FILES, *more], [*without, *HUB_UNUSED]
-        folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
-        networks = [config.parent for config in folder.glob("*/config.json")]
-        if networks and all(find_network_file(network) for network in networks):
-            break
-    return folder
 
 
 def find_component(source: Source, part: str, option: str, given: str | None, folder: str, *prefixes: str) -> Source:

@@ -173,10 +173,14 @@ def divide_by_scale(
     the group in which rows are rotated before; 0 for none. Raises ValueError for blocks that do not divide the weight.
     """
     flat = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
-    flat = rotate(flat, rotation) if rotation else flat
     numel = torch.Size(scale_shape).numel()
     rows = 1 if numel == 1 else scale_shape[0]
     columns = numel // rows
+    if len(scale_shape) == 2 and rows == len(flat) and flat.shape[1] % columns:  # the last block of a row is shorter
+        blocks = ScaledBlocks(dtype=dtype, block=-(-flat.shape[1] // columns), rotation=rotation)
+        stored = blocks.encode(values)
+        return stored["numbers"], stored["scales"].reshape(tuple(scale_shape))
+    flat = rotate(flat, rotation) if rotation else flat
     if flat.shape[0] % rows or flat.shape[1] % columns:
         raise ValueError(f"a scale of shape {tuple(scale_shape)} for a weight of shape {tuple(values.shape)}")
     blocks = flat.reshape(rows, flat.shape[0] // rows, columns, flat.shape[1] // columns)

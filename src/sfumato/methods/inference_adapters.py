@@ -100,6 +100,8 @@ class InferenceAdapters:
             return
         for number, (file, strength) in enumerate(zip(self.files, self.strengths, strict=True)):
             column = None if table is None else table[:, min(number, table.shape[1] - 1)].to(model.device)
+            if column is None and extras.multiplier is not None:  # of a dataset, or of a slider's two sides
+                column = strength * extras.multiplier.to(model.device)
             for engine in file.engines:
                 engine.multiplier = strength if column is None else column
 

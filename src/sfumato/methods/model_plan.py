@@ -104,6 +104,12 @@ def check_inpainting(model: ModelPlan, problems: Problems) -> None:
             code="inpainting-model-missing",
             fix="give a checkpoint for inpainting, whose denoiser sees a mask, or remove it",
         )
+    if inpaints and config.run.has_pairs:
+        problems.add(
+            f"{model.blueprint.source.name} is for inpainting, and pairs of images are for plain models",
+            code="inpainting-with-pairs",
+            fix="start from the plain text-to-image checkpoint",
+        )
     if inpaints and config.run.takes_control:
         problems.add(
             f"{model.blueprint.source.name} is for inpainting, and control networks are trained for plain models",

@@ -63,7 +63,9 @@ def stochastic_round(values: Tensor, generator: Generator, dtype: torch.dtype = 
     if dtype == torch.float16:
         step = find_float16_step(values)
         noise = torch.rand(values.shape, device=values.device, generator=generator)
-        return torch.where(values.isfinite(), (values / step + noise).floor() * step, values).to(dtype)
+        scaled = values / step
+        lower = scaled.floor()  # the noise is compared, not added: near 1 it would be rounded up, exact values with it
+        return torch.where(values.isfinite(), (lower + (noise < scaled - lower)) * step, values).to(dtype)
     noise = torch.randint(0, LOW_BITS, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-LOW_BITS).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)

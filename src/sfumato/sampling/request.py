@@ -76,7 +76,7 @@ class ImageRequest:
     def batch_key(self) -> ImageRequest:
         """Everything but prompts and seed: requests with the same key can be generated in one batch."""
         texts = {"prompt": "", "negative_prompt": "", "prompt_2": None, "clip_prompt": None}
-        return replace(self, **texts, seed=0, multipliers=())
+        return replace(self, **texts, seed=0, multipliers=(1.0,) if self.multipliers else ())
 
     @property
     def texts(self) -> list[tuple[str, bool]]:

@@ -11,7 +11,7 @@ from sfumato.common.files import check_writable, read_file, write_atomically
 from sfumato.data.edges import find_edges
 from sfumato.data.images import decode_image
 from sfumato.errors import UserError
-from sfumato.tools.image_batches import list_image_paths, report_unreadable
+from sfumato.tools.image_batches import UniqueNames, list_image_paths, report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
 
@@ -22,7 +22,7 @@ def write_edges(source: Path, target: Path, low: float, high: float) -> int:
             raise UserError(
                 f"--input: {source} does not exist", code="canny-input-missing", fix="give an image or a folder"
             )
-        write_edge_image(source, target, low, high)
+        write_edge_image(source, target / f"{source.stem}.png" if target.is_dir() else target, low, high)
         return 0
     if source.resolve() == target.resolve():
         raise UserError(
@@ -32,10 +32,11 @@ def write_edges(source: Path, target: Path, low: float, high: float) -> int:
     check_writable(target, option="--output")
     target.mkdir(parents=True, exist_ok=True)
     faults: list[str] = []
+    names = UniqueNames()
     with ProgressTask("finding edges", "images") as progress:
         for done, path in enumerate(images, 1):
             try:
-                write_edge_image(path, target / f"{path.stem}.png", low, high)
+                write_edge_image(path, target / f"{names.choose(path)}.png", low, high)
             except (OSError, UserError) as error:
                 faults.append(str(error))
             progress(done, len(images))

@@ -93,8 +93,8 @@ def load_captioner(name: str, wording: Wording, *, dtype: torch.dtype, device: t
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
         reason = str(error).strip().splitlines()[0]
         raise UserError(

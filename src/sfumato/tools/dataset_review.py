@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from sfumato.common.files import read_file
 from sfumato.data.images import decode_image
+from sfumato.errors import UserError
 from sfumato.tools.caption_faults import list_text_faults
 from sfumato.tools.caption_output import FilesBeside
 from sfumato.tools.image_batches import ImageReader
@@ -30,6 +31,7 @@ KINDS = {  # in the order of the report -> what to think of it
     "blurry": "Out of focus, moved, or enlarged before.",
     "clipped": "Large parts have lost all detail to black or white.",
     "over-compressed": "What is learned are the blocks of a low JPEG quality.",
+    "unreadable caption": "Training stops at these.",
     "repeated tags": "A tag counts once; one that is repeated takes room from others.",
     "caption repeats the tags": "A caption in sentences was meant, or none.",
     "contradictory tags": "One of them is wrong.",
@@ -122,10 +124,14 @@ def measure_image(data: bytes, path: str) -> ReviewedImage:
 
 
 def find_text_faults(path: Path, settings: ReviewSettings) -> Iterator[tuple[str, str]]:
-    caption, tags = (
-        FilesBeside(extension=ext).read(path) for ext in (settings.caption_extension, settings.tag_extension)
-    )
-    return list_text_faults(caption, tags)
+    try:
+        caption, tags = (
+            FilesBeside(extension=ext).read(path) for ext in (settings.caption_extension, settings.tag_extension)
+        )
+    except UserError as error:
+        yield "unreadable caption", error.what
+        return
+    yield from list_text_faults(caption, tags)
 
 
 def group_duplicates(images: Sequence[ReviewedImage], distance: int) -> list[list[ReviewedImage]]:

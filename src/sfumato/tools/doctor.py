@@ -37,7 +37,9 @@ EXTRAS = {  # extra -> what it brings
 DEVELOPERS = ("test", "recipe")  # extras that only work on sfumato itself needs
 BY_HAND = {  # module -> what it brings; none of them is in an extra
     "triton": "--compile on a GPU (on Windows the package triton-windows)",
-    "xformers": "nothing beyond torch's own attention, which --xformers means, too",
+    "xformers": "--attention xformers",
+    "flash_attn": "--attention flash",
+    "flash_attn_interface": "--attention flash_3",
 }
 PRECISIONS = {"bf16": (8, 0), "8-bit products of int8": (7, 5), "8-bit products of fp8": (8, 9)}  # compute capability
 SMALLEST_SPACE = 10 * 10**9  # bytes on a disk, below which caches and checkpoints may not fit
@@ -95,8 +97,11 @@ def read_main_memory() -> int:
 
 
 def list_requirements() -> list[Requirement]:
-    """What the installed package asks for, extras included."""
-    return [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or ()]
+    """What the installed package asks for, extras included; nothing in a checkout that is not installed."""
+    try:
+        return [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def find_version(name: str) -> str | None:
@@ -108,6 +113,12 @@ def find_version(name: str) -> str | None:
 
 def describe_packages(requirements: list[Requirement], problems: Problems) -> Iterator[str]:
     """The packages that every run needs; one that is missing or too old is a problem."""
+    if not requirements:
+        problems.add(
+            f"{DISTRIBUTION} itself is not installed, so its packages are not checked",
+            code="not-installed",
+            fix="pip install -e . in the folder of the checkout",
+        )
     for requirement in requirements:
         if requirement.marker is not None:
             continue
@@ -132,7 +143,7 @@ def describe_extras(requirements: list[Requirement]) -> Iterator[str]:
             yield f'                pip install "{DISTRIBUTION}[{extra}]"'
     for module, brings in BY_HAND.items():
         state = "present" if importlib.util.find_spec(module) else "missing"
-        yield f"  {module:<14}{brings}: {state}"
+        yield f"  {module:<22}{brings}: {state}"
 
 
 def belongs_to(requirement: Requirement, extra: str) -> bool:

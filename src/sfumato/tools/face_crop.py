@@ -16,7 +16,7 @@ from sfumato.data.buckets import Size
 from sfumato.data.images import decode_image
 from sfumato.errors import UserError
 from sfumato.tools.face_detector import DetectedBox, Detector, measure_tilt
-from sfumato.tools.image_batches import list_image_paths, report_unreadable
+from sfumato.tools.image_batches import UniqueNames, list_image_paths, report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
 DRAWN = (255, 0, 255)  # the frame of --debug
@@ -61,7 +61,7 @@ class FaceCrop:
         images = list_image_paths(source, recursive=False)
         check_writable(target, option="--dst_dir")
         target.mkdir(parents=True, exist_ok=True)
-        count, faults, without = 0, list[str](), list[str]()
+        count, faults, without, names = 0, list[str](), list[str](), UniqueNames()
         with ProgressTask("finding faces", "images") as progress:
             for done, path in enumerate(images, 1):
                 try:
@@ -69,7 +69,7 @@ class FaceCrop:
                 except (OSError, UserError) as error:
                     faults.append(str(error))
                 else:
-                    written = self._write_crops(image, path.stem, target)
+                    written = self._write_crops(image, names.choose(path), target)
                     count += written
                     without += [] if written else [path.name]
                 progress(done, len(images))

@@ -35,7 +35,7 @@ class FileNames:
         stamp = time.strftime("%Y%m%d%H%M%S")
         for number in self.numbers:
             path, first = (self._format(mark, number, stamp, seed) for mark in (stage, FIRST))
-            if self._is_free(path):
+            if self._is_free(path) and self._is_free(first):
                 self.first_stages[path] = first
                 return path
         raise AssertionError("numbers do not end")

@@ -34,14 +34,19 @@ class PlotVariant(Protocol):
     def cells(self) -> Mapping[_Place, Sequence[Prompt]]: ...
 
 
+def make_cells(variant: PlotVariant) -> dict[_Place, list[Path]]:
+    """The images of one model, which is gone when the next one comes."""
+    maker = ImageMaker(variant.request)
+    return {place: maker.make(prompts) for place, prompts in variant.cells.items()}
+
+
 def make_plot(request: GenerateRequest, axes: Sequence[PlotAxis], variants: Iterable[PlotVariant]) -> None:
     """Make all images, one model after the other, and a sheet for each prompt and seed."""
     made: dict[_Place, list[Path]] = {}
     titles: dict[int, str] = {}
     for variant in variants:
-        maker = ImageMaker(variant.request)
-        for place, prompts in variant.cells.items():
-            made[place] = maker.make(prompts)
+        made |= make_cells(variant)
+        for prompts in variant.cells.values():
             for number, prompt in enumerate(prompts):
                 titles.setdefault(number, f"{prompt.prompt}  ·  seed {prompt.seed}")
     columns, rows = axes[0].labels, axes[1].labels if len(axes) > 1 else [""]

@@ -53,13 +53,18 @@ def limit_adapters(request: GenerateRequest, image: ImageRequest) -> ImageReques
     return replace(image, multipliers=tuple(columns))
 
 
+def list_strengths(request: GenerateRequest, image: ImageRequest) -> list[float]:
+    """Of every adapter, as it acts on this image: those that are merged keep theirs, whatever the prompt says."""
+    merged, attached = request.networks[: request.merged], request.networks[request.merged :]
+    own = image.multipliers
+    strengths = [own[min(i, len(own) - 1)] if own else strength for i, (_, strength) in enumerate(attached)]
+    return [*(strength for _, strength in merged), *strengths]
+
+
 def make_texts(request: GenerateRequest, model: Family, image: ImageRequest) -> dict[str, str]:
     """The text in an image's file: its recipe, the command that makes it again, and ComfyUI's nearest workflow."""
-    strengths = image.multipliers or tuple(strength for _, strength in request.networks)
-    adapters = [
-        (str(path), strengths[min(i, len(strengths) - 1)] if strengths else 1.0)
-        for i, (path, _) in enumerate(request.networks)
-    ]
+    strengths = list_strengths(request, image)
+    adapters = [(str(path), strength) for (path, _), strength in zip(request.networks, strengths, strict=True)]
     workflow = make_workflow(
         image, checkpoint=model.blueprint.source.name, adapters=adapters, channels=model.latents.channels
     )
@@ -71,7 +76,7 @@ def make_command(request: GenerateRequest, model: Family, image: ImageRequest) -
     options: dict[str, object] = {}
     if request.networks:
         options["network_weights"] = [path for path, _ in request.networks]
-        multipliers = [multiplier for _, multiplier in request.networks]
+        multipliers = list_strengths(request, image)
         options["network_mul"] = multipliers if set(multipliers) != {1.0} else None
     if request.embeddings:
         options["textual_inversion_embeddings"] = [
@@ -87,4 +92,4 @@ def make_command(request: GenerateRequest, model: Family, image: ImageRequest) -
     options["vae_tile_size"] = request.vae_tile_size or None
     if request.float32_parts:
         options["float32_parts"] = list(request.float32_parts)
-    return generate_command(request.config, image, model.sampling, options)
+    return generate_command(request.config, replace(image, multipliers=()), model.sampling, options)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -66,6 +66,21 @@ class ImageReader(Generic[Content]):
             finally:
                 for future in ready:
                     future.cancel()
+
+
+class UniqueNames:
+    """Names for files that are made of images, without endings: those of the images, but each one once."""
+
+    def __init__(self) -> None:
+        self.chosen: set[str] = set()
+
+    def choose(self, path: Path) -> str:
+        """a, then a_jpg for a.jpg beside a.png, then a_2 and so on."""
+        others = (f"{path.stem}_{number}" for number in count(2))
+        names = chain((path.stem, f"{path.stem}_{path.suffix.lower().removeprefix('.')}"), others)
+        name = next(name for name in names if name.casefold() not in self.chosen)
+        self.chosen.add(name.casefold())
+        return name
 
 
 def list_image_paths(folder: Path, *, recursive: bool) -> list[Path]:

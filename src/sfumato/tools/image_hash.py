@@ -14,6 +14,7 @@ from PIL import Image
 
 SIDE, LOW = 32, 8  # pixels of the gray copy; frequencies each way
 COLOR_SIDE = 8  # pixels of a colored copy
+BITS_OF_OCTETS = np.array([octet.bit_count() for octet in range(256)], np.uint8)
 COMPARED_AT_ONCE = 1024  # of the table of distances
 Hashes = NDArray[np.uint64]
 
@@ -45,11 +46,17 @@ def shrink_colors(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.resize((COLOR_SIDE, COLOR_SIDE), Image.Resampling.BOX))
 
 
+def count_bits(values: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """How many bits of each are set."""
+    octets = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, values.itemsize)
+    return BITS_OF_OCTETS[octets].sum(-1, dtype=np.int64)
+
+
 def find_close_pairs(hashes: Hashes, others: Hashes, distance: int) -> Iterator[tuple[int, int]]:
     """Pairs (i, j), i < j, where hashes[i] and others[j] differ in so many bits at most."""
     for start in range(0, len(hashes), COMPARED_AT_ONCE):
         rows = hashes[start : start + COMPARED_AT_ONCE]
-        close = np.bitwise_count(rows[:, None] ^ others[None]) <= distance
+        close = count_bits(rows[:, None] ^ others[None]) <= distance
         for i, j in np.argwhere(close):
             if start + i < j:
                 yield int(start + i), int(j)

@@ -70,7 +70,7 @@ class LayerWatch:
     def compare_output(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()
         if self.error.output is None:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 exact = run_layer(self.layer, x.float(), self.read_exact())
                 self.error.output = compare(output, exact)
         if output.requires_grad and self.error.gradient is None:

@@ -181,6 +181,8 @@ def iterate_layer_weights(network: Network, layout: QuantizedLayout) -> Iterator
         if original is None or not matches(blocks, path):
             continue
         key = weights.prefix + original
+        if not key.endswith(".weight"):  # three in one, whose scale no reader would look for
+            continue
         shape = weights.file.header.tensors[key].shape
         if len(shape) == 2 or (len(shape) == 4 and layout.takes_convolutions):
             block = find_block_path(spec, path)

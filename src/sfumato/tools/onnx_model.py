@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sfumato.common.library_call import call_library, give_reason
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,13 +20,12 @@ def download_files(repo_id: str, names: Sequence[str], folder: Path, *, advice: 
     """advice: what else than a download there is to do. UserError where the hub does not provide a file."""
     from huggingface_hub import hf_hub_download
 
-    try:
-        for name in names:
-            hf_hub_download(repo_id, name, local_dir=folder, force_download=True)
-    except (OSError, ValueError) as error:  # not found, no access, no connection, a malformed name
-        reason = str(error).strip().splitlines()[0]
+    for name in names:
+        error = call_library(partial(hf_hub_download, repo_id, name, local_dir=folder, force_download=True)).exception()
+        if error is None:
+            continue
         raise UserError(
-            f"the hub did not provide {' and '.join(names)} of {repo_id} ({reason})",
+            f"the hub did not provide {' and '.join(names)} of {repo_id} ({give_reason(error)})",
             code="onnx-model-unavailable",
             fix=f"download them into {folder}, or {advice}",
         ) from error

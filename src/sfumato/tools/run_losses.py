@@ -37,6 +37,13 @@ def find_run(run: Path) -> tuple[Path, str]:
     """(folder, name)"""
     if run.is_file() and run.name.endswith(METRICS_SUFFIX):
         return run.parent, run.name.removesuffix(METRICS_SUFFIX)
+    names = sorted(path.name for path in run.glob(f"*{METRICS_SUFFIX}"))
+    if len(names) > 1:
+        raise UserError(
+            f"{run} holds several runs: {', '.join(names)}",
+            code="losses-of-several-runs",
+            fix=f"--run {run / names[0]}",
+        )
     return run, find_run_name(run, None)
 
 

@@ -21,7 +21,7 @@ from sfumato.families.base import Family
 from sfumato.families.detection import describe_model
 from sfumato.families.encoding import decode_latents
 from sfumato.sampling.latent_upscaler import LatentUpscaler, load_upscaler, upscale_images
-from sfumato.tools.image_batches import report_unreadable
+from sfumato.tools.image_batches import UniqueNames, report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
 FACTOR = 2
@@ -42,22 +42,26 @@ class LatentUpscale:
         target.mkdir(parents=True, exist_ok=True)
         faults: list[str] = []
         with ProgressTask("upscaling", "images") as progress:
+            names = UniqueNames()
             for done, path in enumerate(images, 1):
                 try:
                     image = decode_image(read_file(path), str(path))
                 except (OSError, UserError) as error:
                     faults.append(str(error))
                 else:
-                    self._write(crop_to_multiple(image, self.model.latents.downscale), path, target)
+                    self._write(
+                        crop_to_multiple(image, self.model.latents.downscale), path, target / names.choose(path)
+                    )
                 progress(done, len(images))
         report_unreadable(faults, "not upscaled")
         return len(faults)
 
     def _write(self, image: Image.Image, path: Path, target: Path) -> None:
+        """target: without ending."""
         if self.with_plain:
             plain = image.resize((image.width * FACTOR, image.height * FACTOR), Image.Resampling.LANCZOS)
-            write_image(plain, target, path, "_lanczos4")
-        write_image(self.upscale(image), target, path, "_upscaled")
+            write_image(plain, target, path.name, "_lanczos4")
+        write_image(self.upscale(image), target, path.name, "_upscaled")
 
     def upscale(self, image: Image.Image) -> Image.Image:
         """An image whose sides are multiples of the autoencoder's factor."""
@@ -98,9 +102,10 @@ def make_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def write_image(image: Image.Image, target: Path, path: Path, ending: str) -> None:
-    extension = get_extension(path.name).lower()
+def write_image(image: Image.Image, target: Path, source: str, ending: str) -> None:
+    """In the format of the source, where it can be written."""
+    extension = get_extension(source).lower()
     kind = WRITTEN_KINDS.get(extension, "PNG")
-    name = f"{path.stem}{ending}{extension if extension in WRITTEN_KINDS else '.png'}"
-    with write_atomically(target / name) as temporary:
+    name = f"{target.name}{ending}{extension if extension in WRITTEN_KINDS else '.png'}"
+    with write_atomically(target.with_name(name)) as temporary:
         image.save(temporary, kind, quality=95)

@@ -40,17 +40,18 @@ def find_image_list(folder: Path, name: str) -> Path:
     return find_run_record(get_default_cache_dir(), folder, name).with_suffix(IMAGES_SUFFIX)
 
 
-def write_image_list(path: Path, data: DataPlan, *, resumed: bool) -> Sequence[int]:
+def write_image_list(path: Path, data: DataPlan, *, continued: bool) -> Sequence[int]:
     """Write the list; gives the number of each training image by its position in the plan, () where none is listed.
 
-    In a resumed run images keep the numbers that they had, and new ones get others. OSError where the folder cannot be
-    written.
+    continued: whether the metrics file keeps lines of earlier steps. Images then keep the numbers that they had, and
+    new ones get others; where the numbers are not known any more none is listed. UserError for a damaged list, OSError
+    where the folder cannot be written.
     """
     rows = list(iterate_training_images(data))
-    if not rows or len(rows) > MAX_LISTED:
+    if not rows or len(rows) > MAX_LISTED or (continued and not path.is_file()):
         return ()
     images: dict[str, ListedImage] = {}
-    if resumed and path.is_file():
+    if continued:
         images = {image.path: image for image in read_image_list(path)}
     numbers = {name: number for number, name in enumerate(images)}
     found: list[int] = []

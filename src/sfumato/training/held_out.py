@@ -9,20 +9,19 @@ from typing import Any
 import torch
 
 from sfumato.config import Config
-from sfumato.config.evaluation import VALIDATION_LEVELS
 from sfumato.data.loader import Loader
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
 from sfumato.diffusion.randomness import Randomness
 from sfumato.diffusion.recipe import make_recipe
-from sfumato.diffusion.timesteps import timestep_quantiles
 from sfumato.families.base import Family
 from sfumato.families.encoding import FrozenTextEncoders
 from sfumato.loss import LossContext, LossMethod
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.parallel.single import Single
 from sfumato.training.caching import fill_caches
-from sfumato.training.validation import fill_validation_rows
+from sfumato.training.goals import make_goal
+from sfumato.training.validation import fill_validation_rows, list_validation_times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ def measure_held_out_loss(config: Config, plan: DataPlan, model: Family, method:
         control_latents=model.takes_control_latents,
     )
     source = MeasuredModel(config=config, context=make_measuring_context(config, model, method))
-    times = timestep_quantiles(config.noise, VALIDATION_LEVELS)
+    times = list_validation_times(config)
     table = torch.zeros(sampler.num_ids, len(times), device=model.device)
     for step in loader.steps():
         fill_validation_rows(source, loader, step.batches[0], times, table, seed=sampler.seed)
@@ -82,4 +81,5 @@ def make_measuring_context(config: Config, model: Family, method: LossMethod) ->
         text=FrozenTextEncoders(model, weighted=config.captions.weighted_captions),
         device=model.device,
         mixed_dtype=MIXED_PRECISION[config.memory.mixed_precision],
+        goal=make_goal(config),
     )

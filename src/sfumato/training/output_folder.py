@@ -12,10 +12,12 @@ from sfumato.common.files import remove_leftovers
 from sfumato.common.run_lock import RunLock
 from sfumato.config.run_record import write_run_record
 from sfumato.data.find.index import get_default_cache_dir
+from sfumato.errors import UserError
 from sfumato.formats.state import remove_useless_copies
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 from sfumato.track.image_list import find_image_list, write_image_list
+from sfumato.track.report_curves import METRICS_SUFFIX
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +45,12 @@ def prepare_output_folder(plan: RunPlan, *, resumed: bool) -> None:
         log.info("the options are not remembered for `sfumato compare`: %s", error)
 
 
-def record_images(plan: RunPlan, *, resumed: bool) -> Sequence[int]:
+def record_images(plan: RunPlan, *, continued: bool) -> Sequence[int]:
     """Write down which images the run trains on; gives their numbers in this list by their positions in the plan."""
+    metrics = plan.output_dir / f"{plan.saves.name}{METRICS_SUFFIX}"
+    continued = continued and metrics.is_file()  # else no line has numbers yet
     try:
-        return write_image_list(find_image_list(plan.output_dir, plan.saves.name), plan.data, resumed=resumed)
-    except OSError as error:
+        return write_image_list(find_image_list(plan.output_dir, plan.saves.name), plan.data, continued=continued)
+    except (OSError, UserError) as error:
         log.info("the images are not recorded for the list of their losses: %s", error)
         return ()

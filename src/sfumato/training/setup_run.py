@@ -47,7 +47,7 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
             warnings,
             is_main=parallel.is_main,
             devices=parallel.devices,
-            image_numbers=record_images(plan, resumed=state.resumed) if parallel.is_main else (),
+            image_numbers=record_images(plan, continued=start.step > 0) if parallel.is_main else (),
         )
         run = Run(
             plan=plan,

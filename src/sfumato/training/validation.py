@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sfumato.config import Config
 from sfumato.config.evaluation import VALIDATION_LEVELS
 from sfumato.data.batch import Batch
 from sfumato.data.batch_sampler import ValidationSampler
@@ -57,7 +58,7 @@ def run_due_validation(run: Run, step: int) -> None:
         return
     if run.parallel.must_stop or VALIDATION in run.given_up:
         return
-    times = timestep_quantiles(run.config.noise, VALIDATION_LEVELS)
+    times = list_validation_times(run.config)
     reset_best_if_changed(run, times)
     with eval_mode(run):
         by_level = measure_validation_loss(run, times)
@@ -128,11 +129,17 @@ def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
         fill_validation_rows(run, loader, step.batches[0], times, table, seed=sampler.seed)
 
 
+def list_validation_times(config: Config) -> list[int]:
+    """The times at which the loss of every held-out image is measured."""
+    return timestep_quantiles(config.noise, VALIDATION_LEVELS)
+
+
 def fill_validation_rows(
     source: LossSource, loader: Loader, batch: Batch, times: Sequence[int], table: Tensor, *, seed: int
 ) -> None:
     """The losses of one batch of held-out images. seed: of the validation."""
-    randomness, recipe = Randomness(seed), source.context.recipe
+    randomness, recipe, goal = Randomness(seed), source.context.recipe, source.context.goal
+    measure = sample_losses if goal is None else goal.measure
     batch = load_other_images(source, batch)
     x0, positions = load_latents(source, batch), batch.weight.nonzero().flatten()
     if batch.latents is None:  # those of the cache were checked when they were made
@@ -143,7 +150,7 @@ def fill_validation_rows(
             f"validation noise {column}", batch.ids, lambda draw, i: recipe.noise(draw, x0[i])
         ).to(x0, non_blocking=True)
         with source.autocast():
-            losses = sample_losses(source.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
+            losses = measure(source.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
         table[rows, column] = losses[real].to(table)
 
 

@@ -109,6 +109,12 @@ def frame_tokens(tokenizer: Any, ids: Tensor) -> Tensor:
 def encode_rows(encoder: nn.Module, rows: Tensor, layer: int | None) -> Tensor:
     """(B, L) ids of texts whose last but one is the token -> its output (B, D)."""
     output = encoder(input_ids=rows, output_hidden_states=layer is not None)
+    if layer is not None and layer > len(output.hidden_states):
+        raise UserError(
+            f"--clip_skip {layer} is more than the layers of this text encoder",
+            code="tokens-layer-missing",
+            fix=f"--clip_skip {len(output.hidden_states)} at most",
+        )
     hidden = output.last_hidden_state if layer is None else output.hidden_states[-layer]
     return hidden[:, -2].float()
 

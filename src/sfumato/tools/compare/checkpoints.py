@@ -29,8 +29,12 @@ class SavedCheckpoint:
         return f"step {self.step:,}" + (f", {self.ema.removeprefix('-')}" if self.ema else "")
 
 
-def find_checkpoints(folder: Path, name: str, *, steps_per_epoch: int, last_step: int) -> list[SavedCheckpoint]:
-    """All of one run. last_step: of the run, for a final file that does not say it. UserError where there is none.
+def find_checkpoints(
+    folder: Path, name: str, *, steps_per_epoch: int, last_step: int, best_step: int
+) -> list[SavedCheckpoint]:
+    """All of one run. UserError where there is none.
+
+    last_step, best_step: of the run, and of its lowest validation loss, for files that do not say theirs.
 
     The copy of the best one is passed over where the run has saved its step anyway.
     """
@@ -42,7 +46,8 @@ def find_checkpoints(folder: Path, name: str, *, steps_per_epoch: int, last_step
         if match is None or not is_saved_model(path):
             continue
         step, epoch, is_best, ema = match.groups()
-        number = int(step) if step else int(epoch) * steps_per_epoch if epoch else read_step(path, last_step)
+        by_name = int(step) if step else int(epoch) * steps_per_epoch if epoch else best_step if is_best else last_step
+        number = by_name if step else read_step(path, by_name)
         (best if is_best else found).append(SavedCheckpoint(path=path, step=number, ema=ema or ""))
     steps = {checkpoint.step for checkpoint in found}
     found += [checkpoint for checkpoint in best if checkpoint.step not in steps]

@@ -94,14 +94,21 @@ def load_items(rows: Sequence[tuple[Item, SubsetPlan]]) -> tuple[list[Image.Imag
 
 def load_folder(folder: Path) -> list[Image.Image]:
     """The images of a folder; UserError where there are none."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    paths = list_held_out(folder)
+    return [read_image(paths[i]).convert("RGB") for i in select_evenly(range(len(paths)), MAX_REAL_IMAGES)]
+
+
+def list_held_out(folder: Path) -> list[Path]:
+    """The image files of a folder; UserError where there are none."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_EXTENSIONS]
     if not paths:
         raise UserError(
-            f"--held_out {folder}: there is no image in this folder",
+            f"--held_out {folder} is no folder with images",
             code="held-out-folder-empty",
             fix="give a folder of images that were not trained on, or remove --held_out",
         )
-    return [read_image(paths[i]).convert("RGB") for i in select_evenly(range(len(paths)), MAX_REAL_IMAGES)]
+    return paths
 
 
 def make_caption_prompts(rows: Sequence[tuple[Item, SubsetPlan]], count: int) -> list[Prompt]:

@@ -67,8 +67,8 @@ def load_image_encoder(name: str, device: torch.device) -> TransformersEncoder:
             fix=suggest_path(path) or "give a folder of transformers with CLIP or DINOv2, or OWNER/NAME on the hub",
         )
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
-        model: Any = AutoModel.from_pretrained(name, use_safetensors=True)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        model: Any = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -86,7 +86,7 @@ class CheckpointModels:
 
     def _list_float32_parts(self, config: Config) -> tuple[str, ...]:
         """The networks that train as a whole keep the precision that they are trained in."""
-        if config.memory.full_bf16:
+        if config.memory.trained_precision != "no":
             return ()
         _, blueprint = describe_model(config)
         parts = self.method.full_precision_parts(blueprint)

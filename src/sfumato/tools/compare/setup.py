@@ -21,11 +21,13 @@ from sfumato.tools.compare.data import (
     DEFAULT_PROMPTS,
     RunData,
     find_compared_data,
+    list_held_out,
     make_caption_prompts,
     make_neutral_prompts,
     with_size,
 )
 from sfumato.track.console import configure_logging
+from sfumato.track.report_charts import VALIDATION
 from sfumato.track.report_curves import METRICS_SUFFIX, Curves
 from sfumato.track.report_facts import DESCRIPTION_SUFFIX, EMPTY_DESCRIPTION, read_description
 
@@ -51,6 +53,8 @@ class Wanted:
 def plan_comparison(config: Config, folder: Path, name: str, wanted: Wanted) -> CompareRequest:
     """Find checkpoints, data and prompts. UserError where there is nothing to compare."""
     configure_logging(config.log, secrets=collect_secrets(config))
+    if wanted.held_out is not None:
+        list_held_out(wanted.held_out)  # before an hour of images
     config = with_seed(config, 0)  # where it is not known it matters little
     config = config.with_values(dict.fromkeys(CACHES, False))  # few images are encoded, and nothing is written
     path = folder / f"{name}{DESCRIPTION_SUFFIX}"
@@ -58,7 +62,11 @@ def plan_comparison(config: Config, folder: Path, name: str, wanted: Wanted) -> 
     curves = Curves(folder / f"{name}{METRICS_SUFFIX}")
     curves.read()
     found = find_checkpoints(
-        folder, name, steps_per_epoch=description["steps_per_epoch"], last_step=curves.last or description["total"]
+        folder,
+        name,
+        steps_per_epoch=description["steps_per_epoch"],
+        last_step=curves.last or description["total"],
+        best_step=find_best_step(curves),
     )
     chosen = choose_some(found, wanted.max_checkpoints)
     notes = list(wanted.notes)
@@ -87,6 +95,12 @@ def plan_comparison(config: Config, folder: Path, name: str, wanted: Wanted) -> 
         held_out=wanted.held_out,
         notes=notes,
     )
+
+
+def find_best_step(curves: Curves) -> int:
+    """Of the lowest validation loss; the last step where there is none."""
+    steps, losses = curves.xy(VALIDATION)
+    return int(steps[losses.argmin()]) if len(losses) else curves.last
 
 
 def find_prompts(config: Config, data: RunData, wanted: Wanted) -> tuple[list[Prompt], list[Prompt]]:

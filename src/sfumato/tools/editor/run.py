@@ -42,9 +42,9 @@ def edit_dataset(config: Config, *, port: int, open_browser: bool) -> None:
     try:
         server.run(listener)
     except KeyboardInterrupt:  # the way to end it
-        session.stop_writing()
+        thumbnails.stop()  # first, since its workers note faults in the session
         tokens.stop()
-        thumbnails.stop()
+        session.stop_writing()
         count = len({change.number for step in session.history.past for change in step.changes})
         sys.stdout.write(f"\ncaptions changed: {count:,}\n")
 

@@ -43,15 +43,19 @@ class AddTag(_Change):
     at_start: bool = False
 
     def apply(self, text: str, separator: str) -> str:
-        tag = self.tag.strip()
+        new = drop_repeated(split_caption_tags(self.tag, separator))
+        folded = {tag.casefold() for tag in new}
         lines: list[str] = []
         for line in text.split("\n"):
             tags = split_caption_tags(line, separator)
-            others = [each for each in tags if each.casefold() != tag.casefold()]
-            if self.at_start:
-                line = line if tags[:1] == [tag] else join_caption_tags([tag, *others], separator)
-            elif len(others) == len(tags):
-                line = join_caption_tags([*tags, tag], separator)
+            others = [tag for tag in tags if tag.casefold() not in folded]
+            missing = [tag for tag in new if tag.casefold() not in {each.casefold() for each in tags}]
+            if text.strip() and not tags:
+                pass  # a blank line between others stays one
+            elif self.at_start:
+                line = line if tags[: len(new)] == new else join_caption_tags([*new, *others], separator)
+            elif missing:
+                line = join_caption_tags([*tags, *missing], separator)
             lines.append(line)
         return "\n".join(lines)
 
@@ -64,7 +68,9 @@ class RemoveTag(_Change):
     tag: Tag
 
     def apply(self, text: str, separator: str) -> str:
-        return replace_tag(text, separator, self.tag, [])
+        for tag in split_caption_tags(self.tag, separator):
+            text = replace_tag(text, separator, tag, [])
+        return text
 
     def make_label(self) -> str:
         return f"remove {self.tag.strip()}"

@@ -24,6 +24,7 @@ export function setUp(on) {
     timer = setTimeout(count, COUNT_AFTER);
   });
   caption.addEventListener("blur", () => { if (document.hasFocus()) save(); });
+  addEventListener("pagehide", () => save());  // the tab is closed
   $("keep-mine").addEventListener("click", () => {
     draft = { text: draft.text, base: fileOf(current).text };
     save();
