@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,13 @@ def test_weights_of_the_blocks_are_the_files_own_pages(toy_shelf: ToyShelf, tmp_
     images, toy = make_images(tmp_path / "images", 1), toy_shelf.paths("flux")
     config = load_config(make_arguments(toy, images, tmp_path / "out", **STREAMED))
     part = make_model(make_run_plan(config, processes=1), torch.device("cpu")).parts["denoiser"]
-    part.load()
     file = part.network.weights.file
     assert isinstance(file, TensorFile)
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         pytest.skip("this system does not list what a process has mapped")
+    before = maps.read_text().count(str(file.header.path))  # by other tests of this process
+    part.load()
     ranges = [line.split() for line in maps.read_text().splitlines() if str(file.header.path) in line]
     spans = [[int(end, 16) for end in words[0].split("-")] for words in ranges]
     in_file = {
@@ -63,7 +65,8 @@ def test_weights_of_the_blocks_are_the_files_own_pages(toy_shelf: ToyShelf, tmp_
     assert all(in_file[name] for name in in_blocks)
     assert not any(found for name, found in in_file.items() if name not in in_blocks)
     part.unload()
-    assert str(file.header.path) not in maps.read_text()
+    gc.collect()
+    assert maps.read_text().count(str(file.header.path)) <= before
 
 
 @pytest.mark.full
