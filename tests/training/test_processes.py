@@ -91,14 +91,14 @@ def test_ctrl_c_saves_a_state_that_goes_on_exactly(toy: Mapping[str, Path], imag
 
 @pytest.mark.full
 def test_a_kill_at_any_moment_leaves_a_state_to_resume(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
-    """SIGKILL at 20 random moments while every step is saved; each time the newest complete state goes on."""
+    """SIGKILL at 12 random moments while every step is saved; each time the newest complete state goes on."""
     output = tmp_path / "out"
     command = make_arguments(toy, images, output, max_train_steps=100_000, save_every_n_steps=1, save_state=True)
     command += ["--save_last_n_steps", "3", "--network_train_unet_only"]
     resume: list[str] = []
     reached = 0
     moments = random.Random(0)
-    for _ in range(20):
+    for _ in range(12):
         (output / "lora.run.jsonl").unlink(missing_ok=True)
         process = start([*command, *resume])
         wait_for(output / "lora.run.jsonl", process, lines=moments.randint(2, 5))
