@@ -91,6 +91,7 @@ def make_data(home: Path) -> None:
     write(home / "meta" / "meta_cap.json", json.dumps(entries))
     write(home / "prompt.txt", "a robot --n lowres, blurry --w 64 --h 64 --d 1 --l 7 --s 2\n")
     write(home / "empty_prompt.txt", "")
+    write(home / "leco.toml", '[[prompts]]\ntarget = "robot"\naction = "erase"\nresolution = 64\n')
     write(
         home / "dataset.toml",
         fill((Path(__file__).parent / "sd_scripts" / "masked_loss.dataset.toml").read_text(), home),
