@@ -121,16 +121,25 @@ class FrozenAdapters:
         """A context in which those for previews are active instead of those for training."""
         resting = [engine for engine, request in self._engines.items() if not request.is_used(sampling=True)]
         hooked = [hook_adapters(adapters, request.strength) for (request, _), adapters in self._for_previews.items()]
-        before = [engine.multiplier for engine in resting]
-        for engine in resting:
-            engine.multiplier = 0.0
         try:
-            yield
+            with mute_engines(resting):
+                yield
         finally:
-            for engine, multiplier in zip(resting, before, strict=True):
-                engine.multiplier = multiplier
             for engine in hooked:
                 engine.detach()
+
+
+@contextmanager
+def mute_engines(engines: Sequence[AdapterEngine]) -> Iterator[None]:
+    """A context in which they have no effect."""
+    before = [engine.multiplier for engine in engines]
+    for engine in engines:
+        engine.multiplier = 0.0
+    try:
+        yield
+    finally:
+        for engine, multiplier in zip(engines, before, strict=True):
+            engine.multiplier = multiplier
 
 
 def hook_adapters(adapters: Sequence[Adapter], strength: float) -> AdapterEngine:

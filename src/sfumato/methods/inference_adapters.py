@@ -18,7 +18,7 @@ from sfumato.families.new_tokens import attach_tokens, read_embedding_widths
 from sfumato.formats.embedding_file import EmbeddingFile, read_bundled_embeddings, read_embedding_file
 from sfumato.methods.base_weights import read_base_weights
 from sfumato.methods.calculated_weights import CalculatedWeights
-from sfumato.methods.frozen_adapters import FrozenAdapters, read_frozen_file
+from sfumato.methods.frozen_adapters import FrozenAdapters, mute_engines, read_frozen_file
 from sfumato.methods.inference_lllite import attach_lllite, show_control_image
 from sfumato.methods.new_words import NewWords, count_vectors, number_words, read_embedding_names
 
@@ -73,15 +73,8 @@ class InferenceAdapters:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """A context with the model alone; words stay."""
-        engines = [engine for file in self.files for engine in file.engines]
-        before = [engine.multiplier for engine in engines]
-        for engine in engines:
-            engine.multiplier = 0.0
-        try:
+        with mute_engines([engine for file in self.files for engine in file.engines]):
             yield
-        finally:
-            for engine, multiplier in zip(engines, before, strict=True):
-                engine.multiplier = multiplier
 
     def detach(self) -> None:
         """Remove every hook of the adapters; words stay."""

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sfumato.common.files import check_writable, read_file, write_atomically
+from sfumato.common.files import check_writable, write_atomically
 from sfumato.common.text import list_some
 from sfumato.data.augment import Face
 from sfumato.data.buckets import Size
-from sfumato.data.images import decode_image
 from sfumato.errors import UserError
 from sfumato.tools.face_detector import DetectedBox, Detector, measure_tilt
-from sfumato.tools.image_batches import UniqueNames, list_image_paths, report_unreadable
+from sfumato.tools.image_batches import UniqueNames, iterate_images, list_image_paths, report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
 DRAWN = (255, 0, 255)  # the frame of --debug
@@ -63,16 +62,10 @@ class FaceCrop:
         target.mkdir(parents=True, exist_ok=True)
         count, faults, without, names = 0, list[str](), list[str](), UniqueNames()
         with ProgressTask("finding faces", "images") as progress:
-            for done, path in enumerate(images, 1):
-                try:
-                    image = decode_image(read_file(path), str(path))
-                except (OSError, UserError) as error:
-                    faults.append(str(error))
-                else:
-                    written = self._write_crops(image, names.choose(path), target)
-                    count += written
-                    without += [] if written else [path.name]
-                progress(done, len(images))
+            for path, image in iterate_images(images, faults, progress):
+                written = self._write_crops(image, names.choose(path), target)
+                count += written
+                without += [] if written else [path.name]
         report_unreadable(faults, "no faces")
         if without:
             report_unreadable([list_some(without)], "no face was found in")

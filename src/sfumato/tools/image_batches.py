@@ -11,9 +11,12 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from PIL import Image
+
 from sfumato.common.files import read_file
 from sfumato.data.find.folders import list_folder, list_recursively
 from sfumato.data.find.headers import parse_image_header
+from sfumato.data.images import decode_image
 from sfumato.errors import UserError
 
 Content = TypeVar("Content")
@@ -94,6 +97,20 @@ def list_image_paths(folder: Path, *, recursive: bool) -> list[Path]:
         inside = "" if recursive else "; --recursive looks into its subfolders, too"
         raise UserError(f"{folder} has no images{inside}", code="image-folder-empty", fix="give a folder of images")
     return [folder / name for name in names]
+
+
+def iterate_images(
+    paths: Sequence[Path], faults: list[str], progress: Callable[[int, int], None]
+) -> Iterator[tuple[Path, Image.Image]]:
+    """Each image that can be read; why others cannot is added to `faults`. progress: is told how many are done."""
+    for done, path in enumerate(paths, 1):
+        try:
+            image = decode_image(read_file(path), str(path))
+        except (OSError, UserError) as error:
+            faults.append(str(error))
+        else:
+            yield path, image
+        progress(done, len(paths))
 
 
 def report_unreadable(faults: Sequence[str], what: str) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from sfumato.common.files import check_writable, read_file, write_atomically
+from sfumato.common.files import check_writable, write_atomically
 from sfumato.common.text import list_some
 from sfumato.data.buckets import Size
-from sfumato.data.images import RESAMPLING_FILTERS, choose_interpolation, decode_image
+from sfumato.data.images import RESAMPLING_FILTERS, choose_interpolation
 from sfumato.errors import UserError
-from sfumato.tools.image_batches import list_image_paths, report_unreadable
+from sfumato.tools.image_batches import iterate_images, list_image_paths, report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
 JPEG_QUALITY = 100
@@ -56,14 +56,8 @@ class ImageResize:
         others = copy_other_files(source, target, images)
         faults: list[str] = []
         with ProgressTask("resizing", "images") as progress:
-            for done, path in enumerate(images, 1):
-                try:
-                    image = decode_image(read_file(path), str(path))
-                except (OSError, UserError) as error:
-                    faults.append(str(error))
-                else:
-                    self._write_copies(image, path, target, others[path.stem])
-                progress(done, len(images))
+            for path, image in iterate_images(images, faults, progress):
+                self._write_copies(image, path, target, others[path.stem])
         report_unreadable(faults, "no copy")
         return len(faults)
 

@@ -12,16 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.common.files import check_writable, read_file, write_atomically
+from sfumato.common.files import check_writable, write_atomically
 from sfumato.config import Config
 from sfumato.data.find.image_formats import get_extension
-from sfumato.data.images import decode_image
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.detection import describe_model
 from sfumato.families.encoding import decode_latents
 from sfumato.sampling.latent_upscaler import LatentUpscaler, load_upscaler, upscale_images
-from sfumato.tools.image_batches import UniqueNames, report_unreadable
+from sfumato.tools.image_batches import UniqueNames, iterate_images, report_unreadable
 from sfumato.track.progress_task import ProgressTask
 
 FACTOR = 2
@@ -43,16 +42,9 @@ class LatentUpscale:
         faults: list[str] = []
         with ProgressTask("upscaling", "images") as progress:
             names = UniqueNames()
-            for done, path in enumerate(images, 1):
-                try:
-                    image = decode_image(read_file(path), str(path))
-                except (OSError, UserError) as error:
-                    faults.append(str(error))
-                else:
-                    self._write(
-                        crop_to_multiple(image, self.model.latents.downscale), path, target / names.choose(path)
-                    )
-                progress(done, len(images))
+            for path, image in iterate_images(images, faults, progress):
+                cropped = crop_to_multiple(image, self.model.latents.downscale)
+                self._write(cropped, path, target / names.choose(path))
         report_unreadable(faults, "not upscaled")
         return len(faults)
 

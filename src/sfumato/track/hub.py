@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from sfumato.common.library_call import call_library
 from sfumato.config import HubOptions
 from sfumato.config.secrets import redact
 from sfumato.errors import UserError
@@ -90,15 +92,12 @@ def fetch_state(options: HubOptions, resume: Path, secrets: Collection[str]) -> 
     UserError when that fails.
     """
     repository, path, revision, repo_type = parse_repo_path(resume)
-    with ThreadPoolExecutor(1) as thread:  # the future holds any exception of the hub's client
-        download = thread.submit(
-            make_api(options).snapshot_download,
-            repository,
-            repo_type=repo_type,
-            revision=revision,
-            allow_patterns=f"{path}/*" if path else None,
-        )
-        error = download.exception()
+    patterns = f"{path}/*" if path else None
+    fetch = partial(
+        make_api(options).snapshot_download, repository, repo_type=repo_type, revision=revision, allow_patterns=patterns
+    )
+    download = call_library(fetch)
+    error = download.exception()
     if error is not None:
         raise UserError(
             f"--resume_from_huggingface: cannot download {repository}: {describe_error(error, secrets)}",
