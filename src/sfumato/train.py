@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sfumato.config import Config
 from sfumato.data.loader import Step
@@ -14,7 +13,7 @@ from sfumato.parallel.start import start_parallel
 from sfumato.training.follow import follow_step, settle
 from sfumato.training.interrupt import interruptible
 from sfumato.training.latents import load_latents, load_other_images
-from sfumato.training.outcomes import StepResult, Verdict, judge_step
+from sfumato.training.outcomes import StepResult
 from sfumato.training.prefetch import prefetch
 from sfumato.training.previews import save_previews
 from sfumato.training.rescue import StateRescue
@@ -72,7 +71,7 @@ def train_step(run: Run, step: Step) -> StepResult:
     It launches what the device is to do and does not wait for it.
     """
     run.method.before_step(step.index)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimization.owner.forget_gradients()
     run.optimization.lr_schedule.set(run.optimizer, step.index - run.start.schedule)
     total_loss = torch.zeros((), device=run.device)
     samples: list[SampleLosses] = []
@@ -83,25 +82,7 @@ def train_step(run: Run, step: Step) -> StepResult:
                 run.context, load_other_images(run, batch), load_latents(run, batch), step.real_samples, samples
             )
         total_loss += loss.detach()
-        run.start_backward(step.index, total_loss, is_last=micro_step + 1 == len(step.batches))
-        run.scaler.scale(loss).backward()
-    grad_norm, verdict = finish_step(run, step.index, total_loss)
-    measured = run.outcomes.check.measure()
-    run.scaler.update()
+        run.optimization.owner.backward(loss, step.index, total_loss, is_last=micro_step + 1 == len(step.batches))
+    grad_norm, verdict = run.optimization.owner.finish(step.index, total_loss)
+    measured = run.parallel.join_findings(run.outcomes.check.measure())
     return StepResult(total_loss, grad_norm, samples, verdict, measured)
-
-
-def finish_step(run: Run, index: int, total_loss: Tensor) -> tuple[Tensor, Verdict]:
-    """Let the optimizer take the step with this index; gives the norm of all gradients, and what they were like."""
-    fused = run.optimization.fused
-    if fused is not None:  # it has stepped in backward
-        grad_norm = fused.finish()
-        return grad_norm, judge_step(total_loss, grad_norm, torch.ones_like(total_loss))
-    run.parallel.read_facts(run.parallel.reduce(run.all_parameters, total_loss))
-    run.scaler.unscale_(run.optimizer)
-    grad_norm = run.optimization.unscale_norm(run.parallel.total_norm(run.parameters))
-    verdict = judge_step(total_loss, grad_norm, run.scaler.scale(torch.ones_like(total_loss)))
-    if run.config.optim.max_grad_norm > 0:
-        run.parallel.clip(run.parameters, run.config.optim.max_grad_norm, grad_norm)
-    run.take_optimizer_step(index, verdict.finite)
-    return grad_norm, verdict

@@ -20,9 +20,10 @@ from sfumato.errors import UserError
 from sfumato.train import train_step
 from sfumato.training.follow import follow_step
 from sfumato.training.nonfinite import PATIENCE, NonfiniteGuard, TrainingCheck, record_nonfinite_outputs
-from sfumato.training.outcomes import StepResult, judge_step
+from sfumato.training.outcomes import StepResult
 from sfumato.training.run import Run
 from sfumato.training.setup_run import build_run
+from sfumato.training.step_owner import judge_step
 from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights
 
 NAN = float("nan")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -78,6 +78,14 @@ class ParallelStrategy(ABC):
     @abstractmethod
     def read_facts(self, facts: Tensor) -> None:
         """Learn whether to stop, and that no process has failed; waits for the device. Before the optimizer's step."""
+
+    def forget_gradients(self) -> None:
+        """Drop those that the optimizer does not know; none, where each process has the whole model."""
+        return
+
+    def join_findings(self, findings: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Bools on the device, each true where it is in any process; they are alike where each has the whole model."""
+        return findings
 
     def total_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """The 2-norm of all gradients together, 0-d."""

@@ -35,7 +35,7 @@ def make_staged_run(plan: RunPlan, recorder: StageRecorder) -> Run:
     with recorder.stage("loading"):
         networks = load_networks(plan, model, parallel, cached=loader.cached_networks)
         recorder.add_trained(plan.method)
-    optimization = set_up_optimizer(plan, networks, start, state, device)
+    optimization = set_up_optimizer(plan, networks, start, state, parallel)
     recorder.optimizer = optimization.optimizer
     context = make_loss_context(plan, prompts.text, optimization.uncertainty)
     no_hashes: Future[dict[str, str]] = Future()

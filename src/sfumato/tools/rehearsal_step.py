@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from sfumato.config.prompts import read_prompts
 from sfumato.errors import UserError
 from sfumato.sample import generate_batch
@@ -48,19 +46,6 @@ def check_step(run: Run) -> None:
             fix="a lower --learning_rate, or --mixed_precision bf16 or no",
         )
     run.warn_once(run.method.report())
-
-
-def make_optimizer_state(run: Run) -> None:
-    """Let the optimizer make its state, which from the second step on is there during forward and backward."""
-    if run.optimization.fused is not None:
-        run.optimization.fused.make_state()
-        return
-    for parameter in run.all_parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    run.scaler.scale(torch.zeros((), device=run.device))  # makes its state, too
-    run.scaler.unscale_(run.optimizer)
-    run.take_optimizer_step(0, torch.ones((), dtype=torch.bool, device=run.device))
-    run.scaler.update()
 
 
 def rehearse_preview(run: Run, prompts: Path) -> None:

@@ -26,7 +26,7 @@ from sfumato.tools.rehearsal_stages import (
     describe_stages,
     format_stages,
 )
-from sfumato.tools.rehearsal_step import make_optimizer_state, rehearse_preview, rehearse_step
+from sfumato.tools.rehearsal_step import rehearse_preview, rehearse_step
 from sfumato.training.evaluation import eval_mode
 from sfumato.training.run import Run
 from sfumato.training.validation import measure_validation_loss
@@ -58,7 +58,7 @@ def rehearse_plan(plan: RunPlan, *, saves: bool = True) -> list[Stage]:
             blueprint=plan.blueprint.without_weights(),
         )
         run = make_staged_run(plan, recorder)
-        make_optimizer_state(run)
+        run.optimization.owner.make_state()  # which from the second step on is there during forward and backward
         with recorder.stage(STEP):
             rehearse_step(run)
         evaluate(run, recorder)

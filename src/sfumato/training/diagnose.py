@@ -27,11 +27,11 @@ def diagnose_nonfinite(run: Run, step: Step) -> str:
     networks: dict[str, nn.Module] = {"method": run.method.modules}
     networks |= {name: part.module for name, part in run.model.parts.items()}
     facts = [f"{name_images(run, step)} at t = {name_timesteps(run, step)}"]
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimization.owner.forget_gradients()
     with record_nonfinite_outputs(networks) as modules:
         repeat_step(run, step)
     gradients = list_nonfinite_gradients(networks)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimization.owner.forget_gradients()
     if modules:
         facts.append(f"the first module with such an output is {modules[0]}")
     elif gradients:

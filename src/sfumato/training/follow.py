@@ -40,7 +40,7 @@ def look_at(run: Run, outcome: Outcome) -> None:
     guard.count(sound=outcome.sound)
     if not outcome.sound:
         guard.report_skip(
-            outcome.step.index + 1, diagnose_nonfinite(run, outcome.step), fused=run.optimization.fused is not None
+            outcome.step.index + 1, diagnose_nonfinite(run, outcome.step), fused=run.optimization.owner.in_backward
         )
     if guard.exhausted:
         raise guard.error(state_folder(run, run.step))

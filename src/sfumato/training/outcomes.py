@@ -21,23 +21,8 @@ from sfumato.plan import RunPlan
 from sfumato.track.metrics_logger import MicroBatchLosses, StepValues
 from sfumato.track.progress import Speed
 from sfumato.training.nonfinite import NonfiniteGuard, TrainingCheck
+from sfumato.training.step_owner import Verdict
 from sfumato.training.step_trace import StepTrace, make_step_trace
-
-
-class Verdict(NamedTuple):
-    """What a step's loss and gradients were like; 0-d bool, on the device."""
-
-    finite: Tensor  # whether the optimizer takes the step
-    sound: Tensor  # False for a step that is told of as skipped
-
-
-def judge_step(loss: Tensor, norm: Tensor, scale: Tensor) -> Verdict:
-    """0-d: the loss, the norm of all gradients, and the loss scale, 1 without float16.
-
-    Infinite gradients under a loss scale above 1 are nothing to tell of: the scaler lowers it.
-    """
-    finite = torch.isfinite(loss + norm)
-    return Verdict(finite=finite, sound=finite | (torch.isfinite(loss) & (scale > 1)))
 
 
 class StepResult(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
@@ -54,7 +54,6 @@ class Run:
     file_hashes: Future[dict[str, str]]  # of the checkpoint and --vae, computed while training goes on
     output_lock: AbstractContextManager[Any]  # on the name of the run in its output folder
     step: int  # the last that is complete, counted from 1
-    mid_step: bool = False  # whether the optimizer has begun a step that is not complete
     warned: set[str] = field(default_factory=set)  # warnings that are not repeated
     given_up: set[str] = field(default_factory=set)  # what surrounds training and needs more memory than there is
     failed_saves: list[str] = field(default_factory=list)  # why saves failed, one line each
@@ -98,9 +97,13 @@ class Run:
 
     @property
     def all_parameters(self) -> list[nn.Parameter]:
-        """Everything that gets a gradient: the method's parameters, and the learned weights of the loss."""
-        uncertainty = self.optimization.uncertainty
-        return [*self.parameters, *(uncertainty.parameters() if uncertainty else ())]
+        """Everything that gets a gradient."""
+        return self.optimization.all_parameters
+
+    @property
+    def mid_step(self) -> bool:
+        """Whether the optimizer has begun a step that is not complete."""
+        return self.optimization.owner.mid_step
 
     def output_path(self, name: str) -> Path:
         """The file or folder of an output."""
@@ -110,27 +113,9 @@ class Run:
         dtype = self.context.mixed_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def start_backward(self, step: int, loss: Tensor, *, is_last: bool) -> None:
-        """Where the optimizer steps in the backward of a step's last batch, that is complete only after it.
-
-        loss: of the step's batches up to this one.
-        """
-        if self.optimization.fused is None:
-            return
-        if not is_last:
-            self.optimization.fused.accumulate()
-            return
-        self.mid_step = True
-        self.optimization.fused.start(step, loss)
-
-    def take_optimizer_step(self, step: int, taken: Tensor) -> None:
-        """The optimizer's own step, where `taken`, 0-d bool on the device, holds."""
-        self.mid_step = True
-        self.optimization.take_step(step, taken)
-
     def complete_step(self, number: int) -> None:
         """Everything that a state holds is as it is after this step, counted from 1."""
-        self.step, self.mid_step = number, False
+        self.step, self.optimization.owner.mid_step = number, False
 
     def warn_once(self, lines: Iterable[str]) -> None:
         """Log the warnings that this run has not logged before."""
