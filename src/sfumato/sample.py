@@ -138,14 +138,14 @@ def encode_regions(
     method: Predictor,
     requests: Sequence[ImageRequest],
     extras: Extras,
+    sizes: Sizes,
+    negative_sizes: Sizes,
     frozen: FrozenTextEncoders | None,
 ) -> Iterator[Region]:
     """The parts of the images, where they have several; adapters of encoders change the text of their part alone."""
-    first, count = requests[0], len(requests)
+    first = requests[0]
     if first.regions is None:
         return
-    sizes = list_sizes(first.sizes, first.width, first.height, count)
-    negative_sizes = list_sizes(first.sizes, first.width, first.height, count, negative=True)
     weights = read_region_weights(model, first.regions, (first.width, first.height))
     for number, prompt in enumerate(first.regions.parts):
         table = None if extras.multipliers is None else keep_column(extras.multipliers, number)
@@ -179,15 +179,15 @@ def denoise_requests(
     extras = gather_extras(model, requests)
     method.set_batch(model, extras)
     sizes = list_sizes(first.sizes, first.width, first.height, count)
-    text = encode_requests(model, method, requests, sizes, frozen)
     negative_sizes = list_sizes(first.sizes, first.width, first.height, count, negative=True)
-    guidance = encode_guidance(model, method, requests, negative_sizes, frozen)
+    regions = list(encode_regions(model, method, requests, extras, sizes, negative_sizes, frozen))
+    guidance = Guidance() if regions else encode_guidance(model, method, requests, negative_sizes, frozen)
     shape = (spec.channels, first.height // spec.downscale, first.width // spec.downscale)
     noise = torch.stack([draw_first_noise(shape, generator, first.first_noise) for generator in generators])
     growth = None if first.growth is None or start is not None else Growth.start(first.growth, (shape[1], shape[2]))
     request = DenoiseRequest(
         noise=(noise if growth is None else growth.shrink(noise)).to(model.device, non_blocking=True),
-        text=text,
+        text={} if regions else encode_requests(model, method, requests, sizes, frozen),
         scheduler=make_scheduler(first.sampler, model.objective, zero_offset=first.force_scheduler_zero_steps_offset),
         steps=first.steps,
         generators=generators,
@@ -195,7 +195,7 @@ def denoise_requests(
         flow_shift=first.flow_shift,
         start=start,
         growth=growth,
-        regions=list(encode_regions(model, method, requests, extras, frozen)),
+        regions=regions,
     )
     with nullcontext() if first.shrink is None else shrink_features(model.denoiser, first.shrink):
         yield from denoise_steps(model, method, request, guidance)

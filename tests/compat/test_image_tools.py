@@ -126,8 +126,9 @@ def read_pixels(path: Path) -> np.ndarray:
 
 @full
 def test_merged_adapters_make_the_same_image(
-    place: Path, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    place: Path, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """As attached ones, up to rounding, with their multipliers beside them or in the prompt; not as none."""
     model = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
     weights = "{place}/one/lora.safetensors {place}/two/lora.safetensors"
@@ -135,29 +136,36 @@ def test_merged_adapters_make_the_same_image(
     kinds = {
         "attached": '--prompt "a cat" --network_mul 0.5 1.5',
         "merged": '--prompt "a cat" --network_mul 0.5 1.5 --network_merge',
-        "prompted": '--prompt "a cat --am 0.5,1.5"',
+        "prompted": '--prompt "a cat --am 0.5,1.5" --network_mul 0 0',
         "none": '--prompt "a cat --am 0"',
+        "merged-prompted": '--prompt "a cat --am 0.1,2" --network_mul 0.5 1.5 --network_merge',
     }
     images: dict[str, np.ndarray] = {}
     for name, words in kinds.items():
         out = tmp_path / name
         images[name] = read_pixels(run("gen_img", f"{start} {words} --outdir {out}", place, out, monkeypatch)[0])
-    for name in ("merged", "prompted"):
+    assert "--am has no effect, 2 are merged with theirs" in capsys.readouterr().err
+    for name in ("merged", "prompted", "merged-prompted"):
         assert np.abs(images[name] - images["attached"]).max() <= 1, name
     assert (images["none"] != images["attached"]).any()
 
 
 @full
 def test_prompts_that_are_typed(
-    place: Path, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    place: Path, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What is wrong with one is reported, a word, a file or what the model cannot do, and the next one is read."""
     model = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
-    typed = "a cat --d 3\n\na dog --d 4\n"
+    wrong = ("a --ss none", "a --img gone.png", "a --glr 0.5 --d 5")
+    typed = "\n".join((wrong[0], "a cat --d 3", "", *wrong[1:], "a dog --d 4"))
     words = f"--ckpt {model} {SMALL} --interactive --outdir {tmp_path}"
     assert [path.name[-6:] for path in run("gen_img", words, place, tmp_path, monkeypatch, typed)] == [
         "_3.png",
         "_4.png",
     ]
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("unknown sampler 'none'", "gone.png", "needs the sampler euler_a")), said
 
 
 @pytest.mark.fast_for("flux")

@@ -38,6 +38,13 @@ def test_line_options(row: dict[str, Any]) -> None:
             assert ours == (tuple(value) if isinstance(value, list) else value), name
 
 
+@pytest.mark.parametrize("name", [".", "..", "/", "a/..", "x" * 300])
+def test_what_no_image_can_be_named(name: str) -> None:
+    found = parse_line(f"a cat --f {name}", where="here")
+    assert found.file_name is None
+    assert f"--f {name!r} is not a valid value" in found.notes[0]
+
+
 def test_none_takes_precedence_over_a_default() -> None:
     defaults = {"negative_scale": 2.0, "strength": 0.5}
     given = [parse_line(f"a --nl {value}", where="here").apply_defaults(defaults) for value in ("none", "3", "x")]

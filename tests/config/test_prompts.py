@@ -140,6 +140,7 @@ def test_an_unknown_key_is_reported(tmp_path: Path) -> None:
         ("a.toml", "[prompt", "prompt-file-invalid", "a.toml: "),
         ("a.json", '[{"width": 3}]', "prompt-text-missing", "a.json[0]"),
         ("a.json", "[3]", "prompt-file-without-list", "a.json"),
+        ("a.json", '[{"prompt": "a", "file_name": ".."}]', "prompt-file-name-invalid", "file_name '..'"),
         ("a.txt", "a cat --ss euler_b", "prompt-sampler-unknown", "'euler_b' — did you mean 'euler"),
     ],
 )

@@ -14,9 +14,11 @@ from PIL import Image
 
 from families.toys import ToyShelf
 from sfumato.cli.main import main
+from sfumato.config import load_config
 from sfumato.config.run_record import find_run_record
 from sfumato.data.find.index import get_default_cache_dir
 from sfumato.tools.compare.checkpoints import SavedCheckpoint, choose_some, find_checkpoints
+from sfumato.tools.compare.validation import ValidationLosses
 from toy_runs import make_images, train_toy
 
 QUICK = ["--steps", "1", "--scale", "1", "--images_per_prompt", "2"]
@@ -222,6 +224,18 @@ def test_checkpoints_are_known_by_their_names(tmp_path: Path) -> None:
         ("run-000003-ema0.05", 21, "-ema0.05"),
         ("run", 30, ""),
     ]
+
+
+@pytest.mark.parametrize(("words", "measured"), [("", ""), ("--evaluate_with_ema", "-ema0.05")])
+def test_what_is_written_is_of_one_of_several_averages(tmp_path: Path, words: str, measured: str) -> None:
+    (tmp_path / "lora.run.jsonl").write_text('{"step": 2, "loss/validation/step_average": 0.5}\n')
+    options = ["--ema_sigma_rel", "0.05", "0.1", *words.split(), "--validation_split", "0.2"]
+    config = load_config(options, skip_rules=("model-missing", "data-missing", "output-missing"))
+    plan: Any = None
+    losses = ValidationLosses(config, tmp_path, "lora", plan)
+    for ema in ("", "-ema0.05", "-ema0.1"):
+        found = losses.find_written(SavedCheckpoint(path=tmp_path / "lora", step=2, ema=ema))
+        assert (found == 0.5) is (ema == measured), ema
 
 
 def test_of_many_checkpoints_some_are_chosen_evenly() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from families.loading import load_model
 from families.toys import ToyShelf
 from sfumato.cli.main import main
-from sfumato.sampling.request import ImageRequest
+from sfumato.config.prompts import Prompt
+from sfumato.sampling.request import ImageRequest, list_ignored, make_request
 from sfumato.training.comfyui_workflow import make_workflow
 
 START = "--W 64 --H 64 --steps 3 --seed 5 --scale 3"
@@ -35,6 +38,30 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(pixels).save("start.png")
     Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (0, 32)))).save("mask.png")
     return tmp_path
+
+
+SETTINGS = {  # of a prompt without the one that it is about
+    "strength": 0.5, "mask_image": "mask.png", "network_regional_mask_max_color_codes": 3, "highres_fix_steps": 3,
+    "highres_fix_strength": 0.5, "highres_fix_save_1st": True, "highres_fix_latents_upscaling": True,
+    "highres_fix_upscaler": "u.safetensors", "highres_fix_disable_control_net": True, "controlnet_image": "c.png",
+    "control_net_multipliers": (0.5,), "reference_image": "r.png", "guidance_scale": 3.0, "flow_shift": 2.0,
+    "original_width": 64, "prompt_2": "a dog", "clip_prompt": "a dog",
+}  # fmt: skip
+
+
+def test_no_setting_is_ignored_in_silence(toy_shelf: ToyShelf) -> None:
+    """Of a model that has no use for it, or beside none of what it is about: the request is the same, and a line says
+    so."""
+    model, plain = load_model(toy_shelf.options("sd")), Prompt(prompt="a cat")
+    before = make_request(plain, model, sampler="ddim", seed=1)
+    for name, value in SETTINGS.items():
+        prompt = replace(plain, **{name: value})
+        request = make_request(prompt, model, sampler="ddim", seed=1)
+        assert request == before, name
+        assert list(list_ignored(prompt, request, model)), name
+    stages = {"highres_fix_strength": 0.5, "highres_fix_upscaler": "u", "highres_fix_disable_control_net": True}
+    prompt = replace(plain, highres_fix_scale=0.5, highres_fix_latents_upscaling=True, **stages)
+    assert len(list(list_ignored(prompt, make_request(prompt, model, sampler="ddim", seed=1), model))) == len(stages)
 
 
 def read(path: Path) -> tuple[np.ndarray, dict[str, str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from itertools import chain
 from typing import Any
 
-from sfumato.cli.exits import run_guarded
+from sfumato.cli.exits import report_error, run_guarded
 from sfumato.cli.generate_axes import list_plot_models, read_axes
 from sfumato.cli.generate_job import prepare_job
 from sfumato.cli.generate_options import PROMPT_THEMES, SeriesOptions
@@ -14,7 +14,7 @@ from sfumato.cli.generate_terminal import Terminal
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.common.text import EMPTY
 from sfumato.config.command import NO_TRIALS, CommandLine, read_command
-from sfumato.data.find.prompt_images import check_prompt_images
+from sfumato.errors import UserError
 
 ALIASES = {
     "ckpt": "pretrained_model_name_or_path", "from_file": "sample_prompts", "sampler": "sample_sampler",
@@ -54,14 +54,14 @@ def run_generate(
     from sfumato.tools.generate import ImageMaker
 
     def run() -> None:
-        maker, made = ImageMaker(job.request), len(job.first)
-        maker.make(job.first)
-        for prompts in job.lines:
-            more = replace(job.series, before=made)
-            images = more.list_images([prompt.apply_defaults(job.defaults) for prompt in prompts])
-            check_prompt_images(images, control=more.num_controls > 0)
-            maker.make(images)
-            made += len(images)
+        maker = ImageMaker(job.request)
+        if not job.series.options.interactive:
+            maker.make(job.first)
+        for images in chain([job.first], job.typed) if job.series.options.interactive else ():
+            try:
+                maker.make(images)
+            except UserError as error:  # of this prompt; the next one may be right
+                report_error(error)
         maker.finish()
 
     return run_guarded(run, debug=job.debug)

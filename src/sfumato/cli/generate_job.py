@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from sfumato.cli.exits import report_error
 from sfumato.cli.generate_files import check_pre_calc, list_embeddings, list_networks
 from sfumato.cli.generate_options import (
     PROMPT_THEMES,
@@ -38,6 +39,14 @@ if TYPE_CHECKING:
 GENERATION_SKIPS = (  # rules
     "data-missing", "output-missing", "sample-prompts-unused", "sample-prompts-missing", "control-net-options-unused",
 )  # fmt: skip
+NEEDED_OPTIONS = {  # option -> of which one has to be given, too
+    "prompter_module_args": ("from_module",),
+    "noise_offset_range": ("noise_offset_prob",),
+    "pyramid_noise_discount_range": ("pyramid_noise_prob",),
+    **dict.fromkeys(
+        ("network_merge", "network_merge_n_models", "network_pre_calc", "network_show_meta"), ("network_weights",)
+    ),
+}
 PROMPT_SOURCES = ("--prompt", "--from_file", "--from_module", "--interactive")
 
 
@@ -51,12 +60,11 @@ def prepare_job(
     beside = list_defaults(*(line.options(theme) for theme in PROMPT_THEMES))
     steps = prompt_defaults.get("sample_steps")  # which models that are distilled to few steps do not have
     values = {**{name: value for name, value in prompt_defaults.items() if name != "sample_steps"}, **beside}
-    given = make_prompts(options, config, series)
-    lines = (terminal or Terminal()).read() if series.options.interactive else iter([given])
-    first = series.list_images([prompt.apply_defaults(values) for prompt in next(lines, [])])
-    check_prompt_images(first, control=series.num_controls > 0)
     networks = list_networks(options, config)
     check_pre_calc(options, config)
+    given = make_prompts(options, config, series)
+    typed = list_typed_images(terminal or Terminal(), series, values) if series.options.interactive else iter(())
+    first = next(typed, []) if series.options.interactive else list_checked_images(series, given, values)
     from sfumato.tools.generate_setup import GenerateRequest
 
     request = GenerateRequest(
@@ -75,11 +83,10 @@ def prepare_job(
         sequential_names=series.options.sequential_file_name,
         original_names=series.options.use_original_file_name,
         has_sheet=series.options.grid,
+        notes=list(list_unused_options(line)),
         progress_file=series.options.progress_file,
     )
-    return GenerateJob(
-        request=request, series=series, first=first, lines=lines, defaults=values, debug=config.log.debug
-    )
+    return GenerateJob(request=request, series=series, first=first, typed=typed, debug=config.log.debug)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +96,36 @@ class GenerateJob:
     request: GenerateRequest
     series: Series
     first: Sequence[Prompt]  # a prompt per image, of the prompts that are known
-    lines: Iterator[list[Prompt]]  # further prompts, as they are typed
-    defaults: Mapping[str, Any]  # of these
+    typed: Iterator[Sequence[Prompt]]  # the same of further prompts, as they are typed
     debug: bool
+
+
+def list_unused_options(line: CommandLine) -> Iterator[str]:
+    """Options that were given without those that they are about; what prompts have of that kind is seen with them."""
+    given = {name for name, value in line.own.items() if value} | line.values.keys()
+    for name, needed in NEEDED_OPTIONS.items():
+        if name in given and not given & set(needed):
+            yield f"--{name} has no effect without {' or '.join(f'--{each}' for each in needed)}"
+
+
+def list_checked_images(series: Series, prompts: Sequence[Prompt], defaults: Mapping[str, Any]) -> list[Prompt]:
+    """A prompt per image; UserError where a file that one names cannot be read."""
+    images = series.list_images([prompt.apply_defaults(defaults) for prompt in prompts])
+    check_prompt_images(images, control=series.num_controls > 0)
+    return images
+
+
+def list_typed_images(terminal: Terminal, series: Series, defaults: Mapping[str, Any]) -> Iterator[Sequence[Prompt]]:
+    """Of one prompt after the other; what is wrong with one is reported, and the next is read."""
+    count = 0
+    for prompts in terminal.read():
+        try:
+            images = list_checked_images(replace(series, before=count), prompts, defaults)
+        except UserError as error:
+            report_error(error)
+            continue
+        count += len(images)
+        yield images
 
 
 def plan_series(line: CommandLine, config: Config) -> Series:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sfumato.cli.exits import report_error
 from sfumato.config.prompts import Prompt, parse_line
+from sfumato.errors import UserError
 
 OPTION_NAME = re.compile(r"(?<=\s--)\w+")
 
@@ -34,14 +36,18 @@ class Terminal:
                 yield [prompt.apply_defaults(carried)]
 
     def _read_line(self) -> Prompt | None:
-        """None at the end; lines without words are skipped."""
+        """None at the end; lines without words, and those that are reported to be wrong, are skipped."""
         while True:
             line = read_answer("prompt")
             if line is None or (self.ends_at_empty_line and not line.strip()):
                 return None
             if line.strip():
                 renamed = OPTION_NAME.sub(lambda match: self.names.get(match[0], match[0]), line)
-                prompt = parse_line(renamed, where="the line")
+                try:
+                    prompt = parse_line(renamed, where="the line")
+                except UserError as error:
+                    report_error(error)
+                    continue
                 return Prompt(**{**vars(prompt), "negative_prompt": ""}) if prompt.negative_prompt == "-" else prompt
 
     def _ask(self) -> Prompt | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sfumato.config.values import check_seed
+from sfumato.config.values import check_file_name, check_seed, get_last_part
 
 MAX_STEPS = 1000
 MAX_IMAGE_SIDE = 65536  # pixels; far beyond what any model makes
@@ -66,6 +66,13 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(check_seed(int(part)) for part in text.split(","))
 
 
+def check_image_name(text: str) -> str:
+    """ValueError for what no image can be named."""
+    if not get_last_part(check_file_name(text.strip())):
+        raise ValueError("is not a file name")
+    return text.strip()
+
+
 def _limit_steps(text: str) -> int:
     return min(max(int(text), 1), MAX_STEPS)
 
@@ -104,7 +111,7 @@ LINE_OPTIONS = {
     "am": LineOption("network_mul", ANY_TEXT, _parse_numbers),
     "c": LineOption("clip_prompt", ANY_TEXT, str),
     "p2": LineOption("prompt_2", ANY_TEXT, str),
-    "f": LineOption("file_name", ANY_TEXT, str.strip),
+    "f": LineOption("file_name", ANY_TEXT, check_image_name),
     "img": LineOption("init_image", ANY_TEXT, str.strip),
     "mk": LineOption("mask_image", ANY_TEXT, str.strip),
     "t": LineOption("strength", DECIMAL, _parse_share),

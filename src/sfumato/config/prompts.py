@@ -15,7 +15,7 @@ from sfumato.common.registry import did_you_mean
 from sfumato.common.text import has_lone_surrogate
 from sfumato.common.text_files import SAVE_AS_UTF8, read_text_file
 from sfumato.config.file_syntax import suggest_json_fix, suggest_toml_fix
-from sfumato.config.prompt_options import LINE_OPTIONS, MAX_IMAGE_SIDE, check_unsharp
+from sfumato.config.prompt_options import LINE_OPTIONS, MAX_IMAGE_SIDE, check_image_name, check_unsharp
 from sfumato.config.values import check_seed
 from sfumato.errors import UserError
 
@@ -245,6 +245,11 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
     except ValueError as error:
         what = f"{where}: gradual_latent_unsharp_params {error}"
         raise UserError(what, code="prompt-unsharp-malformed", fix='write e.g. "9,0.5,0.5"') from None
+    try:
+        check_image_name(values.get("file_name") or "image")
+    except ValueError as error:
+        what = f"{where}: file_name {values['file_name']!r} {error}"
+        raise UserError(what, code="prompt-file-name-invalid", fix='write e.g. "cat.png"') from None
     for name in ("width", "height", "sample_steps", "gradual_latent_every_n_steps", "highres_fix_steps"):
         if (1 if values.get(name) is None else values[name]) < 1:
             raise UserError(f"{where}: {name} is below 1", code="prompt-value-below-one")

@@ -73,6 +73,7 @@ class Family(ABC):
     has_pooled_text: ClassVar[bool] = False  # whether a text encoder's features have a pooled vector
     has_size_inputs: ClassVar[bool] = False  # whether its denoiser is told the image's sizes
     has_deep_shrink: ClassVar[bool] = False  # whether its denoiser's features can be made smaller
+    couples_parts: ClassVar[bool] = False  # whether its denoiser can combine the parts of an image after each layer
     prompt_prefix: str = ""  # before every caption and prompt, except negative and empty ones
 
     def __init__(self, blueprint: Blueprint, model: ModelOptions, *, dtype: torch.dtype, device: torch.device) -> None:

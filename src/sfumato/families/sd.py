@@ -74,6 +74,7 @@ class StableDiffusion(Family):
         | _unet.LOSS_OPTIONS
     )
     has_deep_shrink = True
+    couples_parts = True
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
     components = _PIPELINE.networks
     control_net = UNET_CONTROL_NET

@@ -80,6 +80,7 @@ class StableDiffusionXL(Family):
     )
     has_size_inputs = True
     has_deep_shrink = True
+    couples_parts = True
     has_pooled_text = True
     sampling = Sampling(width=512, height=512, steps=30, scale=7.5, guidance=None, size_multiple=8)
     components = _PIPELINE.networks

@@ -77,6 +77,12 @@ class PowerProfile:
         return {"sigma_rel": self.sigma_rel}
 
 
+def list_profiles(options: EmaOptions) -> list[EmaProfile]:
+    """Those of a run's EMAs, the exponential one first; samples and validation may use the first."""
+    profiles: list[EmaProfile] = [] if options.ema_decay is None else [ExponentialProfile(options.ema_decay)]
+    return [*profiles, *(PowerProfile(width) for width in options.ema_sigma_rel)]
+
+
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
     """The exponent gamma of a relative width: sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
@@ -169,10 +175,8 @@ class EmaSet:
     """All EMAs of one run, the exponential one first; often none."""
 
     def __init__(self, options: EmaOptions, parameters: Sequence[nn.Parameter]) -> None:
-        profiles: list[EmaProfile] = [] if options.ema_decay is None else [ExponentialProfile(options.ema_decay)]
-        profiles += [PowerProfile(width) for width in options.ema_sigma_rel]
         self.options = options
-        self.averages = [Ema(profile, parameters, on_cpu=options.ema_on_cpu) for profile in profiles]
+        self.averages = [Ema(profile, parameters, on_cpu=options.ema_on_cpu) for profile in list_profiles(options)]
 
     def __iter__(self) -> Iterator[Ema]:
         return iter(self.averages)

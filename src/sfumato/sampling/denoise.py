@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from sfumato.data.batch import Extras, Tensors, select_active
 from sfumato.diffusion.objective import Objective
+from sfumato.families.attention_couple import couple_parts
 from sfumato.families.base import Family
 from sfumato.sampling.growth import Growth
 from sfumato.sampling.start import Start, keep_outside, skip_timesteps, start_from
@@ -45,7 +46,7 @@ class DenoiseRequest:
     """A batch of noise to turn into latents, and what its denoising depends on besides model and guidance."""
 
     noise: Tensor  # standard normal (B, C, h, w)
-    text: Tensors  # the denoiser's arguments for the prompts
+    text: Tensors  # the denoiser's arguments for the prompts; of regions each has its own
     scheduler: Any  # of diffusers; its timesteps are set here
     steps: int
     generators: Generator | list[Generator]  # of the noise that some schedulers add: one for all samples, or one each
@@ -151,9 +152,12 @@ def predict_regions(
     """The guided prediction; of several regions the sum of theirs, each with its weight at each place.
 
     As in MultiDiffusion (Bar-Tal et al. 2023, eq. 5). Each region's is made for the whole image, so that it fits in.
+    Where the model can, they are combined after every layer instead.
     """
     if not request.regions:
         return predict_guided(model, method, noisy, t, request, guidance)
+    if model.couples_parts:
+        return predict_coupled(model, method, noisy, t, request)
     total = torch.zeros_like(noisy, dtype=torch.float32)
     for region in request.regions:
         extras = replace(request.extras, multipliers=region.multipliers)
@@ -162,6 +166,32 @@ def predict_regions(
         weight = torch.nn.functional.interpolate(region.weight, size=noisy.shape[-2:])
         total += weight * predict_guided(model, method, noisy, t, own, region.guidance)
     return total
+
+
+def predict_coupled(model: Family, method: Predictor, noisy: Tensor, t: Tensor, request: DenoiseRequest) -> Tensor:
+    """The guided prediction of regions that are rows of one batch, region after region."""
+    regions, count, first = request.regions, noisy.shape[0], request.regions[0]
+    tables = [region.multipliers for region in regions if region.multipliers is not None]
+    images = {
+        role: image.map_large(lambda tensor: tensor.repeat(len(regions), 1, 1, 1))
+        for role, image in request.extras.images.items()
+    }
+    extras = Extras(images=images, multipliers=torch.cat(tables) if tables else None)
+    guidance = replace(
+        first.guidance,
+        negative=join_rows([region.guidance.negative for region in regions]),
+        empty=join_rows([region.guidance.empty for region in regions]),
+    )
+    method.set_batch(model, extras)
+    own = replace(request, text=join_rows([region.text for region in regions]) or {}, extras=extras)
+    with couple_parts(model.denoiser, torch.cat([region.weight for region in regions])):
+        return predict_guided(model, method, noisy.repeat(len(regions), 1, 1, 1), t, own, guidance)[:count]
+
+
+def join_rows(texts: Sequence[Tensors | None]) -> dict[str, Tensor] | None:
+    """The denoiser's arguments of several batches as those of one; None where there are none."""
+    given = [text for text in texts if text is not None]
+    return {name: torch.cat([text[name] for text in given]) for name in given[0]} if given else None
 
 
 def predict_guided(

@@ -109,11 +109,11 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         height=max(64, height // multiple * multiple),
         seed=seed if prompt.seed is None else prompt.seed,
         steps=prompt.sample_steps or defaults.steps,
-        scale=defaults.scale if prompt.scale is None else prompt.scale,
-        guidance=defaults.guidance if prompt.guidance_scale is None else prompt.guidance_scale,
+        scale=_choose(prompt.scale, defaults.scale),
+        guidance=None if defaults.guidance is None else _choose(prompt.guidance_scale, defaults.guidance),
         sampler=prompt.sample_sampler or sampler,
-        cfg_trunc_ratio=defaults.cfg_trunc_ratio if prompt.cfg_trunc_ratio is None else prompt.cfg_trunc_ratio,
-        renorm_cfg=defaults.renorm_cfg if prompt.renorm_cfg is None else prompt.renorm_cfg,
+        cfg_trunc_ratio=_choose(prompt.cfg_trunc_ratio, defaults.cfg_trunc_ratio),
+        renorm_cfg=_choose(prompt.renorm_cfg, defaults.renorm_cfg),
         flow_shift=prompt.flow_shift if _takes_shift(prompt, model) else None,
         reference_image=(prompt.reference_image or "") if model.num_references else "",
         control_image=(prompt.controlnet_image or "") if model.takes_control else "",
@@ -132,6 +132,10 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         growth=choose_growth(prompt, model, prompt.sample_sampler or sampler),
         highres=read_settings(HighresFix, prompt) if prompt.highres_fix_scale else None,
     )
+
+
+def _choose(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def choose_growth(prompt: Prompt, model: Family, sampler: str) -> GradualLatent | None:
@@ -215,6 +219,25 @@ def list_unsupported(prompt: Prompt, model: Family) -> Iterator[str]:
         yield "--t has no effect without an image to start from, --img FILE"
     if prompt.mask_image and not prompt.init_image and len(prompt.parts) < 2:
         yield "--mk has no effect without an image to start from, --img FILE"
+    if prompt.force_scheduler_zero_steps_offset and "sample_sampler" not in model.options:
+        yield "--force_scheduler_zero_steps_offset has no effect, flow models have no such offset"
+    if prompt.network_regional_mask_max_color_codes and not (prompt.mask_image and len(prompt.parts) > 1):
+        yield "--network_regional_mask_max_color_codes has no effect without parts (a AND b) and --mask_path FILE"
+    yield from list_unused_highres(prompt)
+
+
+def list_unused_highres(prompt: Prompt) -> Iterator[str]:
+    """What is said of two stages where there is one, or no image, or another way to enlarge it."""
+    given = [name for name, value in vars(prompt).items() if name.startswith("highres_fix_") and value]
+    if not prompt.highres_fix_scale:
+        yield from (f"--{name} has no effect without --highres_fix_scale" for name in given)
+        return
+    if prompt.highres_fix_strength is not None and not prompt.init_image:
+        yield "--highres_fix_strength has no effect without an image to start from, --img FILE"
+    if prompt.highres_fix_upscaler and prompt.highres_fix_latents_upscaling:
+        yield "--highres_fix_upscaler has no effect, because --highres_fix_latents_upscaling enlarges the latents"
+    if prompt.highres_fix_disable_control_net and not prompt.controlnet_image:
+        yield "--highres_fix_disable_control_net has no effect without a control image, --cn FILE"
 
 
 def read_start(prompt: Prompt, model: Family) -> StartImage:

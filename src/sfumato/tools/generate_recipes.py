@@ -31,9 +31,21 @@ def make_image_requests(request: GenerateRequest, model: Family, prompts: Sequen
             weighted=samples.prompt_weighting,
         )
         image = limit_adapters(request, image)
-        for line in (*prompt.notes, *list_ignored(prompt, image, model)):
+        for line in (*prompt.notes, *list_ignored(prompt, image, model), *list_ignored_strengths(request, prompt)):
             log.warning("%s", line)
         yield image
+
+
+def list_ignored_strengths(request: GenerateRequest, prompt: Prompt) -> Iterator[str]:
+    """The prompt's multipliers that no adapter has, because there is none or because it is in the weights already."""
+    count, given = len(request.networks) - request.merged, len(prompt.network_mul)
+    if not given or given <= count:
+        return
+    why = (
+        f"{request.merged} are merged with theirs" if request.merged else f"there are {len(request.networks)} adapters"
+    )
+    what = "--am has no effect" if count <= 0 else f"--am has {given} values and {count} count"
+    yield f"the prompt {prompt.prompt[:40]!r}: {what}, {why}"
 
 
 def limit_adapters(request: GenerateRequest, image: ImageRequest) -> ImageRequest:

@@ -37,6 +37,7 @@ class GenerateRequest:
     merged: int = 0  # how many of the first of them are added to the model's weights
     calculates_weights: bool = False  # whether the others are, too, before each batch
     shows_metadata: bool = False  # of the adapter files
+    notes: Sequence[str] = ()  # options without effect
     float32_parts: Sequence[str] = ()  # kept in float32 whatever --mixed_precision says, as in training
     default_steps: int | None = None  # of prompts without, on models that are not distilled; None: the family's
     vae_tile_size: int = 0  # pixels a side of tiles of the autoencoder; 0: whole images

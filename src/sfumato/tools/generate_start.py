@@ -22,6 +22,6 @@ def start_generating(request: GenerateRequest) -> None:
     config = request.config
     configure_logging(config.log, secrets=collect_secrets(config))
     ignored = describe_ignored_options(config, themes=GENERATE_THEMES, options=GENERATE_OPTIONS, purpose="images")
-    for line in (*(f"note: {note}" for note in config.notes), *ignored):
+    for line in (*(f"note: {note}" for note in (*config.notes, *request.notes)), *ignored):
         log.info("%s", line)
     check_writable(request.outdir, option="--outdir")

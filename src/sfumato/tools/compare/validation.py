@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan
+from sfumato.optim.ema import list_profiles
 from sfumato.tools.compare.checkpoints import SavedCheckpoint
 from sfumato.tools.compare.models import CheckpointModels
 from sfumato.track.report_charts import VALIDATION
@@ -23,12 +24,13 @@ class ValidationLosses:
         curves = Curves(folder / f"{name}{METRICS_SUFFIX}")
         curves.read()
         steps, losses = curves.xy(VALIDATION)
+        profiles = list_profiles(config.ema) if config.ema.evaluate_with_ema else []
+        self.validated = profiles[0].suffix if profiles else ""  # the end of the name of the weights that it measured
         self.written = dict(zip(steps.astype(int).tolist(), losses.tolist(), strict=True))
 
     def find_written(self, checkpoint: SavedCheckpoint) -> float:
         """nan where the run has not validated after that step, or another average of its weights."""
-        same_weights = bool(checkpoint.ema) == self.config.ema.evaluate_with_ema
-        return self.written.get(checkpoint.step, math.nan) if same_weights else math.nan
+        return self.written.get(checkpoint.step, math.nan) if checkpoint.ema == self.validated else math.nan
 
     def measure(self, checkpoints: Sequence[SavedCheckpoint], models: CheckpointModels) -> list[float]:
         """One a checkpoint; nan where no image was held out and nothing is written."""
