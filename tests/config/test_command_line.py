@@ -117,6 +117,16 @@ def test_an_empty_path_or_number_is_not_given(load, codes_of):
     assert load(["--mixed_precision="]).source("mixed_precision") == "default"
 
 
+def test_a_zero_outside_the_limits_is_not_given(load, codes_of):
+    config = load(["--min_snr_gamma", "0", "--blocks_to_swap=0", "--save_every_n_epochs", "0", "--noise_offset", "0"])
+    assert (config.loss.min_snr_gamma, config.memory.blocks_to_swap, config.noise.noise_offset) == (None, None, 0.0)
+    assert (
+        config.notes[0] == "command line: ignored, 0 for none: --min_snr_gamma, --blocks_to_swap, --save_every_n_epochs"
+    )
+    assert codes_of(["--clip_skip", "0", "--strict"]) == ["refused-by-strict"]
+    assert codes_of(["--min_snr_gamma", "-1"]) == ["option-out-of-range"]
+
+
 def test_a_name_like_nothing_gets_no_suggestion():
     (fault,) = read_faults(["--zzzzzzzz"])
     assert (fault.code, fault.fix) == ("option-unknown", "")

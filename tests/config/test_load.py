@@ -60,7 +60,7 @@ def test_all_faults_at_once(write, tmp_path):
             [
                 write("nettwork_dim = 4\nseed = 'x'"), "--sed", "3", "--learning_rate", "fast",
                 "--deepspeed", "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights",
-                "--max_train_steps", "0", "--save_model_as", "ckp", "--lr_scheduler", "sine",
+                "--max_train_steps", "-1", "--save_model_as", "ckp", "--lr_scheduler", "sine",
             ]
         )  # fmt: skip
     texts = [str(error) for error in raised.value.errors]
@@ -70,7 +70,7 @@ def test_all_faults_at_once(write, tmp_path):
         "run.toml:2: seed: 'x'": "option-type-wrong",
         "--learning_rate: 'fast'": "option-type-wrong",
         "--lr_scheduler: 'sine'": "option-choice-unknown",
-        "--max_train_steps: '0'": "option-out-of-range",
+        "--max_train_steps: '-1'": "option-out-of-range",
         "--deepspeed": "option-not-implemented",
         "--save_model_as: 'ckp'": "option-choice-unknown",
         "no.safetensors": "path-missing",

@@ -6,10 +6,12 @@ import re
 from collections.abc import Container, Sequence
 from typing import NamedTuple
 
-from sfumato.config.loose_keys import EMPTY_OPTION, SHORT_NAME, LooseKey
+from sfumato.config.base import Option
+from sfumato.config.file_values import is_zero_for_none
+from sfumato.config.loose_keys import EMPTY_OPTION, SHORT_NAME, ZERO_OPTION, LooseKey
 from sfumato.config.option_source import OptionSource, list_longer_names, report_unknown
 from sfumato.config.option_table import OptionTable
-from sfumato.config.schema import training_table
+from sfumato.config.schema import THEMES, training_table
 from sfumato.errors import Problems
 
 TEXTS = ("TEXT", "")  # placeholders of options for which an empty text is a value, and of switches
@@ -84,8 +86,8 @@ def store_option(
             return surplus
         store_value(name, not off, flag, source)
         surplus = BareWords(values, f"after {flag}, which takes no value")
-    elif absent is not None and option.metavar not in TEXTS and values and not any(values):
-        source.loose.append(LooseKey(reason=EMPTY_OPTION, name=f"--{name}", place=flag))
+    elif absent is not None and (reason := say_not_given(option, values)):
+        source.loose.append(LooseKey(reason=reason, name=f"--{name}", place=flag))
     elif option.arity == "many" and option.facts.repeatable:
         store_value(name, (*source.values.pop(name, ()), *values), flag, source)
     elif option.arity == "many":
@@ -97,6 +99,14 @@ def store_option(
         store_value(name, values[0], flag, source)
         surplus = BareWords(values[1:], f"after {flag}, which takes one value", option.secret)
     return surplus
+
+
+def say_not_given(option: Option, values: Sequence[str]) -> str:
+    """Why the words after an option are no value: empty, or a 0 outside its limits; "" where they are one."""
+    if values and not any(values) and option.metavar not in TEXTS:
+        return EMPTY_OPTION
+    is_zero = option.theme in THEMES and option.arity == "one" and values and is_zero_for_none(option, values[0])
+    return ZERO_OPTION if is_zero else ""
 
 
 def complete_name(name: str, flag: str, source: OptionSource, absent: Container[str] | None) -> str:

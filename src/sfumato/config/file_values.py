@@ -30,12 +30,17 @@ def is_not_given(option: Option, value: Any) -> bool:
         return not value and not (option.arity == "flag" and option.default is True)
     if isinstance(value, list):
         return all(item in ("", None) for item in value)
-    return value in ("", None) or (is_zero(value) and (option.name in NEVER_AT_ZERO or not can_be_zero(option)))
+    return value in ("", None) or is_zero_for_none(option, value)
 
 
 def is_plain_default(option: Option, value: Any) -> bool:
     """Whether nothing is lost where this is not given: a switch that is off, an empty list, null."""
     return value is None or value == [] or (option.arity == "flag" and value is False)
+
+
+def is_zero_for_none(option: Option, value: Any) -> bool:
+    """Whether a value is 0 where that can only mean "not given"."""
+    return is_zero(value) and (option.name in NEVER_AT_ZERO or not can_be_zero(option))
 
 
 def is_zero(value: Any) -> bool:

@@ -15,6 +15,7 @@ REPEATED_KEY = "given again, the last counts"
 OTHER_VALUE = "by their meaning"
 OTHER_NAME = "under another name"
 EMPTY_OPTION = "empty"
+ZERO_OPTION = "0 for none"
 SHORT_NAME = "shortened"
 REPEATED_ARGUMENT = "arguments given again, the last counts"
 READ_REASONS = (
