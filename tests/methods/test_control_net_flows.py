@@ -14,7 +14,9 @@ from torch import Tensor
 
 from families.toys import ToyShelf
 from methods.control_training import ControlShelf, Trained, load_with, predict
+from sfumato.config import load_config
 from sfumato.config.prompts import Prompt
+from sfumato.data.batch import CONTROL
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.families._flux_control_net import FLUX_CONTROL_NET
 from sfumato.families._flux_parts import pack
@@ -23,7 +25,8 @@ from sfumato.families.control_net import CONTROL_NET
 from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.sample import generate
 from sfumato.sampling.request import ImageRequest, make_request
-from toy_runs import equal_tensors, read_metrics, read_weights
+from sfumato.tools.dataset_cache import fill_dataset_caches
+from toy_runs import build_toy_run, equal_tensors, make_arguments, read_metrics, read_weights
 
 families = pytest.mark.parametrize("family", ["flux", "sd3"])
 
@@ -74,6 +77,22 @@ def test_training_and_resuming(family: str, control_shelf: ControlShelf, tmp_pat
     assert equal_tensors(read_weights(resumed), read_weights(trained.output))
     other = trained.train(tmp_path / "other", conditioning_data_dir=trained.images)
     assert not equal_tensors(read_weights(other), read_weights(trained.output))
+
+
+@pytest.mark.full
+def test_the_cache_is_filled_beforehand(control_shelf: ControlShelf, tmp_path: Path) -> None:
+    """`sfumato dataset cache` with the options of the training leaves it nothing to encode, control images included."""
+    trained = control_shelf.get("sd3")
+    own = {"conditioning_data_dir": trained.controls, "method": "control_net", "network_dim": None}
+    own |= {"cache_dir": tmp_path / "cache", "cache_latents": True, "cache_latents_to_disk": True, "seed": None}
+    config = load_config(make_arguments(trained.toy, trained.images, tmp_path / "out", **own))
+    counts = [fill_dataset_caches(config).counts for _ in range(2)]
+    assert [each["reference images"].created for each in counts] == [4, 0]
+    run = build_toy_run(trained.toy, trained.images, tmp_path / "out", **own)
+    assert run.model.takes_control_latents
+    assert not run.model.parts["vae"].is_loaded
+    (batch,) = next(run.loader.steps()).batches
+    assert batch.extras.images[CONTROL].latents is not None
 
 
 def take_mean(vae: Any) -> None:

@@ -17,7 +17,7 @@ from sfumato.errors import UserError
 from sfumato.families._file_kinds import CLIP_ENCODER, ShapeTable, require_kind
 from sfumato.families._tokenizers import CLIP_LENGTH, check_vocabulary_size
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.hub_models import find_path
+from sfumato.families.hub_models import find_tokenizer_path
 from sfumato.families.part import Network, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
 from sfumato.formats.keymap import KeyMap, KeyRule
@@ -135,7 +135,7 @@ def find_tokenizer_folders(
     for part, name in names.items():
         is_there = (beside / name).is_dir()
         folders[part] = beside / name if is_there else blueprint.find_cached_tokenizer(part)
-    return folders | {part: find_path(folder) for part, folder in zip(names, model.tokenizer, strict=False)}
+    return folders | {part: find_tokenizer_path(folder) for part, folder in zip(names, model.tokenizer, strict=False)}
 
 
 def count_chunks(model: ModelOptions) -> int:

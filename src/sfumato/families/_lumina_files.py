@@ -10,7 +10,7 @@ from sfumato.families._file_kinds import CHANNELS_FAULT, check_network_size
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer, find_gemma_tokenizer, load_gemma_tokenizer
 from sfumato.families._tokenizers import check_vocabulary_size
 from sfumato.families.blueprint import Blueprint
-from sfumato.families.hub_models import find_path
+from sfumato.families.hub_models import find_tokenizer_path
 from sfumato.families.part import Network
 from sfumato.families.source import Source
 
@@ -36,7 +36,7 @@ def find_tokenizer(blueprint: Blueprint, model: ModelOptions) -> GemmaTokenizer:
 def _load_tokenizer(blueprint: Blueprint, model: ModelOptions) -> GemmaTokenizer:
     """--tokenizer, else beside the checkpoint or the text encoder, in its file, or in the hub's cache."""
     if model.tokenizer:
-        return load_gemma_tokenizer(find_path(model.tokenizer[0]))
+        return load_gemma_tokenizer(find_tokenizer_path(model.tokenizer[0]))
     source = blueprint.source
     folders = [(source.path if source.is_folder else source.path.parent) / "tokenizer"]
     if model.gemma2:

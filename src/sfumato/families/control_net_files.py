@@ -18,7 +18,7 @@ from sfumato.families._file_kinds import option_context
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, name_control_net
-from sfumato.families.hub_models import find_path
+from sfumato.families.hub_models import find_network_path
 from sfumato.families.part import Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields, on_meta
 from sfumato.formats.composed import ComposedFile
@@ -55,7 +55,7 @@ def add_control_net(
         network = make_control_net(support, denoiser, seed)
     else:
         with option_context(_OPTION):
-            network = read_control_net(support, denoiser, Source(find_path(given)))
+            network = read_control_net(support, denoiser, Source(find_network_path(given)))
     part = name_control_net(number)
     network = replace(network, spec=replace(network.spec, name=part))
     return replace(blueprint, networks={**blueprint.networks, part: network})

@@ -22,7 +22,7 @@ from sfumato.families._file_kinds import ShapeTable, make_missing_error, option_
 from sfumato.families.cached_encoders import NO_CACHED_ENCODERS, CachedEncoders
 from sfumato.families.finite_check import FiniteCheck
 from sfumato.families.foreign_keys import describe_passed_over, find_conflicts
-from sfumato.families.hub_models import find_path
+from sfumato.families.hub_models import find_network_path, find_path
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint, HeaderFile, TensorFile, open_checkpoint
 from sfumato.formats.keymap import KeyMap
 from sfumato.formats.shards import find_network_file
@@ -150,7 +150,7 @@ def find_present(source: Source, option: str, given: str | None, folder: str, *p
     """The same where the weights themselves are wanted; None where the network is in no file."""
     if given:
         with option_context(option):
-            return Source(find_path(given))
+            return Source(find_network_path(given))
     if source.has_network(folder):
         return Source(source.path / folder)
     return source if source.find_prefix(*prefixes) else None
@@ -162,7 +162,7 @@ def find_given(source: Source, part: str, given: str) -> Source:
     Raises UserError where there is neither.
     """
     try:
-        return Source(find_path(given))
+        return Source(find_network_path(given))
     except UserError as error:
         cached = source.find_cached(part) if error.code in NOT_HERE else None
         if cached is None:
@@ -171,8 +171,12 @@ def find_given(source: Source, part: str, given: str) -> Source:
 
 
 def find_weight_file(folder: Path) -> Path:
-    """The weight file of a network saved by diffusers or transformers. Raises UserError where there is none."""
-    found = find_network_file(folder)
+    """The weight file of a network saved by diffusers or transformers, else the only safetensors file.
+
+    Raises UserError where there is none.
+    """
+    lone = list(folder.glob("*.safetensors"))
+    found = find_network_file(folder) or (lone[0] if len(lone) == 1 else None)
     if found is None:
         raise UserError(
             f"{folder} holds no .safetensors or .bin weights of diffusers or transformers",

@@ -21,6 +21,7 @@ from sfumato.families.detection import (
     with_base_resolution,
 )
 from sfumato.families.references import check_reference_folders
+from sfumato.methods import make_method
 from sfumato.tools.ignored_options import describe_ignored_options
 from sfumato.training.plan_report import dataset_lines
 
@@ -54,6 +55,8 @@ def make_cache_plan(config: Config, *, processes: int, remember: bool = True) ->
     family, blueprint = None, None
     with problems.catch():
         family, blueprint = describe_model(config, with_cached=True)
+        seeded = config.with_values({"seed": config.loop.seed or 0})
+        blueprint = make_method(seeded).extend(family, blueprint)  # a ControlNet may read its images as latents
         family.load_tokenizers(blueprint, config.model)
     config = with_base_resolution(config, blueprint) if blueprint else config
     steps = read_size_steps(family)
