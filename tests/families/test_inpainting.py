@@ -84,20 +84,42 @@ def test_what_the_denoiser_sees(toys: dict[str, Toy], images: Path, tmp_path: Pa
     assert not torch.equal(seen[:, 1:], whole)
 
 
-def test_masks_of_the_dataset_are_painted(toys: dict[str, Toy], images: Path, tmp_path: Path) -> None:
-    (tmp_path / "masks").mkdir()
+def make_masks(images: Path, folder: Path, kept: float) -> dict[str, Any]:
+    """The options of masks whose left part is painted; kept: the share of each that is black."""
+    folder.mkdir()
     for path in (images / "2_cat").glob("*.png"):
         mask = np.zeros(Image.open(path).size[::-1], np.uint8)
-        mask[:, : mask.shape[1] // 2] = 255
-        Image.fromarray(mask).save(tmp_path / "masks" / path.name)
-    given = {"masked_loss": True, "conditioning_data_dir": tmp_path / "masks", "train_inpainting": True}
-    run = build_toy_run(toys["sd"], images, tmp_path / "out", **given)
+        mask[:, : int(mask.shape[1] * (1 - kept))] = 255
+        Image.fromarray(mask).save(folder / path.name)
+    return {"masked_loss": True, "conditioning_data_dir": folder, "train_inpainting": True}
+
+
+def test_masks_of_the_dataset_are_painted(toys: dict[str, Toy], images: Path, tmp_path: Path) -> None:
+    run = build_toy_run(toys["sd"], images, tmp_path / "out", **make_masks(images, tmp_path / "masks", 0.5))
     (batch,) = next(run.loader.steps()).batches
     seen = load_other_images(run, batch).extras.images[INPAINT].latents
     assert seen is not None
     assert batch.mask is not None
     assert torch.equal(seen[:, :1], batch.mask)
     assert seen[:, 0].mean() == 0.5
+
+
+@pytest.mark.fast_for("[sd]")
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_what_is_left_of_masked_images_is_cached(
+    family: str, toys: dict[str, Toy], images: Path, tmp_path: Path
+) -> None:
+    """The denoiser sees the same bits as without a cache, and no step needs the autoencoder."""
+    own = make_masks(images, tmp_path / "masks", 0.5) | {"flip_aug": True, "cache_dir": tmp_path / "cache"}
+    seen: list[torch.Tensor] = []
+    for cached in (False, True):
+        run = build_toy_run(toys[family], images, tmp_path / f"out{cached}", cache_latents=cached, **own)
+        (batch,) = next(run.loader.steps()).batches
+        latents = load_other_images(run, batch).extras.images[INPAINT].latents
+        assert latents is not None
+        seen.append(latents)
+        assert run.model.parts["vae"].is_loaded is not cached
+    assert torch.equal(*seen)
 
 
 @pytest.mark.fast_for("sd-adapter")
@@ -180,7 +202,9 @@ def test_generate_repeats_a_preview(
 
 
 @pytest.mark.parametrize(("is_inpainting", "options", "codes"), [
-    (True, {"cache_latents": True}, "inpainting-with-cached-latents"),
+    (True, {"cache_latents": True, "masked_loss": None, "conditioning_data_dir": None},
+     "inpainting-with-cached-latents"),
+    (True, {"cache_latents": True}, "inpainting-mask-white"),
     (False, {"train_inpainting": True}, "inpainting-model-missing"),
 ])  # fmt: skip
 def test_what_is_refused(
@@ -188,8 +212,9 @@ def test_what_is_refused(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     toy = toys["sd"] if is_inpainting else toy_shelf.paths("sd")
+    masks = make_masks(images, tmp_path / "masks", 0.0) if is_inpainting else {}
     with pytest.raises(UserError) as error:
-        make_run_plan(load_config(make_arguments(toy, images, tmp_path, **options)), processes=1)
+        build_toy_run(toy, images, tmp_path / "out", **{**masks, **options})
     assert error.value.code == codes
 
 

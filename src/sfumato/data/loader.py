@@ -16,7 +16,7 @@ from torch import Tensor
 from sfumato.common.seeds import python_random
 from sfumato.config.concepts import Concept
 from sfumato.data.augment import compute_size_conditioning
-from sfumato.data.batch import CONTROL, Batch, Extras, Sizes, Tensors, pad_stack
+from sfumato.data.batch import CONTROL, INPAINT, Batch, Extras, Sizes, Tensors, pad_stack
 from sfumato.data.batch_sampler import BatchSampler, PlannedBatch, PlannedStep, Sample, ValidationSampler
 from sfumato.data.buckets import Size
 from sfumato.data.cache.entries import (
@@ -32,6 +32,7 @@ from sfumato.data.cache.entries import (
 from sfumato.data.captions import process_caption
 from sfumato.data.images import Pixels, Transform
 from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_mask
+from sfumato.data.painted import PaintedItem, PaintedKeys
 from sfumato.data.references import fit_control, fit_references, stack_images, stack_references
 from sfumato.data.substitutes import SubstituteFinder
 from sfumato.data.variants import choose_variant
@@ -47,7 +48,8 @@ class Loader:
 
     latent_keys: cache keys of the latents, which also seed the noise of the autoencoder's posterior. mask_keys: the
     same for masks.
-    latents: the cache of latents and masks; None for batches with pixels. text: features of the encoders whose output
+    latents: the cache of latents and masks; None for batches with pixels. painted_keys: of what a model for inpainting
+    sees, where that is cached. text: features of the encoders whose output
     is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
     text_dropout: text encoder -> its dropout probability. reference_dropout: that of a sample's reference images.
     control_latents: whether control images are latents, which are cached like references.
@@ -63,6 +65,7 @@ class Loader:
         mask_keys: MaskKeys,
         max_train_steps: int,
         latents: TensorCache | None = None,
+        painted_keys: PaintedKeys | None = None,
         text: Mapping[str, TextFeatures] | None = None,
         variants: int = 0,
         text_dropout: Mapping[str, float] | None = None,
@@ -77,6 +80,7 @@ class Loader:
         self.mask_keys = mask_keys
         self.max_train_steps = max_train_steps
         self.latents = latents
+        self.painted_keys = painted_keys
         self.text = dict(text or {})
         self.variants = variants
         self.text_dropout = dict(text_dropout or {})
@@ -134,6 +138,8 @@ class Loader:
         offsets = [sample.subset.settings.timestep_offset for sample in batch.samples]
         controls = require_all_or_none([sample.control for sample in samples])
         images = {CONTROL: stack_images(controls)} if controls else {}
+        painted = require_all_or_none([sample.image.painted for sample in samples])
+        images |= {INPAINT: stack_images(painted)} if painted else {}
         return Batch(
             ids=torch.tensor([sample.id for sample in batch.samples]),
             latents=torch.stack(latents) if latents else None,
@@ -279,7 +285,11 @@ class Loader:
             mask_key = self.mask_keys.make_key(mask_item)
             mask = get_cached(self.latents, mask_key, f"mask of {mask_item.image.path}")[MASK]
         latents = get_cached(self.latents, key, f"latents of {item.image.path}")[LATENTS]
-        return LoadedImage(latents=latents, mask=mask, entry_seed=make_entry_seed(key))
+        painted = None
+        if self.painted_keys is not None and mask_item is not None:
+            painted_key = self.painted_keys.make_key(PaintedItem(item, mask_item))
+            painted = get_cached(self.latents, painted_key, f"masked latents of {item.image.path}")[LATENTS]
+        return LoadedImage(latents=latents, mask=mask, painted=painted, entry_seed=make_entry_seed(key))
 
     def _decode(self, item: CacheItem, mask_item: MaskItem | None) -> LoadedImage:
         data = item.image.read()
@@ -359,6 +369,7 @@ class LoadedImage:
     latents: Tensor | None = None
     pixels: Pixels | None = None
     mask: Tensor | None = None  # (1, h, w)
+    painted: Tensor | None = None  # latents of the image without what is painted, where they are cached
 
 
 @dataclass(frozen=True, kw_only=True)

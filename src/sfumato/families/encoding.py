@@ -49,9 +49,19 @@ def encode_inpaint(
     The M channels that the model sees of the mask, then the latents of the image with gray where it paints, as
     diffusers' inpainting pipelines have them.
     """
-    masks = masks.to(pixels)
-    latents = encode_images(model, pixels * (masks < 0.5), seeds, vae_batch_size=vae_batch_size)
-    return torch.cat([model.shrink_mask(masks).to(latents, non_blocking=True), latents], dim=1)
+    return join_inpaint(model, masks, encode_unpainted(model, pixels, masks, seeds, vae_batch_size=vae_batch_size))
+
+
+def encode_unpainted(
+    model: Family, pixels: Tensor, masks: Tensor, seeds: Sequence[int] | None, *, vae_batch_size: int
+) -> Tensor:
+    """The latents (B, C, h, w) of images with gray where masks (B, 1, H, W) are 1."""
+    return encode_images(model, pixels * (masks.to(pixels) < 0.5), seeds, vae_batch_size=vae_batch_size)
+
+
+def join_inpaint(model: Family, masks: Tensor, latents: Tensor) -> Tensor:
+    """What the model sees of masks (B, 1, H, W) and those latents: (B, M + C, h, w)."""
+    return torch.cat([model.shrink_mask(masks.to(latents.dtype)).to(latents, non_blocking=True), latents], dim=1)
 
 
 @torch.no_grad()

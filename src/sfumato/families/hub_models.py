@@ -84,7 +84,9 @@ def _download_network(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     for more, without in NETWORK_ATTEMPTS:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", *more], ignore_patterns=[HUB_FOLDERS, *without]))
+        folder = Path(
+            snapshot_download(name, allow_patterns=["*.json", *more], ignore_patterns=[HUB_FOLDERS, *without])
+        )
         if find_network_file(folder) or any(folder.glob("*.safetensors")):
             return folder
     return _download(name)

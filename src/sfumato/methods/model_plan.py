@@ -88,14 +88,14 @@ def check_data(model: ModelPlan, data: DataPlan, problems: Problems) -> None:
     else:
         check_reference_folders(model.family, model.blueprint.source, data, problems)
     check_words_in_captions(model.config, data, problems)
-    check_inpainting(model, problems)
+    check_inpainting(model, data, problems)
     if model.config.samples.sample_prompts is not None and samples_enabled(model.config):
         with problems.catch():
             prompts = read_prompts(model.config.samples.sample_prompts)
             check_prompt_images(prompts, control=model.config.run.takes_control)
 
 
-def check_inpainting(model: ModelPlan, problems: Problems) -> None:
+def check_inpainting(model: ModelPlan, data: DataPlan, problems: Problems) -> None:
     """Add a problem where the options and the checkpoint do not agree on inpainting, or cached latents prevent it."""
     config, inpaints = model.config, model.blueprint.inpaints
     if config.dataset.train_inpainting and not inpaints:
@@ -116,12 +116,22 @@ def check_inpainting(model: ModelPlan, problems: Problems) -> None:
             code="inpainting-with-control-images",
             fix="start from the plain text-to-image checkpoint",
         )
-    if inpaints and config.cache.cache_latents:
+    unmasked = find_unmasked(data) if inpaints and config.cache.cache_latents else None
+    if unmasked is not None:
         problems.add(
-            "--cache_latents: what a model for inpainting sees has another mask each time, which needs the image",
+            f"--cache_latents: {unmasked} has no mask of its own, and one that is drawn anew each time needs the image",
             code="inpainting-with-cached-latents",
-            fix="remove --cache_latents",
+            fix="remove --cache_latents, or give every image a mask: --masked_loss and --conditioning_data_dir",
         )
+
+
+def find_unmasked(data: DataPlan) -> str | None:
+    """The path of the first image that has neither a mask file nor is asked for its alpha channel."""
+    for _, subset, item in data.iterate_used():
+        rules = subset.settings.images
+        if not rules.alpha_mask and not (rules.masked_loss and item.conditioning is not None):
+            return item.image.path
+    return None
 
 
 def describe_data(model: ModelPlan, data: DataPlan) -> Iterator[str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,15 +25,16 @@ from sfumato.data.cache.entries import (
     fill_text,
     list_latent_items,
 )
-from sfumato.data.cache.references import CacheReference
+from sfumato.data.cache.references import describe_cache_use
 from sfumato.data.cache.store import DiskStore
 from sfumato.data.loader import TextFeatures
 from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
-from sfumato.data.plans import DataPlan, SubsetPlan
+from sfumato.data.painted import PaintedKeys, fill_painted, list_painted_items
+from sfumato.data.plans import DataPlan
 from sfumato.data.variants import list_captions_to_cache
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.families.encoding import encode_captions, encode_images
+from sfumato.families.encoding import encode_captions, encode_images, encode_unpainted
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.track.progress_task import ProgressTask
 from sfumato.training.fingerprints import fingerprint_part, make_text_keys
@@ -50,6 +49,7 @@ class Caches:
     latent_keys: LatentKeys
     masks: MaskKeys
     latents: TensorCache | None = None
+    painted: PaintedKeys | None = None  # of what a model for inpainting sees of images with masks
     text: dict[str, TextFeatures] = field(default_factory=dict)
     counts: dict[str, FillCounts] = field(default_factory=dict)  # "latents", "masks", "text of clip_l"
 
@@ -80,6 +80,9 @@ class CacheJob:
         caches.counts["latents"] = self.fill_latents(caches.latents, caches.latent_keys, items, "latents")
         if list_mask_items(self.data):
             caches.counts["masks"] = self.fill_masks(caches.latents, caches.masks)
+        if self.model.blueprint.inpaints:
+            caches.painted = PaintedKeys(latents=caches.latent_keys, masks=caches.masks)
+            caches.counts["masked images"] = self.fill_painted(caches.latents, caches.painted)
 
     def fill_reference_cache(self, caches: Caches, items: Sequence[CacheItem]) -> None:
         """The latents of reference images, beside those of the images."""
@@ -145,6 +148,29 @@ class CacheJob:
             counts = fill_masks(cache, names, items, workers=self.config.loader.workers, options=how)
         return self.report_counts("masks", counts, cache.store)
 
+    def fill_painted(self, cache: TensorCache, keys: PaintedKeys) -> FillCounts:
+        """The latents of images without what is painted."""
+        kind = "masked images"
+        with self.start_progress(kind, "images") as progress:
+            counts = fill_painted(
+                cache,
+                keys,
+                list_painted_items(self.data),
+                self.encode_painted,
+                batch_size=self.config.cache.vae_batch_size,
+                workers=self.config.loader.workers,
+                options=replace(
+                    self.fill_options(kind, keys.latents.fingerprint, cache.store, progress),
+                    refuse=self.refuse_missing("vae", "masked images"),
+                ),
+            )
+        return self.report_counts(kind, counts, cache.store)
+
+    def encode_painted(self, pixels: Tensor, masks: Tensor, seeds: Sequence[int]) -> Tensor:
+        self.model.parts["vae"].load()
+        size = self.config.cache.vae_batch_size
+        return encode_unpainted(self.model, pixels, masks, seeds, vae_batch_size=size)
+
     def fill_text(self, features: TextFeatures, part: str, captions: Sequence[str]) -> FillCounts:
         kind, store = f"text of {part}", features.cache.store
         with self.start_progress(kind, "captions") as progress:
@@ -192,28 +218,3 @@ def make_latent_keys(model: Family, hashes: Store) -> LatentKeys:
         dtype=torch.promote_types(model.parts["vae"].dtype, torch.float32),
         hashes=ContentHashes(hashes),
     )
-
-
-def describe_cache_use(data: DataPlan, kind: str, encoder: str, cache: Path) -> CacheReference:
-    """What the entries are for."""
-    datasets = (*data.datasets, *data.validation)
-    folders: set[str] = set()
-    for dataset in datasets:
-        for subset in dataset.subsets:
-            folders |= list_image_folders(subset)
-    sizes = {f"{dataset.settings.resolution[0]}x{dataset.settings.resolution[1]}" for dataset in datasets}
-    return CacheReference(
-        cache=cache,
-        content_type=kind,
-        sources=tuple(sorted(folders)),
-        fingerprint=encoder,
-        sizes=tuple(sorted(sizes)) if kind in ("latents", "masks", "reference images") else (),
-    )
-
-
-def list_image_folders(subset: SubsetPlan) -> set[str]:
-    """The folders and archives that hold the images."""
-    pictures = subset.items.images
-    if "" in pictures.origins:
-        return {os.path.dirname(path) for path in pictures.paths()}  # noqa: PTH120 -- strings, for many thousands
-    return {os.path.abspath(origin) for origin in pictures.origins}  # noqa: PTH100

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.common.seeds import python_random
@@ -15,8 +14,9 @@ from sfumato.data.batch import CONTROL, INPAINT, Batch, ImageInput, is_reference
 from sfumato.data.cache.entries import make_not_finite_error
 from sfumato.data.inpaint_masks import draw_mask
 from sfumato.data.loader import Loader
+from sfumato.data.painted import enlarge_mask, is_given
 from sfumato.families.base import Family
-from sfumato.families.encoding import encode_images, encode_inpaint
+from sfumato.families.encoding import encode_images, encode_unpainted, join_inpaint
 
 
 class LatentSource(Protocol):
@@ -58,18 +58,24 @@ def load_inpaint(run: LatentSource, batch: Batch) -> Batch:
     """What is painted: the loss mask of a sample that has one, else a mask that is a function of the sample's id."""
     if not run.model.blueprint.inpaints:
         return batch
-    assert batch.pixels is not None, "the plan refuses cached latents"
-    height, width = batch.pixels.shape[-2:]
+    height, width = batch.sizes.target[0].tolist()
     masks: list[Tensor] = []
     for row, sample in enumerate(batch.ids.tolist()):
         own = None if batch.mask is None else batch.mask[row].cpu().float()
-        if own is None or bool((own == 1).all()):
+        if own is None or not is_given(own):
             drawn = draw_mask(python_random(run.seed, "inpaint mask", sample), (width, height))
             masks.append(torch.from_numpy(drawn)[None])
         else:
-            masks.append(F.interpolate(own[None], size=(height, width))[0].round())
-    seeds, size = batch.entry_seeds.tolist(), run.config.cache.vae_batch_size
-    inpaint = encode_inpaint(run.model, batch.pixels, torch.stack(masks), seeds, vae_batch_size=size)
+            masks.append(enlarge_mask(own, height, width))
+    cached = batch.extras.images.get(INPAINT)
+    if cached is None:
+        assert batch.pixels is not None, "the plan refuses cached latents of images without masks"
+        seeds, size = batch.entry_seeds.tolist(), run.config.cache.vae_batch_size
+        latents = encode_unpainted(run.model, batch.pixels, torch.stack(masks), seeds, vae_batch_size=size)
+    else:
+        assert cached.latents is not None
+        latents = cached.latents.to(run.device, non_blocking=True)
+    inpaint = join_inpaint(run.model, torch.stack(masks), latents)
     images = {**batch.extras.images, INPAINT: ImageInput(latents=inpaint)}
     return replace(batch, extras=replace(batch.extras, images=images))
 

@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ FillProgress = Callable[[int, int], None]  # done, total
 
 LATENTS = "latents"
 REFERENCE = "reference"  # a role in keys: the latents are the mode of the autoencoder's posterior
+SizedT = TypeVar("SizedT", bound="HasTransform")
 PEER_TIMEOUT = 60.0  # seconds without new entries from other processes, after which their share is created here
 
 
@@ -223,10 +224,10 @@ def run_and_report(work: Iterator[int], total: int, progress: FillProgress | Non
 
 
 def batch_by_size(
-    keys: Sequence[bytes], items: Mapping[bytes, CacheItem], batch_size: int
-) -> Iterator[list[tuple[bytes, CacheItem]]]:
+    keys: Sequence[bytes], items: Mapping[bytes, SizedT], batch_size: int
+) -> Iterator[list[tuple[bytes, SizedT]]]:
     """Batches of one bucket each; only the last batch of a bucket is smaller."""
-    by_bucket: defaultdict[Size, list[tuple[bytes, CacheItem]]] = defaultdict(list)
+    by_bucket: defaultdict[Size, list[tuple[bytes, SizedT]]] = defaultdict(list)
     for key in keys:
         by_bucket[items[key].transform.bucket].append((key, items[key]))
     for size in sorted(by_bucket):
@@ -339,6 +340,13 @@ class TextKeys:
 
     def make_key(self, caption: str) -> bytes:
         return make_key("text", self.fingerprint, str(self.dtype), caption)
+
+
+class HasTransform(Protocol):
+    """What has the size of a bucket."""
+
+    @property
+    def transform(self) -> Transform: ...
 
 
 class CacheItem(NamedTuple):

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sfumato.common import files
 from sfumato.common.json_toml import decode_json
 from sfumato.data.cache.shards import KEY_BYTES, make_write_error
+
+if TYPE_CHECKING:
+    from sfumato.data.plans import DataPlan, SubsetPlan
 
 REFERENCE_SUFFIX = ".use"
 
@@ -92,3 +96,28 @@ class StoredReference(NamedTuple):
     keys: frozenset[bytes]
     updated: float  # Unix time of the last filling
     path: Path
+
+
+def describe_cache_use(data: DataPlan, kind: str, encoder: str, cache: Path) -> CacheReference:
+    """What the entries are for."""
+    datasets = (*data.datasets, *data.validation)
+    folders: set[str] = set()
+    for dataset in datasets:
+        for subset in dataset.subsets:
+            folders |= list_image_folders(subset)
+    sizes = {f"{dataset.settings.resolution[0]}x{dataset.settings.resolution[1]}" for dataset in datasets}
+    return CacheReference(
+        cache=cache,
+        content_type=kind,
+        sources=tuple(sorted(folders)),
+        fingerprint=encoder,
+        sizes=tuple(sorted(sizes)) if kind in ("latents", "masks", "reference images", "masked images") else (),
+    )
+
+
+def list_image_folders(subset: SubsetPlan) -> set[str]:
+    """The folders and archives that hold the images."""
+    pictures = subset.items.images
+    if "" in pictures.origins:
+        return {os.path.dirname(path) for path in pictures.paths()}  # noqa: PTH120 -- strings, for many thousands
+    return {os.path.abspath(origin) for origin in pictures.origins}  # noqa: PTH100
