@@ -31,6 +31,10 @@ CASES = {
         "--mixed_precision fp16 --network_args ggpo_sigma=0.03 ggpo_beta=0.01",
     ),
     "full-fp16-rounding": ("--full_fp16 --mixed_precision fp16", "--mixed_precision fp16"),
+    "masked-input-without-mask": (
+        "--method lllite --lllite_inpaint_masked_input",
+        "--method lllite --lllite_inpaint_masked_input --lllite_cond_in_channels 4",
+    ),
     "lllite-options-unused": ("--cond_emb_dim 16", "--method lllite --cond_emb_dim 16 --lllite_use_aspp"),
     "control-net-options-unused": ("--control_net_lr 1e-5", "--method control_net --control_net_lr 1e-5"),
     "learning-rate-before-control-net-lr": (

@@ -24,6 +24,7 @@ OURS = {
     "tokenizer", "cache_dir", "on_missing_caption", "on_bad_image", "prompt_weighting",
     "strict",
     "lllite_version", "lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp",
+    "lllite_cond_in_channels", "lllite_inpaint_masked_input", "lllite_multiplier",
     "debug", "emb_normalize_mode", "add_system_prompt_to_negative_prompt",
     "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plan", "plot_timesteps", "profile", "report",
     "text_cache_variants", "cached_encoder", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
@@ -62,7 +63,12 @@ def test_what_is_beyond_them_is_ours():
 
 
 def test_old_spellings_are_aliases_of_options():
-    assert set(OPTION_ALIASES) <= {*THEIR_OPTIONS, "lllite_mlp_dim", "lllite_dropout"}  # which are newer
+    assert set(OPTION_ALIASES) <= {
+        *THEIR_OPTIONS,
+        "lllite_cond_emb_dim",
+        "lllite_mlp_dim",
+        "lllite_dropout",
+    }  # which are newer
     assert set(OPTION_ALIASES.values()) <= set(vocabulary())
 
 

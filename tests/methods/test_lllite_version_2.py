@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,66 @@ def test_the_loss_falls_and_goes_on_from_a_file(
     assert not after
 
 
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_mask_is_a_fourth_channel(hides: bool, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """As ComfyUI-Anima-LLLite reads such files: 1 to be filled in, -1 to stay; the image gray there, if it was so."""
+    model = load_model(toy_shelf.options("flux"))
+    drawn = load_file(write_drawn_file(model, tmp_path / "drawn.safetensors"))
+    wide = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    metadata = {"lllite.inpaint_masked_input": str(hides).lower(), "lllite.aspp_dilations": "1,2,4,8"}
+    save_file({**drawn, f"{TRUNK}.conv1.weight": wide}, tmp_path / "mask.safetensors", metadata)
+    made = read_layers(model, tmp_path / "mask.safetensors")
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:40, 8:48] = 1
+    made.set_image(image, mask=mask)
+    seen = image.clone()
+    if hides:
+        seen[..., 16:40, 8:48] = 0
+    assert made.image is not None
+    written = WrittenOut(load_file(tmp_path / "mask.safetensors"))
+    expected = written.read_image(torch.cat([seen, torch.where(mask > 0, 1.0, -1.0)], dim=1))
+    torch.testing.assert_close(made.parts[TRUNK](made.image), expected, rtol=1e-4, atol=1e-4)
+    assert {name: made.file_metadata()[f"lllite.{name}"] for name in ("cond_in_channels", "inpaint_masked_input")} == {
+        "cond_in_channels": 4, "inpaint_masked_input": str(hides).lower()
+    }  # fmt: skip
+    made.set_image(image)
+    assert not made.is_active
+    save_file(drawn, tmp_path / "other.safetensors", {"lllite.aspp_dilations": "1,3,6,9"})
+    other, same = (read_layers(model, tmp_path / f"{name}.safetensors") for name in ("other", "drawn"))
+    assert not torch.equal(other.parts[TRUNK](image), same.parts[TRUNK](image))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sd", "lumina"])
+def test_training_with_masks(family: str, toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path) -> None:
+    """Another mask for each sample, the same in a resumed run; previews read --mk, and generate makes them again."""
+    toy, control = toy_shelf.paths(family), data[1] / "2_cat" / "0.png"
+    Image.new("L", (64, 64), 255).save(tmp_path / "mask.png")
+    line = f"a cat --w 64 --h 64 --s 2 --d 1 --l 1 --cn {control}"
+    (tmp_path / "prompts.txt").write_text(f"{line} --mk {tmp_path / 'mask.png'}\n{line}\n")
+    own = {"lllite_cond_in_channels": 4, "lllite_inpaint_masked_input": True, "lllite_multiplier": 0.5}
+    own |= {"lllite_version": None, "save_state": True, "lllite_use_aspp": None}
+    more = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 4, "save_every_n_steps": 2}
+    output = train_it(toy, data, tmp_path / "straight", **own, **more)
+    resumed = train_it(toy, data, tmp_path / "resumed", **own, resume=output / "lora-step00000002-state")
+    assert equal_tensors(read_weights(resumed), read_weights(output))
+    masked, plain = (Image.open(path) for path in sorted((output / "sample").glob("*.png")))
+    assert masked.tobytes() != plain.tobytes()
+    given = toy_shelf.options(family).model_dump(exclude_defaults=True)
+    line = [word for name, value in given.items() if not isinstance(value, tuple)
+            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]  # fmt: skip
+    line += ["--prompt", "a cat", "--W", "64", "--H", "64", "--steps", "2", "--seed", "1", "--scale", "1"]
+    line += ["--outdir", str(tmp_path / "made"), "--control_net_lllite_models", str(output / "lora.safetensors")]
+    line += ["--control_net_multipliers", "0.5", "--control_net_image", str(control)]
+    assert {"--control_net_multipliers 0.5", "--mask_path mask.png"} <= {
+        " ".join(pair) for pair in pairwise(masked.info["command"].split())
+    }
+    assert generate_command([*line, "--mask_path", str(tmp_path / "mask.png")]) == 0
+    (made,) = (tmp_path / "made").glob("*.png")
+    assert Image.open(made).tobytes() == masked.tobytes()
+
+
 @pytest.mark.full
 def test_recomputed_blocks_give_the_same(toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path) -> None:
     toy = toy_shelf.paths("flux")
@@ -267,7 +328,7 @@ def test_strength_and_images(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     ("change", "code"),
     [
         ("no trunk", "lllite-trunk-incomplete"),
-        ("four channels", "lllite-variant-unsupported"),
+        ("five channels", "lllite-variant-unsupported"),
         ("other model", "lllite-layers-unknown"),
         ("shape", "lllite-shapes-mismatch"),
     ],
@@ -277,8 +338,8 @@ def test_files_that_are_refused(change: str, code: str, toy_shelf: ToyShelf, tmp
     state = load_file(write_drawn_file(model, tmp_path / "drawn.safetensors"))
     if change == "no trunk":
         state.pop(f"{TRUNK}.out_norm.weight")
-    elif change == "four channels":
-        state[f"{TRUNK}.conv1.weight"] = torch.zeros(3, 4, 4, 4)
+    elif change == "five channels":
+        state[f"{TRUNK}.conv1.weight"] = torch.zeros(3, 5, 4, 4)
     elif change == "shape":
         state[f"{TRUNK}.proj.bias"] = torch.zeros(9)
     save_file(state, tmp_path / "changed.safetensors")
@@ -294,13 +355,15 @@ def test_files_that_are_refused(change: str, code: str, toy_shelf: ToyShelf, tmp
     [
         ({"lllite_cond_dim": 7}, "lllite-cond-dim-odd"),
         ({"lllite_target_layers": "cross_attn_q_pre"}, "lllite-no-layers"),
+        ({"lllite_version": 1, "lllite_cond_in_channels": 4, "family": "sd"}, "lllite-version-without-mask"),
     ],
 )
 def test_options_that_are_refused(
     options: dict[str, Any], code: str, toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    family = options.pop("family", "flux")
     with pytest.raises(UserError) as raised:
-        train_it(toy_shelf.paths("flux"), data, tmp_path / "out", **options)
+        train_it(toy_shelf.paths(family), data, tmp_path / "out", **options)
     assert raised.value.code == code
 
 

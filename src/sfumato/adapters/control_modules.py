@@ -30,7 +30,7 @@ class ControlModules(nn.Module, ABC):
         self.layers = layers
         self.widths = widths
         self.parts = nn.ModuleDict(parts)
-        self.image: Tensor | None = None  # (B, 3, H, W) in [-1, 1]; None: nothing is changed
+        self.image: Tensor | None = None  # (B, C, H, W) in [-1, 1]; None: nothing is changed
         self.strength = 1.0
         self.image_strength = 1.0  # of this image, beside it
         self._handles: list[RemovableHandle] = []
@@ -48,8 +48,15 @@ class ControlModules(nn.Module, ABC):
             handle.remove()
         self._handles.clear()
 
-    def set_image(self, image: Tensor | None, strength: float = 1.0) -> None:
-        """For every forward until the next call. image: (B, 3, H, W) in [-1, 1]."""
+    @property
+    def reads_mask(self) -> bool:
+        """Whether it reads a mask beside the image."""
+        return False
+
+    def set_image(self, image: Tensor | None, strength: float = 1.0, mask: Tensor | None = None) -> None:
+        """For every forward until the next call. image: (B, 3, H, W) in [-1, 1]. mask: (B, 1, H, W), for those that
+        read one.
+        """
         self.image, self.image_strength = image, strength
 
     @property

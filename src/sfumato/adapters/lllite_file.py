@@ -16,13 +16,15 @@ from sfumato.errors import UserError
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.controlled import ControlledLayer
 
-_CHANNELS = 3  # of a control image
+_CHANNELS = (3, 4)  # of a control image, without and with a mask
+_METADATA = "lllite."
 
 
 def read_lllite_file(path: Path, layers: Mapping[str, ControlledLayer], *, dropout: float = 0.0) -> ControlModules:
     """The modules of a file. layers: those of the model, by name. UserError where the file is for another model."""
     with open_checkpoint(path) as file:
         state = {key: file.read(key, dtype=torch.float32) for key in file.keys()}  # noqa: SIM118
+        facts = {name.removeprefix(_METADATA): value for name, value in file.header.metadata.items()}
     names = {key.partition(".")[0] for key in state}
     unknown = sorted(names - {*layers, TRUNK})
     if unknown:
@@ -32,7 +34,9 @@ def read_lllite_file(path: Path, layers: Mapping[str, ControlledLayer], *, dropo
             fix="give a file that was trained for the base model's family",
         )
     some = {name: layer for name, layer in layers.items() if name in names}
-    made = _make_shared(path, state, some, dropout) if TRUNK in names else _make_first(path, state, some, dropout)
+    made = (
+        _make_shared(path, state, facts, some, dropout) if TRUNK in names else _make_first(path, state, some, dropout)
+    )
     expected = {name: tensor.shape for name, tensor in made.parts.state_dict().items()}
     found = {name: tensor.shape for name, tensor in state.items()}
     differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
@@ -57,7 +61,11 @@ def _make_first(
 
 
 def _make_shared(
-    path: Path, state: Mapping[str, Tensor], layers: Mapping[str, ControlledLayer], dropout: float
+    path: Path,
+    state: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+    layers: Mapping[str, ControlledLayer],
+    dropout: float,
 ) -> SharedLLLite:
     down = next((tensor for key, tensor in state.items() if key.endswith(".down.weight")), None)
     first, third = (state.get(f"{TRUNK}.{name}.weight") for name in ("conv1", "conv3"))
@@ -68,10 +76,11 @@ def _make_shared(
             code="lllite-trunk-incomplete",
         )
     branches = {key.split(".")[3] for key in state if key.startswith(f"{TRUNK}.aspp.branches.")}
-    if first.shape[1] != _CHANNELS or len(branches) not in (0, len(DILATIONS)):
+    dilations = read_dilations(facts.get("aspp_dilations", ""))
+    if first.shape[1] not in _CHANNELS or len(branches) not in (0, len(dilations)):
         raise UserError(
             f"{path} is an LLLite file whose images have {first.shape[1]} channels and whose pyramid has "
-            f"{len(branches)} branches; those with {_CHANNELS} channels, and no or {len(DILATIONS)} branches are read",
+            f"{len(branches)} branches; those with 3 or 4 channels, and no or {len(dilations)} branches are read",
             code="lllite-variant-unsupported",
         )
     sizes = LLLiteSizes(
@@ -80,5 +89,14 @@ def _make_shared(
         trunk_width=third.shape[0],
         residual_blocks=len({key.split(".")[2] for key in state if key.startswith(f"{TRUNK}.resblocks.")}),
         has_pyramid=bool(branches),
+        dilations=dilations,
+        image_channels=first.shape[1],
+        hides_masked=facts.get("inpaint_masked_input", "").lower() == "true",
     )
     return SharedLLLite(layers, sizes, dropout=dropout)
+
+
+def read_dilations(text: str) -> tuple[int, ...]:
+    """Of a pyramid's branches, as a file's metadata has them: "1,2,4,8"; where it has none, the usual ones."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(map(int, parts)) if parts and all(map(str.isdecimal, parts)) else DILATIONS

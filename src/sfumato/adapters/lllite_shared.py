@@ -5,7 +5,7 @@ Structure and names of tensors are those of sd-scripts' anima_train_control_net_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from sfumato.formats.controlled import ControlledLayer
 TRUNK = "lllite_conditioning1"
 TRUNK_SIDE = 16  # pixels of the image that become one of the trunk's
 DILATIONS = (1, 2, 4, 8)  # of the pyramid's branches
+_COLORS = 3
 _MOST_GROUPS = 8
 
 
@@ -32,7 +33,9 @@ class LLLiteSizes:
     trunk_width: int
     residual_blocks: int
     has_pyramid: bool = False
-    image_channels: int = 3
+    dilations: tuple[int, ...] = DILATIONS  # of its branches
+    image_channels: int = 3  # 4: and a mask, of what is to be filled in
+    hides_masked: bool = False  # whether the image is gray where the mask is
 
 
 def make_norm(channels: int) -> nn.GroupNorm:
@@ -61,7 +64,7 @@ class ResidualBlock(nn.Module):
 class Pyramid(nn.Module):
     """Atrous spatial pyramid pooling (Chen et al. 2017): several dilations and the image's mean."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
 
         def make_branch(inputs: int, dilation: int) -> nn.Sequential:
@@ -69,9 +72,9 @@ class Pyramid(nn.Module):
             convolution = nn.Conv2d(inputs, channels, kernel_size=kernel, padding=around, dilation=dilation)
             return nn.Sequential(convolution, make_norm(channels), nn.SiLU())
 
-        self.branches = nn.ModuleList(make_branch(channels, dilation) for dilation in DILATIONS)
+        self.branches = nn.ModuleList(make_branch(channels, dilation) for dilation in dilations)
         self.global_conv = make_branch(channels, 1)
-        self.proj = make_branch(channels * (len(DILATIONS) + 1), 1)
+        self.proj = make_branch(channels * (len(dilations) + 1), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = [branch(x) for branch in self.branches]
@@ -92,7 +95,7 @@ class Trunk(nn.Module):
         self.conv3 = nn.Conv2d(width // 2, width, kernel_size=4, stride=4)
         self.norm3 = make_norm(width)
         self.resblocks = nn.ModuleList(ResidualBlock(width) for _ in range(sizes.residual_blocks))
-        self.aspp = Pyramid(width) if sizes.has_pyramid else None
+        self.aspp = Pyramid(width, sizes.dilations) if sizes.has_pyramid else None
         self.proj = nn.Conv2d(width, sizes.image_width, kernel_size=1)
         self.out_norm = nn.LayerNorm(sizes.image_width)
 
@@ -149,6 +152,16 @@ class SharedLLLite(ControlModules):
         self._seen: dict[int, Tensor] = {}  # pixels a side of a token -> what the trunk gave (B, tokens, image_width)
         self._text_lengths: int | Tensor = 0  # tokens of text before the image's, one number or (B,)
 
+    @property
+    def reads_mask(self) -> bool:
+        return self.sizes.image_channels > _COLORS
+
+    def set_image(self, image: Tensor | None, strength: float = 1.0, mask: Tensor | None = None) -> None:
+        """One that reads a mask changes nothing without it."""
+        if image is not None and self.reads_mask:
+            image = None if mask is None else join_mask(image, mask, hides_masked=self.sizes.hides_masked)
+        super().set_image(image, strength)
+
     def begin_forward(self, arguments: Mapping[str, Any]) -> None:
         assert self.image is not None
         image = pad_image(self.image, TRUNK_SIDE)
@@ -186,11 +199,17 @@ class SharedLLLite(ControlModules):
             "target_layers": ",".join(kinds),
             "target_atomics": ",".join(kinds),
             "cond_in_channels": sizes.image_channels,
-            "inpaint_masked_input": "false",
+            "inpaint_masked_input": str(sizes.hides_masked).lower(),
         }
         if sizes.has_pyramid:
-            facts["aspp_dilations"] = ",".join(map(str, DILATIONS))
+            facts["aspp_dilations"] = ",".join(map(str, sizes.dilations))
         return {f"lllite.{name}": value for name, value in facts.items()}
+
+
+def join_mask(image: Tensor, mask: Tensor, *, hides_masked: bool) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] and masks (B, 1, H, W) in [0, 1] -> (B, 4, H, W); 1 is filled in, -1 stays."""
+    mask = (mask >= 0.5).to(image)
+    return torch.cat([image * (1 - mask) if hides_masked else image, 2 * mask - 1], dim=1)
 
 
 def find_text_lengths(arguments: Mapping[str, Any]) -> int | Tensor:

@@ -111,7 +111,8 @@ class Series:
         """The image to start from, in turn; without a size in the prompt its own."""
         if self.images and prompt.init_image is None:
             prompt = replace(prompt, init_image=str(self.images[number % len(self.images)]))
-        if self.masks and (prompt.init_image or prompt.parts) and prompt.mask_image is None:
+        takes_mask = prompt.init_image or prompt.parts or prompt.controlnet_image or self.controls
+        if self.masks and takes_mask and prompt.mask_image is None:
             prompt = replace(prompt, mask_image=str(self.masks[number % len(self.masks)]))
         if prompt.init_image and None in (prompt.width, prompt.height):
             width, height = read_image(Path(prompt.init_image)).size

@@ -53,7 +53,6 @@ FOREIGN_KEYS: dict[str, tuple[str, ...]] = {  # kind -> keys
     OTHER_SCRIPT: (
         # ControlNet, LLLite
         "cond_in_channels", "control_net_lllite_path",
-        "lllite_cond_emb_dim", "lllite_cond_in_channels", "lllite_inpaint_masked_input", "lllite_multiplier",
         # HunyuanImage and Anima
         "attn_mode", "byt5", "cross_attn_lr", "fp8_vl", "llm_adapter_lr", "llm_adapter_path", "mlp_lr",
         "mod_lr", "qwen3", "qwen3_max_token_length", "qwen_image_vae_2d", "self_attn_lr", "split_attn",

@@ -118,6 +118,7 @@ OPTION_ALIASES = {  # old spelling -> option
     "skip_latents_validity_check": "skip_cache_check",
     "torch_compile": "compile",
     "dynamo_backend": "compile_backend",
+    "lllite_cond_emb_dim": "cond_emb_dim",
     "lllite_mlp_dim": "network_dim",
     "lllite_dropout": "network_dropout",
 }

@@ -62,6 +62,13 @@ class LLLiteOptions(Options):
     lllite_cond_dim: int = option(64, "channels inside the network that reads the control image (version 2)", ge=2)
     lllite_cond_resblocks: int = option(1, "residual blocks of that network", ge=0)
     lllite_use_aspp: bool = option(False, "that network also sees at several distances, and the image's mean")
+    lllite_cond_in_channels: int = option(
+        3, "channels that it reads: 3 colors, or 4 with a mask of what is to be filled in (version 2)", ge=3, le=4
+    )
+    lllite_inpaint_masked_input: bool = option(
+        False, "the control image is gray where the mask is, with --lllite_cond_in_channels 4"
+    )
+    lllite_multiplier: float = option(1.0, "strength of LLLite while it trains, and in previews", gt=0)
 
 
 class LecoOptions(Options):

@@ -223,6 +223,17 @@ _CONTROL_NET = (
         fix="give --method lllite, or remove it",
     ),
     OptionRule(
+        code="masked-input-without-mask",
+        severity="no effect",
+        options=("lllite_inpaint_masked_input", "lllite_cond_in_channels"),
+        is_broken=lambda c: (
+            c.run.method == "lllite" and c.lllite.lllite_inpaint_masked_input and c.lllite.lllite_cond_in_channels < 4
+        ),
+        what="--lllite_inpaint_masked_input",
+        reason="LLLite reads no mask",
+        fix="give --lllite_cond_in_channels 4, or remove it",
+    ),
+    OptionRule(
         code="learning-rate-before-control-net-lr",
         severity="no effect",
         options=("learning_rate", "control_net_lr"),

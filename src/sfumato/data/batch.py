@@ -49,6 +49,7 @@ class ImageInput:
 
 Images = Mapping[str, ImageInput]  # by role: "control", "reference_1"
 CONTROL = "control"
+CONTROL_MASK = "control_mask"  # pixels (B, 1, H, W): 1 where a control adapter with a mask fills in the image, else 0
 INPAINT = "inpaint"  # latents (B, M + C, h, w): 1 where the model paints, then the image without what is there
 _REFERENCE = "reference_"
 

@@ -71,7 +71,7 @@ def list_painted_items(plan: DataPlan) -> list[PaintedItem]:
     return list(items)
 
 
-def is_given(mask: Tensor) -> bool:
+def says_what_is_painted(mask: Tensor) -> bool:
     """Whether a mask says what is painted; one that is all white does not, as for an image without any."""
     return not bool((mask == 1).all())
 
@@ -101,7 +101,7 @@ def fill_painted(
         def read(item: PaintedItem) -> tuple[Tensor, Tensor]:
             pixels = to_tensor([item.item.read_pixels()])
             mask = downscale_mask(item.mask.read(), keys.masks.downscale)
-            if not is_given(mask):
+            if not says_what_is_painted(mask):
                 raise make_white_error(item)
             return pixels, enlarge_mask(mask, *pixels.shape[-2:])[None]
 

@@ -87,6 +87,7 @@ class Family(ABC):
         self.text_parts = blueprint.text_parts
         self.tokenizers: dict[str, Any] = dict(self.load_tokenizers(blueprint, model))  # of each text encoder
         self.control_adapters = 0  # how many that read a control image are attached to the denoiser
+        self.takes_control_mask = False  # whether one of them reads a mask beside its image
         self.vae_tile_size = 0  # pixels a side of the autoencoder's tiles; 0: whole images
         self.overflow_warned = False  # whether the warning about half precision was given
         builders = {"vae": _vae.build, **self.builders(blueprint)}

@@ -19,7 +19,7 @@ HUB_UNUSED = ("safety_checker/*", "feature_extractor/*")
 # What a model is downloaded as, in this order, until it has weights: (further files, files to leave out).
 HUB_ATTEMPTS = (((), HUB_VARIANTS), (("*/*.bin",), HUB_VARIANTS), (("*/*.bin",), ("*.non_ema.*",)))
 HUB_FOLDERS = "*/*"
-TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+HUB_TOKENIZER = ("*.json", "*.txt", "*.model")
 # A network alone, until it has weights: (files beside its configuration, files to leave out).
 NETWORK_ATTEMPTS = (
     (tuple(f"{stem}*.safetensors" for stem in NETWORK_STEMS), HUB_VARIANTS),
@@ -95,4 +95,4 @@ def _download_network(name: str) -> Path:
 def _download_tokenizer(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=[*TOKENIZER_FILES], ignore_patterns=[HUB_FOLDERS]))
+    return Path(snapshot_download(name, allow_patterns=[*HUB_TOKENIZER], ignore_patterns=[HUB_FOLDERS]))

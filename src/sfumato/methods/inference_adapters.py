@@ -114,7 +114,7 @@ def attach_in_turn(
     Its weights stay in memory, but for those of text encoders that had new words.
     """
     changes = {name: list(part.changes) for name, part in model.parts.items()}
-    tokenizers, controls = dict(model.tokenizers), model.control_adapters
+    tokenizers, controls = dict(model.tokenizers), (model.control_adapters, model.takes_control_mask)
     adapters = InferenceAdapters(model, files, embeddings=embeddings, lllite=lllite)
     try:
         yield adapters
@@ -125,7 +125,7 @@ def attach_in_turn(
             if adapters.words and name in model.text_parts:
                 part.unload()
         model.tokenizers.update(tokenizers)
-        model.control_adapters = controls
+        model.control_adapters, model.takes_control_mask = controls
 
 
 def extend_to(values: Sequence[float], count: int) -> list[float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sfumato.adapters.control_modules import ControlModules
 from sfumato.adapters.lllite_file import read_lllite_file
-from sfumato.data.batch import Extras, name_control
+from sfumato.data.batch import CONTROL_MASK, Extras, name_control
 from sfumato.errors import UserError
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint
@@ -23,16 +23,19 @@ def attach_lllite(model: Family, path: Path) -> ControlModules:
     model.parts["denoiser"].load()
     made.attach(model.denoiser)
     model.control_adapters += 1
+    model.takes_control_mask = model.takes_control_mask or made.reads_mask
     return made
 
 
 def show_control_image(attached: Sequence[ControlModules], model: Family, extras: Extras) -> None:
     """Have each read its control image of these inputs, at its strength, until the next call."""
+    given = extras.images.get(CONTROL_MASK)
+    mask = None if given is None or given.pixels is None else given.pixels.to(model.device, non_blocking=True)
     for number, each in enumerate(attached):
         control = extras.images.get(name_control(number))
         pixels = None if control is None else control.pixels
         image = None if pixels is None else pixels.to(model.device, non_blocking=True)
-        each.set_image(image, strength=1.0 if control is None else control.strength)
+        each.set_image(image, strength=1.0 if control is None else control.strength, mask=mask)
 
 
 def make_no_lllite_error(blueprint: Blueprint) -> UserError:

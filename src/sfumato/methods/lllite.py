@@ -81,7 +81,8 @@ class LLLiteMethod:
         made = make_control_modules(self.config, self.layers, model.blueprint).to(model.device).train()
         self.modules[NAME] = made
         made.attach(model.denoiser)
-        model.control_adapters = 1
+        made.strength = self.config.lllite.lllite_multiplier
+        model.control_adapters, model.takes_control_mask = 1, made.reads_mask
         learning_rate = self.config.optim.learning_rate
         return [ParameterGroup(name=NAME, parameters=list(made.parameters()), learning_rate=learning_rate)]
 
@@ -103,7 +104,7 @@ class LLLiteMethod:
         try:
             yield
         finally:
-            self.trained.strength = 1.0
+            self.trained.strength = self.config.lllite.lllite_multiplier
 
     def sampling(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -112,7 +113,9 @@ class LLLiteMethod:
         return ()
 
     def list_generate_options(self, file: str) -> Mapping[str, object]:
-        return {"control_net_lllite_models": [file]} if file else {}
+        multiplier = self.config.lllite.lllite_multiplier
+        strength = {"control_net_multipliers": [multiplier]} if multiplier != 1 else {}
+        return {"control_net_lllite_models": [file], **strength} if file else {}
 
     def after_step(self) -> Mapping[str, Tensor]:
         return {}

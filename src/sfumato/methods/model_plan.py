@@ -119,7 +119,7 @@ def check_inpainting(model: ModelPlan, data: DataPlan, problems: Problems) -> No
     unmasked = find_unmasked(data) if inpaints and config.cache.cache_latents else None
     if unmasked is not None:
         problems.add(
-            f"--cache_latents: {unmasked} has no mask of its own, and one that is drawn anew each time needs the image",
+            f"--cache_latents: {unmasked} has no mask of its own, and masks that are drawn need the image",
             code="inpainting-with-cached-latents",
             fix="remove --cache_latents, or give every image a mask: --masked_loss and --conditioning_data_dir",
         )

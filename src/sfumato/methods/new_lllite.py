@@ -18,7 +18,10 @@ from sfumato.formats.controlled import ControlledLayer
 Layers = Mapping[str, ControlledLayer]
 DEFAULT_WIDTH = 64  # of --network_dim
 DEFAULT_IMAGE_WIDTH = 32  # of --cond_emb_dim
-OF_VERSION_2 = ("lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp")
+OF_VERSION_2 = (
+    "lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp", "lllite_inpaint_masked_input"
+)  # fmt: skip
+OF_TRAINING = {"lllite_multiplier"}  # not of a file
 
 
 def make_control_modules(config: Config, layers: Layers, blueprint: Blueprint) -> ControlModules:
@@ -34,7 +37,7 @@ def make_control_modules(config: Config, layers: Layers, blueprint: Blueprint) -
 def list_lllite_notes(config: Config, layers: Layers, blueprint: Blueprint) -> Iterator[str]:
     """A line for each option without the effect that it seems to have."""
     if config.network.network_weights is not None:
-        if config.is_changed("network_dim", *LLLiteOptions.model_fields):
+        if config.is_changed("network_dim", *(LLLiteOptions.model_fields.keys() - OF_TRAINING)):
             yield "--network_dim, --cond_emb_dim and --lllite_ options have no effect: --network_weights has its own"
     elif choose_version(config, layers, blueprint) == 1:
         for name in (name for name in OF_VERSION_2 if config.is_changed(name)):
@@ -47,7 +50,7 @@ def list_lllite_notes(config: Config, layers: Layers, blueprint: Blueprint) -> I
 
 
 def choose_version(config: Config, layers: Layers, blueprint: Blueprint) -> int:
-    """UserError for version 1 with a model that has none of its layers."""
+    """UserError for version 1 with a model that has none of its layers, or with a mask, which it does not read."""
     version, has_first = config.lllite.lllite_version, any(layer.in_version_1 for layer in layers.values())
     if version == 1 and not has_first:
         raise UserError(
@@ -55,7 +58,18 @@ def choose_version(config: Config, layers: Layers, blueprint: Blueprint) -> int:
             code="lllite-version-unsupported",
             fix="--lllite_version 2",
         )
-    return version or (1 if has_first else 2)
+    if version == 1 and reads_mask(config):
+        raise UserError(
+            "--lllite_cond_in_channels 4: version 1 reads no mask",
+            code="lllite-version-without-mask",
+            fix="--lllite_version 2",
+        )
+    return version or (1 if has_first and not reads_mask(config) else 2)
+
+
+def reads_mask(config: Config) -> bool:
+    """Whether new modules read a mask beside the image."""
+    return config.lllite.lllite_cond_in_channels > 3
 
 
 def make_first(config: Config, layers: Layers) -> LLLite:
@@ -91,6 +105,8 @@ def make_shared(config: Config, layers: Layers, blueprint: Blueprint) -> SharedL
         trunk_width=options.lllite_cond_dim,
         residual_blocks=options.lllite_cond_resblocks,
         has_pyramid=options.lllite_use_aspp,
+        image_channels=options.lllite_cond_in_channels,
+        hides_masked=options.lllite_inpaint_masked_input,
     )
     return SharedLLLite(some, sizes, dropout=config.network.network_dropout or 0.0, seed=get_seed(config))
 

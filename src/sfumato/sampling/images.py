@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.batch import INPAINT, ImageInput, Images, name_control, name_reference
+from sfumato.data.batch import CONTROL_MASK, INPAINT, ImageInput, Images, name_control, name_reference
 from sfumato.data.buckets import Size
 from sfumato.data.cache.entries import to_tensor
 from sfumato.data.images import read_image
@@ -55,6 +55,9 @@ def encode_controls(model: Family, request: ImageRequest, count: int) -> Images:
             starts_at=find_nth(control.control_net_starts, number, 0.0),
             ends_at=find_nth(control.control_net_ratios, number, 1.0),
         )
+    if request.control_mask:
+        mask = read_white(request.control_mask, (request.width, request.height))
+        images[CONTROL_MASK] = ImageInput(pixels=mask.expand(count, -1, -1, -1))
     return images
 
 
@@ -90,10 +93,15 @@ def encode_painted(model: Family, request: ImageRequest, count: int) -> Images:
     if start is not None:
         pixels = resize_to_tensor(read_image(Path(start.init_image)), size)
     if start is not None and start.mask_image:
-        white = np.asarray(read_image(Path(start.mask_image)).resize(size, Image.Resampling.BILINEAR))[..., 0]
-        mask = torch.from_numpy(white >= HALF_WHITE).float()[None, None]
+        mask = read_white(start.mask_image, size)
     latents = encode_inpaint(model, pixels, mask, None, vae_batch_size=1)
     return {INPAINT: ImageInput(latents=latents.expand(count, -1, -1, -1))}
+
+
+def read_white(file: str, size: Size) -> Tensor:
+    """Where a mask file is white, at (width, height): (1, 1, H, W) of 0 and 1."""
+    white = np.asarray(read_image(Path(file)).resize(size, Image.Resampling.BILINEAR))[..., 0]
+    return torch.from_numpy(white >= HALF_WHITE).float()[None, None]
 
 
 def encode_resized(model: Family, image: Image.Image, size: Size) -> Tensor:

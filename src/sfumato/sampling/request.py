@@ -44,6 +44,7 @@ class ImageRequest:
     flow_shift: float | None = None  # of the time grid; None: the family's own
     reference_image: str = ""  # the file of a reference image
     control_image: str = ""  # the file of a control image, of the first where there are several
+    control_mask: str = ""  # the file of a mask, for an LLLite that reads one beside it
     control: ControlSettings = field(default_factory=ControlSettings)
     first_noise: FirstNoise = field(default_factory=FirstNoise)
     force_scheduler_zero_steps_offset: bool = False  # the time grid is that of a scheduler whose steps_offset is 0
@@ -117,6 +118,7 @@ def make_request(prompt: Prompt, model: Family, *, sampler: str, seed: int, weig
         flow_shift=prompt.flow_shift if _takes_shift(prompt, model) else None,
         reference_image=(prompt.reference_image or "") if model.num_references else "",
         control_image=(prompt.controlnet_image or "") if model.takes_control else "",
+        control_mask=(prompt.mask_image or "") if prompt.controlnet_image and model.takes_control_mask else "",
         control=read_settings(ControlSettings, prompt) if model.takes_control else ControlSettings(),
         first_noise=read_settings(FirstNoise, prompt),
         force_scheduler_zero_steps_offset=prompt.force_scheduler_zero_steps_offset or False,
@@ -189,6 +191,8 @@ def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterat
         yield f"{start}--control_net_... has no effect without a control image, --cn FILE"
     if model.takes_control and not prompt.controlnet_image:
         yield f"{start}it has no control image (--cn FILE), so the ControlNet takes no part"
+    elif model.takes_control_mask and not prompt.mask_image:
+        yield f"{start}it has no mask (--mk FILE), so the LLLite that reads one takes no part"
     if prompt.reference_image and not model.num_references:
         yield f"{start}--ref has no effect, this model takes no reference images"
     if prompt.flow_shift is not None and not _takes_shift(prompt, model):
@@ -217,7 +221,8 @@ def list_unsupported(prompt: Prompt, model: Family) -> Iterator[str]:
         yield "Gradual Latent has no effect on an image that starts from another"
     if prompt.strength is not None and not (prompt.init_image or prompt.highres_fix_scale):
         yield "--t has no effect without an image to start from, --img FILE"
-    if prompt.mask_image and not prompt.init_image and len(prompt.parts) < 2:
+    reads_mask = prompt.controlnet_image and model.takes_control_mask
+    if prompt.mask_image and not prompt.init_image and len(prompt.parts) < 2 and not reads_mask:
         yield "--mk has no effect without an image to start from, --img FILE"
     if prompt.force_scheduler_zero_steps_offset and "sample_sampler" not in model.options:
         yield "--force_scheduler_zero_steps_offset has no effect, flow models have no such offset"

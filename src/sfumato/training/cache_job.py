@@ -31,7 +31,6 @@ from sfumato.data.loader import TextFeatures
 from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
 from sfumato.data.painted import PaintedKeys, fill_painted, list_painted_items
 from sfumato.data.plans import DataPlan
-from sfumato.data.variants import list_captions_to_cache
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.encoding import encode_captions, encode_images, encode_unpainted
@@ -91,10 +90,10 @@ class CacheJob:
         counts = self.fill_latents(caches.latents, keys, items, "reference images")
         caches.counts["reference images"] = counts
 
-    def fill_text_cache(self, caches: Caches, part: str, store: Store, rewrite: Callable[[str], str]) -> None:
-        """The features of one encoder."""
-        variants = self.config.cache.text_cache_variants
-        captions = [rewrite(caption) for caption in list_captions_to_cache(self.data, variants=variants)]
+    def fill_text_cache(
+        self, caches: Caches, part: str, store: Store, captions: Sequence[str], rewrite: Callable[[str], str]
+    ) -> None:
+        """The features of one encoder. captions: as the method rewrites them."""
         keys = make_text_keys(self.model, part, store, weighted=self.config.captions.weighted_captions)
         features = TextFeatures(cache=TensorCache(store), keys=keys, rewrite=rewrite)
         caches.text[part] = features

@@ -10,6 +10,7 @@ from sfumato.data.find.index import cache_folder
 from sfumato.data.masks import MaskKeys
 from sfumato.data.plans import DataPlan
 from sfumato.data.references import list_reference_items
+from sfumato.data.variants import list_captions_to_cache
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.parallel.base import ParallelStrategy
@@ -49,7 +50,8 @@ def fill_caches(
             if references := list_reference_items(data, control=model.takes_control_latents):
                 task.fill_reference_cache(caches, references)
         else:
-            task.fill_text_cache(caches, part, text, rewrite)
+            captions = list_captions_to_cache(data, variants=cache.text_cache_variants)
+            task.fill_text_cache(caches, part, text, [rewrite(caption) for caption in captions], rewrite)
             if prompts is not None:
                 remember_prompts(prompts, part, caches.text[part].cache)
         model.parts[part].unload()

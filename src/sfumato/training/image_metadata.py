@@ -42,6 +42,7 @@ SOME_HAVE = (
     "growth",
     "highres",
     "control",
+    "control_mask",
     "regions",
     "first_noise",
     "force_scheduler_zero_steps_offset",
@@ -83,6 +84,7 @@ def list_settings(request: ImageRequest) -> dict[str, object]:
     values = {name: value for name, value in vars(request).items() if name not in SOME_HAVE}
     further = {name: vars(request)[name] for name in ("prompt_2", "clip_prompt", "negative_scale")}
     further["network_mul"] = request.multipliers or None
+    further["control_mask"] = strip_paths(request.control_mask)
     further["force_scheduler_zero_steps_offset"] = request.force_scheduler_zero_steps_offset or None
     for settings in request.settings:
         further |= vars(settings)
@@ -146,6 +148,7 @@ def request_options(request: ImageRequest, defaults: Sampling) -> dict[str, obje
     options |= {"flow_shift": request.flow_shift, "reference_image": request.reference_image or None}
     if request.control_image:
         options["control_net_image"] = [request.control_image, *request.control.further_control_images]
+        options["mask_path"] = request.control_mask or None
     options |= list_further_options(request)
     if request.sampler != vocabulary()["sample_sampler"].default:
         options["sample_sampler"] = request.sampler

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sfumato.common.seeds import python_random
 from sfumato.config import Config
-from sfumato.data.batch import CONTROL, INPAINT, Batch, ImageInput, is_reference
+from sfumato.data.batch import CONTROL, CONTROL_MASK, INPAINT, Batch, ImageInput, is_reference
 from sfumato.data.cache.entries import make_not_finite_error
 from sfumato.data.inpaint_masks import draw_mask
 from sfumato.data.loader import Loader
-from sfumato.data.painted import enlarge_mask, is_given
+from sfumato.data.painted import enlarge_mask, says_what_is_painted
 from sfumato.families.base import Family
 from sfumato.families.encoding import encode_images, encode_unpainted, join_inpaint
 
@@ -50,34 +50,52 @@ def load_latents(run: LatentSource, batch: Batch) -> Tensor:
 
 
 def load_other_images(run: LatentSource, batch: Batch) -> Batch:
-    """The batch with its reference images, and what a model for inpainting sees, as latents on the device."""
-    return load_inpaint(run, load_references(run, batch))
+    """The batch with its reference images, what a model for inpainting sees, as latents on the device, and masks."""
+    return load_control_mask(run, load_inpaint(run, load_references(run, batch)))
 
 
 def load_inpaint(run: LatentSource, batch: Batch) -> Batch:
-    """What is painted: the loss mask of a sample that has one, else a mask that is a function of the sample's id."""
+    """What a model for inpainting sees."""
     if not run.model.blueprint.inpaints:
         return batch
-    height, width = batch.sizes.target[0].tolist()
-    masks: list[Tensor] = []
-    for row, sample in enumerate(batch.ids.tolist()):
-        own = None if batch.mask is None else batch.mask[row].cpu().float()
-        if own is None or not is_given(own):
-            drawn = draw_mask(python_random(run.seed, "inpaint mask", sample), (width, height))
-            masks.append(torch.from_numpy(drawn)[None])
-        else:
-            masks.append(enlarge_mask(own, height, width))
+    masks = choose_masks(run, batch)
     cached = batch.extras.images.get(INPAINT)
     if cached is None:
         assert batch.pixels is not None, "the plan refuses cached latents of images without masks"
         seeds, size = batch.entry_seeds.tolist(), run.config.cache.vae_batch_size
-        latents = encode_unpainted(run.model, batch.pixels, torch.stack(masks), seeds, vae_batch_size=size)
+        latents = encode_unpainted(run.model, batch.pixels, masks, seeds, vae_batch_size=size)
     else:
         assert cached.latents is not None
         latents = cached.latents.to(run.device, non_blocking=True)
-    inpaint = join_inpaint(run.model, torch.stack(masks), latents)
-    images = {**batch.extras.images, INPAINT: ImageInput(latents=inpaint)}
-    return replace(batch, extras=replace(batch.extras, images=images))
+    return with_image(batch, INPAINT, ImageInput(latents=join_inpaint(run.model, masks, latents)))
+
+
+def load_control_mask(run: LatentSource, batch: Batch) -> Batch:
+    """Beside the control image the mask, where what trains reads one."""
+    if not run.model.takes_control_mask or CONTROL not in batch.extras.images:
+        return batch
+    return with_image(batch, CONTROL_MASK, ImageInput(pixels=choose_masks(run, batch)))
+
+
+def with_image(batch: Batch, role: str, image: ImageInput) -> Batch:
+    return replace(batch, extras=replace(batch.extras, images={**batch.extras.images, role: image}))
+
+
+def choose_masks(run: LatentSource, batch: Batch) -> Tensor:
+    """(B, 1, H, W), 1 where something is painted.
+
+    The loss mask of a sample that has one, else a mask that is a function of the sample's id.
+    """
+    height, width = batch.sizes.target[0].tolist()
+    masks: list[Tensor] = []
+    for row, sample in enumerate(batch.ids.tolist()):
+        own = None if batch.mask is None else batch.mask[row].cpu().float()
+        if own is None or not says_what_is_painted(own):
+            drawn = draw_mask(python_random(run.seed, "inpaint mask", sample), (width, height))
+            masks.append(torch.from_numpy(drawn)[None])
+        else:
+            masks.append(enlarge_mask(own, height, width))
+    return torch.stack(masks)
 
 
 def load_references(run: LatentSource, batch: Batch) -> Batch:
