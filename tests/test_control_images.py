@@ -195,7 +195,7 @@ def test_two_of_lllite(images: list[Path], toy_shelf: ToyShelf, tmp_path: Path) 
     model = load_with(toy_shelf, "sd", [])
     layers = type(model).list_controlled_layers
     assert layers is not None
-    made = LLLite(layers(model.parts["denoiser"].network), width=4, image_width=8)
+    made = LLLite(layers(model.blueprint), width=4, image_width=8)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))

@@ -130,7 +130,8 @@ def test_the_layers_of_the_published_model(tmp_path: Path) -> None:
     """sd-scripts makes 136 modules for it."""
     folder = write_published("sdxl", tmp_path / "sdxl")
     blueprint = read_model(ModelOptions(pretrained_model_name_or_path=str(folder)))
-    layers = {n: each for n, each in list_unet_layers(blueprint.networks["denoiser"]).items() if each.in_version_1}
+    every = list_unet_layers(blueprint)
+    layers = {name: layer for name, layer in every.items() if layer.in_version_1}
     assert len(layers) == 136
     sides = {
         "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": 16,

@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def read_layers(model: Family, file: Path) -> ControlModules:
     list_layers = type(model).list_controlled_layers
     assert list_layers is not None
-    return read_lllite_file(file, list_layers(model.blueprint.networks["denoiser"]))
+    return read_lllite_file(file, list_layers(model.blueprint))
 
 
 def train_it(toy: Mapping[str, Path], data: tuple[Path, Path], output: Path, **options: Any) -> Path:
@@ -63,7 +63,7 @@ def write_drawn_file(model: Family, path: Path) -> Path:
     list_layers = type(model).list_controlled_layers
     assert list_layers is not None
     sizes = LLLiteSizes(width=8, image_width=4, trunk_width=6, residual_blocks=2, has_pyramid=True)
-    made = SharedLLLite(list_layers(model.blueprint.networks["denoiser"]), sizes)
+    made = SharedLLLite(list_layers(model.blueprint), sizes)
     draw = torch.Generator().manual_seed(2)
     state = {name: torch.randn(tensor.shape, generator=draw) / 3 for name, tensor in made.parts.state_dict().items()}
     save_file(state, path)

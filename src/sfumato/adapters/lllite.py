@@ -15,7 +15,8 @@ from sfumato.adapters.control_modules import ControlModules, pad_image
 from sfumato.common.seeds import seed_of
 from sfumato.formats.controlled import ControlledLayer
 
-_STRIDES = {8: (4, 2), 16: (4, 4), 32: (4, 4, 2), 64: (4, 4, 4)}  # pixels a side of a token -> of the convolutions
+# Pixels a side of a token -> strides of the convolutions.
+_STRIDES = {4: (4,), 8: (4, 2), 16: (4, 4), 32: (4, 4, 2), 64: (4, 4, 4)}
 
 
 class LLLiteModule(nn.Module):

@@ -28,6 +28,11 @@ class LatentSpec:
     shift: float
     size_multiple: int
 
+    @property
+    def token_side(self) -> int:
+        """Pixels a side of one of the denoiser's tokens."""
+        return self.downscale * self.patch
+
     def tokens(self, shape: Sequence[int]) -> int:
         """Number of the denoiser's tokens for a latent (..., h, w); resolution-dependent shifts use it."""
         return (shape[-2] // self.patch) * (shape[-1] // self.patch)

@@ -11,7 +11,8 @@ from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._flux_files import Transformer
 from sfumato.families._flux_parts import keep_time_exact
-from sfumato.families.part import DENOISER_NAMES, Network, PartSpec
+from sfumato.families.blueprint import Blueprint
+from sfumato.families.part import DENOISER_NAMES, PartSpec
 from sfumato.formats.controlled import ControlledLayer, LayerPattern, list_transformer_layers
 from sfumato.formats.keymap import KeyMap, KeyRule
 
@@ -131,9 +132,11 @@ _CONTROLLED = (
 )
 
 
-def list_flux_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+def list_flux_layers(blueprint: Blueprint) -> Mapping[str, ControlledLayer]:
     """Of FLUX.1's transformer and those with its blocks."""
-    return list_transformer_layers(denoiser.weights.read_shapes(), _CONTROLLED)
+    return list_transformer_layers(
+        blueprint.networks["denoiser"].weights.read_shapes(), _CONTROLLED, blueprint.latents.token_side
+    )
 
 
 def split_flux_rows(original: str, shape: Sequence[int]) -> list[int]:

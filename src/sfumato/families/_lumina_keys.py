@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.common.layer_kinds import FEED_FORWARD, KEYS, QUERIES
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.errors import UserError
+from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields
 from sfumato.formats.controlled import ControlledLayer, LayerPattern, list_transformer_layers
@@ -88,9 +89,11 @@ def _make_patterns(stack: str, *, follows_text: bool) -> list[LayerPattern]:
 _CONTROLLED = (*_make_patterns("noise_refiner", follows_text=False), *_make_patterns("layers", follows_text=True))
 
 
-def list_lumina_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+def list_lumina_layers(blueprint: Blueprint) -> Mapping[str, ControlledLayer]:
     """Those that see the image."""
-    return list_transformer_layers(denoiser.weights.read_shapes(), _CONTROLLED)
+    return list_transformer_layers(
+        blueprint.networks["denoiser"].weights.read_shapes(), _CONTROLLED, blueprint.latents.token_side
+    )
 
 
 def spec(prefix: str) -> PartSpec:

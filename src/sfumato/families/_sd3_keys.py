@@ -11,6 +11,7 @@ from sfumato.common.layer_kinds import FEED_FORWARD, KEYS, QUERIES
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._sd3_patches import SD3PatchEmbed
+from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
 from sfumato.families.source import Source, Weights, drop_private_fields
 from sfumato.formats.controlled import ControlledLayer, LayerPattern, list_transformer_layers
@@ -97,9 +98,11 @@ _CONTROLLED = (  # attn2: the image's own attention in the first blocks of 3.5 m
 )
 
 
-def list_sd3_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+def list_sd3_layers(blueprint: Blueprint) -> Mapping[str, ControlledLayer]:
     """Those of the image's stream."""
-    return list_transformer_layers(denoiser.weights.read_shapes(), _CONTROLLED)
+    return list_transformer_layers(
+        blueprint.networks["denoiser"].weights.read_shapes(), _CONTROLLED, blueprint.latents.token_side
+    )
 
 
 def spec(prefix: str, blocks: int) -> PartSpec:

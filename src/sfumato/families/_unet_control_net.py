@@ -12,8 +12,8 @@ from sfumato.common.layer_kinds import CROSS_QUERIES, FEED_FORWARD, KEYS, QUERIE
 from sfumato.common.quiet_imports import without_bitsandbytes
 from sfumato.families import _unet
 from sfumato.families.base import Family
+from sfumato.families.blueprint import Blueprint
 from sfumato.families.control_net import ControlNetSupport, FileLayout, make_image_layer_rules
-from sfumato.families.part import Network
 from sfumato.families.source import select_fields
 from sfumato.formats.controlled import ControlledLayer
 from sfumato.formats.keymap import KeyMap, KeyRule
@@ -37,7 +37,6 @@ _LAYER_KINDS = {
     "attn2.to_q": CROSS_QUERIES,
     "ff.net.0.proj": FEED_FORWARD,
 }
-_LATENT_PIXEL = 8  # pixels a side
 _LLLITE_PREFIX = "lllite_unet_"
 _CALLED_WITH = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 
@@ -81,10 +80,11 @@ UNET_CONTROL_NET = ControlNetSupport(
 )
 
 
-def list_unet_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
+def list_unet_layers(blueprint: Blueprint) -> Mapping[str, ControlledLayer]:
     """Name in LLLite files, from the original one, -> layer: queries of both attentions, keys and values of the first,
     and for the second version the feed-forward's first layer. Those of the upper half are left as they are.
     """
+    denoiser = blueprint.networks["denoiser"]
     shapes = denoiser.weights.read_shapes()
     layers: dict[str, ControlledLayer] = {}
     deepest = len(denoiser.config["block_out_channels"]) - 1
@@ -100,7 +100,7 @@ def list_unet_layers(denoiser: Network) -> Mapping[str, ControlledLayer]:
             name=name,
             path=path,
             inputs=shapes[weight][1],
-            token_side=_LATENT_PIXEL * 2**level,
+            token_side=blueprint.latents.token_side * 2**level,
             layer_kind=_LAYER_KINDS[match[2]],
             in_version_1=match[2].startswith("attn"),
         )

@@ -68,7 +68,7 @@ class Family(ABC):
     num_references: ClassVar[int] = 0  # reference images that it takes beside the noisy one
     control_net: ClassVar[ControlNetSupport | None] = None
     # The layers of the denoiser that LLLite changes, by their names in files.
-    list_controlled_layers: ClassVar[Callable[[Network], Mapping[str, ControlledLayer]] | None] = None
+    list_controlled_layers: ClassVar[Callable[[Blueprint], Mapping[str, ControlledLayer]] | None] = None
     no_control_net: ClassVar[str] = "diffusers has no class for them"  # why, where there is none
     has_pooled_text: ClassVar[bool] = False  # whether a text encoder's features have a pooled vector
     has_size_inputs: ClassVar[bool] = False  # whether its denoiser is told the image's sizes

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from sfumato.formats.keymap import matches
 
 _PREFIX = "lllite_dit_"
-_TOKEN_SIDE = 16  # pixels: a patch of 2x2 latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +33,9 @@ class LayerPattern:
 
 
 def list_transformer_layers(
-    shapes: Mapping[str, Sequence[int]], patterns: Sequence[LayerPattern]
+    shapes: Mapping[str, Sequence[int]], patterns: Sequence[LayerPattern], token_side: int
 ) -> dict[str, ControlledLayer]:
-    """Name in files -> layer. shapes: of the network's weights, by their names in it."""
+    """Name in files -> layer. shapes: of the network's weights, by their names in it. token_side: in pixels."""
     layers: dict[str, ControlledLayer] = {}
     for weight, shape in shapes.items():
         path = weight.removesuffix(".weight")
@@ -47,7 +46,7 @@ def list_transformer_layers(
                 name=name,
                 path=path,
                 inputs=shape[1],
-                token_side=_TOKEN_SIDE,
+                token_side=token_side,
                 layer_kind=found.layer_kind,
                 follows_text=found.follows_text,
             )

@@ -18,7 +18,7 @@ def attach_lllite(model: Family, path: Path) -> ControlModules:
     list_layers = type(model).list_controlled_layers
     if list_layers is None:
         raise make_no_lllite_error(model.blueprint)
-    made = read_lllite_file(path, list_layers(model.blueprint.networks["denoiser"]))
+    made = read_lllite_file(path, list_layers(model.blueprint))
     made.to(model.device).requires_grad_(False).eval()
     model.parts["denoiser"].load()
     made.attach(model.denoiser)

@@ -51,7 +51,7 @@ class LLLiteMethod:
         """Nothing is added; what there is to change is looked up."""
         if family.list_controlled_layers is None:
             raise make_no_lllite_error(blueprint)
-        self.layers = family.list_controlled_layers(blueprint.networks["denoiser"])
+        self.layers = family.list_controlled_layers(blueprint)
         return blueprint
 
     def plan(self, blueprint: Blueprint) -> list[TrainablePart]:
