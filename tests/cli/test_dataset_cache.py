@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sfumato.cli.dataset_cache import parse_shard
+from sfumato.config.values import parse_shard
 from sfumato.cli.main import main
 
 

@@ -82,6 +82,25 @@ def test_the_command(images: Path, tmp_path: Path, is_mapping: bool, batch: int 
     assert found == {"red.txt": f"{red}\n", "green.txt": "general, green_tag\n", "blue.txt": "general, blue_tag\n"}
 
 
+def test_machines_tag_a_part_each(tmp_path: Path) -> None:
+    """Each image in exactly one part; whose it is stays so when others are added, also in another folder."""
+    model = write_model(tmp_path / "model" / "m.onnx")
+    parts: list[dict[str, set[str]]] = []
+    for folder, count in ((tmp_path / "few", 9), (tmp_path / "many", 12)):
+        folder.mkdir()
+        for i in range(count):
+            Image.new("RGB", (20, 20)).save(folder / f"{i}.png")
+        done: set[str] = set()
+        parts.append({})
+        for shard in ("1/3", "2/3", "3/3"):
+            assert tag(folder, "--model_file", model, "--shard", shard) == 0
+            own = {path.stem for path in folder.glob("*.txt")} - done
+            parts[-1][shard] = own
+            done |= own
+        assert len(done) == count == sum(map(len, parts[-1].values()))
+    assert all(0 < len(parts[0][shard]) and parts[0][shard] <= parts[1][shard] for shard in parts[0])
+
+
 @pytest.mark.parametrize("is_mapping", [False, True])
 def test_probabilities_are_those_of_the_formula(tmp_path: Path, is_mapping: bool) -> None:
     path = write_model(tmp_path / "m.onnx", is_mapping=is_mapping)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import PlainValidator
+from typing import TYPE_CHECKING, Any
 
 from sfumato.cli.exits import run_guarded
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.common.text import EMPTY
-from sfumato.config.base import Metavar, Options, option
+from sfumato.config.base import Options, option
 from sfumato.config.command import NO_DRY_RUN, CommandLine, read_command
 from sfumato.config.load import load_command_config
+from sfumato.config.values import MachineShard
 
 if TYPE_CHECKING:
     from sfumato.config import Config
@@ -24,17 +22,6 @@ DISK_OPTIONS = {
     "cache_latents": "cache_latents_to_disk",
     "cache_text_encoder_outputs": "cache_text_encoder_outputs_to_disk",
 }
-
-
-def parse_shard(text: Any) -> tuple[int, int]:
-    """`2/4` -> (1, 4): which part, from 0, of how many."""
-    match = re.fullmatch(r"(\d+)/(\d+)", str(text))
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError("is not a part; write e.g. 1/4, 2/4, 3/4 and 4/4 for four machines")
-    return int(match[1]) - 1, int(match[2])
-
-
-MachineShard = Annotated[tuple[int, int], PlainValidator(parse_shard), Metavar("I/N")]
 
 
 class DatasetCacheOptions(Options):

@@ -10,7 +10,7 @@ from sfumato.cli.dataset_tag import CAPTION_ALIASES
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Options, option
 from sfumato.config.command import read_command
-from sfumato.config.values import Extension, FilePath, ModelPath
+from sfumato.config.values import Extension, FilePath, MachineShard, ModelPath
 
 if TYPE_CHECKING:
     from sfumato.tools.captioner import Wording
@@ -30,6 +30,9 @@ class CaptioningOptions(Options):
     output_path: FilePath | None = option(None, "one .json or .jsonl file for all captions, instead of one per image")
     skip_existing: bool = option(False, "leave images alone that have a caption, so that an interrupted run goes on")
     recursive: bool = option(False, "caption the images of subfolders, too")
+    shard: MachineShard | None = option(
+        None, "caption the I-th of N parts of the images, for several machines; the names say which"
+    )
     batch_size: int = option(1, "images at once", ge=1)
     max_data_loader_n_workers: int | None = option(None, "threads that decode images; 4 by default", ge=0)
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
@@ -64,7 +67,7 @@ def run_captioning(options: CaptioningOptions) -> int:
     from sfumato.tools.captioner import load_captioner
     from sfumato.tools.image_batches import list_image_paths
 
-    images = list_image_paths(options.train_data_dir, recursive=options.recursive)
+    images = list_image_paths(options.train_data_dir, recursive=options.recursive, shard=options.shard)
     device = choose_device()
     precision = options.precision or ("fp32" if device.type == "cpu" else "bf16")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from sfumato.cli.help import asks_for_help, command_help
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import read_command
-from sfumato.config.values import Extension, FilePath
+from sfumato.config.values import Extension, FilePath, MachineShard
 
 if TYPE_CHECKING:
     from sfumato.tools.tag_choice import TagRules
@@ -33,6 +33,9 @@ class TagOptions(Options):
     model_file: FilePath | None = option(None, "a model of your own in the ONNX format, with its table beside it")
     force_download: bool = option(False, "download the model again")
     onnx: bool = option(False, "accepted without effect: models always run on onnxruntime")
+    shard: MachineShard | None = option(
+        None, "tag the I-th of N parts of the images, for several machines; the names say which"
+    )
     batch_size: int = option(1, "images at once; a model with a fixed number takes that", ge=1)
     max_data_loader_n_workers: int | None = option(None, "threads that decode images; 4 by default", ge=0)
     recursive: bool = option(False, "tag the images of subfolders, too")
@@ -83,7 +86,7 @@ def run_tagging(options: TagOptions) -> int:
     from sfumato.tools.tag_table import write_tags
 
     writing = make_writing(options)
-    images = list_image_paths(options.train_data_dir, recursive=options.recursive)
+    images = list_image_paths(options.train_data_dir, recursive=options.recursive, shard=options.shard)
     tagger = open_tagger(options)
     table = write_tags(tagger.table, writing)
     chooser = TagChooser(table, make_rules(options, is_mapping=table.is_mapping))

@@ -22,7 +22,7 @@ from sfumato.config.base import Metavar, Options, option
 from sfumato.config.command import NO_DRY_RUN, CommandLine, read_command
 from sfumato.config.environment import read_launch
 from sfumato.config.load import load_command_config
-from sfumato.config.values import FilePath
+from sfumato.config.values import Counts, FilePath
 
 if TYPE_CHECKING:
     from sfumato.config import Config
@@ -58,6 +58,9 @@ class PlanOptions(Options):
         None, "with --rehearse or --fit: a published model by name (flux-dev, sdxl, ...) instead of files"
     )
     device: DeviceMemory | None = option(None, "with --rehearse: the memory of a card; says which stages fit it")
+    processes: Counts = option(
+        (), "with --rehearse and --fsdp or --deepspeed: also what each of so many processes needs, e.g. 2 4 8"
+    )
     json_file: FilePath | None = option(
         None, "with --rehearse or --fit: write the stages to this JSON file, sizes in bytes (also --json)"
     )
@@ -96,14 +99,19 @@ def check_rehearsal_options(options: PlanOptions, line: CommandLine) -> None:
     """Add a problem for options that only go with --rehearse or --fit, and for what a rehearsal cannot be."""
     problems = line.problems
     if not options.rehearses:
-        given = {"--published": options.published, "--device": options.device, "--json": options.json_file}
+        given = {
+            "--published": options.published,
+            "--device": options.device,
+            "--processes": options.processes or None,
+            "--json": options.json_file,
+        }
         for flag in (flag for flag, value in given.items() if value is not None):
             problems.add(
                 f"{flag} only goes with --rehearse or --fit", code="plan-option-without-rehearse", fix="add --rehearse"
             )
     elif (processes := read_launch().processes) > 1:
         problems.add(
-            f"a rehearsal is for one GPU, and {processes} processes were launched; each GPU of a run holds the same",
+            f"a rehearsal is one process, and {processes} were launched; --processes counts what each of several needs",
             code="rehearsal-launched",
             fix="run `sfumato plan` without a launcher",
         )
@@ -142,7 +150,7 @@ def rehearse(config: Config, options: PlanOptions) -> None:
     if options.fit is None:
         from sfumato.tools.rehearse import show_rehearsal
 
-        show_rehearsal(plan, memory=options.device, path=options.json_file)
+        show_rehearsal(plan, memory=options.device, path=options.json_file, processes=options.processes)
     else:
         from sfumato.tools.fit import show_fit
 

@@ -12,13 +12,12 @@ OFF = ("", "no", "none", "false", "0")
 REASONS = {  # variable -> why it has no effect
     "ACCELERATE_DYNAMO_BACKEND": "--compile and --compile_backend say what is compiled",
     "DYNAMO_BACKEND": "--compile and --compile_backend say what is compiled",
-    "ACCELERATE_USE_FSDP": "the processes exchange gradients, and each has the whole model",
-    "ACCELERATE_USE_DEEPSPEED": "the processes exchange gradients, and each has the whole model",
-    "ACCELERATE_USE_MEGATRON_LM": "the processes exchange gradients, and each has the whole model",
+    "ACCELERATE_USE_MEGATRON_LM": "--fsdp and --deepspeed share a model among processes",
 }
 OPTIONS = {  # variable -> the option that counts instead
     "ACCELERATE_MIXED_PRECISION": "mixed_precision",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_GRADIENT_CLIPPING": "max_grad_norm",
 }
 
 

@@ -10,6 +10,7 @@ from sfumato.common.text import EMPTY, join_parts
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
 from sfumato.config.environment import describe_environment
+from sfumato.config.launcher_options import check_contradictions, read_launcher_options
 from sfumato.config.loose_keys import describe_loose_keys, refuse_loose_keys
 from sfumato.config.option_source import OptionSource, check_values, refuse_absent
 from sfumato.config.option_table import group_options
@@ -52,7 +53,8 @@ def load_command_config(
 ) -> Config:
     """The checked config of a command line and of the files that it names.
 
-    Precedence: command line, --config_file, --preset, `defaults` (a launcher's), then the built-in defaults.
+    Precedence: command line, --config_file, --preset, `defaults` (a launcher's), what accelerate's launcher has put
+    into the environment, then the built-in defaults.
     skip_rules: codes of rules that do not hold for the calling command. check_files: whether paths must exist.
     Raises one UserError, or SeveralErrors for all faults together: unknown, mistyped, wrong or missing values,
     missing files, options that are not implemented yet, and options that contradict each other.
@@ -69,12 +71,16 @@ def load_command_config(
         name: value for source in (launcher, preset, file) for name, value in check_values(source, problems).items()
     }
     values |= line.values
+    environment = read_launcher_options(problems)
+    from_environment = check_values(environment, problems)
+    check_contradictions(from_environment, environment, values, problems)
+    values = from_environment | values
 
     sources: dict[str, str] = {}
     places: dict[str, str] = {}
     suspects: set[str] = set()
     notes: list[str] = []
-    for source in (launcher, preset, file, line.source):  # a later one takes precedence
+    for source in (environment, launcher, preset, file, line.source):  # a later one takes precedence
         for name in source.values:
             places[name] = source.place(name)
             if name in values:

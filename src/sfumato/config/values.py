@@ -213,7 +213,16 @@ def is_impossible_name(path: str) -> bool:
     return "\0" in path or len(os.fsencode(path)) > MAX_PATH_BYTES or max(map(len, re.split(r"[/\\]", path))) > 255
 
 
+def parse_shard(text: Any) -> tuple[int, int]:
+    """`2/4` -> (1, 4): which part, from 0, of how many."""
+    match = re.fullmatch(r"(\d+)/(\d+)", str(text))
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError("is not a part; write e.g. 1/4, 2/4, 3/4 and 4/4 for four machines")
+    return int(match[1]) - 1, int(match[2])
+
+
 FilePath = Annotated[Path, Strict(False), BeforeValidator(parse_path)]
+MachineShard = Annotated[tuple[int, int], PlainValidator(parse_shard), Metavar("I/N")]
 ModelPath = Annotated[str, BeforeValidator(parse_path), Metavar("PATH")]
 ModelPaths = Annotated[tuple[ModelPath, ...], BeforeValidator(to_tuple), Metavar("PATH ...")]
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(to_tuple), Metavar("PATH ...")]

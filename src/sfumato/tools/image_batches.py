@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,8 +87,12 @@ class UniqueNames:
         return name
 
 
-def list_image_paths(folder: Path, *, recursive: bool) -> list[Path]:
-    """The images of a folder. UserError where it has none."""
+def list_image_paths(folder: Path, *, recursive: bool, shard: tuple[int, int] | None = None) -> list[Path]:
+    """The images of a folder. UserError where it has none.
+
+    shard: index and number of the machines that do a part each. An image's name inside the folder alone says whose it
+    is, so it stays there whatever is added, and the machines may have different images.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder", code="image-folder-missing", fix="give a folder of images")
     names = list_folder(str(folder)).images
@@ -96,6 +101,9 @@ def list_image_paths(folder: Path, *, recursive: bool) -> list[Path]:
     if not names:
         inside = "" if recursive else "; --recursive looks into its subfolders, too"
         raise UserError(f"{folder} has no images{inside}", code="image-folder-empty", fix="give a folder of images")
+    if shard is not None:
+        index, number = shard
+        names = [name for name in names if zlib.crc32(Path(name).as_posix().encode()) % number == index]
     return [folder / name for name in names]
 
 

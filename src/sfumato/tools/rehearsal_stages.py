@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 from unittest.mock import patch
 
@@ -16,6 +16,7 @@ from sfumato.families.part import Part
 from sfumato.memory.rehearsal.device import Rehearsal, Wait
 from sfumato.memory.rehearsal.meter import LiveTensor
 from sfumato.methods.base import Method
+from sfumato.tools.rehearsal_ranks import RankMemory, RankPeak, format_peaks
 
 GB = 1e9
 STEP = "training step"
@@ -33,6 +34,7 @@ class Stage:
     largest: tuple[LiveTensor, ...]  # of the peak
     waits: tuple[Wait, ...]
     seconds: float = 0.0
+    by_rank: tuple[RankPeak, ...] = ()  # of processes that share the model
 
 
 class StageMeter(Protocol):
@@ -93,6 +95,7 @@ class StageRecorder:
     trained: nn.ModuleList = field(default_factory=nn.ModuleList)  # what the method adds to the parts' networks
     optimizer: Optimizer | None = None
     stages: list[Stage] = field(default_factory=list)
+    ranks: RankMemory | None = None  # where what several processes need is counted, too
 
     @contextmanager
     def watch_loading(self) -> Iterator[Self]:
@@ -138,7 +141,12 @@ class StageRecorder:
 
     def end_stage(self, name: str) -> None:
         self.name_networks()
-        self.stages.append(self.meter.finish(name, self.list_resident()))
+        resident = self.list_resident()
+        stage = self.meter.finish(name, resident)
+        if self.ranks is not None:
+            peaks = self.ranks.list_peaks(self.parts, resident.get("optimizer", ()))
+            stage = replace(stage, by_rank=tuple(peaks))
+        self.stages.append(stage)
 
     def name_networks(self) -> None:
         self.meter.name_networks(self.list_networks())
@@ -174,6 +182,12 @@ def format_stages(stages: Sequence[Stage]) -> Iterator[str]:
             yield f"{'':{width}}  waits    {wait.place} {wait.reason}"
 
 
+def format_ranks(stages: Sequence[Stage]) -> Iterator[str]:
+    """A table of what each of several processes needs; nothing where nobody asked for it."""
+    if any(stage.by_rank for stage in stages):
+        yield from format_peaks([stage.name for stage in stages], [stage.by_rank for stage in stages], GB)
+
+
 def describe_stages(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """The same for JSON, sizes in bytes."""
     found: list[dict[str, Any]] = []
@@ -187,6 +201,7 @@ def describe_stages(stages: Sequence[Stage]) -> list[dict[str, Any]]:
                 "resident": dict(stage.resident),
                 "largest": largest,
                 "waits": waits,
+                **({"by_rank": [peak._asdict() for peak in stage.by_rank]} if stage.by_rank else {}),
             }
         )
     return found

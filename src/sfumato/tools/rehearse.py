@@ -16,6 +16,7 @@ from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.memory.rehearsal.device import rehearsal_device
 from sfumato.plan import RunPlan
 from sfumato.tools.rehearsal_data import keep_largest_batches
+from sfumato.tools.rehearsal_ranks import make_rank_memory
 from sfumato.tools.rehearsal_run import make_staged_run
 from sfumato.tools.rehearsal_stages import (
     GB,
@@ -24,6 +25,7 @@ from sfumato.tools.rehearsal_stages import (
     Stage,
     StageRecorder,
     describe_stages,
+    format_ranks,
     format_stages,
 )
 from sfumato.tools.rehearsal_step import rehearse_preview, rehearse_step
@@ -39,10 +41,11 @@ ALLOWANCE = int(1.2e9)  # bytes; assumed, not yet measured on a card
 LARGEST_SAVE = 4e9  # bytes of a file that is written to rehearse its save
 
 
-def rehearse_plan(plan: RunPlan, *, saves: bool = True) -> list[Stage]:
+def rehearse_plan(plan: RunPlan, *, saves: bool = True, processes: Sequence[int] = ()) -> list[Stage]:
     """Every stage at the batch that needs most memory, with networks whose weights are not read.
 
-    saves: whether saving is rehearsed, too; it takes seconds, and hardly ever needs more than the step. Writes nothing
+    saves: whether saving is rehearsed, too; it takes seconds, and hardly ever needs more than the step. processes: for
+    how many that share the model it is counted what each needs. Writes nothing
     but a temporary file. Raises what the run would raise on a GPU, above all RuntimeError where tensors are on two
     devices and UnknownValueError where a shape depends on the device's values.
     """
@@ -57,6 +60,7 @@ def rehearse_plan(plan: RunPlan, *, saves: bool = True) -> list[Stage]:
             data=keep_largest_batches(plan.data, accumulation=plan.config.loop.gradient_accumulation_steps),
             blueprint=plan.blueprint.without_weights(),
         )
+        recorder.ranks = make_rank_memory(plan.config, rehearsal.memory, processes)
         run = make_staged_run(plan, recorder)
         run.optimization.owner.make_state()  # which from the second step on is there during forward and backward
         with recorder.stage(STEP):
@@ -96,11 +100,12 @@ def cache_in_memory(config: Config, *, cache_dir: Path) -> Config:
     return config.with_values({**caches, "cache_dir": cache_dir, "profile": None, "max_denoising_steps": 2})
 
 
-def show_rehearsal(plan: RunPlan, *, memory: int | None, path: Path | None) -> None:
-    """Print the table; memory: of a card, in bytes. path: of a JSON file with the same."""
+def show_rehearsal(plan: RunPlan, *, memory: int | None, path: Path | None, processes: Sequence[int] = ()) -> None:
+    """Print the table; memory: of a card, in bytes. path: of a JSON file with the same. processes: numbers of them."""
     started = time.process_time()
-    stages = rehearse_plan(plan)
-    print("\n".join(format_stages(stages)))
+    stages = rehearse_plan(plan, processes=processes)
+    for line in (*format_stages(stages), *format_ranks(stages)):
+        print(line)
     if plan.config.memory.compile:
         print("rehearsed without --compile: what it compiles needs a GPU; memory is that of blocks as they are")
     if all(stage.name != "save" for stage in stages):
@@ -113,15 +118,22 @@ def show_rehearsal(plan: RunPlan, *, memory: int | None, path: Path | None) -> N
 
 
 def describe_fit(stages: Sequence[Stage], memory: int) -> Iterator[str]:
-    """Which stages fit a card with this many bytes."""
-    available = memory - ALLOWANCE
-    over = [stage for stage in stages if stage.peak > available]
+    """Which stages fit a card with this many bytes: of one process, or of each among several where that was counted."""
     yield (
         f"of {memory / GB:.2f} GB on the card, {ALLOWANCE / GB:.2f} GB are set aside for CUDA itself, workspaces and "
         "fragmentation, which no rehearsal sees"
     )
-    for stage in over:
-        excess = (stage.peak - available) / GB
-        yield f"does not fit: {stage.name} needs {stage.peak / GB:.2f} GB, {excess:.2f} GB too much"
+    available = memory - ALLOWANCE
+    yield from describe_excess([(stage.name, stage.peak) for stage in stages], available, "")
+    for i, (count, _) in enumerate(stages[0].by_rank):
+        peaks = [(stage.name, stage.by_rank[i].peak) for stage in stages]
+        yield from describe_excess(peaks, available, f"{count} processes: ")
+
+
+def describe_excess(peaks: Sequence[tuple[str, int]], available: int, who: str) -> Iterator[str]:
+    """peaks: (stage, bytes)."""
+    over = [(name, peak) for name, peak in peaks if peak > available]
+    for name, peak in over:
+        yield f"{who}does not fit: {name} needs {peak / GB:.2f} GB, {(peak - available) / GB:.2f} GB too much"
     if not over:
-        yield f"every stage fits, {(available - max(stage.peak for stage in stages)) / GB:.2f} GB remain"
+        yield f"{who}every stage fits, {(available - max(peak for _, peak in peaks)) / GB:.2f} GB remain"

@@ -97,6 +97,27 @@ class MemoryMeter:
         numbers = {self._find_number(tensor) for tensor in list_stored(tensors)}
         return sum(self._tensors[number].size for number in numbers if number is not None)
 
+    def find_numbers(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The numbers of the tensors' storages, without those that are not on the device."""
+        return {number for tensor in tensors if (number := self._find_number(tensor)) is not None}
+
+    def list_from(self, origin: str) -> set[int]:
+        """The numbers of the storages of this stage whose origin begins so."""
+        return {number for number, tensor in self._tensors.items() if tensor.origin.startswith(origin)}
+
+    def list_casts(self, weights: Iterable[tuple[str, tuple[int, ...]]]) -> set[int]:
+        """The numbers of copies of weights that their own modules made. weights: name of the module, shape."""
+        known = set(weights)
+        return {number for number, tensor in self._tensors.items() if (tensor.origin, tensor.shape) in known}
+
+    def replay(self, parts: Mapping[int, float]) -> int:
+        """The peak of the stage in bytes if of some storages, by number, only a part were there."""
+        allocated = peak = sum(self._tensors[number].size * parts.get(number, 1.0) for number in self._live_at_reset)
+        for change in self._changes:
+            allocated += change.size * parts.get(change.storage, 1.0)
+            peak = max(peak, allocated)
+        return int(peak)
+
     def _find_number(self, tensor: Tensor) -> int | None:
         storage = tensor.untyped_storage()
         known = self._numbers.get(id(storage))
