@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sfumato.config.values import parse_shard
 from sfumato.cli.main import main
+from sfumato.config.values import parse_shard
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
     [
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile and --compile_backend"),
         ("DYNAMO_BACKEND", "eager", "--compile and --compile_backend"),
-        ("ACCELERATE_USE_FSDP", "true", "whole model"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "whole model"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "--fsdp and --deepspeed"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.5", "--max_grad_norm counts, which is 1.0"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "--mixed_precision counts, which is no"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--gradient_accumulation_steps counts, which is 1"),
     ],

@@ -13,7 +13,7 @@ from rehearsing import needs_rehearsal
 from sfumato.config import load_config
 from sfumato.plan import make_run_plan
 from sfumato.tools.rehearsal_stages import STEP, Stage, format_ranks
-from sfumato.tools.rehearse import describe_fit, rehearse_plan
+from sfumato.tools.rehearse import ALLOWANCE, describe_fit, rehearse_plan
 from toy_runs import make_arguments, make_images
 
 pytestmark = [pytest.mark.full, needs_rehearsal]
@@ -49,6 +49,9 @@ def test_fsdp(toy_shelf: ToyShelf, tmp_path: Path) -> None:
     assert step[1] == stages[STEP].peak + whole
     # weights, gradients and two moments, 4 bytes each, of every trained number
     assert step[2] - step[8] >= 0.99 * 16 * trained * (1 / 2 - 1 / 8)
+    lines = list(describe_fit(list(stages.values()), ALLOWANCE + (step[2] + step[4]) // 2))
+    assert any(line.startswith("2 processes: does not fit: training step") for line in lines)
+    assert any(line.startswith("4 processes: every stage fits") for line in lines)
 
 
 def test_what_waits_in_main_memory_needs_nothing(toy_shelf: ToyShelf, tmp_path: Path) -> None:
@@ -57,7 +60,7 @@ def test_what_waits_in_main_memory_needs_nothing(toy_shelf: ToyShelf, tmp_path: 
     assert len({rank.peak for rank in stages[STEP].by_rank}) == 1
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_zero_stages(toy_shelf: ToyShelf, tmp_path: Path, stage: int) -> None:
     """What gets smaller with more processes, in bytes of a trained number: moments and masters, gradients, weights."""
     options = {"mixed_precision": "bf16", "deepspeed": True, "zero_stage": stage}
@@ -65,14 +68,6 @@ def test_zero_stages(toy_shelf: ToyShelf, tmp_path: Path, stage: int) -> None:
     peaks = {rank.processes: rank.peak for rank in stages["loading"].by_rank}
     assert peaks[2] - peaks[4] == pytest.approx((4 + (2 if stage == 3 else 0)) * trained / 4, rel=0.02)
     step = {rank.processes: rank.peak for rank in stages[STEP].by_rank}
-    shared = 12 + (4 if stage >= 2 else 0) + (2 if stage == 3 else 0)
+    shared = 16 + (2 if stage == 3 else 0)
     assert step[2] - step[8] >= 0.99 * shared * trained * (1 / 2 - 1 / 8)
     assert [line.split()[0] for line in format_ranks(list(stages.values()))][1:] == [name.split()[0] for name in stages]
-
-
-def test_which_cards_are_large_enough(toy_shelf: ToyShelf, tmp_path: Path) -> None:
-    stages, _ = rehearse(toy_shelf, tmp_path, **FULL, fsdp=True)
-    ranks = {rank.processes: rank.peak for rank in stages[STEP].by_rank}
-    lines = list(describe_fit(list(stages.values()), 1_200_000_000 + (ranks[2] + ranks[4]) // 2))
-    assert any(line.startswith("2 processes: does not fit: training step") for line in lines)
-    assert any(line.startswith("4 processes: every stage fits") for line in lines)

@@ -98,7 +98,7 @@ def test_machines_tag_a_part_each(tmp_path: Path) -> None:
             parts[-1][shard] = own
             done |= own
         assert len(done) == count == sum(map(len, parts[-1].values()))
-    assert all(0 < len(parts[0][shard]) and parts[0][shard] <= parts[1][shard] for shard in parts[0])
+    assert all(len(parts[0][shard]) > 0 and parts[0][shard] <= parts[1][shard] for shard in parts[0])
 
 
 @pytest.mark.parametrize("is_mapping", [False, True])
