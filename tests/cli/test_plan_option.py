@@ -223,7 +223,7 @@ def test_of_several_processes_one_shows_it_for_all(
             assert bool(printed.out) == (rank == "0")
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+@pytest.mark.parametrize("name", ["ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_MEGATRON_LM"])
 def test_what_the_launcher_of_accelerate_sets_without_effect(
     name: str,
     toy_shelf: ToyShelf,

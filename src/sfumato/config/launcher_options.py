@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sfumato.common.text_files import read_text_file
+from sfumato.config.dataset_toml import parse_json
 from sfumato.config.option_source import OptionSource
 from sfumato.errors import Problems
 
@@ -90,11 +91,12 @@ def add_option(source: OptionSource, option: str, value: str, place: str) -> Non
 
 def read_deepspeed_file(source: OptionSource, path: Path, problems: Problems) -> None:
     """DeepSpeed's own configuration: the keys that are options here count, and the others are named in one line."""
+    found: dict[str, Any] = {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        problems.add(f"{DEEPSPEED_FILE}: {path} cannot be read: {error}", code="deepspeed-file-unreadable")
-        return
+        with problems.catch():
+            found = parse_json(path, read_text_file(path))
+    except OSError as error:
+        problems.add(f"{DEEPSPEED_FILE}: {path} cannot be read ({error.strerror})", code="deepspeed-file-unreadable")
     idle: list[str] = []
     for key, value in list_leaves(found):
         if str(value).lower() in NOT_GIVEN:

@@ -32,7 +32,7 @@ class RankPeak(NamedTuple):
     peak: int
 
 
-class Shares(NamedTuple):
+class SharedKinds(NamedTuple):
     """Of which kinds of tensors a process has a part only; the other kinds it has whole."""
 
     weights: bool
@@ -50,7 +50,7 @@ class RankMemory:
     """
 
     memory: MemoryMeter
-    shares: Shares
+    shares: SharedKinds
     counts: Sequence[int]
     computing: int = MASTER_BYTES
     has_masters: bool = False
@@ -131,7 +131,7 @@ def make_rank_memory(config: Config, memory: MemoryMeter, counts: Sequence[int])
     if options.fsdp:
         return RankMemory(
             memory=memory,
-            shares=Shares(weights=True, gradients=True, state=True),
+            shares=SharedKinds(weights=True, gradients=True, state=True),
             counts=counts,
             computing=computing,
             state_on_host=options.fsdp_offload_params,
@@ -140,7 +140,7 @@ def make_rank_memory(config: Config, memory: MemoryMeter, counts: Sequence[int])
     stage = options.zero_stage
     return RankMemory(
         memory=memory,
-        shares=Shares(weights=stage >= 3, gradients=stage >= 2, state=stage >= 1),
+        shares=SharedKinds(weights=stage >= 3, gradients=stage >= 2, state=stage >= 1),
         counts=counts,
         computing=computing,
         has_masters=mixed != "no",
