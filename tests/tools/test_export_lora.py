@@ -372,7 +372,7 @@ def test_names_that_several_families_share(
     (["a.safetensors", "b.safetensors", "--to", "diffusers", "--familly", "x"], "did you mean --family?"),
     (["a.safetensors", "b.safetensors", "--to", "diffusers", "--family", "fluxx"], "did you mean 'flux'"),
     (["a.safetensors", "b.ckpt", "--to", "diffusers"], "must end in .safetensors"),
-    (["a.safetensors", "a.safetensors", "--to", "diffusers"], "overwritten"),
+    (["a.safetensors", "a.safetensors", "--to", "diffusers"], "is one of the inputs"),
     (["none.safetensors", "b.safetensors", "--to", "diffusers"], "none.safetensors does not exist"),
     (["a.safetensors", "b.safetensors", "--to"], "--to needs a value"),
 ])  # fmt: skip

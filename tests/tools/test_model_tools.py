@@ -17,6 +17,7 @@ from families.toys import ToyShelf
 from others.models import load_toy
 from sfumato.cli.main import main
 from sfumato.compat.launch import main as run_script
+from sfumato.compat.model_tools import SD3_PREFIXES
 from sfumato.families.foreign_keys import is_redundant
 from sfumato.formats.hashes import calculate_adapter_hashes
 from tools.adapter_cases import MODEL, draw_adapter
@@ -144,18 +145,27 @@ def test_the_denoiser_of_a_folder(family: str, toy_shelf: ToyShelf, tmp_path: Pa
     assert all(key.startswith(("first_stage_model.", "text_encoders.", "vae.", "norm_final.")) for key in left), left
 
 
-def test_one_file_of_several_networks(flux: Path, toy_shelf: ToyShelf, tmp_path: Path) -> None:
-    """Keys that have their prefix keep it."""
-    paths, output = toy_shelf.paths("flux"), tmp_path / "out.safetensors"
-    script = ["tools/merge_sd3_safetensors.py", "--dit", str(flux), "--clip_l", str(paths["clip_l"])]
+def test_one_file_of_several_networks(toy_shelf: ToyShelf, tmp_path: Path, codes: list[str]) -> None:
+    """The networks of a published file, each in a file of its own, become that file again; keys that have their prefix
+    keep it."""
+    whole, script = load_file(toy_shelf.paths("sd3")[MODEL]), ["tools/merge_sd3_safetensors.py"]
+    for option, prefix in SD3_PREFIXES.items():
+        own = {key.removeprefix(prefix): tensor for key, tensor in whole.items() if key.startswith(prefix)}
+        save_file(own, tmp_path / f"{option}.safetensors")
+        script += [f"--{option}", str(tmp_path / f"{option}.safetensors")]
+    output, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     assert run_script([*script, "--output", str(output)]) == 0
-    state = {f"model.diffusion_model.{key}": tensor for key, tensor in load_file(flux).items()}
-    clip = load_file(paths["clip_l"]).items()
-    state |= {f"text_encoders.clip_l.transformer.{key}": tensor for key, tensor in clip}
-    assert equal_tensors(load_file(output), state)
-    again = tmp_path / "again.safetensors"
+    assert equal_tensors(load_file(output), whole)
     assert run_script(["tools/merge_sd3_safetensors.py", "--dit", str(output), "--output", str(again)]) == 0
-    assert any(key.startswith("model.diffusion_model.img_in") for key in load_file(again))
+    assert equal_tensors(load_file(again), whole)
+    flux = str(toy_shelf.paths("flux")[MODEL])
+    swapped = [str(tmp_path / "dit.safetensors"), "--t5xxl", str(tmp_path / "clip_l.safetensors")]
+    for words in ([flux], swapped):
+        assert (
+            run_script(["tools/merge_sd3_safetensors.py", "--dit", *words, "--output", str(tmp_path / "x.ckpt")]) == 2
+        )
+    assert codes[0] == "model-family-mismatch"
+    assert not (tmp_path / "x.ckpt").exists()
 
 
 def test_metadata(toy_shelf: ToyShelf, tmp_path: Path, capsys: pytest.CaptureFixture[str], codes: list[str]) -> None:

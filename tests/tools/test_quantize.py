@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from others.models import compute_output
 from quantization.meant import FLOAT8, INT8, hadamard, round_scaled
 from sfumato.cli.main import main
 from sfumato.config.memory import MemoryOptions
-from sfumato.formats.checkpoint import open_checkpoint
+from sfumato.formats.checkpoint import TensorFile, open_checkpoint
 from sfumato.quantization.weight import QuantizedWeight
 from tools.adapter_cases import MODEL, load_files
 
@@ -144,6 +145,49 @@ def test_every_family(family: str, toy_shelf: ToyShelf, tmp_path: Path, capsys: 
     plain = compute_output(load_files(toy_shelf, family, files={}))
     found = compute_output(load_files(toy_shelf, family, files={MODEL: output}))
     assert 0 < float((found - plain).norm() / plain.norm()) < 0.1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bits", ["fp8", "int8"])
+def test_an_open_clip_encoder(bits: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """Of Stable Diffusion XL's second encoder the weights of three layers in one keep their bytes, as no reader looks
+    for scales of theirs; the rest is rounded as ComfyUI would round it, and runs so."""
+    source, output = toy_shelf.paths("sdxl")[MODEL], tmp_path / "q.safetensors"
+    assert quantize(source, output, "--bits", bits, "--parts", "clip_g") == 0
+    before, after = load_file(source), load_file(output)
+    prefix = "conditioner.embedders.1.model.transformer.resblocks."
+    blocks = {key for key in before if key.startswith(prefix) and before[key].ndim == 2}
+    fused = {key for key in blocks if key.endswith("in_proj_weight")}
+    layers = {key for key in blocks if key.endswith(".weight")}
+    assert fused | layers == blocks
+    assert len(layers) == 3 * len(fused) > 3
+    assert all(torch.equal(after[key], before[key]) for key in before.keys() - layers)
+    with open_checkpoint(output) as file:
+        for key in layers:
+            meant = round_for_comfyui(before[key], bits)
+            torch.testing.assert_close(file.read(key, dtype=torch.float32), meant, rtol=1e-4, atol=1e-6)
+    save_file(
+        {**before, **{key: round_for_comfyui(before[key], bits) for key in layers}}, tmp_path / "meant.safetensors"
+    )
+    expected = compute_output(load_files(toy_shelf, "sdxl", files={MODEL: tmp_path / "meant.safetensors"}), "clip_g")
+    found = compute_output(load_files(toy_shelf, "sdxl", files={MODEL: output}), "clip_g")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("program", ["comfyui", "training"])
+def test_each_weight_is_read_once(program: str, flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers and scales of a weight are made together, wherever they lie in the file."""
+    reads: Counter[str] = Counter()
+    read = TensorFile.read
+
+    def count(self: TensorFile, name: str, **options: Any) -> Tensor:
+        reads[name] += 1
+        return read(self, name, **options)
+
+    monkeypatch.setattr(TensorFile, "read", count)
+    assert quantize(flux, tmp_path / "q.safetensors", "--to", program) == 0
+    assert set(reads.values()) == {1}
+    assert reads.keys() == load_file(flux).keys()
 
 
 FAULTS: dict[str, tuple[str, tuple[str, ...], str]] = {

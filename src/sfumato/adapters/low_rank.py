@@ -17,7 +17,8 @@ from sfumato.formats.groups import LayerGroup
 
 RankMethod = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
 OVERSAMPLING = 10  # further columns of a random projection (Halko et al. 2011, sec. 4.4)
-POWER_STEPS = 2  # passes that sharpen it (the same, alg. 4.4)
+POWER_STEPS = 2  # the most passes that sharpen it (the same, alg. 4.4)
+SMALL_GAIN = 0.001  # share of what is lost that one more pass has to win to be made
 FLOAT32_NOISE = 1e-6  # share of a squared norm that sums in float32 do not tell from 0
 NO_CHANGE = 1e-6  # a largest singular value up to this is no change
 
@@ -76,19 +77,38 @@ def decompose_randomly(matrix: Tensor, rank: int) -> Svd:
 
     Halko, Martinsson and Tropp 2011, "Finding structure with randomness", alg. 4.4 and 5.1, with a fixed seed.
     """
-    count = rank + OVERSAMPLING
-    if 2 * count >= min(matrix.shape):
+    columns = rank + OVERSAMPLING
+    if 2 * columns >= min(matrix.shape):
         return decompose(matrix)
     generator = Generator(matrix.device).manual_seed(0)
-    start = torch.randn(matrix.shape[1], count, generator=generator, device=matrix.device)
-    basis = torch.linalg.qr(matrix @ start).Q
+    start = torch.randn(matrix.shape[1], columns, generator=generator, device=matrix.device)
+    norm = sum_squares(matrix) ** 0.5
+    svd, gain = restrict(matrix, matrix @ start, norm), None
     for _ in range(POWER_STEPS):
-        basis = torch.linalg.qr(matrix.t() @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    # Singular values of basis.T @ matrix, from a QR of its transpose, which is tall.
-    q, r = torch.linalg.qr(matrix.t() @ basis)
+        captured = sum_squares(svd.s[:rank])
+        lost = norm**2 - captured
+        # What a pass wins shrinks from one to the next as the fourth power of this ratio, or faster.
+        ratio = float(svd.s[-1] / svd.s[rank - 1])
+        if lost <= FLOAT32_NOISE * norm**2 or (gain is not None and gain * ratio**4 <= SMALL_GAIN * lost):
+            break
+        svd = restrict(matrix, matrix @ svd.vh.t(), norm)
+        gain = sum_squares(svd.s[:rank]) - captured
+    return svd
+
+
+def restrict(matrix: Tensor, columns: Tensor, norm: float) -> Svd:
+    """The singular values of a matrix within the space of some columns. norm: of the matrix."""
+    basis = torch.linalg.qr(columns).Q
+    q, r = torch.linalg.qr((basis.t() @ matrix).t())  # a QR of the transpose, which is tall
     u, s, vh = torch.linalg.svd(r.t(), full_matrices=False)
-    return Svd(basis @ u, s, vh @ q.t(), float(torch.linalg.vector_norm(matrix, dtype=torch.float64)))
+    return Svd(basis @ u, s, vh @ q.t(), norm)
+
+
+def sum_squares(tensor: Tensor) -> float:
+    """Of all values: of each row in float32, of the rows in float64, which is exact to 1e-7 and twenty times as fast
+    as float64 throughout."""
+    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    return float(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum())
 
 
 def find_needed_rank(svd: Svd, method: RankMethod | None, param: float | None, limit: int) -> int:

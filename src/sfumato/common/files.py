@@ -237,9 +237,9 @@ class DiskNeed(NamedTuple):
     size: int  # bytes of each
 
 
-def check_disk_space(folder: Path, needs: Sequence[DiskNeed], *, mine: str) -> None:
+def check_disk_space(folder: Path, needs: Sequence[DiskNeed], *, mine: str, fix: str) -> None:
     """Raise UserError where the disk lacks room; files in the folder that start with `mine` are replaced, and so is
-    what a kill has left of them.
+    what a kill has left of them. fix: what to do then.
     """
     needed = sum(need.number * need.size for need in needs)
     place = folder
@@ -253,9 +253,9 @@ def check_disk_space(folder: Path, needs: Sequence[DiskNeed], *, mine: str) -> N
     if needed > free + replaced:
         what = " and ".join(f"{need.number} {need.what} of {format_bytes(need.size)}" for need in needs if need.number)
         raise UserError(
-            f"{what} need {format_bytes(needed)} on the disk of {folder}, which has {format_bytes(free)} free",
+            f"the disk of {folder} has {format_bytes(free)} free, and {format_bytes(needed)} are needed: {what}",
             code="disk-too-small",
-            fix="save less often, keep fewer (--save_last_n_steps, --save_last_n_epochs), or --save_precision fp16",
+            fix=fix,
         )
 
 
@@ -268,8 +268,11 @@ def check_file_writable(path: Path, *, option: str) -> None:
     check_writable(path.parent, option=option)
 
 
-def check_writable(folder: Path, *, option: str) -> None:
-    """Try a file in the folder, or where the folder is to be made, and take it away again: nothing is left behind."""
+def check_writable(folder: Path, *, option: str = "") -> None:
+    """Try a file in the folder, or where the folder is to be made, and take it away again: nothing is left behind.
+
+    option: that named the folder, for the message.
+    """
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -279,7 +282,7 @@ def check_writable(folder: Path, *, option: str) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f"{option}: cannot write into {folder} ({error.strerror})",
+            f"{option}{': ' if option else ''}cannot write into {folder} ({error.strerror})",
             code="folder-not-writable",
-            fix=f"give a writable folder with {option}",
+            fix=f"give a writable folder with {option}" if option else "name a place that can be written to",
         ) from error

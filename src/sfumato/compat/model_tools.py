@@ -124,6 +124,12 @@ def run_flux_file(options: FluxFileOptions) -> int:
     assert options.save_to is not None
     path = Path(options.diffusers_path)
     folder = path.parent if path.is_file() else path
+    if path.is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{path} is no file of a folder in diffusers' layout: there is no config.json beside it",
+            code="flux-folder-missing",
+            fix="--diffusers_path FOLDER",
+        )
     return _convert(str(folder), options.save_to, options.save_precision, {})
 
 
@@ -136,9 +142,12 @@ def _convert(source: str, output: Path, precision: str | None, metadata: dict[st
 
 
 def run_sd3_join(options: Sd3JoinOptions) -> int:
-    from sfumato.tools.model_convert import join_networks
+    from sfumato.tools.model_convert import check_networks, join_networks
 
-    parts = {prefix: vars(options)[name] for name, prefix in SD3_PREFIXES.items() if vars(options)[name]}
+    assert options.dit is not None
+    given = {name: vars(options)[name] for name in SD3_PREFIXES if vars(options)[name]}
+    check_networks(options.dit, {name: path for name, path in given.items() if name not in ("dit", "vae")}, "sd3")
+    parts = {SD3_PREFIXES[name]: path for name, path in given.items()}
     return show_report(join_networks(parts, Path(options.output), options.save_precision))
 
 

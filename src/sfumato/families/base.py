@@ -36,7 +36,7 @@ from sfumato.families.part import Builder, Network, Part, PartSpec, WeightChange
 from sfumato.families.source import MODEL_INDEX, Source, read_json
 from sfumato.formats.controlled import ControlledLayer
 
-BASE_MODEL = "--pretrained_model_name_or_path FILE_OR_FOLDER"
+GIVE_MODEL = "give a model's checkpoint, or its folder in diffusers' layout"
 FAMILIES: Registry[type[Family]] = Registry("model family")
 
 
@@ -299,7 +299,7 @@ def find_family(name: str | None, source: Source) -> type[Family]:
         raise UserError(
             f"{source.path} is {other}, which cannot be trained here; known families: {', '.join(FAMILIES.names)}",
             code="checkpoint-kind-untrainable",
-            fix=BASE_MODEL,
+            fix=GIVE_MODEL,
         )
     families = [FAMILIES.get(known) for known in FAMILIES.names]
     recognized = next((family for family in families if family.detect(source)), None)
@@ -322,7 +322,7 @@ def find_family(name: str | None, source: Source) -> type[Family]:
 
 def _unknown_checkpoint(source: Source, expected: str) -> UserError:
     what = f"{source.path} is {_describe_source(source)}; {expected}"
-    return UserError(what, code="model-family-unknown", fix=BASE_MODEL)
+    return UserError(what, code="model-family-unknown", fix=GIVE_MODEL)
 
 
 def _describe_source(source: Source) -> str:

@@ -33,6 +33,7 @@ class TensorEntry:
 
     spec: TensorSpec
     make: Callable[[], Tensor]
+    leader: str | None = None  # the key right after which it is made; None: in file order
 
 
 def save_single_file(
@@ -68,7 +69,8 @@ def write_entries(path: Path, entries: TensorEntries, metadata: Mapping[str, str
         key: (dtype if dtype and entry.spec[0].is_floating_point else entry.spec[0], entry.spec[1])
         for key, entry in by_key.items()
     }
-    write_stream(path, specs, lambda key: by_key[key].make(), metadata)
+    leaders = {key: entry.leader for key, entry in by_key.items() if entry.leader is not None}
+    write_stream(path, specs, lambda key: by_key[key].make(), metadata, leaders=leaders)
 
 
 def count_saved_bytes(
@@ -146,6 +148,22 @@ def iterate_stored(file: Checkpoint) -> TensorEntries:
     """Every tensor of a file, unchanged."""
     for key, info in file.header.tensors.items():
         yield key, TensorEntry((SAFETENSORS_DTYPES[info.dtype], info.shape), partial(file.read, key))
+
+
+def iterate_pair(
+    keys: tuple[str, str], specs: tuple[TensorSpec, TensorSpec], make: Callable[[], tuple[Tensor, Tensor]]
+) -> TensorEntries:
+    """Two tensors that are made together, e.g. a weight in eight bits and its scales; the second is kept until the
+    first is written."""
+    kept: list[Tensor] = []
+
+    def make_first() -> Tensor:
+        first, second = make()
+        kept.append(second)
+        return first
+
+    yield keys[0], TensorEntry(specs[0], make_first)
+    yield keys[1], TensorEntry(specs[1], kept.pop, leader=keys[0])
 
 
 def iterate_changed(model: Family, name: str, changed: frozenset[str]) -> TensorEntries:

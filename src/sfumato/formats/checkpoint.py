@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import KeysView
+from collections.abc import Iterator, KeysView
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
@@ -122,6 +122,18 @@ class TensorFile:
         else:
             self._convert(path, info.start, stored, flat)
         return tensor.to(device).to(final)
+
+    def iterate_pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as it is stored, flat and in pieces that share one small buffer. Raises UserError for an unknown
+        name."""
+        info = _get_info(self.header, name)
+        stored = _get_torch_dtype(self.header.path, name, info)
+        buffer, start = torch.empty(CHUNK_NUMEL, dtype=stored), info.start
+        while start < info.end:
+            size = min(CHUNK_NUMEL * stored.itemsize, info.end - start)
+            _read_into(self._open_file(self._path_of[name]), start, view_bytes(buffer)[:size])
+            yield buffer[: size // stored.itemsize]
+            start += size
 
     def map_tensor(self, name: str) -> Tensor:
         """A tensor as it is stored that looks into the file: its pages are read when they are used, and can be given

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -51,20 +51,35 @@ def write_stream(
     specs: Mapping[str, TensorSpec],
     make: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    leaders: Mapping[str, str] | None = None,
 ) -> None:
     """The same for tensors that are made one at a time: `make(name)` is called in file order, its result freed at once.
 
-    specs: name -> dtype in the file and shape.
+    specs: name -> dtype in the file and shape. leaders: name -> the one right after which it is made, wherever both lie
+    in the file, e.g. of scales the weight that they were found with.
     """
     head, infos = build_header(specs, metadata)
     with catch_disk_full(path), files.write_atomically(path) as temporary:
         with FileIO(temporary, "w") as file:
             _write_all(file, memoryview(head))
-            for name in infos:
+            for name in order_names(infos, leaders or {}):
+                file.seek(infos[name].start)
                 _write_tensor(file, name, make(name), specs[name])
         written = read_header(temporary)
         assert written.tensors == infos, f"{path}: the written tensors differ from those given"
         assert written.metadata == dict(metadata or {}), f"{path}: the written metadata differs from that given"
+
+
+def order_names(names: Iterable[str], leaders: Mapping[str, str]) -> Iterator[str]:
+    """The names in their order, but those with a leader right after it."""
+    followers: dict[str, list[str]] = {}
+    for name, leader in leaders.items():
+        followers.setdefault(leader, []).append(name)
+    for name in names:
+        if name not in leaders:
+            yield name
+            yield from followers.get(name, ())
 
 
 def write_header_only(path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:

@@ -128,9 +128,15 @@ def _parse_header_length(path: Path, start: bytes, size: int) -> int:
         raise UserError(
             f"{path} is not a safetensors file: {reason}",
             code="not-safetensors",
-            fix=FILE_FIXES.get(kinds[0], DOWNLOAD_AGAIN) if kinds else DOWNLOAD_AGAIN,
+            fix=_find_fix(path, kinds),
         )
     return length
+
+
+def _find_fix(path: Path, kinds: Sequence[str]) -> str:
+    fix = FILE_FIXES.get(kinds[0], DOWNLOAD_AGAIN) if kinds else DOWNLOAD_AGAIN
+    is_named_so = fix == RENAME_TO_CKPT and path.suffix != ".safetensors"
+    return "give a safetensors file" if is_named_so else fix
 
 
 def _parse_json(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:

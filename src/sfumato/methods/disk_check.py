@@ -27,4 +27,5 @@ def check_disk(config: Config, data: DataPlan, total_steps: int, model: ModelPla
     moments = 2 if config.optim.optimizer == "AdamW" else 0  # other optimizers may keep less than the weights
     state = sum(part.parameters for part in model.parts) * 4 * (1 + moments + averages)
     needs = [DiskNeed("saves", outputs, one), DiskNeed("states", states, state)]
-    check_disk_space(save.output_dir, needs, mine=save.output_name)
+    fewer = "save less often, keep fewer (--save_last_n_steps, --save_last_n_epochs), or --save_precision fp16"
+    check_disk_space(save.output_dir, needs, mine=save.output_name, fix=fewer)

@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from sfumato.adapters.kinds import get_class, read_adapter_file
-from sfumato.errors import Problems, UserError
+from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.part import PartSpec
 from sfumato.formats.adapter_file import AdapterFile
@@ -23,7 +23,13 @@ from sfumato.formats.groups import make_adapter_name
 from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import DIFFUSERS_KEY
 from sfumato.tools.adapter_files.models import KnownFiles, match_files
-from sfumato.tools.adapter_files.outputs import check_space, count_tensor_bytes, find_widest_dtype
+from sfumato.tools.adapter_files.outputs import (
+    check_output,
+    check_space,
+    count_tensor_bytes,
+    find_largest,
+    find_widest_dtype,
+)
 
 Program = Literal["kohya", "diffusers", "aitoolkit", "comfyui"]
 
@@ -57,7 +63,7 @@ def export_lora(
     without: parts to skip. precision: a choice of --save_precision; None keeps each tensor's own.
     Raises UserError for names that fit no layer, and where the program would not load the file or needs no other one.
     """
-    check_export_paths(source, target)
+    check_output(target, [source], suffixes=(".safetensors",))
     file = read_adapter_file(source)
     known = find_known(file, family, without)
     routes = make_routes(known, without)
@@ -76,23 +82,6 @@ def export_lora(
     print(f"{target}{' (replaced)' if replaced else ''}: {summarize_routes(routes, tensors, program)}")
     if program in ("diffusers", "aitoolkit") and not any(route.comfyui_name != route.match.name for route in routes):
         print(f"note: this file is for diffusers alone; ComfyUI and other programs read {source} as it is")
-
-
-def check_export_paths(source: Path, target: Path) -> None:
-    problems = Problems()
-    if target.suffix != ".safetensors":
-        problems.add(
-            f"{target} must end in .safetensors",
-            code="export-not-safetensors",
-            fix=f"{target.with_suffix('.safetensors')}",
-        )
-    if target.is_dir():
-        problems.add(f"{target} is a folder", code="export-target-is-folder", fix="name the file to write")
-    if source.exists() and target.exists() and source.samefile(target):
-        problems.add(
-            f"{source} would be overwritten by its export", code="export-over-source", fix="name another file to write"
-        )
-    problems.raise_all()
 
 
 # ---------------------------------------------------------------- names
@@ -214,7 +203,7 @@ def _convert_tensor(path: Path, match: LayerMatch, tensor: Tensor, precision: st
     own = max((each.dtype for each in match.tensors.values() if each.ndim > 1), key=lambda dtype: -dtype.itemsize)
     dtype = SAVE_DTYPES[precision] or own
     converted = tensor.to(dtype).contiguous()
-    if not converted.isfinite().all():
+    if find_largest(converted) == float("inf"):
         raise UserError(
             f"{path}: {match.name} has values beyond {dtype}",
             code="lora-overflows-dtype",

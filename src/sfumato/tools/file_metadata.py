@@ -13,7 +13,7 @@ from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.hashes import HASH_KEYS, add_hashes
 from sfumato.formats.header import read_header
 from sfumato.formats.metadata import keep_minimum
-from sfumato.tools.adapter_files.outputs import check_space
+from sfumato.tools.adapter_files.outputs import check_output, check_space
 
 SAFETENSORS = ".safetensors"
 
@@ -50,12 +50,7 @@ def strip_metadata(path: Path, output: Path) -> str:
 
 def write_metadata(path: Path, output: Path, metadata: Mapping[str, str]) -> str:
     """Write a file's tensors with this metadata; an adapter's hashes, which cover a part of it, are made anew."""
-    if output.suffix != SAFETENSORS:
-        raise UserError(
-            f"{output} must end in {SAFETENSORS}",
-            code="metadata-output-suffix",
-            fix=f"{output.with_suffix(SAFETENSORS)}",
-        )
+    check_output(output, [], suffixes=(SAFETENSORS,))
     replaced = " (replaced)" if output.exists() else ""
     with TensorFile(path) as file:
         check_space(output, sum(info.nbytes for info in file.header.tensors.values()))

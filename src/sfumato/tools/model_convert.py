@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from sfumato.families.diffusers_folder import save_folder
 from sfumato.families.part import Network
 from sfumato.families.source import Source, open_source
 from sfumato.formats.checkpoint import TOOL_DTYPES, open_checkpoint
-from sfumato.tools.adapter_files.models import list_input_paths
+from sfumato.tools.adapter_files.models import list_input_paths, open_tool_model
 from sfumato.tools.adapter_files.outputs import SUFFIXES, check_output, check_space, make_spec_entries, write_checkpoint
 
 
@@ -111,6 +111,14 @@ def build_tensor(network: Network, original: str) -> torch.Tensor:
     found = network.spec.key_map.find_ours(original)
     assert found is not None
     return network.spec.key_map.build(original, {name: network.weights.read(name) for name in found[0]})
+
+
+def check_networks(denoiser: Path, encoders: Mapping[str, Path], family: str) -> None:
+    """UserError where a file is not that network of the family. encoders: option -> file."""
+    files = {option: str(path) for option, path in encoders.items()}
+    with closing(open_tool_model(str(denoiser), files, family)) as model:
+        for network in model.networks.values():
+            network.weights.read_shapes()
 
 
 def join_networks(parts: Mapping[str, Path], output: Path, precision: str | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,24 +14,25 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sfumato.adapters.low_rank import sum_squares
 from sfumato.common.text import format_bytes
 from sfumato.errors import UserError
-from sfumato.families.checkpoint_saving import SOURCE_METADATA, TensorEntries, TensorEntry, iterate_stored
+from sfumato.families.checkpoint_saving import SOURCE_METADATA, TensorEntries, TensorEntry, iterate_pair, iterate_stored
 from sfumato.families.part import Network
 from sfumato.formats.checkpoint import TOOL_DTYPES, Checkpoint
 from sfumato.formats.groups import make_meta_layers
 from sfumato.formats.keymap import matches
 from sfumato.formats.scaled import DESCRIPTION, GROUP, METADATA, ROTATED, SCALE_NAMES, divide_by_scale
 from sfumato.quantization.choice import FLOAT8, FLOAT8_BLOCK, INT8_BLOCK
-from sfumato.quantization.rotation import LARGEST_GROUP, choose_group
+from sfumato.quantization.rotation import LARGEST_GROUP, choose_group, rotate
 from sfumato.quantization.scaled_blocks import ScaledBlocks
 from sfumato.tools.adapter_files.inspect import find_block_path, split_numbers
 from sfumato.tools.adapter_files.models import ToolModel, open_tool_model
-from sfumato.tools.adapter_files.outputs import check_output, make_spec_entries, write_checkpoint
+from sfumato.tools.adapter_files.outputs import check_output, find_largest, make_spec_entries, write_checkpoint
 
 QuantizedFor = Literal["comfyui", "training"]
 Bits = Literal["fp8", "int8", "int8_rotated"]
-MANY_NUMBERS = 1 << 22  # that are rounded at a time
+MANY_NUMBERS = 1 << 20  # that are rounded at a time, in the processor's cache
 MOST_WORST = 5  # layers with the largest errors that are named
 SCALE_NAME = SCALE_NAMES[1]
 HEADER_VERSION = "1.0"  # of the descriptions in the metadata
@@ -211,25 +212,30 @@ def count_weight_columns(shape: Sequence[int]) -> int:
 
 def round_weight(weight: Tensor, layer: LayerWeight) -> Rounded:
     """A weight (N, ...) in float32 -> its numbers and scales; UserError where it is not finite."""
-    if not bool(weight.abs().amax().isfinite()):
+    if find_largest(weight) == float("inf"):
         raise UserError(
             f"{layer.key} has values that are not finite (NaN or infinite)",
             code="quantize-not-finite",
             fix="use another save of the model",
         )
     own = layer.layout.format
+    numbers, scales = torch.empty(weight.shape, dtype=own.dtype), torch.empty(layer.scale_shape)
     if layer.layout.one_scale:
         numbers, scales = divide_by_scale(weight, own.dtype, ())
-        return Rounded(numbers, scales, measure_rounding(weight, lambda rows: numbers[rows].float() * scales))
-    numbers, scales = torch.empty(weight.shape, dtype=own.dtype), torch.empty(layer.scale_shape)
-    for rows in iterate_row_slices(weight):
-        stored = own.encode(weight[rows])
-        numbers[rows], scales[rows] = stored["numbers"], stored["scales"]
-
-    def decode(rows: slice) -> Tensor:
-        return own.decode({"numbers": numbers[rows], "scales": scales[rows]}, weight[rows].shape, torch.float32)
-
-    return Rounded(numbers, scales, measure_rounding(weight, decode))
+    plain = replace(own, rotation=0)
+    lost = whole = 0.0
+    for part in iterate_row_slices(weight):
+        # Errors are measured before rows are turned back, which changes no norm.
+        rows = rotate(weight[part], own.rotation) if own.rotation else weight[part]
+        if layer.layout.one_scale:
+            found = numbers[part].float() * scales
+        else:
+            stored = plain.encode(rows)
+            numbers[part], scales[part] = stored["numbers"], stored["scales"]
+            found = plain.decode(stored, rows.shape, torch.float32)
+        lost += sum_squares(found.sub_(rows))
+        whole += sum_squares(rows)
+    return Rounded(numbers, scales, (lost / whole) ** 0.5 if whole else 0.0)
 
 
 def iterate_row_slices(weight: Tensor) -> Iterator[slice]:
@@ -239,21 +245,11 @@ def iterate_row_slices(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def measure_rounding(weight: Tensor, decode: Callable[[slice], Tensor]) -> float:
-    """The norm of what rounding changes, by that of the weight. decode: rows -> what they are read as."""
-    lost = whole = 0.0
-    for rows in iterate_row_slices(weight):
-        lost += float(torch.linalg.vector_norm(decode(rows) - weight[rows], dtype=torch.float64)) ** 2
-        whole += float(torch.linalg.vector_norm(weight[rows], dtype=torch.float64)) ** 2
-    return (lost / whole) ** 0.5 if whole else 0.0
-
-
 def iterate_quantized(
     file: Checkpoint, layers: Mapping[str, LayerWeight], dtype: torch.dtype | None, errors: dict[str, float]
 ) -> TensorEntries:
     """Every tensor of the file; of a layer its numbers, its scales, and what describes them.
 
-    A file has wide dtypes first, so that each weight is rounded twice: for its scales, and much later for its numbers.
     errors: filled by key when the numbers are made.
     """
     for key, entry in iterate_stored(file):
@@ -264,22 +260,17 @@ def iterate_quantized(
                 yield key, entry
             continue
         layer = layers[key]
-        numbers = partial(make_numbers, file, layer, errors)
-        yield key, TensorEntry((layer.layout.format.dtype, layer.shape), numbers)
-        scales = partial(make_scales, file, layer)
-        yield f"{layer.module}.{SCALE_NAME}", TensorEntry((torch.float32, layer.scale_shape), scales)
+        specs = (layer.layout.format.dtype, layer.shape), (torch.float32, layer.scale_shape)
+        make = partial(make_numbers, file, layer, errors)
+        yield from iterate_pair((key, f"{layer.module}.{SCALE_NAME}"), specs, make)
         text = torch.tensor(list(json.dumps(layer.description).encode()), dtype=torch.uint8)
         yield f"{layer.module}.{DESCRIPTION}", TensorEntry((torch.uint8, text.shape), text.clone)
 
 
-def make_numbers(file: Checkpoint, layer: LayerWeight, errors: dict[str, float]) -> Tensor:
+def make_numbers(file: Checkpoint, layer: LayerWeight, errors: dict[str, float]) -> tuple[Tensor, Tensor]:
     rounded = round_weight(file.read(layer.key, dtype=torch.float32), layer)
     errors[layer.key] = rounded.error
-    return rounded.numbers
-
-
-def make_scales(file: Checkpoint, layer: LayerWeight) -> Tensor:
-    return round_weight(file.read(layer.key, dtype=torch.float32), layer).scales
+    return rounded.numbers, rounded.scales
 
 
 def make_quantized_metadata(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfumato.adapters.base import Adapter
 from sfumato.adapters.kinds import get_class, restore_adapter
 from sfumato.adapters.low_rank import Factors
-from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, iterate_stored
+from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, iterate_pair, iterate_stored
 from sfumato.families.part import Network
 from sfumato.formats.adapter_kind import LayerMatch
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint
@@ -149,16 +149,12 @@ def iterate_changed_file(
             yield key, TensorEntry(spec, change.compute)
             continue
         scale = raw.header.tensors[scale_key]
+        specs = spec, (SAFETENSORS_DTYPES[scale.dtype], scale.shape)
         make = partial(_round_with_scale, change, spec[0], scale.shape, scaled.find_rotation(key))
-        yield key, TensorEntry(spec, partial(_take, make, 0))
-        yield scale_key, TensorEntry((SAFETENSORS_DTYPES[scale.dtype], scale.shape), partial(_take, make, 1))
+        yield from iterate_pair((key, scale_key), specs, make)
 
 
 def _round_with_scale(
     change: TensorChange, dtype: torch.dtype, scale_shape: Sequence[int], rotation: int
 ) -> tuple[Tensor, Tensor]:
     return divide_by_scale(change.compute(), dtype, scale_shape, rotation=rotation)
-
-
-def _take(make: partial[tuple[Tensor, Tensor]], i: int) -> Tensor:
-    return make()[i]

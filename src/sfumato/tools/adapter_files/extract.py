@@ -18,14 +18,16 @@ from sfumato.adapters.low_rank import (
     make_kronecker_tensors,
     make_low_rank_tensors,
     make_norm_tensors,
+    sum_squares,
 )
 from sfumato.errors import UserError
 from sfumato.families.part import Network
-from sfumato.formats.checkpoint import TOOL_DTYPES
+from sfumato.families.source import Weights
+from sfumato.formats.checkpoint import TOOL_DTYPES, TensorFile
 from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise, make_meta_layers
 from sfumato.tools.adapter_files.join import describe_range
 from sfumato.tools.adapter_files.models import Encoders, ToolModel, list_input_paths, open_tool_model
-from sfumato.tools.adapter_files.outputs import check_output, make_extracted_metadata, write_adapter
+from sfumato.tools.adapter_files.outputs import check_output, find_largest, make_extracted_metadata, write_adapter
 from sfumato.tools.adapter_files.resize import check_method
 from sfumato.track.progress_task import ProgressTask
 
@@ -154,7 +156,7 @@ def extract_parts(request: ExtractRequest, pairs: Mapping[str, tuple[Network, Ne
                 if group.is_norm:
                     add_norm(result, group, before, after)
                 else:
-                    add_group(result, group, read_stacked(after, group), read_stacked(before, group), request)
+                    add_group(result, group, before, after, request)
                 done += 1
                 progress(done, total)
             result.others = count_other_changes(before, after, groups[part])
@@ -173,22 +175,42 @@ def select_groups(network: Network, request: ExtractRequest) -> list[LayerGroup]
     return [*chosen, *norms]
 
 
-def read_stacked(network: Network, group: LayerGroup) -> Tensor:
-    """The weights of a group in float32, stacked as in adapter files; one read where the file has them so."""
+def find_stacked_key(network: Network, group: LayerGroup) -> str | None:
+    """The key of the tensor that holds the weights of a group as adapter files stack them; None where none does."""
     weights = network.weights
     original = weights.stored_keys.get(f"{group.paths[0]}.weight")
     found = weights.key_map.find_ours(original) if original else None
     swaps = len(group.rows[0]) == 2
-    if original and found == (tuple(f"{path}.weight" for path in group.paths), "swap" if swaps else ""):
-        return weights.file.read(weights.prefix + original, dtype=torch.float32)
+    is_stacked = found == (tuple(f"{path}.weight" for path in group.paths), "swap" if swaps else "")
+    return weights.prefix + original if original and is_stacked else None
+
+
+def read_stacked(network: Network, group: LayerGroup) -> Tensor:
+    """The weights of a group in float32, stacked as in adapter files."""
+    weights, key = network.weights, find_stacked_key(network, group)
+    if key:
+        return weights.file.read(key, dtype=torch.float32)
     return group.stack_rows([weights.read(f"{path}.weight", dtype=torch.float32) for path in group.paths])
 
 
-def add_group(result: PartResult, group: LayerGroup, after: Tensor, before: Tensor, request: ExtractRequest) -> None:
+def subtract_stacked(change: Tensor, network: Network, group: LayerGroup) -> None:
+    """Subtract the weights of a group in place; where the file has them so, without a second tensor of their size."""
+    file, key = network.weights.file, find_stacked_key(network, group)
+    if key is None or not isinstance(file, TensorFile):
+        change.sub_(read_stacked(network, group))
+        return
+    flat, start = change.reshape(-1), 0
+    for piece in file.iterate_pieces(key):
+        flat[start : start + len(piece)].sub_(piece.float())
+        start += len(piece)
+
+
+def add_group(result: PartResult, group: LayerGroup, before: Network, after: Network, request: ExtractRequest) -> None:
     """Add the adapter of one group; none where nothing differs."""
-    change = after.sub_(before).to(request.device)
-    del before
-    square, largest = _square(change), _largest(change)
+    change = read_stacked(after, group)
+    subtract_stacked(change, before, group)
+    change = change.to(request.device)
+    square, largest = sum_squares(change), find_largest(change)
     if not largest < float("inf"):
         raise make_infinite_change_error(group)
     result.largest, result.square = max(result.largest, largest), result.square + square
@@ -221,10 +243,10 @@ def add_norm(result: PartResult, group: LayerGroup, before: Network, after: Netw
     weight, bias = found
     assert weight is not None, "groups are of weights"
     changes = [each for each in found if each is not None]
-    largest = max(map(_largest, changes))
+    largest = max(map(find_largest, changes))
     if not largest < float("inf"):
         raise make_infinite_change_error(group)
-    result.largest, result.square = max(result.largest, largest), result.square + sum(map(_square, changes))
+    result.largest, result.square = max(result.largest, largest), result.square + sum(map(sum_squares, changes))
     if largest:
         result.norms += 1
         result.tensors |= {f"{group.name}.{name}": each for name, each in make_norm_tensors(weight, bias).items()}
@@ -238,19 +260,17 @@ def make_infinite_change_error(group: LayerGroup) -> UserError:
     )
 
 
-def _square(tensor: Tensor) -> float:
-    """The sum of squares, summed in float64 without a copy."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-
-
-def _largest(tensor: Tensor) -> float:
-    low, high = tensor.aminmax()
-    return max(abs(float(low)), abs(float(high))) if bool((high - low).isfinite()) else float("inf")
-
-
 def count_other_changes(before: Network, after: Network, groups: Sequence[LayerGroup]) -> int:
     """How many tensors differ that no group has: norms, biases, embeddings, further layers."""
     covered = {f"{path}.weight" for group in groups for path in group.paths}
     covered |= {f"{group.paths[0]}.bias" for group in groups if group.is_norm}
     others = [name for name in before.weights.stored_keys if name not in covered and name in after.weights.stored_keys]
-    return sum(not torch.equal(before.weights.read(name), after.weights.read(name)) for name in others)
+    return sum(differs(before.weights, after.weights, name) for name in others)
+
+
+def differs(before: Weights, after: Weights, name: str) -> bool:
+    """Whether a tensor has other values; in float32 where its dtypes differ."""
+    first, second = before.read(name), after.read(name)
+    if first.dtype != second.dtype:
+        first, second = first.float(), second.float()
+    return not torch.equal(first, second)

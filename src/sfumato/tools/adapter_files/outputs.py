@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato import __version__
-from sfumato.common.files import DiskNeed, check_disk_space
+from sfumato.common.files import DiskNeed, check_disk_space, check_writable
 from sfumato.common.names import DEFAULT_NETWORK_MODULE
 from sfumato.errors import Problems, UserError
 from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, write_entries
@@ -27,14 +28,16 @@ NARROW = (torch.float16, *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_
 MODULE_KEY, DIM_KEY, ALPHA_KEY, DYNAMIC = "ss_network_module", "ss_network_dim", "ss_network_alpha", "Dynamic"
 
 
-def check_output(output: Path, inputs: Sequence[Path], *, is_folder: bool = False) -> None:
-    """UserError where an output has no suffix of ours, is a folder, or is one of the inputs."""
+def check_output(
+    output: Path, inputs: Sequence[Path], *, is_folder: bool = False, suffixes: Sequence[str] = SUFFIXES
+) -> None:
+    """UserError where an output has none of the suffixes, is a folder, is one of the inputs, or cannot be written."""
     problems = Problems()
-    if not is_folder and output.suffix not in SUFFIXES:
+    if not is_folder and output.suffix not in suffixes:
         problems.add(
-            f"{output} must end in {', '.join(SUFFIXES)}",
+            f"{output} must end in {', '.join(suffixes)}",
             code="tool-output-suffix",
-            fix=str(output.with_name(f"{output.name}.safetensors")),
+            fix=str(output.with_suffix("" if output.suffix in SUFFIXES else output.suffix)) + ".safetensors",
         )
     if output.is_dir() and not is_folder:
         problems.add(f"{output} is a folder", code="tool-output-is-folder", fix="name the file to write")
@@ -45,6 +48,8 @@ def check_output(output: Path, inputs: Sequence[Path], *, is_folder: bool = Fals
             problems.add(f"{output} is one of the inputs: {path}", code="tool-output-is-input", fix="name another file")
     if is_folder:
         check_output_folder(output, inputs, problems)
+    with problems.catch():
+        check_writable(output.parent)
     problems.raise_all()
 
 
@@ -65,7 +70,9 @@ def check_output_folder(output: Path, inputs: Sequence[Path], problems: Problems
 
 def check_space(output: Path, size: int) -> None:
     """UserError where the disk lacks room for a file of this many bytes."""
-    check_disk_space(output.parent, [DiskNeed("files", 1, size)], mine=output.name)
+    check_disk_space(
+        output.parent, [DiskNeed("file", 1, size)], mine=output.name, fix="free space, or name a file on another disk"
+    )
 
 
 def count_tensor_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> int:
@@ -108,10 +115,8 @@ def watch_entries(
     done = [0]
     for key, entry in entries.items():
         written = dtype if dtype and entry.spec[0].is_floating_point else entry.spec[0]
-        yield (
-            key,
-            TensorEntry(entry.spec, partial(_make_checked, path, key, entry, written, progress, done, len(entries))),
-        )
+        make = partial(_make_checked, path, key, entry, written, progress, done, len(entries))
+        yield key, replace(entry, make=make)
 
 
 def _make_checked(
@@ -127,13 +132,21 @@ def _make_checked(
 
 def check_range(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """UserError for values that become infinite or NaN in a dtype."""
-    largest = float(tensor.float().abs().max()) if tensor.numel() else 0.0
+    largest = find_largest(tensor)
     if not largest <= torch.finfo(dtype).max:
         raise UserError(
             f"{path}: {name} has a value of {largest:.3g}, beyond {dtype}",
             code="tool-value-beyond-dtype",
             fix="--save_precision bf16 or float",
         )
+
+
+def find_largest(tensor: Tensor) -> float:
+    """The largest absolute value, without a copy; infinite where a value is infinite or NaN."""
+    if not tensor.numel():
+        return 0.0
+    low, high = (tensor if tensor.dtype.itemsize > 1 else tensor.float()).aminmax()
+    return max(abs(float(low)), abs(float(high))) if bool((high - low).isfinite()) else float("inf")
 
 
 # ---------------------------------------------------------------- adapter files
