@@ -49,9 +49,8 @@ def measure(slider: Path, strength: float) -> float:
     return sum(prediction.probabilities[MORE] for prediction in predictions) / len(predictions)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_an_attribute_grows_with_the_strength(tmp_path: Path, seed: int) -> None:
-    slider = learn(tmp_path, seed)
+def test_an_attribute_grows_with_the_strength(tmp_path: Path) -> None:
+    slider = learn(tmp_path, 1)
     found = [measure(slider, strength) for strength in (0, 0.6, 1.2)]
     assert found == sorted(found)
     assert found[0] < 0.2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from sfumato.train import train_step
 from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from warm_python import run_ranks
 
 ROOT = Path(__file__).parents[2]
 FLOW = RectifiedFlow(grid=lambda *_: None)
@@ -169,8 +168,7 @@ def test_two_processes_train_what_one_does(
     common = {**LEARNED, "max_train_steps": 4, "optimizer_args": "eps=0.01", "save_state": True, **options}
     alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **common)
     words = make_arguments(toy, images, tmp_path / "both", train_batch_size=1, **common)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launcher, str(ROOT / "launchers" / "train_network.py"), *words], check=True, timeout=300)
+    run_ranks(ROOT / "launchers" / "train_network.py", *words)
     states = [load_state(folder / "lora-state")[0]["uncertainty"]["weights"] for folder in (alone, tmp_path / "both")]
     torch.testing.assert_close(*states, rtol=1e-2, atol=1e-4)
     half = bool(options)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +15,8 @@ from keys import on_meta
 from sfumato.families import _chroma_keys, _flux_keys, _gemma2, _lumina_keys, _sd3_keys, _t5
 from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.keymap import KeyMap
+from warm_python import run_script
 
-SOURCE = Path(__file__).parents[2] / "src"
 WIDTH = 1024
 TEXT_WIDTH = 2048  # the largest weight of a text encoder shall be larger than the noise of the peak, 5 MiB
 HEADS = {"attention_head_dim": 128, "num_attention_heads": WIDTH // 128, "joint_attention_dim": 128}
@@ -139,11 +136,10 @@ def test_the_peak_is_the_weights_and_less_than_one_more(
     state = {key: torch.ones(shape).to(stored) for key, shape in shapes.items()}
     largest = max(tensor.numel() for tensor in state.values()) * getattr(torch, dtype).itemsize
     write_safetensors(tmp_path / "model.safetensors", state, {})
-    program = SMALL + PROGRAM.replace("{lines}", kind.lines)
-    words = [sys.executable, "-c", program, str(tmp_path / "model.safetensors"), dtype]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    program = tmp_path / "program.py"
+    program.write_text(SMALL + PROGRAM.replace("{lines}", kind.lines))
+    codes, output = run_script(program, [str(tmp_path / "model.safetensors"), dtype], folder=tmp_path)
+    assert codes == [0], output
+    found = json.loads(output.splitlines()[-1])
     assert found["weights"] > 8 * largest
     assert found["extra"] < largest, f"{found['extra'] / 2**20:.1f} MiB beside {largest / 2**20:.1f}"

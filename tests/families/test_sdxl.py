@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from sfumato.families.part import DENOISER_PREFIX
 from sfumato.families.sdxl import CLIP_G_KEYS
 from sfumato.plan import make_run_plan
 from toy_runs import make_arguments, make_images, read_weights, train_toy
+from warm_python import run_ranks
 
 CAPTIONS = ["a cat", "a red cup of coffee on a wooden table with a cat and a dog"]
 VAE = {
@@ -289,10 +288,9 @@ def test_two_processes_leave_unreached_layers_as_one_does(
     """Weight decay would move the down matrices of layers that never get a gradient."""
     options = {"max_train_steps": 3, "optimizer_args": ["weight_decay=0.5", "eps=0.01"]}
     alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **options)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
     script = Path(__file__).parents[2] / "launchers" / "sdxl_train_network.py"
     command = make_arguments(toy, images, tmp_path / "both", train_batch_size=1, **options)
-    subprocess.run([*launcher, str(script), *command], check=True, timeout=300)
+    run_ranks(script, *command)
     ours, theirs = read_weights(tmp_path / "both"), read_weights(alone)
     unreached = [name for name in theirs if name.startswith(LAST_OF_CLIP_L)]
     assert unreached

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from sfumato.plan import make_run_plan
 from toy_runs import equal_tensors, make_arguments, read_metrics, read_weights, train_toy
+from warm_python import run_ranks
 
 
 @pytest.mark.fast_for("[sd]", "[sdxl", "[flux")
@@ -234,8 +233,7 @@ def test_two_processes_train_what_one_does(sd: Toy, images: Path, tmp_path: Path
     small = "import sys, sfumato.train as train; train.MESSAGE = 50_000; from sfumato.cli.main import entry; entry()"
     script = tmp_path / "small.py"
     script.write_text(small)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
-    subprocess.run([*launcher, str(script), "train", *command], check=True, timeout=300)
+    run_ranks(script, "train", *command)
     ours, theirs = read_weights(tmp_path / "both"), read_weights(alone)
     assert set(ours) == set(theirs)
     for name in ours:

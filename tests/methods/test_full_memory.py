@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ import torch
 from keys import on_meta
 from sfumato.families import _flux_keys
 from sfumato.formats.checkpoint_writer import write_safetensors
+from warm_python import run_script
 
-SOURCE = Path(__file__).parents[2] / "src"
 WIDTH = 1024
 CONFIG = {
     "attention_head_dim": 128, "num_attention_heads": WIDTH // 128, "joint_attention_dim": 128,
@@ -65,11 +62,11 @@ def test_saving_takes_less_than_two_tensors(dtype: str, tmp_path: Path) -> None:
     state = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     largest = max(tensor.numel() for tensor in state.values()) * 4
     write_safetensors(tmp_path / "model.safetensors", state, {})
-    command = [sys.executable, "-c", PROGRAM.replace("{dtype}", dtype)]
-    command += [str(tmp_path / "model.safetensors"), str(tmp_path / "saved.safetensors")]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout.splitlines()[-1])
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("{dtype}", dtype))
+    words = [str(tmp_path / "model.safetensors"), str(tmp_path / "saved.safetensors")]
+    codes, output = run_script(program, words, folder=tmp_path)
+    assert codes == [0], output
+    measured = json.loads(output.splitlines()[-1])
     assert measured["weights"] > 8 * largest
     assert measured["extra"] < 2 * largest, f"{measured['extra'] / 2**20:.1f} MiB beside {largest / 2**20:.1f}"

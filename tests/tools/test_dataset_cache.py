@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from sfumato.tools import cache_plan
 from sfumato.tools.ignored_options import describe_ignored_options
 from tools.cache_helpers import CACHED, CREATED, change_letter, change_pixel, counts, fill
 from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from warm_python import run_ranks
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "flux"])
@@ -168,9 +166,8 @@ def test_machines_make_a_part_each(sdxl: Mapping[str, Path], images: Path, tmp_p
 def test_processes_share_the_work(sdxl: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """Two processes of one launch: each entry is made once, and one process alone makes the same."""
     argv = make_arguments(sdxl, images, tmp_path / "out", cache_dir=tmp_path / "cache", console_log_level=None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher = Path(__file__).parents[2] / "launchers" / "tools" / "cache_latents.py"
-    subprocess.run([*command, str(launcher), "--sdxl", *argv], check=True, timeout=300, env=dict(os.environ))
+    run_ranks(launcher, "--sdxl", *argv)
     assert counts(fill(sdxl, images, tmp_path / "cache"))["latents"] == CACHED
     fill(sdxl, images, tmp_path / "alone", cache_latents=True)
     both, alone = (DiskStore(tmp_path / name) for name in ("cache", "alone"))

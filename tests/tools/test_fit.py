@@ -266,8 +266,13 @@ class TestBound:
 
     @needs_rehearsal
     @pytest.mark.full
-    @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "chroma", "lumina"])
-    @pytest.mark.parametrize("method", ["adapter", "full"])
+    @pytest.mark.parametrize(
+        ("family", "method"),
+        [
+            ("sd", "adapter"), ("sdxl", "full"), ("sd3", "adapter"),
+            ("flux", "full"), ("chroma", "adapter"), ("lumina", "full"),
+        ],
+    )  # fmt: skip
     def test_no_rehearsal_needs_less(self, toy_shelf, images, family, method):
         options = {"method": method, "cache_latents": True, "mixed_precision": "bf16", "gradient_checkpointing": True}
         options |= {"network_dim": None} if method == "full" else {"network_train_unet_only": True}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,11 +30,12 @@ from sfumato.track.report_curves import Curves
 from sfumato.track.report_page import render_page
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 from track.report_pages import NO_SAMPLES, PageParser, make_description
+from warm_python import run_ranks
 
 Toy = Mapping[str, Path]
 FAMILIES = ("sdxl", "flux", "chroma", "sd3", "lumina")
 MAIN = "loss/validation/step_average"
-SCRIPT = str(Path(__file__).parents[2] / "launchers" / "train_network.py")
+SCRIPT = Path(__file__).parents[2] / "launchers" / "train_network.py"
 HALF: dict[str, Any] = {"validation_split": 0.5, "train_batch_size": 2}
 
 
@@ -290,8 +289,7 @@ def test_two_processes_validate_what_one_does(sd: Toy, images: Path, tmp_path: P
     options |= {"validation_split": 0.5, "max_validation_steps": 3, "network_train_unet_only": True}
     alone = train_toy(sd, images, tmp_path / "alone", train_batch_size=1, **options)
     command = make_arguments(sd, images, tmp_path / "both", train_batch_size=1, **options)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29637"]
-    subprocess.run([*launcher, SCRIPT, *command], check=True, timeout=300)
+    run_ranks(SCRIPT, *command)
     assert told(alone)[0] == told(tmp_path / "both")[0]
     assert list(told(tmp_path / "both")) == [0, 1, 2, 3]
     assert (tmp_path / "both" / "lora-best.safetensors").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -19,15 +20,29 @@ from sfumato.formats.groups import LayerGroup
 OptionsByKind = Mapping[str, Options]  # name of a kind -> its arguments
 
 
-def list_kinds() -> dict[str, type[Adapter]]:
+KindsByName = Mapping[str, type[Adapter]]
+
+
+def list_kinds() -> KindsByName:
     """Every kind by its name."""
     register_adapters()
-    return {name: ADAPTERS.get(name) for name in ADAPTERS.names}
+    return _list_kinds(ADAPTERS.names)
 
 
-def list_related(name: str) -> dict[str, type[Adapter]]:
+@cache  # asked for each layer of a model; what is registered later is in the names
+def _list_kinds(names: tuple[str, ...]) -> KindsByName:
+    return {name: ADAPTERS.get(name) for name in names}
+
+
+def list_related(name: str) -> KindsByName:
     """The kind of this name, what may come in its place or beside it, and the wrappers: with arguments in one run."""
-    kinds = list_kinds()
+    register_adapters()
+    return _list_related(name, ADAPTERS.names)
+
+
+@cache
+def _list_related(name: str, names: tuple[str, ...]) -> KindsByName:
+    kinds = _list_kinds(names)
     own = ADAPTERS.get(name)
     wrappers = {other: kind for other, kind in kinds.items() if kind.is_wrapper and own.takes_wrappers}
     others = {other: kind for other, kind in kinds.items() if kind.replaces == name or kind.of_norms}

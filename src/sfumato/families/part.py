@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -139,7 +140,12 @@ class Network:
 
     def groups(self, *, every: bool = False) -> list[LayerGroup]:
         """The groups that the loaded Part will have, from the file's header alone."""
-        return self.spec.groups(make_meta_layers(self.weights.read_shapes()), every=every)
+        return self.spec.groups(self.meta_layers, every=every)
+
+    @cached_property
+    def meta_layers(self) -> Mapping[str, Layer]:
+        """Its layers without their weights, by their paths."""
+        return make_meta_layers(self.weights.read_shapes())
 
     def read_into(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -319,6 +320,7 @@ class Weights:
         self._pass_over_foreign(expected)
         state: dict[str, torch.Tensor] = {}
         finite = FiniteCheck(self.file.header.path, dtype)
+        has_numbers = bool(self.file.paths())
         for original in self.original_keys():
             names = self.key_map.find_ours(original)
             if names is None or not set(names[0]) <= set(expected):
@@ -329,7 +331,7 @@ class Weights:
             else:
                 place = torch.device("cpu") if is_hosted else device
                 tensor = self._read_any(original, dtype, place, stored=set(names[0]) <= formats.keys())
-            if self.file.paths():  # else nothing is read, and there are no numbers to look at
+            if has_numbers:  # else nothing is read, and there are none to look at
                 largest = min(formats[name].largest if name in formats else math.inf for name in names[0])
                 finite.add(self.prefix + original, tensor, largest)
             for name, piece in self.key_map.split(original, tensor, expected):
@@ -394,5 +396,19 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a network with its parameters on the meta device and its buffers in memory, without initialization."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), without_initialization():
         return build()
+
+
+@contextmanager
+def without_initialization() -> Iterator[None]:
+    """Layers draw no first numbers: on the meta device that is a quarter of the time of building a network."""
+    initialized: tuple[Any, ...] = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+    usual = {layer: layer.reset_parameters for layer in initialized}
+    try:
+        for layer in initialized:
+            layer.reset_parameters = lambda _: None
+        yield
+    finally:
+        for layer, reset in usual.items():
+            layer.reset_parameters = reset

@@ -47,6 +47,7 @@ class AdapterMethod:
         self.embeddings = TrainedEmbeddings(config)
         self.modules = nn.ModuleDict({"adapters": self.engine.adapters, "embeddings": self.embeddings.modules})
         self.live_text: frozenset[str] = frozenset()
+        self.saved_numbers = 0  # of all tensors of the file, also of those that do not train; known from the plan
         self.plan_notes = PlanNotes()
         self.readers_noted = False  # whether it was said what other programs do with the file
         self.base_weights = BaseWeights()
@@ -66,7 +67,10 @@ class AdapterMethod:
         check_text_use(frozen, blueprint.text_parts)
         self.frozen = FrozenAdapters(frozen)
         adapters = self.builder.build(settings, groups)
-        parts = [*settings.learning_rates.list_trainable(adapters), *self.embeddings.plan(blueprint)]
+        embeddings = self.embeddings.plan(blueprint)
+        parts = [*settings.learning_rates.list_trainable(adapters), *embeddings]
+        tensors = chain.from_iterable(adapter.export_tensors().values() for adapter in adapters)
+        self.saved_numbers = sum(tensor.numel() for tensor in tensors) + sum(part.parameters for part in embeddings)
         self.live_text = frozenset(settings.learning_rates.parts) & frozenset(blueprint.text_parts)
         self.live_text |= self.embeddings.live_text
         notes, remarks = self.builder.describe_weights(adapters)
@@ -156,12 +160,7 @@ class AdapterMethod:
         return {**make_adapter_metadata(self.config), **self.embeddings.metadata()}
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        """Of all tensors of the file: also of those that do not train."""
-        settings = make_adapter_settings(self.config, blueprint)
-        groups = {part: blueprint.networks[part].groups(every=True) for part in settings.specs}
-        tensors = [adapter.export_tensors().values() for adapter in self.builder.build(settings, groups)]
-        vectors = sum(part.parameters for part in self.embeddings.plan(blueprint))
-        return (vectors + sum(tensor.numel() for tensor in chain(*tensors))) * (dtype or torch.float32).itemsize
+        return self.saved_numbers * (dtype or torch.float32).itemsize
 
     def file_suffix(self, blueprint: Blueprint) -> str:
         return get_file_suffix(self.config.save.save_model_as)

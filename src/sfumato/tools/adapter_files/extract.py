@@ -22,9 +22,14 @@ from sfumato.adapters.low_rank import (
 )
 from sfumato.errors import UserError
 from sfumato.families.part import Network
+<<<<<<< HEAD
 from sfumato.families.source import Weights
 from sfumato.formats.checkpoint import TOOL_DTYPES, TensorFile
 from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise, make_meta_layers
+=======
+from sfumato.formats.checkpoint import TOOL_DTYPES
+from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise
+>>>>>>> 37bed4c (Tests start processes from a warmed one; a run plans its adapters once; networks are built without drawing first numbers)
 from sfumato.tools.adapter_files.join import describe_range
 from sfumato.tools.adapter_files.models import Encoders, ToolModel, list_input_paths, open_tool_model
 from sfumato.tools.adapter_files.outputs import check_output, find_largest, make_extracted_metadata, write_adapter
@@ -167,7 +172,7 @@ def extract_parts(request: ExtractRequest, pairs: Mapping[str, tuple[Network, Ne
 
 def select_groups(network: Network, request: ExtractRequest) -> list[LayerGroup]:
     """The layer groups that get an adapter: those of a LoRA as trained by default, and convolutions if asked for."""
-    spec, layers = network.spec, make_meta_layers(network.weights.read_shapes())
+    spec, layers = network.spec, network.meta_layers
     targets = (*spec.targets, *spec.conv_targets) if request.conv_rank else spec.targets
     plain = {path: layer for path, layer in layers.items() if not is_norm(layer)}
     chosen = group_layers(plain, targets, part=spec.name, prefix=spec.adapter_prefix, adapter_map=spec.adapter_map)

@@ -57,7 +57,7 @@ def match_model(file: AdapterFile, model: ToolModel) -> list[LayerMatch]:
         if part not in model.networks:
             table.add_part(spec.adapter_prefixes, spec.make_views(make_meta_layers(guess_layers(spec, shapes))))
     for network in model.networks.values():
-        layers = make_meta_layers(network.weights.read_shapes())
+        layers = network.meta_layers
         table.add_part(network.spec.adapter_prefixes, network.spec.make_views(layers))
     return match_layers(file, table, other_models=iterate_families(file))
 
@@ -151,7 +151,7 @@ def match_base_model(files: Sequence[AdapterFile], model: ToolModel) -> KnownFil
     specs, groups = dict[str, PartSpec](), list[LayerGroup]()
     for part, network in model.networks.items():
         specs[part] = network.spec
-        groups += group_known_layers(network.spec, make_meta_layers(network.weights.read_shapes()))
+        groups += group_known_layers(network.spec, network.meta_layers)
     return KnownFiles(family=model.family, specs=specs, groups=groups, matches=found)
 
 
