@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from denoising import run_denoising
-from families.loading import load_model
+from families.loading import NoMethod, load_model
 from families.toys import ToyShelf
+from sfumato.config.prompts import Prompt
 from sfumato.data.batch import Sizes, Tensors
+from sfumato.errors import UserError
 from sfumato.families._flux_parts import pack, unpack
 from sfumato.families.base import Family
-from sfumato.sample import encode_prompts
+from sfumato.sample import encode_prompts, generate_steps
 from sfumato.sampling.denoise import Guidance
+from sfumato.sampling.images import encode_start
+from sfumato.sampling.request import make_request
 from sfumato.sampling.schedulers import make_scheduler
 from sfumato.sampling.start import Start
 
@@ -125,6 +133,52 @@ def test_an_image_of_stable_diffusion_xl(masked: bool, toy_shelf: ToyShelf) -> N
     check_equal(case.run(0.6, small), theirs, case.image)
 
 
+@pytest.mark.full
+def test_the_vector_of_an_image(toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """What CLIP of transformers sees in the image to start from, times the strength, is the prompt's pooled vector."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    case = Case("sdxl", toy_shelf)
+    text: Any = case.text
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=text["text_embeds"].shape[-1])
+    vision: Any = CLIPVisionModelWithProjection(config).eval()
+    vision.save_pretrained(tmp_path / "clip")
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path / "clip")
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "start.png")
+    prompt = Prompt(
+        prompt="a cat", negative_prompt="a dog", width=64, height=64, sample_steps=5, scale=3.0, strength=0.6,
+        init_image=str(tmp_path / "start.png"), clip_vision_strength=0.7, clip_vision_model=str(tmp_path / "clip"),
+    )  # fmt: skip
+    request = make_request(prompt, case.model, sampler="ddim", seed=1)
+    method: Any = NoMethod()
+    *_, ours = generate_steps(case.model, method, [request])
+    start = encode_start(case.model, request, 1)
+    assert start is not None
+    with torch.no_grad():
+        vector = vision(processor(images=[Image.fromarray(pixels)], return_tensors="pt")["pixel_values"]).image_embeds
+    theirs = load_pipeline("StableDiffusionXLImg2ImgPipeline", case)(
+        image=start.latents, guidance_scale=3.0, prompt_embeds=text["encoder_hidden_states"],
+        pooled_prompt_embeds=0.7 * vector, negative_prompt_embeds=case.negative["encoder_hidden_states"],
+        negative_pooled_prompt_embeds=case.negative["text_embeds"], **give(case, 0.6),
+    ).images  # fmt: skip
+    check_equal(ours.latents, theirs, start.latents)
+    without = make_request(replace(prompt, clip_vision_strength=None), case.model, sampler="ddim", seed=1)
+    *_, plain = generate_steps(case.model, method, [without])
+    assert (plain.latents - theirs).abs().max() > 1e-3
+    CLIPVisionModelWithProjection(CLIPVisionConfig(**{**config.to_dict(), "projection_dim": 7})).save_pretrained(
+        tmp_path / "other"
+    )
+    processor.save_pretrained(tmp_path / "other")
+    other = replace(prompt, clip_vision_model=str(tmp_path / "other"))
+    with pytest.raises(UserError) as raised:
+        list(generate_steps(case.model, method, [make_request(other, case.model, sampler="ddim", seed=1)]))
+    assert raised.value.code == "clip-vision-width-mismatch"
+
+
 def embeds_of_flux(text: Tensors) -> dict[str, Tensor]:
     return {"prompt_embeds": text["encoder_hidden_states"], "pooled_prompt_embeds": text["pooled_projections"]}
 
@@ -144,6 +198,26 @@ def test_an_image_of_flux(masked: bool, toy_shelf: ToyShelf) -> None:
     small = torch.nn.functional.interpolate(mask, size=(8, 8)) if masked else None
     check_equal(case.run(0.55, small), unpack(theirs, case.image.shape), case.image)
     assert pack(case.image).shape == theirs.shape
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_image_of_chroma(masked: bool, toy_shelf: ToyShelf) -> None:
+    """Without a negative prompt and the texts cut to what counts, as in the test of whole images of every family."""
+    case = Case("chroma", toy_shelf)
+    pipe = load_pipeline(f"Chroma{'Inpaint' if masked else 'Img2Img'}Pipeline", case)
+    pipe.image_processor.register_to_config(vae_latent_channels=case.channels)  # by which it knows latents
+    pipe.transformer.register_to_config(guidance_embeds=False)  # which the inpainting pipeline asks for in vain
+    text = case.model.encode_text("t5", ["a cat"])[0]
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 16:48, :32] = 1
+    more: dict[str, Any] = {"mask_image": mask, "masked_image_latents": case.image} if masked else {}
+    theirs = pipe(
+        image=case.image, guidance_scale=1.0, prompt_embeds=text["hidden"][None],
+        prompt_attention_mask=text["mask"][None], **SIZE, **give(case, 0.55), **more,
+    ).images  # fmt: skip
+    small = torch.nn.functional.interpolate(mask, size=(8, 8)) if masked else None
+    check_equal(case.run(0.55, small), unpack(theirs, case.image.shape), case.image)
 
 
 @pytest.mark.full

@@ -16,6 +16,7 @@ from sfumato.families.encoding import FrozenTextEncoders, decode_latents, encode
 from sfumato.sampling.denoise import DenoisedStep, DenoiseRequest, Guidance, Predictor, Region, denoise_steps
 from sfumato.sampling.growth import Growth
 from sfumato.sampling.highres import enlarge, make_first_stage
+from sfumato.sampling.image_vectors import with_image_vector
 from sfumato.sampling.images import encode_request_images, encode_start
 from sfumato.sampling.regions import read_region_weights
 from sfumato.sampling.request import ImageRequest
@@ -83,6 +84,8 @@ def encode_requests(
         texts = {part: [request.pooled_text(model, part) for request in requests] for part in pooling}
         for part, tensors in encode(texts).items():
             features[part] = {**features[part], "pooled": tensors["pooled"]}
+    if first.start is not None:
+        features = with_image_vector(features, first.start, model.device)
     return model.condition(features, sizes, first.guidance)
 
 

@@ -1,4 +1,4 @@
-"""sd-scripts' image scripts: command lines as guides show them, at toy size, and the files that they write."""
+"""sd-scripts' image scripts: command lines as guides show them, on sfumato-tiny, and the files that they write."""
 
 from __future__ import annotations
 
@@ -6,30 +6,40 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from PIL import Image
+from safetensors.torch import save_file
 
+from families.loading import load_model
 from families.toys import ToyShelf
 from sfumato.cli.generate import ALIASES, COMMAND_THEMES
 from sfumato.compat.image_tools import IMAGE_TOOLS, find_image_tool
 from sfumato.compat.launch import main
+from sfumato.config.model import ModelOptions
 from sfumato.config.option_table import make_option_table
 from sfumato.config.schema import vocabulary
-from toy_runs import make_images, train_toy
+from sfumato.demo.base import CHECKPOINT
+from test_regions import write_lora
 
-SMALL = "--W 64 --H 64 --steps 2"
+SMALL = f"--ckpt {CHECKPOINT} --v_parameterization --zero_terminal_snr --W 64 --H 64 --steps 2"
 full = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def place(toy_shelf: ToyShelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two adapters, images, masks, prompts and a module of prompts."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two adapters, a word, a ControlNet, images, masks, prompts and a module of prompts."""
     folder = tmp_path_factory.mktemp("place")
-    images = make_images(folder / "images")
-    for name, rate in (("one", "1e-1"), ("two", "2e-1")):
-        train_toy(toy_shelf.paths("sd"), images, folder / name, max_train_steps=1, learning_rate=rate)
+    model = load_model(ModelOptions(pretrained_model_name_or_path=str(CHECKPOINT), v_parameterization=True))
+    for seed, name in enumerate(("one", "two")):
+        write_lora(model, folder / f"{name}.safetensors", seed)
+    width = model.parts["clip"].module.config.hidden_size
+    save_file({"emb_params": torch.ones(2, width)}, folder / "zwx.safetensors")
+    write_control_net(model, folder / "control")
     (folder / "start").mkdir()
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -40,6 +50,15 @@ def place(toy_shelf: ToyShelf, tmp_path_factory: pytest.TempPathFactory) -> Path
         "def get_prompter(args, pipe, networks):\n    return ['a cat', args.prompter_module_args]\n"
     )
     return folder
+
+
+def write_control_net(model: Any, folder: Path) -> None:
+    """A copy of the UNet's first half whose outputs are not zero."""
+    net: Any = ControlNetModel.from_unet(model.denoiser, conditioning_embedding_out_channels=(16, 32, 96))
+    generator = torch.Generator().manual_seed(1)
+    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        layer.weight.data = torch.randn(layer.weight.shape, generator=generator) * 0.02
+    net.save_pretrained(folder)
 
 
 def run(name: str, words: str, place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, typed: str = "") -> list[Path]:
@@ -79,19 +98,29 @@ LINES = {  # a guide's command line -> the names of the files, of which # stands
         ["im_#_000_4.png"],
     ),
     "an adapter": (
-        '--prompt "a cat" --network_module networks.lora --network_weights {place}/one/lora.safetensors --seed 1',
+        '--prompt "a cat" --network_module networks.lora --network_weights {place}/one.safetensors --seed 1',
         ["im_#_000_1.png"],
     ),
+    "a new word": (
+        '--prompt "a zwx on a red background" --textual_inversion_embeddings {place}/zwx.safetensors --seed 1',
+        ["im_#_000_1.png"],
+    ),
+    "a ControlNet": (
+        ('--prompt "a cat" --control_net_models {place}/control --guide_image_path {place}/start/photo1.png '
+        "--control_net_preps canny_63_191 --control_net_weights 0.7 --control_net_ratios 0.8 --seed 1"),
+        ["im_#_000_1.png"],
+    ),
+    "typed": ("--interactive", ["im_#_000_3.png", "im_#_001_4.png"]),
     "two adapters": (
         ('--prompt "a cat --am 0.5,1" --network_module networks.lora networks.lora --network_weights '
-        "{place}/one/lora.safetensors {place}/two/lora.safetensors --network_mul 0.8 0.3 --seed 1"), ["im_#_000_1.png"],
+        "{place}/one.safetensors {place}/two.safetensors --network_mul 0.8 0.3 --seed 1"), ["im_#_000_1.png"],
     ),
     "merged adapters": (
-        ('--prompt "a cat" --network_weights {place}/one/lora.safetensors {place}/two/lora.safetensors '
+        ('--prompt "a cat" --network_weights {place}/one.safetensors {place}/two.safetensors '
         "--network_mul 0.8 0.3 --network_merge --seed 1"), ["im_#_000_1.png"],
     ),
     "one of two merged": (
-        ('--prompt "a cat" --network_weights {place}/one/lora.safetensors {place}/two/lora.safetensors '
+        ('--prompt "a cat" --network_weights {place}/one.safetensors {place}/two.safetensors '
         "--network_merge_n_models 1 --network_pre_calc --seed 1"), ["im_#_000_1.png"],
     ),
     "Deep Shrink": ('--prompt "a cat" --ds_depth_1 1 --ds_timesteps_1 500 --seed 1', ["im_#_000_1.png"]),
@@ -107,16 +136,16 @@ FAST = ("a file", "hires fix", "from images", "two adapters")
 
 
 @pytest.mark.parametrize("kind", [name if name in FAST else pytest.param(name, marks=full) for name in LINES])
-def test_gen_img(kind: str, place: Path, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
+def test_gen_img(kind: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, names = LINES[kind]
     out = tmp_path / "out"
-    found = run("gen_img", f"--ckpt {model} {SMALL} {words} --outdir {out}", place, out, monkeypatch)
+    found = run("gen_img", f"{SMALL} {words} --outdir {out}", place, out, monkeypatch, "a cat --d 3\n\na dog --d 4\n")
     assert len(found) == len(names)
     for path, name in zip(found, names, strict=True):
         assert re.fullmatch(re.escape(name).replace(r"\#", r"\d+"), path.name), path.name
         with Image.open(path) as image:
             assert image.size == ((32, 32) if name.startswith("im_#_0000") else (64, 64))
+            assert np.asarray(image).std() > 5, "it shows nothing"
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -126,13 +155,10 @@ def read_pixels(path: Path) -> np.ndarray:
 
 @full
 def test_merged_adapters_make_the_same_image(
-    place: Path, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As attached ones, up to rounding, with their multipliers beside them or in the prompt; not as none."""
-    model = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
-    weights = "{place}/one/lora.safetensors {place}/two/lora.safetensors"
-    start = f"--ckpt {model} {SMALL} --seed 1 --network_weights {weights}"
+    start = f"{SMALL} --seed 1 --network_weights {{place}}/one.safetensors {{place}}/two.safetensors"
     kinds = {
         "attached": '--prompt "a cat" --network_mul 0.5 1.5',
         "merged": '--prompt "a cat" --network_mul 0.5 1.5 --network_merge',
@@ -152,14 +178,12 @@ def test_merged_adapters_make_the_same_image(
 
 @full
 def test_prompts_that_are_typed(
-    place: Path, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What is wrong with one is reported, a word, a file or what the model cannot do, and the next one is read."""
-    model = toy_shelf.paths("sd")["pretrained_model_name_or_path"]
     wrong = ("a --ss none", "a --img gone.png", "a --glr 0.5 --d 5")
     typed = "\n".join((wrong[0], "a cat --d 3", "", *wrong[1:], "a dog --d 4"))
-    words = f"--ckpt {model} {SMALL} --interactive --outdir {tmp_path}"
+    words = f"{SMALL} --interactive --outdir {tmp_path}"
     assert [path.name[-6:] for path in run("gen_img", words, place, tmp_path, monkeypatch, typed)] == [
         "_3.png",
         "_4.png",
@@ -215,6 +239,7 @@ def test_every_option_of_the_scripts_is_known(script: str) -> None:
     known = {*table.options, *vocabulary(), *ALIASES, *tool.aliases}
     assert not set(THEIR_OPTIONS[script]) - known
     assert {name for theme in tool.refused for name in theme.model_fields} == set(tool.absent)
+    assert not set(tool.absent) & set(THEIR_OPTIONS["gen_img"]), "sd-scripts' current script has them"
 
 
 def test_other_names() -> None:

@@ -192,8 +192,9 @@ def test_training_goes_on_from_a_file(control_shelf: ControlShelf, tmp_path: Pat
     assert losses[0] == read_metrics(trained.output)[0]["loss/current"] != losses[1]
 
 
-def test_generate_makes_the_preview_again(control_shelf: ControlShelf, tmp_path: Path) -> None:
-    trained = control_shelf.get("sdxl")
+@pytest.mark.parametrize("family", ["sdxl", *(pytest.param(name, marks=pytest.mark.full) for name in ("flux", "sd3"))])
+def test_generate_makes_the_preview_again(family: str, control_shelf: ControlShelf, tmp_path: Path) -> None:
+    trained = control_shelf.get(family)
     (preview,) = (trained.output / "sample").glob("*.png")
     given = trained.options.model_dump(exclude_defaults=True)
     line = [word for name, value in given.items() if not isinstance(value, tuple) for word in (f"--{name}", str(value))]

@@ -62,8 +62,16 @@ def repeat_preview(preview: Path) -> dict[str, str]:
 
 
 LINES = """a cat --w 64 --h 64 --s 2 --d 5 --n a "dog" --l 3
-it's a (red:1.3) cup, 50% $HOME --w 64 --h 128 --s 3 --fs 1.5
+it's a (red:1.3) cup, 50% $HOME --w 64 --h 128 --s 3 --fs 1.5 --img start.png --mk mask.png --t 0.7
 """
+
+
+def write_prompts() -> None:
+    """The lines, and beside them the files that they name."""
+    Path("prompts.txt").write_text(LINES)
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("start.png")
+    Image.fromarray(np.pad(np.full((128, 32), 255, np.uint8), ((0, 0), (0, 32)))).save("mask.png")
 
 
 @pytest.mark.parametrize(
@@ -81,9 +89,9 @@ it's a (red:1.3) cup, 50% $HOME --w 64 --h 128 --s 3 --fs 1.5
 def test_the_command_in_a_preview_makes_it_again(
     family: str, options: dict[str, Any], toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the saves of every moment: before training, in the middle, at the end."""
+    """From the saves of every moment: before training, in the middle, at the end; from noise and within a mask."""
     monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text(LINES)
+    write_prompts()
     given = {"sample_prompts": "prompts.txt", "sample_every_n_steps": 1, "sample_at_first": True}
     given |= {"save_every_n_steps": 1, "max_train_steps": 2, "learning_rate": "1e-1", **options}
     output = train_toy(make_relative(toy_shelf.paths(family)), make_images(Path("images")), Path("out"), **given)
@@ -102,7 +110,7 @@ def test_a_fully_trained_model(
     precision: str, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text(LINES)
+    write_prompts()
     given = {"method": "full", "sample_prompts": "prompts.txt", "sample_every_n_steps": 2, "network_dim": None}
     given |= {"max_train_steps": 2, "train_text_encoder": True, "mixed_precision": precision, "learning_rate": "1e-2"}
     toy = make_relative(toy_shelf.paths("sd"))
@@ -133,7 +141,7 @@ def test_ema_and_weights_in_bfloat16(
     options: dict[str, Any], trained: str, toy_shelf: ToyShelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text(LINES)
+    write_prompts()
     given = {"sample_prompts": "prompts.txt", "sample_every_n_steps": 2, "max_train_steps": 4, "learning_rate": "1e-1"}
     toy = make_relative(toy_shelf.paths("sd"))
     given["tokenizer"] = [path for name, path in toy.items() if name.startswith("tokenizer")]

@@ -20,6 +20,10 @@ from sfumato.cli.generate import COMMAND_THEMES
 from sfumato.compat.image_tool_options import GenImgOptions
 from sfumato.compat.image_tools import GEN_IMG_NO_EFFECT
 from sfumato.compat.launch import main as run_script
+from sfumato.config.model import ModelOptions
+from sfumato.demo.base import CHECKPOINT
+from sfumato.families.base import Family
+from sfumato.tools.generate_setup import GenerateRequest, load_requested_model
 
 START = "--W 64 --H 64 --steps 2 --seed 5 --scale 3 --prompt"
 CAT = f"{START} 'a cat'"
@@ -63,7 +67,8 @@ PIXELS = {
     "noise_offset": (CAT, "{} 0.1"), "pyramid_noise_discount": (CAT, "{} 0.7"), "noise_offset_prob": (CAT, "{} 1"),
     "pyramid_noise_prob": (CAT, "{} 1"), "noise_offset_range": (f"{CAT} --noise_offset_prob 1", "{} 0.3 0.4"),
     "pyramid_noise_discount_range": (f"{CAT} --pyramid_noise_prob 1", "{} 0.2 0.3"),
-    "force_scheduler_zero_steps_offset": (CAT, "{}"), "textual_inversion_embeddings": (CAT, "{} cat.safetensors"),
+    "force_scheduler_zero_steps_offset": (f"{CAT} --no_zero_terminal_snr", "{}"),
+    "textual_inversion_embeddings": (CAT, "{} cat.safetensors"),
     "seed": (CAT, "{} 6"), "sample_sampler": (CAT, "{} euler"), "clip_skip": (CAT, "{} 2"),
     "prompt_weighting": (f"{START} 'a (cat:1.5)'", "--no_{}"),
     "emb_normalize_mode": (f"{START} 'a (cat:1.5)'", "{} none"), "mixed_precision": (CAT, "{} bf16"),
@@ -109,6 +114,7 @@ ELSEWHERE = {  # option -> the test that shows what it does
     "control_net_multipliers": "test_control_images.py::test_each_setting_changes_the_image",
     "control_net_ratios": "test_control_images.py::test_each_setting_changes_the_image",
     "control_net_starts": "test_control_images.py::test_each_setting_changes_the_image",
+    **dict.fromkeys(("clip_vision_strength", "clip_vision_model"), "test_start_images.py::test_the_vector_of_an_image"),
     "control_net_preps": "test_control_images.py::test_edges_of_the_control_image",
     **dict.fromkeys(
         ("highres_fix_upscaler", "highres_fix_upscaler_args"),
@@ -149,25 +155,25 @@ def write_folder(folder: Path) -> None:
         "def get_prompter(args, pipe, networks):\n    return [f'a cat --d {args.prompter_module_args or 7}']\n"
     )
     save_file(
-        {"emb_params": torch.randn(1, 64, generator=torch.Generator().manual_seed(1))}, folder / "cat.safetensors"
+        {"emb_params": torch.randn(1, 128, generator=torch.Generator().manual_seed(1))}, folder / "cat.safetensors"
     )
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, toy_shelf: ToyShelf) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from families.loading import load_model
     from test_regions import write_lora
 
     place = tmp_path_factory.mktemp("cases")
     write_folder(place)
-    write_lora(load_model(toy_shelf.options("sd")), place / "lora.safetensors", 3)
+    model = load_model(ModelOptions(pretrained_model_name_or_path=str(CHECKPOINT)))
+    write_lora(model, place / "lora.safetensors", 3)
     return place
 
 
 def make(words: str, shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch, typed: str = "") -> list[Path]:
-    """The files that gen_img writes into the folder `out`."""
-    family = "sdxl" if words.startswith("sdxl ") else "sd"
-    model = shelf.paths(family)["pretrained_model_name_or_path"]
+    """The files that gen_img writes into the folder `out`, with sfumato-tiny, or where words say so a toy of SDXL."""
+    model = CHECKPOINT if not words.startswith("sdxl ") else shelf.paths("sdxl")["pretrained_model_name_or_path"]
     out = Path("out")
     for path in out.glob("*") if out.is_dir() else ():
         path.unlink()
@@ -176,6 +182,20 @@ def make(words: str, shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch, typed: st
     line = ["gen_img", "--ckpt", str(model), *shlex.split(words.removeprefix("sdxl ")), "--outdir", "out"]
     assert run_script(line) == 0
     return sorted(out.iterdir())
+
+
+MODELS: dict[str, Family] = {}
+
+
+def load_once(request: GenerateRequest) -> Family:
+    """The model of an earlier case with the same options, unless something is attached to it."""
+    if request.networks or request.embeddings:
+        return load_requested_model(request)
+    values = repr((request.config.model, request.config.memory, request.config.noise))
+    if values not in MODELS:
+        MODELS[values] = load_requested_model(request)
+    MODELS[values].vae_tile_size = request.vae_tile_size
+    return MODELS[values]
 
 
 BASES: dict[str, bytes] = {}  # words -> pixels
@@ -192,6 +212,7 @@ def test_an_option_changes_the_image(
     option: str, folder: Path, toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("sfumato.tools.generate.load_requested_model", load_once)
     base, words = PIXELS[option]
     if base not in BASES:
         BASES[base] = read_pixels(make(base, toy_shelf, monkeypatch)[-1])
@@ -207,6 +228,7 @@ def test_an_option_changes_the_files(
     option: str, folder: Path, toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("sfumato.tools.generate.load_requested_model", load_once)
     words, pattern = FILES[option]
     names = " ".join(path.name for path in make(words, toy_shelf, monkeypatch, "a cat --d 3\n\na dog --d 4\n"))
     assert re.fullmatch(pattern, names), names

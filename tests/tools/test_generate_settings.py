@@ -45,7 +45,8 @@ SETTINGS = {  # of a prompt without the one that it is about
     "highres_fix_strength": 0.5, "highres_fix_save_1st": True, "highres_fix_latents_upscaling": True,
     "highres_fix_upscaler": "u.safetensors", "highres_fix_disable_control_net": True, "controlnet_image": "c.png",
     "control_net_multipliers": (0.5,), "reference_image": "r.png", "guidance_scale": 3.0, "flow_shift": 2.0,
-    "original_width": 64, "prompt_2": "a dog", "clip_prompt": "a dog",
+    "clip_vision_strength": 0.5, "clip_vision_model": "c", "original_width": 64,
+    "prompt_2": "a dog", "clip_prompt": "a dog",
 }  # fmt: skip
 
 
@@ -59,6 +60,10 @@ def test_no_setting_is_ignored_in_silence(toy_shelf: ToyShelf) -> None:
         request = make_request(prompt, model, sampler="ddim", seed=1)
         assert request == before, name
         assert list(list_ignored(prompt, request, model)), name
+    for sampler, count in (("ddim", 0), ("dpmsingle", 1)):
+        prompt = replace(plain, force_scheduler_zero_steps_offset=True, sample_sampler=sampler)
+        request = make_request(prompt, model, sampler="ddim", seed=1)
+        assert len(list(list_ignored(prompt, request, model))) == count
     stages = {"highres_fix_strength": 0.5, "highres_fix_upscaler": "u", "highres_fix_disable_control_net": True}
     prompt = replace(plain, highres_fix_scale=0.5, highres_fix_latents_upscaling=True, **stages)
     assert len(list(list_ignored(prompt, make_request(prompt, model, sampler="ddim", seed=1), model))) == len(stages)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from families.loading import NoMethod, load_model
 from families.toys import ToyShelf
@@ -24,6 +26,7 @@ from sfumato.sample import generate_steps
 from sfumato.sampling.request import make_request
 from sfumato.tools.image_sheet import GAP, LABEL, LINE_DISTANCE, MARGIN, draw_contact_sheet, draw_table
 from sfumato.tools.progress_sketch import ProgressSketch, fit_latent_colors
+from test_regions import write_lora
 
 START = "--W 64 --H 64 --steps 2 --seed 5 --scale 3"
 
@@ -77,6 +80,32 @@ def test_plots_of_models_and_adapters(toy_shelf: ToyShelf, tmp_path: Path) -> No
     *images, _ = sorted((tmp_path / "skips").iterdir())
     assert len({path.stem.split("_")[-1] for path in images}) == 1
     assert (read(images[0]) != read(images[1])).any()
+
+
+@pytest.mark.full
+def test_a_plot_of_checkpoints(tmp_path: Path) -> None:
+    """Beside strengths of an adapter: each image is what its checkpoint makes alone; of files the names are shown."""
+    other, lora = tmp_path / "other.safetensors", tmp_path / "lora.safetensors"
+    state = load_file(CHECKPOINT)
+    with safe_open(CHECKPOINT, "pt") as file:
+        metadata = file.metadata()
+    name = "model.diffusion_model.out.2.weight"
+    save_file({**state, name: state[name] * 0.9}, other, metadata)
+    write_lora(load_model(ModelOptions(pretrained_model_name_or_path=str(CHECKPOINT))), lora, 3)
+    base = f'--prompt "a cat" --network_weights {lora}'
+    axes = f'--xy "ckpt={CHECKPOINT},{other}" "lora_mul=0,1"'
+    *images, _ = run(CHECKPOINT, f"{base} {axes}", tmp_path / "xy")
+    alone: list[bytes] = []
+    for model in (CHECKPOINT, other):
+        for strength in (0, 1):
+            out = tmp_path / f"{model.stem} {strength}"
+            (made,) = run(model, f"{base} --network_mul {strength}", out)
+            alone.append(read(made).tobytes())
+    assert [read(path).tobytes() for path in images] == alone
+    assert len(set(alone)) == 4
+    (across, down) = read_axes([f"ckpt={CHECKPOINT},{other}", "lora_mul=0,1"])
+    assert across.labels == [f"ckpt {CHECKPOINT.name}", "ckpt other.safetensors"]
+    assert down.labels == ["lora_mul 0", "lora_mul 1"]
 
 
 @pytest.mark.parametrize("text", ["steps", "nonsense=1,2", "steps=", "steps=x", "outdir=a,b"])

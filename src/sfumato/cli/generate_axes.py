@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.cli.generate_options import NO_PROMPT_FIELDS, PROMPT_FIELDS, PROMPT_THEMES, SeriesOptions
@@ -38,7 +39,8 @@ class ValueAxis:
 
     @property
     def labels(self) -> list[str]:
-        return [f"{self.name} {text}" for text in self.texts]
+        """Of files the names alone."""
+        return [f"{self.name} {Path(text).name if is_path(text) else text}" for text in self.texts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,11 @@ class PlotModel:
 
     request: GenerateRequest
     cells: Mapping[tuple[int, int], Sequence[Prompt]]  # place on the axes -> a prompt per image
+
+
+def is_path(text: str) -> bool:
+    """Whether a value is that of a file or folder."""
+    return "/" in text or Path(text).exists()
 
 
 def read_axes(texts: Sequence[str]) -> list[ValueAxis]:

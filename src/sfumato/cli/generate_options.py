@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator
 
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.prompt_options import MAX_IMAGE_SIDE, MAX_STEPS, check_unsharp
+from sfumato.config.prompt_options import CLIP_VISION_MODEL, MAX_IMAGE_SIDE, MAX_STEPS, check_unsharp
 from sfumato.config.values import FilePath, FilePaths, Floats, ModelPaths, Shares, to_tuple
 
 UnsharpNumbers = Annotated[str, AfterValidator(check_unsharp), Metavar("N,X,X[,0]")]
@@ -69,6 +69,12 @@ class StartOptions(Options):
         None, "mask, white where the image may change, or a folder with one for each image", path="any"
     )
     strength: float | None = option(None, "share of the steps that are made from there; default: 0.8", gt=0, le=1)
+    clip_vision_strength: float | None = option(
+        None, "replace the pooled vector of the prompt by that of the image to start from, times this; in SDXL"
+    )
+    clip_vision_model: Annotated[str, Metavar("FOLDER_OR_HUB")] | None = option(
+        None, f"the CLIP that makes it; default: {CLIP_VISION_MODEL}"
+    )
     network_regional_mask_max_color_codes: int | None = option(
         None,
         "of prompts in parts, separated by AND: for how many parts the mask has a color each, instead of a channel",

@@ -18,10 +18,10 @@ MIXED_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}
 UPSCALER_MODULES = ("tools.latent_upscaler", "latent_upscaler")
 CHUNK_TOKENS, MOST_CHUNKS = 75, 3
 MIN_TILE = 64  # pixels a side
+OLDER = "sd-scripts' own gen_img.py has it no more, only its older gen_img_diffusers.py had"
 ABSENT_IN_GEN_IMG = {
-    **dict.fromkeys(("clip_guidance_scale", "clip_image_guidance_scale", "clip_vision_strength"), "no CLIP guides it"),
-    **dict.fromkeys(("vgg16_guidance_scale", "vgg16_guidance_layer"), "no VGG16 guides it"),
-    "XTI_embeddings": "it is out of use",
+    **dict.fromkeys(("clip_guidance_scale", "clip_image_guidance_scale"), OLDER),
+    **dict.fromkeys(("vgg16_guidance_scale", "vgg16_guidance_layer", "XTI_embeddings"), OLDER),
 }
 
 
@@ -49,7 +49,6 @@ class GenImgAbsentOptions(Options):
 
     clip_guidance_scale: Texts = option((), "refused")
     clip_image_guidance_scale: Texts = option((), "refused")
-    clip_vision_strength: Texts = option((), "refused")
     vgg16_guidance_scale: Texts = option((), "refused")
     vgg16_guidance_layer: Texts = option((), "refused")
     XTI_embeddings: Texts = option((), "refused")

@@ -11,6 +11,7 @@ from typing import Any
 from sfumato.config.values import check_file_name, check_seed, get_last_part
 
 MAX_STEPS = 1000
+CLIP_VISION_MODEL = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"  # the other half of SDXL's second text encoder
 MAX_IMAGE_SIDE = 65536  # pixels; far beyond what any model makes
 
 

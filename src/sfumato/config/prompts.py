@@ -50,6 +50,8 @@ class Prompt:
     init_image: str | None = None  # a file that the image starts from
     mask_image: str | None = None  # a file that says where it may change
     strength: float | None = None  # share of the steps that are made from there
+    clip_vision_strength: float | None = None  # factor of that image's vector, in the place of the text's pooled one
+    clip_vision_model: str | None = None  # what gives the vector
     controlnet_image: str | None = None
     further_control_images: tuple[str, ...] = ()  # of the second ControlNet or LLLite and those after it
     control_net_multipliers: tuple[float, ...] = ()  # their strengths, in their order; 1 where missing

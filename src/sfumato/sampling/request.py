@@ -10,6 +10,7 @@ from sfumato.config.prompts import Prompt
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.deep_shrink import DeepShrink
+from sfumato.sampling.schedulers import has_zero_offset
 from sfumato.sampling.settings import (
     ControlSettings,
     FirstNoise,
@@ -183,6 +184,8 @@ def list_ignored(prompt: Prompt, request: ImageRequest, model: Family) -> Iterat
             yield f"{start}{name} has no effect, because classifier-free guidance is off; --l above 1 turns it on"
     if prompt.guidance_scale and model.sampling.guidance is None:
         yield f"{start}--g has no effect, this model has no embedded guidance; classifier-free guidance is --l"
+    if request.force_scheduler_zero_steps_offset and not has_zero_offset(request.sampler, model.objective):
+        yield f"{start}--force_scheduler_zero_steps_offset has no effect on this model's time grid with this sampler"
     if prompt.sample_sampler and "sample_sampler" not in model.options:
         yield f"{start}--ss is ignored: flow models always use Euler"
     if prompt.controlnet_image and not model.takes_control:
@@ -224,11 +227,20 @@ def list_unsupported(prompt: Prompt, model: Family) -> Iterator[str]:
     reads_mask = prompt.controlnet_image and model.takes_control_mask
     if prompt.mask_image and not prompt.init_image and len(prompt.parts) < 2 and not reads_mask:
         yield "--mk has no effect without an image to start from, --img FILE"
-    if prompt.force_scheduler_zero_steps_offset and "sample_sampler" not in model.options:
-        yield "--force_scheduler_zero_steps_offset has no effect, flow models have no such offset"
+    yield from list_unused_vision(prompt, model)
     if prompt.network_regional_mask_max_color_codes and not (prompt.mask_image and len(prompt.parts) > 1):
         yield "--network_regional_mask_max_color_codes has no effect without parts (a AND b) and --mask_path FILE"
     yield from list_unused_highres(prompt)
+
+
+def list_unused_vision(prompt: Prompt, model: Family) -> Iterator[str]:
+    """What is said of an image's vector where there is no image, or no place for it."""
+    if prompt.clip_vision_strength is None and prompt.clip_vision_model:
+        yield "--clip_vision_model has no effect without --clip_vision_strength"
+    elif prompt.clip_vision_strength is not None and not prompt.init_image:
+        yield "--clip_vision_strength has no effect without an image to start from, --img FILE"
+    elif prompt.clip_vision_strength is not None and not model.has_pooled_text:
+        yield "--clip_vision_strength has no effect, this model takes no pooled vector of a text"
 
 
 def list_unused_highres(prompt: Prompt) -> Iterator[str]:
@@ -250,6 +262,8 @@ def read_start(prompt: Prompt, model: Family) -> StartImage:
     start = read_settings(StartImage, prompt)
     if len(prompt.parts) > 1:
         start = replace(start, mask_image="")
+    if not model.has_pooled_text or start.clip_vision_strength is None:
+        start = replace(start, clip_vision_strength=None, clip_vision_model=None)
     return replace(start, strength=1.0) if model.blueprint.inpaints and prompt.strength is None else start
 
 

@@ -26,6 +26,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # sd-scripts' names -> diff
 }
 
 
+def has_zero_offset(name: str, objective: Objective) -> bool:
+    """Whether a sampler's time grid can begin one step earlier: with this noise schedule it has such an offset."""
+    _, options = SAMPLERS.get(name.removeprefix("k_"), ("", {}))
+    spacing = objective.scheduler_options().get("timestep_spacing")
+    return "steps_offset" in options and objective.predicts != "velocity" and spacing != "trailing"
+
+
 def make_scheduler(name: str, objective: Objective, *, zero_offset: bool = False) -> Any:
     """A new diffusers scheduler for the objective; sd-scripts' names, with or without the k_ prefix.
 

@@ -19,6 +19,8 @@ class StartImage:
     init_image: str
     mask_image: str = ""
     strength: float = DEFAULT_STRENGTH  # share of the steps that are made
+    clip_vision_strength: float | None = None  # factor of its vector in the place of the text's; None: the text's
+    clip_vision_model: str | None = None  # a folder or a name on the hub with the CLIP that gives it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def list_settings(request: ImageRequest) -> dict[str, object]:
     further["force_scheduler_zero_steps_offset"] = request.force_scheduler_zero_steps_offset or None
     for settings in request.settings:
         further |= vars(settings)
-    for name in ("init_image", "mask_image", "region_mask", "highres_fix_upscaler"):
+    for name in ("init_image", "mask_image", "region_mask", "highres_fix_upscaler", "clip_vision_model"):
         further[name] = strip_paths(str(further.get(name) or ""))
     further["further_control_images"] = [strip_paths(name) for name in request.control.further_control_images] or None
     return values | {name: value for name, value in further.items() if value not in (None, "", ())}

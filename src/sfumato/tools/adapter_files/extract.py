@@ -22,14 +22,9 @@ from sfumato.adapters.low_rank import (
 )
 from sfumato.errors import UserError
 from sfumato.families.part import Network
-<<<<<<< HEAD
 from sfumato.families.source import Weights
 from sfumato.formats.checkpoint import TOOL_DTYPES, TensorFile
-from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise, make_meta_layers
-=======
-from sfumato.formats.checkpoint import TOOL_DTYPES
 from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise
->>>>>>> 37bed4c (Tests start processes from a warmed one; a run plans its adapters once; networks are built without drawing first numbers)
 from sfumato.tools.adapter_files.join import describe_range
 from sfumato.tools.adapter_files.models import Encoders, ToolModel, list_input_paths, open_tool_model
 from sfumato.tools.adapter_files.outputs import check_output, find_largest, make_extracted_metadata, write_adapter

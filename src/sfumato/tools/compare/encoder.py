@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sfumato.config.paths import looks_like_path, suggest_path
 from sfumato.errors import UserError
+from sfumato.sampling.image_vectors import open_vision_model
 
 BATCH = 16  # images at once
 
@@ -57,26 +57,10 @@ class TransformersEncoder:
 
 def load_image_encoder(name: str, device: torch.device) -> TransformersEncoder:
     """name: a folder, or OWNER/NAME on the hub. Reads safetensors alone, and runs no code that comes with a model."""
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel
 
-    path = Path(name)
-    if looks_like_path(name) and not path.is_dir():
-        raise UserError(
-            f"--image_encoder: {name} is no folder",
-            code="image-encoder-missing",
-            fix=suggest_path(path) or "give a folder of transformers with CLIP or DINOv2, or OWNER/NAME on the hub",
-        )
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        model: Any = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--image_encoder: transformers cannot open {name} as a model that sees images ({reason})",
-            code="image-encoder-unavailable",
-            fix="give a folder or a name on the hub with CLIP or DINOv2 in safetensors",
-        ) from error
-    encoder = TransformersEncoder(name=path.name, model=model.to(device).eval(), processor=processor)
+    model, processor = open_vision_model(name, AutoModel, option="image_encoder")
+    encoder = TransformersEncoder(name=Path(name).name, model=model.to(device), processor=processor)
     check_encoder(encoder)
     return encoder
 

@@ -1,0 +1,89 @@
+"""What CLIP sees in an image, in the place of what a prompt says: the pooled vector of a text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.config.paths import looks_like_path, suggest_path
+from sfumato.config.prompt_options import CLIP_VISION_MODEL
+from sfumato.data.batch import Tensors
+from sfumato.data.images import read_image
+from sfumato.errors import UserError
+from sfumato.sampling.settings import StartImage
+
+
+def open_vision_model(name: str, kind: Any, *, option: str) -> tuple[Any, Any]:
+    """A model of transformers in main memory, and the processor of its images.
+
+    name: a folder, or OWNER/NAME on the hub. kind: its class. option: that named it. Reads safetensors alone, and runs
+    no code that comes with a model.
+    """
+    from transformers import AutoImageProcessor
+
+    path = Path(name)
+    if looks_like_path(name) and not path.is_dir():
+        raise UserError(
+            f"--{option}: {name} is no folder",
+            code="image-encoder-missing",
+            fix=suggest_path(path) or "give a folder of transformers with CLIP or DINOv2, or OWNER/NAME on the hub",
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--{option}: transformers cannot open {name} as a model that sees images ({reason})",
+            code="image-encoder-unavailable",
+            fix="give a folder or a name on the hub with CLIP or DINOv2 in safetensors",
+        ) from error
+    return model.eval(), processor
+
+
+@lru_cache(maxsize=1)
+def open_clip_vision(name: str) -> tuple[Any, Any]:
+    """Remains in main memory, for the next image."""
+    from transformers import CLIPVisionModelWithProjection
+
+    return open_vision_model(name, CLIPVisionModelWithProjection, option="clip_vision_model")
+
+
+@torch.no_grad()
+def encode_clip_vector(name: str, file: Path, device: torch.device) -> Tensor:
+    """(1, D) float32: the projected vector of an image, as long as it is."""
+    network, processor = open_clip_vision(name)
+    pixels = processor(images=[read_image(file)], return_tensors="pt")["pixel_values"]
+    vector = network.to(device)(pixels.to(device)).image_embeds.float()
+    network.to("cpu")
+    return vector
+
+
+def with_image_vector(features: Mapping[str, Tensors], start: StartImage, device: torch.device) -> dict[str, Tensors]:
+    """Text encoder -> its features, with the vector of the image to start from in the place of the pooled one.
+
+    That of the encoders whose pooled vectors are as long as the image's; UserError where none is.
+    """
+    if start.clip_vision_strength is None:
+        return dict(features)
+    name = start.clip_vision_model or CLIP_VISION_MODEL
+    vector = encode_clip_vector(name, Path(start.init_image), device) * start.clip_vision_strength
+    widths = {part: tensors["pooled"].shape[-1] for part, tensors in features.items() if "pooled" in tensors}
+    if vector.shape[-1] not in widths.values():
+        raise UserError(
+            f"--clip_vision_model {name} gives vectors of {vector.shape[-1]} numbers; this model takes "
+            + ", ".join(f"{width} of {part}" for part, width in widths.items()),
+            code="clip-vision-width-mismatch",
+            fix="give the CLIP that the text encoder is a half of",
+        )
+    return {
+        part: {**tensors, "pooled": vector.to(tensors["pooled"]).expand_as(tensors["pooled"])}
+        if widths.get(part) == vector.shape[-1]
+        else tensors
+        for part, tensors in features.items()
+    }
