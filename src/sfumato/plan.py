@@ -66,8 +66,8 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     """
     from sfumato.formats.save_schedule import make_save_schedule
     from sfumato.memory.plan_checks import describe_memory
-    from sfumato.methods.disk_check import check_disk
     from sfumato.methods.model_plan import check_data, describe_data, plan_model
+    from sfumato.methods.run_checks import check_run
 
     config = with_seed(config)
     problems = Problems()
@@ -100,9 +100,8 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
         with problems.catch():
             formats += describe_memory(model.config, model.family, model.blueprint, trained)
     notes = check_run_options(config, data, total_steps, learning_rates, saved, problems)
-    if model is not None and total_steps and not problems.found:
-        with problems.catch():
-            check_disk(config, data, total_steps, model)
+    if model is not None:
+        check_run(config, data, total_steps, model, problems)
     problems.raise_all()
     assert model is not None
     assert config.loop.seed is not None

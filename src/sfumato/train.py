@@ -28,11 +28,12 @@ def train(config: Config) -> Path | None:
 
     Ends early, with a state to resume from, when the user interrupts; None then, and where no step is left.
     """
-    with start_parallel(config.processes.ddp_timeout) as parallel:
+    with start_parallel(config.processes, mixed_precision=config.memory.mixed_precision) as parallel:
         run = build_run(config, parallel)
         if run is None:
             return None
-        with interruptible(parallel), run.output_lock, run.hub, run.metrics, StateRescue(run):
+        rescue, learning = StateRescue(run), parallel.learning_of_failures()
+        with interruptible(parallel), run.output_lock, run.hub, run.metrics, rescue, learning:
             if run.config.samples.sample_at_first and not run.state.resumed:
                 save_previews(run, run.step, f"{run.step:06d}")
             run_due_validation(run, run.step if run.state.resumed else 0)

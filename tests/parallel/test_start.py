@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 import sfumato.parallel
 from house_rules import talks_to_processes
+from sfumato.config import ProcessOptions
 from sfumato.errors import UserError
 from sfumato.parallel import join
+from sfumato.parallel.all_reduce import AllReduce
 from sfumato.parallel.single import Single
 from sfumato.parallel.start import choose_device, start_parallel
 
@@ -42,8 +45,8 @@ def test_how_long_processes_wait_for_each_other(
     minutes: int | None, limit: timedelta | None, launch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    launch.setattr(join, "join_processes", lambda *values: given.append(values))
-    start_parallel(minutes)
+    launch.setattr(join, "join_processes", lambda *values: given.append(values) or SimpleNamespace(rank=1, processes=2))
+    assert isinstance(start_parallel(ProcessOptions(ddp_timeout=minutes)), AllReduce)
     assert given == [((1, 2), torch.device("cpu"), limit)]
 
 

@@ -65,40 +65,47 @@ class Ended:
     states: list[str] = field(default_factory=list)
 
 
-def run_pair(arguments: Sequence[str], folder: Path, moment: Moment | None = None) -> Ended:
-    """Train in two processes. They are forked from this one, which has imported everything already."""
+def run_pair(
+    arguments: Sequence[str],
+    folder: Path,
+    moment: Moment | None = None,
+    *,
+    count: int = 2,
+    script: str = "train_network",
+) -> Ended:
+    """Train in two processes, or more. They are forked from this one, which has imported everything already."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pids: list[int] = []
-    for rank in range(2):
+    for rank in range(count):
         pid = os.fork()
         if pid == 0:
-            run_rank(arguments, folder, rank, port, moment)
+            run_rank([script, *arguments], folder, rank, count, port, moment)
         pids.append(pid)
     started = time.monotonic()
     (folder / "pids").write_text(" ".join(map(str, pids)))
     codes, timed_out = wait_for_all(pids, end_others=moment is None or moment.has_launcher)
-    texts = [(folder / f"rank{rank}.log").read_text() for rank in range(2)]
-    calls = [[int(n) for n in (folder / f"calls{rank}").read_text().split()] for rank in range(2)]
+    texts = [(folder / f"rank{rank}.log").read_text() for rank in range(count)]
+    calls = [[int(n) for n in (folder / f"calls{rank}").read_text().split()] for rank in range(count)]
     return Ended(codes=codes, calls=calls, messages=texts, timed_out=timed_out, seconds=time.monotonic() - started)
 
 
-def run_rank(arguments: Sequence[str], folder: Path, rank: int, port: int, moment: Moment | None) -> None:
+def run_rank(arguments: Sequence[str], folder: Path, rank: int, count: int, port: int, moment: Moment | None) -> None:
     """What the forked process does; it does not return."""
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))  # a test's are others
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     counter = CallCounter(lambda: send_signals(folder, moment), moment.call if moment and moment.rank == rank else 0)
     (folder / f"calls{rank}").write_text("")
     code = 1  # of an error that nobody caught
     try:
         sys.setprofile(counter)
-        code = main(["train_network", *arguments])
+        code = main([*arguments])
         sys.setprofile(None)
         (folder / f"calls{rank}").write_text(f"{counter.first_step} {counter.calls}")
         exit_process(code)

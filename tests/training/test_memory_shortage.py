@@ -12,6 +12,7 @@ import torch
 from families.toys import ToyShelf
 from parallel.pairs import run_strategies
 from sfumato.parallel.all_reduce import AllReduce
+from sfumato.parallel.single import Single
 from sfumato.training.memory_shortage import give_up_where_short, run_within_memory
 from toy_runs import make_images, read_metrics, train_toy
 
@@ -27,9 +28,9 @@ def test_nothing_of_the_failed_work_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
         kept.append(weakref.ref(activations))
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    assert run_within_memory(work) == "OutOfMemoryError: tried to allocate 20 GiB"
+    assert run_within_memory(work, Single(torch.device("cpu"))) == "OutOfMemoryError: tried to allocate 20 GiB"
     assert alive_when_emptied == [False]
-    assert run_within_memory(lambda: None) == ""
+    assert run_within_memory(lambda: None, Single(torch.device("cpu"))) == ""
     assert len(alive_when_emptied) == 1
 
 

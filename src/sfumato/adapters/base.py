@@ -70,6 +70,7 @@ class Adapter(nn.Module, ABC):
     is_wrapper: ClassVar[bool] = False  # whether it changes what another adapter does
     takes_wrappers: ClassVar[bool] = True  # whether one may change what it does
     reads_weights: ClassVar[bool] = False  # whether its change depends on the weights that it is a change of
+    starts_from_weights: ClassVar[bool] = False  # whether its first tensors are made from them
     changes_biases: ClassVar[bool] = False  # whether `bias_delta` gives something
     of_norms: ClassVar[bool] = False  # whether it is for norm layers, which no other kind changes, and for them alone
     replaces: ClassVar[str] = ""  # the kind in whose place it comes where `is_wanted`

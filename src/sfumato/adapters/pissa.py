@@ -42,6 +42,7 @@ class PiSSA(Adapter):
     replaces = "lora"
     files_of = "lora"
     options_class = PissaOptions
+    starts_from_weights = True
     plus_params = ("up_change",)
     dropouts = frozenset({"module"})
     linear_tensors = (UP,)

@@ -93,11 +93,10 @@ class ProcessOptions(Options):
     )
     ddp_static_graph: bool = option(False, "every step uses the same parameters", no_effect=NO_DDP_WRAPPER)
     fsdp: bool = option(
-        False, "share the model among the processes by torch's FSDP2: each has a part of every weight", planned="FSDP2"
+        False,
+        "share out the denoiser's weights, gradients and optimizer state over the processes, by torch's FSDP2",
     )
-    fsdp_offload_params: bool = option(
-        False, "with --fsdp: parts of weights, gradients and the optimizer's state wait in main memory", planned="FSDP2"
-    )
+    fsdp_offload_params: bool = option(False, "with --fsdp: keep them in main memory until they are needed")
     deepspeed: bool = option(False, "train with DeepSpeed", planned="DeepSpeed")
     zero_stage: ZeroStage = option(2, "ZeRO stage", planned="DeepSpeed")
     offload_optimizer_device: Literal["cpu", "nvme"] | None = option(

@@ -15,7 +15,7 @@ from sfumato.errors import InternalError
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.foreign_keys import V_MARK, ZERO_SNR_MARK
-from sfumato.families.source import Source, Weights
+from sfumato.families.source import Keep, Source, Weights
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint
 from sfumato.formats.checkpoint_writer import TensorSpec, write_stream
 from sfumato.formats.keymap import KeyMap
@@ -190,24 +190,31 @@ def _iterate_keys(
     """Keys of a layout, each made of our weights in memory or in the network's file."""
     weights = model.blueprint.networks[name].weights
     state = model.parts[name].module.state_dict() if changed else {}
+    make_whole = model.parts[name].make_whole
     for original in originals:
         ours = key_map.find_ours(original)
         if ours is None:
             raise InternalError(f"no rule of the key map covers {original!r}")
         in_memory = {name: state[name] for name in ours[0] if name in changed}
         in_file = tuple(name for name in ours[0] if name not in changed)
-        like = {name: tensor.to("meta") for name, tensor in in_memory.items()}
+        like = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in in_memory.items()}
         like |= {name: weights.make_empty(name) for name in in_file}
         result = key_map.build(original, like)
-        make = partial(_build_original, key_map, original, in_memory, in_file, weights)
+        make = partial(_build_original, key_map, original, in_memory, in_file, weights, make_whole)
         yield prefix + original, TensorEntry((result.dtype, tuple(result.shape)), make)
 
 
 def _build_original(
-    key_map: KeyMap, original: str, in_memory: Mapping[str, Tensor], in_file: Collection[str], weights: Weights
+    key_map: KeyMap,
+    original: str,
+    in_memory: Mapping[str, Tensor],
+    in_file: Collection[str],
+    weights: Weights,
+    make_whole: Keep,
 ) -> Tensor:
     """One original tensor, made of weights in memory and of unchanged ones in their file."""
-    return key_map.build(original, {**in_memory, **{name: weights.read(name) for name in in_file}})
+    whole = {name: make_whole(name, tensor) for name, tensor in in_memory.items()}
+    return key_map.build(original, {**whole, **{name: weights.read(name) for name in in_file}})
 
 
 @dataclass(frozen=True)

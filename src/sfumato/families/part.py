@@ -15,7 +15,7 @@ from torch import nn
 
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import option_context
-from sfumato.families.source import NO_FORMATS, Formats, Weights, on_meta
+from sfumato.families.source import NO_FORMATS, Formats, Keep, Weights, on_meta
 from sfumato.formats.adapter_layers import Views, make_views
 from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, is_norm, make_meta_layers
 from sfumato.formats.keymap import KeyMap, make_identity_map, matches
@@ -156,16 +156,17 @@ class Network:
         formats: Formats = NO_FORMATS,
         hosted_blocks: Sequence[str] = (),
         streams_blocks: bool = False,
+        keep: Keep | None = None,
     ) -> None:
         """Read the weights straight in the wanted dtype or format into a module on the meta device; buffers follow.
 
         hosted_blocks: paths of modules that stay in main memory, whatever the device; streams_blocks: their tensors
-        look into the file.
+        look into the file; keep: what stays of each tensor.
         """
         on_host = tuple(f"{path}." for path in hosted_blocks)
         with option_context(self.option):
             self.weights.fill_module(
-                module, dtype=dtype, device=device, formats=formats, on_host=on_host, mapped=streams_blocks
+                module, dtype=dtype, device=device, formats=formats, on_host=on_host, mapped=streams_blocks, keep=keep
             )
         self.weights.file.close()  # reopens by itself
         for path, child in module.named_modules():
@@ -196,6 +197,7 @@ class Part:
         self.hosted_blocks: tuple[str, ...] = ()  # paths of the blocks whose weights `load` leaves in main memory
         self.streams_blocks = False  # whether these weights look into the file instead of being read
         self.is_loaded = False
+        self.make_whole: Keep = lambda name, tensor: tensor  # what a save writes of a weight in memory
         self._build = build
         self._module: nn.Module | None = None
 
@@ -238,8 +240,11 @@ class Part:
                 sizes[weights.can_map(original, self.dtype)] += shapes[name].numel()
         return self.format is None and sizes[True] > 9 * sizes[False]
 
-    def load(self) -> None:
-        """Read the weights, frozen and in eval mode, unless they are there. UserError where their file is not here."""
+    def load(self, keep: Keep | None = None) -> None:
+        """Read the weights, frozen and in eval mode, unless they are there. UserError where their file is not here.
+
+        keep: what stays in memory of each tensor, by our name.
+        """
         if self.is_loaded:
             return
         if self.network.is_absent:
@@ -251,6 +256,7 @@ class Part:
             formats=self.weight_formats,
             hosted_blocks=self.hosted_blocks,
             streams_blocks=self.streams_blocks,
+            keep=keep,
         )
         self.module.requires_grad_(False).eval()
         for change in self.changes:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 Shapes = dict[str, torch.Size]
 Formats = Mapping[str, WeightFormat]  # our name of a weight -> how it is kept in memory
 NO_FORMATS: Formats = {}
+Keep = Callable[[str, torch.Tensor], torch.Tensor]  # our name and a tensor as it was read -> what stays in memory
 MODEL_INDEX = "model_index.json"  # of a whole model in diffusers' layout
 NOT_HERE = ("model-path-missing", "hub-model-unavailable")  # codes of errors about a path or name without a model
 
@@ -308,13 +309,14 @@ class Weights:
         formats: Formats = NO_FORMATS,
         on_host: tuple[str, ...] = (),
         mapped: bool = False,
+        keep: Keep | None = None,
     ) -> None:
         """Read the file's tensors one at a time into a module on the meta device.
 
         formats: of those weights that are kept in fewer bits, by our name; of each there is a whole copy only while it
         is read. on_host: what the names start with of those that stay in main memory, whatever the device; mapped: they
-        look into the file where it has them in the wanted dtype. Raises UserError where the file lacks tensors, has
-        further ones, or one has another shape.
+        look into the file where it has them in the wanted dtype. keep: what stays of each tensor. Raises UserError
+        where the file lacks tensors, has further ones, or one has another shape.
         """
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         self._pass_over_foreign(expected)
@@ -341,7 +343,8 @@ class Weights:
                         f"expected {tuple(expected[name])}",
                         code="network-shape-mismatch",
                     )
-                state[name] = keep_in_format(piece, formats[name]) if name in formats else piece
+                kept = keep_in_format(piece, formats[name]) if name in formats else piece
+                state[name] = kept if keep is None else keep(name, kept)
         state |= {name: state[other] for name, other in self.tied.items() if name in expected and other in state}
         missing = [name for name in expected if name not in state]
         if missing:

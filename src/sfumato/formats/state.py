@@ -25,7 +25,7 @@ from sfumato.common import files
 from sfumato.common.json_toml import decode_json
 from sfumato.errors import InternalError, UserError
 from sfumato.formats.checkpoint import TensorFile
-from sfumato.formats.checkpoint_writer import catch_disk_full, write_safetensors
+from sfumato.formats.checkpoint_writer import catch_disk_full, make_specs, write_stream
 
 log = logging.getLogger(__name__)
 TENSORS_FILE, TREE_FILE = "state.safetensors", "state.json"
@@ -33,16 +33,39 @@ FOREIGN_FILES = ("train_state.json", "optimizer.bin", "random_states_0.pkl")  # 
 STATE_VERSION = 1
 
 
+class StateTree(NamedTuple):
+    """A tree of dicts, lists, tuples, numbers, texts, None and tensors, taken apart."""
+
+    tree: Any  # as JSON
+    tensors: dict[str, Tensor]  # by their paths in the tree
+
+
+def flatten_state(state: Mapping[str, Any], shared: tuple[type[Tensor], ...] = ()) -> StateTree:
+    """shared: the classes of tensors that are made whole when they are written. InternalError for any other value."""
+    tensors: dict[str, Tensor] = {}
+    return StateTree(_flatten(state, "", tensors, (Tensor, nn.Parameter, *shared)), tensors)
+
+
 def save_state(folder: Path, state: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Write a tree of dicts, lists, tuples, numbers, texts, None and tensors; `info` is plain JSON.
+    """Write a tree; `info` is plain JSON. Raises InternalError for a value that is no part of trees, and DiskFull."""
+    write_state(folder, flatten_state(state), info)
+
+
+def write_state(
+    folder: Path, state: StateTree, info: Mapping[str, Any], make: Callable[[str, Tensor], Tensor] | None = None
+) -> None:
+    """Write a state. make: gives the tensor that is written, from its path and the one in the state.
 
     A kill at any moment leaves the older folder of that name or this one, complete: in its place, or beside it where
-    `find_newest_state` finds it. Raises DiskFull, and InternalError for a value of another kind.
+    `find_newest_state` finds it. Raises DiskFull.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = _flatten(state, "", tensors)
+    tree, tensors = state
     with catch_disk_full(folder), files.write_folder_atomically(folder) as temporary:
-        write_safetensors(temporary / TENSORS_FILE, tensors)
+        write_stream(
+            temporary / TENSORS_FILE,
+            make_specs(tensors, None),
+            lambda name: make(name, tensors[name]) if make else tensors[name],
+        )
         content = {
             "version": STATE_VERSION,
             "program": f"sfumato {__version__}",
@@ -213,10 +236,10 @@ def _hash_content(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor], kinds: tuple[type[Tensor], ...]) -> Any:
     """The tree as JSON; [kind, content] where plain JSON would lose the kind."""
     if isinstance(value, Tensor):
-        if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided:
+        if type(value) not in kinds or value.layout != torch.strided:
             raise InternalError(f"state: {path} is a {type(value).__name__} ({value.layout}), which cannot be saved")
         name = path
         while name in tensors:  # the keys 1 and "1" make the same path
@@ -224,10 +247,12 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach()
         return ["tensor", name]
     if isinstance(value, Mapping):
-        items = [[_check_key(key, path), _flatten(item, f"{path}/{key}", tensors)] for key, item in value.items()]
+        items = [
+            [_check_key(key, path), _flatten(item, f"{path}/{key}", tensors, kinds)] for key, item in value.items()
+        ]
         return ["dict", items]
     if isinstance(value, list | tuple):
-        items = [_flatten(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+        items = [_flatten(item, f"{path}/{i}", tensors, kinds) for i, item in enumerate(value)]
         return ["list" if isinstance(value, list) else "tuple", items]
     if isinstance(value, float) and not math.isfinite(value):
         return ["float", repr(float(value))]

@@ -79,6 +79,7 @@ class AdapterLearningRates:
 
     def list_trainable(self, adapters: Sequence[Adapter]) -> list[TrainablePart]:
         """What trains, one entry for each of the optimizer's groups."""
+        reads_weights = any(adapter.reads_weights or adapter.starts_from_weights for adapter in adapters)
         labels = Counter(self.find_learning_rate(adapter.group).label for adapter in adapters)
         return [
             TrainablePart(
@@ -86,6 +87,7 @@ class AdapterLearningRates:
                 modules=labels[row.name.removesuffix(PLUS_SUFFIX)],
                 parameters=sum(parameter.numel() for parameter in row.parameters),
                 learning_rate=row.learning_rate,
+                reads_weights=reads_weights,
             )
             for row in self.make_parameter_groups(adapters)
         ]

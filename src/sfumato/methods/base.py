@@ -26,6 +26,7 @@ class TrainablePart:
     modules: int
     parameters: int
     learning_rate: float
+    reads_weights: bool = False  # whether it is made from the frozen weights that it changes
 
 
 class PlanNotes(NamedTuple):

@@ -175,7 +175,7 @@ class EmaSet:
     """All EMAs of one run, the exponential one first; often none."""
 
     def __init__(self, options: EmaOptions, parameters: Sequence[nn.Parameter]) -> None:
-        self.options = options
+        self.options, self.parameters = options, parameters
         self.averages = [Ema(profile, parameters, on_cpu=options.ema_on_cpu) for profile in list_profiles(options)]
 
     def __iter__(self) -> Iterator[Ema]:

@@ -13,6 +13,11 @@ def make_scaler(device: torch.device, *, mixed: bool, full: bool) -> GradScaler:
     return HalfGradScaler(device.type) if full else GradScaler(device.type, enabled=mixed)
 
 
+def list_infinities(scaler: GradScaler, optimizer: Optimizer) -> list[Tensor]:
+    """What the scaler has found of this optimizer's gradients, 0-d each: above 0 where one is not finite."""
+    return list(scaler._found_inf_per_device(optimizer).values()) if scaler.is_enabled() else []
+
+
 class HalfGradScaler(GradScaler):
     """Leaves the gradients scaled and only looks whether they are finite: unscaled in float16, those below 6e-8 would
     be 0. Who reads them divides by `read_scale`, in float32.

@@ -1,17 +1,28 @@
-"""The interface of parallel strategies: what one process of a run does, what all do together, and how they wait."""
+"""The interface of parallel strategies: what one process of a run does, what all do together, and how they wait.
+
+What is defined here holds where each process has the whole model. Where weights are shared out, the optimizer, EMAs and
+checks see plain tensors, each this process's rows of a parameter (`own_parameters`), and every forward is one of all
+processes at the same time.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.common.stop_signals import raise_interrupt
+from sfumato.common.text import EMPTY
 from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    from sfumato.families.part import Part
+    from sfumato.optim.groups import ParameterGroup
 
 _T = TypeVar("_T")
 
@@ -21,10 +32,13 @@ class ProcessFailed(UserError):
 
 
 class ParallelStrategy(ABC):
-    """One process's place among those of a run. What is defined here holds where each has the whole model.
+    """One process's place among those of a run.
 
     All processes call the same methods in the same order. Each of them may raise ProcessFailed.
     """
+
+    shared_kinds: ClassVar[tuple[type[Tensor], ...]] = ()  # the classes of tensors that `make_whole` makes whole
+    moves_together: ClassVar[bool] = False  # whether none may leave out a forward, or one of its images
 
     def __init__(self, *, rank: int, processes: int, device: torch.device) -> None:
         self.rank, self.processes, self.device = rank, processes, device
@@ -61,9 +75,27 @@ class ParallelStrategy(ABC):
             raise_interrupt()
         self.stop_requested = True
 
+    def load(self, part: Part) -> None:
+        """Read the weights of a network that the steps run."""
+        part.load()
+
     @abstractmethod
     def prepare(self, name: str, module: nn.Module) -> None:
         """Make a network, whose weights are read, ready for training in all processes. UserError if it cannot be."""
+
+    def own_parameters(self, groups: Sequence[ParameterGroup]) -> Sequence[ParameterGroup]:
+        """What the optimizer of this process steps, in the order of the method's parameters."""
+        return groups
+
+    @property
+    def shares_out_trained(self) -> bool:
+        """Whether no process has all weights that train."""
+        return False
+
+    @contextmanager
+    def learning_of_failures(self) -> Iterator[None]:
+        """Within, what fails because another process has failed ends as ProcessFailed."""
+        yield
 
     # ---------------------------------------------------------------- within a step
 
@@ -99,6 +131,31 @@ class ParallelStrategy(ABC):
         """Scale the gradients down to `maximum`, where `norm`, their total norm, is above it."""
         nn.utils.clip_grads_with_norm_(parameters, maximum, norm)
 
+    # ---------------------------------------------------------------- shared-out weights
+
+    def own_values(self, tensor: Tensor) -> Tensor:
+        """What this process has of a weight or gradient of the model."""
+        return tensor
+
+    def mark_rows(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """A tensor of the optimizer or an EMA that belongs to one of `own_parameters`, as part of the whole one.
+
+        It has the shape of the whole, and `make_whole` gives it.
+        """
+        return tensor
+
+    def take_rows(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """The opposite: what this process has of the whole tensor that belongs to one of `own_parameters`."""
+        return whole
+
+    def take_like(self, own: Tensor, whole: Tensor) -> Tensor:
+        """What this process has of a whole tensor, shared out as `own` is."""
+        return whole
+
+    def make_whole(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole tensor, on the main process within `run_on_main`, which has it under this name."""
+        return tensor
+
     # ---------------------------------------------------------------- between steps
 
     @abstractmethod
@@ -109,6 +166,17 @@ class ParallelStrategy(ABC):
     def share(self, work: Sequence[_T]) -> Sequence[_T]:
         """This process's part of the work; the parts of all are everything, once."""
 
+    def share_rounds(self, work: Sequence[_T], key: Callable[[_T], object]) -> Iterator[tuple[_T, bool]]:
+        """The same for work with forwards, and whether this process keeps its result.
+
+        Where all move together, they do so with work of the same key, and whoever has none left repeats some.
+        """
+        return ((each, True) for each in self.share(work))
+
+    def may_break_off(self) -> bool:
+        """Whether to leave the rest of shared-out work, since the run stops; all ask where they move together."""
+        return self.stop_requested
+
     @abstractmethod
     def exchange(self, value: Any = None) -> list[Any]:
         """A meeting: wait without a limit until every process is here; gives the values of all, by rank.
@@ -116,10 +184,11 @@ class ParallelStrategy(ABC):
         value: what JSON can hold.
         """
 
-    def run_on_main(self, work: Callable[[], _T]) -> _T:
+    def run_on_main(self, work: Callable[[], _T], tensors: Mapping[str, Tensor] = EMPTY) -> _T:
         """Let the main process do the work while the others wait without a limit; all get the result.
 
         Its result is what JSON can hold. Where it raises, the others end with ProcessFailed.
+        tensors: in all processes, those that the work makes whole, by name, beside the model's weights.
         """
         return self.exchange(work() if self.is_main else None)[0]
 

@@ -22,7 +22,8 @@ class Facts(NamedTuple):
 def sum_gradients(parameters: Sequence[nn.Parameter], loss: Tensor, own: Facts, add_up: AddUp) -> Tensor:
     """Sum every gradient, and the 0-d loss, in place. Gives the summed facts, (2,), on the device of the loss."""
     has_gradient = [p.grad is not None for p in parameters]
-    wide = torch.promote_types(parameters[0].dtype, torch.float32)  # in which sums are made
+    first = parameters[0].dtype if parameters else torch.float32
+    wide = torch.promote_types(first, torch.float32)  # in which sums are made
     flags = torch.tensor([*own, *has_gradient], dtype=loss.dtype).to(loss.device, non_blocking=True)
     head = torch.cat([loss.flatten(), flags]).to(wide)
     summed = head

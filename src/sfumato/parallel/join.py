@@ -12,11 +12,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from sfumato.config.environment import Launch
 from sfumato.errors import UserError
-from sfumato.parallel.all_reduce import AllReduce
 from sfumato.parallel.meeting import Meetings
 
 
-def join_processes(launch: Launch, device: torch.device, timeout: timedelta | None) -> AllReduce:
+def join_processes(launch: Launch, device: torch.device, timeout: timedelta | None) -> Meetings:
     """timeout: for the others to come, and within a sum; None for torch's own limits."""
     try:
         store, rank, processes = next(rendezvous("env://", timeout=timeout or distributed.default_pg_timeout))
@@ -31,5 +30,4 @@ def join_processes(launch: Launch, device: torch.device, timeout: timedelta | No
         backend, store=PrefixStore("sums", store), rank=rank, world_size=processes, timeout=timeout
     )
     main_host = os.environ.get("MASTER_ADDR", "localhost")
-    meetings = Meetings(PrefixStore("meetings", store), rank=rank, processes=processes, main_host=main_host)
-    return AllReduce(meetings, device)
+    return Meetings(PrefixStore("meetings", store), rank=rank, processes=processes, main_host=main_host)

@@ -61,6 +61,12 @@ class Meetings:
         with lost_store():
             return not all(rank in ended or self.store.check([left_key(rank)]) for rank in others)
 
+    def find_failure(self) -> ProcessFailed | None:
+        """That of another process which has failed or ended, if there is one."""
+        ended = self._list_ended()
+        with lost_store():
+            return self._find_failure(ended)
+
     def leave(self) -> None:
         """The end of all: the process that may hold the store goes last."""
         self.exchange(None)
@@ -86,11 +92,17 @@ class Meetings:
         ended = self._list_ended()
         if over():
             return True
+        failure = self._find_failure(ended)
+        if failure is not None:
+            self.store.set(left_key(self.rank), "")
+            raise failure
+        return False
+
+    def _find_failure(self, ended: list[int]) -> ProcessFailed | None:
         failed = self.store.get(FAILED).decode() if self.store.check([FAILED]) else ""
         if failed or ended:
-            self.store.set(left_key(self.rank), "")
-            raise make_failed_error(int(failed)) if failed else make_lost_error(ended[0])
-        return False
+            return make_failed_error(int(failed)) if failed else make_lost_error(ended[0])
+        return None
 
     def _list_ended(self) -> list[int]:
         """The ranks of processes that have ended, before the store is asked.

@@ -8,16 +8,20 @@ from datetime import timedelta
 import torch
 
 from sfumato.common.stop_signals import stop_blocked_calls
+from sfumato.config import ProcessOptions
 from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.parallel.single import Single
 
+ALL_HAVE_ALL = ProcessOptions()
+SENT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-def start_parallel(timeout_minutes: int | None = None) -> ParallelStrategy:
+
+def start_parallel(options: ProcessOptions = ALL_HAVE_ALL, *, mixed_precision: str = "no") -> ParallelStrategy:
     """Join the other processes, if there are any; a launch in which they do not find each other is refused.
 
-    timeout_minutes: how long each waits for the others to start and within a sum; None for torch's own limit.
+    mixed_precision: in which weights that are shared out are sent and computed with.
     """
     launch = read_launch()
     if launch.processes == 1:
@@ -25,9 +29,16 @@ def start_parallel(timeout_minutes: int | None = None) -> ParallelStrategy:
     from sfumato.parallel.join import join_processes  # not every build of torch has what several processes need
 
     device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
-    timeout = None if timeout_minutes is None else timedelta(minutes=timeout_minutes)
+    timeout = None if options.ddp_timeout is None else timedelta(minutes=options.ddp_timeout)
     with stop_blocked_calls():  # others may never come
-        return join_processes(launch, device, timeout)
+        meetings = join_processes(launch, device, timeout)
+    if not options.fsdp:
+        from sfumato.parallel.all_reduce import AllReduce
+
+        return AllReduce(meetings, device)
+    from sfumato.parallel.fsdp import Fsdp  # which takes two seconds
+
+    return Fsdp(meetings, device, computed=SENT_DTYPES.get(mixed_precision), offload=options.fsdp_offload_params)
 
 
 def choose_device(local_rank: int | None = None) -> torch.device:

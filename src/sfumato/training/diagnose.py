@@ -11,7 +11,12 @@ from sfumato.common.text import list_some
 from sfumato.data.loader import Step
 from sfumato.loss import training_loss
 from sfumato.training.latents import check_latents, load_latents, load_other_images
-from sfumato.training.nonfinite import check_finite_weights, list_nonfinite_gradients, record_nonfinite_outputs
+from sfumato.training.nonfinite import (
+    check_finite_weights,
+    find_nonfinite_group,
+    list_nonfinite_gradients,
+    record_nonfinite_outputs,
+)
 from sfumato.training.run import Run
 
 MOST_NAMES = 4
@@ -23,14 +28,15 @@ def diagnose_nonfinite(run: Run, step: Step) -> str:
     The weights are those after the step that followed it. UserError where these are not finite, which no further step
     can change, or where the latents are not.
     """
-    check_finite_weights(run.optimizer, run.step)
+    check_finite_weights(run.parallel.exchange(find_nonfinite_group(run.optimizer)), run.step)
     networks: dict[str, nn.Module] = {"method": run.method.modules}
     networks |= {name: part.module for name, part in run.model.parts.items()}
     facts = [f"{name_images(run, step)} at t = {name_timesteps(run, step)}"]
     run.optimization.owner.forget_gradients()
     with record_nonfinite_outputs(networks) as modules:
         repeat_step(run, step)
-    gradients = list_nonfinite_gradients(networks)
+    own = list_nonfinite_gradients(networks, run.parallel.own_values)
+    gradients = [name for names in run.parallel.exchange(own[:1]) for name in names]
     run.optimization.owner.forget_gradients()
     if modules:
         facts.append(f"the first module with such an output is {modules[0]}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from sfumato.parallel.base import ParallelStrategy
 from sfumato.track.guard import describe_any_error
 from sfumato.training.run import Run
 
@@ -14,8 +15,14 @@ log = logging.getLogger(__name__)
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
-def run_within_memory(work: Callable[[], None]) -> str:
-    """Do the work; gives an empty text, or what the memory did not suffice for. Nothing of the work is kept then."""
+def run_within_memory(work: Callable[[], None], parallel: ParallelStrategy) -> str:
+    """Do the work; gives an empty text, or what the memory did not suffice for. Nothing of the work is kept then.
+
+    Where processes move together the others wait within the work, so that the error has to end them all.
+    """
+    if parallel.moves_together:
+        work()
+        return ""
     shortage = ""
     try:
         work()

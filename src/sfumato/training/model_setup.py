@@ -51,8 +51,8 @@ def load_networks(
     config = plan.config
     needed = {name: part for name, part in model.parts.items() if name not in cached}
     for part in needed.values():
-        part.load()
-    groups = plan.method.prepare(model)
+        parallel.load(part)
+    groups = parallel.own_parameters(plan.method.prepare(model))
     if config.memory.trained_precision != "no":
         keep_in_half(groups, MIXED_PRECISION[config.memory.trained_precision])
     for name, part in needed.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,24 @@ class NonfiniteGuard:
         )
 
 
-def check_finite_weights(optimizer: Optimizer, step: int) -> None:
-    """UserError where a weight that trains is infinite or NaN after this step; waits for the device."""
+def find_nonfinite_group(optimizer: Optimizer) -> str:
+    """The name of a parameter group with a weight that is infinite or NaN, else empty; waits for the device."""
     for number, group in enumerate(optimizer.param_groups):
-        if not torch.isfinite(nn.utils.get_total_norm(group["params"], float("inf"))):
-            raise UserError(
-                f"the weights of {group_name(optimizer, number)} are infinite or NaN after step {step}",
-                code="weights-nonfinite",
-                fix="go on from the last state before with --resume, and a lower --learning_rate",
-            )
+        weights = [parameter for parameter in group["params"] if parameter.numel()]
+        if weights and not torch.isfinite(nn.utils.get_total_norm(weights, float("inf"))):
+            return group_name(optimizer, number)
+    return ""
+
+
+def check_finite_weights(groups: Iterable[str], step: int) -> None:
+    """UserError where one of the groups has weights that are not finite. groups: of `find_nonfinite_group`."""
+    found = next(filter(None, groups), "")
+    if found:
+        raise UserError(
+            f"the weights of {found} are infinite or NaN after step {step}",
+            code="weights-nonfinite",
+            fix="go on from the last state before with --resume, and a lower --learning_rate",
+        )
 
 
 def group_name(optimizer: Optimizer, number: int) -> str:
@@ -173,11 +182,16 @@ def iterate_tensors(output: Any) -> Iterator[Tensor]:
             yield from iterate_tensors(each)
 
 
-def list_nonfinite_gradients(networks: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the parameters whose gradient is not finite, in the order in which backward reached them."""
+def list_nonfinite_gradients(
+    networks: Mapping[str, nn.Module], own_values: Callable[[Tensor], Tensor] = lambda gradient: gradient
+) -> list[str]:
+    """Names of the parameters whose gradient is not finite, in the order in which backward reached them.
+
+    own_values: gives what this process has of a gradient.
+    """
     names: list[str] = []
     for part, network in networks.items():
         for name, parameter in network.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            if parameter.grad is not None and not torch.isfinite(own_values(parameter.grad)).all():
                 names.append(f"{part}.{name}")
     return names[::-1]

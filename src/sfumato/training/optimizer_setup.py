@@ -21,8 +21,9 @@ from sfumato.optim.optimizers import make_optimizer
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.plan import RunPlan
 from sfumato.training.block_setup import PreparedNetworks, make_fused_backward
-from sfumato.training.run_state import WEIGHTS, OptimizerState, RunState, ScalerState, UncertaintyState
+from sfumato.training.run_state import WEIGHTS, RunState
 from sfumato.training.start_point import StartPoint
+from sfumato.training.state_parts import EmaState, OptimizerState, ScalerState, UncertaintyState, WeightsState
 from sfumato.training.step_owner import StepAfterBackward, StepInBackward, StepOwner
 
 log = logging.getLogger(__name__)
@@ -51,14 +52,14 @@ def set_up_optimizer(
 ) -> OptimizerSetup:
     """Make everything and add it to the state; a resumed run goes on with what was saved."""
     config, groups = plan.config, networks.groups
-    state.add(WEIGHTS, plan.method)
+    state.add(WEIGHTS, WeightsState(plan.method, parallel))
     uncertainty = make_uncertainty(config.loss, plan.seed, parallel.device)
     state.add("uncertainty", UncertaintyState(uncertainty))
     optimizer = make_optimizer(config.optim, [*groups, *uncertainty_groups(config, uncertainty)])
     lr_schedule = make_lr_schedule(config.optim, optimizer, plan.total_steps - start.schedule)
     memory = config.memory
     scaler = make_scaler(parallel.device, mixed=memory.mixed_precision == "fp16", full=memory.full_fp16)
-    state.add("optimizer", OptimizerState(optimizer))
+    state.add("optimizer", OptimizerState(optimizer, parallel))
     state.add("lr_schedule", lr_schedule)
     state.add("scaler", ScalerState(scaler))
     parameters = [parameter for group in groups for parameter in group.parameters]
@@ -77,6 +78,8 @@ def set_up_optimizer(
             further=list(uncertainty.parameters()) if uncertainty else [],
             max_grad_norm=config.optim.max_grad_norm,
         )
+    ema = EmaSet(config.ema, parameters)
+    state.add("ema", EmaState(ema, parallel))
     return OptimizerSetup(
         optimizer=optimizer,
         lr_schedule=lr_schedule,
@@ -84,7 +87,7 @@ def set_up_optimizer(
         owner=owner,
         parameters=parameters,
         uncertainty=uncertainty,
-        ema=state.add("ema", EmaSet(config.ema, parameters)),
+        ema=ema,
     )
 
 

@@ -38,6 +38,8 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     """Everything that is known before the first weight is read."""
     if plan.config.processes.ddp_timeout is not None and plan.data.processes == 1:
         yield "note: --ddp_timeout has no effect: there is one process"
+    if plan.config.processes.fsdp and plan.data.processes == 1:
+        yield "note: --fsdp has no effect: there is one process, which has the whole model"
     yield from data_lines(plan.config, plan.data)
     yield from model_lines(plan)
     yield from describe_retention(plan.saves, states=plan.config.save.save_state)

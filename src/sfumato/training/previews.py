@@ -21,6 +21,7 @@ from sfumato.training.run import Run
 
 log = logging.getLogger(__name__)
 PREVIEWS = "previews"
+PreviewGroup = list[tuple[ImageRequest, Path]]  # that is made in one batch
 
 
 def save_due_previews(run: Run, step: int) -> None:
@@ -44,7 +45,11 @@ def save_previews(run: Run, step: int, label: str) -> None:
         return
     what, shortage = f"making previews after step {step}", ""
     with run.metrics.guard.survive(what) as failure:
-        shortage = run_within_memory(partial(save_share, run, path, step, label))
+        work = plan_previews(run, path, step, label)
+        if not run.parallel.moves_together:
+            shortage = run_within_memory(partial(save_share, run, work, step), run.parallel)
+    if run.parallel.moves_together and not any(run.parallel.exchange(failure.text)):
+        save_share(run, work, step)  # an error here has to end all, since the others wait in the middle of it
     for rank, text in enumerate(run.parallel.exchange(failure.text)):
         if text and rank:  # only the main process is heard, and its own failure was reported
             log.warning("%s failed in process %d, training goes on: %s", what, rank, text)
@@ -52,18 +57,23 @@ def save_previews(run: Run, step: int, label: str) -> None:
     run.metrics.publish()
 
 
-def save_share(run: Run, path: Path, step: int, label: str) -> None:
+def plan_previews(run: Run, path: Path, step: int, label: str) -> list[PreviewGroup]:
+    """The previews of all processes, as they are made together."""
+    previews: PreviewGroup = []
+    for number, prompt in enumerate(read_prompts(path)):
+        preview = prepare_preview(run, prompt, number, step, label)
+        previews += [preview] if can_preview(run, preview[0]) else []
+    return list(group_requests(previews, run.config.samples.sample_batch_size or 1))
+
+
+def save_share(run: Run, work: Sequence[PreviewGroup], step: int) -> None:
     """This process's part of the previews."""
     with eval_mode(run):
-        previews: list[tuple[ImageRequest, Path]] = []
-        for number, prompt in enumerate(read_prompts(path)):
-            preview = prepare_preview(run, prompt, number, step, label)
-            previews += [preview] if can_preview(run, preview[0]) else []
-        for group in run.parallel.share(list(group_requests(previews, run.config.samples.sample_batch_size or 1))):
-            if run.parallel.stop_requested:  # whoever stops a run may kill it soon
+        for group, is_own in run.parallel.share_rounds(work, key=lambda group: group[0][0].batch_key):
+            if run.parallel.may_break_off():  # whoever stops a run may kill it soon
                 log.info("no further previews after step %d, since the run stops", step)
                 break
-            save_preview_group(run, group, step)
+            save_preview_group(run, group, step, is_own=is_own)
 
 
 def prepare_preview(run: Run, prompt: Prompt, number: int, step: int, label: str) -> tuple[ImageRequest, Path]:
@@ -104,11 +114,11 @@ def can_preview(run: Run, request: ImageRequest) -> bool:
     return True
 
 
-def save_preview_group(run: Run, group: Sequence[tuple[ImageRequest, Path]], step: int) -> None:
-    """PNGs that carry their requests, and the command that makes them again."""
+def save_preview_group(run: Run, group: PreviewGroup, step: int, *, is_own: bool) -> None:
+    """PNGs that carry their requests, and the command that makes them again; none where another process saves them."""
     with run.autocast(), run.method.sampling():
         images = generate_batch(run.model, run.method, [request for request, _ in group], run.context.text)
-    for image, (request, path) in zip(images, group, strict=True):
+    for image, (request, path) in zip(images, group, strict=True) if is_own else ():
         save_image(path, image, image_metadata(request) | describe_origin(run, request, step))
 
 

@@ -7,8 +7,9 @@ from types import TracebackType
 from typing import Self
 
 from sfumato.parallel.base import ProcessFailed
+from sfumato.training.nonfinite import check_finite_weights, find_nonfinite_group
 from sfumato.training.run import Run
-from sfumato.training.saving import write_state_folder
+from sfumato.training.saving import collect_state, state_folder, write_state_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,12 @@ def save_rescued_state(run: Run) -> None:
     """The last complete step, or what is closest to it. The main process does not wait: the others may be gone."""
     if not run.parallel.is_main:
         return
+    if run.parallel.shares_out_trained:
+        log.warning("no state is saved: this process has only its rows of the weights; go on from the last that was")
+        return
     run.metrics.flush()
-    folder = write_state_folder(run, run.step)
+    check_finite_weights([find_nonfinite_group(run.optimizer)], run.step)
+    folder = state_folder(run, run.step)
+    write_state_folder(run, collect_state(run, run.step), folder)
     inexact = " (inside a step: going on from it is not bit-identical)" if run.mid_step else ""
     log.warning("the state after step %d is saved%s; go on with: --resume %s", run.step, inexact, folder)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
 
 from sfumato.common.text import EMPTY
 from sfumato.config import Config
@@ -18,10 +16,8 @@ from sfumato.config.listing import public_options
 from sfumato.config.schema import vocabulary
 from sfumato.config.secrets import collect_secrets
 from sfumato.data.fingerprint import compare_fingerprints, fingerprint_data
-from sfumato.diffusion.uncertainty import Uncertainty, resume_uncertainty
 from sfumato.errors import UserError
-from sfumato.formats.state import find_newest_state, is_newest_of_run, load_state, save_state
-from sfumato.optim.optimizers import class_name, restore_optimizer
+from sfumato.formats.state import StateTree, find_newest_state, flatten_state, is_newest_of_run, load_state
 from sfumato.plan import RunPlan
 from sfumato.track.hub import fetch_state
 from sfumato.training.start_point import StartPoint
@@ -79,10 +75,10 @@ class RunState:
             part.load_state_dict(state)
         return part
 
-    def save(self, folder: Path, start: StartPoint, step: int) -> None:
-        """Write all parts as they are after `step`; an older state of that name stays until this one is complete."""
+    def collect(self, start: StartPoint, step: int, shared: tuple[type[Tensor], ...]) -> StateTree:
+        """All parts as they are after `step`, of which nothing is copied. shared: classes as in `flatten_state`."""
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        save_state(folder, {"counters": start.counters(step), **parts}, self.info)
+        return flatten_state({"counters": start.counters(step), **parts}, shared)
 
 
 def open_state(plan: RunPlan) -> RunState:
@@ -151,43 +147,3 @@ def check_weights_fit(saved: Mapping[str, Any], own: Mapping[str, Any], changes:
 def download_state(config: Config, path: Path) -> Path:
     """Where the state of this name on the hub lies on this machine."""
     return fetch_state(config.hub, path, collect_secrets(config))
-
-
-class OptimizerState:
-    """An optimizer with the name of its class, since the state of another class is of no use."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"class": class_name(self.optimizer), "state": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        restore_optimizer(self.optimizer, state["state"], state["class"])
-
-
-class ScalerState:
-    """A gradient scaler, whose state is empty where the run was not in float16."""
-
-    def __init__(self, scaler: GradScaler) -> None:
-        self.scaler = scaler
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        if state:
-            self.scaler.load_state_dict(state)
-
-
-class UncertaintyState:
-    """The learned weights of the loss, empty in runs without them."""
-
-    def __init__(self, uncertainty: Uncertainty | None) -> None:
-        self.uncertainty = uncertainty
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.uncertainty.state_dict()) if self.uncertainty else {}
-
-    def load_state_dict(self, state: dict[str, Tensor], /) -> None:
-        resume_uncertainty(self.uncertainty, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ from sfumato.errors import UserError
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.metadata import EMA_KEY, add_save_facts, keep_minimum, make_modelspec
 from sfumato.formats.metadata_limit import fit_metadata
+from sfumato.formats.state import StateTree, write_state
 from sfumato.optim.averaging import eval_weights
 from sfumato.optim.ema import Ema
-from sfumato.training.nonfinite import check_finite_weights
+from sfumato.training.nonfinite import check_finite_weights, find_nonfinite_group
 from sfumato.training.previews import save_due_previews, save_previews
 from sfumato.training.run import Run
 
@@ -52,26 +53,24 @@ def save_final(run: Run) -> None:
     if save_output_and_state(run, name, total, state=state, last=True):
         log.info("saved %s", run.output_path(name))
     elif not state:  # what was learned must not be lost
-        run.failed_saves += run.parallel.run_on_main(partial(write_state_instead, run, total))
-
-
-def write_state_instead(run: Run, step: int) -> list[str]:
-    """The state, where the output could not be saved; gives why that failed, too."""
-    failures: list[str] = []
-    with survive_failed_save(state_folder(run, step), step, failures):
-        log.warning("the state is saved instead: %s", write_state_folder(run, step))
-    return failures
+        failures = save_state_of(run, total, state_folder(run, total), last=True)
+        run.failed_saves += failures
+        if not failures:
+            log.warning("the state is saved instead: %s", state_folder(run, total))
 
 
 def save_stopped(run: Run, step: int) -> None:
     """The state of a run that stops early. UserError where it cannot be saved."""
     run.metrics.flush()
-    run.parallel.run_on_main(partial(write_stopped, run, step))
+    broken, state = find_broken_groups(run), collect_state(run, step)
+    run.parallel.run_on_main(partial(write_stopped, run, step, state, broken), state.tensors)
 
 
-def write_stopped(run: Run, step: int) -> None:
+def write_stopped(run: Run, step: int, state: StateTree, broken: Sequence[str]) -> None:
+    folder = state_folder(run, step)
+    check_finite_weights(broken, step)
     try:
-        folder = write_state_folder(run, step)
+        write_state_folder(run, state, folder)
     except OSError as error:
         raise UserError(
             f"stopped after step {step}, but its state could not be saved: {error}",
@@ -97,28 +96,55 @@ def save_output_and_state(run: Run, name: str, step: int, *, state: bool, last: 
     A save that fails is reported and training goes on.
     """
     run.metrics.flush()
-    failures = run.parallel.run_on_main(partial(write_output_and_state, run, name, step, state=state, last=last))
+    failures: list[str] = []
+    with eval_weights(run.optimizer):
+        failures += save_output_of(run, run.output_path(name), step, last=last)
+    for ema in run.ema:
+        with ema.apply():
+            path = run.output_path(name + ema.profile.suffix)
+            failures += save_output_of(run, path, step, ema_metadata(run, ema), last=last)
+    if state:
+        failures += save_state_of(run, step, state_folder(run, step, name), last=last)
     run.failed_saves += failures
     run.metrics.publish()
     return not failures
 
 
-def write_output_and_state(run: Run, name: str, step: int, *, state: bool, last: bool) -> list[str]:
-    """What the main process does of it; gives a line for each save that failed."""
-    failures: list[str] = []
-    path = run.output_path(name)
-    with survive_failed_save(path, step, failures), eval_weights(run.optimizer):
-        save_output(run, path, step)
-        run.hub.upload(path, last=last)
-    for ema in run.ema:
-        path = run.output_path(name + ema.profile.suffix)
-        with survive_failed_save(path, step, failures), ema.apply():
-            save_output(run, path, step, ema_metadata(run, ema))
+def save_output_of(
+    run: Run, path: Path, step: int, more: Mapping[str, str] = EMPTY, *, last: bool = False
+) -> list[str]:
+    """The method's file or folder and its upload; gives why that failed, if it did. All processes take part."""
+    broken = find_broken_groups(run)
+
+    def write() -> list[str]:
+        failures: list[str] = []
+        with survive_failed_save(path, step, failures):
+            check_finite_weights(broken, step)
+            save_output(run, path, step, more)
             run.hub.upload(path, last=last)
-    if state:
-        with survive_failed_save(run.plan.output_dir / f"{name}-state", step, failures):
-            run.hub.upload_state(write_state_folder(run, step, name), last=last)
-    return failures
+        return failures
+
+    return run.parallel.run_on_main(write)
+
+
+def save_state_of(run: Run, step: int, folder: Path, *, last: bool) -> list[str]:
+    """The state and its upload, in the same way."""
+    broken, state = find_broken_groups(run), collect_state(run, step)
+
+    def write() -> list[str]:
+        failures: list[str] = []
+        with survive_failed_save(folder, step, failures):
+            check_finite_weights(broken, step)
+            write_state_folder(run, state, folder)
+            run.hub.upload_state(folder, last=last)
+        return failures
+
+    return run.parallel.run_on_main(write, state.tensors)
+
+
+def find_broken_groups(run: Run) -> list[str]:
+    """A meeting: of each process the name of a group of weights that are not finite, or an empty text."""
+    return run.parallel.exchange(find_nonfinite_group(run.optimizer))
 
 
 @contextmanager
@@ -132,8 +158,7 @@ def survive_failed_save(path: Path, step: int, failures: list[str]) -> Iterator[
 
 
 def save_output(run: Run, path: Path, step: int, more: Mapping[str, str] = EMPTY) -> None:
-    """The method's file or folder, with its metadata and `more`. UserError where its weights are not finite."""
-    check_finite_weights(run.optimizer, step)
+    """The method's file or folder, with its metadata and `more`. For the main process, within `run_on_main`."""
     epoch = -(-step // run.plan.steps_per_epoch)
     metadata = add_save_facts({**run.metadata, **run.file_hashes.result(), **more}, step=step, epoch=epoch)
     if run.config.save.no_metadata:
@@ -162,19 +187,21 @@ def ema_metadata(run: Run, ema: Ema | None) -> dict[str, str]:
     return {EMA_KEY: json.dumps({**ema.facts(), "of": run.plan.saves.name})} if ema else {}
 
 
-def write_state_folder(run: Run, step: int, name: str | None = None) -> Path:
-    """Everything that the next step depends on. name: of the save that it belongs to; None where there is none.
+def collect_state(run: Run, step: int) -> StateTree:
+    """Everything that the next step depends on, in all processes; the main one alone has every loss.
 
-    For the main process, which alone has every loss; all of them have flushed the metrics before.
+    All of them have flushed the metrics before.
     """
-    folder = state_folder(run, step, name)
-    check_finite_weights(run.optimizer, step)
-    run.state.save(folder, run.start, step)
-    return folder
+    return run.state.collect(run.start, step, run.parallel.shared_kinds)
+
+
+def write_state_folder(run: Run, state: StateTree, folder: Path) -> None:
+    """For the main process, within `run_on_main` where others have a part of the weights."""
+    write_state(folder, state, run.state.info, run.parallel.make_whole)
 
 
 def state_folder(run: Run, step: int, name: str | None = None) -> Path:
-    """Where the state after a step lies."""
+    """Where the state after a step lies. name: of the save that it belongs to; None where there is none."""
     return run.plan.output_dir / f"{name or f'{run.plan.saves.name}-step{step:08d}'}-state"
 
 

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from sfumato.memory.fused_backward import FusedBackward
-from sfumato.optim.half_scaler import HalfGradScaler
+from sfumato.optim.half_scaler import HalfGradScaler, list_infinities
 from sfumato.optim.half_stepper import HalfStepper
 from sfumato.optim.skipping import step_where
 from sfumato.parallel.base import ParallelStrategy
@@ -85,6 +85,8 @@ class StepAfterBackward:
     def finish(self, index: int, total: Tensor) -> tuple[Tensor, Verdict]:
         self.parallel.read_facts(self.parallel.reduce([*self.parameters, *self.further], total))
         self.scaler.unscale_(self.optimizer)
+        for found in list_infinities(self.scaler, self.optimizer):
+            found.copy_(self.parallel.join_findings({"": found})[""])
         norm = self.parallel.total_norm(self.parameters)
         if isinstance(self.scaler, HalfGradScaler):  # which has left the gradients as they are
             norm = norm / self.scaler.read_scale()

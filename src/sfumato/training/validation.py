@@ -33,7 +33,7 @@ from sfumato.training.evaluation import eval_mode
 from sfumato.training.latents import LatentSource, check_latents, load_latents, load_other_images
 from sfumato.training.memory_shortage import give_up_where_short, run_within_memory
 from sfumato.training.run import Run
-from sfumato.training.saving import ema_metadata, save_output, survive_failed_save
+from sfumato.training.saving import ema_metadata, save_output_of
 
 log = logging.getLogger(__name__)
 SERIES = "loss/validation/"  # as sd-scripts names its curves
@@ -109,7 +109,7 @@ def measure_validation_loss(run: Run, times: list[int]) -> list[float] | None:
     """
     sampler = validation_sampler(run)
     table = torch.zeros(sampler.num_ids, len(times), device=run.device)
-    shortage = run_within_memory(partial(fill_validation_table, run, times, table))
+    shortage = run_within_memory(partial(fill_validation_table, run, times, table), run.parallel)
     if give_up_where_short(run, VALIDATION, shortage):
         return None
     if run.parallel.must_stop:
@@ -124,7 +124,7 @@ def fill_validation_table(run: Run, times: list[int], table: Tensor) -> None:
     loader, sampler = run.validation_loader, validation_sampler(run)
     assert loader is not None
     for step in loader.steps():
-        if run.parallel.stop_requested:
+        if run.parallel.may_break_off():
             return
         fill_validation_rows(run, loader, step.batches[0], times, table, seed=sampler.seed)
 
@@ -171,18 +171,9 @@ def save_best(run: Run, step: int, loss: float) -> bool:
     """Replace the best model before with this one; False where that failed, so that the older one counts."""
     if not run.config.validation.save_best:
         return True
-    failures = run.parallel.run_on_main(partial(write_best, run, step, loss))
+    path = run.output_path(f"{run.plan.saves.name}-best")
+    run.hub.finish(path)
+    facts = ema_metadata(run, run.ema.eval_ema)
+    failures = save_output_of(run, path, step, {"ss_validation_loss": f"{loss:.6g}", **facts})
     run.failed_saves += failures
     return not failures
-
-
-def write_best(run: Run, step: int, loss: float) -> list[str]:
-    """What the main process does of it; gives why it failed, if it did."""
-    path = run.output_path(f"{run.plan.saves.name}-best")
-    failures: list[str] = []
-    run.hub.finish(path)
-    with survive_failed_save(path, step, failures):
-        facts = ema_metadata(run, run.ema.eval_ema)
-        save_output(run, path, step, {"ss_validation_loss": f"{loss:.6g}", **facts})
-        run.hub.upload(path)
-    return failures
