@@ -14,7 +14,7 @@ def test_the_page_of_options_is_up_to_date():
 
 # What options wait for, in the page's words; everything else works, or says why it need not.
 TO_COME = (
-    "block swap", "the fused backward pass", "DeepSpeed", "FSDP2", "compiling", "the other adapters",
+    "block swap", "the fused backward pass", "DeepSpeed", "compiling", "the other adapters",
     "float16 training",
 )  # fmt: skip
 

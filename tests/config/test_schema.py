@@ -36,6 +36,7 @@ OURS = {
     "text_encoder_blocks_to_swap", "attention", "stream_blocks",
     "frozen_lora", "dry_run", "memory_check", "reference_data_dirs", "reference_dropout_rate",
     "embedding_lr",
+    "fsdp", "fsdp_offload_params",
     "prompts_file", "max_denoising_steps", "leco_denoise_guidance_scale",  # of a later release of sd-scripts
 }  # fmt: skip
 

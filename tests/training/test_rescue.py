@@ -111,7 +111,7 @@ def test_where_the_folder_is_read_only_one_line_says_so(
 
     shutil.copytree(images, tmp_path / "images")
     after_step(monkeypatch, 2, lambda: shutil.rmtree(tmp_path / "images"))
-    monkeypatch.setattr("sfumato.training.run_state.save_state", refuse)
+    monkeypatch.setattr("sfumato.training.saving.write_state", refuse)
     assert main(["train", *make_arguments(toy, tmp_path / "images", tmp_path / "out", **SLOW)]) == 2
     told = capsys.readouterr().err
     (line,) = [line for line in told.splitlines() if "saving the state after step 2 failed" in line]
