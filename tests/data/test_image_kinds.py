@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, features
 
 from data.conftest import make_image
 from data.dataset_files import list_captions, write_archive, write_metadata
-from house_rules import everywhere, parsed_file
+from house_rules import everywhere, last_name, parsed_file
 from sfumato.data.find import image_formats
 from sfumato.data.find.alpha_notes import EXAMINED_IMAGES
 from sfumato.data.find.headers import parse_image_header
@@ -180,7 +180,7 @@ def test_no_other_format_is_opened_whatever_its_name(start, tmp_path, monkeypatc
 def test_every_image_is_opened_with_named_formats():
     def rule(path: Path):
         for node in ast.walk(parsed_file(path)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open":
+            if isinstance(node, ast.Call) and last_name(node.func) == "open" and ast.unparse(node.func) == "Image.open":
                 if "formats" not in {keyword.arg for keyword in node.keywords}:
                     yield f"{node.lineno}: {ast.unparse(node)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,7 @@ def test_options_that_a_page_names_exist(page: Path) -> None:
     assert not unknown
 
 
+@cache
 def known_options() -> set[str]:
     """Of every command, of lines of prompts, and of the programs that start ours."""
     names = {flag.name for entry in list_entries() for flag in entry.flags} | set(vocabulary()) | set(OPTION_ALIASES)

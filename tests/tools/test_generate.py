@@ -77,7 +77,7 @@ def write_prompts() -> None:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("sd", {"sample_sampler": "euler_a"}),
+        pytest.param("sd", {"sample_sampler": "euler_a"}, marks=pytest.mark.full),
         pytest.param("sd", {"mixed_precision": "bf16", "clip_skip": 2}, marks=pytest.mark.full),
         ("flux", {}),
         pytest.param("sdxl", {"network_train_unet_only": True}, marks=pytest.mark.full),

@@ -75,7 +75,7 @@ def write_meant(toy: Mapping[str, Path], plan: RunPlan, folder: Path, meant: Mea
     return {option: folder / path.name for option, path in toy.items()}
 
 
-@pytest.mark.fast_for("flux-fp8_base]", "sd-fp8_scaled]")
+@pytest.mark.fast_for("flux-fp8_base]")
 @pytest.mark.parametrize(("family", "option"), TRAINED)
 def test_it_trains_on_the_weights_that_are_meant(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, family: str, option: str

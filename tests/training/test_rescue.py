@@ -52,7 +52,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Any) -> None:
     monkeypatch.setattr(Run, "complete_step", complete)
 
 
-@pytest.mark.fast_for("training_loss-error0", "run_due_saves-error2")
+@pytest.mark.fast_for("training_loss-error0")
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("x"), UserError("no", code="image-missing")])
 @pytest.mark.parametrize("place", ["training_loss", "run_due_saves"])
 def test_whatever_raises_wherever(

@@ -204,12 +204,13 @@ def test_levels_make_the_average(sd: Toy, images: Path, tmp_path: Path) -> None:
         assert found[step][MAIN] == pytest.approx(np.mean(list(levels.values())), rel=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
         pytest.param({}, id="adapter"),
-        pytest.param({"method": "full", "network_dim": None}, id="full", marks=pytest.mark.full),
-        pytest.param({"optimizer_type": "AdamWScheduleFree"}, id="schedule-free", marks=pytest.mark.full),
+        pytest.param({"method": "full", "network_dim": None}, id="full"),
+        pytest.param({"optimizer_type": "AdamWScheduleFree"}, id="schedule-free"),
     ],
 )
 def test_what_is_validated_is_what_is_saved(sd: Toy, images: Path, tmp_path: Path, options: dict[str, Any]) -> None:

@@ -141,7 +141,8 @@ def shrink(text: str) -> str:
 FURTHER = [*LYCORIS, *(name for name in list_configurations(*METHODS) if name not in TRAINED)]
 
 
-@pytest.mark.parametrize("name", [*TRAINED, *(pytest.param(name, marks=pytest.mark.full) for name in FURTHER)])
+@pytest.mark.fast_for(*TRAINED[::3])
+@pytest.mark.parametrize("name", [*TRAINED, *FURTHER])
 def test_it_trains_two_steps_and_saves(name: str, home: Path, tmp_path: Path, codes: list[str]) -> None:
     script, *options = make_command(name, home, tmp_path / "files", shrink)
     changes_rank = SCRIPTS[script].method == "adapter" and name not in LYCORIS
