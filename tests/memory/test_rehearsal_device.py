@@ -15,6 +15,9 @@ import sfumato.memory.rehearsal.backend as backend
 from rehearsing import make_three_layers, needs_rehearsal, rehearsal
 from sfumato.errors import UserError
 from sfumato.memory.rehearsal.device import UnknownValueError, rehearsal_device
+from sfumato.memory.transfer import Transfer
+from sfumato.quantization.scaled_blocks import ScaledBlocks
+from sfumato.quantization.weight import quantize
 
 __all__ = ["rehearsal"]
 TWO_DEVICES = "rehearsal:0 and cpu|cpu and rehearsal:0"
@@ -36,6 +39,19 @@ class TestDevice:
         assert noise.tolist() == torch.randn(4, generator=torch.Generator().manual_seed(3)).tolist()
         x = torch.ones(4, device=rehearsal.device) * torch.tensor(2.0)  # a number goes anywhere, as on a GPU
         assert (x.device.type, x.cpu().tolist()) == ("rehearsal", [0, 0, 0, 0])
+
+    def test_weights_on_the_cpu_may_be_more_than_the_machine_has(self, rehearsal):
+        """4 TB, of which a copy in one piece and one in fewer bits are made, and a part comes onto the device."""
+        with rehearsal.without_values():
+            weight = torch.empty(2**20, 2**20)
+        (pinned,) = Transfer(rehearsal.device).pin_together([weight])
+        small = quantize(weight[:1024, :1024], ScaledBlocks(dtype=torch.int8, block=128))
+        assert (pinned.device.type, small.device.type) == ("cpu", "cpu")
+        pinned[0].add_(pinned[1])
+        assert pinned[0].to(rehearsal.device).untyped_storage().nbytes() == 4 * 2**20
+        assert rehearsal.memory.peak == 4 * 2**20
+        assert pinned[0, :2].numpy().tolist() == [0, 0]
+        assert torch.full((2,), 3.0).tolist() == [3, 3]
 
     @pytest.mark.parametrize(
         ("wait", "what"),

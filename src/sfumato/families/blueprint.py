@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,13 @@ class Blueprint:
         changed = {name: replace(self.networks[name], dtype=dtype) for name in parts}
         return replace(self, networks={**self.networks, **changed})
 
-    def without_weights(self) -> Blueprint:
-        """A copy whose networks are allocated and never read, for rehearsals."""
+    def without_weights(self, allocating: Callable[[], AbstractContextManager[None]] = nullcontext) -> Blueprint:
+        """A copy whose networks are allocated and never read, for rehearsals; allocating: as of HeaderFile."""
         files: dict[int, HeaderFile] = {}  # by identity: networks in one file go on sharing it
         networks: dict[str, Network] = {}
         for name, network in self.networks.items():
             file = network.weights.file
-            empty = files.setdefault(id(file), HeaderFile(file))
+            empty = files.setdefault(id(file), HeaderFile(file, allocating))
             networks[name] = replace(network, weights=replace(network.weights, file=empty))
         own = None if self.source.is_folder else files.get(id(self.source.file))
         return replace(self, source=replace(self.source, opened=own), networks=networks)

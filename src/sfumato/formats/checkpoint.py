@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, KeysView
+from collections.abc import Callable, Iterator, KeysView
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
@@ -273,9 +273,11 @@ class PickledFile:
 class HeaderFile:
     """A checkpoint of which the header alone is used: tensors are allocated and never read, for rehearsals."""
 
-    def __init__(self, file: Checkpoint) -> None:
+    def __init__(self, file: Checkpoint, allocating: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """allocating: gives a context for what is allocated, which may be more than the machine has."""
         self.header = file.header
         self._find_format = file.find_format
+        self._allocating = allocating
 
     def keys(self) -> KeysView[str]:
         return self.header.tensors.keys()
@@ -288,7 +290,8 @@ class HeaderFile:
         """Like TensorFile.read, but the tensor's values are whatever was in memory."""
         info = _get_info(self.header, name)
         stored = _get_torch_dtype(self.header.path, name, info)
-        return torch.empty(info.shape, dtype=resolve_dtype(stored, dtype), device=device)
+        with self._allocating():
+            return torch.empty(info.shape, dtype=resolve_dtype(stored, dtype), device=device)
 
     def map_tensor(self, name: str) -> Tensor:
         """Like TensorFile.map_tensor, without a file's pages."""
@@ -302,7 +305,9 @@ class HeaderFile:
         """Like TensorFile.read_stored, without values."""
         own, shape = self._find_format(name), self.header.tensors[name].shape
         assert own is not None
-        return QuantizedWeight(own, own.allocate(shape, device), shape, dtype)
+        with self._allocating():
+            stored = own.allocate(shape, device)
+        return QuantizedWeight(own, stored, shape, dtype)
 
     def close(self) -> None:
         return

@@ -20,6 +20,7 @@ class MemoryMeasure:
     time: float  # what each level adds to the time of a step, as a share of it; rough, it orders the trials
     cost: str  # the same in words, for the user
     list_levels: Callable[[Config], Sequence[Values]]  # what each level sets, mildest first; empty: nothing to set
+    changes_weights_alone: bool = False  # whether activations stay as large as they are
 
 
 HOSTED_BLOCKS = (10, 20, 30, 64)  # levels of --blocks_to_swap
@@ -175,5 +176,6 @@ MEASURES.register("weights in fewer bits")(
         time=0.35,
         cost="the frozen denoiser's weights are rounded, in nf4 visibly, and decoded each time that they are used",
         list_levels=list_smaller_formats,
+        changes_weights_alone=True,
     )
 )

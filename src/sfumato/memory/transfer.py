@@ -51,10 +51,10 @@ class Transfer:
 
         torch's own pinned pieces have sizes of powers of two: a block of 340 MB would take 512.
         """
-        if not self.module:
+        if not self.module or not tensors:
             return list(tensors)
         sizes = [align(tensor.nbytes) for tensor in tensors]
-        arena = self._make_arena(sum(sizes))
+        arena = self._make_arena(sum(sizes), like=tensors[0])
         pieces = arena.split(sizes)
         copies = [
             piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -64,10 +64,13 @@ class Transfer:
             copy.copy_(tensor.detach())
         return copies
 
-    def _make_arena(self, size: int) -> Tensor:
-        """Bytes in pinned memory, which is given back with the last tensor that looks into it."""
+    def _make_arena(self, size: int, *, like: Tensor) -> Tensor:
+        """Bytes in pinned memory, which is given back with the last tensor that looks into it.
+
+        Without values where `like`, one of those to come, has none.
+        """
         if self.device.type != "cuda":
-            return torch.empty(size, dtype=torch.uint8).pin_memory()
+            return like.new_empty(size, dtype=torch.uint8, device="cpu").pin_memory()
         pages = mmap.mmap(-1, max(size, 1))  # whole pages of its own, as the driver wants them
         arena = torch.frombuffer(pages, dtype=torch.uint8)[:size]
         driver, address = self.module.cudart(), arena.data_ptr()

@@ -14,8 +14,9 @@ def find_fastest(
     """The levels with the least time that fit; of equal times those of the fewest measures. None where nothing fits.
 
     highest: the last level of each measure. times: what each level of it adds; measures that save time are always
-    taken. fits: one trial; None where these levels cannot be tried. A higher level is taken to need no more memory, so
-    what fits at no higher level is not tried lower down; the levels that are found have been tried in any case.
+    taken, those that cost none in every trial until it is known which others are needed. fits: one trial; None where
+    these levels cannot be tried. A higher level is taken to need no more memory, so what fits at no higher level is not
+    tried lower down; the levels that are found have been tried in any case.
     """
 
     def rank(levels: Levels) -> tuple[float, int, Levels]:
@@ -38,7 +39,11 @@ def find_fastest(
         else:
             open_sets = [levels for levels in open_sets if not is_within(levels, trial)]
         if open_sets:
-            trial = open_sets[len(open_sets) // 2]
+            chosen = open_sets[len(open_sets) // 4]  # most slow ones fit, and a bound refuses most fast ones at once
+            complete = tuple(
+                last if time == 0 else level for level, last, time in zip(chosen, highest, times, strict=True)
+            )
+            trial = complete if complete in open_sets else chosen
     return best
 
 

@@ -17,9 +17,11 @@ from sfumato.memory.rehearsal.backend import DEVICE_TYPE
 from sfumato.methods.model_plan import plan_model
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.tools.fit_search import Levels, is_within
-from sfumato.tools.memory_bound import bound_memory
-from sfumato.tools.rehearsal_stages import GB, Stage
+from sfumato.tools.memory_bound import MemoryBound, bound_stages
+from sfumato.tools.rehearsal_stages import GB, STEP, Stage
 from sfumato.tools.rehearse import rehearse_plan
+
+SAFE_SHARE = 0.9  # of activations that were rehearsed with other weights, where those in fewer bits are decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class TrialSeries:
     available: int  # bytes for what a rehearsal counts
     choices: Sequence[Choice]
     trials: dict[Levels, Trial | None] = field(default_factory=dict)  # None: what the run refuses
+    activations: dict[Levels, int] = field(default_factory=dict)  # bytes of a rehearsed step beyond its bound
 
     def try_levels(self, levels: Levels) -> bool | None:
         """Whether the set fits; None where a run would refuse it."""
@@ -85,10 +88,26 @@ class TrialSeries:
 
     def _try(self, levels: Levels) -> Trial | None:
         try:
-            bound = bound_run(self.config.with_values(self.list_values(levels)))
-            return bound if bound.peak > self.available else self.rehearse(levels)
+            bounds = bound_run(self.config.with_values(self.list_values(levels)))
+            step = bounds[0].size + self._find_least_activations(levels)
+            largest = max(*bounds, MemoryBound(STEP, step), key=lambda bound: bound.size)
+            if largest.size > self.available:
+                return Trial(peak=largest.size, stage=largest.stage)
+            trial = self.rehearse(levels)
         except UserError:
             return None
+        peak = next(stage.peak for stage in trial.stages if stage.name == STEP)
+        self.activations[levels] = peak - bounds[0].size
+        return trial
+
+    def _find_least_activations(self, levels: Levels) -> int:
+        """What a step needs beyond its bound: as much as any that was rehearsed with the same or stronger measures.
+
+        Those that change weights alone may be others.
+        """
+        counts = [number for number, choice in enumerate(self.choices) if not choice.measure.changes_weights_alone]
+        same = (size for other, size in self.activations.items() if all(levels[n] <= other[n] for n in counts))
+        return int(SAFE_SHARE * max(same, default=0))
 
     def list_values(self, levels: Levels) -> dict[str, Any]:
         """Option -> value of all measures of a set."""
@@ -109,13 +128,12 @@ def describe_level(choice: Choice, level: int) -> str:
     return f" ({name if value is True else value})" if len(choice.levels) > 1 else ""
 
 
-def bound_run(config: Config) -> Trial:
-    """From file headers alone, in less than a second. The rehearsal device is registered."""
+def bound_run(config: Config) -> list[MemoryBound]:
+    """Of the step, which comes first, and of caching, from file headers alone. The rehearsal device is registered."""
     problems = Problems()
     model = plan_model(config, problems)
     problems.raise_all()
-    bound = bound_memory(model, torch.device(DEVICE_TYPE))
-    return Trial(peak=bound.size, stage=bound.stage)
+    return bound_stages(model, torch.device(DEVICE_TYPE))
 
 
 def list_choices(plan: RunPlan, config: Config) -> Iterator[Choice | str]:

@@ -58,7 +58,7 @@ def rehearse_plan(plan: RunPlan, *, saves: bool = True, processes: Sequence[int]
             plan,
             config=cache_in_memory(plan.config, cache_dir=Path(folder)).with_values({"compile": False}),
             data=keep_largest_batches(plan.data, accumulation=plan.config.loop.gradient_accumulation_steps),
-            blueprint=plan.blueprint.without_weights(),
+            blueprint=plan.blueprint.without_weights(rehearsal.without_values),
         )
         recorder.ranks = make_rank_memory(plan.config, rehearsal.memory, processes)
         run = make_staged_run(plan, recorder)

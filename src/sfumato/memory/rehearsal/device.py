@@ -1,4 +1,7 @@
-"""The rehearsal device itself: tensors on it have shapes and no values; those on the CPU stay real."""
+"""The rehearsal device itself: tensors on it have shapes and no values; those on the CPU stay real.
+
+But for weights, which may be more than the machine has: those that stay on the CPU have no values, either.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ from sfumato.memory.rehearsal.places import find_place
 from sfumato.quantization.weight import QuantizedWeight
 
 COMPARE = torch.ops.aten.equal.default
+ASK_DEVICE = torch.ops.prim.device.default  # every `tensor.device`: more often than anything that computes
 READ_VALUE = torch.ops.aten._local_scalar_dense.default
 COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}  # operator -> argument that is copied
 INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
@@ -53,6 +57,14 @@ class Rehearsal:
     device: torch.device = field(default_factory=lambda: torch.device(DEVICE_TYPE))
     memory: MemoryMeter = field(default_factory=MemoryMeter)
     waits: list[Wait] = field(default_factory=list)
+    gives_values: bool = True  # whether what is made on the CPU is real
+
+    @contextmanager
+    def without_values(self) -> Iterator[None]:
+        """A context in which what is made on the CPU has no values and takes no memory, either."""
+        before, self.gives_values = self.gives_values, False
+        yield
+        self.gives_values = before
 
     def take_waits(self) -> list[Wait]:
         """The places seen since the last call, each once."""
@@ -76,13 +88,14 @@ def rehearsal_device() -> Iterator[Rehearsal]:
         stack.enter_context(patch.object(torch, "tensor", _make_tensor_function(torch.tensor)))
         stack.enter_context(patch.object(torch, "Generator", _make_generator_class(torch.Generator)))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
+        stack.enter_context(patch.object(FakeTensor, "numpy", lambda tensor: make_zeros(tensor).numpy(), create=True))
         stack.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
         # Recomputation asks once per process which device it is for where a block gets its tensors by keyword.
         stack.enter_context(patch.object(DefaultDeviceType, "_default_device_type", DEVICE_TYPE))
         # Optimizers choose their fast implementations by the tensors' type.
         types = [*torch_optimizer._foreach_supported_types, FakeTensor]
         stack.enter_context(patch.object(torch_optimizer, "_foreach_supported_types", types))
-        fake, lock = FakeTensorMode(), RLock()
+        fake, lock = _QuickFakeMode(), RLock()
 
         def run_thread(thread: Thread, run: Callable[[Thread], None] = Thread.run) -> None:
             """torch's modes hold for one thread; those that the program starts meanwhile are rehearsed, too."""
@@ -120,6 +133,36 @@ def _make_generator_class(real: type[torch.Generator]) -> type:
     return Generator
 
 
+class _QuickFakeMode(FakeTensorMode):
+    """Remembers the results of operators as its parent does, by a key that takes a fifth of the time."""
+
+    def _prep_args_for_hash(self, result: list[Any], args: Any, state: Any, id_hashed_objects: list[Any]) -> None:
+        if type(args) not in (list, tuple):
+            super()._prep_args_for_hash(result, args, state, id_hashed_objects)
+            return
+        result.append(len(args))
+        for arg in args:
+            if type(arg) is FakeTensor and arg.layout == torch.strided and arg.constant is None:
+                result.append(
+                    (
+                        arg.dtype,
+                        arg.shape,
+                        arg.stride(),
+                        arg.fake_device,
+                        arg.storage_offset(),
+                        arg.untyped_storage().nbytes(),
+                        arg.requires_grad,
+                        arg.is_conj(),
+                        arg.is_neg(),
+                        arg.is_inference(),
+                    )
+                )
+            elif type(arg) in (list, tuple):
+                self._prep_args_for_hash(result, arg, state, id_hashed_objects)
+            else:
+                super()._prep_args_for_hash(result, (arg,), state, id_hashed_objects)
+
+
 class _DeviceMode(TorchDispatchMode):
     """Sends operators that touch the device to fake tensors, leaves all others alone, and counts memory."""
 
@@ -129,11 +172,13 @@ class _DeviceMode(TorchDispatchMode):
         self.lock = lock  # the fake tensors' mode serves one thread at a time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ASK_DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = kwargs or {}
         leaves = list(iterate_leaves((*args, *kwargs.values())))
         if any(isinstance(leaf, QuantizedWeight) for leaf in leaves):
             return NotImplemented  # its own dispatch first; what that calls comes back here
-        if not any(_is_on_device(leaf) for leaf in leaves):
+        if self.rehearsal.gives_values and not any(_has_no_values(leaf) for leaf in leaves):
             return func(*args, **kwargs)
         if func in (READ_VALUE, COMPARE):
             return self._answer(func, args[0])
@@ -148,15 +193,15 @@ class _DeviceMode(TorchDispatchMode):
                 self._note_copy(source, target, waits=not _is_non_blocking(func, args, kwargs))
                 if target.type == "cpu":
                     return self._copy_to_cpu(func, args, kwargs)
-        return self._run(func, args, kwargs, leaves)
+        return self._run(func, types, args, kwargs, leaves)
 
-    def _run(self, func: Any, args: Any, kwargs: Any, leaves: Sequence[Any]) -> Any:
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any, leaves: Sequence[Any]) -> Any:
         """With fake tensors; the CPU's real ones take part, as they do on a GPU where they have no dimension."""
         if any(isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) for leaf in leaves):
             args, kwargs = tree_map_only(Tensor, self._to_fake, (args, kwargs))
         try:
-            with self.lock, self.fake:
-                result = func(*args, **kwargs)
+            with self.lock:  # at once, not by entering the mode: a fourth of the time
+                result = self.fake.__torch_dispatch__(func, types, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             what = f"{find_place()}: {func} waits for the device, since the size of its result depends on values"
             raise UnknownValueError(what) from error
@@ -184,9 +229,7 @@ class _DeviceMode(TorchDispatchMode):
         """A real tensor of zeros, True where it is bool."""
         if COPIES[func] == 1:
             return args[0]
-        dtype = kwargs.get("dtype") or args[0].dtype
-        made = torch.ones if dtype == torch.bool else torch.zeros
-        return made(tuple(args[0].shape), dtype=dtype)
+        return make_zeros(args[0], dtype=kwargs.get("dtype"))
 
     def _note_copy(self, source: Tensor, target: torch.device, *, waits: bool) -> None:
         if waits:
@@ -195,6 +238,13 @@ class _DeviceMode(TorchDispatchMode):
 
     def _note(self, reason: str) -> None:
         self.rehearsal.waits.append(Wait(find_place(), reason))
+
+
+def make_zeros(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """A real tensor of zeros in the place of one without values; True where it is bool."""
+    dtype = dtype or tensor.dtype
+    made = torch.ones if dtype == torch.bool else torch.zeros
+    return made(tuple(tensor.shape), dtype=dtype)
 
 
 def iterate_leaves(values: Iterable[Any]) -> Iterator[Any]:
@@ -206,7 +256,7 @@ def iterate_leaves(values: Iterable[Any]) -> Iterator[Any]:
             yield value
 
 
-def _is_on_device(leaf: Any) -> bool:
+def _has_no_values(leaf: Any) -> bool:
     if isinstance(leaf, torch.device):
         return leaf.type == DEVICE_TYPE
     return isinstance(leaf, FakeTensor)
