@@ -88,7 +88,9 @@ def rehearsal_device() -> Iterator[Rehearsal]:
         stack.enter_context(patch.object(torch, "tensor", _make_tensor_function(torch.tensor)))
         stack.enter_context(patch.object(torch, "Generator", _make_generator_class(torch.Generator)))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda tensor, *_: tensor))
-        stack.enter_context(patch.object(FakeTensor, "numpy", lambda tensor: make_zeros(tensor).numpy(), create=True))
+        stack.enter_context(
+            patch.object(FakeTensor, "numpy", lambda tensor: make_real_zeros(tensor).numpy(), create=True)
+        )
         stack.enter_context(patch.object(Tensor, "record_stream", lambda *_: None))
         # Recomputation asks once per process which device it is for where a block gets its tensors by keyword.
         stack.enter_context(patch.object(DefaultDeviceType, "_default_device_type", DEVICE_TYPE))
@@ -229,7 +231,7 @@ class _DeviceMode(TorchDispatchMode):
         """A real tensor of zeros, True where it is bool."""
         if COPIES[func] == 1:
             return args[0]
-        return make_zeros(args[0], dtype=kwargs.get("dtype"))
+        return make_real_zeros(args[0], dtype=kwargs.get("dtype"))
 
     def _note_copy(self, source: Tensor, target: torch.device, *, waits: bool) -> None:
         if waits:
@@ -240,7 +242,7 @@ class _DeviceMode(TorchDispatchMode):
         self.rehearsal.waits.append(Wait(find_place(), reason))
 
 
-def make_zeros(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+def make_real_zeros(tensor: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     """A real tensor of zeros in the place of one without values; True where it is bool."""
     dtype = dtype or tensor.dtype
     made = torch.ones if dtype == torch.bool else torch.zeros
