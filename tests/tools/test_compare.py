@@ -35,10 +35,11 @@ def read_pixels(path: Path) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def write_prompts(folder: Path) -> list[str]:
-    """One prompt about the cat, and two that are not."""
-    (folder / "prompts.txt").write_text("a photo of zwx, a cat --w 64 --h 64\n")
-    (folder / "neutral.txt").write_text("a tree --w 64 --h 64\na house --w 64 --h 64\n")
+def write_prompts(folder: Path, more: str = "") -> list[str]:
+    """One prompt about the cat, and two that are not. more: options of each."""
+    end = f"--w 64 --h 64{more}\n"
+    (folder / "prompts.txt").write_text(f"a photo of zwx, a cat {end}")
+    (folder / "neutral.txt").write_text(f"a tree {end}a house {end}")
     return ["--prompts", str(folder / "prompts.txt"), "--neutral_prompts", str(folder / "neutral.txt")]
 
 
@@ -46,6 +47,7 @@ def read_result(output: Path) -> dict[str, Any]:
     return json.loads((output / "lora.compare.json").read_text())
 
 
+OTHERS = Path("others")  # further images of the same names
 RUNS = {
     "lora": ("sd", {}),
     "lora of FLUX": ("flux", {"network_train_unet_only": True}),
@@ -58,7 +60,20 @@ RUNS = {
     "sd3": ("sd3", {"network_train_unet_only": True}),
     "chroma": ("chroma", {"network_train_unet_only": True}),
     "lumina": ("lumina", {"network_train_unet_only": True}),
-}
+    "a ControlNet": (
+        "sd", {"method": "control_net", "network_dim": None, "conditioning_data_dir": OTHERS, "learning_rate": "1e-1"}
+    ),
+    "an LLLite": (
+        "sdxl",
+        {"method": "lllite", "network_dim": 8, "cond_emb_dim": 4, "conditioning_data_dir": OTHERS,
+         "learning_rate": "1e-1"},
+    ),
+    "edits": (
+        "flux_kontext",
+        {"model_type": "flux_kontext", "network_module": "networks.lora_flux", "network_train_unet_only": True,
+         "guidance_scale": 1.0, "reference_data_dirs": [OTHERS]},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.fast_for("[lora]")
@@ -70,8 +85,11 @@ def test_every_run_can_be_compared(
     monkeypatch.chdir(tmp_path)
     family, options = RUNS[run]
     toy = toy_shelf.paths(family)
+    further = make_images(tmp_path / OTHERS) / "2_cat" / "0.png"
+    reads = {"conditioning_data_dir": f" --cn {further}", "reference_data_dirs": f" --ref {further}"}
+    more = "".join(line for option, line in reads.items() if option in options)
     output = train_toy(toy, make_images(tmp_path / "images"), tmp_path / "out", **{**SAVED, **options})
-    assert main(["compare", str(output), *QUICK, *write_prompts(tmp_path)]) == 0
+    assert main(["compare", str(output), *QUICK, *write_prompts(tmp_path, more)]) == 0
     assert [(each["file"].partition(".")[0], each["step"]) for each in read_result(output)["checkpoints"]] == [
         ("lora-step00000002", 2),
         ("lora", 4),
@@ -90,7 +108,7 @@ def test_every_run_can_be_compared(
     for name, image in (("lora-step00000002", images[1]), ("base", images[0])):
         program, *argv = shlex.split(read_text(folder / f"{name}_c00_1.png")["command"])
         assert program == "sfumato"
-        argv = [str(restore(word, [*toy.values(), *output.iterdir()])) for word in argv]
+        argv = [str(restore(word, [*toy.values(), *output.iterdir(), further])) for word in argv]
         assert main([*argv, "--outdir", f"again {name}"]) == 0
         (made,) = Path(f"again {name}").glob("*.png")
         assert np.abs(read_pixels(made) - image).max() == 0

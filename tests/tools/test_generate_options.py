@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from families.toys import ToyShelf
 from sfumato.cli.generate import COMMAND_THEMES
-from sfumato.compat.image_tool_options import GenImgOptions
-from sfumato.compat.image_tools import GEN_IMG_NO_EFFECT
+from sfumato.compat.image_tools import IMAGE_TOOLS
 from sfumato.compat.launch import main as run_script
 from sfumato.config.model import ModelOptions
+from sfumato.config.schema import vocabulary
 from sfumato.demo.base import CHECKPOINT
 from sfumato.families.base import Family
 from sfumato.tools.generate_setup import GenerateRequest, load_requested_model
+from sfumato.training.image_metadata import OTHER_OPTIONS, TRAINING_OPTIONS, model_options
 
 START = "--W 64 --H 64 --steps 2 --seed 5 --scale 3 --prompt"
 CAT = f"{START} 'a cat'"
@@ -73,6 +75,12 @@ PIXELS = {
     "prompt_weighting": (f"{START} 'a (cat:1.5)'", "--no_{}"),
     "emb_normalize_mode": (f"{START} 'a (cat:1.5)'", "{} none"), "mixed_precision": (CAT, "{} bf16"),
     "bf16": (CAT, "{}"), "fp16": (CAT, "{}"), "max_embeddings_multiples": (f"{START} '{'a cat, ' * 40}'", "{} 3"),
+    "v_parameterization": (CAT, "--no_{}"), "zero_terminal_snr": (CAT, "--no_{}"), "vae": (CAT, "{} vae.safetensors"),
+    "base_weights": (CAT, "{} lora.safetensors"),
+    "base_weights_multiplier": (f"{CAT} --base_weights lora.safetensors", "{} 0.5"),
+    "max_token_length": (f"{START} '{'a cat, ' * 40}'", "{} 225"),
+    **dict.fromkeys(("fp8_base", "fp8_base_unet", "int8_base", "nf4_base"), (CAT, "{}")),
+    "fp8_scaled": (f"{CAT} --fp8_base", "{}"), "rotate_inputs": (f"{CAT} --int8_base", "{}"),
     "sdxl": ("--steps 1 --seed 5 --prompt 'a cat' --W 64", "{}"), "vae_slices": (
         "--W 256 --H 64 --steps 1 --seed 5 --prompt 'a cat'", "{} 4"),
 }  # fmt: skip
@@ -121,18 +129,53 @@ ELSEWHERE = {  # option -> the test that shows what it does
         "tools/test_upscale_latents.py::test_the_hires_fix_of_gen_img_goes_through_the_network",
     ),
     "highres_fix_disable_control_net": "test_control_images.py::test_the_hires_fix_without_control",
-}
-OF_TRAINING = (  # options of the vocabulary that change images, too
-    "seed", "sample_sampler", "clip_skip", "prompt_weighting", "emb_normalize_mode", "mixed_precision",
-)  # fmt: skip
+    "pretrained_model_name_or_path": "tools/test_image_sheets.py::test_a_plot_of_checkpoints",
+    "controlnet_model_name_or_path": "methods/test_control_net.py::test_generate_makes_the_preview_again",
+    "tokenizer": "tools/test_generate.py::test_a_fully_trained_model",
+    "sample_prompts": "tools/test_generate.py::test_several_prompts_of_a_file",
+    "sample_batch_size": "test_sample.py::test_a_batch_gives_the_same_images_as_single_requests",
+    "no_half_vae": "test_half_vae.py::test_an_image_is_decoded_in_float32_where_half_overflows",
+    "v2": "families/test_sd2.py::test_v2_is_checked",
+    **dict.fromkeys(
+        ("model_type", "clip_l", "clip_g", "t5xxl", "gemma2", "ae", "lora_weights", "merge_lora_weights", "output_dir",
+         "width", "height", "image_width", "image_height", "dtype"),
+        "compat/test_image_tools.py::test_minimal_inference",
+    ),
+    **dict.fromkeys(
+        ("image", "mask", "guidance_scale"),
+        "compat/test_image_script_options.py::test_painting_within_a_mask",
+    ),
+    **dict.fromkeys(
+        ("t5xxl_max_token_length", "apply_t5_attn_mask", "apply_lg_attn_mask"),
+        "families/test_sd3.py::test_lengths_and_masks_name_the_cache_entries",
+    ),
+    **dict.fromkeys(("t5xxl_dtype", "t5xxl_device"), "families/test_sd3.py::test_precision_and_device_of_t5"),
+    "gemma2_max_token_length": "families/test_lumina.py::test_the_longest_caption",
+    **dict.fromkeys(
+        ("system_prompt", "add_system_prompt_to_negative_prompt"),
+        "compat/test_image_script_options.py::test_a_system_prompt_before_negative_prompts",
+    ),
+    **dict.fromkeys(
+        ("enable_scaled_pos_embed", "resolution"), "families/test_sd3_training.py::test_tables_are_chosen_by_area"
+    ),
+    "discrete_flow_shift": "families/test_lumina_sampling.py::test_the_time_grid_of_previews",
+    **dict.fromkeys(
+        ("fp8_compute", "int8_compute"), "training/test_low_precision.py::test_products_in_8_bits_train_alike"
+    ),
+}  # fmt: skip
+OF_PREVIEWS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")  # when they are made
 
 
 def test_every_option_has_a_case() -> None:
-    """Of the command and of gen_img, but those that are said to have no effect."""
-    themes = (*COMMAND_THEMES, GenImgOptions)
-    every = {name for theme in themes for name in theme.model_fields} | set(OF_TRAINING)
+    """Of the command, of the vocabulary that images depend on, and of all scripts, but those that are said to have no
+    effect."""
+    scripts = [tool.options for tool in IMAGE_TOOLS.values()]
+    every = {name for theme in (*COMMAND_THEMES, *scripts) for name in theme.model_fields}
+    of_images = [name for name, option in vocabulary().items() if option.theme in ("model", "samples")]
+    every |= {*of_images, *OTHER_OPTIONS, "seed", "resolution", "vae_batch_size"} - {*TRAINING_OPTIONS, *OF_PREVIEWS}
+    every -= {name for name, option in vocabulary().items() if option.facts.no_effect}
     cases = {*PIXELS, *FILES, *ELSEWHERE}
-    assert every - cases == set(GEN_IMG_NO_EFFECT)
+    assert every - cases == {name for tool in IMAGE_TOOLS.values() for name in tool.no_effect}
     assert cases - every == set()
     root = Path(__file__).parents[1]
     for option, place in ELSEWHERE.items():
@@ -154,6 +197,10 @@ def write_folder(folder: Path) -> None:
     (folder / "m.py").write_text(
         "def get_prompter(args, pipe, networks):\n    return [f'a cat --d {args.prompter_module_args or 7}']\n"
     )
+    state = {name: tensor for name, tensor in load_file(CHECKPOINT).items() if name.startswith("first_stage_model.")}
+    last = "first_stage_model.decoder.conv_out.weight"
+    with safe_open(CHECKPOINT, "pt") as file:
+        save_file({**state, last: state[last] * 0.9}, folder / "vae.safetensors", file.metadata())
     save_file(
         {"emb_params": torch.randn(1, 128, generator=torch.Generator().manual_seed(1))}, folder / "cat.safetensors"
     )
@@ -191,7 +238,7 @@ def load_once(request: GenerateRequest) -> Family:
     """The model of an earlier case with the same options, unless something is attached to it."""
     if request.networks or request.embeddings:
         return load_requested_model(request)
-    values = repr((request.config.model, request.config.memory, request.config.noise))
+    values = repr((model_options(request.config), request.config.memory))
     if values not in MODELS:
         MODELS[values] = load_requested_model(request)
     MODELS[values].vae_tile_size = request.vae_tile_size

@@ -17,6 +17,7 @@ from families.loading import load_model
 from families.toys import ToyShelf
 from sfumato.cli.main import main
 from sfumato.config.prompts import Prompt
+from sfumato.demo.base import CHECKPOINT
 from sfumato.sampling.request import ImageRequest, list_ignored, make_request
 from sfumato.training.comfyui_workflow import make_workflow
 
@@ -27,6 +28,7 @@ LINES = {
     "Deep Shrink": "--prompt 'a cat --dsd1 1 --dst1 500 --dsr 0.75' --negative_scale 0.5",
     "Gradual Latent": "--prompt 'a cat' --sampler euler_a --gradual_latent_ratio 0.75",
     "variants": "--prompt 'a {cat|dog} in \\{braces\\} --d 4' --negative_prompt 'a {red|blue} cup'",
+    "not as declared": "--prompt 'a cat' --no_v_parameterization --no_zero_terminal_snr",
     "sizes": "--prompt 'a cat --p2 a dog --c a cup' --original_width 512 --crop_top 8",
 }
 
@@ -79,7 +81,8 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 )
 def test_the_command_makes_the_image_again(kind: str, folder: Path, toy_shelf: ToyShelf) -> None:
     family = "sdxl" if kind == "sizes" else "sd"
-    model = os.path.relpath(toy_shelf.paths(family)["pretrained_model_name_or_path"])
+    toy = toy_shelf.paths(family)["pretrained_model_name_or_path"]
+    model = os.path.relpath(CHECKPOINT if kind == "not as declared" else toy)
     assert main(["generate", "--ckpt", model, *shlex.split(f"{START} {LINES[kind]}"), "--outdir", "first"]) == 0
     (made,) = (folder / "first").iterdir()
     pixels, text = read(made)

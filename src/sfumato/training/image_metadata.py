@@ -123,13 +123,15 @@ def generate_command(config: Config, request: ImageRequest, defaults: Sampling, 
 
 
 def model_options(config: Config) -> dict[str, object]:
-    """Every option that is not at its default and that images depend on."""
+    """Every option that images depend on and that is not at its default, or that was turned off: files declare some."""
     known = vocabulary()
     names = [name for name, option in known.items() if option.theme == "model" and not option.facts.no_effect]
     return {
         name: config.value(name)
         for name in (*names, *OTHER_OPTIONS)
-        if config.is_changed(name) and name not in TRAINING_OPTIONS and not known[name].secret
+        if (config.is_changed(name) or (config.value(name) is False and config.source(name) != "default"))
+        and name not in TRAINING_OPTIONS
+        and not known[name].secret
     }
 
 
