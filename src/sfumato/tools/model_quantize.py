@@ -32,7 +32,7 @@ from sfumato.tools.adapter_files.outputs import check_output, find_largest, make
 
 QuantizedFor = Literal["comfyui", "training"]
 Bits = Literal["fp8", "int8", "int8_rotated"]
-MANY_NUMBERS = 1 << 20  # that are rounded at a time, in the processor's cache
+MANY_NUMBERS = 1 << 18  # that are rounded at a time, in the processor's cache
 MOST_WORST = 5  # layers with the largest errors that are named
 SCALE_NAME = SCALE_NAMES[1]
 HEADER_VERSION = "1.0"  # of the descriptions in the metadata
