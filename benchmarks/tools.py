@@ -3,7 +3,7 @@
 A transformer of two double and three single blocks (2.3 GB in bfloat16) and a LoRA of rank 16; with --model a whole
 published model with random weights, e.g. sdxl. Each tool runs in a process of its own; beside its seconds and peak
 memory stands what a plain read and write of the same bytes takes. The last column is what of the peak is beyond that
-of a process that imports torch alone, by the largest tensor in float32, in which a tool computes.
+of importing torch, which is in every tool's seconds, too, by the largest tensor in float32, in which a tool computes.
 """
 
 from __future__ import annotations
@@ -106,19 +106,12 @@ def write_adapter(path: Path, layers: Mapping[str, Sequence[int]]) -> None:
     save_file(state, path)
 
 
-def run_tool(words: list[str]) -> dict[str, float]:
+def run_tool(words: list[str], program: str = PROGRAM) -> dict[str, float]:
     """Seconds, CPU seconds and peak memory in bytes of one command."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
     code, seconds, cpu, peak = done.stdout.split("RESULT ")[1].split()
     assert code == "0", done.stderr
     return {"seconds": float(seconds), "cpu": float(cpu), "peak": float(peak)}
-
-
-def measure_torch() -> float:
-    """Peak memory in bytes of a process that imports torch alone."""
-    program = PROGRAM.replace("from sfumato.cli.main import main", "import torch").replace("main(sys.argv[1:])", "0")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
 
 
 def list_weight_files(model: Path) -> list[Path]:
@@ -144,9 +137,10 @@ def measure(folder: Path, name: str) -> dict[str, dict[str, float]]:
     suffix = "" if name else ".safetensors"
     model, merged, adapter = folder / f"model{suffix}", folder / f"merged{suffix}", folder / "adapter.safetensors"
     write_adapter(adapter, write_whole(name, model) if name else write_flux(model))
-    files, start = list_weight_files(model), measure_torch()
+    files = list_weight_files(model)
     largest = 4 * max(info.numel for file in files for info in read_header(file).tensors.values())
     results = {"plain copy": copy_plainly(files, folder / "copy")}
+    results["import torch"] = run_tool([], PROGRAM.replace("main(sys.argv[1:])", "__import__('torch') and 0"))
     small, single = str(folder / "small.safetensors"), str(folder / "single.safetensors")
     results["help"] = run_tool(["lora", "merge", "--help"])
     results["merge"] = run_tool(["lora", "merge", str(adapter), "--model", str(model), "--save_to", str(merged)])
@@ -160,7 +154,7 @@ def measure(folder: Path, name: str) -> dict[str, dict[str, float]]:
     source, quantized = single if name else str(model), str(folder / "quantized.safetensors")
     results["quantize"] = run_tool(["model", "quantize", source, "--bits", "int8_rotated", "--save_to", quantized])
     for found in results.values():
-        found["tensors"] = max(found["peak"] - start, 0.0) / largest
+        found["tensors"] = max(found["peak"] - results["import torch"]["peak"], 0.0) / largest
     return results
 
 
@@ -177,9 +171,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         results = measure(Path(folder), arguments.model)
     plain = results["plain copy"]["seconds"]
-    print(f"{'tool':<12}{'seconds':>9}{'CPU s':>9}{'of a copy':>11}{'peak GB':>9}{'tensors':>9}")
+    print(f"{'tool':<13}{'seconds':>9}{'CPU s':>9}{'of a copy':>11}{'peak GB':>9}{'tensors':>9}")
     for name, found in results.items():
-        row = f"{name:<12}{found['seconds']:>9.2f}{found['cpu']:>9.2f}{found['seconds'] / plain:>11.2f}"
+        row = f"{name:<13}{found['seconds']:>9.2f}{found['cpu']:>9.2f}{found['seconds'] / plain:>11.2f}"
         print(f"{row}{found['peak'] / 1e9:>9.2f}{found['tensors']:>9.2f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -29,6 +29,7 @@ from sfumato.tools.adapter_files.outputs import (
     count_tensor_bytes,
     find_largest,
     find_widest_dtype,
+    name_output,
 )
 
 Program = Literal["kohya", "diffusers", "aitoolkit", "comfyui"]
@@ -76,10 +77,10 @@ def export_lora(
         check_need(file.path, routes)
         tensors = rename_for_comfyui(routes, precision)
     metadata = {name: value for name, value in file.metadata.items() if name != DIFFUSERS_KEY}
-    replaced = target.exists()
+    named = name_output(target)
     check_space(target, count_tensor_bytes(tensors, None))
     write_safetensors(target, tensors, add_hashes({"format": "pt", **metadata}, tensors))
-    print(f"{target}{' (replaced)' if replaced else ''}: {summarize_routes(routes, tensors, program)}")
+    print(f"{named}: {summarize_routes(routes, tensors, program)}")
     if program in ("diffusers", "aitoolkit") and not any(route.comfyui_name != route.match.name for route in routes):
         print(f"note: this file is for diffusers alone; ComfyUI and other programs read {source} as it is")
 

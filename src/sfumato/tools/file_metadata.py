@@ -13,7 +13,7 @@ from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.hashes import HASH_KEYS, add_hashes
 from sfumato.formats.header import read_header
 from sfumato.formats.metadata import keep_minimum
-from sfumato.tools.adapter_files.outputs import check_output, check_space
+from sfumato.tools.adapter_files.outputs import check_output, check_space, name_output
 
 SAFETENSORS = ".safetensors"
 
@@ -51,7 +51,7 @@ def strip_metadata(path: Path, output: Path) -> str:
 def write_metadata(path: Path, output: Path, metadata: Mapping[str, str]) -> str:
     """Write a file's tensors with this metadata; an adapter's hashes, which cover a part of it, are made anew."""
     check_output(output, [], suffixes=(SAFETENSORS,))
-    replaced = " (replaced)" if output.exists() else ""
+    named = name_output(output)
     with TensorFile(path) as file:
         check_space(output, sum(info.nbytes for info in file.header.tensors.values()))
         had_hashes = HASH_KEYS[0] in file.header.metadata
@@ -61,4 +61,4 @@ def write_metadata(path: Path, output: Path, metadata: Mapping[str, str]) -> str
             write_safetensors(output, tensors, add_hashes(own, tensors))
         else:
             write_entries(output, iterate_stored(file), own, None)
-    return f"{output}{replaced}: {len(metadata)} entries"
+    return f"{named}: {len(metadata)} entries"

@@ -27,7 +27,14 @@ from sfumato.families.part import Network
 from sfumato.families.source import Source, open_source
 from sfumato.formats.checkpoint import TOOL_DTYPES, open_checkpoint
 from sfumato.tools.adapter_files.models import list_input_paths, open_tool_model
-from sfumato.tools.adapter_files.outputs import SUFFIXES, check_output, check_space, make_spec_entries, write_checkpoint
+from sfumato.tools.adapter_files.outputs import (
+    SUFFIXES,
+    check_output,
+    check_space,
+    make_spec_entries,
+    name_output,
+    write_checkpoint,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +63,15 @@ def convert_model(request: ConvertRequest) -> list[str]:
     source = open_source(options)
     family = find_family(request.family, source)
     metadata = {"format": "pt", **make_spec_entries(request.output, ()), **request.metadata}
-    replaced = " (replaced)" if request.output.exists() else ""
+    named = name_output(request.output)
     if is_file and not has_whole_files(family):
         networks = family.read_networks(source, options)
         entries = iterate_network(networks["denoiser"])
         write_checkpoint(request.output, entries, metadata, TOOL_DTYPES[request.precision])
         networks["denoiser"].weights.file.close()
-        return [f"{request.output}{replaced}: the denoiser of {source.name}"]
+        return [f"{named}: the denoiser of {source.name}"]
     write_whole_model(request, family, source, options, metadata, is_file=is_file)
-    return [f"{request.output}{replaced}: all of {source.name}"]
+    return [f"{named}: all of {source.name}"]
 
 
 def has_whole_files(family: type[Family]) -> bool:
@@ -140,6 +147,6 @@ def join_networks(parts: Mapping[str, Path], output: Path, precision: str | None
                 )
             entries |= own
             lines.append(f"{path}: {len(own)} tensors as {prefix}...")
-        metadata = {"format": "pt", **make_spec_entries(output, ())}
+        metadata, named = {"format": "pt", **make_spec_entries(output, ())}, name_output(output)
         write_checkpoint(output, iter(entries.items()), metadata, TOOL_DTYPES[precision])
-    return [*lines, f"{output}: {len(entries)} tensors"]
+    return [*lines, f"{named}: {len(entries)} tensors"]

@@ -16,7 +16,7 @@ from sfumato.families.checkpoint_saving import SOURCE_METADATA, TensorEntry
 from sfumato.families.part import DENOISER_PREFIX
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, TOOL_DTYPES, Checkpoint, open_checkpoint
 from sfumato.formats.header import TensorInfo
-from sfumato.tools.adapter_files.outputs import check_output, make_spec_entries, write_checkpoint
+from sfumato.tools.adapter_files.outputs import check_output, make_spec_entries, name_output, write_checkpoint
 
 OLD_ENCODER, ENCODER = "cond_stage_model.transformer.", "cond_stage_model.transformer.text_model."
 
@@ -65,8 +65,9 @@ def merge_models(request: SumRequest) -> list[str]:
         metadata = {name: text for name, text in files[0].header.metadata.items() if name in SOURCE_METADATA}
         merged = ", ".join(path.stem for path in request.models)
         metadata |= {"format": "pt", **make_spec_entries(request.output, ()), "modelspec.merged_from": merged}
+        named = name_output(request.output)
         write_checkpoint(request.output, iter(entries.items()), metadata, TOOL_DTYPES[request.precision])
-    return [*lines, f"{request.output}: {len(entries)} tensors"]
+    return [*lines, f"{named}: {len(entries)} tensors"]
 
 
 def normalize_key(key: str) -> str:

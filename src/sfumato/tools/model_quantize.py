@@ -28,7 +28,13 @@ from sfumato.quantization.rotation import LARGEST_GROUP, choose_group, rotate
 from sfumato.quantization.scaled_blocks import ScaledBlocks
 from sfumato.tools.adapter_files.inspect import find_block_path, split_numbers
 from sfumato.tools.adapter_files.models import ToolModel, open_tool_model
-from sfumato.tools.adapter_files.outputs import check_output, find_largest, make_spec_entries, write_checkpoint
+from sfumato.tools.adapter_files.outputs import (
+    check_output,
+    find_largest,
+    make_spec_entries,
+    name_output,
+    write_checkpoint,
+)
 
 QuantizedFor = Literal["comfyui", "training"]
 Bits = Literal["fp8", "int8", "int8_rotated"]
@@ -141,10 +147,11 @@ def quantize_model(request: QuantizeRequest) -> list[str]:
         entries = iterate_quantized(file, layers, TOOL_DTYPES[request.precision], errors)
         metadata = make_quantized_metadata(request, file, layers)
         before = sum(info.nbytes for info in file.header.tensors.values())
+        named = name_output(request.output)
         write_checkpoint(request.output, entries, metadata, None)
     size = f"{format_bytes(request.output.stat().st_size)}, from {format_bytes(before)}"
     head = f"{model.source.name}: {model.family.name}, {len(layers)} weights in {describe_layout(request)}"
-    return [head, *render_errors(layers, errors, verbose=request.verbose), f"{request.output}: {size}"]
+    return [head, *render_errors(layers, errors, verbose=request.verbose), f"{named}: {size}"]
 
 
 def describe_layout(request: QuantizeRequest) -> str:

@@ -119,8 +119,8 @@ def render_comparison(comparison: Comparison) -> list[str]:
 def format_pairs(title: str, pairs: Sequence[ChangePair]) -> str:
     norms = [sum(pair.norms[i] ** 2 for pair in pairs) ** 0.5 for i in (0, 1)]
     outputs, inputs = (sum(values) / len(pairs) for values in zip(*((p.outputs, p.inputs) for p in pairs), strict=True))
-    shown = f"{norms[0]:.3g} / {norms[1]:.3g}"
-    return f"  {title:<44}{len(pairs):>6}{shown:>19}{find_cosine(pairs):>9.3f}{outputs:>9.3f}{inputs:>9.3f}"
+    shown, cosine = f"{norms[0]:.3g} / {norms[1]:.3g}", round(find_cosine(pairs), 3) + 0.0  # never -0.000
+    return f"  {title:<44}{len(pairs):>6}{shown:>19}{cosine:>9.3f}{outputs:>9.3f}{inputs:>9.3f}"
 
 
 def find_cosine(pairs: Sequence[ChangePair]) -> float:

@@ -25,7 +25,7 @@ from sfumato.formats.shards import SHARD_NAME, WEIGHT_ENDINGS
 from sfumato.tools.adapter_files.block_weights import find_block_weight, parse_block_weights
 from sfumato.tools.adapter_files.changes import Strong, TensorChange, iterate_changed_file, plan_changes
 from sfumato.tools.adapter_files.models import ENCODER_OPTIONS, ToolModel, match_model, open_tool_model
-from sfumato.tools.adapter_files.outputs import check_output, make_spec_entries, write_checkpoint
+from sfumato.tools.adapter_files.outputs import check_output, make_spec_entries, name_output, write_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ def write_merged(
     networks = [network for network in model.networks.values() if find_option(model, network) == option]
     sources = {id(network.weights.file): network.weights.file for network in networks}
     changed = sum(len(planned.get(number, {})) for number in sources)
-    replaced = " (replaced)" if output.exists() else ""
+    named = name_output(output)
     folder = Path(request.encoders[option] or "") if option else model.source.path
     if folder.is_dir():
         parts = {number: file for number, file in sources.items() if dtype or number in planned}
@@ -181,7 +181,7 @@ def write_merged(
         ((number, file),) = sources.items()
         entries = iterate_changed_file(file, planned.get(number, {}), dtype)
         write_checkpoint(output, entries, _make_metadata(request, output, file, adapters), dtype)
-    return f"{output}{replaced}: {changed} tensors changed"
+    return f"{named}: {changed} tensors changed"
 
 
 def _write_folder(

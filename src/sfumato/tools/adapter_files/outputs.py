@@ -68,6 +68,11 @@ def check_output_folder(output: Path, inputs: Sequence[Path], problems: Problems
         )
 
 
+def name_output(output: Path) -> str:
+    """The path for the report, before it is written: with a note where there is an older one."""
+    return f"{output}{' (replaced)' if output.exists() else ''}"
+
+
 def check_space(output: Path, size: int) -> None:
     """UserError where the disk lacks room for a file of this many bytes."""
     check_disk_space(
@@ -159,10 +164,10 @@ def write_adapter(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and (dtype or tensor.dtype) in NARROW:
             check_range(path, name, tensor, dtype or tensor.dtype)
-    replaced = path.exists()
+    named = name_output(path)
     check_space(path, count_tensor_bytes(tensors, dtype))
     write_adapter_file(path, tensors, metadata, dtype)
-    return f"{path}{' (replaced)' if replaced else ''}"
+    return named
 
 
 def find_widest_dtype(files: Iterable[AdapterFile]) -> torch.dtype:

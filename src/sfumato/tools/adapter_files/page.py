@@ -23,7 +23,7 @@ from sfumato.tools.adapter_files.inspect import (
     describe_values,
     sum_norms,
 )
-from sfumato.track.charts.chart import Axis, Bars, Chart, Line, find_value_axis, make_step_axis, make_zero_axis
+from sfumato.track.charts.chart import Axis, Bars, Chart, Line, make_step_axis, make_zero_axis
 from sfumato.track.charts.svg import render_figure
 from sfumato.track.html import make_document, make_table
 
@@ -187,7 +187,7 @@ def make_spectrum_chart(rows: Sequence[BlockRow]) -> Chart:
         title="Singular values, by the largest",
         lines=lines,
         x=make_step_axis(1.0, last, name="value"),
-        y=find_value_axis(lines, robust=False),
+        y=make_zero_axis(1.06),
         note="Where a curve falls to the right, further ranks hardly matter: a resized file does the same.",
     )
 
