@@ -147,6 +147,26 @@ def test_the_full_rank_is_exact(rank: int, more: list[str], flux: Family, file: 
     assert all(torch.allclose(before[key], after[key]) for key in before if key.endswith("alpha"))
 
 
+def test_convolutions_are_resized_to_the_nearest(tmp_path: Path) -> None:
+    """Of a kernel of 3 at its own rank of its own, and at its full rank exactly; LoCon's names."""
+    names = {"lora_unet_down_blocks_0_resnets_0_conv1": (3, 3), "lora_unet_down_blocks_0_attentions_0_proj_in": (1, 1)}
+    state: dict[str, torch.Tensor] = {}
+    for name, kernel in names.items():
+        state |= {f"{name}.lora_down.weight": torch.randn(4, 32, *kernel), f"{name}.alpha": torch.tensor(3.0)}
+        state[f"{name}.lora_up.weight"] = torch.randn(32, 4, 1, 1)
+    save_file(state, tmp_path / "a.safetensors")
+    command = ["lora", "resize", str(tmp_path / "a.safetensors"), "--save_to", str(tmp_path / "b.safetensors")]
+    for ranks in ((1, 2), (4, 4)):
+        assert main([*command, "--new_rank", str(ranks[0]), "--new_conv_rank", str(ranks[1])]) == 0
+        after = load_file(tmp_path / "b.safetensors")
+        for name, kernel in names.items():
+            rank = ranks[1] if kernel == (3, 3) else ranks[0]
+            u, s, vh = torch.linalg.svd(multiply(state, name), full_matrices=False)
+            nearest = (u[:, :rank] * s[:rank]) @ vh[:rank]
+            torch.testing.assert_close(multiply(after, name), nearest, rtol=0, atol=1e-5 * float(s[0]))
+            assert after[f"{name}.lora_down.weight"].shape == (rank, 32, *kernel)
+
+
 def test_norms_stay_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
     layer = f"{block}_attn1_to_q"

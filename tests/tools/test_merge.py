@@ -54,6 +54,13 @@ FUSED = ("flux", "sd3", "chroma", "lumina")
 CASES = [(family, kind) for family in FAMILIES for kind in KINDS if kind != "split" or family in FUSED]
 ROTATIONS = ("oft", "diag-oft", "boft", "oft v2", "boft v2")  # each on two families, which covers all of these
 OTHERS = tuple(kind for kind in KINDS if kind not in ROTATIONS)  # on a UNet, on fused layers, and on half of the rest
+RARE: dict[str, tuple[str, dict[str, Any]]] = {  # kinds whose change is that of another one: on one family each
+    "tucker": ("sd", {"network_args": {"conv_dim": 2, "use_tucker": True}}),
+    "pissa": ("flux", {"network_args": {"pissa": True}}),
+    "lora_fa": ("sd3", {"network_module": "networks.lora_fa", "network_args": {}}),
+    "dylora": ("sdxl", {"network_module": "networks.dylora", "network_args": {"unit": 1}}),
+    "scalar": ("chroma", {"network_args": {"use_scalar": True}}),
+}
 FAST = {("flux", "plain"), ("sd", "dora"), ("sd3", "lokr")}
 
 
@@ -65,6 +72,7 @@ def is_tried(family: str, kind: str) -> bool:
 
 
 CASES = [(family, kind) for family, kind in CASES if is_tried(family, kind)]
+CASES += [(family, kind) for kind, (family, _) in RARE.items()]
 
 
 def list_cases() -> list[Any]:
@@ -81,7 +89,7 @@ def attach(model: Family, file: Path, strength: float) -> dict[str, torch.Tensor
 
 
 def kind_options(family: str, kind: str) -> dict[str, Any]:
-    options = dict(KINDS[kind])
+    options = dict(RARE[kind][1] if kind in RARE else KINDS[kind])
     if options.get("network_module", "networks.lora").startswith("networks."):
         options["network_args"] = {**options.get("network_args", {}), **ALL_PARTS.get(family, {})}
     return options
