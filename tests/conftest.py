@@ -53,6 +53,14 @@ def memory_is_given_back():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nothing_waits_for_the_disk():
+    """No test cuts the power, and waiting is a tenth of a short run. tests/common/test_files.py sees what is synced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def toy_shelf(tmp_path_factory: pytest.TempPathFactory) -> ToyShelf:
     """Toy models of every family, each written when it is first asked for."""

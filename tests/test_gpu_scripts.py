@@ -98,8 +98,10 @@ def test_steady_steps(
 
 @pytest.mark.full
 def test_compiled_blocks(
-    toy_shelf: ToyShelf, images: Path, tmp_path: Path, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    toy_shelf: ToyShelf, tmp_path: Path, facts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of one size: graphs for several take most of the time, and tests/memory has them."""
+    images = make_images(tmp_path / "images", 1)
     monkeypatch.setitem(test_step.COMPILED, "compile_backend", "aot_eager")
     test_step.test_compiled_blocks("flux", toy_shelf, images, tmp_path, CPU, facts.update)
     assert facts["graphs"] == facts["graphs_after_first_steps"]

@@ -59,6 +59,7 @@ class KeyMap:
             names += [(name, rule, i) for i, name in enumerate(rule.ours)]
         self._from_ours = _RuleTable(names)
         self._locations: dict[str, KeyLocation | None] = {}
+        self._ours: dict[str, tuple[tuple[str, ...], Op] | None] = {}
         self._drop = [compile_pattern(text) for text in drop]
         self._beside = [compile_pattern(text) for text in beside]
 
@@ -93,8 +94,11 @@ class KeyMap:
 
     def find_ours(self, original: str) -> tuple[tuple[str, ...], Op] | None:
         """Our names behind an original key, in row order, and the operation between; None where no rule covers it."""
-        match = self._from_original.find(original)
-        return (tuple(match.expand(name) for name in match.rule.ours), match.rule.op) if match else None
+        if original not in self._ours:
+            match = self._from_original.find(original)
+            names = tuple(match.expand(name) for name in match.rule.ours) if match else ()
+            self._ours[original] = (names, match.rule.op) if match else None
+        return self._ours[original]
 
     def split(self, original: str, tensor: Tensor, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
         """Our entries inside one original tensor; rows are views, so that only a swap or transpose copies.

@@ -66,7 +66,7 @@ class AdapterRanks:
             targets += spec.conv_targets
         if self.preset is not None:
             return self._is_in_preset(self.preset, group, targets)
-        return any(matches(target, path) for target in targets)
+        return matches("|".join(targets), path)
 
     def _is_included(self, group: LayerGroup) -> bool:
         """What include_patterns name alone, all that exclude_patterns do not name, or with both all but exceptions."""
