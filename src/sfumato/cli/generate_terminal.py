@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from sfumato.cli.exits import report_error
 from sfumato.config.prompts import Prompt, parse_line
 from sfumato.errors import UserError
 
+GREETING = (
+    "a prompt a line, its options behind it: a cat --n a dog --w 512 --d 1; Ctrl-D ends (Windows: Ctrl-Z, Enter)\n"
+)
 OPTION_NAME = re.compile(r"(?<=\s--)\w+")
 
 
@@ -27,6 +32,8 @@ class Terminal:
     def read(self) -> Iterator[list[Prompt]]:
         """A prompt at a time, until the end of the input."""
         carried: dict[str, Any] = {}
+        if sys.stdin.isatty():
+            sys.stderr.write(GREETING if not self.questions else "")
         while True:
             prompt = self._ask() if self.questions else self._read_line()
             if prompt is None:
@@ -65,7 +72,15 @@ class Terminal:
 
 
 def read_answer(what: str) -> str | None:
-    """A line without its end; None at the end of the input."""
+    """A line without its end; None at the end of the input. On a terminal lines can be edited and called back."""
+    if sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has its own editing
+            import_module("readline")
+        try:
+            return input(f"{what}: ")
+        except EOFError:
+            sys.stderr.write("\n")  # what comes next begins a line
+            return None
     sys.stderr.write(f"{what}: ")
     sys.stderr.flush()
     line = sys.stdin.readline()

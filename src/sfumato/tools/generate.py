@@ -31,12 +31,13 @@ log = logging.getLogger(__name__)
 class ImageMaker:
     """A model with its adapters, which makes images of prompts as long as there are any."""
 
-    def __init__(self, request: GenerateRequest) -> None:
+    def __init__(self, request: GenerateRequest, names: FileNames | None = None) -> None:
+        """names: of images that others make, too."""
         start_generating(request)
         self.request = request
         self.model = load_requested_model(request)
         self.adapters = make_adapters(request, self.model)
-        self.names = FileNames(request)
+        self.names = names or FileNames(request)
         self.sketch = None if request.progress_file is None else ProgressSketch(self.model, request.progress_file)
         self.paths: list[Path] = []  # of all images until now
 

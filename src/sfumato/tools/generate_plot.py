@@ -9,7 +9,7 @@ from typing import Protocol
 
 from sfumato.config.prompts import Prompt
 from sfumato.tools.generate import ImageMaker
-from sfumato.tools.generate_names import find_free_sheet
+from sfumato.tools.generate_names import FileNames, find_free_sheet
 from sfumato.tools.generate_setup import GenerateRequest
 from sfumato.tools.image_sheet import draw_table, save_sheet
 
@@ -34,9 +34,9 @@ class PlotVariant(Protocol):
     def cells(self) -> Mapping[_Place, Sequence[Prompt]]: ...
 
 
-def make_cells(variant: PlotVariant) -> dict[_Place, list[Path]]:
+def make_cells(variant: PlotVariant, names: FileNames) -> dict[_Place, list[Path]]:
     """The images of one model, which is gone when the next one comes."""
-    maker = ImageMaker(variant.request)
+    maker = ImageMaker(variant.request, names)
     return {place: maker.make(prompts) for place, prompts in variant.cells.items()}
 
 
@@ -44,8 +44,9 @@ def make_plot(request: GenerateRequest, axes: Sequence[PlotAxis], variants: Iter
     """Make all images, one model after the other, and a sheet for each prompt and seed."""
     made: dict[_Place, list[Path]] = {}
     titles: dict[int, str] = {}
+    names = FileNames(request)  # numbered through all models
     for variant in variants:
-        made |= make_cells(variant)
+        made |= make_cells(variant, names)
         for prompts in variant.cells.values():
             for number, prompt in enumerate(prompts):
                 titles.setdefault(number, f"{prompt.prompt}  ·  seed {prompt.seed}")

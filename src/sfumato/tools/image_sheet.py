@@ -16,13 +16,15 @@ MARGIN, GAP = 24, 10  # around the sheet, between images
 LABEL, NOTE = 18, 14  # sizes of type
 LINE_DISTANCE = 1.35  # distance of lines, in sizes of type
 MAX_CELL = 512  # pixels a side; larger images are made smaller
+MIN_LABEL = 128  # width of the labels above, where the images are smaller
 MAX_ROW_LABEL = 220  # width of the labels on the left
 Cells = Sequence[Sequence[Path | None]]  # by row; None: an empty place
 
 
 def draw_table(cells: Cells, columns: Sequence[str], rows: Sequence[str], title: str = "") -> Image.Image:
     """The images in rows and columns with these labels above and on the left; "" for none."""
-    width, height = measure_cell(cells)
+    image_size = measure_cell(cells)
+    width, height = max(image_size[0], MIN_LABEL if any(columns) else 0), image_size[1]
     left = MARGIN + min(MAX_ROW_LABEL, max(ceil(text_width(text, LABEL)) for text in rows) + GAP if any(rows) else 0)
     headings = [wrap_text(text, LABEL, width) for text in columns]
     heading_height = ceil(max(len(lines) for lines in headings) * LABEL * LINE_DISTANCE) if any(columns) else 0
@@ -41,7 +43,7 @@ def draw_table(cells: Cells, columns: Sequence[str], rows: Sequence[str], title:
         write_lines(draw, wrap_text(rows[number], LABEL, left - MARGIN - GAP), MARGIN, y, size=LABEL, color=INK)
         for column, path in enumerate(row):
             if path is not None:
-                page.paste(read_cell(path, (width, height)), (left + column * (width + GAP), y))
+                page.paste(read_cell(path, image_size), (left + column * (width + GAP), y))
     return page
 
 

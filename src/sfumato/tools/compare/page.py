@@ -247,7 +247,8 @@ def render_image_rows(comparison: RunComparison) -> Iterator[str]:
             for i, prompt in enumerate(prompts)
         )
         yield (
-            f'<section class="samples compared"><h2>{title}</h2><div class="strip" tabindex="0"><table>'
+            f'<section class="samples compared"><h2>{title}</h2><div class="strip" tabindex="0">'
+            f'<table style="--columns: {1 + len(comparison.checkpoints)}">'
             f"<thead><tr>{render_heads(comparison)}</tr></thead>{rows}</table></div></section>"
         )
 

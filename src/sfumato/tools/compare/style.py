@@ -14,7 +14,7 @@ dl.spaced { margin-top: 18px; }
 .compared th.taken { color: var(--good); font-weight: 620; }
 .compared td { padding-bottom: 8px; }
 .compared td.taken img { outline: 3px solid var(--good); outline-offset: -3px; }
-.compared img { width: 148px; }
+.compared img { width: clamp(96px, calc((min(100vw, 1160px) - 84px) / var(--columns) - 8px), 148px); }
 .pairs { list-style: none; margin: 12px 0 0; padding: 0; display: grid; gap: 14px;
   grid-template-columns: repeat(auto-fill, minmax(216px, 1fr)); }
 .pairs div { display: flex; gap: 6px; margin: 4px 0; }
@@ -22,7 +22,8 @@ dl.spaced { margin-top: 18px; }
 .pairs b { font-size: 13px; font-weight: 600; } .pairs .taken b { color: var(--good); }
 .pairs small { color: var(--soft); }
 @media (max-width: 760px) {
-  .compared img { width: 116px; }
+  .compared img { width: 104px; }
+  .compared td:first-child, .compared thead th:first-child { position: sticky; left: 0; background: var(--card); }
   .pairs { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
   .pairs img { width: 72px; }
   .verdict h2 { font-size: 17px; }

@@ -74,14 +74,27 @@ def text_width(text: str, size: int) -> float:
     return font(size).getlength(text)
 
 
+def break_word(word: str, size: int, width: float) -> list[str]:
+    """Pieces of at most `width` pixels, at least a letter each, broken behind a mark of punctuation where one is near
+    the end."""
+    pieces: list[str] = []
+    while text_width(word, size) > width and len(word) > 1:
+        fitting = next((i for i in range(len(word) - 1, 1, -1) if text_width(word[:i], size) <= width), 1)
+        marks = [i for i in range(max(fitting // 2, 1), fitting + 1) if word[i - 1] in "-_./="]
+        end = marks[-1] if marks else fitting
+        pieces.append(word[:end])
+        word = word[end:]
+    return [*pieces, word]
+
+
 def wrap_text(text: str, size: int, width: float) -> list[str]:
-    """Lines of at most `width` pixels, broken between words; a longer word gets a line of its own."""
+    """Lines of at most `width` pixels, broken between words; longer words, e.g. names of files, are broken, too."""
     lines: list[str] = []
-    for word in text.split():
-        if lines and text_width(f"{lines[-1]} {word}", size) <= width:
-            lines[-1] += f" {word}"
+    for piece in (piece for word in text.split() for piece in break_word(word, size, width)):
+        if lines and text_width(f"{lines[-1]} {piece}", size) <= width:
+            lines[-1] += f" {piece}"
         else:
-            lines.append(word)
+            lines.append(piece)
     return lines
 
 
