@@ -72,8 +72,24 @@ def run_pair(
     *,
     count: int = 2,
     script: str = "train_network",
+    counts_calls: bool = True,
 ) -> Ended:
-    """Train in two processes, or more. They are forked from this one, which has imported everything already."""
+    """Train in two processes, or more. They are forked from this one, which has imported everything already.
+
+    counts_calls: False where no call is a moment: it doubles the time.
+    """
+    started = time.monotonic()
+    pids = start_ranks([script, *arguments], folder, moment, count=count, counts_calls=counts_calls)
+    codes, timed_out = wait_for_all(pids, end_others=moment is None or moment.has_launcher)
+    texts = [(folder / f"rank{rank}.log").read_text() for rank in range(count)]
+    calls = [[int(n) for n in (folder / f"calls{rank}").read_text().split()] for rank in range(count)]
+    return Ended(codes=codes, calls=calls, messages=texts, timed_out=timed_out, seconds=time.monotonic() - started)
+
+
+def start_ranks(
+    words: Sequence[str], folder: Path, moment: Moment | None = None, *, count: int, counts_calls: bool
+) -> list[int]:
+    """Fork the processes of a run; gives their ids. words: the script's name and its arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -82,30 +98,26 @@ def run_pair(
     for rank in range(count):
         pid = os.fork()
         if pid == 0:
-            run_rank([script, *arguments], folder, rank, count, port, moment)
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            run_rank(words, folder, rank, moment, counts_calls=counts_calls)
         pids.append(pid)
-    started = time.monotonic()
     (folder / "pids").write_text(" ".join(map(str, pids)))
-    codes, timed_out = wait_for_all(pids, end_others=moment is None or moment.has_launcher)
-    texts = [(folder / f"rank{rank}.log").read_text() for rank in range(count)]
-    calls = [[int(n) for n in (folder / f"calls{rank}").read_text().split()] for rank in range(count)]
-    return Ended(codes=codes, calls=calls, messages=texts, timed_out=timed_out, seconds=time.monotonic() - started)
+    return pids
 
 
-def run_rank(arguments: Sequence[str], folder: Path, rank: int, count: int, port: int, moment: Moment | None) -> None:
+def run_rank(words: Sequence[str], folder: Path, rank: int, moment: Moment | None, *, counts_calls: bool) -> None:
     """What the forked process does; it does not return."""
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))  # a test's are others
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     counter = CallCounter(lambda: send_signals(folder, moment), moment.call if moment and moment.rank == rank else 0)
     (folder / f"calls{rank}").write_text("")
     code = 1  # of an error that nobody caught
     try:
-        sys.setprofile(counter)
-        code = main([*arguments])
+        sys.setprofile(counter if counts_calls else None)
+        code = main([*words])
         sys.setprofile(None)
         (folder / f"calls{rank}").write_text(f"{counter.first_step} {counter.calls}")
         exit_process(code)

@@ -124,7 +124,7 @@ def test_the_newest_state_of_a_run_has_the_most_steps(
 ) -> None:
     """The clock was set back after the first save. A run that was started later counts before both."""
     options = {"save_state": True, "save_every_n_steps": 1}
-    normal = find_newest_state.__globals__["save_state"]
+    normal = find_newest_state.__globals__["write_state"]
     times = iter([1000.0, 500.0, 400.0])
 
     def save(*given: Any) -> None:
@@ -132,7 +132,7 @@ def test_the_newest_state_of_a_run_has_the_most_steps(
         normal(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sfumato.training.run_state.save_state", save)
+        patch.setattr("sfumato.training.saving.write_state", save)
         train_toy(toy, images, tmp_path, max_train_steps=3, **options)
     assert find_newest_state(tmp_path).name == "lora-state"
     shutil.rmtree(tmp_path / "lora-state")

@@ -170,7 +170,7 @@ def test_a_state_that_cannot_be_saved_is_one_line(
         raise PermissionError(13, "Permission denied")
 
     signal_before(monkeypatch, "sfumato.train.training_loss")
-    monkeypatch.setattr("sfumato.training.run_state.save_state", refuse)
+    monkeypatch.setattr("sfumato.training.saving.write_state", refuse)
     assert main(["train", *make_arguments(toy, images, tmp_path / "out")]) == 2
     assert "after step 1" in capsys.readouterr().err.splitlines()[-1]
 

@@ -8,6 +8,7 @@ adapters and text encoders among it, is whole in each process, and its gradients
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,6 +76,7 @@ class Fsdp(AllReduce):
 
     def shard(self, module: nn.Module, blocks: Sequence[str]) -> None:
         """Each block is whole by itself, then what is outside of them. blocks: patterns on their paths."""
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # no network adds to it
         pattern = "|".join(blocks)
         inner = [child for path, child in module.named_modules() if blocks and matches(pattern, path)]
         for each in (*inner, module):
