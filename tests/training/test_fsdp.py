@@ -142,7 +142,7 @@ def test_a_state_goes_on_with_any_number_of_processes_and_without_sharing(
     folder = straight / "lora-step00000002-state"
     state, _ = load_state(folder)
     assert all(value.numel() for value in state["weights"].values())
-    assert state["optimizer"]["state"][0]["exp_avg"].shape == next(iter(state["weights"].values())).shape
+    assert state["optimizer"]["state"]["state"][0]["exp_avg"].shape == next(iter(state["weights"].values())).shape
     for count, fsdp in ((2, True), (1, False), (4, True), (2, False)):
         resumed, _ = train_over(
             count, what, toys, images, tmp_path / f"{count}{fsdp}", fsdp=fsdp, resume=folder, **options

@@ -18,6 +18,7 @@ import torch
 from sfumato.demo.toy import write_toy
 from sfumato.formats.state import find_newest_state, load_state
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from training.stop_moments import start_ranks
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(ROOT / "launchers" / "train_network.py")]
@@ -58,10 +59,10 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], *, lines: int = 1) -> None:
-    """Until the file is there and has as many lines."""
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Until the file is there and has a line."""
     for _ in range(2400):
-        if path.is_file() and path.read_bytes().count(b"\n") >= lines:
+        if path.is_file() and path.read_bytes().count(b"\n"):
             return
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
@@ -98,14 +99,25 @@ def test_a_kill_at_any_moment_leaves_a_state_to_resume(toy: Mapping[str, Path], 
     resume: list[str] = []
     reached = 0
     moments = random.Random(0)
-    for _ in range(12):
+    for number in range(12):
         (output / "lora.run.jsonl").unlink(missing_ok=True)
-        process = start([*command, *resume])
-        wait_for(output / "lora.run.jsonl", process, lines=moments.randint(2, 5))
+        logs = tmp_path / f"logs{number}"
+        (pid,) = start_ranks(["train_network", *command, *resume], logs, count=1, counts_calls=False)
+        wait_for_lines(output / "lora.run.jsonl", moments.randint(2, 5), logs / "rank0.log", pid)
         time.sleep(moments.uniform(0.0, 0.1))
-        process.kill()
-        process.communicate()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         state, _ = load_state(find_newest_state(output))
         assert state["counters"]["step"] > reached  # a line is written after the saves of the step before
         reached = state["counters"]["step"]
         resume = ["--resume", str(output)]
+
+
+def wait_for_lines(path: Path, lines: int, log: Path, pid: int) -> None:
+    """Until the file has as many lines, or the process has ended."""
+    for _ in range(2400):
+        if path.is_file() and path.read_bytes().count(b"\n") >= lines:
+            return
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), log.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} did not appear")
