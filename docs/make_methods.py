@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
+REHEARSED = ROOT / "benchmarks" / "methods.json"
 sys.path[:0] = [str(ROOT / "tests")]
 from methods.test_every_method import FAMILIES, NOES, OPTIONS  # pyright: ignore[reportMissingImports]
 
@@ -30,15 +32,34 @@ METHODS = {
 }
 HEAD = """# What can be trained
 
-Each yes is a variant of the test in `tests/methods/test_every_method.py`: two steps change all that trains and, bit for
-bit, nothing else, and the file is whole; a whole model's file has exactly the names, shapes and dtypes of its original.
-The other tests of `tests/methods` and `tests/families` train each method longer, resume it bitwise, and compare what it
-saves with diffusers.
+Each yes is a variant of the test in `tests/methods/test_every_method.py`: two steps on the same samples lower
+their loss and change all that trains and, bit for bit, nothing else, and the file is whole; a whole model's file has
+exactly the names, shapes and dtypes of its original. The other tests of `tests/methods` and `tests/families` train each
+method longer, resume it bitwise, and compare what it saves with diffusers; `tests/test_learning.py`,
+`tests/test_method_learning.py` and `tests/test_slider_learning.py` have a small model learn something with each.
 
 """
 TAIL = """
 FLUX.1 covers dev, schnell and what is made from them; its model for inpainting is FLUX.1 Fill. Inpainting models are
 trained as adapters, whole, or with new words. U-Nets have both versions of LLLite, the other models the second.
+"""
+MODEL_TITLES = {
+    "sd15": "Stable Diffusion 1.5",
+    "sdxl": "Stable Diffusion XL",
+    "sd35-medium": "Stable Diffusion 3.5 medium",
+    "flux-dev": "FLUX.1 dev",
+    "flux-kontext-dev": "FLUX.1 Kontext",
+    "chroma": "Chroma",
+    "lumina-2": "Lumina-Image 2.0",
+}
+MEMORY = """
+## What a step needs
+
+The peak of a training step in GB, rehearsed without a GPU by `python benchmarks/methods.py`: bfloat16, AdamW, one image
+of the model's resolution, gradient checkpointing, latents and text cached where they can be. Adapters and inpainting
+are LoRA of rank 16; the whole model has its weights in float32; new words keep the text encoders on the card. What
+takes less: [memory.md](memory.md).
+
 """
 
 
@@ -49,7 +70,20 @@ def page() -> str:
         title, link = METHODS[method]
         cells = [describe_cell(method, family) for family in FAMILIES]
         rows.append(f"| {title}: {link} | " + " | ".join(cells) + " |\n")
-    return HEAD + "".join(rows) + TAIL
+    return HEAD + "".join(rows) + TAIL + make_memory_table(json.loads(REHEARSED.read_text(encoding="utf-8")))
+
+
+def make_memory_table(rehearsed: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The peak of a step of each method in GB, by model."""
+    models = [name for name in MODEL_TITLES if name in rehearsed]
+    lines = ["| | " + " | ".join(f"{MODEL_TITLES[name]} (`{name}`)" for name in models) + " |"]
+    lines.append("| --- |" + " ---: |" * len(models))
+    for method in OPTIONS:
+        found = [rehearsed[name].get(method) for name in models]
+        if any(found):
+            cells = [f"{values['peak'] / 1e9:.1f}" if values else "" for values in found]
+            lines.append(f"| {METHODS[method][0]} | " + " | ".join(cells) + " |")
+    return MEMORY + "\n".join(lines) + "\n"
 
 
 def describe_cell(method: str, family: str) -> str:

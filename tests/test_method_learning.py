@@ -1,4 +1,4 @@
-"""Textual inversion and LLLite teach: on sfumato-tiny a new word comes to mean a thing, a control image decides where."""
+"""On sfumato-tiny textual inversion has a new word mean a thing, and LLLite a control image decide where it stands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sfumato.cli.generate import main as generate_command
 from sfumato.config import load_config
 from sfumato.demo.base import tiny_base
 from sfumato.demo.classifier import load_classifier
@@ -22,6 +23,12 @@ from sfumato.train import train
 pytestmark = pytest.mark.full
 THING, INIT, WORD = "panda", "cat", "zwx"
 COLORS, OTHER_COLORS = ("red", "yellow", "blue", "pink", "white", "grey"), ("green", "purple", "orange")
+
+SIDE, FREE = 40, 24  # pixels of a thing, and how far it can be moved in an image of 64
+STARTS = {"left": 0, "right": FREE}
+THINGS = ("heart", "cat", "apple", "pig", "fish", "sun")
+PROMPTS = ("a cat on a green background", "a heart on a pink background")
+EVERY_LAYER = "self_attn_q_pre,self_attn_kv_pre,cross_attn_q_pre,mlp_fc1_pre"
 
 
 def learn(images: Path, output: Path, options: Mapping[str, Any]) -> Path:
@@ -55,3 +62,56 @@ def test_a_new_word_learns_a_thing(tmp_path: Path) -> None:
         seen[word] = [prediction.probabilities[THING] for prediction in classifier(made)]
     assert max(seen[INIT]) < 0.2
     assert min(seen[WORD]) > 0.5
+
+
+def draw_place(place: str) -> Image.Image:
+    """The control image: white where the thing stands."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[FREE // 2 : FREE // 2 + SIDE, STARTS[place] : STARTS[place] + SIDE] = 255
+    return Image.fromarray(pixels)
+
+
+def write_moved_images(images: Path, controls: Path) -> None:
+    """Each thing small, to the left and to the right on its own background."""
+    for path in sorted(path for path in REG_FOLDER.rglob("*.png") if path.stem.startswith(THINGS)):
+        image = Image.open(path).convert("RGB")
+        for place, x in STARTS.items():
+            name = f"{path.stem}-{place}"
+            moved = Image.new("RGB", (64, 64), image.getpixel((0, 0)))
+            moved.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, FREE // 2))
+            moved.save(images / f"{name}.png")
+            draw_place(place).save(controls / f"{name}.png")
+            (images / f"{name}.txt").write_text(path.with_suffix(".txt").read_text())
+
+
+def find_center(image: Image.Image) -> float:
+    """The mean column of what differs from the background, which is the median of the image's edge."""
+    pixels = np.asarray(image.convert("RGB"), np.float64)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    differs = np.abs(pixels - np.median(edge, axis=0)).sum(2) > 60
+    return float(differs.nonzero()[1].mean())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_image_decides_where_the_thing_stands(version: int, tmp_path: Path) -> None:
+    """On backgrounds on which training shows none of the things."""
+    images, controls, made = (tmp_path / name for name in ("images", "controls", "made"))
+    for folder in (images, controls):
+        folder.mkdir()
+    write_moved_images(images, controls)
+    own = {"method": "lllite", "lllite_version": version, "conditioning_data_dir": controls, "network_dim": 32}
+    own |= {"lllite_target_layers": EVERY_LAYER} if version == 2 else {}
+    file = learn(images, tmp_path / "out", {**own, "learning_rate": "1e-2", "lr_warmup_steps": 10,
+                                            "max_train_steps": "150"})  # fmt: skip
+    lines: list[str] = []
+    for place in STARTS:
+        draw_place(place).save(tmp_path / f"{place}.png")
+        lines += [f"{prompt} --d 1 --cn {tmp_path / place}.png --w 64 --h 64 --s 12 --l 2" for prompt in PROMPTS]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in tiny_base().model.items()]
+    line += ["--control_net_lllite_models", str(file), "--from_file", str(tmp_path / "prompts.txt")]
+    assert generate_command([*line, "--outdir", str(made), "--sampler", "ddim"]) == 0
+    centers = [find_center(Image.open(path)) for path in sorted(made.glob("*.png"))]
+    moved = [right - left for left, right in zip(centers[:2], centers[2:], strict=True)]
+    assert min(moved) > 8
+    assert sum(moved) / 2 > 12

@@ -1,4 +1,4 @@
-"""Every method on every family: what trains changes, all of it, and nothing else does; what is saved is whole.
+"""Every method on every family: all that trains changes, and nothing else; the loss falls; what is saved is whole.
 
 docs/methods.md lists the pairs of this file. Resuming, learning, other programs' readers and previews are in each
 method's own tests.
@@ -6,8 +6,8 @@ method's own tests.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from toy_runs import build_toy_run, make_images
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux_kontext", "chroma", "lumina")
 OPTIONS: dict[str, dict[str, Any]] = {  # method -> what asks for it
     "adapter": {},
-    "full": {"method": "full", "network_dim": None},
+    "full": {"method": "full", "network_dim": None, "learning_rate": "1e-4"},
     "textual_inversion": {"method": "textual_inversion", "network_dim": None, "token_string": "zwx",
-                          "use_object_template": True, "num_vectors_per_token": 2},
+                          "learning_rate": "1e-4", "use_object_template": True, "num_vectors_per_token": 2},
     "control_net": {"method": "control_net", "network_dim": None},
     "lllite": {"method": "lllite", "network_dim": 4},
     "leco": {"method": "leco", "max_denoising_steps": 4},
@@ -56,6 +56,14 @@ NOES: dict[tuple[str, str], tuple[str, str]] = {  # method, family -> the error'
         for name in ("sd3", "flux_kontext", "chroma", "lumina")
     },
 }  # fmt: skip
+UNREACHED = {  # names of what trains in vain in the toys
+    # In the middle one token attends to itself alone.
+    "sd": r"mid(dle)?_block_(attentions_0|1)_transformer_blocks_0_attn1_to_[qk]\.(lora_up|up\.0\.)",
+    "sdxl": r"lora_te1_text_model_encoder_layers_1_",  # the layer after the one that is read
+    "lumina": r"lora_te_layers_2_",
+    "sd3": r"^transformer_blocks\.0\.(ff_context|attn\.to_add_out)",  # of a ControlNet: what becomes of the text
+    "flux": r"^transformer_blocks\.1\.(ff_context|attn\.to_add_out)",
+}
 YES = [f"{method}-{family}" for method in OPTIONS for family in FAMILIES if (method, family) not in NOES]
 CONCEPTS = '[[prompts]]\ntarget = "a cat"\npositive = "a dog"\nresolution = 64\n'
 NO_IMAGES = ("train_data_dir", "caption_extension", "resolution", "enable_bucket", "min_bucket_reso", "max_bucket_reso")
@@ -104,17 +112,21 @@ def test_exactly_what_trains_changes(cell: str, toy_shelf: ToyShelf, tmp_path: P
     assert own == {"full": {"denoiser"}, "control_net": {CONTROL_NET}}.get(method, set())
     frozen = copy_weights(run)
     before = {name: tensor.clone() for name, tensor in run.method.state_dict().items()}
-    for step in islice(run.loader.steps(), STEPS):
-        train_step(run, step)
+    step = next(run.loader.steps())  # both times the same samples, timesteps and noise
+    losses = [float(train_step(run, step).loss) for _ in range(STEPS)]
+    assert losses[-1] < losses[0]
     assert not run.method.report()
     for part, weights in frozen.items():
         if part not in own:
             found = run.model.parts[part].module.state_dict()
             assert all(torch.equal(found[name], weights[name]) for name in weights), part
     after = run.method.state_dict()
-    same = [name for name, tensor in after.items() if torch.equal(tensor, before[name]) and "alpha" not in name]
-    assert len(same) < len(after) / 2
     assert after.keys() == before.keys()
+    same = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
+    unreached = re.compile(UNREACHED.get(family, "nothing"))
+    assert same == {name for name in after if name.endswith("alpha") or unreached.search(name)}
+    if method == "textual_inversion":
+        assert all((tensor != before[name]).any(1).all() for name, tensor in after.items()), "every row, the first too"
     assert all(tensor.isfinite().all() for tensor in after.values())
 
     path = tmp_path / "saved.safetensors"

@@ -113,6 +113,15 @@ def test_resume_is_exact(sd: Toy, images: Path, tmp_path: Path, options: dict) -
     assert read_metrics(straight) == read_metrics(parts)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sdxl", "flux", "chroma", "sd3", "lumina"])
+def test_other_families_resume_exactly(toy: Toy, family: str, images: Path, tmp_path: Path) -> None:
+    common = {"max_train_steps": 2, "save_state": True}
+    straight = full(toy, images, tmp_path / "straight", **common, save_every_n_steps=1)
+    parts = full(toy, images, tmp_path / "parts", **common, resume=straight / "lora-step00000001-state")
+    assert equal_tensors(read_weights(straight), read_weights(parts))
+
+
 def forget(output: Path, keep: str) -> None:
     """Remove what a run that was killed after this save would not have written."""
     for path in output.iterdir():
