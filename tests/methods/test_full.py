@@ -92,11 +92,12 @@ def test_each_part_has_its_own_learning_rate(toy_shelf: ToyShelf, images: Path, 
     }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
         {"train_text_encoder": True, "lr_scheduler": "cosine"},
-        pytest.param({"gradient_accumulation_steps": 3, "train_batch_size": 2}, marks=pytest.mark.full),
+        {"gradient_accumulation_steps": 3, "train_batch_size": 2},
     ],
 )
 def test_resume_is_exact(sd: Toy, images: Path, tmp_path: Path, options: dict) -> None:
