@@ -80,3 +80,39 @@ def test_every_layer_is_taken(family: str, toy_shelf: ToyShelf, tmp_path: Path, 
                 taken.update(end for end in lora if end.startswith(f"{name}."))
             torch.testing.assert_close(after[key], expected, rtol=0, atol=1e-5 * float(expected.abs().max()) + 1e-7)
     assert taken == lora.keys()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_every_layer_of_a_unet_is_taken(family: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    """Files for models with a UNet are taken as they are: `lora_unet_` and the key of diffusers, of SDXL that of its
+    checkpoint; `lora_te_` and transformers' key, or `lora_te1_` and `lora_te2_` where there are two encoders."""
+    folder, single = toy_shelf.paths(family, "diffusers")[MODEL], toy_shelf.paths(family)[MODEL]
+    file = draw_adapter(load_toy(toy_shelf, family), tmp_path / "own.safetensors", network_args={"conv_dim": 2})
+    for model, output in ((folder, tmp_path / "folder"), (single, tmp_path / single.name)):
+        assert main(["lora", "merge", str(file), "--model", str(model), "--save_to", str(output)]) == 0
+    parts = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    parts = {"unet": "lora_unet_", "text_encoder": "lora_te_"} if family == "sd" else parts
+    pairs: list[tuple[str, Tensor, Tensor]] = []  # name, weight before and after
+    for part, prefix in parts.items():
+        for path in (folder / part).glob("*.safetensors"):
+            after = load_file(tmp_path / "folder" / part / path.name)
+            for key, weight in load_file(path).items():
+                level = "text_model." if part != "unet" and not key.startswith("text_") else ""
+                pairs.append((prefix + make_name(level + key), weight, after[key]))
+    if family == "sdxl":
+        after, prefix = load_file(tmp_path / single.name), "model.diffusion_model."
+        for key, weight in load_file(single).items():
+            if key.startswith(prefix):
+                pairs.append(("lora_unet_" + make_name(key.removeprefix(prefix)), weight, after[key]))
+    lora, taken = load_file(file), set[str]()
+    for name, weight, after_weight in pairs:
+        expected = apply(weight, lora, name) if f"{name}.lora_up.weight" in lora else weight
+        taken.update(key for key in lora if key.startswith(f"{name}."))
+        error = 1e-5 * float(expected.abs().max()) + 1e-7
+        torch.testing.assert_close(after_weight, expected, rtol=0, atol=error, msg=name)
+    assert taken == lora.keys()
+
+
+def make_name(key: str) -> str:
+    return key.removesuffix(".weight").replace(".", "_")
