@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "adapters.md"
 MEASURED = ROOT / "benchmarks" / "adapters.json"  # benchmarks/adapters.py writes it
 sys.path[:0] = [str(ROOT / "tests")]
-from adapters.test_every_cell import FAMILIES, IN_ITS_PLACE, KINDS  # pyright: ignore[reportMissingImports]
+from adapters.cells import (  # pyright: ignore[reportMissingImports]
+    FAMILIES,
+    IN_DIFFUSERS,
+    IN_ITS_PLACE,
+    KINDS,
+    REFUSED,
+)
 from sfumato.adapters.base import AdapterRequest
 from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, list_related
 from sfumato.families import _unet, sdxl
@@ -105,8 +111,12 @@ LAYERS = """
 
 ## On which families
 
-Each yes is a variant of the test in `tests/adapters/test_every_cell.py` (all layers, convolutions, fused layers and
-text encoders: hooked, saved, read again); training, resuming and merging are in `tests/adapters/test_every_kind.py`.
+Each yes is a variant of `test_trains_resumes_and_is_taken_everywhere` in `tests/adapters/test_every_cell.py`: at toy
+size, with the options in `tests/adapters/cells.py`, the loss of a batch falls, resume is bitwise, `--network_weights`
+goes on from the file, and hooked as `sfumato generate` does it, or merged as `--base_weights` does it, the file changes
+the model as it did in training. Each no is a variant of `test_what_a_family_cannot_have_is_said`. The last column says
+whether diffusers loads what `sfumato lora convert --to diffusers` writes, with the same output (in the same test;
+of DoRA and the factor around LoRA, with lengths of rows); it takes LoRA alone, and other kinds are refused.
 
 """
 
@@ -118,11 +128,18 @@ def page() -> str:
     for name, (how, when) in WHEN.items():
         size = count_numbers(name, norms if list_kinds()[name].of_norms else groups) * 2 / 1e6
         rows.append(f"| {labels[name]} | {how} | {DIMS.get(name, 16)} | {size:,.0f} | {when} |\n")
-    lines = ["| Kind | " + " | ".join(FAMILIES) + " |\n", "| --- |" + " --- |" * len(FAMILIES) + "\n"]
-    lines += [
-        f"| {labels[name]} |" + "".join(f" yes (`{name}-{family}`) |" for family in FAMILIES) + "\n" for name in KINDS
-    ]
+    lines = ["| Kind | " + " | ".join(FAMILIES) + " | diffusers |\n", "| --- |" + " --- |" * (len(FAMILIES) + 1) + "\n"]
+    for name, label in labels.items():
+        cells = " | ".join(describe_cell(name, family) for family in FAMILIES)
+        lines.append(f"| {label} | {cells} | {'yes' if name in IN_DIFFUSERS else 'no'} |\n")
     return HEAD + "".join(rows) + describe_measured(labels) + LAYERS + "".join(lines)
+
+
+def describe_cell(kind: str, family: str) -> str:
+    """Yes with its test, or no with the reason."""
+    if family in REFUSED.get(kind, {}):
+        return f"no: {REFUSED[kind][family][1]}"
+    return f"yes (`{kind}-{family}`)"
 
 
 def describe_measured(labels: dict[str, str]) -> str:
@@ -155,10 +172,10 @@ def list_sdxl_groups() -> tuple[list[LayerGroup], list[LayerGroup]]:
 def count_numbers(kind: str, groups: list[LayerGroup]) -> int:
     """In all tensors of a file."""
     name = "lora" if kind in IN_ITS_PLACE else kind
+    wanted = {WHEN[kind][0].strip("`").partition("=")[0]: True} if kind in IN_ITS_PLACE else {}
     options: dict[str, Any] = {}
     for other, each in list_related(name).items():
-        given = KINDS[kind] if kind in IN_ITS_PLACE else {}
-        options[other] = each.options_class(**{k: v for k, v in given.items() if k in each.options_class.model_fields})
+        options[other] = each.options_class(**{k: wanted[k] for k in wanted if k in each.options_class.model_fields})
     dim, count = DIMS.get(kind, 16), 0
     for group in groups:
         request = AdapterRequest(rank=dim, alpha=16.0, options=options[name])

@@ -1,92 +1,170 @@
-"""Every kind of adapter on every family: all layers that train by default, hooked, saved and read again.
-
-Training, resuming and merging are in test_every_kind.py. docs/adapters.md lists the kinds and families of this file.
-"""
+"""Every kind of adapter on every family, each with one training run at toy size; docs/adapters.md lists the cells."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Generator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from adapters.groups import draw
+from adapters.cells import KINDS, REFUSED, VARIANTS, goes_to_diffusers, list_cells, make_options, parse_options
 from families.toys import ToyShelf
-from others.models import compute_output, compute_with_file, load_toy
+from others.models import compute_output, compute_with_file
 from pages import page_maker
-from sfumato.adapters.base import Adapter, AdapterEngine, AdapterRequest
-from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, list_related
+from sfumato.adapters.kinds import list_kinds, read_adapter_file
+from sfumato.config import load_config
+from sfumato.data.batch import Extras
+from sfumato.data.loader import Step
+from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.formats.adapter_file import write_adapter_file
-from sfumato.formats.groups import LayerGroup, is_pointwise
+from sfumato.methods.adapter import AdapterMethod
+from sfumato.methods.inference_adapters import InferenceAdapters
+from sfumato.plan import make_run_plan
+from sfumato.tools.export_lora import export_lora
+from sfumato.train import train_step
+from sfumato.training.run import Run
+from sfumato.training.saving import save_output, write_state_folder
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux_kontext", "chroma", "lumina")
-KINDS: dict[str, dict[str, Any]] = {  # kind -> arguments; a wrapper is around LoRA
-    "lora": {}, "lora_fa": {}, "dylora": {}, "split_lora": {"split_qkv": True}, "pissa": {"pissa": True},
-    "tucker_lora": {"use_tucker": True}, "norm_difference": {},
-    "dora": {"dora_wd": True}, "trained_scalar": {"use_scalar": True}, "loha": {"use_tucker": True}, "lokr": {},
-    "full_difference": {}, "ia3": {}, "glora": {}, "oft": {"divided": True}, "diag_oft": {"rescaled": True},
-    "boft": {}, "oft_v2": {}, "boft_v2": {},
-}  # fmt: skip
-VARIANTS = {("norm_difference", "sd3"): "3.5-medium"}  # SD3 itself has no norm layer with a weight
-DIMS = {"boft": 384}  # which all layers' rows can be divided into; else 4
-IN_ITS_PLACE = ("split_lora", "tucker_lora", "pissa", "dora", "trained_scalar")  # asked for by an argument of LoRA
+IN_FILES_OF_OTHERS = ("trained_scalar",)  # its factor is multiplied into a matrix
+REFUSES_EXPORTS = ("flux", "lumina")  # families on which kinds without a counterpart in diffusers are tried
+FAST = ("lokr-flux]", "dora-chroma]")
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, Family]:
-    return {}
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), 1)
 
 
-def list_groups(model: Family, kind: type[Adapter]) -> dict[str, list[LayerGroup]]:
-    """Part -> the layers with an adapter, convolutions included, or all norm layers."""
-    found: dict[str, list[LayerGroup]] = {}
-    for name, part in model.parts.items():
-        if part.spec.targets:
-            wanted = {group.name for group in part.groups()}
-            every = part.groups(every=True)
-            groups = [group for group in every if group.name in wanted or not is_pointwise(group.layers[0])]
-            found[name] = [group for group in every if group.is_norm] if kind.of_norms else groups
-    return found
+@pytest.mark.fast_for(*FAST)
+@pytest.mark.parametrize(("kind", "family"), list_cells())
+def test_trains_resumes_and_is_taken_everywhere(
+    kind: str, family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
+) -> None:
+    """Of one batch the loss falls, resume is bitwise; hooked, merged, trained on and in diffusers it is what it was."""
+    toy, options = toy_shelf.paths(family, variant=VARIANTS.get((kind, family), "")), make_options(kind, family)
+    options = {"learning_rate": "1e-2", "max_train_steps": 3, "resolution": 64} | options
+    run = build_toy_run(toy, images, tmp_path / "straight", **options)
+    step = next(run.loader.steps())
+    losses = take_steps(run, step, (0, 1))
+    state = write_state_folder(run, 2)
+    losses += take_steps(run, step, (2,))
+    assert losses[-1] < losses[0] * 0.999, losses
+    assert not run.method.report()
+
+    resumed = build_toy_run(toy, images, tmp_path / "resumed", **options, resume=state)
+    assert take_steps(resumed, step, (2,)) == losses[2:]
+    file = save(run)
+    assert equal_tensors(load_file(file), load_file(save(resumed)))
+
+    assert kind in IN_FILES_OF_OTHERS or is_in_file(kind, file)
+    check_trained_on(run, file, make_arguments(toy, images, tmp_path / "on", **options | {"network_weights": file}))
+    check_use(run, file, exported=goes_to_diffusers(kind, family))
+    if family in REFUSES_EXPORTS and not goes_to_diffusers(kind, family):
+        assert_not_exported(file)
 
 
-def attach(kind: str, model: Family) -> AdapterEngine:
-    """Adapters with drawn values on all layers."""
-    name, engine = "lora" if kind in IN_ITS_PLACE else kind, AdapterEngine()
-    options = {}
-    for other, each in list_related(name).items():
-        known = {word: value for word, value in KINDS[kind].items() if word in each.options_class.model_fields}
-        options[other] = each.options_class(**known)
-    for i, groups in enumerate(list_groups(model, list_kinds()[kind]).values()):
-        for group in groups:
-            generator = Generator().manual_seed(i)
-            request = AdapterRequest(rank=DIMS.get(kind, 4), alpha=4.0, options=options[name], generator=generator)
-            adapter = create_adapter(choose_kinds(name, options, group), group, request, options)
-            draw(adapter, 0.03)
-            adapter.eval()
-            engine.attach([group], lambda _, adapter=adapter: adapter)
-    return engine
+def take_steps(run: Run, step: Step, numbers: Iterable[int]) -> list[float]:
+    """As the loop does, but of one batch again and again; the losses."""
+    losses: list[float] = []
+    for number in numbers:
+        losses.append(float(train_step(run, replace(step, index=number)).loss))
+        run.method.after_step()
+        run.complete_step(number + 1)
+    return losses
+
+
+def is_in_file(kind: str, file: Path) -> bool:
+    """Whether a reader finds the kind, or the one that it is saved as."""
+    own = list_kinds()[kind]
+    saved = list_kinds()[own.files_of] if own.files_of else own
+    return any(saved in kinds for kinds in read_adapter_file(file).kinds.values())
+
+
+def save(run: Run) -> Path:
+    path = run.output_path("lora")
+    save_output(run, path, run.step)
+    return path
+
+
+def find_method(run: Run) -> AdapterMethod:
+    assert isinstance(run.method, AdapterMethod)
+    return run.method
+
+
+def check_trained_on(run: Run, file: Path, line: list[str]) -> None:
+    """What --network_weights makes of the file has the same tensors."""
+    method = AdapterMethod(load_config(line))
+    method.prepare(run.model)
+    method.engine.detach()
+    found, saved = method.engine.export_tensors(), load_file(file)
+    assert found.keys() == saved.keys()
+    for name, tensor in found.items():  # PiSSA's file has a sum of two of its tensors
+        torch.testing.assert_close(tensor, saved[name], rtol=0, atol=1e-7)
+
+
+def check_use(run: Run, file: Path, *, exported: bool) -> None:
+    """As trained, hooked, merged and in diffusers it changes the model alike."""
+    model, method = run.model, find_method(run)
+    method.set_batch(model, Extras())
+    method.modules.eval()
+    trained = compute_output(model)
+    method.engine.detach()
+    plain = compute_output(model)
+    assert (trained - plain).abs().max() > 1e-5
+    limit = 2e-5 * float(trained.abs().max().clamp(min=1))
+    torch.testing.assert_close(compute_with_file(model, file), trained, rtol=0, atol=limit)
+    if exported:
+        found = compute_in_diffusers(model, file, file.with_name("exported.safetensors"))
+        torch.testing.assert_close(found, trained, rtol=0, atol=limit)
+    InferenceAdapters(model, (), base=[(file, 1.0)])
+    torch.testing.assert_close(compute_output(model), trained, rtol=0, atol=limit)
+
+
+def assert_not_exported(file: Path) -> None:
+    target = file.with_name("exported.safetensors")
+    with pytest.raises(UserError) as error:
+        export_lora(file, target, program="diffusers")
+    assert error.value.code == "export-kind-unknown"
+    assert not target.exists()
+
+
+def compute_in_diffusers(model: Family, file: Path, target: Path) -> Tensor:
+    """The output with PEFT's layers in the denoiser, from an export; the text encoders have our own."""
+    part, denoiser = model.parts["denoiser"], cast("Any", model.parts["denoiser"].module)
+    tensors = load_file(file)
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(part.spec.adapter_prefix)}
+    prefixes = {name: model.parts[name].spec.adapter_prefix for name in model.text_parts}
+    texts = [name for name, prefix in prefixes.items() if any(key.startswith(f"{prefix}_") for key in others)]
+    export_lora(file, target, program="diffusers", without=texts)
+    denoiser.load_lora_adapter(load_file(target), prefix=model.components["denoiser"].folder)
+    try:
+        if not others:
+            return compute_output(model)
+        save_file(others, target)
+        return compute_with_file(model, target)
+    finally:
+        denoiser.unload_lora()
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_read_it_changes_the_model_as_it_did(
-    kind: str, family: str, models: dict[str, Family], toy_shelf: ToyShelf, tmp_path: Path
+@pytest.mark.parametrize(("kind", "family"), [(kind, family) for kind, cells in REFUSED.items() for family in cells])
+def test_what_a_family_cannot_have_is_said(
+    kind: str, family: str, toy_shelf: ToyShelf, images: Path, tmp_path: Path
 ) -> None:
-    variant = VARIANTS.get((kind, family), "")
-    if family + variant not in models:
-        models[family + variant] = load_toy(toy_shelf, family, variant)
-    model = models[family + variant]
-    plain, engine = compute_output(model), attach(kind, model)
-    found = compute_output(model)
-    write_adapter_file(tmp_path / "x.safetensors", engine.export_tensors(), {}, None)
-    engine.detach()
-    again = compute_with_file(model, tmp_path / "x.safetensors")
-    assert (found - plain).abs().max() > 1e-4
-    torch.testing.assert_close(again, found, rtol=0, atol=2e-5 * float(found.abs().max().clamp(min=1)))
+    text, _, said = REFUSED[kind][family]
+    config = load_config(make_arguments(toy_shelf.paths(family), images, tmp_path, **parse_options(text)))
+    if said.startswith("--"):
+        assert said in make_run_plan(config, processes=1).notes
+        return
+    with pytest.raises(UserError) as error:
+        make_run_plan(config, processes=1)
+    assert error.value.code == said
 
 
 def test_no_kind_is_left_out() -> None:

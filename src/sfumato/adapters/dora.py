@@ -219,11 +219,12 @@ class DoRA(Adapter):
 
     @staticmethod
     def to_peft(match: LayerMatch) -> list[Tensors] | None:
-        """The lengths of rows; PEFT has none of columns."""
+        """The lengths of rows, of convolutions in the place of their output's channels; PEFT has none of columns."""
         scale, view = match.tensors[SCALE], match.view
         if len(scale) != view.num_rows:
             return None
-        return [{f"{MAGNITUDE}.weight": view.take_rows(scale, i).flatten()} for i in range(len(view.paths))]
+        shape = (1, -1, 1, 1) if any(tensor.ndim > 2 for tensor in match.tensors.values()) else (-1,)
+        return [{f"{MAGNITUDE}.weight": view.take_rows(scale, i).reshape(shape)} for i in range(len(view.paths))]
 
 
 def _square_rows(weight: Tensor) -> Tensor:

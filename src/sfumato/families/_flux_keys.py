@@ -140,12 +140,13 @@ def list_flux_layers(blueprint: Blueprint) -> Mapping[str, ControlledLayer]:
 
 
 def split_flux_rows(original: str, shape: Sequence[int]) -> list[int]:
-    """Rows of the layers in a stacked weight: q, k, v, and where there are more rows the MLP's."""
-    if original.endswith("linear1.weight"):
-        width = shape[1]
+    """Rows of the layers in a stacked weight: q, k, v, and where there are more rows the MLP's.
+
+    Of a bias, or with 0 columns for a number that is not known: the MLP is four times as wide as the model.
+    """
+    if "linear1." in original:
+        width = shape[1] if len(shape) > 1 and shape[1] else shape[0] // 7
         return [width, width, width, shape[0] - 3 * width]
-    if original.endswith("linear1.bias"):  # of the model's width; the MLP's is four times that
-        return [shape[0] // 7] * 3 + [shape[0] - 3 * (shape[0] // 7)]
     return [shape[0] // 3] * 3
 
 

@@ -116,8 +116,11 @@ def spec(prefix: str) -> PartSpec:
 
 
 def split_lumina_rows(original: str, shape: Sequence[int]) -> list[int]:
-    """Rows of q, k, v in a stacked weight: q has the model's width, k and v share the rest."""
-    stacked, width = shape
+    """Rows of q, k, v in a stacked weight: q has the model's width, k and v share the rest.
+
+    With 0 columns for a number that is not known: q has three times the heads of k, as in the published model.
+    """
+    stacked, width = shape[0], shape[1] or shape[0] * 3 // 5
     return [width, *[(stacked - width) // 2] * 2]
 
 

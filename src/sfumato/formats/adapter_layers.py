@@ -141,7 +141,7 @@ def _choose_view(file: AdapterFile, name: str, views: Sequence[LayerGroup]) -> L
 def _has_size(view: LayerGroup, shape: Sequence[int]) -> bool:
     """Whether the view's weight has as many rows and columns; kernels may be flattened in files, 0 is any number."""
     weight = view.layers[0].weight
-    return shape[0] in (0, view.num_rows) and math.prod(shape[1:]) in (0, weight[0].numel())
+    return shape[0] in (0, view.num_rows) and math.prod(shape[1:]) in (0, math.prod(weight.shape[1:]))
 
 
 def collect_groups(found: Iterable[LayerMatch], groups: Iterable[LayerGroup]) -> Iterator[GroupAdapter]:
