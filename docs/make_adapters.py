@@ -148,8 +148,10 @@ def describe_measured(labels: dict[str, str]) -> str:
     learned, rehearsed = dict(stored["sfumato-tiny"]), ""
     rows = [f"| {labels[name]} | {describe_learned(learned[name])} |\n" for name in WHEN if name in learned]
     for model, title in MODELS.items():
-        for name in (name for name in WHEN if name in stored.get(model, {})):
-            found = stored[model][name]
+        measured = {name: stored.get(model, {}).get(name) for name in WHEN}
+        for name, found in measured.items():
+            if found is None:  # not measured, or the model has no layer for the kind
+                continue
             assert found["waits"] == 0, "the text says that no step waits"
             rehearsed += f"| {labels[name]} | {title} | {DIMS.get(name, 16)} | {found['peak'] / 1e9:.1f} |\n"
     return LEARNED + "".join(rows) + REHEARSED + rehearsed

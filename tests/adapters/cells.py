@@ -12,11 +12,9 @@ FAMILIES = ("sd", "sdxl", "sd3", "flux", "flux_kontext", "chroma", "lumina")
 VARIANTS = {("norm_difference", "sd3"): "3.5-medium"}  # SD3 itself has no norm layer with a weight
 IN_ITS_PLACE = ("split_lora", "tucker_lora", "pissa", "dora", "trained_scalar")  # asked for by an argument of LoRA
 
-LYCORIS, FULL, ALONE = "lycoris.kohya", "--learning_rate=1e-3", "norm_difference --network_train_unet_only"
-BOFT, PISSA = (
-    "lycoris.kohya algo=boft --network_dim=64 --learning_rate=1e-3",
-    "networks.lora pissa=True --learning_rate=1e-3",
-)
+FULL, ALONE = "lycoris.kohya algo=full", "norm_difference --network_train_unet_only"
+BOFT, PISSA = "lycoris.kohya algo=boft --network_dim=64", "networks.lora pissa=True"
+SLOW = ("pissa", "full_difference", "oft", "diag_oft", "boft", "oft_v2", "boft_v2")  # else a step goes too far
 KINDS: Mapping[str, Mapping[str, str]] = {  # kind -> family, or "" for the others -> module, arguments, other options
     "lora": {
         "": "networks.lora",
@@ -77,10 +75,7 @@ KINDS: Mapping[str, Mapping[str, str]] = {  # kind -> family, or "" for the othe
         "lumina": "lycoris.kohya algo=lokr full_matrix=True",
     },
     "full_difference": {
-        "": f"{LYCORIS} algo=full {FULL}",
-        "sdxl": f"{LYCORIS} algo=full preset=attn-only {FULL}",
-        "sd3": f"full_difference {FULL}",
-        "flux": f"{LYCORIS} algo=full preset=attn-mlp {FULL}",
+        "": FULL, "sdxl": f"{FULL} preset=attn-only", "sd3": "full_difference", "flux": f"{FULL} preset=attn-mlp",
     },
     "ia3": {
         "": "lycoris.kohya algo=ia3", "sdxl": "lycoris.kohya algo=ia3 preset=ia3", "sd3": "ia3",
@@ -133,7 +128,8 @@ def list_cells() -> list[tuple[str, str]]:
 def make_options(kind: str, family: str) -> dict[str, Any]:
     """The options of training."""
     text = KINDS[kind].get(family) or KINDS[kind][""]
-    return parse_options(f"{text} {SOME_LAYERS}" if family == "sdxl" and "preset=" not in text else text)
+    options = parse_options(f"{text} {SOME_LAYERS}" if family == "sdxl" and "preset=" not in text else text)
+    return {"learning_rate": "1e-3" if kind in SLOW else "1e-2"} | options
 
 
 def parse_options(text: str) -> dict[str, Any]:
