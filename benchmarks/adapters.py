@@ -54,9 +54,10 @@ ARGUMENTS: dict[str, str] = {  # kind that is an argument of LoRA -> that
 DIMS = {"oft": 4, "diag_oft": 4, "boft": 80, "oft_v2": 32, "boft_v2": 8}  # else 16, as docs/adapters.md has them
 TINY_DIMS = {"oft": 4, "diag_oft": 4, "boft": 16, "oft_v2": 16, "boft_v2": 4, "loha": 8}  # else 16
 TINY_RATES = {  # learning rates at which each was tried; else 1e-3
-    "ia3": "3e-2", "full_difference": "3e-4", "lokr": "1e-2", "diag_oft": "3e-3", "boft": "1e-2", "oft": "3e-3",
+    "ia3": "3e-2", "full_difference": "3e-4", "lokr": "1e-2", "diag_oft": "3e-3", "oft": "3e-3",
     "oft_v2": "3e-3", "boft_v2": "3e-3", "lora_fa": "2e-3",
 }  # fmt: skip
+TINY_STEPS = {"lokr": 120, "boft": 60}  # else STEPS
 KINDS = (
     "lora", "lora_fa", "dylora", "split_lora", "pissa", "dora", "trained_scalar", "loha", "lokr", "full_difference",
     "ia3", "glora", "oft", "diag_oft", "boft", "oft_v2", "boft_v2", "tucker_lora", "norm_difference",
@@ -124,7 +125,8 @@ def learn_all(kinds: Iterable[str]) -> None:
 def learn(kind: str, before: demo.DemoImages, classifier: Callable[..., Any]) -> dict[str, Any]:
     """The size of the file in kB, the options, and what the images show."""
     options = {**list_options(kind, TINY_DIMS.get(kind, 16)), "learning_rate": TINY_RATES.get(kind, "1e-3")}
-    options |= {"max_train_steps": str(STEPS), "console_log_level": "WARNING"}
+    steps = TINY_STEPS.get(kind, STEPS)
+    options |= {"max_train_steps": str(steps), "console_log_level": "WARNING"}
     with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as name:
         folder = Path(name)
         train(load_config(demo.make_command_line(tiny_base(), folder, {**options, "seed": str(SEED)})))
@@ -133,7 +135,7 @@ def learn(kind: str, before: demo.DemoImages, classifier: Callable[..., Any]) ->
         size = file.stat().st_size / 1000
     unsaid = ("console_log_level", "max_train_steps")
     said = {name: value for name, value in options.items() if name not in unsaid}
-    return {"kilobytes": round(size), "steps": STEPS, **said, **judged}
+    return {"kilobytes": round(size), "steps": steps, **said, **judged}
 
 
 def make_images(classifier: Callable[..., Any], adapter: Path | None) -> demo.DemoImages:
@@ -141,7 +143,7 @@ def make_images(classifier: Callable[..., Any], adapter: Path | None) -> demo.De
     pipeline = load_pipeline(tiny_base())
     if adapter is not None:
         pipeline.model.parts["denoiser"].unload()
-        pipeline = replace(pipeline, method=InferenceAdapters(pipeline.model, [(adapter, 1.0)]))
+        pipeline = replace(pipeline, method=InferenceAdapters(pipeline.model, [(adapter, 1.0)], calculated=True))
     prompts = (*demo.SUBJECTS, *demo.OTHER_SUBJECTS)
     images = {prompt: [pipeline.generate(prompt, seed) for seed in demo.SEEDS] for prompt in prompts}
     predictions = {prompt: [found.name for found in classifier(images[prompt])] for prompt in prompts}

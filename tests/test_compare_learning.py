@@ -29,18 +29,11 @@ def learn(output: Path, seed: int, *, forget: bool = False, **options: str) -> l
     return line
 
 
-@pytest.fixture(scope="module")
-def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that has forgotten all."""
-    folder = tmp_path_factory.mktemp("spoiled")
-    learn(folder, 1, forget=True, max_train_steps="120", learning_rate="5e-3", lr_scheduler="constant_with_warmup")
-    return folder
-
-
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_good_checkpoint_is_taken(tmp_path: Path, spoiled: Path, seed: int) -> None:
-    output = tmp_path / "run"
+def test_the_good_checkpoint_is_taken(tmp_path: Path, seed: int) -> None:
+    output, spoiled = tmp_path / "run", tmp_path / "spoiled"
     line = learn(output, seed, max_train_steps="150", save_at_steps="10")
+    learn(spoiled, seed, forget=True, max_train_steps="120", learning_rate="5e-3", lr_scheduler="constant_with_warmup")
     shutil.copy(spoiled / f"{SUBJECT}.safetensors", output / f"{OVER}.safetensors")
     (tmp_path / "prompts.txt").write_text("\n".join(SUBJECTS))
     (tmp_path / "neutral.txt").write_text("\n".join([*OTHER_SUBJECTS, "a tree on a white background"]))

@@ -120,7 +120,7 @@ def split_lumina_rows(original: str, shape: Sequence[int]) -> list[int]:
 
     With 0 columns for a number that is not known: q has three times the heads of k, as in the published model.
     """
-    stacked, width = shape[0], shape[1] or shape[0] * 3 // 5
+    stacked, width = shape[0], shape[1] or shape[0] - shape[0] // 5 * 2
     return [width, *[(stacked - width) // 2] * 2]
 
 
