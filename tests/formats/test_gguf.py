@@ -25,10 +25,12 @@ def text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
 
 
-def write_gguf(path: Path, tensors: Tensors, *, alignment: int = 32, version: int = 3, more: bytes = b"") -> Path:
+def write_gguf(
+    path: Path, tensors: Tensors, *, alignment: int = 32, version: int = 3, more: bytes = b"", network: str = "flux"
+) -> Path:
     """As ggml lays it out: sizes with the innermost first, every tensor on a multiple of the alignment."""
     head = struct.pack("<4sIQQ", b"GGUF", version, len(tensors), 2 + bool(more))
-    head += text("general.architecture") + struct.pack("<I", 8) + text("flux")
+    head += text("general.architecture") + struct.pack("<I", 8) + text(network)
     head += text("general.alignment") + struct.pack("<II", 4, alignment) + more
     body = b""
     for name, (kind, shape, content) in tensors.items():

@@ -20,6 +20,7 @@ from sfumato.config import load_config
 from sfumato.config.memory import MemoryOptions
 from sfumato.errors import UserError
 from sfumato.memory.low_precision import check_float8_products, choose_formats
+from sfumato.memory.offload import find_blocks
 from sfumato.plan import RunPlan, make_run_plan
 from sfumato.quantization.weight import QuantizedWeight, list_stored
 from sfumato.tools.memory_bound import count_weight_bytes
@@ -229,44 +230,62 @@ def test_a_gguf_file_trains_as_the_weights_that_it_means(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-# llama.cpp's names of an encoder's tensors, as its converter writes them.
-LLAMA_CPP = [
+# llama.cpp's names of encoders' tensors, as its converter writes them: parts of names -> theirs.
+T5_NAMES = [
     ("shared", "token_embd"), ("encoder.final_layer_norm", "enc.output_norm"), ("encoder.block.", "enc.blk."),
     ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"), ("layer.0.SelfAttention.", "attn_"),
     ("layer.0.layer_norm", "attn_norm"), ("layer.1.layer_norm", "ffn_norm"),
     ("layer.1.DenseReluDense.wi_0", "ffn_gate"), ("layer.1.DenseReluDense.wi_1", "ffn_up"),
     ("layer.1.DenseReluDense.wo", "ffn_down"),
 ]  # fmt: skip
+GEMMA2_NAMES = [
+    ("model.", ""), ("embed_tokens", "token_embd"), ("layers.", "blk."), ("self_attn.o_proj", "attn_output"),
+    ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "post_attention_norm"),
+    ("pre_feedforward_layernorm", "ffn_norm"), ("post_feedforward_layernorm", "post_ffw_norm"),
+    ("self_attn.", "attn_"), ("mlp.", "ffn_"), ("_proj", ""),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["flux", "chroma"])
-def test_a_gguf_file_of_t5_encodes_as_the_weights_that_it_means(
-    toy_shelf: ToyShelf, images: Path, tmp_path: Path, family: str
+def name_as_llama_cpp(name: str, pairs: list[tuple[str, str]]) -> str:
+    for ours, theirs in pairs:
+        name = name.replace(ours, theirs)
+    return "output_norm.weight" if name == "norm.weight" else name
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "option", "names"),
+    [("flux", "t5", "t5xxl", T5_NAMES), ("lumina", "gemma2", "gemma2", GEMMA2_NAMES)],
+    ids=["t5", "gemma2"],
+)
+def test_a_gguf_file_of_an_encoder_encodes_as_the_weights_that_it_means(
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, family: str, part: str, option: str, names: Any
 ) -> None:
+    """llama.cpp's converter adds 1 to the norms of Gemma 2, which multiply by 1 more than their weights."""
     toy = toy_shelf.paths(family)
     tensors: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     meant: dict[str, Tensor] = {}
-    for name, tensor in load_file(toy["t5xxl"]).items():
-        key = name
-        for ours, theirs in LLAMA_CPP:
-            key = key.replace(ours, theirs)
+    for name, tensor in load_file(toy[option]).items():
+        if name == "spiece_model":  # the tokenizer, which is in the file as texts
+            continue
         is_layer = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
-        content, meant[name] = round_q8_0(tensor) if is_layer else (tensor.float().numpy().tobytes(), tensor)
-        tensors[key] = ("Q8_0" if is_layer else "F32", tuple(tensor.shape), content)
-    save_file(meant, tmp_path / "t5.safetensors")
-    small = {**toy, "t5xxl": write_gguf(tmp_path / "t5.gguf", tensors)}
-    model = make_model(plan_toy(small, images, tmp_path / "out"), torch.device("cpu"))
-    part = model.parts["t5"]
-    part.load()
-    kept = [name for name, each in part.module.named_parameters() if isinstance(each, QuantizedWeight)]
-    assert len(kept) == 7 * len(part.module.encoder.block)  # pyright: ignore
-    (gguf,) = model.encode_text("t5", ["a photo of a cat"])
-    whole = make_model(
-        plan_toy({**toy, "t5xxl": tmp_path / "t5.safetensors"}, images, tmp_path / "out"), torch.device("cpu")
-    )
-    whole.parts["t5"].load()
-    (dense,) = whole.encode_text("t5", ["a photo of a cat"])
-    torch.testing.assert_close(gguf["hidden"], dense["hidden"], rtol=1e-5, atol=1e-5)
+        more = part == "gemma2" and name.endswith("norm.weight")
+        plain = (tensor.float() + more).numpy().tobytes()
+        content, meant[name] = round_q8_0(tensor) if is_layer else (plain, tensor)
+        tensors[name_as_llama_cpp(name, names)] = ("Q8_0" if is_layer else "F32", tuple(tensor.shape), content)
+    save_file(meant, tmp_path / "whole.safetensors")
+    small = {**toy, option: write_gguf(tmp_path / "small.gguf", tensors, network=part)}
+    whole = {**toy, option: tmp_path / "whole.safetensors"}
+    hidden: list[Tensor] = []
+    for paths in (small, whole):
+        model = make_model(plan_toy(paths, images, tmp_path / "out"), torch.device("cpu"))
+        encoder = model.parts[part]
+        encoder.load()
+        kept = [each for each in encoder.module.parameters() if isinstance(each, QuantizedWeight)]
+        blocks = len(find_blocks(encoder.module, encoder.spec.blocks))
+        assert len(kept) == (7 * blocks if paths is small else 0)
+        (features,) = model.encode_text(part, ["a photo of a cat"])
+        hidden.append(features["hidden"])
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.full

@@ -15,6 +15,7 @@ from sfumato.families._gemma2_tokenizer import GemmaTokenizer
 from sfumato.families._text_features import cut_to_mask, multiply_by_weights, to_device
 from sfumato.families.part import Network, Part, PartSpec
 from sfumato.families.source import Source, Weights, select_fields
+from sfumato.formats.checkpoint import Checkpoint
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 _HEAD_CHANNELS = 256  # in every published size that an image model uses
@@ -36,12 +37,45 @@ GEMMA2_FILE_KEYS = KeyMap(  # with or without the level of the causal language m
     [KeyRule("model.{*}", ("{*}",)), KeyRule("{*}", ("{*}",))],
     drop=("lm_head.weight", TOKENIZER_KEY, "logit_scale"),
 )
+_LLAMA_CPP_NAMES = {  # of the tensors in a layer of a GGUF file -> in a layer of ours
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 GEMMA2_FIELDS = (  # of a published config.json
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_activation", "max_position_embeddings", "rms_norm_eps"),
     *("rope_parameters", "attention_bias", "query_pre_attn_scalar", "sliding_window", "layer_types"),
     *("attn_logit_softcapping", "final_logit_softcapping"),
 )
+
+
+def gemma2_llama_cpp_key_map() -> KeyMap:
+    """The names that llama.cpp's converter gives Gemma 2 in a GGUF file."""
+    in_layers = [
+        KeyRule(f"blk.{{n}}.{theirs}.weight", (f"layers.{{n}}.{ours}.weight",))
+        for theirs, ours in _LLAMA_CPP_NAMES.items()
+    ]
+    around = [
+        KeyRule("token_embd.weight", ("embed_tokens.weight",)),
+        KeyRule("output_norm.weight", ("norm.weight",)),
+    ]
+    return KeyMap([*in_layers, *around], drop=("output.weight",))
+
+
+def find_gemma2_weights(file: Checkpoint, prefix: str) -> Weights:
+    """The encoder in a file, by the names of any kind. prefix: of the usual ones."""
+    if "blk.0.attn_q.weight" in file.header.tensors:
+        return Weights(file=file, key_map=gemma2_llama_cpp_key_map())
+    return Weights(file=file, key_map=GEMMA2_FILE_KEYS, prefix=prefix)
 
 
 def is_gemma2(names: Mapping[str, Any] | Sequence[str]) -> bool:
@@ -90,7 +124,7 @@ def read_gemma2(source: Source, prefix: str, *, width: int) -> Network:
     width: that the model expects. Raises UserError for other networks and sizes.
     """
     with option_context("gemma2"):
-        weights = Weights(file=source.open_lone(), key_map=GEMMA2_FILE_KEYS, prefix=source.find_prefix(prefix))
+        weights = find_gemma2_weights(source.open_lone(), source.find_prefix(prefix))
         shapes = weights.read_shapes()
         names = shapes if is_gemma2(shapes) else {}
         require_kind(GEMMA2_ENCODER, names, weights.file.header.tensors, source.path)

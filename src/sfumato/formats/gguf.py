@@ -1,4 +1,7 @@
-"""GGUF files of denoisers, as programs for inference write them: weights in ggml's blocks under the original keys."""
+"""GGUF files, as programs for inference write them: weights in ggml's blocks.
+
+Denoisers have their original keys, text encoders mostly the names of llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ PLAIN_TYPES = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16"
 GGML_BLOCKS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
 }  # fmt: skip
+ADDS_ONE = ("gemma", "gemma2", "gemma3")  # to the weights of norms: what llama.cpp's converter does for these networks
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # before the name of a tensor that was reshaped to have whole blocks
 BLOCKS_AS = "BF16"  # the dtype of blocks in the header: that of the weights before they were rounded
 SUPPORTED = ", ".join(sorted([*BLOCK_TYPES, *(name for name, _ in PLAIN_TYPES.values())]))
@@ -66,6 +70,8 @@ class GgufFile:
         if kind in GGML_BLOCKS:
             return self.read_stored(name, dtype=dtype or torch.bfloat16, device=device).decode()
         numbers = self._read_bytes(name).view(PLAIN_TYPES[kind][1]).reshape(self.header.tensors[name].shape)
+        if name.endswith("norm.weight") and self.header.metadata.get("general.architecture") in ADDS_ONE:
+            numbers = numbers.float() - 1  # before it is rounded to another dtype
         return numbers.to(device=device, dtype=dtype or numbers.dtype)
 
     def find_format(self, name: str) -> GgufBlocks | None:
