@@ -103,7 +103,7 @@ class Recorder:
     """In the place of torch.cuda: keeps for each stream what is known to have happened before its next operation."""
 
     def __init__(self) -> None:
-        self.known: dict[str, set[int]] = {"compute": set(), "copies": set()}  # stream -> operations
+        self.known: dict[str, set[int]] = {"compute": set(), "copies": set(), "host": set()}  # stream -> operations
         self.current, self.count = "compute", 0
         recorder = self
 
@@ -119,6 +119,9 @@ class Recorder:
 
             def record(self, stream: Stream) -> None:
                 self.known = set(recorder.known[stream.name])
+
+            def synchronize(self) -> None:
+                recorder.known["host"] |= self.known
 
         self.Stream, self.Event = Stream, Event
 
@@ -146,6 +149,7 @@ class Watch:
         self.recorder = offload.transfer.module = Recorder()
         self.filled: dict[int, tuple[HostedBlock, int]] = {}  # slot -> block, its last copy
         self.used: dict[int, set[int]] = {}  # slot -> uses
+        self.copied_back: set[int] = set()
         self.copies = self.uses = self.late = 0
         self.offload = offload
         copy_in = BlockOffload._copy_in
@@ -161,6 +165,21 @@ class Watch:
             self.late += keep == ()
             return slot
 
+        release = BlockOffload._release
+
+        def watched_release(_: Any) -> None:
+            visit = offload._current
+            changed = [block for block in offload.blocks if visit and block is offload.blocks[visit.block]]
+            changed = [block.slot for block in changed if block.changed]
+            release(offload)
+            for slot in changed:  # copied back after its last use; overwritten later
+                with self.recorder.stream(self.recorder.Stream(None)):
+                    number, before = self.recorder.note()
+                assert self.used[id(slot)] <= before, "copied back before its last use"
+                self.used[id(slot)].add(number)
+                self.copied_back.add(number)
+
+        monkeypatch.setattr(BlockOffload, "_release", watched_release)
         monkeypatch.setattr(BlockOffload, "_copy_in", watched_copy_in)
         for block in offload.blocks:
             self.watch_uses(block, monkeypatch)
@@ -197,6 +216,39 @@ def test_no_copy_is_late_and_none_is_early(slots: int, pins: bool, monkeypatch: 
         assert watch.copies == COUNT
     if slots > 1:  # in the last step nothing is late but where the step is another than the one before
         assert [after - before for before, after in pairwise(late)][-3] <= 1
+
+
+@pytest.mark.parametrize("hosted", range(1, COUNT + 1))
+def test_blocks_that_train_are_copied_back_in_time(hosted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every number of blocks in main memory: each takes a step within backward, as on the device."""
+
+    def train(net: Net, watched: BlockOffload | None) -> list[Tensor]:
+        def step(weight: Tensor) -> None:
+            assert weight.grad is not None
+            weight.data.sub_(weight.grad, alpha=1e-3)
+            weight.grad = None
+            if watched is not None and id(weight) in stand_ins:
+                watched.mark_changed()
+
+        stand_ins = {id(tensor) for tensor in watched.stand_ins.values()} if watched else set()
+        for parameter in net.parameters():
+            target = watched.stand_ins.get(parameter, parameter) if watched else parameter
+            assert isinstance(target, nn.Parameter)
+            target.register_post_accumulate_grad_hook(step)
+        for rows in (2, 3, 2):
+            net(torch.arange(rows * 4.0).reshape(rows, 4) / 7).backward()
+        return [parameter.detach().clone() for parameter in net.parameters()]
+
+    plain = make_net().requires_grad_(True)
+    for block in plain.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    net = make_net().requires_grad_(True)
+    watched = offload(net, range(hosted), 2)
+    watch = Watch(watched, monkeypatch)
+    found = train(net, watched)
+    assert len(watch.copied_back) >= 3 * hosted
+    assert watch.copied_back <= watch.recorder.known["host"]  # which reads the weights between steps
+    assert all(torch.equal(mine, other) for mine, other in zip(found, train(plain, None), strict=True))
 
 
 def test_a_copy_without_its_event_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

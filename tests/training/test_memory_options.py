@@ -14,7 +14,10 @@ from families.toys import ToyShelf
 from toy_runs import equal_tensors, make_images, read_weights, train_toy
 
 AXES: dict[str, dict[str, dict[str, Any]]] = {
-    "family": {name: {} for name in ("sd", "sdxl", "sd3", "flux", "chroma", "lumina")},
+    "family": {
+        **{name: {} for name in ("sd", "sdxl", "sd3", "flux", "chroma", "lumina")},
+        "flux_kontext": {"model_type": "flux_kontext"},
+    },
     "method": {
         "adapter": {"network_train_unet_only": True},
         "full": {"method": "full", "network_dim": None, "learning_rate": "1e-4", "ema_decay": 0.9},
@@ -30,6 +33,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
         "control net": {"method": "control_net", "network_dim": None, "learning_rate": "1e-3"},
         "lllite": {"method": "lllite", "network_dim": 8, "cond_emb_dim": 4},
     },
+    "attention": {"default": {}, "math": {"attention": "math"}},
     "weights": {"as read": {}, "fp8": {"fp8_scaled": True}, "nf4": {"nf4_base": True}},
     "blocks": {
         "device": {}, "some": {"blocks_to_swap": 2}, "all": {"blocks_to_swap": 99},
@@ -50,7 +54,8 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
     "end": {"whole": {}, "resumed": {"save_state": True, "save_every_n_steps": 1}},
 }  # fmt: skip
 METHOD_FAMILIES = {"control net": ("sd", "sdxl", "sd3", "flux"), "lllite": ("sdxl",)}
-WHAT_TRAINS = ("family", "method", "weights")
+REFERENCES = "flux_kontext"  # the family whose images have reference images
+WHAT_TRAINS = ("family", "method", "attention", "weights")  # and what computes otherwise
 SHARED = {"max_train_steps": 2, "max_bucket_reso": 64, "max_grad_norm": 0}
 SHARED |= {"cache_latents": True, "cache_text_encoder_outputs": True}
 
@@ -58,6 +63,8 @@ SHARED |= {"cache_latents": True, "cache_text_encoder_outputs": True}
 def is_possible(row: Mapping[str, str]) -> bool:
     """A whole model's blocks in main memory step within backward, and its weights have all their bits."""
     method = row.get("method", "adapter")
+    if row.get("family") == REFERENCES and method != "adapter":  # otherwise its network is that of another family
+        return False
     if row.get("family", "sdxl") not in METHOD_FAMILIES.get(method, AXES["family"]):
         return False
     trains_whole = method.startswith("full")
@@ -89,6 +96,8 @@ def collect_options(row: Mapping[str, str], images: Path) -> dict[str, Any]:
         options |= AXES[axis][value]
     if row["method"] in METHOD_FAMILIES:
         options["conditioning_data_dir"] = images / "2_cat"  # each image is its own control image
+    if row["family"] == REFERENCES:
+        options["reference_data_dirs"] = images / "2_cat"
     return options
 
 
