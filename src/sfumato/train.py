@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sfumato.config import Config
+from sfumato.data.batch import Batch
 from sfumato.data.loader import Step
 from sfumato.loss import SampleLosses, training_loss
 from sfumato.parallel.start import start_parallel
@@ -51,7 +54,7 @@ def loop(run: Run) -> None:
         curves = run.method.after_step()
         run.ema.update()
         run.complete_step(number)
-        if number == run.start.step + 1:
+        if number == run.start.step + 1 and run.optimization.owner.keeps_gradients:
             run.warn(run.method.report())
         follow_step(run, step, result, curves)
         run_due_validation(run, number)
@@ -78,12 +81,14 @@ def train_step(run: Run, step: Step) -> StepResult:
     samples: list[SampleLosses] = []
     for micro_step, batch in enumerate(step.batches):
         run.context.randomness.seed_modules(step.index, micro_step, run.parallel.rank)
-        with run.autocast():
-            loss = training_loss(
-                run.context, load_other_images(run, batch), load_latents(run, batch), step.real_samples, samples
-            )
+        loss = run.forward(partial(compute_loss, run, batch, step.real_samples, samples))
         total_loss += loss.detach()
         run.optimization.owner.backward(loss, step.index, total_loss, is_last=micro_step + 1 == len(step.batches))
     grad_norm, verdict = run.optimization.owner.finish(step.index, total_loss)
     measured = run.parallel.join_findings(run.outcomes.check.measure())
     return StepResult(total_loss, grad_norm, samples, verdict, measured)
+
+
+def compute_loss(run: Run, batch: Batch, real_samples: int, samples: list[SampleLosses]) -> Tensor:
+    """Of one micro-batch, 0-d, whose images may have to be encoded first."""
+    return training_loss(run.context, load_other_images(run, batch), load_latents(run, batch), real_samples, samples)

@@ -97,22 +97,16 @@ class ProcessOptions(Options):
         "share out the denoiser's weights, gradients and optimizer state over the processes, by torch's FSDP2",
     )
     fsdp_offload_params: bool = option(False, "with --fsdp: keep them in main memory until they are needed")
-    deepspeed: bool = option(False, "train with DeepSpeed", planned="DeepSpeed")
-    zero_stage: ZeroStage = option(2, "ZeRO stage", planned="DeepSpeed")
+    deepspeed: bool = option(False, "train with DeepSpeed")
+    zero_stage: ZeroStage = option(2, "ZeRO stage")
     offload_optimizer_device: Literal["cpu", "nvme"] | None = option(
-        None, "device to offload the optimizer state to (ZeRO)", planned="DeepSpeed"
+        None, "device to offload the optimizer state to (ZeRO)"
     )
-    offload_optimizer_nvme_path: FilePath | None = option(
-        None, "folder for optimizer state offloaded to NVMe", planned="DeepSpeed"
-    )
+    offload_optimizer_nvme_path: FilePath | None = option(None, "folder for optimizer state offloaded to NVMe")
     offload_param_device: Literal["cpu", "nvme"] | None = option(
-        None, "device to offload the parameters to (ZeRO stage 3)", planned="DeepSpeed"
+        None, "device to offload the parameters to (ZeRO stage 3)"
     )
-    offload_param_nvme_path: FilePath | None = option(
-        None, "folder for parameters offloaded to NVMe", planned="DeepSpeed"
-    )
-    zero3_init_flag: bool = option(False, "shard the model while it is built (ZeRO stage 3)", planned="DeepSpeed")
-    zero3_save_16bit_model: bool = option(False, "save the model in 16 bits (ZeRO stage 3)", planned="DeepSpeed")
-    fp16_master_weights_and_gradients: bool = option(
-        False, "keep master weights and gradients in float16", planned="DeepSpeed"
-    )
+    offload_param_nvme_path: FilePath | None = option(None, "folder for parameters offloaded to NVMe")
+    zero3_init_flag: bool = option(False, "shard the model while it is built (ZeRO stage 3)")
+    zero3_save_16bit_model: bool = option(False, "save the model in 16 bits (ZeRO stage 3)")
+    fp16_master_weights_and_gradients: bool = option(False, "keep master weights and gradients in float16")

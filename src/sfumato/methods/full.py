@@ -148,7 +148,10 @@ class FullMethod:
         return {}
 
     def state_dict(self) -> Tensors:
-        return {name: parameter.detach() for name, parameter in self._parameters().items()}
+        state: Tensors = {}
+        for part, module in self.modules.items():
+            state |= {f"{part}.{name}": weight for name, weight in module.state_dict().items()}
+        return {name: state[name] for name in self._parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

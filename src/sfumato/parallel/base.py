@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sfumato.common.stop_signals import raise_interrupt
 from sfumato.common.text import EMPTY
@@ -31,6 +32,29 @@ class ProcessFailed(UserError):
     """Another process of the run has failed, or does not answer any more."""
 
 
+class Engine(ABC):
+    """A library's engine that owns the step: sums of gradients, their norm and clipping, loss scale and optimizer."""
+
+    state: Any  # a part of the run's state, in the optimizer's place
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Of one micro-batch; the last one of a step is said."""
+
+    @abstractmethod
+    def step(self) -> tuple[float, bool]:
+        """Take the step. Gives the norm of all gradients before clipping, and whether all were finite; waits."""
+
+    @abstractmethod
+    def forget_gradients(self) -> None:
+        """Before the first backward of a step."""
+
+    @property
+    @abstractmethod
+    def loss_scale(self) -> float:
+        """1 without float16."""
+
+
 class ParallelStrategy(ABC):
     """One process's place among those of a run.
 
@@ -38,7 +62,6 @@ class ParallelStrategy(ABC):
     """
 
     shared_kinds: ClassVar[tuple[type[Tensor], ...]] = ()  # the classes of tensors that `make_whole` makes whole
-    moves_together: ClassVar[bool] = False  # whether none may leave out a forward, or one of its images
 
     def __init__(self, *, rank: int, processes: int, device: torch.device) -> None:
         self.rank, self.processes, self.device = rank, processes, device
@@ -65,6 +88,11 @@ class ParallelStrategy(ABC):
         return f"{self.processes} × {name}" if self.processes > 1 else name
 
     @property
+    def moves_together(self) -> bool:
+        """Whether none may leave out a forward, or one of its images."""
+        return False
+
+    @property
     @abstractmethod
     def must_stop(self) -> bool:
         """Whether to stop after this step; the same in all processes."""
@@ -86,6 +114,19 @@ class ParallelStrategy(ABC):
     def own_parameters(self, groups: Sequence[ParameterGroup]) -> Sequence[ParameterGroup]:
         """What the optimizer of this process steps, in the order of the method's parameters."""
         return groups
+
+    def start_engine(
+        self, optimizer: Optimizer, modules: nn.ModuleDict, *, accumulation: int, max_grad_norm: float
+    ) -> Engine | None:
+        """The engine that takes the optimizer's steps; None where the run takes them itself.
+
+        modules: what the method trains. accumulation: micro-batches of a step. max_grad_norm: 0 for no clipping.
+        """
+        return None
+
+    def run_forward(self, compute: Callable[[], _T]) -> _T:
+        """Call what runs the networks, once for each micro-batch, preview or validated batch."""
+        return compute()
 
     @property
     def shares_out_trained(self) -> bool:

@@ -39,7 +39,6 @@ class Fsdp(AllReduce):
     """This process and others, each with its rows of the denoiser's weights."""
 
     shared_kinds: ClassVar[tuple[type[Tensor], ...]] = (DTensor,)
-    moves_together: ClassVar[bool] = True
 
     def __init__(
         self, meetings: Meetings, device: torch.device, *, computed: torch.dtype | None = None, offload: bool = False
@@ -59,6 +58,10 @@ class Fsdp(AllReduce):
         self.home = torch.device("cpu") if offload else device  # of the rows
         self.parts: dict[str, Part] = {}  # those that are shared out
         self.shared: dict[Tensor, DTensor] = {}  # what the optimizer steps -> the model's parameter
+
+    @property
+    def moves_together(self) -> bool:
+        return True
 
     # ---------------------------------------------------------------- loading
 

@@ -32,6 +32,10 @@ def start_parallel(options: ProcessOptions = ALL_HAVE_ALL, *, mixed_precision: s
     timeout = None if options.ddp_timeout is None else timedelta(minutes=options.ddp_timeout)
     with stop_blocked_calls():  # others may never come
         meetings = join_processes(launch, device, timeout)
+    if options.deepspeed:
+        from sfumato.parallel.zero import Zero
+
+        return Zero(meetings, device, options, computed=SENT_DTYPES.get(mixed_precision))
     if not options.fsdp:
         from sfumato.parallel.all_reduce import AllReduce
 

@@ -32,6 +32,8 @@ def diagnose_nonfinite(run: Run, step: Step) -> str:
     networks: dict[str, nn.Module] = {"method": run.method.modules}
     networks |= {name: part.module for name, part in run.model.parts.items()}
     facts = [f"{name_images(run, step)} at t = {name_timesteps(run, step)}"]
+    if not run.optimization.owner.keeps_gradients:  # nor can the step be repeated outside of its engine
+        return facts[0]
     run.optimization.owner.forget_gradients()
     with record_nonfinite_outputs(networks) as modules:
         repeat_step(run, step)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from sfumato.parallel.single import Single
 from sfumato.training.caching import fill_caches
 from sfumato.training.goals import make_goal
 from sfumato.training.validation import fill_validation_rows, list_validation_times
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,10 @@ class MeasuredModel:
     def device(self) -> torch.device:
         return self.context.device
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def forward(self, compute: Callable[[], _T]) -> _T:
         dtype = self.context.mixed_dtype
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return compute()
 
 
 @torch.no_grad()

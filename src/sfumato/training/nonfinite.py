@@ -82,9 +82,11 @@ class TrainingCheck:
     An update that a weight's precision swallows, a frozen part, a layer that never runs: all are found here.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, *, sees_gradients: bool = True) -> None:
+        """sees_gradients: False where parameters have none after a step, so that nothing is checked."""
         self.optimizer = optimizer
-        self.pending = {group_name(optimizer, i): group for i, group in enumerate(optimizer.param_groups)}
+        groups = optimizer.param_groups if sees_gradients else ()
+        self.pending = {group_name(optimizer, i): group for i, group in enumerate(groups)}
         self.sums = {name: compute_checksum(group["params"]) for name, group in self.pending.items()}
         self.with_gradient: set[str] = set()
         self.steps = dict.fromkeys(self.pending, 0)

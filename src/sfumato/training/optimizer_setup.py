@@ -24,7 +24,7 @@ from sfumato.training.block_setup import PreparedNetworks, make_fused_backward
 from sfumato.training.run_state import WEIGHTS, RunState
 from sfumato.training.start_point import StartPoint
 from sfumato.training.state_parts import EmaState, OptimizerState, ScalerState, UncertaintyState, WeightsState
-from sfumato.training.step_owner import StepAfterBackward, StepInBackward, StepOwner
+from sfumato.training.step_owner import StepAfterBackward, StepByEngine, StepInBackward, StepOwner
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +59,22 @@ def set_up_optimizer(
     lr_schedule = make_lr_schedule(config.optim, optimizer, plan.total_steps - start.schedule)
     memory = config.memory
     scaler = make_scaler(parallel.device, mixed=memory.mixed_precision == "fp16", full=memory.full_fp16)
-    state.add("optimizer", OptimizerState(optimizer, parallel))
+    engine = parallel.start_engine(
+        optimizer,
+        plan.method.modules,
+        accumulation=config.loop.gradient_accumulation_steps,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    state.add("optimizer", OptimizerState(optimizer, parallel) if engine is None else engine.state)
     state.add("lr_schedule", lr_schedule)
     state.add("scaler", ScalerState(scaler))
     parameters = [parameter for group in groups for parameter in group.parameters]
     stepper = make_half_stepper(memory, optimizer, plan.seed, scaler)
     fused = make_fused_backward(config.optim, optimizer, networks, stepper)
     owner: StepOwner
-    if fused is not None:
+    if engine is not None:
+        owner = StepByEngine(engine=engine, parallel=parallel)
+    elif fused is not None:
         owner = StepInBackward(optimizer=optimizer, scaler=scaler, fused=fused)
     else:
         owner = StepAfterBackward(

@@ -92,22 +92,29 @@ class Outcome:
 
 
 def make_outcomes(
-    plan: RunPlan, device: torch.device, optimizer: Optimizer, *, first_step: int = 0, is_main: bool = True
+    plan: RunPlan,
+    device: torch.device,
+    optimizer: Optimizer,
+    *,
+    first_step: int = 0,
+    is_main: bool = True,
+    sees_gradients: bool = True,
 ) -> Outcomes:
-    """For a run that goes on from this step."""
+    """For a run that goes on from this step. sees_gradients: whether parameters have theirs after a step."""
     trace = make_step_trace(plan, device, first_step=first_step, is_main=is_main)
-    return Outcomes(device, optimizer, trace, limit=plan.config.loop.max_bad_steps)
+    check = TrainingCheck(optimizer, sees_gradients=sees_gradients)
+    return Outcomes(device, check, trace, limit=plan.config.loop.max_bad_steps)
 
 
 class Outcomes:
     """The step whose numbers are on their way, and what looks at them when they are there."""
 
-    def __init__(self, device: torch.device, optimizer: Optimizer, trace: StepTrace, *, limit: int) -> None:
+    def __init__(self, device: torch.device, check: TrainingCheck, trace: StepTrace, *, limit: int) -> None:
         """limit: skipped steps in a row that end the run."""
         self.trace = trace
         self.transfer = Transfer(device)
         self.guard = NonfiniteGuard(limit=limit)
-        self.check = TrainingCheck(optimizer)
+        self.check = check
         self.spill = SpillWatch()
         self.pending: Outcome | None = None
         forget_peak_memory(device)

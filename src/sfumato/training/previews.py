@@ -116,8 +116,9 @@ def can_preview(run: Run, request: ImageRequest) -> bool:
 
 def save_preview_group(run: Run, group: PreviewGroup, step: int, *, is_own: bool) -> None:
     """PNGs that carry their requests, and the command that makes them again; none where another process saves them."""
-    with run.autocast(), run.method.sampling():
-        images = generate_batch(run.model, run.method, [request for request, _ in group], run.context.text)
+    requests = [request for request, _ in group]
+    with run.method.sampling():
+        images = run.forward(partial(generate_batch, run.model, run.method, requests, run.context.text))
     for image, (request, path) in zip(images, group, strict=True) if is_own else ():
         save_image(path, image, image_metadata(request) | describe_origin(run, request, step))
 

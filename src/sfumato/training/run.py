@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from sfumato.training.run_state import RunState
 from sfumato.training.start_point import StartPoint
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(kw_only=True)
@@ -112,6 +113,15 @@ class Run:
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = self.context.mixed_dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def forward(self, compute: Callable[[], _T]) -> _T:
+        """Call what runs the networks in mixed precision, where the weights that they need are."""
+
+        def compute_in_precision() -> _T:
+            with self.autocast():
+                return compute()
+
+        return self.parallel.run_forward(compute_in_precision)
 
     def complete_step(self, number: int) -> None:
         """Everything that a state holds is as it is after this step, counted from 1."""

@@ -57,7 +57,12 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
             context=context,
             optimization=optimization,
             outcomes=make_outcomes(
-                plan, parallel.device, optimization.optimizer, first_step=start.step, is_main=parallel.is_main
+                plan,
+                parallel.device,
+                optimization.optimizer,
+                first_step=start.step,
+                is_main=parallel.is_main,
+                sees_gradients=optimization.owner.keeps_gradients,
             ),
             loader=loader,
             validation_loader=make_validation_loader(plan, loader, parallel),

@@ -16,7 +16,7 @@ from sfumato.memory.fused_backward import FusedBackward
 from sfumato.optim.half_scaler import HalfGradScaler, list_infinities
 from sfumato.optim.half_stepper import HalfStepper
 from sfumato.optim.skipping import step_where
-from sfumato.parallel.base import ParallelStrategy
+from sfumato.parallel.base import Engine, ParallelStrategy
 
 
 class Verdict(NamedTuple):
@@ -40,6 +40,7 @@ class StepOwner(Protocol):
 
     mid_step: bool  # whether the optimizer has begun a step that is not complete
     in_backward: ClassVar[bool]  # whether each weight steps, or skips the step, by itself
+    keeps_gradients: ClassVar[bool]  # whether parameters have their gradients after a step
 
     def forget_gradients(self) -> None:
         """Before the first backward of a step, or where its gradients are to be forgotten."""
@@ -74,6 +75,7 @@ class StepAfterBackward:
     max_grad_norm: float  # 0: no clipping
     mid_step: bool = False
     in_backward: ClassVar[bool] = False
+    keeps_gradients: ClassVar[bool] = True
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -122,6 +124,7 @@ class StepInBackward:
     fused: FusedBackward
     mid_step: bool = False
     in_backward: ClassVar[bool] = True
+    keeps_gradients: ClassVar[bool] = True
 
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,3 +144,32 @@ class StepInBackward:
 
     def make_state(self) -> None:
         self.fused.make_state()
+
+
+@dataclass(kw_only=True)
+class StepByEngine:
+    """A library's engine takes the step, whole: sums, norm, clipping and loss scale are its own."""
+
+    engine: Engine
+    parallel: ParallelStrategy
+    mid_step: bool = False
+    in_backward: ClassVar[bool] = False
+    keeps_gradients: ClassVar[bool] = False
+
+    def forget_gradients(self) -> None:
+        self.engine.forget_gradients()
+
+    def backward(self, loss: Tensor, index: int, total: Tensor, *, is_last: bool) -> None:
+        self.engine.backward(loss, is_last=is_last)
+
+    def finish(self, index: int, total: Tensor) -> tuple[Tensor, Verdict]:
+        self.parallel.read_facts(self.parallel.reduce((), total))
+        self.mid_step = True
+        scale = self.engine.loss_scale
+        norm, is_finite = self.engine.step()
+        finite = torch.tensor(is_finite, device=total.device)
+        sound = finite | (torch.isfinite(total) & (scale > 1))
+        return torch.tensor(norm, device=total.device), Verdict(finite=finite, sound=sound)
+
+    def make_state(self) -> None:
+        """The engine makes it with its first step."""

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ from sfumato.training.run import Run
 from sfumato.training.saving import ema_metadata, save_output_of
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 SERIES = "loss/validation/"  # as sd-scripts names its curves
 VALIDATION = "validation"
 
@@ -46,7 +46,9 @@ class LossSource(LatentSource, Protocol):
     @property
     def context(self) -> LossContext: ...
 
-    def autocast(self) -> AbstractContextManager[Any]: ...
+    def forward(self, compute: Callable[[], _T]) -> _T:
+        """Call what runs the networks, in mixed precision."""
+        ...
 
 
 def run_due_validation(run: Run, step: int) -> None:
@@ -149,8 +151,8 @@ def fill_validation_rows(
         noise = randomness.per_sample(
             f"validation noise {column}", batch.ids, lambda draw, i: recipe.noise(draw, x0[i])
         ).to(x0, non_blocking=True)
-        with source.autocast():
-            losses = measure(source.context, batch, x0, torch.full((len(x0),), float(t)), noise, noise)
+        every_t = torch.full((len(x0),), float(t))
+        losses = source.forward(partial(measure, source.context, batch, x0, every_t, noise, noise))
         table[rows, column] = losses[real].to(table)
 
 
