@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -86,7 +87,7 @@ class Zero(Gathering):
             part.make_whole = self.gather_by_name(part)
         for module in root.modules():
             if any(parameter is not None for parameter in module._parameters.values()):
-                module.register_state_dict_post_hook(state.mark_weights)
+                module.register_state_dict_post_hook(partial(state.mark_weights))
         self.engine = ZeroEngine(state, self.processes)
         return self.engine
 

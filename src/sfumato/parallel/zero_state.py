@@ -23,6 +23,10 @@ class EngineTensor(Tensor):
     parameter: nn.Parameter
     key: str  # of the optimizer's state, or WEIGHT
 
+    def detach(self) -> EngineTensor:
+        """It has no gradient."""
+        return self
+
 
 def make_engine_tensor(parameter: nn.Parameter, key: str) -> EngineTensor:
     empty = torch.empty(read_shape(parameter), dtype=torch.float32, device="meta")
