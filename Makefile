@@ -91,6 +91,7 @@ pages: setup
 	$(BIN)/python docs/make_adapters.py
 	$(BIN)/python docs/make_methods.py
 	$(BIN)/python docs/make_requirements.py
+	$(BIN)/python docs/make_sharing.py
 
 # The manual as a site, in build/site; a broken link is an error.
 site: setup

@@ -11,7 +11,6 @@ BY_HAND = (  # what a machine may need besides, or another build of
     ("onnxruntime-gpu", "instead of onnxruntime, to tag images on a GPU"),
     ("onnx", "for models of taggers that are to be looked into"),
     ("xformers", "torch's own attention needs no more memory; for other programs in this environment"),
-    ("deepspeed", "ZeRO on several GPUs, of Linux"),
 )
 
 

@@ -14,8 +14,26 @@ ADAFACTOR = "--optimizer_type AdaFactor"
 PLAIN_ADAFACTOR = (
     f"{ADAFACTOR} --max_grad_norm 0 --lr_scheduler constant_with_warmup --optimizer_args relative_step=False"
 )
+CPU_ADAM = "deepspeed.ops.adam.DeepSpeedCPUAdam"
+HALF_MASTERS = "--deepspeed --fp16_master_weights_and_gradients --mixed_precision fp16 --offload_optimizer_device cpu"
 # code, or code and option where several rules share it -> options that break it, similar ones that do not
 CASES = {
+    "fsdp-with-deepspeed": ("--fsdp --deepspeed", "--deepspeed"),
+    "fsdp-offload-without-fsdp": ("--fsdp_offload_params", "--fsdp --fsdp_offload_params"),
+    "zero-options-without-deepspeed": ("--zero_stage 3", "--deepspeed --zero_stage 3"),
+    "zero-stage-shares-nothing": ("--deepspeed --zero_stage 0", "--deepspeed --zero_stage 1"),
+    "param-offload-below-stage-3": (
+        "--deepspeed --offload_param_device cpu",
+        "--deepspeed --zero_stage 3 --offload_param_device cpu",
+    ),
+    "nvme-path-missing": (
+        "--deepspeed --offload_optimizer_device nvme",
+        "--deepspeed --offload_optimizer_device nvme --offload_optimizer_nvme_path PATH",
+    ),
+    "half-masters-need-cpu-adam": (
+        f"{HALF_MASTERS} --optimizer_type AdamW",
+        f"{HALF_MASTERS} --optimizer_type {CPU_ADAM}",
+    ),
     "family-and-model-type-differ": ("--family sd --model_type chroma", "--family chroma --model_type chroma"),
     "lora-plus-with-single-lr": (
         "--network_args loraplus_lr_ratio=16 --optimizer_type Prodigy --learning_rate 1",

@@ -13,6 +13,7 @@ from sfumato.config.optim_rules import OPTIM_RULES
 from sfumato.config.option_rule import OptionRule
 from sfumato.config.output_rules import OUTPUT_RULES
 from sfumato.config.precision_rules import PRECISION_RULES
+from sfumato.config.process_rules import PROCESS_RULES
 from sfumato.config.schema import Config
 
 
@@ -67,4 +68,4 @@ MODEL_RULES = (
 )
 
 _SETTING_RULES = NETWORK_RULES + EMBEDDING_RULES + LECO_RULES + NOISE_RULES + OPTIM_RULES + PRECISION_RULES
-RULES = MODEL_RULES + DATA_RULES + _SETTING_RULES + OUTPUT_RULES
+RULES = MODEL_RULES + DATA_RULES + _SETTING_RULES + OUTPUT_RULES + PROCESS_RULES

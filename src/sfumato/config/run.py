@@ -97,8 +97,10 @@ class ProcessOptions(Options):
         "share out the denoiser's weights, gradients and optimizer state over the processes, by torch's FSDP2",
     )
     fsdp_offload_params: bool = option(False, "with --fsdp: keep them in main memory until they are needed")
-    deepspeed: bool = option(False, "train with DeepSpeed")
-    zero_stage: ZeroStage = option(2, "ZeRO stage")
+    deepspeed: bool = option(False, "let DeepSpeed's engine take the steps and share out what --zero_stage says")
+    zero_stage: ZeroStage = option(
+        2, "what is shared out: 1 the optimizer state, 2 gradients, too, 3 the denoiser's weights, too"
+    )
     offload_optimizer_device: Literal["cpu", "nvme"] | None = option(
         None, "device to offload the optimizer state to (ZeRO)"
     )
@@ -107,6 +109,10 @@ class ProcessOptions(Options):
         None, "device to offload the parameters to (ZeRO stage 3)"
     )
     offload_param_nvme_path: FilePath | None = option(None, "folder for parameters offloaded to NVMe")
-    zero3_init_flag: bool = option(False, "shard the model while it is built (ZeRO stage 3)")
-    zero3_save_16bit_model: bool = option(False, "save the model in 16 bits (ZeRO stage 3)")
+    zero3_init_flag: bool = option(
+        False, "shard the model while it is built", no_effect="each process reads the weights, then keeps its part"
+    )
+    zero3_save_16bit_model: bool = option(
+        False, "save the model in 16 bits", no_effect="--save_precision says in what models are saved, whole"
+    )
     fp16_master_weights_and_gradients: bool = option(False, "keep master weights and gradients in float16")

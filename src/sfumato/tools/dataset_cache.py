@@ -22,7 +22,7 @@ def fill_dataset_caches(config: Config, *, machine: tuple[int, int] = (0, 1)) ->
 
     machine: index and number of the machines; each encodes its part and waits for no other.
     """
-    with start_parallel(config.processes.model_copy(update={"fsdp": False})) as parallel:
+    with start_parallel(config.processes.model_copy(update={"fsdp": False, "deepspeed": False})) as parallel:
         configure_logging(config.log, main_process=parallel.is_main)
         plan = make_cache_plan(config, processes=parallel.processes)
         for line in cache_plan_lines(plan):

@@ -13,6 +13,7 @@ from sfumato.data.find.data_rows import make_data_rows
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
 from sfumato.formats.save_schedule import describe_retention
+from sfumato.methods.sharing_rules import name_engine
 from sfumato.plan import RunPlan, count_steps, draw_seed, make_run_plan, requested_first_step, with_seed
 from sfumato.training.start_point import describe_end, find_start_point
 from sfumato.training.timestep_report import draw_timesteps
@@ -38,8 +39,9 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     """Everything that is known before the first weight is read."""
     if plan.config.processes.ddp_timeout is not None and plan.data.processes == 1:
         yield "note: --ddp_timeout has no effect: there is one process"
-    if plan.config.processes.fsdp and plan.data.processes == 1:
-        yield "note: --fsdp has no effect: there is one process, which has the whole model"
+    if (engine := name_engine(plan.config)) and plan.data.processes == 1:
+        option = "--deepspeed" if plan.config.processes.deepspeed else "--fsdp"
+        yield f"note: {option} has no effect: there is one process, which has the whole model, where {engine} shares it"
     yield from data_lines(plan.config, plan.data)
     yield from model_lines(plan)
     yield from describe_retention(plan.saves, states=plan.config.save.save_state)
