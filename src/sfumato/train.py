@@ -6,16 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sfumato.config import Config
-from sfumato.data.batch import Batch
 from sfumato.data.loader import Step
-from sfumato.loss import SampleLosses, training_loss
+from sfumato.loss import SampleLosses
 from sfumato.parallel.start import start_parallel
 from sfumato.training.follow import follow_step, settle
 from sfumato.training.interrupt import interruptible
-from sfumato.training.latents import load_latents, load_other_images
+from sfumato.training.micro_batch import compute_loss
 from sfumato.training.outcomes import StepResult
 from sfumato.training.prefetch import prefetch
 from sfumato.training.previews import save_previews
@@ -87,8 +85,3 @@ def train_step(run: Run, step: Step) -> StepResult:
     grad_norm, verdict = run.optimization.owner.finish(step.index, total_loss)
     measured = run.parallel.join_findings(run.outcomes.check.measure())
     return StepResult(total_loss, grad_norm, samples, verdict, measured)
-
-
-def compute_loss(run: Run, batch: Batch, real_samples: int, samples: list[SampleLosses]) -> Tensor:
-    """Of one micro-batch, 0-d, whose images may have to be encoded first."""
-    return training_loss(run.context, load_other_images(run, batch), load_latents(run, batch), real_samples, samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sfumato.config.option_rule import OptionRule
 from sfumato.config.schema import Config
 
+FSDP2, _, _, ZERO_3 = ENGINES = ("FSDP2", "ZeRO 1", "ZeRO 2", "ZeRO 3")  # what shares out a model, as tables name it
 ZERO_OPTIONS = (
     "zero_stage",
     "offload_optimizer_device",
@@ -13,6 +14,13 @@ ZERO_OPTIONS = (
     "offload_param_nvme_path",
     "fp16_master_weights_and_gradients",
 )
+
+
+def name_engine(config: Config) -> str | None:
+    """Of ENGINES the one that the options ask for."""
+    if config.processes.deepspeed:
+        return f"ZeRO {config.processes.zero_stage}"
+    return FSDP2 if config.processes.fsdp else None
 
 
 def lacks_nvme_path(config: Config) -> bool:

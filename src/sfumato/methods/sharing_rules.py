@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sfumato.config import Config
+from sfumato.config.process_rules import ENGINES, FSDP2, ZERO_3, name_engine
 from sfumato.data.plans import DataPlan
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
@@ -18,8 +19,7 @@ ELEMENTWISE_PACKAGES = ("torch", "lion_pytorch", "schedulefree", "deepspeed")
 NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")  # of torch
 FEWER_BITS = ("fp8_base", "fp8_base_unet", "fp8_scaled", "fp8_compute", "int8_base", "int8_compute", "nf4_base")
 METHODS_WITH_SHARES = ("adapter", "full")
-FSDP2, ZERO_1, ZERO_2, ZERO_3 = ENGINES = ("FSDP2", "ZeRO 1", "ZeRO 2", "ZeRO 3")
-ZERO = (ZERO_1, ZERO_2, ZERO_3)
+ZERO = ENGINES[1:]
 SHARING_WEIGHTS = (FSDP2, ZERO_3)  # where no process has the whole denoiser
 
 
@@ -175,13 +175,6 @@ def has_low_precision(planned: Planned) -> bool:
     """Whether the denoiser's weights would be kept in fewer bits."""
     denoiser = planned.blueprint.networks["denoiser"]
     return any(planned.config.value(name) for name in FEWER_BITS) or denoiser.weights.has_formats
-
-
-def name_engine(config: Config) -> str | None:
-    """Of ENGINES the one that the options ask for."""
-    if config.processes.deepspeed:
-        return f"ZeRO {config.processes.zero_stage}"
-    return FSDP2 if config.processes.fsdp else None
 
 
 def list_broken_sharing_rules(planned: Planned) -> Iterator[UserError]:

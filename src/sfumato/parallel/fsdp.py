@@ -7,12 +7,10 @@ adapters and text encoders among it, is whole in each process, and its gradients
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,22 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from sfumato.common.text import EMPTY
 from sfumato.errors import UserError
 from sfumato.families.part import Part
 from sfumato.formats.keymap import matches
 from sfumato.optim.groups import ParameterGroup
-from sfumato.parallel.all_reduce import AllReduce
-from sfumato.parallel.base import ProcessFailed
-from sfumato.parallel.meeting import SEE_OTHERS, Meetings
+from sfumato.parallel.gathering import Gathering
+from sfumato.parallel.meeting import Meetings
 from sfumato.parallel.rows import as_rows_of, gather_rows, slice_rows
 
-_T = TypeVar("_T")
 SHARDED_PART = "denoiser"
-GRACE = 5.0  # seconds for another process's failure to be seen, after a sum has failed
 
 
-class Fsdp(AllReduce):
+class Fsdp(Gathering):
     """This process and others, each with its rows of the denoiser's weights."""
 
     shared_kinds: ClassVar[tuple[type[Tensor], ...]] = (DTensor,)
@@ -56,7 +50,6 @@ class Fsdp(AllReduce):
         pins = device.type == "cuda"
         self.offload: OffloadPolicy = CPUOffloadPolicy(pin_memory=pins) if offload else OffloadPolicy()
         self.home = torch.device("cpu") if offload else device  # of the rows
-        self.parts: dict[str, Part] = {}  # those that are shared out
         self.shared: dict[Tensor, DTensor] = {}  # what the optimizer steps -> the model's parameter
 
     @property
@@ -74,7 +67,7 @@ class Fsdp(AllReduce):
         names = {name for name, _ in part.module.named_parameters()}
         part.load(lambda name, tensor: self._keep_rows(tensor) if name in names else tensor)
         settle_rows(part.module)
-        part.make_whole = lambda name, tensor: self.make_whole(f"{part.spec.name} {name}", tensor)
+        part.make_whole = self.gather_by_name(part)
         self.parts[part.spec.name] = part
 
     def shard(self, module: nn.Module, blocks: Sequence[str]) -> None:
@@ -156,25 +149,6 @@ class Fsdp(AllReduce):
         self.sum(counts)
         return dict(zip(findings, (counts > 0).unbind(), strict=True))
 
-    def announce_failure(self, parameters: Sequence[nn.Parameter]) -> None:
-        """In the store; whoever waits in a sum learns of it when this process is gone."""
-        self.meetings.announce_failure()
-
-    @contextmanager
-    def learning_of_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except RuntimeError as error:  # of gloo, NCCL or the step itself
-            deadline = time.monotonic() + GRACE
-            while time.monotonic() < deadline:
-                failure = self.meetings.find_failure()
-                if failure is not None:
-                    raise failure from error
-                time.sleep(0.1)
-            raise
-
     # ---------------------------------------------------------------- shared-out weights
 
     def own_values(self, tensor: Tensor) -> Tensor:
@@ -196,49 +170,9 @@ class Fsdp(AllReduce):
         rows = slice_rows(whole, self.rank, self.processes).to(own.to_local())
         return as_rows_of(rows, whole.shape, self.mesh)
 
-    def make_whole(self, name: str, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        self.exchange(["make whole", name])
-        return self._gather(tensor)
-
-    # ---------------------------------------------------------------- between steps
-
-    def run_on_main(self, work: Callable[[], _T], tensors: Mapping[str, Tensor] = EMPTY) -> _T:
-        """The others take part in making tensors whole until the main process has done the work."""
-        if self.is_main:
-            return self.exchange(["done", work()])[0][1]
-        weights: dict[str, Tensor] = {}
-        for part in self.parts.values():
-            weights |= {f"{part.spec.name} {name}": weight for name, weight in part.module.state_dict().items()}
-        while True:
-            what, value = self.exchange()[0]
-            if what == "done":
-                return value
-            wanted = tensors[value] if value in tensors else weights[value]
-            assert isinstance(wanted, DTensor)
-            self._gather(wanted)
-
-    def share_rounds(self, work: Sequence[_T], key: Callable[[_T], object]) -> Iterator[tuple[_T, bool]]:
-        by_key: dict[Any, list[_T]] = {}
-        for each in work:
-            by_key.setdefault(key(each), []).append(each)
-        for alike in by_key.values():
-            for first in range(0, len(alike), self.processes):
-                mine = first + self.rank
-                yield alike[min(mine, len(alike) - 1)], mine < len(alike)
-
-    def may_break_off(self) -> bool:
-        self.exchange()
-        return self.must_stop
-
-    def _gather(self, shared: DTensor) -> Tensor:
-        try:
-            return gather_rows(shared, self.device)
-        except RuntimeError as error:
-            raise ProcessFailed(
-                "another process of this run has ended", code="process-ended-in-gather", fix=SEE_OTHERS
-            ) from error
+    def gather(self, shared: Tensor) -> Tensor:
+        assert isinstance(shared, DTensor)
+        return gather_rows(shared, self.device)
 
 
 def check_torch() -> None:

@@ -154,7 +154,7 @@ def fault_of_options() -> Iterator[None]:
     """What the engine refuses, it refuses because of the options or the machine."""
     try:
         yield
-    except (ValueError, AssertionError, NotImplementedError) as error:
+    except (ValueError, AssertionError) as error:
         raise UserError(
             f"DeepSpeed cannot be set up: {' '.join(str(error).split())}",
             code="deepspeed-refuses",

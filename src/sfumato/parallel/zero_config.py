@@ -8,7 +8,7 @@ import torch
 
 from sfumato.config import ProcessOptions
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+PRECISION_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 BUCKET = 50_000_000  # numbers that are summed or fetched at once: 0.1 GB in half precision
 NEVER = 1 << 60
 
@@ -41,7 +41,7 @@ def make_engine_config(
         "steps_per_print": NEVER,
     }
     if computed is not None:
-        config[NAMES[computed]] = {"enabled": True}
+        config[PRECISION_NAMES[computed]] = {"enabled": True}
     if computed == torch.float16 and options.fp16_master_weights_and_gradients:
         config["fp16"]["fp16_master_weights_and_grads"] = True
     return config

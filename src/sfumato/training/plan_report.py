@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from sfumato.config import Config
 from sfumato.config.listing import public_options
+from sfumato.config.process_rules import name_engine
 from sfumato.data.find.data_rows import make_data_rows
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
 from sfumato.formats.save_schedule import describe_retention
-from sfumato.methods.sharing_rules import name_engine
 from sfumato.plan import RunPlan, count_steps, draw_seed, make_run_plan, requested_first_step, with_seed
 from sfumato.training.start_point import describe_end, find_start_point
 from sfumato.training.timestep_report import draw_timesteps
