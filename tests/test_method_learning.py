@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sfumato.cli.generate import main as generate_command
 from sfumato.config import load_config
 from sfumato.demo.base import tiny_base
 from sfumato.demo.classifier import load_classifier
+from sfumato.demo.demo import REG_FOLDER
 from sfumato.demo.pipeline import load_pipeline
 from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.train import train
