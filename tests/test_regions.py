@@ -107,6 +107,25 @@ def test_parts_meet_in_the_attention_of_a_unet(colored: bool, toy_shelf: ToyShel
     assert (alone[-1].latents - theirs).abs().max() > 1e-2
 
 
+@pytest.mark.full
+def test_a_part_that_is_everywhere_is_the_image(toy_shelf: ToyShelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the pooled vector of its text, too, in batches, and where the size of the features changes."""
+    model = load_model(toy_shelf.options("sdxl"))
+    prompt = Prompt(
+        prompt="x", parts=PARTS, negative_prompt="a cup", width=128, height=64, sample_steps=1, scale=3.0,
+        ds_depth_1=1, ds_timesteps_1=500,
+    )  # fmt: skip
+    for number, text in enumerate(PARTS):
+        weights = torch.zeros(2, 8, 16)
+        weights[number] = 1
+        monkeypatch.setattr("sfumato.sample.read_region_weights", lambda *_, weights=weights: weights)
+        requests = [make_request(prompt, model, sampler="ddim", seed=seed) for seed in (1, 2)]
+        plain = make_request(replace(prompt, prompt=text, parts=()), model, sampler="ddim", seed=2)
+        ours, alone = (list(generate_steps(model, METHOD, each))[-1].prediction for each in (requests, [plain]))
+        torch.testing.assert_close(ours[1:], alone, rtol=0, atol=1e-4)
+        assert (ours[0] - ours[1]).abs().max() > 1e-2
+
+
 def test_what_is_combined_of_parts() -> None:
     """At places with their weights, of vectors with the shares of the area; each part goes on with the sum."""
     weights = torch.tensor([[[[1.0, 0.5], [0.0, 0.0]]], [[[0.0, 0.5], [1.0, 1.0]]]])
