@@ -111,7 +111,13 @@ MEMORY = {
 
 @pytest.mark.parametrize(
     ("family", "bits"),
-    [("flux", "int8_rotated"), *(pytest.param("sd", bits, marks=pytest.mark.full) for bits in BITS)],
+    [
+        ("sd", "int8_rotated"),  # with convolutions
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("flux", "int8_rotated"), ("sd", "fp8"), ("sd", "int8"))
+        ),
+    ],
 )
 def test_for_training(family: str, bits: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
     """Without an option the denoiser is kept as the options would keep it: its weights are the same, to the bit."""

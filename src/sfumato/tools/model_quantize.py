@@ -233,12 +233,13 @@ def round_weight(weight: Tensor, layer: LayerWeight) -> Rounded:
     lost = whole = 0.0
     for part in iterate_row_slices(weight):
         # Errors are measured before rows are turned back, which changes no norm.
-        rows = rotate(weight[part], own.rotation) if own.rotation else weight[part]
+        rows = weight[part].flatten(1)
+        rows = rotate(rows, own.rotation) if own.rotation else rows
         if layer.layout.one_scale:
-            found = numbers[part].float() * scales
+            found = numbers[part].flatten(1).float() * scales
         else:
             stored = plain.encode(rows)
-            numbers[part], scales[part] = stored["numbers"], stored["scales"]
+            numbers.flatten(1)[part], scales[part] = stored["numbers"], stored["scales"]
             found = plain.decode(stored, rows.shape, torch.float32)
         lost += sum_squares(found.sub_(rows))
         whole += sum_squares(rows)
