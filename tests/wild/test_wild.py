@@ -2,7 +2,7 @@
 
 A file is what a front end writes or a guide shows: SCRIPT.NAME.toml or .json for --config_file, NAME.sh for a command
 line; NAME.dataset.toml beside it is the file of --dataset_config. {home} is the folder of `layout.make_home`, {dataset}
-the dataset file. Those in `later` also ask for what is not implemented yet, and for nothing else that is refused.
+the dataset file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pytest
 from families.toys import ToyShelf
 from sfumato.compat.launch import main as run_script
 from sfumato.compat.scripts import SCRIPTS
-from sfumato.config.schema import vocabulary
 from sfumato.formats.checkpoint import open_checkpoint
 from toy_runs import read_metrics
 from wild.layout import fill, make_home, write
@@ -153,34 +152,6 @@ def test_it_trains_two_steps_and_saves(name: str, home: Path, tmp_path: Path, co
     (saved,) = (path for path in (tmp_path / "out").iterdir() if path.stem == "x" and path.suffix in SAVED)
     with open_checkpoint(saved) as file:
         assert all(file.read(key).isfinite().all() for key in file.header.tensors)
-
-
-def is_planned(name: str) -> bool:
-    """Whether an option waits for a feature."""
-    option = vocabulary().get(name)
-    return option is not None and bool(option.facts.planned)
-
-
-def drop_planned(text: str) -> str:
-    """The configuration without what waits for a feature."""
-    kept: list[str] = []
-    for line in text.splitlines():
-        pieces: list[str] = []
-        for piece in re.split(r"(?=--\w)", line) if "--" in line else [line]:
-            name = piece.strip().removeprefix("--").replace("=", " ").partition(" ")[0]
-            if not is_planned(name):
-                pieces.append(piece)
-        kept.append("".join(pieces) or ("\\" if line.endswith("\\") else ""))
-    return "\n".join(kept)
-
-
-@pytest.mark.parametrize("name", list_configurations("later"))
-def test_it_waits_for_nothing_but_features(name: str, home: Path, tmp_path: Path, codes: list[str]) -> None:
-    command = make_command(name, home, tmp_path / "files")
-    assert run_script([*command, "--plan"]) == 2
-    assert set(codes) == {"option-not-implemented"}
-    codes.clear()
-    assert run_script([*make_command(name, home, tmp_path / "less", drop_planned), "--plan"]) == 0, codes
 
 
 def test_there_are_enough_of_them() -> None:
