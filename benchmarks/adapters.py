@@ -55,7 +55,7 @@ DIMS = {"oft": 4, "diag_oft": 4, "boft": 80, "oft_v2": 32, "boft_v2": 8}  # else
 TINY_DIMS = {"oft": 4, "diag_oft": 4, "boft": 16, "oft_v2": 16, "boft_v2": 4, "loha": 8}  # else 16
 TINY_RATES = {  # learning rates at which each was tried; else 1e-3
     "ia3": "3e-2", "full_difference": "3e-4", "lokr": "1e-2", "diag_oft": "3e-3", "oft": "3e-3",
-    "oft_v2": "3e-3", "boft_v2": "3e-3", "lora_fa": "2e-3",
+    "oft_v2": "3e-3", "boft_v2": "3e-3", "lora_fa": "2e-3", "boft": "8e-4",
 }  # fmt: skip
 TINY_STEPS = {"lokr": 120, "boft": 60}  # else STEPS
 KINDS = (
