@@ -22,6 +22,7 @@ from sfumato.quantization.weight import list_stored
 
 WHOLE_BLOCKS = 2  # the one that computes, and the one that is fetched meanwhile
 OPTIMIZER_CODE = "optim/"  # where what the optimizer makes in a step comes from
+ZERO_GRADIENTS = "training/step_owner.py"  # where those come from that the optimizer's state was made with
 MASTER_BYTES = 4  # of the copy in float32 of a weight that DeepSpeed keeps in half precision
 
 
@@ -82,7 +83,8 @@ class RankMemory:
             parts |= dict.fromkeys(self.memory.list_from(OPTIMIZER_CODE), of_state)
         if self.shares.gradients:
             offloaded = self.weights_on_host or self.state_on_host
-            parts |= dict.fromkeys(self.memory.find_numbers(gradients), 0.0 if offloaded else 1 / count)
+            found = self.memory.find_numbers(gradients) | self.memory.list_from(ZERO_GRADIENTS)
+            parts |= dict.fromkeys(found, 0.0 if offloaded else 1 / count)
         of_weight = 1 / count if self.shares.weights else 1.0
         of_weight = 0.0 if self.weights_on_host else of_weight
         for weight in weights:
