@@ -86,10 +86,6 @@ def unwritable_output(toy: Mapping[str, Path], folder: Path) -> list[str]:
     return make_arguments(toy, make_images(folder / "images"), folder / "file" / "out")
 
 
-def planned_option(toy: Mapping[str, Path], folder: Path) -> list[str]:
-    return [*with_images(toy, folder), "--deepspeed"]
-
-
 def nothing_trains(toy: Mapping[str, Path], folder: Path) -> list[str]:
     return with_images(toy, folder, unet_lr=0, text_encoder_lr=0)
 
@@ -120,7 +116,6 @@ CASES: dict[Case, tuple[str, tuple[str, ...]]] = {  # code, and what the last li
     unknown_key: ("config-key-misspelled", ("options.toml", "learning_rat", "learning_rate")),
     unknown_dataset_key: ("dataset-key-unknown", ("data.toml", "num_repeat", "num_repeats")),
     unwritable_output: ("folder-not-writable", ("--output_dir",)),
-    planned_option: ("option-not-implemented", ("--deepspeed", "DeepSpeed")),
     nothing_trains: ("learning-rates-all-zero", ("learning rate",)),
     foreign_weights: ("adapter-names-unmatched", ("foreign.safetensors", "lora_unet_nowhere")),
     no_state: ("no-complete-state", ("empty", "state")),

@@ -159,6 +159,7 @@ def test_validation_has_the_loss_of_diffusers_own_modules(case: str, toy_shelf: 
     sampler = ValidationSampler(plan, seed=5)
     sampler.num_ids, sampler.num_samples = 12, 1
     run: Any = SimpleNamespace(
+        forward=lambda compute: compute(),
         model=model, context=context, device=context.device, autocast=nullcontext,
         parallel=Single(context.device), given_up=set(),
         validation_loader=SimpleNamespace(sampler=sampler, steps=lambda: [SimpleNamespace(batches=(batch,))]),

@@ -81,7 +81,7 @@ def test_one_fault(argv, calls, capsys):
 
 
 def test_several_faults_stand_one_a_line_and_the_last_line_counts_them(argv, capsys):
-    assert main(["train", *argv, "--sed", "3", "--network_dim", "x", "--deepspeed"]) == 2
+    assert main(["train", *argv, "--sed", "3", "--network_dim", "x", "--seed", "y"]) == 2
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
     assert not printed.out

@@ -141,7 +141,7 @@ def test_a_section_called_like_an_option_with_arguments_holds_them(load, write):
 
 
 def test_a_file_as_a_front_end_writes_it(load, write):
-    """Defaults of options that are not implemented yet, 75 tokens, 1 for true, no compiler: all are accepted."""
+    """Defaults, 75 tokens, 1 for true, no compiler: all are accepted."""
     config = load(
         write(
             """

@@ -138,11 +138,6 @@ resolution = 512
     assert find_faults(write("[general]\n"))[0].code == "dataset-list-missing"
 
 
-def test_every_key_is_implemented():
-    """A planned option would not be refused here."""
-    assert not [key for key, option in OPTION_OF_KEY.items() if vocabulary()[option].facts.planned]
-
-
 @pytest.mark.parametrize(
     ("content", "code", "value"),
     [

@@ -1,4 +1,4 @@
-"""load_config: precedence, all faults at once, what is not implemented yet, secrets."""
+"""load_config: precedence, all faults at once, secrets."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_all_faults_at_once(write, tmp_path):
         load_config(
             [
                 write("nettwork_dim = 4\nseed = 'x'"), "--sed", "3", "--learning_rate", "fast",
-                "--deepspeed", "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights",
+                "--vae", str(tmp_path / "no.safetensors"), "--dim_from_weights",
                 "--max_train_steps", "-1", "--save_model_as", "ckp", "--lr_scheduler", "sine",
             ]
         )  # fmt: skip
@@ -71,7 +71,6 @@ def test_all_faults_at_once(write, tmp_path):
         "--learning_rate: 'fast'": "option-type-wrong",
         "--lr_scheduler: 'sine'": "option-choice-unknown",
         "--max_train_steps: '-1'": "option-out-of-range",
-        "--deepspeed": "option-not-implemented",
         "--save_model_as: 'ckp'": "option-choice-unknown",
         "no.safetensors": "path-missing",
         "--dim_from_weights": "dim-from-weights-without-file",
@@ -91,27 +90,6 @@ def test_one_fault_is_not_reported_twice(tmp_path):
     with pytest.raises(SeveralErrors) as raised:
         load_config([*argv, "--resolution", "big"])
     assert len(raised.value.errors) == 4
-
-
-def test_what_is_not_implemented_yet_is_refused_unless_it_is_the_default(faults, codes_of, load):
-    assert codes_of("--deepspeed") == ["option-not-implemented"]
-    assert "DeepSpeed" in faults("--deepspeed")[0]
-    assert load("--loss_type l2 --huber_c 0.1 --no_deepspeed --max_token_length 75").loss.loss_type == "l2"
-
-
-VALUES = {"X": "0.123", "N": "7", "TEXT": "x", "PATH": "x/y", "X,X": "1,2", "NAME=VALUE ...": "a=1", "N|X%": "10%"}
-
-
-@pytest.mark.parametrize("name", [name for name, option in vocabulary().items() if option.facts.planned])
-def test_every_planned_option_is_refused(faults, codes_of, name):
-    option = vocabulary()[name]
-    other = [choice for choice in option.choices if choice != str(option.default)]
-    value = other[0] if other else VALUES.get(option.metavar.removesuffix(" ..."), VALUES.get(option.metavar, "150"))
-    argv = [option.flag] if option.arity == "flag" else [option.flag, value]
-    assert codes_of(argv) == ["option-not-implemented"]
-    (text,) = faults(argv)
-    assert option.flag in text
-    assert option.facts.planned in text
 
 
 def test_an_option_that_the_script_does_not_have(faults, codes_of, load, write):

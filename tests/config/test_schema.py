@@ -118,12 +118,6 @@ def test_every_option_explains_itself():
         assert option.arity == "flag" or option.metavar, option.name
 
 
-def test_what_is_to_come_has_effects_then():
-    for option in vocabulary().values():
-        assert not option.missing_feature(option.default)
-        assert not (option.facts.planned and option.facts.no_effect), option.name
-
-
 def test_every_default_is_a_value_that_its_type_accepts():
     for theme, options in THEMES.items():
         built = options()

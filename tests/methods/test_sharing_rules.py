@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sfumato.config import Config
+from sfumato.config.process_rules import FSDP2
 from sfumato.methods.sharing_rules import SHARING_RULES, Planned, list_broken_sharing_rules, steps_each_number
 
 OPTIMIZERS = sorted(
@@ -43,16 +44,26 @@ BROKEN = {
     "sharing-base-weights": ({"base_weights": (Path("a.safetensors"),)}, {}),
     "sharing-reading-adapter": ({}, {"reads": True}),
     "sharing-preservation": ({}, {"preserves": True}),
+    "sharing-schedule-free": ({"optimizer_type": "AdamWScheduleFree"}, {}),
+    "sharing-ema": ({"ema_decay": 0.9}, {}),
+    "sharing-half-weights": ({"full_bf16": True, "mixed_precision": "bf16"}, {}),
+    "sharing-uncertainty": ({"uncertainty_weighting": True}, {}),
+    "sharing-norm-limit": ({"scale_weight_norms": 1.0}, {}),
+    "sharing-stopped-encoder": ({"stop_text_encoder_training": 10}, {}),
+    "sharing-compiled-blocks": ({"compile": True}, {}),
 }
+ASKING = {FSDP2: {"fsdp": True}, **{f"ZeRO {stage}": {"deepspeed": True, "zero_stage": stage} for stage in (1, 2, 3)}}
 
 
 @pytest.mark.parametrize("rule", SHARING_RULES, ids=lambda rule: rule.code)
 def test_each_rule_is_broken_by_its_options_alone(rule: Any) -> None:
     options, facts = BROKEN[rule.code]
-    shared = {**options, "fsdp": True}
-    assert [error.code for error in list_broken_sharing_rules(make_planned(shared, **facts))] == [rule.code]
     assert not list(list_broken_sharing_rules(make_planned(options, **facts)))
-    assert not list(list_broken_sharing_rules(make_planned(shared, processes=1, **facts)))
+    for engine, asking in ASKING.items():
+        shared = {**options, **asking}
+        expected = [rule.code] if engine in rule.engines else []
+        assert [error.code for error in list_broken_sharing_rules(make_planned(shared, **facts))] == expected
+        assert not list(list_broken_sharing_rules(make_planned(shared, processes=1, **facts)))
 
 
 def step_pieces(name: str, pieces: int) -> torch.Tensor:

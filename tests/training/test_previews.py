@@ -96,7 +96,7 @@ def test_whatever_fails_is_a_warning(
     assert "Traceback" in log.read_text()
 
 
-@pytest.mark.parametrize(("option", "period"), [("sample_every_n_steps", 0), ("sample_every_n_epochs", -3)])
+@pytest.mark.parametrize(("option", "period"), [("sample_every_n_steps", -1), ("sample_every_n_epochs", -3)])
 def test_a_period_below_one_is_told_and_ignored(option: str, period: int, toy_shelf: ToyShelf, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     (tmp_path / "prompts.txt").write_text(f"a cat{LINE}\n")

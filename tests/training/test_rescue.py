@@ -52,9 +52,9 @@ def after_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Any) -> None:
     monkeypatch.setattr(Run, "complete_step", complete)
 
 
-@pytest.mark.fast_for("training_loss-error0")
+@pytest.mark.fast_for("compute_loss-error0")
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyError("x"), UserError("no", code="image-missing")])
-@pytest.mark.parametrize("place", ["training_loss", "run_due_saves"])
+@pytest.mark.parametrize("place", ["compute_loss", "run_due_saves"])
 def test_whatever_raises_wherever(
     error: Exception,
     place: str,
@@ -78,7 +78,7 @@ def test_whatever_raises_wherever(
             train_toy(toy, images, tmp_path, max_train_steps=3)
     assert caught.value is error
     folder = find_newest_state(tmp_path)
-    assert load_state(folder)[0]["counters"]["step"] == (1 if place == "training_loss" else 2)
+    assert load_state(folder)[0]["counters"]["step"] == (1 if place == "compute_loss" else 2)
     train_toy(toy, images, tmp_path, max_train_steps=3, resume=folder)
     assert equal_tensors(read_weights(straight), read_weights(tmp_path))
     assert read_metrics(straight) == read_metrics(tmp_path)

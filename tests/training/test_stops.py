@@ -66,7 +66,7 @@ def test_a_signal_in_a_step_saves_the_state_after_it(
 ) -> None:
     straight = train_toy(toy, images, tmp_path / "straight", max_train_steps=2)
     with monkeypatch.context() as patch:
-        signal_before(patch, "sfumato.train.training_loss", number=number, times=times)
+        signal_before(patch, "sfumato.train.compute_loss", number=number, times=times)
         assert main(["train", *make_arguments(toy, images, tmp_path / "out", max_train_steps=2)]) == 0
     folder = find_newest_state(tmp_path / "out")
     assert load_state(folder)[0]["counters"]["step"] == 1
@@ -79,7 +79,7 @@ def test_a_signal_in_a_step_saves_the_state_after_it(
 def test_the_second_wish_ends_at_once(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    normal = sfumato.train.training_loss
+    normal = sfumato.train.compute_loss
 
     def impatient(*given: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -87,7 +87,7 @@ def test_the_second_wish_ends_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         return normal(*given)
 
-    monkeypatch.setattr(sfumato.train, "training_loss", impatient)
+    monkeypatch.setattr(sfumato.train, "compute_loss", impatient)
     assert main(["train", *make_arguments(toy, images, tmp_path / "out")]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
     assert not list((tmp_path / "out").glob("*-state"))
@@ -169,7 +169,7 @@ def test_a_state_that_cannot_be_saved_is_one_line(
     def refuse(*given: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    signal_before(monkeypatch, "sfumato.train.training_loss")
+    signal_before(monkeypatch, "sfumato.train.compute_loss")
     monkeypatch.setattr("sfumato.training.saving.write_state", refuse)
     assert main(["train", *make_arguments(toy, images, tmp_path / "out")]) == 2
     assert "after step 1" in capsys.readouterr().err.splitlines()[-1]
@@ -179,7 +179,7 @@ def test_training_called_from_python_can_be_stopped_too(
     toy: Toy, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    signal_before(monkeypatch, "sfumato.train.training_loss")
+    signal_before(monkeypatch, "sfumato.train.compute_loss")
     sfumato.train.train(load_config(make_arguments(toy, images, tmp_path / "out")))
     assert load_state(find_newest_state(tmp_path / "out"))[0]["counters"]["step"] == 1
     assert signal.getsignal(signal.SIGTERM) == before

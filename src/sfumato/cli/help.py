@@ -43,9 +43,9 @@ def training_help(
     for theme in own:
         table = make_option_table({theme.__name__: theme})
         lines += format_section(f"Options of `{program}`", table.options.values())
-    for theme, group in group_options(option for option in options if not option.facts.planned).items():
+    for theme, group in group_options(options).items():
         lines += format_section(theme_title(theme), group)
-    return "\n".join([*lines, *format_planned(options)]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def command_help(
@@ -118,25 +118,6 @@ def describe_option(option: Option, spellings: Sequence[str]) -> str:
 
 def format_default(option: Option) -> str:
     return f"{option.default:g}" if isinstance(option.default, float) else str(option.default)
-
-
-def format_planned(options: Iterable[Option]) -> list[str]:
-    """Options that are known but refused until their feature is there."""
-    features: dict[str, list[str]] = {}
-    for option in options:
-        if option.facts.planned:
-            features.setdefault(option.facts.planned, []).append(option.flag)
-    lines = ["", "Known, but not implemented yet:"] if features else []
-    for feature, flags in features.items():
-        lines += textwrap.wrap(
-            f"{feature}: {', '.join(flags)}",
-            line_width(),
-            initial_indent="  ",
-            subsequent_indent="    ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    return lines
 
 
 def line_width() -> int:

@@ -62,8 +62,7 @@ or an error with `--strict`.
 def render_options_page() -> str:
     """The whole page."""
     options = vocabulary()
-    working = sum(not option.facts.planned for option in options.values())
-    parts = [OPTIONS_PAGE_HEAD, f"{len(options)} options, {working} of them available.\n"]
+    parts = [OPTIONS_PAGE_HEAD, f"{len(options)} options.\n"]
     for theme, group in group_options(options.values()).items():
         parts += [f"## {theme_title(theme)}\n", OPTION_COLUMNS]
         parts.append("\n".join(format_option_row(option) for option in group) + "\n")
@@ -78,8 +77,6 @@ def format_option_row(option: Option) -> str:
 
 
 def describe_status(option: Option) -> str:
-    if option.facts.planned:
-        return f"later: {option.facts.planned}"
     return f"no effect: {option.facts.no_effect}" if option.facts.no_effect else "yes"
 
 

@@ -18,7 +18,6 @@ def option(
     default: Any,
     help: str,
     *,
-    planned: str = "",
     no_effect: str = "",
     path: PathKind = "",
     required: bool = False,
@@ -28,15 +27,12 @@ def option(
 ) -> Any:
     """Declare one option: a pydantic field whose name is the option's name.
 
-    planned: the feature that the option waits for; until then any value but the default is refused.
-        Delete the argument to enable the option.
     no_effect: why the option changes nothing here; it is accepted and reported.
     path: what must exist where the value points. limits: pydantic's ge, gt, le, lt.
     required, positional: for the options of one command; a positional argument is given without its name.
     repeatable: given again on a command line, the values of such an option are added to those before.
     """
     facts = OptionFacts(
-        planned=planned,
         no_effect=no_effect,
         path=path,
         required=required,
@@ -100,7 +96,6 @@ class Metavar:
 class OptionFacts:
     """The arguments of `option` beyond the type, the default and the help line."""
 
-    planned: str = ""
     no_effect: str = ""
     path: PathKind = ""
     required: bool = False
@@ -126,10 +121,6 @@ class Option:
     def flag(self) -> str:
         """The option on a command line; of a positional argument its placeholder."""
         return self.name.upper() if self.facts.positional else f"--{self.name}"
-
-    def missing_feature(self, value: Any) -> str:
-        """The feature that this value waits for; empty where the value works."""
-        return "" if value == self.default else self.facts.planned
 
 
 class Options(BaseModel):

@@ -57,7 +57,7 @@ def load_command_config(
     into the environment, then the built-in defaults.
     skip_rules: codes of rules that do not hold for the calling command. check_files: whether paths must exist.
     Raises one UserError, or SeveralErrors for all faults together: unknown, mistyped, wrong or missing values,
-    missing files, options that are not implemented yet, and options that contradict each other.
+    missing files, and options that contradict each other.
     """
     problems = Problems()
     problems.found += line.problems.found
@@ -91,7 +91,6 @@ def load_command_config(
     notes += find_exposed_secrets(line.source)
     notes += drop_zero_periods(values)
     notes += clean_output_name(values, sources)
-    suspects |= refuse_planned(values, places, problems)
     for switch, included in IMPLIED.items():
         if values.get(switch) and not values.get(included):
             values[included], sources[included] = True, f"--{switch}"
@@ -188,17 +187,6 @@ def clean_output_name(values: dict[str, Any], sources: dict[str, str]) -> list[s
         return []
     values["output_name"] = last
     return [f"--output_name is a path: files are called {last!r} and go to --output_dir, whatever it says before"]
-
-
-def refuse_planned(values: Mapping[str, Any], places: Mapping[str, str], problems: Problems) -> set[str]:
-    """Add a problem for every value whose feature does not exist yet; gives the names of their options."""
-    refused = set()
-    for name, value in values.items():
-        what, feature = places[name], vocabulary()[name].missing_feature(value)
-        if feature:
-            refused.add(name)
-            problems.add(f"{what} is not implemented yet (comes with {feature})", code="option-not-implemented")
-    return refused
 
 
 def check_rules(config: Config, suspects: set[str], problems: Problems, skip_rules: Collection[str]) -> Config:

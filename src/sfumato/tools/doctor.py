@@ -33,6 +33,7 @@ EXTRAS = {  # extra -> what it brings
     "jxl": "images in JPEG XL",
     "optimizers": "8-bit optimizers, Lion, Prodigy, D-Adaptation and the schedule-free ones",
     "tagger": "sfumato dataset tag",
+    "deepspeed": "--deepspeed, on several GPUs (Linux)",
 }
 DEVELOPERS = ("test", "recipe")  # extras that only work on sfumato itself needs
 BY_HAND = {  # module -> what it brings; none of them is in an extra
