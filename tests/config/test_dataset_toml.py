@@ -9,7 +9,6 @@ import pytest
 from sfumato.config.dataset_toml import (
     DATASET_KEYS,
     ONLY_SUBSET_KEYS,
-    OPTION_OF_KEY,
     SUBSET_KEYS,
     DatasetFile,
     read_dataset_config,

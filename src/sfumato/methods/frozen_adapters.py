@@ -83,8 +83,9 @@ class FrozenAdapters:
     hooked only while images are made, so that training is what it is without them.
     """
 
-    def __init__(self, files: Sequence[FrozenFile] = ()) -> None:
-        self.files = [file for file in files if file.request.strength]  # at strength 0 there is nothing to hook
+    def __init__(self, files: Sequence[FrozenFile] = (), *, changes_strength: bool = False) -> None:
+        """changes_strength: whether one of strength 0 is hooked, too, since batches may have other strengths."""
+        self.files = [file for file in files if file.request.strength or changes_strength]
         self._engines: WeakKeyDictionary[AdapterEngine, FrozenAdapter] = WeakKeyDictionary()
         self._for_previews: dict[tuple[FrozenAdapter, str], list[Adapter]] = {}  # file and part -> its adapters
 

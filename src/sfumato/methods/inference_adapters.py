@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,9 +55,7 @@ class InferenceAdapters:
             log.warning("%s", line)
         self.strengths = [file.request.strength for file in read]
         self.calculated = CalculatedWeights(read) if calculated and read else None
-        # One of strength 0 is hooked, too: a batch may have others.
-        hooked = [replace(file, request=replace(file.request, strength=file.request.strength or 1.0)) for file in read]
-        self.files = [] if calculated else [FrozenAdapters([file]) for file in hooked]
+        self.files = [] if calculated else [FrozenAdapters([file], changes_strength=True) for file in read]
         for file in self.files:
             file.register(model)
         adapted = {part for file in read for part in file.matches}
