@@ -131,7 +131,7 @@ def check_samples(folder: Path, *, guidance: float | None) -> None:
     assert len(made) == 4
     first, second = (Image.open(path) for path in made[:2])
     assert (first.size, second.size) == ((64, 96), (96, 64))
-    assert read_recipe(first) == {"scale": 4.0, "guidance": guidance or 0.0, "steps": 3, "seed": 1}
+    assert read_recipe(first) == {"scale": 4.0, "guidance": guidance, "steps": 3, "seed": 1}
     assert read_recipe(second) == {"scale": 1.0, "guidance": guidance, "steps": 2, "seed": 2}
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import sfumato.training.outcomes as outcomes
+import sfumato.training.saving as saving
 from families.toys import ToyShelf
 from sfumato.memory.device_memory import FreeMemory, forget_peak_memory, read_free_memory, read_peak_memory
 from sfumato.training.outcomes import Outcome
-from sfumato.training.run_state import RunState
+from sfumato.training.run import Run
 from toy_runs import make_images, read_metrics, train_toy
 
 
@@ -26,13 +27,13 @@ def test_a_state_has_the_lines_of_all_its_steps(
     toy_shelf: ToyShelf, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: dict[int, list[float]] = {}
-    save = RunState.save
+    collect = saving.collect_state
 
-    def count_lines(state: RunState, folder: Path, start: Any, step: int) -> None:
+    def count_lines(run: Run, step: int) -> Any:
         found[step] = [row["step"] for row in read_metrics(tmp_path / "out")]
-        save(state, folder, start, step)
+        return collect(run, step)
 
-    monkeypatch.setattr(RunState, "save", count_lines)
+    monkeypatch.setattr(saving, "collect_state", count_lines)
     options = {"max_train_steps": 3, "save_every_n_steps": 2, "save_state": True, "network_train_unet_only": True}
     train_toy(toy_shelf.paths("sd"), images, tmp_path / "out", **options)
     assert found == {2: [1, 2], 3: [1, 2, 3]}

@@ -274,7 +274,7 @@ def test_a_best_that_cannot_be_written_leaves_the_one_before(
             raise OSError("no room")
         save_output(run, path, step, *rest)
 
-    monkeypatch.setattr("sfumato.training.validation.save_output", once)
+    monkeypatch.setattr("sfumato.training.saving.save_output", once)
     options = {**HALF, "validate_every_n_steps": 1, "save_best": True, "max_train_steps": 2}
     with pytest.raises(UserError) as caught:
         train_toy(sd, images, tmp_path, **options)
