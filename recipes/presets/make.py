@@ -133,7 +133,7 @@ def climb(config: Config, ladder: Iterable[Mapping[str, Any]], largest: int) -> 
     register_backend()
     for values in ladder:
         changed = config.with_values(values)
-        if bound_run(changed).peak > largest:
+        if max(bound.size for bound in bound_run(changed)) > largest:
             continue
         plan = make_run_plan(changed, processes=1, remember=False)
         peaks = {stage.name: stage.peak for stage in rehearse_plan(plan, saves=False)}
