@@ -190,9 +190,13 @@ def list_broken_sharing_rules(planned: Planned) -> Iterator[UserError]:
 
 
 def format_sharing_table() -> Iterator[str]:
-    """What goes together with each engine, in Markdown."""
-    yield f"| | {' | '.join(ENGINES)} | why not |"
-    yield "|---|" + "---|" * (len(ENGINES) + 1)
+    """What does not go together with which engine, in Markdown."""
+    yield "| | not with | why |"
+    yield "|---|---|---|"
     for rule in SHARING_RULES:
-        marks = ("no" if engine in rule.engines else "yes" for engine in ENGINES)
-        yield f"| {rule.name.replace('|', '/')} | {' | '.join(marks)} | {rule.reason} |"
+        yield f"| {rule.name.replace('|', '/')} | {list_engines(rule.engines)} | {rule.reason} |"
+
+
+def list_engines(engines: Sequence[str]) -> str:
+    """For instance "FSDP2, ZeRO 3", and "any" for all."""
+    return "any" if set(engines) == set(ENGINES) else ", ".join(engines)
