@@ -181,7 +181,7 @@ def check_torch() -> None:
         raise UserError(
             f"--fsdp needs a newer torch than {torch.__version__}, whose FSDP2 only averages gradients",
             code="fsdp-torch-too-old",
-            fix="pip install torch>=2.8, or remove --fsdp",
+            fix="pip install --upgrade torch, or remove --fsdp",
         )
 
 
