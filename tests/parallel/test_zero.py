@@ -96,7 +96,7 @@ def check_equal(ours: Path, theirs: Path, *, loss: float, weight: float) -> None
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "options", "stage"),
-    [("sd", LORA, 1), ("sd", FULL, 3), ("flux", LORA, 3), ("flux", FULL, 2)],
+    [(family, options, stage) for family in ("sd", "flux") for options in (LORA, FULL) for stage in (1, 2, 3)],
     ids=lambda value: value.get("method", "lora") if isinstance(value, dict) else str(value),
 )
 def test_two_processes_train_what_one_does(

@@ -104,13 +104,16 @@ def read_facts(engines: Path, output: Path, count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("what", SCRIPTS, ids="-".join)
-def test_two_processes_that_share_the_weights_train_what_one_does(
+def test_two_processes_train_what_one_does_whether_they_share_the_weights_or_have_them_all(
     what: tuple[str, str], toys: Toys, images: Path, tmp_path: Path, engines: Path
 ) -> None:
     more = {"train_text_encoder": what[0] == "sdxl"}  # which is whole in each, beside what is shared out
     one, _ = train_over(1, what, toys, images, tmp_path / "one", **more)
     two, _ = train_over(2, what, toys, images, tmp_path / "two", fsdp=True, **more)
+    whole, _ = train_over(2, what, toys, images, tmp_path / "whole", **more)
     compare(two, one)
+    compare(whole, one)
+    assert {each["strategy"] for each in read_facts(engines, whole, 2)} == {"AllReduce"}
     facts = read_facts(engines, two, 2)
     assert all(each["shards"] and each["blocks"] > 1 for each in facts)
     assert sum(each["own"] for each in facts) == facts[0]["all"]
