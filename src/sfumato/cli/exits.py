@@ -10,6 +10,7 @@ from io import TextIOWrapper
 
 from sfumato.common.quiet_imports import silence_lost_stores
 from sfumato.common.stop_signals import INTERRUPTED, INTERRUPTED_LINE, handle_stop_signals, raise_interrupt
+from sfumato.common.text import join_lines
 from sfumato.errors import InternalError, SeveralErrors, UserError
 
 INTERNAL_ERROR, USER_ERROR = 1, 2  # exit codes
@@ -62,8 +63,3 @@ def report(text: str) -> None:
     from sfumato.config.secrets import collect_machine_secrets, find_secret_words, redact
 
     print(redact(text, collect_machine_secrets() | find_secret_words(sys.argv)), file=sys.stderr)
-
-
-def join_lines(error: Exception) -> str:
-    """The text of an error as one line."""
-    return " ".join(str(error).split())

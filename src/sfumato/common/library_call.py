@@ -17,5 +17,11 @@ def call_library(work: Callable[[], _T]) -> Future[_T]:
 
 def give_reason(error: BaseException) -> str:
     """The first line of an error, or of the one that it only wraps."""
-    text = str(error.__cause__ or error).strip() or str(error).strip()
+    cause = error.__cause__
+    return read_first_line(cause if cause is not None and str(cause).strip() else error)
+
+
+def read_first_line(error: BaseException) -> str:
+    """Of an error's text; the name of its class where it has none."""
+    text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

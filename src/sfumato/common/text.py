@@ -25,6 +25,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} bytes" if number == 0 else f"{count:.3g} {units[number]}"
 
 
+def join_lines(text: object) -> str:
+    """A text, or that of an error, as one line with single spaces."""
+    return " ".join(str(text).split())
+
+
 def list_some(names: Sequence[str], limit: int = 5) -> str:
     """The first names, and how many more there are: "a, b and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

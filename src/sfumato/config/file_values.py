@@ -17,7 +17,7 @@ from sfumato.config.base import Option
 from sfumato.config.schema import THEMES
 from sfumato.config.values import ARGUMENTS
 
-NEVER_AT_ZERO = ("sample_every_n_steps", "sample_every_n_epochs")  # zero and below mean never
+PERIODS = ("sample_every_n_steps", "sample_every_n_epochs")  # zero and below mean never
 OTHER_VALUES = {("max_token_length", "255"): 225}  # 3 chunks, as sd-scripts reads the default of a front end
 
 
@@ -40,7 +40,7 @@ def is_plain_default(option: Option, value: Any) -> bool:
 
 def is_zero_for_none(option: Option, value: Any) -> bool:
     """Whether a value is 0 where that can only mean "not given"."""
-    return is_zero(value) and (option.name in NEVER_AT_ZERO or not can_be_zero(option))
+    return is_zero(value) and (option.name in PERIODS or not can_be_zero(option))
 
 
 def is_zero(value: Any) -> bool:

@@ -10,6 +10,7 @@ from sfumato.common.text import EMPTY, join_parts
 from sfumato.config.command import CommandLine, read_command
 from sfumato.config.config_file import read_config_file, resolve_config_path
 from sfumato.config.environment import describe_environment
+from sfumato.config.file_values import PERIODS
 from sfumato.config.launcher_options import check_contradictions, read_launcher_options
 from sfumato.config.loose_keys import describe_loose_keys, refuse_loose_keys
 from sfumato.config.option_source import OptionSource, check_values, refuse_absent
@@ -25,7 +26,6 @@ IMPLIED = {  # a switch that includes another
     "cache_latents_to_disk": "cache_latents",
     "cache_text_encoder_outputs_to_disk": "cache_text_encoder_outputs",
 }
-PERIODS = ("sample_every_n_steps", "sample_every_n_epochs")  # zero and below mean never
 
 
 def load_config(

@@ -23,6 +23,11 @@ def name_engine(config: Config) -> str | None:
     return FSDP2 if config.processes.fsdp else None
 
 
+def name_engine_option(engine: str) -> str:
+    """The option that asks for one of ENGINES."""
+    return "--fsdp" if engine == FSDP2 else "--deepspeed"
+
+
 def lacks_nvme_path(config: Config) -> bool:
     processes = config.processes
     return (processes.offload_optimizer_device == "nvme" and processes.offload_optimizer_nvme_path is None) or (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sfumato.config import Config
-from sfumato.config.process_rules import ENGINES, FSDP2, ZERO_3, name_engine
+from sfumato.config.process_rules import ENGINES, FSDP2, ZERO_3, name_engine, name_engine_option
 from sfumato.data.plans import DataPlan
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
@@ -182,7 +182,7 @@ def list_broken_sharing_rules(planned: Planned) -> Iterator[UserError]:
     engine = name_engine(planned.config)
     if engine is None or planned.data.processes == 1:
         return
-    option = "--fsdp" if engine == FSDP2 else "--deepspeed"
+    option = name_engine_option(engine)
     for rule in SHARING_RULES:
         if engine in rule.engines and rule.is_broken(planned):
             fix = rule.fix.replace("{engine}", option)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sfumato.common.text import join_lines
 from sfumato.config import ProcessOptions
 from sfumato.errors import UserError
 from sfumato.families.part import Part
@@ -156,7 +157,7 @@ def fault_of_options() -> Iterator[None]:
         yield
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"DeepSpeed cannot be set up: {' '.join(str(error).split())}",
+            f"DeepSpeed cannot be set up: {join_lines(error)}",
             code="deepspeed-refuses",
             fix="change the options that it names, or train with --fsdp",
         ) from error

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.common.library_call import read_first_line
 from sfumato.config.paths import looks_like_path, suggest_path
 from sfumato.config.prompt_options import CLIP_VISION_MODEL
 from sfumato.data.batch import Tensors
@@ -37,9 +38,8 @@ def open_vision_model(name: str, kind: Any, *, option: str) -> tuple[Any, Any]:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--{option}: transformers cannot open {name} as a model that sees images ({reason})",
+            f"--{option}: transformers cannot open {name} as a model that sees images ({read_first_line(error)})",
             code="image-encoder-unavailable",
             fix="give a folder or a name on the hub with CLIP or DINOv2 in safetensors",
         ) from error

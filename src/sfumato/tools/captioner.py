@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.common.library_call import read_first_line
 from sfumato.errors import UserError
 
 
@@ -96,9 +97,8 @@ def load_captioner(name: str, wording: Wording, *, dtype: torch.dtype, device: t
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
         model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"transformers cannot open {name} as a model that describes images ({reason})",
+            f"transformers cannot open {name} as a model that describes images ({read_first_line(error)})",
             code="captioner-unavailable",
             fix="give the folder or the name on the hub of such a model that needs no code of its own",
         ) from error

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.common.library_call import call_library, give_reason
+from sfumato.common.library_call import call_library, give_reason, read_first_line
 from sfumato.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def open_session(model: Path, *, purpose: str) -> InferenceSession:
         return onnxruntime.InferenceSession(str(model), providers=providers)
     except (faults.Fail, faults.InvalidGraph, faults.InvalidProtobuf, faults.NoModel, faults.NotImplemented) as error:
         raise UserError(
-            f"{model} cannot be opened by onnxruntime ({str(error).splitlines()[0]})",
+            f"{model} cannot be opened by onnxruntime ({read_first_line(error)})",
             code="onnx-model-invalid",
             fix="remove it, so that it is downloaded again, or give another file",
         ) from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from sfumato.common.text import join_lines
 from sfumato.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,5 +44,5 @@ class Guard:
 
 def describe_any_error(error: Exception) -> str:
     """In one line; with its class where that says more than the text."""
-    text = " ".join(str(error).split())
+    text = join_lines(error)
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".rstrip(": ")

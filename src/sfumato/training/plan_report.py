@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.config import Config
 from sfumato.config.listing import public_options
-from sfumato.config.process_rules import name_engine
+from sfumato.config.process_rules import name_engine, name_engine_option
 from sfumato.data.find.data_rows import make_data_rows
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
@@ -40,7 +40,7 @@ def plan_lines(plan: RunPlan) -> Iterator[str]:
     if plan.config.processes.ddp_timeout is not None and plan.data.processes == 1:
         yield "note: --ddp_timeout has no effect: there is one process"
     if (engine := name_engine(plan.config)) and plan.data.processes == 1:
-        option = "--deepspeed" if plan.config.processes.deepspeed else "--fsdp"
+        option = name_engine_option(engine)
         yield f"note: {option} has no effect: there is one process, which has the whole model, where {engine} shares it"
     yield from data_lines(plan.config, plan.data)
     yield from model_lines(plan)

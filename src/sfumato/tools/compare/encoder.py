@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from sfumato.common.library_call import read_first_line
 from sfumato.errors import UserError
 from sfumato.sampling.image_vectors import open_vision_model
 
@@ -71,7 +72,7 @@ def check_encoder(encoder: ImageEncoder) -> None:
         encoder.encode([Image.new("RGB", (64, 64))])
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"--image_encoder: {encoder.name} gives no vector of an image ({str(error).splitlines()[0]})",
+            f"--image_encoder: {encoder.name} gives no vector of an image ({read_first_line(error)})",
             code="image-encoder-without-vectors",
             fix="give CLIP or DINOv2",
         ) from error
