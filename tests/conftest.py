@@ -15,6 +15,8 @@ from sfumato.errors import SeveralErrors, UserError
 # One thread: toy networks are slower with more, sums become reproducible, and several workers share the cores. The
 # environment is for the processes that tests start; the hub reads it when it is first imported.
 torch.set_num_threads(1)
+# A forked process makes a new pool of threads at its first sum; two threads that come to it together fail.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -25,6 +25,7 @@ def serve() -> None:
     assert WARM
     register_families()
     torch.set_num_threads(1)
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # as in conftest.py
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)

@@ -5,15 +5,17 @@ import { diffWords, plural } from "./texts.js";
 
 const $ = id => document.getElementById(id);
 const dialog = $("change"), form = $("change-form");
-let targets = () => ({ images: [], label: "" }), finish = () => {}, latest = 0, timer = 0;
+let targets = { images: [], label: "" }, finish = () => {}, latest = 0, timer = 0;
 
 export function setUp(on) {
-  [targets, finish] = [on.targets, on.finish];
-  form.addEventListener("input", () => { showFields(); clearTimeout(timer); timer = setTimeout(preview, 120); });
+  finish = on.finish;
+  form.addEventListener("input", () => { showFields(); forgetPreview(); timer = setTimeout(preview, 120); });
   form.addEventListener("submit", event => { event.preventDefault(); apply(); });
 }
 
-export function openDialog() {
+/** chosen: the images to change, as long as the dialog is open, and what they are called. */
+export function openDialog(chosen) {
+  targets = chosen;
   $("samples").replaceChildren();
   dialog.showModal();
   showFields();
@@ -22,7 +24,7 @@ export function openDialog() {
 }
 
 const kind = () => form.elements.kind.value;
-const numbers = () => [...new Set(targets().images.map(image => store.images[image].file))];
+const numbers = () => [...new Set(targets.images.map(image => store.images[image].file))];
 
 function showFields() {
   for (const field of form.querySelectorAll("[data-kinds]"))
@@ -43,10 +45,17 @@ function readChange() {
   }
 }
 
-async function preview() {
-  const request = ++latest, change = readChange(), { label } = targets(), files = numbers();
+/** What was shown is of other fields, and so is an answer that is still to come: nothing can be applied before the next. */
+function forgetPreview() {
+  latest++;
+  clearTimeout(timer);
   $("apply").disabled = true;
   $("apply").textContent = "Change";
+}
+
+async function preview() {
+  forgetPreview();
+  const request = latest, change = readChange(), { label } = targets, files = numbers();
   if (!change) {
     $("scope").textContent = `Applies to ${label}.`;
     $("samples").replaceChildren();
@@ -80,7 +89,7 @@ function makeSample({ file, before, after }) {
 async function apply() {
   const change = readChange();
   if (!change || $("apply").disabled) return;
-  $("apply").disabled = true;
+  forgetPreview();
   $("apply").textContent = "Changing…";
   try {
     const outcome = await act("change", { files: numbers(), change });
@@ -88,5 +97,7 @@ async function apply() {
     finish(outcome);
   } catch (error) {
     $("scope").textContent = error.message;
+    $("apply").textContent = "Try again";
+    $("apply").disabled = false;
   }
 }

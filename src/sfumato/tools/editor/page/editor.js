@@ -253,7 +253,7 @@ const COMMANDS = {
   "/": () => $("search").select(), e: editCaption, Enter: editCaption,
   t: async () => { if (await ensureCurrent()) $("new-tag").focus(); },
   x: () => { if (detail.currentImage() >= 0) pick(detail.currentImage()); },
-  a: pickAll, b: () => bulk.openDialog(), z: () => travel("undo"), Z: () => travel("redo"), c: clearFilter,
+  a: pickAll, b: () => bulk.openDialog(getTargets()), z: () => travel("undo"), Z: () => travel("redo"), c: clearFilter,
   "?": () => $("help").showModal(),
   Escape: () => { document.body.classList.remove("detail", "side"); toggleHistory(false); },
 };
@@ -291,14 +291,21 @@ document.addEventListener("keydown", event => {
 });
 
 let searchTimer = 0;
+function search() {
+  clearTimeout(searchTimer);
+  if (filter.query === $("search").value) return;
+  filter.query = $("search").value;
+  applyFilter();
+}
 $("search").addEventListener("input", () => {
   clearTimeout(searchTimer);
-  searchTimer = setTimeout(() => { filter.query = $("search").value; applyFilter(); }, 120);
+  searchTimer = setTimeout(search, 120);
 });
+$("search").addEventListener("blur", search); // whatever comes next is for what was searched
 $("tag-search").addEventListener("input", showTags);
 for (const [id, run] of Object.entries({
   undo: () => travel("undo"), redo: () => travel("redo"), "history-open": () => toggleHistory(), clear: clearFilter,
-  "change-open": () => bulk.openDialog(), "help-open": () => $("help").showModal(),
+  "change-open": () => bulk.openDialog(getTargets()), "help-open": () => $("help").showModal(),
   "side-open": () => document.body.classList.add("side"), "side-close": () => document.body.classList.remove("side"),
   "detail-close": async () => { if (await detail.save()) document.body.classList.remove("detail"); },
 })) $(id).addEventListener("click", run);
@@ -321,7 +328,7 @@ store.listeners.push(files => {
   grid.refresh(image => files.has(store.images[image].file) || image in store.imageFaults);
   showFilters();
 });
-bulk.setUp({ targets: getTargets, finish: outcome => report(outcome, "", { action: ["Undo", () => travel("undo")] }) });
+bulk.setUp({ finish: outcome => report(outcome, "", { action: ["Undo", () => travel("undo")] }) });
 detail.setUp({ say });
 await load();
 $("title").textContent = store.title.split(/[\\/]/).filter(Boolean).at(-1) ?? store.title;
