@@ -249,8 +249,9 @@ def loading(folder: Path, *options: str) -> Figures:
     from sfumato.data.batch_sampler import BatchSampler
     from sfumato.data.cache.entries import ContentHashes, LatentKeys
     from sfumato.data.cache.store import MemoryStore
+    from sfumato.data.caches import Caches
     from sfumato.data.find.discover import find_data
-    from sfumato.data.loader import Loader
+    from sfumato.data.loader import Loader, LoaderSettings
     from sfumato.data.masks import MaskKeys
     from sfumato.errors import Problems
 
@@ -262,9 +263,9 @@ def loading(folder: Path, *options: str) -> Figures:
     order = BatchSampler(find_data(load_config(argv), bucket_step=64, problems=problems), seed=1)
     problems.raise_all()
     hashes = ContentHashes(MemoryStore())
-    names = LatentKeys(fingerprint="none", dtype=torch.float32, hashes=hashes)
-    masks = MaskKeys(downscale=8, hashes=hashes)
-    loader = Loader(order, latent_keys=names, mask_keys=masks, max_train_steps=order.steps_per_epoch, workers=2)
+    keys = LatentKeys(fingerprint="none", dtype=torch.float32, hashes=hashes)
+    caches = Caches(latent_keys=keys, mask_keys=MaskKeys(downscale=8, hashes=hashes))
+    loader = Loader(order, caches, LoaderSettings(max_train_steps=order.steps_per_epoch, workers=2))
     with measure(figures):
         for _ in islice(loader.steps(), order.steps_per_epoch):
             pass

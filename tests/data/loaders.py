@@ -18,7 +18,8 @@ from sfumato.data.cache.entries import (
     list_latent_items,
 )
 from sfumato.data.cache.store import MemoryStore
-from sfumato.data.loader import Loader
+from sfumato.data.caches import Caches
+from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.masks import MaskKeys
 
 SUBSET = "[[datasets.subsets]]\nimage_dir = '{root}/"
@@ -63,26 +64,22 @@ def features(captions):
     return found
 
 
-def make_loader(
-    plan, *, workers=0, rank=0, cached=False, text=None, seed=7, accumulation=2, steps=100, skip_bad_images=False
-) -> Loader:
+def make_loader(plan, *, rank=0, cached=False, text=None, seed=7, accumulation=2, **settings) -> Loader:
+    """settings: of LoaderSettings; by default no threads."""
     store = MemoryStore()
-    names = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
-    latents = TensorCache(store) if cached else None
-    if latents:
-        fill_latents(latents, names, list_latent_items(plan), encode, batch_size=3)
+    caches = make_caches(store, text=text)
+    if cached:
+        caches.latents = TensorCache(store)
+        fill_latents(caches.latents, caches.latent_keys, list_latent_items(plan), encode, batch_size=3)
     order = BatchSampler(plan, seed=seed, accumulation=accumulation, rank=rank)
-    masks = MaskKeys(downscale=8, hashes=names.hashes)
-    return Loader(
-        order,
-        latent_keys=names,
-        mask_keys=masks,
-        max_train_steps=steps,
-        latents=latents,
-        text=text,
-        workers=workers,
-        skip_bad_images=skip_bad_images,
-    )
+    return Loader(order, caches, LoaderSettings(**{"max_train_steps": 100, "workers": 0, **settings}))
+
+
+def make_caches(store: MemoryStore | None = None, *, downscale=8, text=None) -> Caches:
+    """Empty ones of a model with the given downscale; text: features by encoder."""
+    keys = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store or MemoryStore()))
+    masks = MaskKeys(downscale=downscale, hashes=keys.hashes)
+    return Caches(latent_keys=keys, mask_keys=masks, text=text or {})
 
 
 def to_plain_data(value: object) -> object:

@@ -293,8 +293,7 @@ def test_closing_ends_the_threads(plan):
 
 def test_an_entry_that_is_lost_during_the_run_is_an_error(plan):
     loader = make_loader(plan(), cached=True)
-    assert loader.latents is not None
-    loader.latents.store.close()
+    loader.caches.close()
     with pytest.raises(UserError, match=r"latents of .*\.png") as error:
         next(loader.steps())
     assert error.value.code == "cache-entry-unreadable"

@@ -15,7 +15,7 @@ from sfumato.data.cache.entries import (
     fill_text,
 )
 from sfumato.data.cache.store import DiskStore, MemoryStore
-from sfumato.data.loader import TextFeatures
+from sfumato.data.caches import TextFeatures
 from sfumato.errors import UserError
 
 
@@ -29,8 +29,9 @@ def test_text_encoders_are_dropped_by_chance_and_sample(plan):
     text = f"[[datasets]]\nresolution = 64\n{SUBSET}b'\nnum_repeats = 300\n"
     found: dict[int, dict[tuple[int, str], bool]] = {}
     for accumulation in (1, 3):
-        loader = make_loader(plan(text), cached=True, accumulation=accumulation)
-        loader.text_dropout = {"first": 0.25, "second": 0.5}
+        loader = make_loader(
+            plan(text), cached=True, accumulation=accumulation, text_dropout={"first": 0.25, "second": 0.5}
+        )
         drops = found.setdefault(accumulation, {})
         for step in islice(loader.steps(), loader.sampler.steps_per_epoch):
             for batch in step.batches:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data.loaders import encode, make_caches
 from sfumato.data.batch_sampler import BatchSampler
 from sfumato.data.cache.entries import (
     ContentHashes,
@@ -22,16 +23,11 @@ from sfumato.data.cache.entries import (
     list_latent_items,
 )
 from sfumato.data.cache.store import DiskStore, MemoryStore
-from sfumato.data.loader import Loader
+from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.masks import MASK, MaskKeys, downscale_mask, fill_masks, list_mask_items
 from sfumato.errors import UserError
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "goldens" / "math.json").read_text(encoding="utf-8"))
-
-
-def encode(pixels, seeds):
-    noise = torch.stack([torch.randn(1, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    return torch.nn.functional.avg_pool2d(pixels, 8) + noise[:, :, None, None]
 
 
 def write(path: Path, size=(64, 64), seed=0, mode="RGB", caption: str | None = "cat") -> Path:
@@ -77,14 +73,12 @@ alpha_mask = true
 
 def make_loader(plan, *, cached=False, downscale=8, workers=0, store=None) -> Loader:
     store = store or MemoryStore()
-    names = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
-    masks = MaskKeys(downscale=downscale, hashes=names.hashes)
-    latents = TensorCache(store) if cached else None
-    if latents:
-        fill_latents(latents, names, list_latent_items(plan), encode)
-        fill_masks(latents, masks, list_mask_items(plan))
-    order = BatchSampler(plan, seed=7)
-    return Loader(order, latent_keys=names, mask_keys=masks, max_train_steps=9, latents=latents, workers=workers)
+    caches = make_caches(store, downscale=downscale)
+    if cached:
+        caches.latents = TensorCache(store)
+        fill_latents(caches.latents, caches.latent_keys, list_latent_items(plan), encode)
+        fill_masks(caches.latents, caches.mask_keys, list_mask_items(plan))
+    return Loader(BatchSampler(plan, seed=7), caches, LoaderSettings(max_train_steps=9, workers=workers))
 
 
 def batches(loader: Loader):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.loaders import encode
+from data.loaders import encode, make_caches
 from sfumato.data.batch import Batch
 from sfumato.data.batch_sampler import BatchSampler
 from sfumato.data.cache.entries import (
@@ -27,8 +27,7 @@ from sfumato.data.cache.entries import (
 from sfumato.data.cache.store import MemoryStore
 from sfumato.data.find.inspect import inspect_plan
 from sfumato.data.fingerprint import compare_fingerprints, fingerprint_data
-from sfumato.data.loader import Loader
-from sfumato.data.masks import MaskKeys
+from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.plans import DataPlan
 from sfumato.data.references import fit_references, list_reference_items
 from sfumato.errors import UserError
@@ -73,23 +72,18 @@ def root(tmp_path, find):
 def load_batches(plan: DataPlan, *, cached: bool = False, dropout: float = 0.0) -> list[Batch]:
     """Those of six epochs."""
     store = MemoryStore()
-    names = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(store))
-    latents = TensorCache(store) if cached else None
-    if latents:
-        fill_latents(latents, names, list_latent_items(plan), encode)
-        mode = replace(names, role=REFERENCE)
+    caches = make_caches(store)
+    if cached:
+        caches.latents, keys = TensorCache(store), caches.latent_keys
+        fill_latents(caches.latents, keys, list_latent_items(plan), encode)
         fill_latents(
-            latents,
-            mode,
+            caches.latents,
+            replace(keys, role=REFERENCE),
             list_reference_items(plan, control=False),
             lambda pixels, seeds: encode(pixels, [0] * len(pixels)),
         )
     sampler = BatchSampler(plan, seed=7)
-    masks = MaskKeys(downscale=8, hashes=names.hashes)
-    loader = Loader(
-        sampler, latent_keys=names, mask_keys=masks, max_train_steps=9, latents=latents, workers=0,
-        reference_dropout=dropout,
-    )  # fmt: skip
+    loader = Loader(sampler, caches, LoaderSettings(max_train_steps=9, workers=0, reference_dropout=dropout))
     return [step.batches[0] for step in islice(loader.steps(), 6 * sampler.steps_per_epoch)]
 
 

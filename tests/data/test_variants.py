@@ -10,13 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.loaders import make_caches
 from sfumato.common.seeds import python_random
 from sfumato.data.batch_sampler import BatchSampler
-from sfumato.data.cache.entries import ContentHashes, LatentKeys, TensorCache, TextKeys, fill_text
+from sfumato.data.cache.entries import TensorCache, TextKeys, fill_text
 from sfumato.data.cache.store import MemoryStore
+from sfumato.data.caches import TextFeatures
 from sfumato.data.captions import CaptionRules, process_caption
-from sfumato.data.loader import Loader, TextFeatures
-from sfumato.data.masks import MaskKeys
+from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.variants import choose_variant, list_captions_to_cache, make_variant
 from sfumato.errors import UserError
 
@@ -125,21 +126,11 @@ def test_the_loader_asks_only_for_what_is_cached_and_gives_the_same_again(find, 
     plan = find.toml(text + "caption_dropout_rate = 0.2\n")
     cache, text_keys = TensorCache(MemoryStore()), TextKeys(fingerprint="clip")
     fill_text(cache, text_keys, list_captions_to_cache(plan, variants=3), features)
-    latent_keys = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
-
-    masks = MaskKeys(downscale=8, hashes=latent_keys.hashes)
 
     def captions(*, first=0, workers=0):
-        text = {"clip": TextFeatures(cache=cache, keys=text_keys)}
-        loader = Loader(
-            BatchSampler(plan, seed=5),
-            latent_keys=latent_keys,
-            mask_keys=masks,
-            max_train_steps=60,
-            text=text,
-            variants=3,
-            workers=workers,
-        )
+        caches = make_caches(text={"clip": TextFeatures(cache=cache, keys=text_keys)})
+        settings = LoaderSettings(max_train_steps=60, variants=3, workers=workers)
+        loader = Loader(BatchSampler(plan, seed=5), caches, settings)
         steps = islice(loader.steps(first), 60 - first)
         batches = chain.from_iterable(step.batches for step in steps)
         return [(batch.captions, batch.text["clip"]["words"].tolist()) for batch in batches]
@@ -160,15 +151,8 @@ def test_a_method_can_rewrite_captions(find, write_images, tmp_path):
     cache, text_keys = TensorCache(MemoryStore()), TextKeys(fingerprint="clip")
     fill_text(cache, text_keys, [caption.upper() for caption in list_captions_to_cache(plan)], features)
     text = {"clip": TextFeatures(cache=cache, keys=text_keys, rewrite=str.upper)}
-    latent_keys = LatentKeys(fingerprint="vae", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
-    loader = Loader(
-        BatchSampler(plan, seed=5),
-        latent_keys=latent_keys,
-        mask_keys=MaskKeys(downscale=8, hashes=latent_keys.hashes),
-        max_train_steps=1,
-        text=text,
-        workers=0,
-    )
+    settings = LoaderSettings(max_train_steps=1, workers=0)
+    loader = Loader(BatchSampler(plan, seed=5), make_caches(text=text), settings)
     (batch,) = next(loader.steps()).batches
     assert batch.captions == ["tag0, cat, a"]
     assert batch.text["clip"]["words"].tolist() == [[sum(map(ord, "TAG0, CAT, A"))]]

@@ -11,8 +11,8 @@ from PIL import Image
 
 from sfumato.cli.dataset_cache import DatasetCacheOptions, make_cache_config
 from sfumato.config.command import read_command
+from sfumato.data.caches import Caches
 from sfumato.tools import dataset_cache
-from sfumato.training.cache_job import Caches
 from toy_runs import make_arguments
 
 CACHED, CREATED = (5, 0), (0, 5)  # all five entries found in the cache, or all five made

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -16,23 +16,14 @@ from torch import Tensor
 from sfumato.common.seeds import python_random
 from sfumato.config.concepts import Concept
 from sfumato.data.augment import compute_size_conditioning
-from sfumato.data.batch import CONTROL, INPAINT, Batch, Extras, Sizes, Tensors, pad_stack
+from sfumato.data.batch import CONTROL, INPAINT, Batch, Extras, Sizes
 from sfumato.data.batch_sampler import BatchSampler, PlannedBatch, PlannedStep, Sample, ValidationSampler
 from sfumato.data.buckets import Size
-from sfumato.data.cache.entries import (
-    LATENTS,
-    REFERENCE,
-    CacheItem,
-    LatentKeys,
-    TensorCache,
-    TextKeys,
-    make_entry_seed,
-    to_tensor,
-)
+from sfumato.data.cache.entries import CacheItem, to_tensor
+from sfumato.data.caches import Caches, LoadedImage
 from sfumato.data.captions import process_caption
 from sfumato.data.images import Pixels, Transform
-from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask, find_mask
-from sfumato.data.painted import PaintedItem, PaintedKeys
+from sfumato.data.masks import find_mask
 from sfumato.data.references import fit_control, fit_references, stack_images, stack_references
 from sfumato.data.substitutes import SubstituteFinder
 from sfumato.data.variants import choose_variant
@@ -43,57 +34,28 @@ _T = TypeVar("_T")
 MAX_CROPPED = 3  # by this factor an image may be larger than the crop that dynamic_crops pretends
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """How samples are made of images and captions, and by whom."""
+
+    max_train_steps: int
+    variants: int = 0  # cached variants of a caption; 0 to process captions at every step
+    text_dropout: Mapping[str, float] = field(default_factory=dict)  # text encoder -> its dropout probability
+    reference_dropout: float = 0.0  # probability that a sample goes without its reference images
+    control_latents: bool = False  # whether control images are latents, which are cached like references
+    workers: int = 2  # prefetching threads; 0 prepares each batch when it is asked for
+    skip_bad_images: bool = False  # another image takes the place of one that can no longer be read
+
+
 class Loader:
-    """The batches of one process.
+    """The batches of one process. caches: whatever is not cached is decoded, and its text is not encoded here."""
 
-    latent_keys: cache keys of the latents, which also seed the noise of the autoencoder's posterior. mask_keys: the
-    same for masks.
-    latents: the cache of latents and masks; None for batches with pixels. painted_keys: of what a model for inpainting
-    sees, where that is cached. text: features of the encoders whose output
-    is cached. variants: number of cached variants of a caption; 0 to process captions at every step.
-    text_dropout: text encoder -> its dropout probability. reference_dropout: that of a sample's reference images.
-    control_latents: whether control images are latents, which are cached like references.
-    workers: prefetching threads; 0 prepares each batch when it is asked for. skip_bad_images: another image takes the
-    place of one that can no longer be read.
-    """
-
-    def __init__(
-        self,
-        sampler: BatchSampler | ValidationSampler,
-        *,
-        latent_keys: LatentKeys,
-        mask_keys: MaskKeys,
-        max_train_steps: int,
-        latents: TensorCache | None = None,
-        painted_keys: PaintedKeys | None = None,
-        text: Mapping[str, TextFeatures] | None = None,
-        variants: int = 0,
-        text_dropout: Mapping[str, float] | None = None,
-        reference_dropout: float = 0.0,
-        control_latents: bool = False,
-        workers: int = 2,
-        skip_bad_images: bool = False,
-    ) -> None:
+    def __init__(self, sampler: BatchSampler | ValidationSampler, caches: Caches, settings: LoaderSettings) -> None:
         self.sampler = sampler
         self.plan = sampler.plan
-        self.latent_keys = latent_keys
-        self.mask_keys = mask_keys
-        self.max_train_steps = max_train_steps
-        self.latents = latents
-        self.painted_keys = painted_keys
-        self.text = dict(text or {})
-        self.variants = variants
-        self.text_dropout = dict(text_dropout or {})
-        self.reference_dropout = reference_dropout
-        self.control_latents = control_latents
-        self.workers = workers
-        self.skip_bad_images = skip_bad_images
+        self.caches = caches
+        self.settings = settings
         self._substitutes = SubstituteFinder()
-
-    @property
-    def cached_networks(self) -> list[str]:
-        """The networks whose output comes from a cache, the autoencoder as "vae"."""
-        return [*self.text, *([] if self.latents is None else ["vae"])]
 
     def steps(self, first_step: int = 0, finish: Callable[[Batch], Batch] | None = None) -> Iterator[Step]:
         """The sampler's steps from `first_step` (counted from 0) on; UserError if an image is damaged.
@@ -107,15 +69,16 @@ class Loader:
             made = self._make_batch(step, batch)
             return finish(made) if finish else made
 
-        if self.workers == 0:
+        workers = self.settings.workers
+        if workers == 0:
             for step in planned:
                 yield make_step(step, [make(step, batch) for batch in step.batches])
             return
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sfumato-loader")
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="sfumato-loader")
         try:
             prefetched: deque[tuple[PlannedStep, list[Future[Batch]]]] = deque()
             while True:
-                while sum(len(futures) for _, futures in prefetched) < 2 * self.workers:
+                while sum(len(futures) for _, futures in prefetched) < 2 * workers:
                     step = next(planned, None)
                     if step is None:
                         break
@@ -145,8 +108,8 @@ class Loader:
             latents=torch.stack(latents) if latents else None,
             pixels=to_tensor(pixels) if pixels else None,
             captions=captions,
-            text={name: features.load_stacked(captions) for name, features in self.text.items()},
-            text_dropped={name: self._draw_text_dropout(name, batch.samples) for name in self.text_dropout},
+            text={name: features.load_stacked(captions) for name, features in self.caches.text.items()},
+            text_dropped={name: self._draw_text_dropout(name, batch.samples) for name in self.settings.text_dropout},
             sizes=Sizes(
                 original=torch.tensor([sample.original for sample in samples]),
                 crop=torch.tensor([sample.crop for sample in samples]),
@@ -166,7 +129,7 @@ class Loader:
 
     def _draw_text_dropout(self, name: str, samples: Sequence[Sample]) -> Tensor:
         """Whether each sample drops the output of this text encoder, (B,) bool."""
-        seed, probability = self.sampler.seed, self.text_dropout[name]
+        seed, probability = self.sampler.seed, self.settings.text_dropout[name]
         draws = [python_random(seed, f"{name} dropout", sample.id).random() for sample in samples]
         return torch.tensor([draw < probability for draw in draws])
 
@@ -182,7 +145,7 @@ class Loader:
         try:
             return self._load_sample(step, sample)
         except UserError as error:
-            if not self.skip_bad_images or error.code == "cache-entry-unreadable":
+            if not self.settings.skip_bad_images or error.code == "cache-entry-unreadable":
                 raise
             other = self._substitutes.load_other(
                 sample, batch.bucket, lambda other: self._load_sample(step, other), error
@@ -197,11 +160,10 @@ class Loader:
         rules = sample.subset.settings.images
         transform = item.draw_transform(rules, lambda purpose: python_random(seed, purpose, sample.id))
         image_item, mask_item = CacheItem(item.image, transform), find_mask(item, rules, transform)
-        load = self._load_cached if self.latents else self._decode
         original, crop = compute_size_conditioning(item.size, transform, full_size=rules.full_size)
         return PreparedSample(
             caption=self._make_caption(step, sample),
-            image=load(image_item, mask_item),
+            image=self.caches.read_image(image_item, mask_item),
             control=self._load_control(sample, transform),
             references=self._load_references(sample, transform),
             original=original,
@@ -229,23 +191,17 @@ class Loader:
     def _load_references(self, sample: Sample, transform: Transform) -> list[Tensor | Pixels | None]:
         """Latents (C, h, w) or pixels; None for each where the sample drops them."""
         items = fit_references(sample.item, sample.subset.settings.images, transform)
-        drops = python_random(self.sampler.seed, "reference dropout", sample.id).random() < self.reference_dropout
-        if drops or not items:
+        draw = python_random(self.sampler.seed, "reference dropout", sample.id).random()
+        if draw < self.settings.reference_dropout or not items:
             return [None] * len(items)
-        return [self._load_reference(item) for item in items]
-
-    def _load_reference(self, item: CacheItem) -> Tensor | Pixels:
-        if self.latents is None:
-            return item.read_pixels()
-        key = replace(self.latent_keys, role=REFERENCE).make_key(item)
-        return get_cached(self.latents, key, f"latents of {item.image.path}")[LATENTS]
+        return [self.caches.read_partner(item) for item in items]
 
     def _load_control(self, sample: Sample, transform: Transform) -> Tensor | Pixels | None:
         """Pixels; latents where the method takes these and they are cached."""
         item = fit_control(sample.item, sample.subset.settings.images, transform)
         if item is None:
             return None
-        return self._load_reference(item) if self.control_latents else item.read_pixels()
+        return self.caches.read_partner(item) if self.settings.control_latents else item.read_pixels()
 
     def _make_empty_sample(self, step: PlannedStep, batch: PlannedBatch, sample: Sample) -> PreparedSample:
         """Gray, with weight 0: where no other image has the size of the batch."""
@@ -264,53 +220,17 @@ class Loader:
     def _make_caption(self, step: PlannedStep, sample: Sample) -> str:
         """A function of the seed and the sample's id, and with token_warmup_step also of the step."""
         text, rules, seed = sample.item.image.caption, sample.subset.settings.rules, self.sampler.seed
-        if self.variants:
-            return choose_variant(
-                text, rules, variants=self.variants, seed=seed, sample=sample.id, epoch=step.epoch + 1
-            )
+        variants = self.settings.variants
+        if variants:
+            return choose_variant(text, rules, variants=variants, seed=seed, sample=sample.id, epoch=step.epoch + 1)
         return process_caption(
             text,
             rules,
             python_random(seed, "caption", sample.id),
             epoch=step.epoch + 1,
             step=step.index,
-            max_train_steps=self.max_train_steps,
+            max_train_steps=self.settings.max_train_steps,
         )
-
-    def _load_cached(self, item: CacheItem, mask_item: MaskItem | None) -> LoadedImage:
-        assert self.latents is not None
-        key = self.latent_keys.make_key(item)
-        mask = None
-        if mask_item is not None:
-            mask_key = self.mask_keys.make_key(mask_item)
-            mask = get_cached(self.latents, mask_key, f"mask of {mask_item.image.path}")[MASK]
-        latents = get_cached(self.latents, key, f"latents of {item.image.path}")[LATENTS]
-        painted = None
-        if self.painted_keys is not None and mask_item is not None:
-            painted_key = self.painted_keys.make_key(PaintedItem(item, mask_item))
-            painted = get_cached(self.latents, painted_key, f"masked latents of {item.image.path}")[LATENTS]
-        return LoadedImage(latents=latents, mask=mask, painted=painted, entry_seed=make_entry_seed(key))
-
-    def _decode(self, item: CacheItem, mask_item: MaskItem | None) -> LoadedImage:
-        data = item.image.read()
-        if mask_item is not None and mask_item.channel == "alpha":  # decode the file only once
-            pixels, full_mask = item.read_pixels_with_alpha(data)
-        else:
-            pixels, full_mask = item.read_pixels(data), None if mask_item is None else mask_item.read()
-        mask = None if full_mask is None else downscale_mask(full_mask, self.mask_keys.downscale)
-        return LoadedImage(pixels=pixels, mask=mask, entry_seed=make_entry_seed(self.latent_keys.make_key(item, data)))
-
-
-def get_cached(cache: TensorCache, key: bytes, what: str) -> Tensors:
-    """The tensors of a cache entry; UserError, with `what` it is, if it is missing or damaged."""
-    tensors = cache.get(key)
-    if tensors is None:
-        raise UserError(
-            f"cannot read the cached {what}",
-            code="cache-entry-unreadable",
-            fix="start the run again; it recreates the entry",
-        )
-    return tensors
 
 
 def stack_masks(masks: Sequence[Tensor | None]) -> Tensor | None:
@@ -338,38 +258,6 @@ class Step:
     epoch: int  # from 0
     batches: tuple[Batch, ...]  # of this process, one for each micro-step
     real_samples: int  # of all processes and micro-steps, without padding samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextFeatures:
-    """The cached output of one text encoder. `rewrite`: the training method's change of a caption before encoding."""
-
-    cache: TensorCache
-    keys: TextKeys
-    rewrite: Callable[[str], str] = str
-
-    def load_stacked(self, captions: Sequence[str]) -> Tensors:
-        """Feature name -> (B, ...), padded to the longest caption; UserError if an entry is missing."""
-        entries = [self._load(caption) for caption in captions]
-        stacked: Tensors = {}
-        for name in entries[0]:
-            stacked[name] = pad_stack([features[name] for features in entries])
-        return stacked
-
-    def _load(self, caption: str) -> Tensors:
-        key = self.keys.make_key(self.rewrite(caption))
-        return get_cached(self.cache, key, f"text features of {caption[:60]!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedImage:
-    """An image, as cached latents or decoded pixels, and its mask."""
-
-    entry_seed: int
-    latents: Tensor | None = None
-    pixels: Pixels | None = None
-    mask: Tensor | None = None  # (1, h, w)
-    painted: Tensor | None = None  # latents of the image without what is painted, where they are cached
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 from sfumato.config import Config
+from sfumato.data.caches import Caches
 from sfumato.memory.low_precision import choose_formats
 from sfumato.memory.precision import MIXED_PRECISION
 from sfumato.parallel.start import start_parallel
 from sfumato.tools.cache_plan import cache_plan_lines, make_cache_plan
 from sfumato.track.console import configure_logging
-from sfumato.training.cache_job import Caches
 from sfumato.training.caching import fill_caches
 from sfumato.training.preview_prompts import make_preview_prompts
 

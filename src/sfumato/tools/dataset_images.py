@@ -19,9 +19,10 @@ from sfumato.data.batch import Batch
 from sfumato.data.batch_sampler import BatchSampler
 from sfumato.data.cache.entries import CacheItem, ContentHashes, LatentKeys
 from sfumato.data.cache.store import MemoryStore
+from sfumato.data.caches import Caches
 from sfumato.data.find.inspect import SubsetInspection
 from sfumato.data.images import Transform
-from sfumato.data.loader import Loader
+from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.masks import MaskKeys, find_mask
 from sfumato.data.plans import DataPlan, Item, SubsetPlan
 from sfumato.data.references import fit_control, fit_references
@@ -84,14 +85,16 @@ def load_first_samples(config: Config, plan: DataPlan) -> list[PageImage]:
     """The samples of the first steps: the loader's own batches, with captions as they will be encoded."""
     assert config.loop.seed is not None
     cached = config.cache.cache_text_encoder_outputs
-    names = LatentKeys(fingerprint="none", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
-    loader = Loader(
-        BatchSampler(plan, seed=config.loop.seed, accumulation=config.loop.gradient_accumulation_steps),
-        latent_keys=names,
-        mask_keys=MaskKeys(downscale=MASK_DOWNSCALE, hashes=names.hashes),
+    keys = LatentKeys(fingerprint="none", dtype=torch.float32, hashes=ContentHashes(MemoryStore()))
+    settings = LoaderSettings(
         max_train_steps=max(count_steps(config, plan), 1),
         variants=config.cache.text_cache_variants if cached else 0,
         workers=0,
+    )
+    loader = Loader(
+        BatchSampler(plan, seed=config.loop.seed, accumulation=config.loop.gradient_accumulation_steps),
+        Caches(latent_keys=keys, mask_keys=MaskKeys(downscale=MASK_DOWNSCALE, hashes=keys.hashes)),
+        settings,
     )
     return list(islice(iterate_samples(loader), NUM_FIRST_SAMPLES))
 

@@ -33,7 +33,7 @@ def make_staged_run(plan: RunPlan, recorder: StageRecorder) -> Run:
     with recorder.caching_stages():
         loader = make_loader(plan, model, parallel, prompts=prompts)
     with recorder.stage("loading"):
-        networks = load_networks(plan, model, parallel, cached=loader.cached_networks)
+        networks = load_networks(plan, model, parallel, cached=loader.caches.cached_networks)
         recorder.add_trained(plan.method)
     optimization = set_up_optimizer(plan, networks, start, state, parallel)
     recorder.optimizer = optimization.optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ from sfumato.data.cache.entries import (
 )
 from sfumato.data.cache.references import describe_cache_use
 from sfumato.data.cache.store import DiskStore
-from sfumato.data.loader import TextFeatures
+from sfumato.data.caches import Caches, TextFeatures
 from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
 from sfumato.data.painted import PaintedKeys, fill_painted, list_painted_items
 from sfumato.data.plans import DataPlan
@@ -39,27 +39,6 @@ from sfumato.track.progress_task import ProgressTask
 from sfumato.training.fingerprints import fingerprint_part, make_text_keys
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class Caches:
-    """The caches of a run and what filling them did."""
-
-    latent_keys: LatentKeys
-    masks: MaskKeys
-    latents: TensorCache | None = None
-    painted: PaintedKeys | None = None  # of what a model for inpainting sees of images with masks
-    text: dict[str, TextFeatures] = field(default_factory=dict)
-    counts: dict[str, FillCounts] = field(default_factory=dict)  # "latents", "masks", "text of clip_l"
-
-    def close(self) -> None:
-        """Close the stores; nothing can be read any more."""
-        stores: dict[int, Store] = {}  # by identity: caches share them
-        for cache in (self.latents, *(features.cache for features in self.text.values())):
-            if cache is not None:
-                stores[id(cache.store)] = cache.store
-        for store in stores.values():
-            store.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +57,10 @@ class CacheJob:
         items = list_latent_items(self.data)
         caches.counts["latents"] = self.fill_latents(caches.latents, caches.latent_keys, items, "latents")
         if list_mask_items(self.data):
-            caches.counts["masks"] = self.fill_masks(caches.latents, caches.masks)
+            caches.counts["masks"] = self.fill_masks(caches.latents, caches.mask_keys)
         if self.model.blueprint.inpaints:
-            caches.painted = PaintedKeys(latents=caches.latent_keys, masks=caches.masks)
-            caches.counts["masked images"] = self.fill_painted(caches.latents, caches.painted)
+            caches.painted_keys = PaintedKeys(latents=caches.latent_keys, masks=caches.mask_keys)
+            caches.counts["masked images"] = self.fill_painted(caches.latents, caches.painted_keys)
 
     def fill_reference_cache(self, caches: Caches, items: Sequence[CacheItem]) -> None:
         """The latents of reference images, beside those of the images."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 from sfumato.config import Config
 from sfumato.data.cache.store import DiskStore, MemoryStore
+from sfumato.data.caches import Caches
 from sfumato.data.find.index import cache_folder
 from sfumato.data.masks import MaskKeys
 from sfumato.data.plans import DataPlan
@@ -14,7 +15,7 @@ from sfumato.data.variants import list_captions_to_cache
 from sfumato.errors import Problems
 from sfumato.families.base import Family
 from sfumato.parallel.base import ParallelStrategy
-from sfumato.training.cache_job import CacheJob, Caches, make_latent_keys
+from sfumato.training.cache_job import CacheJob, make_latent_keys
 from sfumato.training.preview_prompts import PreviewPrompts, remember_prompts
 
 
@@ -40,9 +41,8 @@ def fill_caches(
     latents = disk if disk and cache.cache_latents_to_disk else MemoryStore()
     text = disk if disk and cache.cache_text_encoder_outputs_to_disk else MemoryStore()
     task = CacheJob(config=config, data=data, model=model, parallel=parallel, machine=machine)
-    names = make_latent_keys(model, latents)
-    masks = MaskKeys(downscale=model.latents.downscale, hashes=names.hashes)
-    caches = Caches(latent_keys=names, masks=masks)
+    keys = make_latent_keys(model, latents)
+    caches = Caches(latent_keys=keys, mask_keys=MaskKeys(downscale=model.latents.downscale, hashes=keys.hashes))
 
     def fill_part(part: str) -> None:
         if part == "vae":

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from sfumato.config import Config
-from sfumato.data.loader import Loader
+from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
 from sfumato.diffusion.randomness import Randomness
@@ -58,15 +58,13 @@ def measure_held_out_loss(config: Config, plan: DataPlan, model: Family, method:
     """
     sampler = make_validation_sampler(config, plan)
     caches = fill_caches(config, plan, model, Single(model.device))  # nothing is asked for, so nothing is encoded
-    loader = Loader(
-        sampler,
-        latent_keys=caches.latent_keys,
-        mask_keys=caches.masks,
+    settings = LoaderSettings(
         max_train_steps=1,
+        control_latents=model.takes_control_latents,
         workers=config.loader.workers,
         skip_bad_images=config.dataset.on_bad_image == "skip",
-        control_latents=model.takes_control_latents,
     )
+    loader = Loader(sampler, caches, settings)
     source = MeasuredModel(config=config, context=make_measuring_context(config, model, method))
     times = list_validation_times(config)
     table = torch.zeros(sampler.num_ids, len(times), device=model.device)

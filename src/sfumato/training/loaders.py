@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from sfumato.config import Config
 from sfumato.data.batch_sampler import BatchSampler
 from sfumato.data.empty_masks import report_empty_masks
 from sfumato.data.find.index import cache_folder
-from sfumato.data.loader import Loader
+from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.plans import DataPlan
 from sfumato.data.split import make_validation_sampler
 from sfumato.data.variants import make_longest_variant
@@ -56,14 +57,8 @@ def make_loader(
         rewrite=method.rewrite_caption,
         prompts=prompts,
     )
-    return Loader(
-        order,
-        latent_keys=caches.latent_keys,
-        mask_keys=caches.masks,
+    settings = LoaderSettings(
         max_train_steps=plan.total_steps,
-        latents=caches.latents,
-        painted_keys=caches.painted,
-        text=caches.text,
         variants=config.cache.text_cache_variants if config.cache.cache_text_encoder_outputs else 0,
         text_dropout=text_dropout_rates(config, model),
         reference_dropout=config.dataset.reference_dropout_rate,
@@ -71,25 +66,15 @@ def make_loader(
         workers=config.loader.workers,
         skip_bad_images=config.dataset.on_bad_image == "skip",
     )
+    return Loader(order, caches, settings)
 
 
 def make_validation_loader(plan: RunPlan, loader: Loader, parallel: ParallelStrategy) -> Loader | None:
-    """The held-out images from the same caches, without any text dropout; None where there are none."""
+    """The held-out images from the same caches, without any dropout; None where there are none."""
     if not plan.data.validation:
         return None
-    return Loader(
-        make_validation_sampler(plan.config, plan.data, rank=parallel.rank),
-        latent_keys=loader.latent_keys,
-        mask_keys=loader.mask_keys,
-        max_train_steps=loader.max_train_steps,
-        latents=loader.latents,
-        painted_keys=loader.painted_keys,
-        text=loader.text,
-        variants=loader.variants,
-        workers=loader.workers,
-        skip_bad_images=loader.skip_bad_images,
-        control_latents=loader.control_latents,
-    )
+    sampler = make_validation_sampler(plan.config, plan.data, rank=parallel.rank)
+    return Loader(sampler, loader.caches, replace(loader.settings, text_dropout={}, reference_dropout=0.0))
 
 
 def report_cut_captions(config: Config, data: DataPlan, model: Family, method: Method) -> None:

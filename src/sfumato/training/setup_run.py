@@ -38,7 +38,7 @@ def build_run(config: Config, parallel: ParallelStrategy) -> Run | None:
         model = open_model(plan, parallel.device)
         prompts = read_preview_prompts(plan, model)
         loader = make_loader(plan, model, parallel, prompts=prompts, first_step=start.data)
-        networks = load_networks(plan, model, parallel, cached=loader.cached_networks)
+        networks = load_networks(plan, model, parallel, cached=loader.caches.cached_networks)
         optimization = set_up_optimizer(plan, networks, start, state, parallel)
         context = make_loss_context(plan, prompts.text, optimization.uncertainty)
         metrics = reporting.make_metrics_logger(
