@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sfumato.formats.state import StateOutline
     from sfumato.methods.base import Method
     from sfumato.methods.base import TrainablePart as TrainablePart
+    from sfumato.methods.model_plan import ModelPlan
 
 
 def draw_seed() -> int:
@@ -65,13 +66,12 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
     remember: whether the dataset index is written to the cache folder; nothing else ever is.
     """
     from sfumato.formats.save_schedule import make_save_schedule
-    from sfumato.memory.plan_checks import describe_memory
-    from sfumato.methods.model_plan import check_data, describe_data, plan_model
+    from sfumato.methods.model_plan import describe_data, plan_model
     from sfumato.methods.run_checks import check_run
 
     config = with_seed(config)
     problems = Problems()
-    model = None
+    model = saved = None
     with problems.catch():
         model = plan_model(config, problems)
     config = model.config if model else config
@@ -83,23 +83,12 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
         remember=remember,
         problems=problems,
     )
-    if model is not None:
-        check_data(model, data, problems)
-    total_steps = count_steps(config, data)
-    saved = None
     with problems.catch():
         saved = find_saved_state(config)
-    if model is not None:
-        with problems.catch():
-            if data.has_preserved_samples or config.loss.masked_prior_preservation_weight:
-                model.method.disabled()
+    total_steps = count_steps(config, data)
+    memory_notes = check_model(model, data, problems) if model else []
     learning_rates = {part.learning_rate for part in model.parts} if model else set[float]()
-    formats: list[str] = []
-    if model is not None:
-        trained = model.method.full_precision_parts(model.blueprint)
-        with problems.catch():
-            formats += describe_memory(model.config, model.family, model.blueprint, trained)
-    notes = check_run_options(config, data, total_steps, learning_rates, saved, problems)
+    option_notes = check_run_options(config, data, total_steps, learning_rates, saved, problems)
     if model is not None:
         check_run(config, data, total_steps, model, problems)
     problems.raise_all()
@@ -122,8 +111,24 @@ def make_run_plan(config: Config, *, processes: int, remember: bool = True) -> R
         epochs=epochs,
         saves=make_save_schedule(config.save, epochs),
         saved=saved,
-        notes=(*model.notes, *model.remarks, *describe_data(model, data), *formats, *notes),
+        notes=(*model.notes, *model.remarks, *describe_data(model, data), *memory_notes, *option_notes),
     )
+
+
+def check_model(model: ModelPlan, data: DataPlan, problems: Problems) -> list[str]:
+    """What the model and the method can do with the data, and in which precision; gives notes about the latter."""
+    from sfumato.memory.plan_checks import describe_memory
+    from sfumato.methods.model_plan import check_data
+
+    check_data(model, data, problems)
+    with problems.catch():
+        if data.has_preserved_samples or model.config.loss.masked_prior_preservation_weight:
+            model.method.disabled()  # raises where the model of before training is gone
+    trained = model.method.full_precision_parts(model.blueprint)
+    notes: list[str] = []
+    with problems.catch():
+        notes += describe_memory(model.config, model.family, model.blueprint, trained)
+    return notes
 
 
 def find_saved_state(config: Config) -> StateOutline | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,48 +62,63 @@ def load_command_config(
     """
     problems = Problems()
     problems.found += line.problems.found
+    merged = merge_sources(line, defaults, problems)
+    merged.notes += drop_zero_periods(merged.values)
+    merged.notes += clean_output_name(merged.values, merged.sources)
+    for switch, included in IMPLIED.items():
+        if merged.values.get(switch) and not merged.values.get(included):
+            merged.values[included], merged.sources[included] = True, f"--{switch}"
+    config = build_config(merged.values, merged.sources, merged.notes)
+    config = config.model_copy(update={"notes": (*config.notes, *describe_environment(config))})
+    if check_files:
+        unchecked = merged.suspects | list_unchecked_paths(config)
+        check_paths(config, unchecked, lambda name: merged.places.get(name, f"--{name}"), problems)
+    config = check_rules(config, merged.suspects, problems, skip_rules)
+    problems.raise_all()
+    return config
+
+
+@dataclass(kw_only=True)
+class MergedSources:
+    """The options of all sources together. sources, places: option -> which one it is of, and where it stands there."""
+
+    values: dict[str, Any]
+    sources: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    suspects: set[str] = field(default_factory=set)  # OptionSource.suspects
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, source: OptionSource) -> None:
+        """A source that takes precedence over those that were added before."""
+        for name in source.values:
+            self.places[name] = source.place(name)
+            if name in self.values:
+                self.sources[name] = source.source
+        self.suspects |= source.suspects
+        self.notes += source.notes
+
+
+def merge_sources(line: CommandLine, defaults: Mapping[str, Any], problems: Problems) -> MergedSources:
+    """Read every source of options and check it by itself; the arguments are those of `load_command_config`."""
     assert not set(defaults) - set(vocabulary()), "a launcher's default names no option"
     launcher = OptionSource(source="launcher", typed=True, values=dict(defaults))
     file = read_file_source(line.values, problems)
     refuse_absent(file, line.absent, problems)
     preset = read_preset_options(line.values.get("preset"), defaults, problems)
     refuse_absent(preset, line.absent, problems)
-    values = {
-        name: value for source in (launcher, preset, file) for name, value in check_values(source, problems).items()
-    }
-    values |= line.values
+    given: dict[str, Any] = {}
+    for source in (launcher, preset, file):
+        given |= check_values(source, problems)
+    given |= line.values
     environment = read_launcher_options(problems)
     from_environment = check_values(environment, problems)
-    check_contradictions(from_environment, environment, values, problems)
-    values = from_environment | values
-
-    sources: dict[str, str] = {}
-    places: dict[str, str] = {}
-    suspects: set[str] = set()
-    notes: list[str] = []
-    for source in (environment, launcher, preset, file, line.source):  # a later one takes precedence
-        for name in source.values:
-            places[name] = source.place(name)
-            if name in values:
-                sources[name] = source.source
-        suspects |= source.suspects
-        notes += source.notes
-    notes += report_loose_keys((file, line.source), values, problems)
-    notes += find_exposed_secrets(line.source)
-    notes += drop_zero_periods(values)
-    notes += clean_output_name(values, sources)
-    for switch, included in IMPLIED.items():
-        if values.get(switch) and not values.get(included):
-            values[included], sources[included] = True, f"--{switch}"
-
-    config = build_config(values, sources, notes)
-    config = config.model_copy(update={"notes": (*config.notes, *describe_environment(config))})
-    if check_files:
-        unchecked = suspects | list_unchecked_paths(config)
-        check_paths(config, unchecked, lambda name: places.get(name, f"--{name}"), problems)
-    config = check_rules(config, suspects, problems, skip_rules)
-    problems.raise_all()
-    return config
+    check_contradictions(from_environment, environment, given, problems)
+    merged = MergedSources(values=from_environment | given)
+    for source in (environment, launcher, preset, file, line.source):
+        merged.add(source)
+    merged.notes += report_loose_keys((file, line.source), merged.values, problems)
+    merged.notes += find_exposed_secrets(line.source)
+    return merged
 
 
 def list_unchecked_paths(config: Config) -> set[str]:

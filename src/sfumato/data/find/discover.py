@@ -38,15 +38,13 @@ def find_data(
     """Read all image folders and plan what is trained at which size and how often.
 
     bucket_step: bucket sides in pixels must be multiples of it. size_step: the same without buckets; by default 16, or
-    what it shares with bucket_step. processes: batches are formed over all of them.
-    decoding: whether images may be decoded, once each:
-    all of them where --on_bad_image skip is given, else some first ones and some with an alpha channel. remember:
-    whether the dataset index in the cache folder is written; nothing else ever is.
+    what it shares with bucket_step. processes: batches are formed over all of them. decoding: whether images may be
+    decoded, once each: all of them where --on_bad_image skip is given, else some first ones and some with an alpha
+    channel. remember: whether the dataset index in the cache folder is written; nothing else ever is.
     Every fault is added to `problems`; the plan is complete only if there are none.
     """
     faults_before = len(problems.found)
-    control = config.run.takes_control
-    if control:  # so that no conditioning image is read as a mask
+    if config.run.takes_control:  # so that no conditioning image is read as a mask
         config = config.with_values({"masked_loss": False})
     findings = Findings(problems=problems, strict=config.log.strict, notes=[])
     policy = Policy(
@@ -65,13 +63,11 @@ def find_data(
         processes=processes,
         prior_loss_weight=config.dataset.prior_loss_weight,
         from_file=config.dataset.dataset_config is not None,
-        notes=tuple(findings.notes),
+        notes=(),
         bad_images=findings.bad_images,
     )
     if len(problems.found) == faults_before:
-        check_regularization_options(plan, config, findings)
-        if config.dataset.reference_dropout_rate and not plan.num_references:
-            findings.report_no_effect("--reference_dropout_rate has no effect: there are no reference images")
+        check_special_images(plan, config, findings)
     if len(problems.found) == faults_before:
         check_validation_split(plan, config, findings)
     if decoding and config.dataset.on_bad_image == "error":
@@ -79,18 +75,23 @@ def find_data(
         refuse_undecodable([*tables, *(each for table in tables for each in table.references)], problems)
     with problems.catch():
         check_cache_folder(config)
+    check_subset_options(plan, config, findings)
+    return replace(plan, notes=tuple(findings.notes))
+
+
+def check_subset_options(plan: DataPlan, config: Config, findings: Findings) -> None:
+    """What the subsets make of images and captions, against caches, buckets and masks."""
     check_image_options(
         plan,
         masked_loss=config.images.masked_loss,
         outside_mask=config.loss.masked_prior_preservation_weight > 0,
-        control=control,
+        control=config.run.takes_control,
         findings=findings,
     )
     if config.cache.cache_text_encoder_outputs:
-        refuse_varying(plan, problems, variants=config.cache.text_cache_variants)
+        refuse_varying(plan, findings.problems, variants=config.cache.text_cache_variants)
         for line in describe_variants(plan, variants=config.cache.text_cache_variants):
             findings.note(line)
-    return replace(plan, notes=tuple(findings.notes))
 
 
 def plan_datasets(
@@ -131,10 +132,12 @@ def without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def check_regularization_options(plan: DataPlan, config: Config, findings: Findings) -> None:
-    if plan.num_reg_images:
-        return
-    if config.is_changed("prior_loss_weight"):
-        findings.report_no_effect("--prior_loss_weight has no effect: there are no regularization images")
-    if config.dataset.preserve_reg_images:
-        findings.report_no_effect("--preserve_reg_images has no effect: there are no regularization images")
+def check_special_images(plan: DataPlan, config: Config, findings: Findings) -> None:
+    """Options of regularization and reference images where there are none."""
+    if not plan.num_reg_images:
+        if config.is_changed("prior_loss_weight"):
+            findings.report_no_effect("--prior_loss_weight has no effect: there are no regularization images")
+        if config.dataset.preserve_reg_images:
+            findings.report_no_effect("--preserve_reg_images has no effect: there are no regularization images")
+    if config.dataset.reference_dropout_rate and not plan.num_references:
+        findings.report_no_effect("--reference_dropout_rate has no effect: there are no reference images")
