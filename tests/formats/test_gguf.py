@@ -6,6 +6,8 @@ import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -126,9 +128,6 @@ def test_blocks_mean_what_their_definition_says(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES)
 def test_as_the_package_decodes_them(kind: str) -> None:
-    gguf = pytest.importorskip("gguf")
-    import numpy as np
-
     content = make_blocks(kind, 4)
     theirs = gguf.quants.dequantize(np.frombuffer(content, np.uint8), gguf.GGMLQuantizationType[kind])
     block = BLOCK_TYPES[kind]

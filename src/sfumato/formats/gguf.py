@@ -1,6 +1,6 @@
 """GGUF files, as programs for inference write them: weights in ggml's blocks.
 
-Denoisers have their original keys, text encoders mostly the names of llama.cpp.
+Denoisers and CLIP have their original keys, other text encoders mostly the names of llama.cpp.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ VERSIONS = (2, 3)
 VALUE_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MOST_ENTRIES = 1 << 24  # of one file or array; more is damage
-PLAIN_TYPES = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
+PLAIN_TYPES = {  # whole numbers are those of positions, which CLIP's files may hold
+    0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16), 28: ("F64", torch.float64),
+    24: ("I8", torch.int8), 25: ("I16", torch.int16), 26: ("I32", torch.int32), 27: ("I64", torch.int64),
+}  # fmt: skip
 GGML_BLOCKS = {
     2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
 }  # fmt: skip
