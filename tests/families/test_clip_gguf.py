@@ -1,4 +1,4 @@
-"""CLIP's text encoders in GGUF files, written by the `gguf` package: transformers encodes the same with their weights."""
+"""CLIP in GGUF files written by the `gguf` package: transformers encodes the same with the weights that they mean."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sfumato.cli.main import main
 from sfumato.config.memory import MemoryOptions
 from sfumato.formats.checkpoint import TensorFile, open_checkpoint
 from sfumato.quantization.weight import QuantizedWeight
-from sfumato.tools.model_quantize import LAYOUTS, Bits, LayerWeight, fit_layout, round_weight
+from sfumato.tools.quantized_layers import LAYOUTS, Bits, LayerWeight, fit_layout, round_weight
 from tools.adapter_cases import MODEL, load_files
 
 HADAMARD = {size: hadamard(size) for size in (4, 16, 64, 256)}

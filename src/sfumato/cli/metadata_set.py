@@ -33,5 +33,5 @@ def main(argv: Sequence[str]) -> int:
     options = read_options(argv, MetadataSetOptions)
     from sfumato.tools.file_metadata import set_metadata
 
-    print(set_metadata(options.file, options.save_to or options.file, options.entries))
+    print("\n".join(set_metadata(options.file, options.save_to or options.file, options.entries)))
     return 0

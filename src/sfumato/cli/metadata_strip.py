@@ -27,5 +27,5 @@ def main(argv: Sequence[str]) -> int:
     options = read_options(argv, MetadataStripOptions)
     from sfumato.tools.file_metadata import strip_metadata
 
-    print(strip_metadata(options.file, options.save_to or options.file))
+    print("\n".join(strip_metadata(options.file, options.save_to or options.file)))
     return 0

@@ -36,6 +36,11 @@ def list_some(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def plural(count: int, one: str, many: str = "") -> str:
+    """A number and what is counted: "1 layer", "12,000 layers". many: where it is not `one` with an "s"."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def join_parts(head: str, parts: Sequence[str]) -> str:
     """The parts after their head, in one line; a long one is wrapped before each part."""
     line = f"{head}{'; '.join(parts)}"

@@ -21,6 +21,7 @@ NEXT_ARGUMENT = re.compile(r"[\s,;][A-Za-z_]\w*=")
 ARGUMENTS = "NAME=VALUE ..."  # the placeholder of options with arguments
 PAIR_ARGUMENTS = ("network_reg_",)  # their values are pairs expression=value
 MAX_PATH_BYTES = 4095
+LARGEST_FLOAT32 = 3.4e38  # what weights are multiplied with has to fit there
 MAX_NAME_BYTES = 160  # of 255: files add steps, endings and more
 CONTROL_LETTER = re.compile(r"[\x01-\x1f]")
 
@@ -228,7 +229,8 @@ ModelPaths = Annotated[tuple[ModelPath, ...], BeforeValidator(to_tuple), Metavar
 FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(to_tuple), Metavar("PATH ...")]
 LearningRates = Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(to_tuple), Metavar("X ...")]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(to_tuple), Metavar("N ...")]
-Floats = Annotated[tuple[float, ...], BeforeValidator(to_tuple), Metavar("X ...")]
+Float32 = Annotated[float, Field(ge=-LARGEST_FLOAT32, le=LARGEST_FLOAT32)]
+Floats = Annotated[tuple[Float32, ...], BeforeValidator(to_tuple), Metavar("X ...")]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(to_tuple), Metavar("X ...")]
 Resolution = Annotated[
     tuple[int, int],

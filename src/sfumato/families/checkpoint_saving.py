@@ -25,6 +25,7 @@ SOURCE_METADATA = ("format", "sfumato.config")  # what reading the file needs; h
 EMA_PREFIX = "model_ema."  # of the EMA of the denoiser's weights in some checkpoints
 ChangedWeights = Mapping[str, Collection[str]]  # network -> our names of the weights to take from memory
 TensorEntries = Iterator[tuple[str, "TensorEntry"]]
+WatchEntries = Callable[[Path, TensorEntries, torch.dtype | None], TensorEntries]  # file, its entries, dtype of all
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TensorEntry:
     spec: TensorSpec
     make: Callable[[], Tensor]
     leader: str | None = None  # the key right after which it is made; None: in file order
+    origins: tuple[tuple[Checkpoint, str], ...] = ()  # the tensors of files that it is made of: file and key
 
 
 def save_single_file(
@@ -44,16 +46,19 @@ def save_single_file(
     *,
     changed: ChangedWeights,
     from_memory: bool = False,
+    watch: WatchEntries | None = None,
 ) -> None:
     """Write every key of the original file, tensor by tensor; the suffix of `path` is the format.
 
     The weights in `changed` come from memory, in their dtype there; everything else, e.g. the autoencoder, is copied
     byte for byte from the file it was loaded from. dtype: of all floating-point tensors. from_memory: the source files
-    are gone, so keys of no network in memory are skipped; `changed` is that of `list_all_weights`.
+    are gone, so keys of no network in memory are skipped; `changed` is that of `list_all_weights`. watch: sees each
+    tensor before it is written.
     """
     source = model.blueprint.source
     kept = {} if source.is_folder else {k: v for k, v in source.file.header.metadata.items() if k in SOURCE_METADATA}
     entries, metadata = _iterate_single_file(model, changed, from_memory), {**kept, **metadata}
+    entries = watch(path, entries, dtype) if watch else entries
     if is_pickled(path):
         with convert_to_pickle(path, metadata) as temporary:
             write_entries(temporary, entries, metadata, dtype)
@@ -147,11 +152,15 @@ def list_objective_marks(objective: Objective) -> list[str]:
 def iterate_stored(file: Checkpoint) -> TensorEntries:
     """Every tensor of a file, unchanged."""
     for key, info in file.header.tensors.items():
-        yield key, TensorEntry((SAFETENSORS_DTYPES[info.dtype], info.shape), partial(file.read, key))
+        spec = SAFETENSORS_DTYPES[info.dtype], info.shape
+        yield key, TensorEntry(spec, partial(file.read, key), origins=((file, key),))
 
 
 def iterate_pair(
-    keys: tuple[str, str], specs: tuple[TensorSpec, TensorSpec], make: Callable[[], tuple[Tensor, Tensor]]
+    keys: tuple[str, str],
+    specs: tuple[TensorSpec, TensorSpec],
+    make: Callable[[], tuple[Tensor, Tensor]],
+    origins: tuple[tuple[Checkpoint, str], ...],
 ) -> TensorEntries:
     """Two tensors that are made together, e.g. a weight in eight bits and its scales; the second is kept until the
     first is written."""
@@ -162,8 +171,8 @@ def iterate_pair(
         kept.append(second)
         return first
 
-    yield keys[0], TensorEntry(specs[0], make_first)
-    yield keys[1], TensorEntry(specs[1], kept.pop, leader=keys[0])
+    yield keys[0], TensorEntry(specs[0], make_first, origins=origins)
+    yield keys[1], TensorEntry(specs[1], kept.pop, leader=keys[0], origins=origins)
 
 
 def iterate_changed(model: Family, name: str, changed: frozenset[str]) -> TensorEntries:
@@ -201,7 +210,8 @@ def _iterate_keys(
         like |= {name: weights.make_empty(name) for name in in_file}
         result = key_map.build(original, like)
         make = partial(_build_original, key_map, original, in_memory, in_file, weights, make_whole)
-        yield prefix + original, TensorEntry((result.dtype, tuple(result.shape)), make)
+        spec = result.dtype, tuple(result.shape)
+        yield prefix + original, TensorEntry(spec, make, origins=weights.list_origins(in_file))
 
 
 def _build_original(

@@ -15,7 +15,7 @@ from sfumato.families import checkpoint_saving
 from sfumato.families._tokenizers import save_tokenizer
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Component, Pipeline
-from sfumato.families.checkpoint_saving import ChangedWeights
+from sfumato.families.checkpoint_saving import ChangedWeights, WatchEntries
 from sfumato.families.source import MODEL_INDEX, read_json
 from sfumato.formats.checkpoint_writer import catch_disk_full
 from sfumato.formats.shards import INDEX_NAME, WEIGHT_ENDINGS
@@ -29,6 +29,7 @@ def save_folder(
     *,
     changed: ChangedWeights,
     from_memory: bool = False,
+    watch: WatchEntries | None = None,
 ) -> None:
     """Save the whole model, the metadata in the denoiser's file. The arguments are those of `save_single_file`.
 
@@ -45,8 +46,9 @@ def save_folder(
                 continue
             place, own = folder / component.folder, copied and _is_own(model, name)
             header = {**metadata, "format": "pt"} if name == "denoiser" else {"format": "pt"}
-            entries = _iterate_weights(model, name, component, changed, own=own)
-            checkpoint_saving.write_entries(place / _name_weight_file(model, name), entries, header, dtype)
+            entries, file = _iterate_weights(model, name, component, changed, own=own), _name_weight_file(model, name)
+            entries = watch(path / component.folder / file, entries, dtype) if watch else entries
+            checkpoint_saving.write_entries(place / file, entries, header, dtype)
             if not own:
                 _write_config(model, name, place)
             index[component.folder] = _get_class(model.parts[name].module)

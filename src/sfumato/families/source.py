@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -294,6 +294,11 @@ class Weights:
         original = self.stored_keys[name]
         tensor = self.file.read(self.prefix + original, dtype=dtype)
         return next(piece for ours, piece in self.key_map.split(original, tensor, self._shapes) if ours == name)
+
+    def list_origins(self, names: Iterable[str]) -> tuple[tuple[Checkpoint, str], ...]:
+        """The file and the keys of the tensors that some of our names are read from."""
+        originals = dict.fromkeys(self.stored_keys[self.tied.get(name, name)] for name in names)
+        return tuple((self.file, self.prefix + original) for original in originals)
 
     def _split_rows(self, original: str, shape: torch.Size, count: int) -> Sequence[int]:
         if self.row_split is not None:

@@ -27,6 +27,7 @@ from sfumato.formats.hashes import HASH_KEYS, add_hashes
 from sfumato.formats.header import read_header
 from sfumato.formats.metadata import EMA_KEY
 from sfumato.optim.ema import PowerProfile, gamma_from_sigma_rel
+from sfumato.tools.adapter_files.written_values import WrittenValues
 
 RECONSTRUCTED_EMA = "sfumato.ema_made"  # metadata key of such a file: its width, and the files it was made from
 TRAIN_FIX = "train with --ema_sigma_rel 0.05 0.1"
@@ -46,7 +47,7 @@ class SavedEma:
 def reconstruct_ema(
     paths: Sequence[Path], sigma_rel: float, *, name: str | None = None, output: Path | None = None
 ) -> str:
-    """Write the EMA of width `sigma_rel` that a run would have at its last saved step; one line that says so."""
+    """Write the EMA of width `sigma_rel` that a run would have at its last saved step; the lines of the report."""
     saved = select_run([ema for ema in find_saved_emas(paths) if name in (None, ema.run)])
     last = max(saved, key=lambda ema: ema.steps)
     output = output or last.path.with_name(f"{last.run}{PowerProfile(sigma_rel).suffix}.safetensors")
@@ -59,8 +60,9 @@ def reconstruct_ema(
     steps, gammas = [ema.steps for ema in saved], [gamma_from_sigma_rel(ema.sigma_rel) for ema in saved]
     solution, error = solve_coefficients(steps, gammas, last.steps, gamma_from_sigma_rel(sigma_rel))
     coefficients = {ema.path: coefficient for ema, coefficient in zip(saved, solution, strict=True)}
-    write_weighted_sum(output, coefficients, last.path, sigma_rel)
-    return f"{output}: {len(saved)} files, step {last.steps}, relative error of the profile {error:.2%}"
+    warnings = write_weighted_sum(output, coefficients, last.path, sigma_rel)
+    made = f"{output}: {len(saved)} files, step {last.steps}, relative error of the profile {error:.2%}"
+    return "\n".join([*warnings, made])
 
 
 def find_saved_emas(paths: Iterable[Path]) -> Iterator[SavedEma]:
@@ -124,21 +126,26 @@ def correlate_profiles(time: Numbers, gamma: Numbers, other_time: Numbers, other
     return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * (early / late) ** late_gamma / late
 
 
-def write_weighted_sum(output: Path, coefficients: Mapping[Path, float], like: Path, sigma_rel: float) -> None:
-    """The weighted sum of files, tensor by tensor, in the dtypes of the file `like`; integer tensors are its own."""
+def write_weighted_sum(output: Path, coefficients: Mapping[Path, float], like: Path, sigma_rel: float) -> list[str]:
+    """The weighted sum of files, tensor by tensor, in the dtypes of the file `like`; integer tensors are its own.
+
+    The report's lines about files that are not finite.
+    """
     with ExitStack() as stack:
         files = {path: stack.enter_context(TensorFile(path)) for path in coefficients}
         header = files[like].header
         check_same_tensors(files, like)
+        values = WrittenValues()
 
         def make(name: str) -> Tensor:
-            base = files[like].read(name)
+            base, origins = files[like].read(name), [(file, name) for file in files.values()]
             if not base.is_floating_point():
                 return base
             start = base.float()
             total = start.clone()
             for path, coefficient in coefficients.items():  # sums differences, so what is equal in all keeps its bits
                 total += coefficient * (files[path].read(name, dtype=torch.float32) - start)
+            values.check(output, name, total, base.dtype, origins)
             return total.to(base.dtype)
 
         specs = {name: (SAFETENSORS_DTYPES[info.dtype], info.shape) for name, info in header.tensors.items()}
@@ -146,9 +153,10 @@ def write_weighted_sum(output: Path, coefficients: Mapping[Path, float], like: P
         metadata = {key: text for key, text in header.metadata.items() if key != EMA_KEY} | {RECONSTRUCTED_EMA: facts}
         if HASH_KEYS[0] not in metadata:
             write_stream(output, specs, make, metadata)
-            return
-        tensors = {name: make(name) for name in specs}  # an adapter is small, and its hashes come before its tensors
-        write_safetensors(output, tensors, add_hashes(metadata, tensors))
+        else:  # an adapter is small, and its hashes come before its tensors
+            tensors = {name: make(name) for name in specs}
+            write_safetensors(output, tensors, add_hashes(metadata, tensors))
+    return values.describe()
 
 
 def check_same_tensors(files: Mapping[Path, TensorFile], like: Path) -> None:

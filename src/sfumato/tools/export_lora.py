@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sfumato.adapters.kinds import get_class, read_adapter_file
@@ -27,10 +28,10 @@ from sfumato.tools.adapter_files.outputs import (
     check_output,
     check_space,
     count_tensor_bytes,
-    find_largest,
     find_widest_dtype,
     name_output,
 )
+from sfumato.tools.adapter_files.written_values import find_largest
 
 Program = Literal["kohya", "diffusers", "aitoolkit", "comfyui"]
 
@@ -75,7 +76,7 @@ def export_lora(
         tensors = convert_to_diffusers(file.path, routes, precision)
     else:
         check_need(file.path, routes)
-        tensors = rename_for_comfyui(routes, precision)
+        tensors = rename_for_comfyui(file.path, routes, precision)
     metadata = {name: value for name, value in file.metadata.items() if name != DIFFUSERS_KEY}
     named = name_output(target)
     check_space(target, count_tensor_bytes(tensors, None))
@@ -203,12 +204,15 @@ def _convert_tensor(path: Path, match: LayerMatch, tensor: Tensor, precision: st
     """In the wanted dtype, or in that of the file's matrices."""
     own = max((each.dtype for each in match.tensors.values() if each.ndim > 1), key=lambda dtype: -dtype.itemsize)
     dtype = SAVE_DTYPES[precision] or own
+    return _cast(path, match.name, tensor, dtype)
+
+
+def _cast(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous; UserError for values that the dtype cannot hold."""
     converted = tensor.to(dtype).contiguous()
     if find_largest(converted) == float("inf"):
         raise UserError(
-            f"{path}: {match.name} has values beyond {dtype}",
-            code="lora-overflows-dtype",
-            fix="--save_precision float",
+            f"{path}: {name} has values beyond {dtype}", code="lora-overflows-dtype", fix="--save_precision float"
         )
     return converted
 
@@ -224,7 +228,7 @@ def convert_to_kohya(
         if adapter.group.part in parts:
             for name, tensor in adapter.make_tensors().items():
                 final = dtype if tensor.ndim else tensor.dtype
-                converted[f"{adapter.group.name}.{name}"] = tensor.to(final).contiguous()
+                converted[f"{adapter.group.name}.{name}"] = _cast(file.path, adapter.group.name, tensor, final)
     if parts == {match.view.part for match in known.matches[0]} and converted.keys() == set(file.keys):
         raise UserError(
             f"{file.path} needs no conversion: it has the names of the kohya format",
@@ -234,11 +238,11 @@ def convert_to_kohya(
     return converted
 
 
-def rename_for_comfyui(routes: Sequence[Route], precision: str | None) -> dict[str, Tensor]:
+def rename_for_comfyui(path: Path, routes: Sequence[Route], precision: str | None) -> dict[str, Tensor]:
     """The matrices and alpha of each name, under the names of the kohya format with ComfyUI's prefixes."""
     dtype = SAVE_DTYPES[precision]
     renamed: dict[str, Tensor] = {}
     for route in routes:
         for name, tensor in route.match.tensors.items():
-            renamed[f"{route.comfyui_name}.{name}"] = tensor.to(dtype or tensor.dtype).contiguous()
+            renamed[f"{route.comfyui_name}.{name}"] = _cast(path, route.match.name, tensor, dtype or tensor.dtype)
     return renamed

@@ -6,14 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sfumato.common.text import plural
 from sfumato.errors import UserError
-from sfumato.families.checkpoint_saving import SOURCE_METADATA, iterate_stored, write_entries
+from sfumato.families.checkpoint_saving import SOURCE_METADATA, iterate_stored
 from sfumato.formats.checkpoint import TensorFile
-from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.hashes import HASH_KEYS, add_hashes
 from sfumato.formats.header import read_header
 from sfumato.formats.metadata import keep_minimum
-from sfumato.tools.adapter_files.outputs import check_output, check_space, name_output
+from sfumato.tools.adapter_files.outputs import check_output, name_output, write_checkpoint
 
 SAFETENSORS = ".safetensors"
 
@@ -26,8 +26,8 @@ def format_metadata(path: Path) -> str:
     return json.dumps(metadata, indent=2, sort_keys=True, ensure_ascii=False)
 
 
-def set_metadata(path: Path, output: Path, texts: Sequence[str]) -> str:
-    """Write the file with other metadata. texts: KEY=VALUE; an empty value removes the key. The line of the report."""
+def set_metadata(path: Path, output: Path, texts: Sequence[str]) -> list[str]:
+    """Write the file with other metadata. texts: KEY=VALUE; an empty value removes the key. The lines of the report."""
     metadata = dict(read_header(path).metadata)
     for text in texts:
         key, equals, value = text.partition("=")
@@ -41,24 +41,22 @@ def set_metadata(path: Path, output: Path, texts: Sequence[str]) -> str:
     return write_metadata(path, output, metadata)
 
 
-def strip_metadata(path: Path, output: Path) -> str:
+def strip_metadata(path: Path, output: Path) -> list[str]:
     """Write the file with the metadata that programs need to use it, and none of how it was made."""
     before = read_header(path).metadata
     needed = {name: before[name] for name in SOURCE_METADATA if name in before}
     return write_metadata(path, output, {**needed, **keep_minimum(before)})
 
 
-def write_metadata(path: Path, output: Path, metadata: Mapping[str, str]) -> str:
+def write_metadata(path: Path, output: Path, metadata: Mapping[str, str]) -> list[str]:
     """Write a file's tensors with this metadata; an adapter's hashes, which cover a part of it, are made anew."""
     check_output(output, [], suffixes=(SAFETENSORS,))
     named = name_output(output)
     with TensorFile(path) as file:
-        check_space(output, sum(info.nbytes for info in file.header.tensors.values()))
         had_hashes = HASH_KEYS[0] in file.header.metadata
         own = {name: value for name, value in metadata.items() if name not in HASH_KEYS}
         if had_hashes:
             tensors = {name: file.read(name) for name in file.header.tensors}
-            write_safetensors(output, tensors, add_hashes(own, tensors))
-        else:
-            write_entries(output, iterate_stored(file), own, None)
-    return f"{named}: {len(metadata)} entries"
+            own = add_hashes(own, tensors)
+        warnings = write_checkpoint(output, iterate_stored(file), own, None)
+    return [*warnings, f"{named}: {plural(len(metadata), 'entry', 'entries')}"]

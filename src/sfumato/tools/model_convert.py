@@ -35,6 +35,8 @@ from sfumato.tools.adapter_files.outputs import (
     name_output,
     write_checkpoint,
 )
+from sfumato.tools.adapter_files.written_values import WrittenValues
+from sfumato.track.progress_task import ProgressTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +69,11 @@ def convert_model(request: ConvertRequest) -> list[str]:
     if is_file and not has_whole_files(family):
         networks = family.read_networks(source, options)
         entries = iterate_network(networks["denoiser"])
-        write_checkpoint(request.output, entries, metadata, TOOL_DTYPES[request.precision])
+        lines = write_checkpoint(request.output, entries, metadata, TOOL_DTYPES[request.precision])
         networks["denoiser"].weights.file.close()
-        return [f"{named}: the denoiser of {source.name}"]
-    write_whole_model(request, family, source, options, metadata, is_file=is_file)
-    return [f"{named}: all of {source.name}"]
+        return [*lines, f"{named}: the denoiser of {source.name}"]
+    lines = write_whole_model(request, family, source, options, metadata, is_file=is_file)
+    return [*lines, f"{named}: all of {source.name}"]
 
 
 def has_whole_files(family: type[Family]) -> bool:
@@ -87,7 +89,8 @@ def write_whole_model(
     metadata: Mapping[str, str],
     *,
     is_file: bool,
-) -> None:
+) -> list[str]:
+    """The lines of the report about what was written."""
     blueprint = family.read(source, options, NoiseOptions())
     if not is_file and blueprint.pipeline is None:
         raise UserError(
@@ -98,8 +101,11 @@ def write_whole_model(
     model = family(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
     check_space(request.output, count_saved_bytes(blueprint, (), TOOL_DTYPES[request.precision]))
     save = save_single_file if is_file else save_folder
-    save(model, request.output, metadata, TOOL_DTYPES[request.precision], changed={})
+    with ProgressTask(request.output.name, "tensors") as progress:
+        values = WrittenValues(progress)
+        save(model, request.output, metadata, TOOL_DTYPES[request.precision], changed={}, watch=values.watch)
     close_files(blueprint)
+    return values.describe()
 
 
 def iterate_network(network: Network) -> TensorEntries:
@@ -110,7 +116,8 @@ def iterate_network(network: Network) -> TensorEntries:
         assert found is not None
         result = key_map.build(original, {name: weights.make_empty(name) for name in found[0]})
         make = partial(build_tensor, network, original)
-        yield original, TensorEntry((result.dtype, tuple(result.shape)), make)
+        spec = result.dtype, tuple(result.shape)
+        yield original, TensorEntry(spec, make, origins=weights.list_origins(found[0]))
 
 
 def build_tensor(network: Network, original: str) -> torch.Tensor:
@@ -148,5 +155,5 @@ def join_networks(parts: Mapping[str, Path], output: Path, precision: str | None
             entries |= own
             lines.append(f"{path}: {len(own)} tensors as {prefix}...")
         metadata, named = {"format": "pt", **make_spec_entries(output, ())}, name_output(output)
-        write_checkpoint(output, iter(entries.items()), metadata, TOOL_DTYPES[precision])
+        lines += write_checkpoint(output, iter(entries.items()), metadata, TOOL_DTYPES[precision])
     return [*lines, f"{named}: {len(entries)} tensors"]

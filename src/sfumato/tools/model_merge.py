@@ -60,13 +60,14 @@ def merge_models(request: SumRequest) -> list[str]:
             found = [(file, own.get(plain)) for file, own in zip(files, names, strict=True)]
             check_same_shapes(found, info, key)
             make = partial(sum_tensors, found, ratios, key)
-            entries[key] = TensorEntry((SAFETENSORS_DTYPES[info.dtype], info.shape), make)
+            origins = tuple((file, own) for file, own in found if own is not None)
+            entries[key] = TensorEntry((SAFETENSORS_DTYPES[info.dtype], info.shape), make, origins=origins)
         lines += describe_skipped(request, names)
         metadata = {name: text for name, text in files[0].header.metadata.items() if name in SOURCE_METADATA}
         merged = ", ".join(path.stem for path in request.models)
         metadata |= {"format": "pt", **make_spec_entries(request.output, ()), "modelspec.merged_from": merged}
         named = name_output(request.output)
-        write_checkpoint(request.output, iter(entries.items()), metadata, TOOL_DTYPES[request.precision])
+        lines += write_checkpoint(request.output, iter(entries.items()), metadata, TOOL_DTYPES[request.precision])
     return [*lines, f"{named}: {len(entries)} tensors"]
 
 

@@ -9,12 +9,10 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sfumato.adapters.low_rank import sum_squares
 from sfumato.common.text import format_bytes
 from sfumato.errors import UserError
 from sfumato.families.checkpoint_saving import SOURCE_METADATA, TensorEntries, TensorEntry, iterate_pair, iterate_stored
@@ -22,58 +20,28 @@ from sfumato.families.part import Network
 from sfumato.formats.checkpoint import TOOL_DTYPES, Checkpoint
 from sfumato.formats.groups import make_meta_layers
 from sfumato.formats.keymap import matches
-from sfumato.formats.scaled import DESCRIPTION, GROUP, METADATA, ROTATED, SCALE_NAMES, divide_by_scale
-from sfumato.quantization.choice import FLOAT8, FLOAT8_BLOCK, INT8_BLOCK
-from sfumato.quantization.rotation import LARGEST_GROUP, choose_group, rotate
-from sfumato.quantization.scaled_blocks import ScaledBlocks
+from sfumato.formats.scaled import DESCRIPTION, METADATA, SCALE_NAMES
 from sfumato.tools.adapter_files.inspect import find_block_path, split_numbers
 from sfumato.tools.adapter_files.models import ToolModel, open_tool_model
 from sfumato.tools.adapter_files.outputs import (
     check_output,
-    find_largest,
     make_spec_entries,
     name_output,
     write_checkpoint,
 )
+from sfumato.tools.quantized_layers import (
+    LAYOUTS,
+    Bits,
+    LayerWeight,
+    QuantizedFor,
+    QuantizedLayout,
+    fit_layout,
+    round_weight,
+)
 
-QuantizedFor = Literal["comfyui", "training"]
-Bits = Literal["fp8", "int8", "int8_rotated"]
-MANY_NUMBERS = 1 << 18  # that are rounded at a time, in the processor's cache
 MOST_WORST = 5  # layers with the largest errors that are named
 SCALE_NAME = SCALE_NAMES[1]
 HEADER_VERSION = "1.0"  # of the descriptions in the metadata
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedLayout:
-    """How the weights of layers are written."""
-
-    label: str  # its name in the descriptions
-    format: ScaledBlocks  # block: the most columns with one scale
-    one_scale: bool = False  # whether a whole weight has one scale
-    takes_convolutions: bool = False  # whether the reader knows their weights in eight bits
-
-
-# ComfyUI's layouts, by the names that its files have for them; those for training are those of --fp8_scaled and
-# --int8_base, under names that ComfyUI refuses instead of misreading the scales.
-LAYOUTS: Mapping[tuple[QuantizedFor, Bits], QuantizedLayout] = {
-    ("comfyui", "fp8"): QuantizedLayout(label="float8_e4m3fn", format=ScaledBlocks(dtype=FLOAT8), one_scale=True),
-    ("comfyui", "int8"): QuantizedLayout(label="int8_tensorwise", format=ScaledBlocks(dtype=torch.int8)),
-    ("comfyui", "int8_rotated"): QuantizedLayout(
-        label="int8_tensorwise", format=ScaledBlocks(dtype=torch.int8, rotation=LARGEST_GROUP)
-    ),
-    ("training", "fp8"): QuantizedLayout(
-        label="float8_rows", format=ScaledBlocks(dtype=FLOAT8, block=FLOAT8_BLOCK), takes_convolutions=True
-    ),
-    ("training", "int8"): QuantizedLayout(
-        label="int8_rows", format=ScaledBlocks(dtype=torch.int8, block=INT8_BLOCK), takes_convolutions=True
-    ),
-    ("training", "int8_rotated"): QuantizedLayout(
-        label="int8_rows",
-        format=ScaledBlocks(dtype=torch.int8, block=INT8_BLOCK, rotation=LARGEST_GROUP),
-        takes_convolutions=True,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,43 +56,6 @@ class QuantizeRequest:
     precision: str | None = None  # of all other tensors, of TOOL_DTYPES; None keeps theirs
     family: str | None = None
     verbose: bool = False  # whether each layer has a line in the report
-
-
-class Rounded(NamedTuple):
-    """A weight in eight bits."""
-
-    numbers: Tensor
-    scales: Tensor
-    error: float  # of what they mean, relative
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerWeight:
-    """A weight that is written in eight bits."""
-
-    key: str  # in the file
-    block: str  # part and path of its block
-    layout: QuantizedLayout  # its block and rotation are those of this weight
-    shape: tuple[int, ...]
-
-    @property
-    def module(self) -> str:
-        return self.key.removesuffix(".weight")
-
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        if self.layout.one_scale:
-            return ()
-        block = self.layout.format.block
-        return (self.shape[0], -(-count_weight_columns(self.shape) // block) if block else 1)
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What tells readers how the weight is stored."""
-        own = self.layout.format
-        described: dict[str, Any] = {"format": self.layout.label}
-        described |= {"group_size": own.block} if own.block else {}
-        return described | ({ROTATED: True, GROUP: own.rotation} if own.rotation else {})
 
 
 @torch.no_grad()
@@ -148,10 +79,10 @@ def quantize_model(request: QuantizeRequest) -> list[str]:
         metadata = make_quantized_metadata(request, file, layers)
         before = sum(info.nbytes for info in file.header.tensors.values())
         named = name_output(request.output)
-        write_checkpoint(request.output, entries, metadata, None)
+        warnings = write_checkpoint(request.output, entries, metadata, None)
     size = f"{format_bytes(request.output.stat().st_size)}, from {format_bytes(before)}"
     head = f"{model.source.name}: {model.family.name}, {len(layers)} weights in {describe_layout(request)}"
-    return [head, *render_errors(layers, errors, verbose=request.verbose), f"{named}: {size}"]
+    return [head, *render_errors(layers, errors, verbose=request.verbose), *warnings, f"{named}: {size}"]
 
 
 def describe_layout(request: QuantizeRequest) -> str:
@@ -197,60 +128,7 @@ def iterate_layer_weights(network: Network, layout: QuantizedLayout) -> Iterator
             yield LayerWeight(key=key, block=f"{spec.name}.{block}", layout=fit_layout(layout, shape), shape=shape)
 
 
-def fit_layout(layout: QuantizedLayout, shape: Sequence[int]) -> QuantizedLayout:
-    """The layout with the columns of a weight's blocks, which are as even as can be, and its rotation.
-
-    A file tells the number of its blocks, not their width: 320 columns in three blocks are read as 107, 107 and 106.
-    """
-    columns, own = count_weight_columns(shape), layout.format
-    count = -(-columns // own.block) if own.block else 1
-    group = choose_group(columns) if own.rotation else 1
-    fitted = replace(own, block=-(-columns // count) if count > 1 else 0, rotation=group if group > 1 else 0)
-    return replace(layout, format=fitted)
-
-
-def count_weight_columns(shape: Sequence[int]) -> int:
-    """Of a weight, the kernel's included."""
-    return torch.Size(shape[1:]).numel()
-
-
-# ---------------------------------------------------------------- rounding
-
-
-def round_weight(weight: Tensor, layer: LayerWeight) -> Rounded:
-    """A weight (N, ...) in float32 -> its numbers and scales; UserError where it is not finite."""
-    if find_largest(weight) == float("inf"):
-        raise UserError(
-            f"{layer.key} has values that are not finite (NaN or infinite)",
-            code="quantize-not-finite",
-            fix="use another save of the model",
-        )
-    own = layer.layout.format
-    numbers, scales = torch.empty(weight.shape, dtype=own.dtype), torch.empty(layer.scale_shape)
-    if layer.layout.one_scale:
-        numbers, scales = divide_by_scale(weight, own.dtype, ())
-    plain = replace(own, rotation=0)
-    lost = whole = 0.0
-    for part in iterate_row_slices(weight):
-        # Errors are measured before rows are turned back, which changes no norm.
-        rows = weight[part].flatten(1)
-        rows = rotate(rows, own.rotation) if own.rotation else rows
-        if layer.layout.one_scale:
-            found = numbers[part].flatten(1).float() * scales
-        else:
-            stored = plain.encode(rows)
-            numbers.flatten(1)[part], scales[part] = stored["numbers"], stored["scales"]
-            found = plain.decode(stored, rows.shape, torch.float32)
-        lost += sum_squares(found.sub_(rows))
-        whole += sum_squares(rows)
-    return Rounded(numbers, scales, (lost / whole) ** 0.5 if whole else 0.0)
-
-
-def iterate_row_slices(weight: Tensor) -> Iterator[slice]:
-    """Some rows at a time, so that there is no second copy of a large weight."""
-    step = max(1, MANY_NUMBERS // count_weight_columns(weight.shape))
-    for start in range(0, len(weight), step):
-        yield slice(start, start + step)
+# ---------------------------------------------------------------- writing
 
 
 def iterate_quantized(
@@ -263,14 +141,14 @@ def iterate_quantized(
     for key, entry in iterate_stored(file):
         if key not in layers:
             if dtype is not None and entry.spec[0].is_floating_point:
-                yield key, TensorEntry((dtype, entry.spec[1]), partial(file.read, key, dtype=dtype))
+                yield key, replace(entry, spec=(dtype, entry.spec[1]))
             else:
                 yield key, entry
             continue
         layer = layers[key]
         specs = (layer.layout.format.dtype, layer.shape), (torch.float32, layer.scale_shape)
         make = partial(make_numbers, file, layer, errors)
-        yield from iterate_pair((key, f"{layer.module}.{SCALE_NAME}"), specs, make)
+        yield from iterate_pair((key, f"{layer.module}.{SCALE_NAME}"), specs, make, entry.origins)
         text = torch.tensor(list(json.dumps(layer.description).encode()), dtype=torch.uint8)
         yield f"{layer.module}.{DESCRIPTION}", TensorEntry((torch.uint8, text.shape), text.clone)
 

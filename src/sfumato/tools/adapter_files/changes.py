@@ -146,12 +146,12 @@ def iterate_changed_file(
         spec = (SAFETENSORS_DTYPES[info.dtype], info.shape)
         scale_key = scaled.find_scale(key) if scaled else None
         if scaled is None or scale_key is None:
-            yield key, TensorEntry(spec, change.compute)
+            yield key, TensorEntry(spec, change.compute, origins=((raw, key),))
             continue
         scale = raw.header.tensors[scale_key]
         specs = spec, (SAFETENSORS_DTYPES[scale.dtype], scale.shape)
         make = partial(_round_with_scale, change, spec[0], scale.shape, scaled.find_rotation(key))
-        yield from iterate_pair((key, scale_key), specs, make)
+        yield from iterate_pair((key, scale_key), specs, make, ((raw, key), (raw, scale_key)))
 
 
 def _round_with_scale(

@@ -27,8 +27,9 @@ from sfumato.formats.checkpoint import TOOL_DTYPES, TensorFile
 from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise
 from sfumato.tools.adapter_files.join import describe_range
 from sfumato.tools.adapter_files.models import Encoders, ToolModel, list_input_paths, open_tool_model
-from sfumato.tools.adapter_files.outputs import check_output, find_largest, make_extracted_metadata, write_adapter
+from sfumato.tools.adapter_files.outputs import check_output, make_extracted_metadata, write_adapter
 from sfumato.tools.adapter_files.resize import check_method
+from sfumato.tools.adapter_files.written_values import find_largest
 from sfumato.track.progress_task import ProgressTask
 
 

@@ -14,6 +14,7 @@ import torch
 
 from sfumato.adapters.kinds import read_adapter_file
 from sfumato.common import files
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families.checkpoint_saving import SOURCE_METADATA
 from sfumato.families.part import Network
@@ -62,7 +63,7 @@ def merge_into_model(request: MergeRequest) -> list[str]:
         lines = [describe_merged(*each) for each in zip(adapters, found, ratios, strict=True)]
         lines += [line for file in adapters for line in file.describe_passed_over()]
         for option, output in outputs.items():
-            lines.append(write_merged(request, model, adapters, planned, option, output))
+            lines += write_merged(request, model, adapters, planned, option, output)
     return lines
 
 
@@ -166,8 +167,8 @@ def write_merged(
     planned: Mapping[int, Mapping[str, TensorChange]],
     option: str,
     output: Path,
-) -> str:
-    """Write the model's file or folder, or that of a text encoder; the line of the report."""
+) -> list[str]:
+    """Write the model's file or folder, or that of a text encoder; the lines of the report."""
     dtype = TOOL_DTYPES[request.precision]
     networks = [network for network in model.networks.values() if find_option(model, network) == option]
     sources = {id(network.weights.file): network.weights.file for network in networks}
@@ -176,12 +177,12 @@ def write_merged(
     folder = Path(request.encoders[option] or "") if option else model.source.path
     if folder.is_dir():
         parts = {number: file for number, file in sources.items() if dtype or number in planned}
-        _write_folder(request, adapters, folder, output, parts, planned, dtype)
+        lines = _write_folder(request, adapters, folder, output, parts, planned, dtype)
     else:
         ((number, file),) = sources.items()
         entries = iterate_changed_file(file, planned.get(number, {}), dtype)
-        write_checkpoint(output, entries, _make_metadata(request, output, file, adapters), dtype)
-    return f"{named}: {changed} tensors changed"
+        lines = write_checkpoint(output, entries, _make_metadata(request, output, file, adapters), dtype)
+    return [*lines, f"{named}: {plural(changed, 'tensor')} changed"]
 
 
 def _write_folder(
@@ -192,8 +193,12 @@ def _write_folder(
     sources: Mapping[int, Checkpoint],
     planned: Mapping[int, Mapping[str, TensorChange]],
     dtype: torch.dtype | None,
-) -> None:
-    """A copy of a folder in diffusers' layout, in which the given networks are one file each."""
+) -> list[str]:
+    """A copy of a folder in diffusers' layout, in which the given networks are one file each.
+
+    The report's lines about inputs that are not finite.
+    """
+    lines: list[str] = []
     rewritten = set(chain.from_iterable(file.paths() for file in sources.values()))
     places = {path.parent for path in rewritten}
 
@@ -211,7 +216,8 @@ def _write_folder(
             name = re.sub("^pytorch_model", "model", name)  # transformers' name of a safetensors file
             place = temporary / first.parent.relative_to(folder) / Path(name).with_suffix(".safetensors").name
             entries = iterate_changed_file(file, planned.get(number, {}), dtype)
-            write_checkpoint(place, entries, _make_metadata(request, output, file, adapters), dtype)
+            lines += write_checkpoint(place, entries, _make_metadata(request, output, file, adapters), dtype)
+    return lines
 
 
 def _make_metadata(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,17 +12,17 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.common.files import DiskNeed, check_disk_space, check_writable
 from sfumato.common.names import DEFAULT_NETWORK_MODULE
-from sfumato.errors import Problems, UserError
+from sfumato.errors import Problems
 from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, write_entries
 from sfumato.families.source import MODEL_INDEX
 from sfumato.formats.adapter_file import AdapterFile, write_adapter_file
 from sfumato.formats.hashes import HASH_KEYS
 from sfumato.formats.peft_config import DIFFUSERS_KEY
 from sfumato.formats.pickled import convert_to_pickle, is_pickled
+from sfumato.tools.adapter_files.written_values import WrittenValues
 from sfumato.track.progress_task import ProgressTask
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt")
-NARROW = (torch.float16, *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz))
 MODULE_KEY, DIM_KEY, ALPHA_KEY, DYNAMIC = "ss_network_module", "ss_network_dim", "ss_network_alpha", "Dynamic"
 
 
@@ -97,61 +95,23 @@ def count_entry_bytes(entries: Mapping[str, TensorEntry], dtype: torch.dtype | N
 
 def write_checkpoint(
     output: Path, entries: TensorEntries, metadata: Mapping[str, str], dtype: torch.dtype | None
-) -> None:
+) -> list[str]:
     """Write a file tensor by tensor, with a progress bar; the suffix is the format. dtype: None keeps each tensor's.
 
-    UserError for a disk without room and for values that the dtype cannot hold.
+    The report's lines about inputs that are not finite. UserError for a disk without room and for values that the dtype
+    cannot hold.
     """
     by_key = dict(entries)
     check_space(output, count_entry_bytes(by_key, dtype))
     with ProgressTask(output.name, "tensors") as progress:
-        watched = watch_entries(output, by_key, dtype, progress)
+        values = WrittenValues(progress)
+        watched = values.watch(output, iter(by_key.items()), dtype)
         if is_pickled(output):
             with convert_to_pickle(output, metadata) as temporary:
                 write_entries(temporary, watched, metadata, dtype)
         else:
             write_entries(output, watched, metadata, dtype)
-
-
-def watch_entries(
-    path: Path, entries: Mapping[str, TensorEntry], dtype: torch.dtype | None, progress: ProgressTask
-) -> TensorEntries:
-    """The same entries; each is counted when it is made, and checked where its dtype has a small range."""
-    done = [0]
-    for key, entry in entries.items():
-        written = dtype if dtype and entry.spec[0].is_floating_point else entry.spec[0]
-        make = partial(_make_checked, path, key, entry, written, progress, done, len(entries))
-        yield key, replace(entry, make=make)
-
-
-def _make_checked(
-    path: Path, key: str, entry: TensorEntry, dtype: torch.dtype, progress: ProgressTask, done: list[int], total: int
-) -> Tensor:
-    tensor = entry.make()
-    if dtype in NARROW and tensor.dtype != dtype:
-        check_range(path, key, tensor, dtype)
-    done[0] += 1
-    progress(done[0], total)
-    return tensor
-
-
-def check_range(path: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """UserError for values that become infinite or NaN in a dtype."""
-    largest = find_largest(tensor)
-    if not largest <= torch.finfo(dtype).max:
-        raise UserError(
-            f"{path}: {name} has a value of {largest:.3g}, beyond {dtype}",
-            code="tool-value-beyond-dtype",
-            fix="--save_precision bf16 or float",
-        )
-
-
-def find_largest(tensor: Tensor) -> float:
-    """The largest absolute value, without a copy; infinite where a value is infinite or NaN."""
-    if not tensor.numel():
-        return 0.0
-    low, high = (tensor if tensor.dtype.itemsize > 1 else tensor.float()).aminmax()
-    return max(abs(float(low)), abs(float(high))) if bool((high - low).isfinite()) else float("inf")
+    return values.describe()
 
 
 # ---------------------------------------------------------------- adapter files
@@ -161,9 +121,9 @@ def write_adapter(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
 ) -> str:
     """Write an adapter file with the hashes of its tensors; "path" or "path (replaced)", for the report."""
+    values = WrittenValues()
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and (dtype or tensor.dtype) in NARROW:
-            check_range(path, name, tensor, dtype or tensor.dtype)
+        values.check(path, name, tensor, dtype or tensor.dtype)
     named = name_output(path)
     check_space(path, count_tensor_bytes(tensors, dtype))
     write_adapter_file(path, tensors, metadata, dtype)
