@@ -156,7 +156,7 @@ def write_weighted_sum(output: Path, coefficients: Mapping[Path, float], like: P
         else:  # an adapter is small, and its hashes come before its tensors
             tensors = {name: make(name) for name in specs}
             write_safetensors(output, tensors, add_hashes(metadata, tensors))
-    return values.describe()
+    return values.list_warnings()
 
 
 def check_same_tensors(files: Mapping[Path, TensorFile], like: Path) -> None:

@@ -105,7 +105,7 @@ def write_whole_model(
         values = WrittenValues(progress)
         save(model, request.output, metadata, TOOL_DTYPES[request.precision], changed={}, watch=values.watch)
     close_files(blueprint)
-    return values.describe()
+    return values.list_warnings()
 
 
 def iterate_network(network: Network) -> TensorEntries:

@@ -61,7 +61,7 @@ class WrittenValues:
                 fix="--save_precision bf16 or float",
             )
 
-    def describe(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         """A line for each input that has NaN or infinity, for the report."""
         return [
             f"warning: {path} has NaN or infinity in {plural(len(counts), 'tensor')}, and so has what is written: "
