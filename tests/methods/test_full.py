@@ -150,12 +150,6 @@ def test_weights_stay_float32_under_mixed_precision(sd: Toy, images: Path, tmp_p
     assert all(new[name].dtype == old[name].dtype for name in old)
 
 
-def test_text_encoders_in_files_of_their_own_cannot_train(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="clip_l") as error:
-        full(toy_shelf.paths("flux"), images, tmp_path, train_text_encoder=True)
-    assert error.value.code == "text-encoder-in-other-file"
-
-
 @pytest.mark.parametrize(
     ("options", "code", "detail"),
     [

@@ -43,6 +43,7 @@ def make_home(shelf: ToyShelf, home: Path) -> Path:
     torch.save({"state_dict": load_file(sd)}, sd.with_suffix(".ckpt"))
     base = home / "sd2-base" / "512-base-ema.safetensors"
     torch.save({"state_dict": load_file(base)}, base.with_suffix(".ckpt"))
+    save_encoders(home / "sd3-models" / "sd3_medium_incl_clips_t5xxlfp16.safetensors")
     save_vae(sd, home / "vae" / "vae-ft-mse-840000-ema-pruned.safetensors")
     save_vae(home / "sdxl-models" / "sd_xl_base_1.0.safetensors", home / "sdxl-models" / "sdxl_vae.safetensors")
     make_data(home)
@@ -67,6 +68,17 @@ def save_vae(checkpoint: Path, path: Path) -> None:
     tensors = {name.removeprefix(prefix): t for name, t in load_file(checkpoint).items() if name.startswith(prefix)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
+
+
+def save_encoders(checkpoint: Path) -> None:
+    """The text encoders of Stable Diffusion 3 as files of their own, and the checkpoint without them."""
+    prefix, tensors = "text_encoders.", load_file(checkpoint)
+    for name in ("clip_l", "clip_g", "t5xxl"):
+        start = f"{prefix}{name}.transformer."
+        own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
+        save_file(own, checkpoint.with_name(f"{name}.safetensors"))
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
+    save_file(rest, checkpoint.with_name("sd3_medium.safetensors"))
 
 
 def make_data(home: Path) -> None:

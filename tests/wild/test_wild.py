@@ -150,6 +150,8 @@ def test_it_trains_two_steps_and_saves(name: str, home: Path, tmp_path: Path, co
     assert run_script([script, *options, *small, *places]) == 0, codes
     assert len(read_metrics(tmp_path / "out", "x")) == 2
     (saved,) = (path for path in (tmp_path / "out").iterdir() if path.stem == "x" and path.suffix in SAVED)
+    if name == "whole_models/sd3_text_encoders.sh":
+        assert {path.name for path in saved.parent.glob("x_*.safetensors")} == {f"x_clip_{c}.safetensors" for c in "lg"}
     with open_checkpoint(saved) as file:
         assert all(file.read(key).isfinite().all() for key in file.header.tensors)
 

@@ -103,7 +103,7 @@ def read_encoder(name: str, source: Source, model: ModelOptions) -> Network | No
         with option_context(location.option):
             return replace(_read(name, find_given(source, name, given)), option=location.option)
     if source.has_network(location.folder):
-        return _read(name, Source(source.path / location.folder))
+        return replace(_read(name, Source(source.path / location.folder)), option=location.option)
     if source.find_prefix(location.prefix):
         return _read(name, source)
     is_wanted = name != "t5" or name in source.cached.chosen

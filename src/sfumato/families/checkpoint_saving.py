@@ -67,6 +67,34 @@ def save_single_file(
     close_files(model.blueprint)
 
 
+def save_network_file(
+    model: Family,
+    name: str,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    changed: Collection[str],
+    from_memory: bool = False,
+) -> None:
+    """Write the file of one network, tensor by tensor, with the keys that its file has under the network's prefix.
+
+    The arguments are those of `save_single_file`, `changed` that of the network.
+    """
+    module, weights = model.parts[name].module, model.blueprint.networks[name].weights
+    metadata = weights.file.header.metadata
+    kept = {"format": "pt", **{key: value for key, value in metadata.items() if key in SOURCE_METADATA}}
+    stored = [] if from_memory else iterate_stored(weights.file)
+    own = [(key, entry) for key, entry in stored if key.startswith(weights.prefix)]
+    names = frozenset(module.state_dict() if from_memory else changed)
+    entries = iter([*own, *iterate_changed(model, name, names)])
+    if is_pickled(path):
+        with convert_to_pickle(path, kept) as temporary:
+            write_entries(temporary, entries, kept, dtype)
+    else:
+        write_entries(path, entries, kept, dtype)
+    weights.file.close()
+
+
 def write_entries(path: Path, entries: TensorEntries, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
     """Write a file of these entries; the last one of a key counts."""
     by_key = dict(entries)
@@ -80,13 +108,17 @@ def write_entries(path: Path, entries: TensorEntries, metadata: Mapping[str, str
 
 def count_saved_bytes(
     blueprint: Blueprint,
+    networks: Iterable[str],
     full_precision_parts: Collection[str],
     dtype: torch.dtype | None,
     trained: torch.dtype = torch.float32,
 ) -> int:
-    """Bytes of the tensors that a save writes, from headers alone. trained: the dtype of the networks that train."""
+    """Bytes of the tensors that a save of these networks writes, from headers alone.
+
+    trained: the dtype of the networks that train.
+    """
     files: dict[int, Checkpoint] = {}
-    for name in list_saved_networks(blueprint):
+    for name in networks:
         file = blueprint.networks[name].weights.file
         files[id(file)] = file
     trained_keys: set[str] = set()
@@ -112,9 +144,9 @@ def find_ema_keys(source: Source) -> list[str]:
     return [key for key in source.shapes if key.startswith(EMA_PREFIX)]
 
 
-def list_all_weights(model: Family) -> ChangedWeights:
+def list_all_weights(model: Family, networks: Iterable[str]) -> ChangedWeights:
     """All weights in memory of the networks that are saved, for a model whose source files are gone."""
-    loaded = [name for name in list_saved_networks(model.blueprint) if model.parts[name].is_loaded]
+    loaded = [name for name in networks if model.parts[name].is_loaded]
     return {name: model.parts[name].module.state_dict().keys() for name in loaded}
 
 
@@ -184,6 +216,11 @@ def iterate_changed(model: Family, name: str, changed: frozenset[str]) -> Tensor
         if ours and not changed.isdisjoint(ours[0]):
             originals.append(original)
     yield from _iterate_keys(model, name, changed, weights.prefix, weights.key_map, originals)
+    state = model.parts[name].module.state_dict() if changed else {}
+    for second, first in weights.tied.items():  # a copy in the file, whose key is the module's own name
+        if first in changed and weights.prefix + second in weights.file.header.tensors:
+            spec = (state[first].dtype, tuple(state[first].shape))
+            yield weights.prefix + second, TensorEntry(spec, partial(model.parts[name].make_whole, first, state[first]))
 
 
 def iterate_converted(model: Family, name: str, changed: frozenset[str], prefix: str, key_map: KeyMap) -> TensorEntries:
@@ -234,9 +271,9 @@ class SourceFiles:
     files: tuple[tuple[Path, int, int], ...]  # path, bytes, modification time in ns
 
     @classmethod
-    def record(cls, blueprint: Blueprint) -> SourceFiles:
+    def record(cls, blueprint: Blueprint, networks: Iterable[str]) -> SourceFiles:
         paths: set[Path] = set()
-        for name in list_saved_networks(blueprint):
+        for name in networks:
             paths.update(blueprint.networks[name].weights.file.paths())
         return cls(tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(paths)))
 

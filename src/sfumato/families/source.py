@@ -359,6 +359,9 @@ class Weights:
             )
         finite.finish(self.file)
         module.load_state_dict(state, assign=True)
+        for name, other in self.tied.items():  # which assigning makes two parameters of
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, module.get_parameter(other))
 
     @property
     def has_formats(self) -> bool:

@@ -130,7 +130,7 @@ class AdapterMethod:
     def list_frozen(self) -> Sequence[nn.Module]:
         return self.frozen.list_modules()
 
-    def list_generate_options(self, file: str) -> Mapping[str, object]:
+    def list_generate_options(self, file: str, blueprint: Blueprint) -> Mapping[str, object]:
         """Frozen adapters are files like the trained one."""
         frozen = [each for each in self.config.network.frozen_lora if each.is_used(sampling=True)]
         files = [*([file] if file else []), *(str(each.path) for each in frozen)]
@@ -162,8 +162,8 @@ class AdapterMethod:
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
         return self.saved_numbers * (dtype or torch.float32).itemsize
 
-    def file_suffix(self, blueprint: Blueprint) -> str:
-        return get_file_suffix(self.config.save.save_model_as)
+    def file_suffixes(self, blueprint: Blueprint) -> Sequence[str]:
+        return (get_file_suffix(self.config.save.save_model_as),)
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         tensors = {**self.engine.export_tensors(), **self.embeddings.export_bundle()}

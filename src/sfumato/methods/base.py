@@ -93,7 +93,7 @@ class Method(Protocol):
         """What takes part beside the networks without being trained, of those that are loaded."""
         ...
 
-    def list_generate_options(self, file: str) -> Mapping[str, object]:
+    def list_generate_options(self, file: str, blueprint: Blueprint) -> Mapping[str, object]:
         """The options of `sfumato generate` for a file that `write` wrote; empty for the model before training."""
         ...
 
@@ -117,12 +117,16 @@ class Method(Protocol):
         """About how many bytes `write` writes."""
         ...
 
-    def file_suffix(self, blueprint: Blueprint) -> str:
-        """The end of a saved file's name: ".safetensors", or nothing for a folder."""
+    def file_suffixes(self, blueprint: Blueprint) -> Sequence[str]:
+        """The ends of the names of what `write` writes: ".safetensors", or nothing for a folder; the output first,
+        then the files beside it."""
         ...
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-        """Write the output, complete or not at all. dtype: of its floating-point tensors; None keeps theirs."""
+        """Write the output, complete or not at all, after the files beside it, which begin with its name.
+
+        dtype: of floating-point tensors; None keeps theirs.
+        """
         ...
 
     def report(self) -> list[str]:

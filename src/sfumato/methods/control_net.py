@@ -127,7 +127,7 @@ class ControlNetMethod:
     def list_frozen(self) -> Sequence[nn.Module]:
         return ()
 
-    def list_generate_options(self, file: str) -> Mapping[str, object]:
+    def list_generate_options(self, file: str, blueprint: Blueprint) -> Mapping[str, object]:
         return {"controlnet_model_name_or_path": file} if file else {}
 
     def after_step(self) -> Mapping[str, Tensor]:
@@ -155,9 +155,9 @@ class ControlNetMethod:
         shapes = blueprint.networks[CONTROL_NET].weights.read_shapes()
         return sum(shape.numel() for shape in shapes.values()) * (dtype or trained).itemsize
 
-    def file_suffix(self, blueprint: Blueprint) -> str:
+    def file_suffixes(self, blueprint: Blueprint) -> Sequence[str]:
         save_model_as = self.config.save.save_model_as
-        return "" if save_model_as in FOLDER_FORMATS else get_file_suffix(save_model_as)
+        return ("" if save_model_as in FOLDER_FORMATS else get_file_suffix(save_model_as),)
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         """One file with diffusers' names, or with --save_model_as diffusers a folder of diffusers."""

@@ -1,14 +1,15 @@
 """Full training: trains the model's own weights, those of the denoiser and, on request, of the text encoders.
 
 Nothing is added to the model and nothing hooked; the output is the model's checkpoint, with everything that did not
-train copied byte for byte from the file that the model came from.
+train copied byte for byte from the file that the model came from. A text encoder that trains and has a file of its own
+is saved beside it in the same way.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sfumato.families.checkpoint_saving import (
     find_ema_keys,
     list_all_weights,
     list_saved_networks,
+    save_network_file,
     save_single_file,
 )
 from sfumato.families.diffusers_folder import is_model_folder, save_folder
@@ -39,6 +41,7 @@ from sfumato.methods.trained_parts import check_text_cache, describe_text_encode
 from sfumato.optim.groups import ParameterGroup
 
 log = logging.getLogger(__name__)
+MODEL = "model"  # the model's own output, beside those of text encoders
 
 
 @METHODS.register("full")
@@ -53,6 +56,7 @@ class FullMethod:
         self.live_text: frozenset[str] = frozenset()
         self.trained: list[TrainedWeights[nn.Parameter]] = []
         self.unread: list[str] = []  # patterns on weights that the model's features do not depend on
+        self.beside: Mapping[str, str] = {}  # part -> option, of those that are saved in files beside the model's
 
     def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
         return blueprint
@@ -62,8 +66,8 @@ class FullMethod:
         fix = "remove --cache_text_encoder_outputs or --train_text_encoder"
         check_text_cache(self.config, learning_rates.parts, blueprint, fix)
         self.live_text = frozenset(learning_rates.parts) & frozenset(blueprint.text_parts)
-        check_output_path(self.config, blueprint, self.file_suffix(blueprint))
-        check_saved_networks(blueprint)
+        check_output_paths(self.config, blueprint, self.file_suffixes(blueprint))
+        check_saved_networks(blueprint, self._list_inside(blueprint))
         parts: list[TrainablePart] = []
         for name in learning_rates.parts:
             network = blueprint.networks[name]
@@ -98,7 +102,9 @@ class FullMethod:
             self.trained += learning_rates.select_weights(part.spec, part.module.named_parameters())
         for parameter in self._parameters().values():
             parameter.requires_grad_(True)
-        self.origin = SourceFiles.record(model.blueprint)
+        self.beside = self._list_beside(model.blueprint)
+        self.origins = {network: SourceFiles.record(model.blueprint, [network]) for network in self.beside}
+        self.origins[MODEL] = SourceFiles.record(model.blueprint, self._list_inside(model.blueprint))
         outdated = find_ema_keys(model.blueprint.source)
         if outdated and "denoiser" in learning_rates.parts:
             log.info("%d tensors of the EMA of the weights before training are not saved", len(outdated))
@@ -141,8 +147,11 @@ class FullMethod:
     def list_frozen(self) -> Sequence[nn.Module]:
         return ()
 
-    def list_generate_options(self, file: str) -> Mapping[str, object]:
-        return {"pretrained_model_name_or_path": file} if file else {}
+    def list_generate_options(self, file: str, blueprint: Blueprint) -> Mapping[str, object]:
+        if not file:
+            return {}
+        beside = {option: name_beside(file, option) for option in self._list_beside(blueprint).values()}
+        return {"pretrained_model_name_or_path": file, **beside}
 
     def after_step(self) -> Mapping[str, Tensor]:
         return {}
@@ -172,25 +181,26 @@ class FullMethod:
         return {f"ss_{name}": self.config.value(name) for name in names if self.config.is_changed(name)}
 
     def output_bytes(self, blueprint: Blueprint, dtype: torch.dtype | None) -> int:
-        trained = get_trained_dtype(self.config.memory)
-        return count_saved_bytes(blueprint, self.full_precision_parts(blueprint), dtype, trained)
+        trained, parts = get_trained_dtype(self.config.memory), self.full_precision_parts(blueprint)
+        networks = (*self._list_inside(blueprint), *self._list_beside(blueprint))
+        return count_saved_bytes(blueprint, networks, parts, dtype, trained)
 
-    def file_suffix(self, blueprint: Blueprint) -> str:
-        return "" if self._saves_folder(blueprint) else get_file_suffix(self.config.save.save_model_as)
+    def file_suffixes(self, blueprint: Blueprint) -> Sequence[str]:
+        if self._saves_folder(blueprint):
+            return ("",)
+        suffix = get_file_suffix(self.config.save.save_model_as)
+        return (suffix, *(name_beside(suffix, option) for option in self._list_beside(blueprint).values()))
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+        trained = self._list_changed()
+        for network, option in self.beside.items():
+            lost = self._find_lost(network, [network])
+            place = path.with_name(name_beside(path.name, option))
+            save_network_file(model, network, place, dtype, changed=trained[network], from_memory=lost)
         save = save_folder if self._saves_folder(model.blueprint) else save_single_file
-        changed = self.origin.find_changed()
-        if changed:
-            kept = list_all_weights(model)
-            log.warning(
-                "%s has changed since training began; of the model, what is in memory is saved: %s",
-                changed[0],
-                ", ".join(kept),
-            )
-            save(model, path, metadata, dtype, changed=kept, from_memory=True)
-        else:
-            save(model, path, metadata, dtype, changed=self._list_changed())
+        kept = list_all_weights(model, self._list_inside(model.blueprint))
+        lost = self._find_lost(MODEL, kept)
+        save(model, path, metadata, dtype, changed=kept if lost else trained, from_memory=lost)
 
     def report(self) -> list[str]:
         names = [
@@ -199,6 +209,29 @@ class FullMethod:
             if parameter.grad is None and not any(matches(pattern, name) for pattern in self.unread)
         ]
         return [f"{len(names)} weights got no gradient: {list_some(names)}"] if names else []
+
+    def _find_lost(self, output: str, kept: Iterable[str]) -> bool:
+        """Whether the files that an output copies from have changed; a warning then. kept: the networks in memory."""
+        changed = self.origins[output].find_changed()
+        if changed:
+            log.warning(
+                "%s has changed since training began; of the model, what is in memory is saved: %s",
+                changed[0],
+                ", ".join(kept),
+            )
+        return bool(changed)
+
+    def _list_inside(self, blueprint: Blueprint) -> Sequence[str]:
+        """The networks that a saved model contains."""
+        if self._saves_folder(blueprint):
+            assert blueprint.pipeline is not None
+            return [name for name in blueprint.networks if name in blueprint.pipeline.networks]
+        return list_saved_networks(blueprint)
+
+    def _list_beside(self, blueprint: Blueprint) -> dict[str, str]:
+        """Of the parts that train and that it does not contain the options that name their files."""
+        inside, parts = self._list_inside(blueprint), self.full_precision_parts(blueprint)
+        return {part: blueprint.networks[part].option for part in parts if part not in inside}
 
     def _saves_folder(self, blueprint: Blueprint) -> bool:
         """Whether models are saved as folders: as --save_model_as says, else where the source is one."""
@@ -229,26 +262,37 @@ class FullMethod:
         return parameters
 
 
-def check_saved_networks(blueprint: Blueprint) -> None:
-    """Raise UserError where a save would copy a network whose file is not here."""
-    for name in list_saved_networks(blueprint):
+def check_saved_networks(blueprint: Blueprint, networks: Iterable[str]) -> None:
+    """Raise UserError where a save would copy one of these networks whose file is not here."""
+    for name in networks:
         if name in blueprint.cached_parts:
             raise blueprint.networks[name].make_absent_error(f"{name} is part of the model that is saved")
 
 
-def check_output_path(config: Config, blueprint: Blueprint, suffix: str) -> None:
-    """Raise UserError where a save would replace the source, which every save reads, or something that is no model."""
-    source, folder, name = blueprint.source.path.resolve(), config.save.output_dir, config.save.output_name
+def name_beside(file: str, option: str) -> str:
+    """x_clip_l.safetensors of x.safetensors, as sd-scripts names the file of a text encoder. option: clip_l."""
+    start, dot, suffix = file.rpartition(".")
+    return f"{start}_{option}{dot}{suffix}"
+
+
+def check_output_paths(config: Config, blueprint: Blueprint, suffixes: Sequence[str]) -> None:
+    """Raise UserError where a save would replace a source, which every save reads, or something that is no model."""
+    folder, name = config.save.output_dir, config.save.output_name
     if folder is None:
         return
-    pattern = re.compile(rf"{re.escape(name)}(-\d+|-step\d+|-best)?(-ema[\d.]*)?{re.escape(suffix)}")
-    if source.parent == folder.resolve() and pattern.fullmatch(source.name):
-        raise UserError(
-            f"the saved model would replace {source.name}, the one that training starts from",
-            code="output-replaces-source",
-            fix="give another --output_name or --output_dir",
-        )
-    existing = sorted(folder.iterdir()) if suffix == "" and folder.is_dir() else []
+    ends = "|".join(re.escape(suffix) for suffix in suffixes)
+    pattern = re.compile(rf"{re.escape(name)}(-\d+|-step\d+|-best)?(-ema[\d.]*)?({ends})")
+    sources = {blueprint.source.path}
+    for network in blueprint.networks.values():
+        sources.update(network.weights.file.paths())
+    for source in sorted(source.resolve() for source in sources):
+        if source.parent == folder.resolve() and pattern.fullmatch(source.name):
+            raise UserError(
+                f"the saved model would replace {source.name}, which training starts from",
+                code="output-replaces-source",
+                fix="give another --output_name or --output_dir",
+            )
+    existing = sorted(folder.iterdir()) if "" in suffixes and folder.is_dir() else []
     for path in existing:
         if pattern.fullmatch(path.name) and not is_model_folder(path):
             raise UserError(

@@ -69,14 +69,6 @@ def read_full_learning_rates(config: Config, blueprint: Blueprint) -> FullLearni
     parts = {part: lr for part, lr in parts.items() if lr}
     if not parts:
         raise make_zero_learning_rates_error("--learning_rate 1e-5")
-    outside = [part for part in parts if not blueprint.in_file(part)]
-    if outside:
-        raise UserError(
-            f"--train_text_encoder: {' and '.join(outside)} of this model has a file of its own, and full training "
-            "writes only the model's file",
-            code="text-encoder-in-other-file",
-            fix="remove --train_text_encoder, or train an adapter, whose file can change text encoders, too",
-        )
     return FullLearningRates(parts=parts, blocks=blocks, frozen_last=config.full.num_last_block_to_freeze or 0)
 
 

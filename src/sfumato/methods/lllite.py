@@ -112,7 +112,7 @@ class LLLiteMethod:
     def list_frozen(self) -> Sequence[nn.Module]:
         return ()
 
-    def list_generate_options(self, file: str) -> Mapping[str, object]:
+    def list_generate_options(self, file: str, blueprint: Blueprint) -> Mapping[str, object]:
         multiplier = self.config.lllite.lllite_multiplier
         strength = {"control_net_multipliers": [multiplier]} if multiplier != 1 else {}
         return {"control_net_lllite_models": [file], **strength} if file else {}
@@ -148,8 +148,8 @@ class LLLiteMethod:
         )
         return parameters * (dtype or torch.float32).itemsize
 
-    def file_suffix(self, blueprint: Blueprint) -> str:
-        return get_file_suffix(self.config.save.save_model_as)
+    def file_suffixes(self, blueprint: Blueprint) -> Sequence[str]:
+        return (get_file_suffix(self.config.save.save_model_as),)
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         own = {name: str(value) for name, value in self.trained.file_metadata().items()}

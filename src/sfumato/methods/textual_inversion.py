@@ -77,7 +77,7 @@ class TextualInversionMethod:
     def list_frozen(self) -> Sequence[nn.Module]:
         return ()
 
-    def list_generate_options(self, file: str) -> Mapping[str, object]:
+    def list_generate_options(self, file: str, blueprint: Blueprint) -> Mapping[str, object]:
         if not file:
             return {}
         words = [word.text for word in self.embeddings.words]
@@ -100,8 +100,8 @@ class TextualInversionMethod:
         numbers = sum(part.parameters for part in self.embeddings.plan(blueprint))
         return numbers * (dtype or torch.float32).itemsize
 
-    def file_suffix(self, blueprint: Blueprint) -> str:
-        return "" if self.saves_folder else get_file_suffix(self.config.save.save_model_as)
+    def file_suffixes(self, blueprint: Blueprint) -> Sequence[str]:
+        return ("" if self.saves_folder else get_file_suffix(self.config.save.save_model_as),)
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         words = self.embeddings.export_vectors()

@@ -20,6 +20,7 @@ from sfumato.families.checkpoint_saving import (
     close_files,
     count_saved_bytes,
     iterate_stored,
+    list_saved_networks,
     save_single_file,
 )
 from sfumato.families.diffusers_folder import save_folder
@@ -99,7 +100,9 @@ def write_whole_model(
             fix=f"{request.output}.safetensors",
         )
     model = family(blueprint, options, dtype=torch.float32, device=torch.device("cpu"))
-    check_space(request.output, count_saved_bytes(blueprint, (), TOOL_DTYPES[request.precision]))
+    check_space(
+        request.output, count_saved_bytes(blueprint, list_saved_networks(blueprint), (), TOOL_DTYPES[request.precision])
+    )
     save = save_single_file if is_file else save_folder
     with ProgressTask(request.output.name, "tensors") as progress:
         values = WrittenValues(progress)

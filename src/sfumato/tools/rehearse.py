@@ -85,7 +85,7 @@ def evaluate(run: Run, recorder: StageRecorder) -> None:
 
 def write_output(run: Run, recorder: StageRecorder, folder: Path) -> None:
     """What the run saves, into a folder of its own."""
-    path = folder / f"save{run.method.file_suffix(run.model.blueprint)}"
+    path = folder / f"save{run.method.file_suffixes(run.model.blueprint)[0]}"
     with recorder.stage("save"):
         run.method.write(run.model, path, {}, SAVE_DTYPES[run.config.save.save_precision])
 

@@ -36,7 +36,7 @@ def prepare_output_folder(plan: RunPlan, *, resumed: bool) -> None:
     for place in (folder, folder / "sample"):
         remove_leftovers(place, re.escape(name) + "[-._].*")
     remove_useless_copies(folder, name)
-    output = folder / (name + plan.method.file_suffix(plan.blueprint))
+    output = folder / (name + plan.method.file_suffixes(plan.blueprint)[0])
     if not resumed and output.exists():
         log.warning("%s is of an earlier run: this one replaces the files of that name in --output_dir", output.name)
     try:

@@ -129,7 +129,7 @@ def describe_origin(run: Run, request: ImageRequest, step: int) -> dict[str, str
     Files by their names, or as the user gave them where that is relative; never an absolute path.
     """
     file, note = find_weights_file(run, step)
-    more = dict(run.method.list_generate_options(file))
+    more = dict(run.method.list_generate_options(file, run.model.blueprint))
     if run.config.memory.mixed_precision != "no" and run.config.memory.trained_precision == "no":
         more |= {"float32_parts": sorted(run.method.full_precision_parts(run.model.blueprint)) or None}
     if run.config.model.enable_scaled_pos_embed:

@@ -108,7 +108,12 @@ class Run:
 
     def output_path(self, name: str) -> Path:
         """The file or folder of an output."""
-        return self.plan.output_dir / (name + self.method.file_suffix(self.model.blueprint))
+        return self.output_paths(name)[0]
+
+    def output_paths(self, name: str) -> list[Path]:
+        """The same and the files beside it."""
+        folder = self.plan.output_dir
+        return [folder / (name + suffix) for suffix in self.method.file_suffixes(self.model.blueprint)]
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = self.context.mixed_dtype

@@ -98,11 +98,10 @@ def save_output_and_state(run: Run, name: str, step: int, *, state: bool, last: 
     run.metrics.flush()
     failures: list[str] = []
     with eval_weights(run.optimizer):
-        failures += save_output_of(run, run.output_path(name), step, last=last)
+        failures += save_output_of(run, name, step, last=last)
     for ema in run.ema:
         with ema.apply():
-            path = run.output_path(name + ema.profile.suffix)
-            failures += save_output_of(run, path, step, ema_metadata(run, ema), last=last)
+            failures += save_output_of(run, name + ema.profile.suffix, step, ema_metadata(run, ema), last=last)
     if state:
         failures += save_state_of(run, step, state_folder(run, step, name), last=last)
     run.failed_saves += failures
@@ -110,18 +109,20 @@ def save_output_and_state(run: Run, name: str, step: int, *, state: bool, last: 
     return not failures
 
 
-def save_output_of(
-    run: Run, path: Path, step: int, more: Mapping[str, str] = EMPTY, *, last: bool = False
-) -> list[str]:
-    """The method's file or folder and its upload; gives why that failed, if it did. All processes take part."""
-    broken = find_broken_groups(run)
+def save_output_of(run: Run, name: str, step: int, more: Mapping[str, str] = EMPTY, *, last: bool = False) -> list[str]:
+    """The method's file or folder, those beside it, and their uploads; gives why that failed, if it did.
+
+    All processes take part.
+    """
+    broken, paths = find_broken_groups(run), run.output_paths(name)
 
     def write() -> list[str]:
         failures: list[str] = []
-        with survive_failed_save(path, step, failures):
+        with survive_failed_save(paths[0], step, failures):
             check_finite_weights(broken, step)
-            save_output(run, path, step, more)
-            run.hub.upload(path, last=last)
+            save_output(run, paths[0], step, more)
+            for path in paths:
+                run.hub.upload(path, last=last)
         return failures
 
     return run.parallel.run_on_main(write)
@@ -209,7 +210,8 @@ def remove_expired(run: Run, outputs: Iterable[str], states: Iterable[str]) -> N
     """Older saves go once the new one is complete, with the EMAs beside them."""
     paths = [run.plan.output_dir / f"{name}-state" for name in states]
     for name in outputs:
-        paths += [run.output_path(name + suffix) for suffix in ("", *run.ema.suffixes)]
+        for suffix in ("", *run.ema.suffixes):
+            paths += run.output_paths(name + suffix)
     run.parallel.run_on_main(partial(remove_saves, run, paths))
 
 

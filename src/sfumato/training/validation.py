@@ -173,9 +173,10 @@ def save_best(run: Run, step: int, loss: float) -> bool:
     """Replace the best model before with this one; False where that failed, so that the older one counts."""
     if not run.config.validation.save_best:
         return True
-    path = run.output_path(f"{run.plan.saves.name}-best")
-    run.hub.finish(path)
+    name = f"{run.plan.saves.name}-best"
+    for path in run.output_paths(name):
+        run.hub.finish(path)
     facts = ema_metadata(run, run.ema.eval_ema)
-    failures = save_output_of(run, path, step, {"ss_validation_loss": f"{loss:.6g}", **facts})
+    failures = save_output_of(run, name, step, {"ss_validation_loss": f"{loss:.6g}", **facts})
     run.failed_saves += failures
     return not failures

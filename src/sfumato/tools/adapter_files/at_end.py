@@ -6,7 +6,10 @@ from pathlib import Path
 
 from sfumato.config import Config
 from sfumato.errors import UserError
+from sfumato.families.detection import describe_model
+from sfumato.methods import make_method
 from sfumato.tools.adapter_files.extract import ExtractRequest, extract_adapter
+from sfumato.tools.adapter_files.models import ENCODER_OPTIONS
 
 
 def extract_at_end(config: Config, saved: Path, output: Path, rank: int) -> list[str]:
@@ -17,9 +20,14 @@ def extract_at_end(config: Config, saved: Path, output: Path, rank: int) -> list
     """
     source = config.model.pretrained_model_name_or_path
     assert source is not None
+    blueprint = describe_model(config)[1]
+    named = make_method(config).list_generate_options(str(saved), blueprint)
+    encoders = {option: str(named[option]) for option in ENCODER_OPTIONS.values() if option in named}
     request = ExtractRequest(
         original=source,
         tuned=str(saved),
+        encoders={option: config.value(option) for option in encoders},
+        tuned_encoders=encoders,
         output=output,
         rank=rank,
         precision=config.save.save_precision or "float",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from sfumato.config import Config
 from sfumato.config.schema import vocabulary
 from sfumato.data.buckets import Size
 from sfumato.families.base import Family
+from sfumato.families.blueprint import Blueprint
 from sfumato.families.detection import describe_model
 from sfumato.methods import make_method
 from sfumato.methods.inference_adapters import InferenceAdapters, attach_in_turn
@@ -45,7 +47,7 @@ class CheckpointModels:
 
     def list_options(self, checkpoint: Path | None) -> Mapping[str, object]:
         """The options of `sfumato generate` for a checkpoint; None is the model before training."""
-        options = self.method.list_generate_options(str(checkpoint) if checkpoint else "")
+        options = self.method.list_generate_options(str(checkpoint) if checkpoint else "", self._blueprint)
         return {**self._find_tokenizers(), **options} if list_model_options(options) else options
 
     @contextmanager
@@ -81,8 +83,12 @@ class CheckpointModels:
             return {}
         folder = Path(base) if Path(base).is_dir() else Path(base).parent
         found = tuple(str(path) for path in (folder / name for name in TOKENIZERS) if path.is_dir())
-        _, blueprint = describe_model(self.config)
-        return {"tokenizer": found} if len(found) == len(blueprint.text_parts) else {}
+        return {"tokenizer": found} if len(found) == len(self._blueprint.text_parts) else {}
+
+    @cached_property
+    def _blueprint(self) -> Blueprint:
+        """Of the base model."""
+        return describe_model(self.config)[1]
 
     def _list_float32_parts(self, config: Config) -> tuple[str, ...]:
         """The networks that train as a whole keep the precision that they are trained in."""
