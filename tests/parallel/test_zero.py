@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from families.toys import ToyShelf
 from sfumato.cli.main import main
 from sfumato.methods.sharing_rules import ENGINES, SHARING_RULES, format_sharing_table
 from sfumato.parallel.zero import ZeroEngine
+from sfumato.training.micro_batch import compute_loss
 from toy_runs import make_arguments, make_images, read_metrics, read_weights, train_toy
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -126,6 +128,32 @@ def test_full_training_in_bf16(
     alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **COMMON | options)
     both = train_both(toy, images, tmp_path, monkeypatch, stage=2, **options)
     check_equal(both, alone, loss=2**-6, weight=2e-3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("stage", "precision"), [(2, "no"), (3, "bf16")])
+def test_a_step_that_is_not_finite_in_one_process_is_skipped_by_all(
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    """The second of three, of the last process, without clipping, which would look at the norm anyway."""
+    pytest.importorskip("deepspeed")
+    toy, calls = toy_shelf.paths("sd"), count()
+
+    def compute_loss_or_nan(*given: Any) -> torch.Tensor:
+        spoils = next(calls) == 1 and os.environ.get("RANK", "1") == "1"
+        return compute_loss(*given) * (float("nan") if spoils else 1.0)
+
+    monkeypatch.setattr("sfumato.train.compute_loss", compute_loss_or_nan)
+    options = LORA | {"max_grad_norm": 0, "mixed_precision": precision}
+    both = train_both(toy, images, tmp_path, monkeypatch, stage=stage, **options)
+    calls = count()
+    alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **COMMON | options)
+    assert [row["loss/current"] is None for row in read_metrics(both)] == [False, True, False]
+    found, expected = read_weights(both), read_weights(alone)
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor.float(), expected[name].float(), rtol=1e-3, atol=2e-5 if precision == "no" else 2e-3
+        )
 
 
 @pytest.mark.full

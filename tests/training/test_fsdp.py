@@ -216,14 +216,14 @@ def find_unfinished(output: Path) -> list[str]:
     return [path.name for path in output.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".lora")]
 
 
-def start_run(toys: Toys, images: Path, output: Path, **options: Any) -> list[int]:
-    own = {"network_dim": None, "train_batch_size": 2, "fsdp": True, "save_every_n_steps": 1, "save_state": True}
+def start_run(toys: Toys, images: Path, output: Path, engine: str = "fsdp", **options: Any) -> list[int]:
+    own = {"network_dim": None, "train_batch_size": 2, engine: True, "save_every_n_steps": 1, "save_state": True}
     command = make_arguments(toys["flux"], images, output, **{**own, **OPTIONS, **options})
     return start_ranks(["flux_train", *command], output / "logs", count=2, counts_calls=False)
 
 
 def wait_for_steps(output: Path, count: int) -> None:
-    for _ in range(1200):
+    for _ in range(2400):
         if sum(path.suffix != ".tmp" for path in output.glob("*-state")) >= count:
             return
         time.sleep(0.05)
@@ -234,12 +234,13 @@ def read_messages(output: Path, ranks: Sequence[int] = (0, 1)) -> list[str]:
     return [(output / "logs" / f"rank{rank}.log").read_text() for rank in ranks]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("engine", "rank"), [("fsdp", 0), ("fsdp", 1), ("deepspeed", 1)])
 def test_where_one_process_is_killed_the_other_says_so_and_the_last_state_goes_on(
-    rank: int, toys: Toys, images: Path, tmp_path: Path
+    engine: str, rank: int, toys: Toys, images: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("deepspeed" if engine == "deepspeed" else "torch")
     output = tmp_path / "out"
-    pids = start_run(toys, images, output, max_train_steps=1000, save_last_n_steps=3)
+    pids = start_run(toys, images, output, engine, max_train_steps=1000, save_last_n_steps=3)
     wait_for_steps(output, 2)
     os.kill(pids[rank], signal.SIGKILL)
     codes, timed_out = wait_for_all(pids, end_others=False)
