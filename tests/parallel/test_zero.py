@@ -14,8 +14,9 @@ import torch
 
 from families.toys import ToyShelf
 from sfumato.cli.main import main
+from sfumato.errors import UserError
 from sfumato.methods.sharing_rules import ENGINES, SHARING_RULES, format_sharing_table
-from sfumato.parallel.zero import ZeroEngine
+from sfumato.parallel.zero import ZeroEngine, build_disk_access
 from sfumato.training.micro_batch import compute_loss
 from toy_runs import make_arguments, make_images, read_metrics, read_weights, train_toy
 
@@ -128,6 +129,28 @@ def test_full_training_in_bf16(
     alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **COMMON | options)
     both = train_both(toy, images, tmp_path, monkeypatch, stage=2, **options)
     check_equal(both, alone, loss=2**-6, weight=2e-3)
+
+
+@pytest.mark.full
+def test_state_and_weights_in_main_memory(
+    toy_shelf: ToyShelf, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    toy = toy_shelf.paths("sd")
+    alone = train_toy(toy, images, tmp_path / "alone", train_batch_size=2, **COMMON | FULL)
+    offload = {"offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+    both = train_both(toy, images, tmp_path, monkeypatch, stage=3, **FULL | offload)
+    check_equal(both, alone, loss=1e-4, weight=2e-5)
+
+
+def test_a_disk_that_deepspeed_has_no_access_to_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    deepspeed = pytest.importorskip("deepspeed")
+    builder = type(deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder"))
+    monkeypatch.setattr(builder, "is_compatible", lambda self, verbose=False: False)  # as without libaio
+    monkeypatch.setattr(builder, "load", lambda self, verbose=False: self.jit_load(verbose))
+    with pytest.raises(UserError, match="libaio-dev") as raised:
+        build_disk_access()
+    assert raised.value.code == "deepspeed-nvme-unavailable"
 
 
 @pytest.mark.full

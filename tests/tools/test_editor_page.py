@@ -271,7 +271,8 @@ def test_what_another_program_wrote_is_not_lost(page: Browser, folder: Path) -> 
     page.press("Escape")
     page.wait("!document.getElementById('conflict').hidden")
     page.click("#keep-mine")
-    page.wait("document.getElementById('conflict').hidden")
+    page.wait("!document.getElementById('undo').disabled")  # it is written, and the page knows
+    assert page.run("document.getElementById('conflict').hidden")
     assert file.read_text() == "theirs and mine\n"
     page.press("z")
     page.wait("document.getElementById('undo').disabled")

@@ -78,6 +78,8 @@ class Zero(Gathering):
         parameters = [parameter for parameter in root.parameters() if parameter.requires_grad]
         exact = keep_exact(parameters, self.computed)
         state = ZeroState(optimizer)
+        if "nvme" in (self.options.offload_optimizer_device, self.options.offload_param_device):
+            build_disk_access()
         with fault_of_options():
             state.engine = self.deepspeed.initialize(
                 model=root, optimizer=optimizer, config=config, dist_init_required=False, model_parameters=parameters
@@ -160,6 +162,19 @@ def fault_of_options() -> Iterator[None]:
             f"DeepSpeed cannot be set up: {join_lines(error)}",
             code="deepspeed-refuses",
             fix="change the options that it names, or train with --fsdp",
+        ) from error
+
+
+def build_disk_access() -> None:
+    """Let DeepSpeed compile what reads and writes an NVMe disk, once on each machine: a minute or two."""
+    builder = importlib.import_module("deepspeed.accelerator").get_accelerator().create_op_builder("AsyncIOBuilder")
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        raise UserError(
+            f"DeepSpeed cannot compile what it reads and writes an NVMe disk with: {join_lines(error)}",
+            code="deepspeed-nvme-unavailable",
+            fix="apt-get install libaio-dev ninja-build, or offload to the CPU: --offload_optimizer_device cpu",
         ) from error
 
 
