@@ -56,6 +56,7 @@ PROTOCOLS = (  # files -> names that each of them may define
     (r"demo/toy_\w+\.py", {"write", "write_folder", "make_networks", "single_file", "single_files"}),
     (r"adapters/\w+\.py", {"SPELLINGS"}),
     (r"cli/\w+\.py|compat/(launch|import_run)\.py", {"main"}),
+    (r"cli/\w+\.py", {"run"}),
 )  # fmt: skip
 
 NAMES_FAMILIES = {"families", "compat", "demo", "cli", "common"}  # common/names.py is old option names as data

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sfumato.cli.help import asks_for_help, command_help
 from sfumato.cli.main import COMMANDS, Command, run_command
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 
 HELP_LINE = re.compile(r"^  --(\w+)(?: (\S+))?(?: \.\.\.)?(?:  +(.*))?$")  # --name, its values, the start of its help
 CHOICES = re.compile(r"[a-z0-9_.+-]+(\|[a-z0-9_.+-]+)+")  # words in capitals are placeholders
@@ -51,10 +50,10 @@ class Entry:
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato completion`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato completion", CompletionOptions), end="")
-        return 0
-    options = read_options(argv, CompletionOptions)
+    return run_with_options("sfumato completion", argv, CompletionOptions, run)
+
+
+def run(options: CompletionOptions) -> int:
     print(SHELLS[options.shell](list_entries()), end="")
     return 0
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -22,10 +21,7 @@ class CannyOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset canny`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset canny", CannyOptions))
-        return 0
-    return run_canny(read_options(argv, CannyOptions))
+    return run_with_options("sfumato dataset canny", argv, CannyOptions, run_canny)
 
 
 def run_canny(options: CannyOptions) -> int:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from sfumato.cli.dataset_tag import CAPTION_ALIASES
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_command
 from sfumato.config.values import Extension, FilePath, MachineShard, ModelPath
 
 if TYPE_CHECKING:
@@ -49,12 +48,7 @@ class CaptioningOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset caption`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset caption", CaptioningOptions))
-        return 0
-    line = read_command(argv, CaptioningOptions, training=False, aliases=CAPTION_ALIASES)
-    line.raise_faults()
-    return run_captioning(line.options(CaptioningOptions))
+    return run_with_options("sfumato dataset caption", argv, CaptioningOptions, run_captioning, aliases=CAPTION_ALIASES)
 
 
 def run_captioning(options: CaptioningOptions) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -23,10 +22,7 @@ class CleanOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset clean`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset clean", CleanOptions))
-        return 0
-    return run_cleaning(read_options(argv, CleanOptions))
+    return run_with_options("sfumato dataset clean", argv, CleanOptions, run_cleaning)
 
 
 def run_cleaning(options: CleanOptions) -> int:

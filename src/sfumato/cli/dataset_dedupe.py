@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import Extension, FilePath
 
 
@@ -29,10 +28,10 @@ class DedupeOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset dedupe`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset dedupe", DedupeOptions))
-        return 0
-    options = read_options(argv, DedupeOptions)
+    return run_with_options("sfumato dataset dedupe", argv, DedupeOptions, run)
+
+
+def run(options: DedupeOptions) -> int:
     from sfumato.common.files import check_file_writable, write_text
     from sfumato.tools.caption_output import DEFAULT_WORKERS
     from sfumato.tools.dataset_review import ReviewSettings, render_review, review_images

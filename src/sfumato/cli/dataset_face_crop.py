@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 from sfumato.errors import Problems
 
@@ -44,10 +43,7 @@ class FaceCropOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset face-crop`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset face-crop", FaceCropOptions))
-        return 0
-    return run_face_crop(read_options(argv, FaceCropOptions))
+    return run_with_options("sfumato dataset face-crop", argv, FaceCropOptions, run_face_crop)
 
 
 def run_face_crop(options: FaceCropOptions) -> int:

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from sfumato.cli.dataset_tag import CAPTION_ALIASES
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_command
 from sfumato.config.values import Extension, FilePath
 
 
@@ -38,23 +37,14 @@ class TagMergeOptions(Options):
 
 def merge_captions(argv: Sequence[str]) -> int:
     """Run `sfumato dataset merge-captions`."""
-    return run_command_line("sfumato dataset merge-captions", argv, CaptionMergeOptions)
+    program = "sfumato dataset merge-captions"
+    return run_with_options(program, argv, CaptionMergeOptions, run_merge_of_texts, aliases=CAPTION_ALIASES)
 
 
 def merge_tags(argv: Sequence[str]) -> int:
     """Run `sfumato dataset merge-tags`."""
-    return run_command_line("sfumato dataset merge-tags", argv, TagMergeOptions)
-
-
-def run_command_line(
-    program: str, argv: Sequence[str], theme: type[CaptionMergeOptions] | type[TagMergeOptions]
-) -> int:
-    if asks_for_help(argv):
-        sys.stdout.write(command_help(program, theme))
-        return 0
-    line = read_command(argv, theme, training=False, aliases=CAPTION_ALIASES)
-    line.raise_faults()
-    return run_merge_of_texts(line.options(theme))
+    program = "sfumato dataset merge-tags"
+    return run_with_options(program, argv, TagMergeOptions, run_merge_of_texts, aliases=CAPTION_ALIASES)
 
 
 def run_merge_of_texts(options: CaptionMergeOptions | TagMergeOptions) -> int:

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -32,10 +31,7 @@ class ImageResizeOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset resize`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset resize", ImageResizeOptions))
-        return 0
-    return run_resizing(read_options(argv, ImageResizeOptions))
+    return run_with_options("sfumato dataset resize", argv, ImageResizeOptions, run_resizing)
 
 
 def run_resizing(options: ImageResizeOptions) -> int:

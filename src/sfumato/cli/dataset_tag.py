@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import read_command
 from sfumato.config.values import Extension, FilePath, MachineShard
 
 if TYPE_CHECKING:
@@ -69,12 +68,7 @@ class TagOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset tag`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset tag", TagOptions))
-        return 0
-    line = read_command(argv, TagOptions, training=False, aliases=CAPTION_ALIASES)
-    line.raise_faults()
-    return run_tagging(line.options(TagOptions))
+    return run_with_options("sfumato dataset tag", argv, TagOptions, run_tagging, aliases=CAPTION_ALIASES)
 
 
 def run_tagging(options: TagOptions) -> int:

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -28,10 +27,7 @@ class LatentUpscaleOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato dataset upscale-latents`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato dataset upscale-latents", LatentUpscaleOptions))
-        return 0
-    return run_latent_upscale(read_options(argv, LatentUpscaleOptions))
+    return run_with_options("sfumato dataset upscale-latents", argv, LatentUpscaleOptions, run_latent_upscale)
 
 
 def run_latent_upscale(options: LatentUpscaleOptions) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.common.files import write_text
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, Seed
 
 SAVE_EVERY = "120"  # steps
@@ -48,10 +47,10 @@ def compare_checkpoints(output: Path, options: Mapping[str, str]) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato demo`; exit code 1 where the classifier does not recognize the subject afterwards."""
-    if asks_for_help(argv):
-        print(command_help("sfumato demo", DemoOptions), end="")
-        return 0
-    options = read_options(argv, DemoOptions)
+    return run_with_options("sfumato demo", argv, DemoOptions, run)
+
+
+def run(options: DemoOptions) -> int:
     import torch
 
     from sfumato.demo.demo import SUBJECT, run_demo

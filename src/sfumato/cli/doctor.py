@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.cli.plan import DeviceMemory
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 
 
 class DoctorOptions(Options):
@@ -21,10 +20,10 @@ class DoctorOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato doctor`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato doctor", DoctorOptions), end="")
-        return 0
-    options = read_options(argv, DoctorOptions)
+    return run_with_options("sfumato doctor", argv, DoctorOptions, run)
+
+
+def run(options: DoctorOptions) -> int:
     from sfumato.tools.doctor import show_doctor
 
     show_doctor(options.device)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.optim import MAX_SIGMA_REL
 from sfumato.config.values import FilePath, FilePaths
 
@@ -24,10 +23,10 @@ class EmaFileOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato ema`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato ema", EmaFileOptions), end="")
-        return 0
-    options = read_options(argv, EmaFileOptions)
+    return run_with_options("sfumato ema", argv, EmaFileOptions, run)
+
+
+def run(options: EmaFileOptions) -> int:
     from sfumato.tools.ema import reconstruct_ema
 
     print(reconstruct_ema(options.saved, options.sigma_rel, name=options.name, output=options.output))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sfumato.cli.exits import USER_ERROR
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -22,10 +21,7 @@ class LoraCheckOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora check`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora check", LoraCheckOptions), end="")
-        return 0
-    return run_check(read_options(argv, LoraCheckOptions))
+    return run_with_options("sfumato lora check", argv, LoraCheckOptions, run_check)
 
 
 def run_check(options: LoraCheckOptions) -> int:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -24,11 +23,10 @@ class LoraCompareOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora compare`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora compare", LoraCompareOptions), end="")
-        return 0
-    options = read_options(argv, LoraCompareOptions)
+    return run_with_options("sfumato lora compare", argv, LoraCompareOptions, run)
+
+
+def run(options: LoraCompareOptions) -> int:
     from sfumato.tools.adapter_files.compare import compare_adapters, render_comparison
 
-    print("\n".join(render_comparison(compare_adapters(options.first, options.second, options.family))))
-    return 0
+    return show_report(render_comparison(compare_adapters(options.first, options.second, options.family)))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -37,10 +36,10 @@ class LoraConvertOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora convert`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora convert", LoraConvertOptions), end="")
-        return 0
-    options = read_options(argv, LoraConvertOptions)
+    return run_with_options("sfumato lora convert", argv, LoraConvertOptions, run)
+
+
+def run(options: LoraConvertOptions) -> int:
     from sfumato.tools.export_lora import export_lora
 
     parts = [part for part in options.without.split(",") if part]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from sfumato.cli.help import asks_for_help, command_help
 from sfumato.cli.lora_merge import ToolPrecision
 from sfumato.cli.lora_resize import DynamicMethod
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, ModelPath
 
 
@@ -49,18 +48,14 @@ class LoraExtractOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora extract`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora extract", LoraExtractOptions), end="")
-        return 0
-    print("\n".join(run_extract(read_options(argv, LoraExtractOptions))))
-    return 0
+    return run_with_options("sfumato lora extract", argv, LoraExtractOptions, run_extract)
 
 
-def run_extract(options: LoraExtractOptions) -> list[str]:
-    """The lines of the report."""
+def run_extract(options: LoraExtractOptions) -> int:
+    """Show the report; gives the exit code."""
     from sfumato.tools.adapter_files.extract import ExtractRequest, extract_adapter
 
-    return extract_adapter(
+    report = extract_adapter(
         ExtractRequest(
             original=options.model_org,
             tuned=options.model_tuned,
@@ -87,3 +82,4 @@ def run_extract(options: LoraExtractOptions) -> list[str]:
             minimal_metadata=options.no_metadata,
         )
     )  # fmt: skip
+    return show_report(report)

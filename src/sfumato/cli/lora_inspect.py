@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -24,10 +23,10 @@ class LoraInspectOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora inspect`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora inspect", LoraInspectOptions), end="")
-        return 0
-    options = read_options(argv, LoraInspectOptions)
+    return run_with_options("sfumato lora inspect", argv, LoraInspectOptions, run)
+
+
+def run(options: LoraInspectOptions) -> int:
     from sfumato.tools.adapter_files.inspect import inspect_adapter, render_text
 
     if options.html is not None:

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, FilePaths, Floats, ModelPath, to_tuple
 from sfumato.errors import UserError
 
@@ -56,18 +55,15 @@ class LoraMergeOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora merge`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora merge", LoraMergeOptions), end="")
-        return 0
-    for line in run_merge(read_options(argv, LoraMergeOptions)):
-        print(line)
-    return 0
+    return run_with_options("sfumato lora merge", argv, LoraMergeOptions, run_merge)
 
 
-def run_merge(options: LoraMergeOptions) -> list[str]:
-    """Merge as the options say; the lines of the report."""
-    if options.model is None:
-        return _join(options)
+def run_merge(options: LoraMergeOptions) -> int:
+    """Merge as the options say and show the report; gives the exit code."""
+    return show_report(_join(options) if options.model is None else _merge_into(options.model, options))
+
+
+def _merge_into(model: str, options: LoraMergeOptions) -> list[str]:
     from sfumato.tools.adapter_files.merge import MergeRequest, merge_into_model
 
     for name in ("new_rank", "new_conv_rank", "shuffle", "base_model"):
@@ -78,7 +74,7 @@ def run_merge(options: LoraMergeOptions) -> list[str]:
                 fix=f"remove --{name} or --model",
             )
     request = MergeRequest(
-        model=options.model,
+        model=model,
         output=options.save_to,
         adapters=options.files,
         ratios=options.ratios,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from sfumato.cli.help import asks_for_help, command_help
 from sfumato.cli.lora_merge import ToolPrecision
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 DynamicMethod = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
@@ -37,18 +36,14 @@ class LoraResizeOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora resize`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora resize", LoraResizeOptions), end="")
-        return 0
-    print("\n".join(run_resize(read_options(argv, LoraResizeOptions))))
-    return 0
+    return run_with_options("sfumato lora resize", argv, LoraResizeOptions, run_resize)
 
 
-def run_resize(options: LoraResizeOptions) -> list[str]:
-    """The lines of the report."""
+def run_resize(options: LoraResizeOptions) -> int:
+    """Show the report; gives the exit code."""
     from sfumato.tools.adapter_files.resize import ResizeRequest, resize_adapter
 
-    return resize_adapter(
+    report = resize_adapter(
         ResizeRequest(
             source=options.source,
             output=options.save_to,
@@ -62,3 +57,4 @@ def run_resize(options: LoraResizeOptions) -> list[str]:
             minimal_metadata=options.no_metadata,
         )
     )
+    return show_report(report)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, ModelPath, ModelPaths
 
 
@@ -32,15 +31,11 @@ class LoraTokensOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato lora tokens`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato lora tokens", LoraTokensOptions), end="")
-        return 0
-    print("\n".join(run_tokens(read_options(argv, LoraTokensOptions))))
-    return 0
+    return run_with_options("sfumato lora tokens", argv, LoraTokensOptions, run_tokens)
 
 
-def run_tokens(options: LoraTokensOptions) -> list[str]:
-    """The lines of the report."""
+def run_tokens(options: LoraTokensOptions) -> int:
+    """Show the report; gives the exit code."""
     from sfumato.config import ModelOptions
     from sfumato.tools.adapter_files.tokens import TokensRequest, rank_tokens
 
@@ -52,7 +47,7 @@ def run_tokens(options: LoraTokensOptions) -> list[str]:
         ae=options.ae,
         tokenizer=options.tokenizer,
     )
-    return rank_tokens(
+    report = rank_tokens(
         TokensRequest(
             adapter=options.file,
             model=model,
@@ -62,3 +57,4 @@ def run_tokens(options: LoraTokensOptions) -> list[str]:
             family=options.family,
         )
     )
+    return show_report(report)

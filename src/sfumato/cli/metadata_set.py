@@ -7,9 +7,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, to_tuple
 
 KeyValues = Annotated[tuple[str, ...], BeforeValidator(to_tuple), Metavar("KEY=VALUE ...")]
@@ -27,10 +26,10 @@ class MetadataSetOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato metadata set`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato metadata set", MetadataSetOptions), end="")
-        return 0
-    options = read_options(argv, MetadataSetOptions)
+    return run_with_options("sfumato metadata set", argv, MetadataSetOptions, run)
+
+
+def run(options: MetadataSetOptions) -> int:
     from sfumato.tools.file_metadata import set_metadata
 
     print("\n".join(set_metadata(options.file, options.save_to or options.file, options.entries)))

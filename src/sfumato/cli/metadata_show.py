@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -18,10 +17,10 @@ class MetadataShowOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato metadata show`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato metadata show", MetadataShowOptions), end="")
-        return 0
-    options = read_options(argv, MetadataShowOptions)
+    return run_with_options("sfumato metadata show", argv, MetadataShowOptions, run)
+
+
+def run(options: MetadataShowOptions) -> int:
     from sfumato.tools.file_metadata import format_metadata
 
     print(format_metadata(options.file))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -21,10 +20,10 @@ class MetadataStripOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato metadata strip`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato metadata strip", MetadataStripOptions), end="")
-        return 0
-    options = read_options(argv, MetadataStripOptions)
+    return run_with_options("sfumato metadata strip", argv, MetadataStripOptions, run)
+
+
+def run(options: MetadataStripOptions) -> int:
     from sfumato.tools.file_metadata import strip_metadata
 
     print("\n".join(strip_metadata(options.file, options.save_to or options.file)))

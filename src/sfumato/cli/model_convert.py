@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
 from sfumato.cli.lora_merge import ToolPrecision
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, ModelPath
 
 
@@ -28,10 +27,10 @@ class ModelConvertOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato model convert`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato model convert", ModelConvertOptions), end="")
-        return 0
-    options = read_options(argv, ModelConvertOptions)
+    return run_with_options("sfumato model convert", argv, ModelConvertOptions, run)
+
+
+def run(options: ModelConvertOptions) -> int:
     from sfumato.config import ModelOptions
     from sfumato.tools.model_convert import ConvertRequest, convert_model
 
@@ -43,5 +42,4 @@ def main(argv: Sequence[str]) -> int:
         options=ModelOptions(tokenizer=folders),
         family=options.family,
     )
-    print("\n".join(convert_model(request)))
-    return 0
+    return show_report(convert_model(request))

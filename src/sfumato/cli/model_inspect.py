@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sfumato.cli.exits import USER_ERROR
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import ModelPath
 
 
@@ -22,10 +21,10 @@ class ModelInspectOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato model inspect`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato model inspect", ModelInspectOptions), end="")
-        return 0
-    options = read_options(argv, ModelInspectOptions)
+    return run_with_options("sfumato model inspect", argv, ModelInspectOptions, run)
+
+
+def run(options: ModelInspectOptions) -> int:
     from sfumato.tools.model_inspect import inspect_model, render_model
 
     facts = inspect_model(options.model, options.family)

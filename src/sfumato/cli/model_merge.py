@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
 from sfumato.cli.lora_merge import ToolPrecision
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, FilePaths, Floats
 
 
@@ -24,18 +23,14 @@ class ModelMergeOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato model merge`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato model merge", ModelMergeOptions), end="")
-        return 0
-    print("\n".join(run_model_merge(read_options(argv, ModelMergeOptions))))
-    return 0
+    return run_with_options("sfumato model merge", argv, ModelMergeOptions, run_model_merge)
 
 
-def run_model_merge(options: ModelMergeOptions) -> list[str]:
-    """The lines of the report."""
+def run_model_merge(options: ModelMergeOptions) -> int:
+    """Show the report; gives the exit code."""
     from sfumato.tools.model_merge import SumRequest, merge_models
 
-    return merge_models(
+    report = merge_models(
         SumRequest(
             models=options.models,
             output=options.save_to,
@@ -45,3 +40,4 @@ def run_model_merge(options: ModelMergeOptions) -> list[str]:
             show_skipped=options.show_skipped,
         )
     )
+    return show_report(report)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from sfumato.cli.help import asks_for_help, command_help
 from sfumato.cli.lora_merge import ToolPrecision
+from sfumato.cli.options_command import run_with_options, show_report
 from sfumato.config.base import Metavar, Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath, ModelPath
 
 
@@ -34,10 +33,10 @@ class ModelQuantizeOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato model quantize`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato model quantize", ModelQuantizeOptions), end="")
-        return 0
-    options = read_options(argv, ModelQuantizeOptions)
+    return run_with_options("sfumato model quantize", argv, ModelQuantizeOptions, run)
+
+
+def run(options: ModelQuantizeOptions) -> int:
     from sfumato.tools.model_quantize import QuantizeRequest, quantize_model
 
     request = QuantizeRequest(
@@ -50,5 +49,4 @@ def main(argv: Sequence[str]) -> int:
         family=options.family,
         verbose=options.verbose,
     )
-    print("\n".join(quantize_model(request)))
-    return 0
+    return show_report(quantize_model(request))

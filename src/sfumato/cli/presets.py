@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.common.text import format_bytes
 from sfumato.common.text_files import read_text_file
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.presets import find_preset, list_presets
 
 
@@ -23,10 +22,10 @@ class PresetListOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato presets`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato presets", PresetListOptions), end="")
-        return 0
-    options = read_options(argv, PresetListOptions)
+    return run_with_options("sfumato presets", argv, PresetListOptions, run)
+
+
+def run(options: PresetListOptions) -> int:
     if options.name is not None:
         print(read_text_file(find_preset(options.name).path), end="")
         return 0

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_options
 from sfumato.config.values import FilePath
 
 
@@ -19,10 +18,10 @@ class ReportOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato report`."""
-    if asks_for_help(argv):
-        print(command_help("sfumato report", ReportOptions), end="")
-        return 0
-    options = read_options(argv, ReportOptions)
+    return run_with_options("sfumato report", argv, ReportOptions, run)
+
+
+def run(options: ReportOptions) -> int:
     from sfumato.track.report import rebuild_report
 
     print(rebuild_report(options.output_dir, options.name))

@@ -9,7 +9,8 @@ from sfumato.cli.lora_extract import LoraExtractOptions, run_extract
 from sfumato.cli.lora_merge import Lists, LoraMergeOptions, ToolPrecision, run_merge
 from sfumato.cli.lora_resize import DynamicMethod, LoraResizeOptions, run_resize
 from sfumato.cli.lora_tokens import LoraTokensOptions, run_tokens
-from sfumato.compat.file_tool import FileTool, show_report
+from sfumato.cli.options_command import show_report
+from sfumato.compat.file_tool import FileTool
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath, FilePaths, Floats, ModelPath
 from sfumato.errors import UserError
@@ -108,7 +109,7 @@ def run_merge_tool(options: Options, *, model: str = "sd_model", **renamed: str)
         own.pop("device", None)
     if not values["models"]:
         raise UserError("--models is missing", code="merge-models-missing", fix="--models FILE ...")
-    return show_report(run_merge(LoraMergeOptions.model_construct(**own)))
+    return run_merge(LoraMergeOptions.model_construct(**own))
 
 
 def run_flux_merge(options: FluxMergeOptions) -> int:
@@ -217,11 +218,11 @@ def select_values(options: Options, theme: type[Options], **renamed: Any) -> Any
 
 
 def run_extract_tool(options: Options) -> int:
-    return show_report(run_extract(select_values(options, LoraExtractOptions)))
+    return run_extract(select_values(options, LoraExtractOptions))
 
 
 def run_resize_tool(options: ResizeOptions) -> int:
-    return show_report(run_resize(select_values(options, LoraResizeOptions, source=options.model)))
+    return run_resize(select_values(options, LoraResizeOptions, source=options.model))
 
 
 def run_dylora_tool(options: DyloraToolOptions) -> int:
@@ -235,7 +236,7 @@ def run_dylora_tool(options: DyloraToolOptions) -> int:
 
 def run_interrogator(options: InterrogatorOptions) -> int:
     own = select_values(options, LoraTokensOptions, file=options.model, model=options.sd_model)
-    return show_report(run_tokens(own))
+    return run_tokens(own)
 
 
 SAYS_ITSELF = "the checkpoint says it itself"

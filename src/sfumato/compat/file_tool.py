@@ -35,9 +35,3 @@ class FileTool:
             if name in line.own and line.own[name] != self.options.model_fields[name].default:
                 sys.stderr.write(f"note: --{name} has no effect: {reason}\n")
         return self.run(line.options(self.options))
-
-
-def show_report(lines: Sequence[str]) -> int:
-    """The lines of a report; gives the exit code of a command that did its work."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    return 0

@@ -6,13 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sfumato.cli.help import asks_for_help, command_help
+from sfumato.cli.options_command import run_with_options
 from sfumato.common.text_files import read_text_file
 from sfumato.compat.command_text import find_old_commands, list_launcher_options, name_script
 from sfumato.compat.scripts import SCRIPTS, Script, find_script, list_absent_options
 from sfumato.config import Config, load_config
 from sfumato.config.base import Options, option
-from sfumato.config.command import read_command
 from sfumato.config.schema import vocabulary
 from sfumato.config.values import FilePath
 from sfumato.config.write import check_new_config, format_toml, write_options
@@ -38,12 +37,11 @@ class ImportOptions(Options):
 
 def main(argv: Sequence[str]) -> int:
     """Run `sfumato import`."""
-    if asks_for_help(argv):
-        sys.stdout.write(command_help("sfumato import", ImportOptions))
-        return 0
-    line = read_command(argv, ImportOptions, training=False)
-    line.raise_faults()
-    options = line.options(ImportOptions)
+    return run_with_options("sfumato import", argv, ImportOptions, run_import)
+
+
+def run_import(options: ImportOptions) -> int:
+    """Print the options or write them; gives the exit code."""
     path = options.save_to and check_new_config(options.save_to, option="--save_to")
     script, words, notes = read_source(options)
     config = load_config(words, defaults=script.presets, absent=list_absent_options(script), check_files=False)

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from sfumato.cli.lora_merge import ToolPrecision
 from sfumato.cli.model_merge import ModelMergeOptions, run_model_merge
-from sfumato.compat.file_tool import FileTool, show_report
+from sfumato.cli.options_command import show_report
+from sfumato.compat.file_tool import FileTool
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath, FilePaths, Floats, ModelPath
 from sfumato.errors import UserError
@@ -96,7 +97,7 @@ def run_sum(options: SumOptions) -> int:
         save_precision=options.saving_precision,
         show_skipped=options.show_skipped,
     )
-    return show_report(run_model_merge(own))
+    return run_model_merge(own)
 
 
 def run_stable_convert(options: StableConvertOptions) -> int:

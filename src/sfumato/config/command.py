@@ -91,8 +91,8 @@ def is_missing(option: Option, source: OptionSource) -> bool:
     return option.facts.required and option.name not in source.values and option.name not in source.suspects
 
 
-def read_options(argv: Sequence[str], theme: type[Theme]) -> Theme:
+def read_options(argv: Sequence[str], theme: type[Theme], *, aliases: Mapping[str, str] = EMPTY) -> Theme:
     """The options of a command that takes one theme of its own and nothing else. Raises all faults together."""
-    line = read_command(argv, theme, training=False)
+    line = read_command(argv, theme, training=False, aliases=aliases)
     line.raise_faults()
     return line.options(theme)
