@@ -41,10 +41,13 @@ def test_every_command_and_every_option_of_training_is_known() -> None:
 
 def test_values_and_placeholders_are_told_apart() -> None:
     text = (
-        "  --a x|y_1                       one of two\n  --b N|X%  some\n  --c\n      a switch\n  --d PATH ...  paths\n"
+        "  --a x|y_1                       one of two\n"
+        "  --e p|\n      q|\n      r\n      many\n"
+        "  --b N|X%  some\n  --c\n      a switch\n  --d PATH ...  paths\n"
     )
-    a, b, c, d = parse_help(text)
+    a, e, b, c, d = parse_help(text)
     assert (a.choices, a.help) == (("x", "y_1"), "one of two")
+    assert (e.choices, e.help) == (("p", "q", "r"), "many")
     assert (b.choices, b.is_switch) == ((), False)
     assert (c.is_switch, c.help) == (True, "a switch")
     assert (d.is_switch, d.help) == (False, "paths")

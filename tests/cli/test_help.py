@@ -27,6 +27,9 @@ def test_defaults_and_choices(monkeypatch):
     assert "--learning_rate X               " in text
     assert "[default: 2e-06]" in text
     assert "--loss_type l1|l2|huber|smooth_l1\n" in text
+    words = " ".join(text.split())
+    assert "one for each [default: 1]" in words
+    assert 'separator of the tags of a caption [default: ","]' in words
 
 
 def test_options_that_a_script_does_not_have_are_skipped():
@@ -36,9 +39,10 @@ def test_options_that_a_script_does_not_have_are_skipped():
 
 
 def test_lines_fit_the_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    long = [line for line in training_help("sfumato train", "Trains.").splitlines() if len(line) > 100]
-    assert all(" " not in line.strip().removeprefix("--").partition(" ")[2] for line in long), long
+    monkeypatch.setenv("COLUMNS", "80")
+    text = training_help("sfumato train", "Trains.") + command_help("sfumato generate", GenerateOptions)
+    assert not [line for line in text.splitlines() if len(line) > 80]
+    assert "|dpmsolver|\n      dpmsolver++|" in text  # many choices go on in the next line
 
 
 def test_a_command_shows_its_arguments_and_its_own_options():

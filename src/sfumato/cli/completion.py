@@ -21,9 +21,11 @@ SHARES_TRAINING = "options of `sfumato train`"  # said in the help of the comman
 class CompletionOptions(Options):
     """Prints what a shell needs to complete commands, options and their values with the tab key.
 
-    bash: sfumato completion bash >> ~/.bashrc
-    zsh:  sfumato completion zsh > a file _sfumato in a folder of $fpath
-    fish: sfumato completion fish > ~/.config/fish/completions/sfumato.fish
+        bash: sfumato completion bash >> ~/.bashrc
+        zsh:  sfumato completion zsh > a file _sfumato in a folder of $fpath
+        fish: sfumato completion fish > ~/.config/fish/completions/sfumato.fish
+
+    It takes effect in the next shell that is opened.
     """
 
     shell: Literal["bash", "zsh", "fish"] = option(None, "the shell", positional=True, required=True)
@@ -92,6 +94,9 @@ def parse_help(text: str) -> Iterator[Flag]:
     for place, line in enumerate(lines):
         if match := HELP_LINE.match(line):
             name, values, said = match.groups()
+            while values and values.endswith("|"):  # many choices go on in the next line
+                place += 1
+                values += lines[place].strip()
             said = said or (lines[place + 1].strip() if place + 1 < len(lines) else "")
             choices = tuple(values.split("|")) if values and CHOICES.fullmatch(values) else ()
             yield Flag(name=name, help=said, choices=choices, is_switch=values is None)

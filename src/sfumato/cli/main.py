@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from sfumato import __version__
 from sfumato.cli.exits import run_guarded
-from sfumato.cli.help import HELP_FLAGS
+from sfumato.cli.help import HELP_FLAGS, format_names, wrap_lines
 from sfumato.common.stop_signals import exit_process
 from sfumato.errors import UserError
 
@@ -120,14 +120,15 @@ def dispatch(argv: Sequence[str]) -> int:
         return run_command(command, argv[1:])
     program = f"sfumato {argv[0]}"
     if len(argv) == 1 or argv[1] in HELP_FLAGS:
-        print("\n".join([f"usage: {program} COMMAND [--option value ...]", "", *list_commands(command.commands)]))
+        head = [f"usage: {program} COMMAND [--option value ...]", "", *wrap_lines(command.description), ""]
+        foot = ["", f"{program} COMMAND --help explains one."]
+        print("\n".join([*head, *list_commands(command.commands), *foot]))
         return 0
     return run_command(find_command(program, argv[1], command.commands), argv[2:])
 
 
 def list_commands(commands: Mapping[str, Command | CommandGroup]) -> list[str]:
-    width = max(10, *(len(name) + 2 for name in commands))
-    return [f"  {name:<{width}}{command.description}" for name, command in commands.items()]
+    return format_names({name: command.description for name, command in commands.items()})
 
 
 AnyCommand = TypeVar("AnyCommand", bound=Command | CommandGroup)

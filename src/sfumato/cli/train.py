@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sfumato.config import Config
 
 PLAN_FLAG = "--plan"
+PLAN_NOTE = f"With {PLAN_FLAG}, everything is checked and shown, and nothing is trained or written."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -105,7 +106,7 @@ def read_run_config(
     program, summary: for the help. defaults: values that a script sets. absent: options that it does not have.
     """
     if asks_for_help(argv):
-        print(training_help(program, summary, absent=absent), end="")
+        print(training_help(program, f"{summary}\n{PLAN_NOTE}", absent=absent), end="")
         return None
     from sfumato.config import load_config
 
