@@ -1,4 +1,6 @@
-"""On sfumato-tiny textual inversion has a new word mean a thing, and LLLite a control image decide where it stands."""
+"""On sfumato-tiny textual inversion has a new word mean a thing, and LLLite and ControlNet have a control image decide
+where it stands.
+"""
 
 from __future__ import annotations
 
@@ -92,24 +94,32 @@ def find_center(image: Image.Image) -> float:
     return float(differs.nonzero()[1].mean())
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_control_image_decides_where_the_thing_stands(version: int, tmp_path: Path) -> None:
+LLLITE = {"method": "lllite", "network_dim": 32, "learning_rate": "1e-2", "max_train_steps": "150"}
+WAYS: dict[str, tuple[dict[str, Any], str]] = {  # options of training, and the option that names the file
+    "LLLite 1": ({**LLLITE, "lllite_version": 1}, "control_net_lllite_models"),
+    "LLLite 2": ({**LLLITE, "lllite_version": 2, "lllite_target_layers": EVERY_LAYER}, "control_net_lllite_models"),
+    "ControlNet": (
+        {"method": "control_net", "learning_rate": "1e-3", "max_train_steps": "100"}, "controlnet_model_name_or_path",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_control_image_decides_where_the_thing_stands(way: str, tmp_path: Path) -> None:
     """On backgrounds on which training shows none of the things."""
     images, controls, made = (tmp_path / name for name in ("images", "controls", "made"))
     for folder in (images, controls):
         folder.mkdir()
     write_moved_images(images, controls)
-    own = {"method": "lllite", "lllite_version": version, "conditioning_data_dir": controls, "network_dim": 32}
-    own |= {"lllite_target_layers": EVERY_LAYER} if version == 2 else {}
-    file = learn(images, tmp_path / "out", {**own, "learning_rate": "1e-2", "lr_warmup_steps": 10,
-                                            "max_train_steps": "150"})  # fmt: skip
+    own, option = WAYS[way]
+    file = learn(images, tmp_path / "out", {**own, "conditioning_data_dir": controls, "lr_warmup_steps": 10})
     lines: list[str] = []
     for place in STARTS:
         draw_place(place).save(tmp_path / f"{place}.png")
         lines += [f"{prompt} --d 1 --cn {tmp_path / place}.png --w 64 --h 64 --s 12 --l 2" for prompt in PROMPTS]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))
     line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in tiny_base().model.items()]
-    line += ["--control_net_lllite_models", str(file), "--from_file", str(tmp_path / "prompts.txt")]
+    line += [f"--{option}", str(file), "--from_file", str(tmp_path / "prompts.txt")]
     assert generate_command([*line, "--outdir", str(made), "--sampler", "ddim"]) == 0
     centers = [find_center(Image.open(path)) for path in sorted(made.glob("*.png"))]
     moved = [right - left for left, right in zip(centers[:2], centers[2:], strict=True)]

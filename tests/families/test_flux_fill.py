@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from families.loading import NoMethod, load_model, read_model
-from families.toys import ToyShelf
+from families.toys import ToyShelf, write_fill_toy
 from rehearsing import needs_rehearsal
 from sfumato.config import ModelOptions, load_config
 from sfumato.config.prompts import Prompt
@@ -23,9 +22,8 @@ from sfumato.plan import make_run_plan
 from sfumato.sample import generate
 from sfumato.sampling.request import make_request
 from sfumato.tools.rehearse import rehearse_plan
-from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
-FIRST_LAYER = "img_in.weight"
 TRAINING = {"timestep_sampling": "flux_shift", "model_prediction_type": "raw", "train_inpainting": True}
 METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"network_module": "networks.lora_flux"},
@@ -38,15 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def toy(toy_shelf: ToyShelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The toy of FLUX.1 dev with 384 numbers a token."""
-    paths = toy_shelf.paths("flux")
-    folder = tmp_path_factory.mktemp("fill") / "model"
-    shutil.copytree(paths["pretrained_model_name_or_path"].parent, folder)
-    tensors = load_file(paths["pretrained_model_name_or_path"])
-    weight = torch.randn((len(tensors[FIRST_LAYER]), 384), generator=torch.Generator().manual_seed(0)) / 12
-    save_file({**tensors, FIRST_LAYER: weight}, folder / "fill.safetensors")
-    files = {name: folder / path.name for name, path in paths.items()}
-    return {**files, "pretrained_model_name_or_path": folder / "fill.safetensors"}
+    return write_fill_toy(toy_shelf, tmp_path_factory.mktemp("fill") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +117,33 @@ def test_it_trains_and_resumes_exactly(
         assert read_model(
             options.model_copy(update={"pretrained_model_name_or_path": str(straight / "lora.safetensors")})
         ).inpaints
+
+
+@pytest.mark.full
+def test_what_is_left_of_masked_images_is_cached(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
+    """The denoiser learns the same as without a cache, and no step needs the autoencoder."""
+    masks = tmp_path / "masks" / "2_cat"
+    masks.mkdir(parents=True)
+    for number, path in enumerate(sorted((images / "2_cat").glob("*.png"))):
+        width, height = Image.open(path).size
+        mask = np.zeros((height, width), np.uint8)
+        mask[8 * number : 8 * number + 24, 16:40] = 255
+        Image.fromarray(mask).save(masks / path.name)
+    options = {**TRAINING, **METHODS["adapter"], "masked_loss": True, "conditioning_data_dir": masks.parent}
+    options |= {"max_train_steps": 3, "train_batch_size": 2, "flip_aug": True, "learning_rate": "1e-2"}
+    plain = train_toy(toy, images, tmp_path / "plain", **options)
+    memory = train_toy(toy, images, tmp_path / "memory", **options, cache_latents=True)
+    disk = {"cache_latents_to_disk": True, "cache_dir": tmp_path / "cache"}
+    runs = [train_toy(toy, images, tmp_path / f"disk{n}", **options, **disk) for n in range(2)]
+    for cached in (memory, *runs):
+        assert read_metrics(cached) == read_metrics(plain)
+        assert equal_tensors(read_weights(cached), read_weights(plain))
+    drawn = train_toy(
+        toy, images, tmp_path / "drawn", **{**options, "masked_loss": None, "conditioning_data_dir": None}
+    )
+    assert not equal_tensors(read_weights(drawn), read_weights(plain))
+    run = build_toy_run(toy, images, tmp_path / "run", **options, cache_latents=True)
+    assert not run.model.parts["vae"].is_loaded
 
 
 @pytest.mark.full

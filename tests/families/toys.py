@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sfumato.config import ModelOptions
@@ -38,6 +40,17 @@ class ToyShelf:
         named = {name: str(path) for name, path in found.items() if not name.startswith("tokenizer")}
         needed = {name: value or True for name, value in TOYS.get(family).variant_options.get(variant, {}).items()}
         return ModelOptions(**{**named, **needed, **more})
+
+
+def write_fill_toy(shelf: ToyShelf, folder: Path) -> dict[str, Path]:
+    """The toy of FLUX.1 dev as FLUX.1 Fill, with 384 numbers a token; the other files are copied beside it."""
+    first, paths = "img_in.weight", shelf.paths("flux")
+    shutil.copytree(paths["pretrained_model_name_or_path"].parent, folder)
+    tensors = load_file(paths["pretrained_model_name_or_path"])
+    weight = torch.randn((len(tensors[first]), 384), generator=torch.Generator().manual_seed(0)) / 12
+    save_file({**tensors, first: weight}, folder / "fill.safetensors")
+    files = {name: folder / path.name for name, path in paths.items()}
+    return {**files, "pretrained_model_name_or_path": folder / "fill.safetensors"}
 
 
 def in_pieces(state: Mapping[str, Tensor], folder: Path, name: str) -> Path:

@@ -16,7 +16,9 @@ from torch import Tensor
 from families.toys import ToyShelf
 from methods.control_training import OPTIONS, ControlShelf, Trained, load_with, predict
 from sfumato.cli.generate import main as generate_command
+from sfumato.config import ModelOptions
 from sfumato.config.prompts import Prompt
+from sfumato.demo.base import CHECKPOINT
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.families.control_net import CONTROL_NET
 from sfumato.methods.inference_adapters import InferenceAdapters
@@ -53,6 +55,30 @@ def test_a_new_one_is_diffusers_copy_and_changes_nothing(family: str, toy_shelf:
     assert equal_tensors(ours, again.parts[CONTROL_NET].module.state_dict())
     assert not equal_tensors(ours, other.parts[CONTROL_NET].module.state_dict())
     assert torch.equal(predict(model, torch.full((1, 3, 64, 64), 0.3)), predict(model, None))
+
+
+@pytest.mark.full
+def test_one_halves_as_often_as_the_autoencoder(tmp_path: Path) -> None:
+    """That of sfumato-tiny halves twice; a ControlNet that halves three times is refused, with and without its
+    configuration.
+    """
+    from diffusers import ControlNetModel
+
+    options = ModelOptions(pretrained_model_name_or_path=str(CHECKPOINT))
+    model = load_with(options, None)
+    shapes = {name: tensor.shape for name, tensor in model.parts[CONTROL_NET].module.state_dict().items()}
+    theirs: Any = ControlNetModel.from_unet(model.denoiser, conditioning_embedding_out_channels=(16, 32, 96))
+    assert {name: tensor.shape for name, tensor in theirs.state_dict().items()} == shapes
+    theirs.save_pretrained(tmp_path / "own")
+    for given in (tmp_path / "own", tmp_path / "own" / "diffusion_pytorch_model.safetensors"):
+        found = load_with(options, given).parts[CONTROL_NET].module.state_dict()
+        assert equal_tensors(found, theirs.state_dict())
+    theirs = ControlNetModel.from_unet(model.denoiser)
+    theirs.save_pretrained(tmp_path / "other")
+    for given in (tmp_path / "other", tmp_path / "other" / "diffusion_pytorch_model.safetensors"):
+        with pytest.raises(UserError, match="8 times smaller") as error:
+            load_with(options, given)
+        assert error.value.code == "control-net-halvings"
 
 
 @pytest.mark.full

@@ -10,13 +10,14 @@ import pytest
 from torch import Tensor
 
 from covering import make_covering_array
-from families.toys import ToyShelf
+from families.toys import ToyShelf, write_fill_toy
 from toy_runs import equal_tensors, make_images, read_weights, train_toy
 
 AXES: dict[str, dict[str, dict[str, Any]]] = {
     "family": {
         **{name: {} for name in ("sd", "sdxl", "sd3", "flux", "chroma", "lumina")},
         "flux_kontext": {"model_type": "flux_kontext"},
+        "flux fill": {"train_inpainting": True, "masked_loss": True},
     },
     "method": {
         "adapter": {"network_train_unet_only": True},
@@ -55,6 +56,7 @@ AXES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 METHOD_FAMILIES = {"control net": ("sd", "sdxl", "sd3", "flux"), "lllite": ("sdxl",)}
 REFERENCES = "flux_kontext"  # the family whose images have reference images
+FILL = "flux fill"  # the model whose images have masks
 WHAT_TRAINS = ("family", "method", "attention", "weights")  # and what computes otherwise
 SHARED = {"max_train_steps": 2, "max_bucket_reso": 64, "max_grad_norm": 0}
 SHARED |= {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -85,6 +87,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def fill(toy_shelf: ToyShelf, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_fill_toy(toy_shelf, tmp_path_factory.mktemp("fill") / "model")
+
+
+@pytest.fixture(scope="module")
 def plain() -> dict[tuple[str, ...], dict[str, Tensor]]:
     """What runs without memory options have trained, by what they train."""
     return {}
@@ -98,15 +105,18 @@ def collect_options(row: Mapping[str, str], images: Path) -> dict[str, Any]:
         options["conditioning_data_dir"] = images / "2_cat"  # each image is its own control image
     if row["family"] == REFERENCES:
         options["reference_data_dirs"] = images / "2_cat"
+    if row["family"] == FILL:
+        options["conditioning_data_dir"] = images / "2_cat"  # each image is its own mask
     return options
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(row.values()).replace(" ", "_"))
 def test_weights_are_the_same(
-    row: dict[str, str], toy_shelf: ToyShelf, images: Path, plain: Any, tmp_path: Path
+    row: dict[str, str], toy_shelf: ToyShelf, fill: dict[str, Path], images: Path, plain: Any, tmp_path: Path
 ) -> None:
-    toy, trained = toy_shelf.paths(row["family"]), {axis: row[axis] for axis in WHAT_TRAINS}
+    toy = fill if row["family"] == FILL else toy_shelf.paths(row["family"])
+    trained = {axis: row[axis] for axis in WHAT_TRAINS}
     key = tuple(trained.values())
     if key not in plain:
         plain[key] = read_weights(train_toy(toy, images, tmp_path / "plain", **collect_options(trained, images)))

@@ -35,7 +35,7 @@ _XLABS_KEYS = KeyMap(
 )
 
 
-def _make_config(denoiser: Mapping[str, Any]) -> dict[str, Any]:
+def _make_config(denoiser: Mapping[str, Any], halvings: int) -> dict[str, Any]:
     return {
         **select_fields(denoiser, _FIELDS),
         "num_layers": min(_NEW_LAYERS, denoiser["num_layers"]),

@@ -23,7 +23,7 @@ _NEW_LAYERS = 12  # blocks of a new one, as diffusers makes it, where the denois
 _BLOCK = "transformer_blocks.{n}"
 
 
-def _make_config(denoiser: Mapping[str, Any]) -> dict[str, Any]:
+def _make_config(denoiser: Mapping[str, Any], halvings: int) -> dict[str, Any]:
     """Half as many blocks as the denoiser's at most: of more, the last would be added to its last block, which is
     without effect."""
     layers = min(_NEW_LAYERS, denoiser["num_layers"] // 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,11 +38,27 @@ _LAYER_KINDS = {
     "ff.net.0.proj": FEED_FORWARD,
 }
 _LLLITE_PREFIX = "lllite_unet_"
+_IMAGE_PATH = "controlnet_cond_embedding"  # what brings the control image to the latents' size
+_WIDTHS = "conditioning_embedding_out_channels"  # its channels, before each halving and after the last one
+_IMAGE_WIDTHS = (16, 32, 96, 256)
 _CALLED_WITH = ("sample", "timestep", "encoder_hidden_states", "added_cond_kwargs")
 
 
-def _make_config(denoiser: Mapping[str, Any]) -> dict[str, Any]:
-    return select_fields(denoiser, _FIELDS)
+def _make_config(denoiser: Mapping[str, Any], halvings: int) -> dict[str, Any]:
+    widths = (*_IMAGE_WIDTHS, *_IMAGE_WIDTHS[-1:] * halvings)[: halvings + 1]
+    return {**select_fields(denoiser, _FIELDS), _WIDTHS: widths}
+
+
+def _guess_config(denoiser: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """The channels before each halving and after the last one, as far as the file has them."""
+    names = [f"{_IMAGE_PATH}.conv_in.weight"]
+    while f"{_IMAGE_PATH}.blocks.{2 * len(names) - 1}.weight" in shapes:
+        names.append(f"{_IMAGE_PATH}.blocks.{2 * len(names) - 1}.weight")
+    return {_WIDTHS: tuple(shapes[name][0] for name in names)} if names[0] in shapes else {}
+
+
+def _count_halvings(config: Mapping[str, Any]) -> int:
+    return len(config.get(_WIDTHS, _IMAGE_WIDTHS)) - 1
 
 
 def build_unet_control_net(config: Mapping[str, Any]) -> Any:
@@ -54,7 +70,7 @@ def build_unet_control_net(config: Mapping[str, Any]) -> Any:
 
 def _list_layouts(denoiser: Mapping[str, Any]) -> list[FileLayout]:
     """The original names, as in a whole file and alone."""
-    rules = [*_unet.key_map(denoiser).rules, *make_image_layer_rules("controlnet_cond_embedding")]
+    rules = [*_unet.key_map(denoiser).rules, *make_image_layer_rules(_IMAGE_PATH)]
     rules.append(KeyRule("zero_convs.{n}.0", ("controlnet_down_blocks.{n}",)))
     rules.append(KeyRule("middle_block_out.0", ("controlnet_mid_block",)))
     names = KeyMap(rules)
@@ -74,7 +90,9 @@ UNET_CONTROL_NET = ControlNetSupport(
     build=build_unet_control_net,
     make_config=_make_config,
     blocks=_unet.BLOCKS,
-    drawn=("controlnet_cond_embedding.conv_in.{*}", "controlnet_cond_embedding.blocks.{*}"),
+    guess_config=_guess_config,
+    count_halvings=_count_halvings,
+    drawn=(f"{_IMAGE_PATH}.conv_in.{{*}}", f"{_IMAGE_PATH}.blocks.{{*}}"),
     run=_run,
     list_layouts=_list_layouts,
 )

@@ -32,7 +32,8 @@ class ControlNetSupport:
 
     class_name: str  # of diffusers
     build: Builder
-    make_config: Callable[[NetworkConfig], dict[str, Any]]  # the denoiser's configuration -> that of a new ControlNet
+    # The denoiser's configuration, and how often the autoencoder halves -> the configuration of a new ControlNet.
+    make_config: Callable[[NetworkConfig, int], dict[str, Any]]
     blocks: tuple[str, ...]  # patterns on the paths of the repeated blocks
     drawn: tuple[str, ...]  # patterns on tensors of a new one that are drawn; others are copied, or begin at 0
     # Of the model, the ControlNet's name among its parts, the denoiser's arguments and the control image (B, C, H, W):
@@ -45,6 +46,8 @@ class ControlNetSupport:
     list_layouts: Callable[[NetworkConfig], Sequence[FileLayout]] = lambda config: ()  # beside diffusers' own names
     # Whether one of this configuration takes the control image as latents, else as pixels in [-1, 1].
     takes_latents: Callable[[NetworkConfig], bool] = lambda config: False
+    # How often one that reads pixels halves them before its first block.
+    count_halvings: Callable[[NetworkConfig], int] = lambda config: _IMAGE_LAYERS // 2 - 1
     list_unread: Callable[[NetworkConfig], Sequence[str]] = lambda config: ()  # patterns on weights without any effect
     constant_tensors: tuple[str, ...] = ()  # as of PartSpec
     row_split: RowSplit | None = None  # as of PartSpec, for the layouts

@@ -51,18 +51,25 @@ def add_control_net(
                 fix="remove it",
             )
     denoiser, given = blueprint.networks["denoiser"], model.controlnet_model_name_or_path
+    halvings = blueprint.latents.downscale.bit_length() - 1
     if given is None:
-        network = make_control_net(support, denoiser, seed)
+        network = make_control_net(support, denoiser, seed, halvings)
+        check_halvings(support, network, halvings, "a new ControlNet for this model")
     else:
         with option_context(_OPTION):
-            network = read_control_net(support, denoiser, Source(find_network_path(given)))
+            source = Source(find_network_path(given))
+            network = read_control_net(support, denoiser, source, halvings)
+            check_halvings(support, network, halvings, str(source.path))
     part = name_control_net(number)
     network = replace(network, spec=replace(network.spec, name=part))
     return replace(blueprint, networks={**blueprint.networks, part: network})
 
 
-def read_control_net(support: ControlNetSupport, denoiser: Network, source: Source) -> Network:
-    """In diffusers' names, or those of another program. Raises UserError for another kind of network."""
+def read_control_net(support: ControlNetSupport, denoiser: Network, source: Source, halvings: int) -> Network:
+    """In diffusers' names, or those of another program. Raises UserError for another kind of network.
+
+    halvings: of the autoencoder.
+    """
     file = source.open_lone()
     declared = source.read_config("." if source.is_folder else CONTROL_NET)
     if declared.get("_class_name", support.class_name) != support.class_name:
@@ -72,7 +79,7 @@ def read_control_net(support: ControlNetSupport, denoiser: Network, source: Sour
         )
     layout = choose_layout(support, denoiser, list(file.header.tensors))
     weights = Weights(file=file, key_map=layout.key_map, prefix=layout.prefix, row_split=support.row_split)
-    config = support.make_config(denoiser.config)
+    config = support.make_config(denoiser.config, halvings)
     if declared:
         config |= {**support.declared_defaults, **drop_private_fields(declared)}
     elif support.guess_config is not None:
@@ -113,9 +120,21 @@ def check_control_net_shapes(support: ControlNetSupport, network: Network, denoi
         )
 
 
-def make_control_net(support: ControlNetSupport, denoiser: Network, seed: int) -> Network:
+def check_halvings(support: ControlNetSupport, network: Network, halvings: int, title: str) -> None:
+    """Raise UserError where one that reads pixels does not bring them to the latents' size."""
+    own = support.count_halvings(network.config)
+    if not support.takes_latents(network.config) and own != halvings:
+        raise UserError(
+            f"{title} makes the control image {2**own} times smaller, and the model's latents are {2**halvings} times "
+            "smaller than images",
+            code="control-net-halvings",
+            fix="take one that was trained with an autoencoder like this model's",
+        )
+
+
+def make_control_net(support: ControlNetSupport, denoiser: Network, seed: int, halvings: int) -> Network:
     """A new one, whose outputs are 0: copies of the denoiser's weights, zeros, and what is drawn for the image."""
-    config = support.make_config(denoiser.config)
+    config = support.make_config(denoiser.config, halvings)
     shapes = {name: tensor.shape for name, tensor in build_on_meta(support, config).items()}
     copied, stored = denoiser.weights.read_shapes(), denoiser.weights
 
