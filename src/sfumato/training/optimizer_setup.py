@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -69,23 +69,11 @@ def set_up_optimizer(
     state.add("lr_schedule", lr_schedule)
     state.add("scaler", ScalerState(scaler))
     parameters = [parameter for group in groups for parameter in group.parameters]
-    stepper = make_half_stepper(memory, optimizer, plan.seed, scaler)
-    fused = make_fused_backward(config.optim, optimizer, networks, stepper)
-    owner: StepOwner
     if engine is not None:
-        owner = StepByEngine(engine=engine, parallel=parallel)
-    elif fused is not None:
-        owner = StepInBackward(optimizer=optimizer, scaler=scaler, fused=fused)
+        owner: StepOwner = StepByEngine(engine=engine, parallel=parallel)
     else:
-        owner = StepAfterBackward(
-            optimizer=optimizer,
-            scaler=scaler,
-            stepper=stepper,
-            parallel=parallel,
-            parameters=parameters,
-            further=list(uncertainty.parameters()) if uncertainty else [],
-            max_grad_norm=config.optim.max_grad_norm,
-        )
+        further = list(uncertainty.parameters()) if uncertainty else []
+        owner = make_step_owner(plan, networks, parallel, optimizer, scaler, parameters=parameters, further=further)
     ema = EmaSet(config.ema, parameters)
     state.add("ema", EmaState(ema, parallel))
     return OptimizerSetup(
@@ -96,6 +84,33 @@ def set_up_optimizer(
         parameters=parameters,
         uncertainty=uncertainty,
         ema=ema,
+    )
+
+
+def make_step_owner(
+    plan: RunPlan,
+    networks: PreparedNetworks,
+    parallel: ParallelStrategy,
+    optimizer: Optimizer,
+    scaler: GradScaler,
+    *,
+    parameters: Sequence[nn.Parameter],
+    further: Sequence[nn.Parameter],
+) -> StepOwner:
+    """Of an optimizer that no engine steps. parameters, further: of the method, and others that it has."""
+    optim = plan.config.optim
+    stepper = make_half_stepper(plan.config.memory, optimizer, plan.seed, scaler)
+    fused = make_fused_backward(optim, optimizer, networks, stepper)
+    if fused is not None:
+        return StepInBackward(optimizer=optimizer, scaler=scaler, fused=fused)
+    return StepAfterBackward(
+        optimizer=optimizer,
+        scaler=scaler,
+        stepper=stepper,
+        parallel=parallel,
+        parameters=parameters,
+        further=further,
+        max_grad_norm=optim.max_grad_norm,
     )
 
 

@@ -71,39 +71,15 @@ class CompareRequest:
 def compare_run(request: CompareRequest, encoder: ImageEncoder | None) -> RunComparison:
     """Make what is missing, measure, choose; writes NAME.compare.html and NAME.compare.json beside the images."""
     models = CheckpointModels(request.config, [dataset.settings.resolution for dataset in request.data.plan.datasets])
-    states = make_all_images(request, models)
-    base, others = states[0], states[1:]
+    base, *others = make_all_images(request, models)
     validation = ValidationLosses(request.config, request.folder, request.name, request.data.plan)
     losses = validation.measure(request.checkpoints, models)
     real = RealImages.load(request, encoder)
-    references = None if encoder is None else real.make_references(encoder, request, base)
-    compared: list[ComparedCheckpoint] = []
-    for checkpoint, images, loss in zip(request.checkpoints, others, losses, strict=True):
-        scores = pairs = None
-        if encoder is not None and references is not None:
-            concept, neutral = split_vectors(encoder.encode(images), request)
-            scores = measure_scores(concept, neutral, references)
-            pairs = real.find_closest_pair(scores, images)
-        judged = Judged(
-            name=checkpoint.path.name,
-            step=checkpoint.step,
-            scores=scores,
-            validation_loss=loss,
-        )
-        first = len(request.concept) * len(request.seeds)
-        changes = [
-            measure_pixel_change(*map(make_pixel_tensor, pair))
-            for pair in zip(images[first:], base[first:], strict=True)
-        ]
-        compared.append(
-            ComparedCheckpoint(
-                checkpoint=checkpoint,
-                judged=judged,
-                images=images,
-                change=sum(changes) / len(changes) if changes else math.nan,
-                closest=pairs,
-            )
-        )
+    measures = Measures(request, real, base, encoder)
+    compared = [
+        measures.measure_checkpoint(checkpoint, images, loss)
+        for checkpoint, images, loss in zip(request.checkpoints, others, losses, strict=True)
+    ]
     comparison = RunComparison(
         name=request.name,
         model=request.model,
@@ -119,6 +95,40 @@ def compare_run(request: CompareRequest, encoder: ImageEncoder | None) -> RunCom
     files.write_text(request.page, render_compare_page(comparison))
     files.write_text(request.page.with_suffix(".json"), json.dumps(to_plain(comparison), indent=1))
     return comparison
+
+
+class Measures:
+    """What images of checkpoints are measured against. base: those of the model before training."""
+
+    def __init__(
+        self, request: CompareRequest, real: RealImages, base: Sequence[Image.Image], encoder: ImageEncoder | None
+    ) -> None:
+        self.request, self.real, self.base, self.encoder = request, real, base, encoder
+        self.references = None if encoder is None else real.make_references(encoder, request, base)
+
+    def measure_checkpoint(
+        self, checkpoint: SavedCheckpoint, images: Sequence[Image.Image], loss: float
+    ) -> ComparedCheckpoint:
+        """loss: on held-out images, where it is known."""
+        scores = closest = None
+        if self.encoder is not None and self.references is not None:
+            concept, neutral = split_vectors(self.encoder.encode(images), self.request)
+            scores = measure_scores(concept, neutral, self.references)
+            closest = self.real.find_closest_pair(scores, images)
+        return ComparedCheckpoint(
+            checkpoint=checkpoint,
+            judged=Judged(name=checkpoint.path.name, step=checkpoint.step, scores=scores, validation_loss=loss),
+            images=images,
+            change=self.measure_change(images),
+            closest=closest,
+        )
+
+    def measure_change(self, images: Sequence[Image.Image]) -> float:
+        """The mean change of pixels in the images of neutral prompts; nan where there are none."""
+        first = len(self.request.concept) * len(self.request.seeds)
+        pairs = zip(images[first:], self.base[first:], strict=True)
+        changes = [measure_pixel_change(*map(make_pixel_tensor, pair)) for pair in pairs]
+        return sum(changes) / len(changes) if changes else math.nan
 
 
 def make_all_images(request: CompareRequest, models: CheckpointModels) -> list[list[Image.Image]]:
