@@ -24,7 +24,7 @@ from sfumato.adapters.base import AdapterEngine
 from sfumato.adapters.lora import LoRA
 from sfumato.families import _flux_keys
 from sfumato.families.flux import Flux
-from sfumato.families.source import on_meta
+from sfumato.families.weights import on_meta
 from sfumato.formats.groups import find_layers
 
 REFERENCE, AIM = 6.15, 5.0

@@ -127,7 +127,7 @@ def make_full_size_checkpoint(folder: Path) -> list[Any]:
     import torch
 
     from sfumato.families import _clip, _unet, _vae
-    from sfumato.families.source import on_meta
+    from sfumato.families.weights import on_meta
     from sfumato.formats.checkpoint_writer import write_stream
 
     levels = [320, 640, 1280, 1280]

@@ -16,7 +16,8 @@ from sfumato.diffusion.objective import LatentSpec, RectifiedFlow
 from sfumato.families.base import FAMILIES, Family
 from sfumato.families.blueprint import Blueprint, Sampling
 from sfumato.families.part import Builder, Network, PartSpec
-from sfumato.families.source import Source, Weights
+from sfumato.families.source import Source
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
 

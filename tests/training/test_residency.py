@@ -14,7 +14,7 @@ from families.loading import load_model
 from families.toys import ToyShelf
 from sfumato.families.encoding import FrozenTextEncoders, encode_captions
 from sfumato.families.part import Part
-from sfumato.families.source import Weights
+from sfumato.families.weights import Weights
 from sfumato.training import saving
 from toy_runs import build_toy_run, equal_tensors, make_images, read_metrics, read_weights, train_toy
 

@@ -235,6 +235,12 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
             _check_type(field.name, str(field.type).removesuffix(" | None"), values[field.name], where)
     if "prompt" not in values:
         raise UserError(f"{where}: has no prompt", code="prompt-text-missing")
+    _check_texts(values, where)
+    _check_numbers(values, where)
+    return Prompt(**values)
+
+
+def _check_texts(values: Mapping[str, Any], where: str) -> None:
     for name in ("prompt", "negative_prompt"):
         if has_lone_surrogate(values.get(name, "")):
             raise UserError(f"{where}: {name} has letters that are not UTF-8", code="prompt-not-utf8", fix=SAVE_AS_UTF8)
@@ -252,6 +258,9 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
     except ValueError as error:
         what = f"{where}: file_name {values['file_name']!r} {error}"
         raise UserError(what, code="prompt-file-name-invalid", fix='write e.g. "cat.png"') from None
+
+
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
     for name in ("width", "height", "sample_steps", "gradual_latent_every_n_steps", "highres_fix_steps"):
         if (1 if values.get(name) is None else values[name]) < 1:
             raise UserError(f"{where}: {name} is below 1", code="prompt-value-below-one")
@@ -265,7 +274,6 @@ def _make_prompt(values: Mapping[str, Any], where: str) -> Prompt:
         _check_seed(seed, where)
     if values.get("flow_shift") is not None and not values["flow_shift"] > 0:
         raise UserError(f"{where}: flow_shift is not above 0", code="prompt-flow-shift-not-positive")
-    return Prompt(**values)
 
 
 def _check_seed(seed: int | None, where: str) -> None:

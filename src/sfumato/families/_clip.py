@@ -19,7 +19,8 @@ from sfumato.families._tokenizers import CLIP_LENGTH, check_vocabulary_size
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.hub_models import find_tokenizer_path
 from sfumato.families.part import Network, PartSpec
-from sfumato.families.source import Source, Weights, select_fields
+from sfumato.families.source import Source, select_fields
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, KeyRule
 
 if TYPE_CHECKING:

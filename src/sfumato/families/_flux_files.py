@@ -17,7 +17,8 @@ from sfumato.families._file_kinds import (
 )
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import DENOISER_PREFIX, Network, PartSpec, RowSplit
-from sfumato.families.source import MODEL_INDEX, Source, Weights, drop_private_fields, read_json
+from sfumato.families.source import MODEL_INDEX, Source, drop_private_fields, read_json
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
 CLIP_L_IN_WHOLE = "text_encoders.clip_l.transformer."  # in ComfyUI's files of whole models

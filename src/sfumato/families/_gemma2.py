@@ -14,7 +14,8 @@ from sfumato.families._file_kinds import GEMMA2_ENCODER, WIDTH_FAULT, check_netw
 from sfumato.families._gemma2_tokenizer import GemmaTokenizer
 from sfumato.families._text_features import cut_to_mask, multiply_by_weights, to_device
 from sfumato.families.part import Network, Part, PartSpec
-from sfumato.families.source import Source, Weights, select_fields
+from sfumato.families.source import Source, select_fields
+from sfumato.families.weights import Weights
 from sfumato.formats.checkpoint import Checkpoint
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 

@@ -13,7 +13,8 @@ from sfumato.families._attention_norms import keep_attention_dtype
 from sfumato.families._sd3_patches import SD3PatchEmbed
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
-from sfumato.families.source import Source, Weights, drop_private_fields
+from sfumato.families.source import Source, drop_private_fields
+from sfumato.families.weights import Weights
 from sfumato.formats.controlled import ControlledLayer, LayerPattern, list_transformer_layers
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 

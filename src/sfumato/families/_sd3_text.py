@@ -23,7 +23,8 @@ from sfumato.families._file_kinds import (
 from sfumato.families._text_features import cut_to_mask
 from sfumato.families.blueprint import Blueprint, Component
 from sfumato.families.part import Network, Part, PartSpec
-from sfumato.families.source import Source, Weights, find_given
+from sfumato.families.source import Source, find_given
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}

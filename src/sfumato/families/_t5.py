@@ -13,7 +13,8 @@ from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, s
 from sfumato.families._file_kinds import T5_ENCODER, require_kind
 from sfumato.families._text_features import cut_to_mask, multiply_by_weights, to_device
 from sfumato.families.part import Part, PartSpec
-from sfumato.families.source import Source, Weights, select_fields
+from sfumato.families.source import Source, select_fields
+from sfumato.families.weights import Weights
 from sfumato.formats.checkpoint import Checkpoint
 from sfumato.formats.keymap import KeyMap, KeyRule
 

@@ -20,7 +20,8 @@ from sfumato.families._file_kinds import CHANNELS_FAULT, check_input_channels, c
 from sfumato.families.blueprint import Component, Pipeline
 from sfumato.families.foreign_keys import V_MARK, ZERO_SNR_MARK
 from sfumato.families.part import DENOISER_NAMES, DENOISER_PREFIX, Network, PartSpec
-from sfumato.families.source import Source, Weights, read_json
+from sfumato.families.source import Source, read_json
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 _LEVELS = ("down_blocks.{n}", "mid_block", "up_blocks.{n}")

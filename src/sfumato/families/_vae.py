@@ -16,7 +16,8 @@ from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import AUTOENCODER, ShapeTable, option_context, require_kind
 from sfumato.families.part import Network, Part, PartSpec
-from sfumato.families.source import Source, Weights, find_given, find_weight_file, read_json
+from sfumato.families.source import Source, find_given, find_weight_file, read_json
+from sfumato.families.weights import Weights
 from sfumato.formats.checkpoint import open_checkpoint
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 

@@ -15,7 +15,8 @@ from sfumato.errors import InternalError
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.foreign_keys import V_MARK, ZERO_SNR_MARK
-from sfumato.families.source import Keep, Source, Weights
+from sfumato.families.source import Source
+from sfumato.families.weights import Keep, Weights
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, Checkpoint
 from sfumato.formats.checkpoint_writer import TensorSpec, write_stream
 from sfumato.formats.keymap import KeyMap

@@ -20,7 +20,8 @@ from sfumato.families.blueprint import Blueprint
 from sfumato.families.control_net import CONTROL_NET, ControlNetSupport, FileLayout, name_control_net
 from sfumato.families.hub_models import find_network_path
 from sfumato.families.part import Network, PartSpec
-from sfumato.families.source import Source, Weights, drop_private_fields, on_meta
+from sfumato.families.source import Source, drop_private_fields
+from sfumato.families.weights import Weights, on_meta
 from sfumato.formats.composed import ComposedFile
 from sfumato.formats.keymap import KeyMap, make_identity_map, matches
 

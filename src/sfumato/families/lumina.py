@@ -77,8 +77,7 @@ class Lumina(Family):
         ae = find_component(source, "vae", "ae", model.ae, "vae", *_vae.VAE_PREFIXES)
         vae = read_lumina_vae(ae, denoiser)
         gemma2 = find_component(source, "gemma2", "gemma2", model.gemma2, "text_encoder", LUMINA_TEXT_PREFIX)
-        sampling, shift = noise.timestep_sampling or _DEFAULT_SAMPLING, noise.discrete_flow_shift or _DEFAULT_SHIFT
-        space = noise.model_prediction_type or "raw"
+        space, shift = noise.model_prediction_type or "raw", noise.discrete_flow_shift or _DEFAULT_SHIFT
         return Blueprint(
             source=source,
             title="Lumina-Image 2.0",
@@ -100,16 +99,7 @@ class Lumina(Family):
                 default_shift=_DEFAULT_SHIFT,
             ),
             latents=_vae.make_latent_spec(vae.config, patch=_lumina_keys.PATCH, size_multiple=16),
-            metadata={
-                "ss_timestep_sampling": sampling,
-                "ss_discrete_flow_shift": shift,
-                "ss_model_prediction_type": space,
-                "ss_sigmoid_scale": noise.sigmoid_scale,
-                "ss_weighting_scheme": noise.weighting_scheme,
-                "ss_logit_mean": noise.logit_mean,
-                "ss_logit_std": noise.logit_std,
-                "ss_mode_scale": noise.mode_scale,
-            },
+            metadata=_make_metadata(noise, space, shift),
         )
 
     @classmethod
@@ -183,3 +173,16 @@ def _check_length(denoiser: Network, model: ModelOptions) -> None:
             code="gemma2-length-exceeded",
             fix=f"at most {positions - 1}; default {_gemma2.GEMMA2_LENGTH}",
         )
+
+
+def _make_metadata(noise: NoiseOptions, space: str, shift: float) -> dict[str, Any]:
+    return {
+        "ss_timestep_sampling": noise.timestep_sampling or _DEFAULT_SAMPLING,
+        "ss_discrete_flow_shift": shift,
+        "ss_model_prediction_type": space,
+        "ss_sigmoid_scale": noise.sigmoid_scale,
+        "ss_weighting_scheme": noise.weighting_scheme,
+        "ss_logit_mean": noise.logit_mean,
+        "ss_logit_std": noise.logit_std,
+        "ss_mode_scale": noise.mode_scale,
+    }

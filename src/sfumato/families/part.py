@@ -15,7 +15,7 @@ from torch import nn
 
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import option_context
-from sfumato.families.source import NO_FORMATS, Formats, Keep, Weights, on_meta
+from sfumato.families.weights import NO_FORMATS, Formats, Keep, Weights, on_meta
 from sfumato.formats.adapter_layers import Views, make_views
 from sfumato.formats.groups import Layer, LayerGroup, find_layers, group_layers, is_norm, make_meta_layers
 from sfumato.formats.keymap import KeyMap, make_identity_map, matches

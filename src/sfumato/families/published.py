@@ -14,7 +14,8 @@ from sfumato.common.registry import did_you_mean
 from sfumato.errors import UserError
 from sfumato.families import _gemma2_tokenizer, _t5, _tokenizers
 from sfumato.families._builders import make_builders
-from sfumato.families.source import MODEL_INDEX, on_meta, read_json
+from sfumato.families.source import MODEL_INDEX, read_json
+from sfumato.families.weights import on_meta
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES
 from sfumato.formats.checkpoint_writer import write_header_only
 

@@ -17,7 +17,8 @@ from sfumato.families._unet_control_net import UNET_CONTROL_NET, list_unet_layer
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
-from sfumato.families.source import Source, Weights
+from sfumato.families.source import Source
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
 CLIP_PREFIX = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L

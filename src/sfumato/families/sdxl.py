@@ -17,7 +17,8 @@ from sfumato.families._unet_control_net import UNET_CONTROL_NET, list_unet_layer
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
-from sfumato.families.source import Source, Weights, select_fields
+from sfumato.families.source import Source, select_fields
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap
 
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."

@@ -47,13 +47,8 @@ def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettin
     )
     network = module.network
     args = read_args(network.network_args, specs.values(), kind=module.adapter_kind)
-    if config.network.dim_from_weights and args.rank_arguments and module.preset is None:
-        names = ", ".join(args.rank_arguments)
-        raise UserError(
-            f"--network_args {names} has no effect: --dim_from_weights takes ranks from the file",
-            code="rank-args-with-dim-from-weights",
-            fix=f"remove {names}",
-        )
+    if config.network.dim_from_weights and module.preset is None:
+        refuse_rank_arguments(args)
     caches_text = config.cache.cache_text_encoder_outputs
     frozen = [part for part in blueprint.text_parts if caches_text and specs[part].frozen_by_cache]
     optim, notes = limit_text_encoder_lr(config, blueprint)
@@ -83,6 +78,17 @@ def make_adapter_settings(config: Config, blueprint: Blueprint) -> AdapterSettin
             *list_idle_ranks(config, module.adapter_kind),
         ),
     )
+
+
+def refuse_rank_arguments(args: AdapterArgs) -> None:
+    """Raise UserError for arguments that set ranks, where a file does."""
+    if args.rank_arguments:
+        names = ", ".join(args.rank_arguments)
+        raise UserError(
+            f"--network_args {names} has no effect: --dim_from_weights takes ranks from the file",
+            code="rank-args-with-dim-from-weights",
+            fix=f"remove {names}",
+        )
 
 
 def list_idle_dropouts(kind: str, args: AdapterArgs, network: NetworkOptions) -> list[str]:

@@ -22,7 +22,7 @@ from sfumato.adapters.low_rank import (
 )
 from sfumato.errors import UserError
 from sfumato.families.part import Network
-from sfumato.families.source import Weights
+from sfumato.families.weights import Weights
 from sfumato.formats.checkpoint import TOOL_DTYPES, TensorFile
 from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise
 from sfumato.tools.adapter_files.join import describe_range
