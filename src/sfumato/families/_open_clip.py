@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from sfumato.families import _clip
-from sfumato.families.part import PartSpec
+from sfumato.families.part import Network, PartSpec
+from sfumato.families.source import Source, select_fields
+from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, KeyRule, make_identity_map
 
 CLIP_G_NAMES = ("text_encoder_2", "clip_g", "clip_g.transformer", "text_encoders.clip_g.transformer")  # of ViT-bigG
@@ -82,6 +84,22 @@ def config_from_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     if "text_projection.weight" in shapes:
         config["projection_dim"] = shapes["text_projection.weight"][0]
     return config
+
+
+def read_open_clip(source: Source, folder: str, spec: PartSpec) -> Network:
+    """The encoder in a checkpoint's file, under the spec's keys. folder: its name in diffusers' layout."""
+    weights = Weights(file=source.file, key_map=spec.key_map, prefix=spec.key_prefix)
+    config = config_from_shapes(weights.read_shapes()) | source.read_config(folder)
+    return Network(spec=spec, config=config, weights=weights)
+
+
+def read_projected(source: Source, folder: str, spec: PartSpec) -> Network:
+    """The same of a CLIPTextModelWithProjection, in a file or in a folder: a model's or its own."""
+    if not source.is_folder:
+        return read_open_clip(source, folder, spec)
+    folder = source.find_inner(folder)
+    weights = Weights(file=source.open_weights(folder), key_map=PROJECTED_FILE_KEYS)
+    return Network(spec=spec, config=select_fields(source.read_config(folder), _clip.CLIP_FIELDS), weights=weights)
 
 
 def build_projected(config: Mapping[str, Any]) -> nn.Module:

@@ -18,7 +18,6 @@ from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
 from sfumato.families.source import Source
-from sfumato.families.weights import Weights
 from sfumato.formats.keymap import KeyMap, make_identity_map
 
 CLIP_PREFIX = "cond_stage_model.transformer."  # 1.x: OpenAI's CLIP-L
@@ -214,9 +213,7 @@ def _read_clip(source: Source) -> Network:
         key_map = _open_clip.key_map(projected=False)
         return _clip.read_clip(source, "text_encoder", _clip_spec(OPEN_CLIP_PREFIX, key_map))
     key_map = _open_clip.key_map(projected=False, unused=_find_unused_layer(source))
-    weights = Weights(file=source.file, key_map=key_map, prefix=OPEN_CLIP_PREFIX)
-    config = _open_clip.config_from_shapes(weights.read_shapes()) | source.read_config("text_encoder")
-    return Network(spec=_clip_spec(OPEN_CLIP_PREFIX, key_map), config=config, weights=weights)
+    return _open_clip.read_open_clip(source, "text_encoder", _clip_spec(OPEN_CLIP_PREFIX, key_map))
 
 
 def _find_unused_layer(source: Source) -> int | None:

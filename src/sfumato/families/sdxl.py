@@ -17,8 +17,7 @@ from sfumato.families._unet_control_net import UNET_CONTROL_NET, list_unet_layer
 from sfumato.families.base import FAMILIES, Family, TokenBudget
 from sfumato.families.blueprint import STABILITY_AI, Blueprint, Component, Sampling
 from sfumato.families.part import DENOISER_PREFIX, Builder, Network, PartSpec
-from sfumato.families.source import Source, select_fields
-from sfumato.families.weights import Weights
+from sfumato.families.source import Source
 from sfumato.formats.keymap import KeyMap
 
 CLIP_L_PREFIX = "conditioner.embedders.0.transformer."
@@ -109,7 +108,7 @@ class StableDiffusionXL(Family):
             raise make_missing_text_error(source.name, [_ENCODER_TITLES[part] for part in missing])
         vae = _vae.find_vae(source, model, {"scaling_factor": 0.13025})
         clip_l = _clip.read_clip(sources["clip_l"] or source, "text_encoder", clip_l_spec())
-        clip_g = _read_clip_g(sources["clip_g"] or source)
+        clip_g = _open_clip.read_projected(sources["clip_g"] or source, "text_encoder_2", clip_g_spec())
         denoiser = _unet.read_unet(source, _unet_spec, lambda config: _complete_config(config, clip_g))
         inpaints = _unet.check_channels(source, denoiser, vae)
         objective, notes, declared = _unet.read_objective(source, model, noise)
@@ -226,14 +225,3 @@ def _complete_config(config: Mapping[str, Any], clip_g: Network) -> dict[str, An
     """The projected vector is the pooled text and a sinusoidal embedding of each size; what is left is their width."""
     rest = config["projection_class_embeddings_input_dim"] - clip_g.config["projection_dim"]
     return {"addition_time_embed_dim": rest // NUM_SIZES, **_unet.count_heads(config)}
-
-
-def _read_clip_g(source: Source) -> Network:
-    if source.is_folder:
-        folder = source.find_inner("text_encoder_2")
-        config = select_fields(source.read_config(folder), _clip.CLIP_FIELDS)
-        weights = Weights(file=source.open_weights(folder), key_map=_open_clip.PROJECTED_FILE_KEYS)
-    else:
-        weights = Weights(file=source.file, key_map=CLIP_G_KEYS, prefix=CLIP_G_PREFIX)
-        config = _open_clip.config_from_shapes(weights.read_shapes()) | source.read_config("text_encoder_2")
-    return Network(spec=clip_g_spec(), config=config, weights=weights)
