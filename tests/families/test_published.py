@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from families.built_part import BuiltPart
 from keys import on_meta
@@ -15,11 +16,11 @@ from lora_keys import golden, shapes_in_file
 from sfumato.adapters.lora import LoRA
 from sfumato.config import load_config
 from sfumato.errors import UserError
+from sfumato.families._t5 import TIED_WEIGHTS
 from sfumato.families.blueprint import Blueprint
 from sfumato.families.detection import describe_model
 from sfumato.families.published import (
     build_published,
-    count_parameters,
     list_published,
     read_published,
     write_published,
@@ -103,6 +104,11 @@ def test_denoisers_have_the_published_size(name):
     networks = read_published(name)["networks"]
     denoiser = next(config for folder, config in networks.items() if folder in ("unet", "transformer"))
     assert count_parameters(build_published(denoiser)) == DENOISERS[name]
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Parameters without buffers, tied ones once: what model cards give as a model's size."""
+    return sum(parameter.numel() for name, parameter in network.named_parameters() if name not in TIED_WEIGHTS)
 
 
 def test_no_model_is_missing_here():

@@ -9,13 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from sfumato.errors import UserError
-from sfumato.formats.embedding_file import (
-    bundle_vectors,
-    name_file,
-    read_bundled_embeddings,
-    read_embedding_file,
-    write_embedding_file,
-)
+from sfumato.formats.embedding_file import bundle_vectors, name_file, read_bundled_embeddings, read_embedding_file
+from sfumato.formats.hashed_file import write_hashed_file
 
 ROWS = torch.arange(8.0).reshape(2, 4)
 WIDE = torch.ones(2, 6)
@@ -82,7 +77,7 @@ def test_beside_adapters(tmp_path: Path) -> None:
 
 
 def test_a_pickled_file_is_a_plain_dict(tmp_path: Path) -> None:
-    write_embedding_file(tmp_path / "a.pt", {"emb_params": ROWS}, {"a": "b"}, torch.float16)
+    write_hashed_file(tmp_path / "a.pt", {"emb_params": ROWS}, {"a": "b"}, torch.float16)
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     assert {name: tensor.dtype for name, tensor in state.items()} == {"emb_params": torch.float16}
 

@@ -14,7 +14,7 @@ from families.toys import ToyShelf
 from others.models import compute_output, compute_with_file, load_toy
 from sfumato.errors import UserError
 from sfumato.families.encoding import encode_with_grad
-from sfumato.formats.adapter_file import write_adapter_file
+from sfumato.formats.hashed_file import write_hashed_file
 from sfumato.loss import draw_noise, training_loss
 from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.train import train_step
@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_models_with_the_adapter_merged_both_ways(
     for name, parameter in engine.named_parameters():
         if "lora_up" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    write_adapter_file(tmp_path / "a.safetensors", engine.export_tensors(), {}, None)
+    write_hashed_file(tmp_path / "a.safetensors", engine.export_tensors(), {}, None)
     batch = load_other_images(run, next(run.loader.steps()).batches[0])
     more, less = load_latents(run, batch), batch.extras.images["reference_1"].latents
     assert less is not None

@@ -91,8 +91,3 @@ def _write_tokenizer(folder: Path, kind: str, networks: Mapping[str, Any]) -> No
     else:
         size = networks["text_encoder"]["vocab_size"]
         _gemma2_tokenizer.write_toy_gemma_tokenizer(folder, _WORDS, size=size)
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Parameters without buffers, tied ones once: what model cards give as a model's size."""
-    return sum(parameter.numel() for name, parameter in network.named_parameters() if name not in _t5.TIED_WEIGHTS)

@@ -10,9 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from sfumato.common.text import list_some
 from sfumato.errors import UserError
 from sfumato.formats.adapter_keys import (
@@ -35,10 +32,7 @@ from sfumato.formats.adapter_kind import (
     list_tensor_names,
 )
 from sfumato.formats.checkpoint import Checkpoint, open_checkpoint
-from sfumato.formats.checkpoint_writer import write_safetensors
-from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import PeftConfig, read_diffusers_configs, read_peft_config
-from sfumato.formats.pickled import is_pickled, write_pickle
 
 PEFT_CONFIG = "adapter_config.json"
 FOLDER_FILES = (  # in the order of preference; PEFT's and diffusers' names
@@ -248,16 +242,6 @@ def _complete_layer(
         config_name = name if "" in configs else rest
         complete |= kind.complete(FileLayer(path=path, name=name, tensors=own, config=config, config_name=config_name))
     return complete
-
-
-def write_adapter_file(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
-) -> None:
-    """A safetensors file with sd-scripts' two hashes, or the tensors alone in a pickled one, as `path` ends."""
-    if is_pickled(path):
-        write_pickle(path, tensors, dtype=dtype)
-    else:
-        write_safetensors(path, tensors, add_hashes(metadata, tensors, dtype=dtype), dtype=dtype)
 
 
 def make_unmatched_error(

@@ -20,9 +20,7 @@ from sfumato.common.text import list_some
 from sfumato.data.batch import Tensors
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import open_checkpoint
-from sfumato.formats.checkpoint_writer import write_safetensors
-from sfumato.formats.hashes import add_hashes
-from sfumato.formats.pickled import is_pickled, write_pickle
+from sfumato.formats.hashed_file import write_hashed_file
 
 BUNDLE = "bundle_emb."
 LONE_NAME = "emb_params"  # where the model has one text encoder, whose file other programs know by nothing else
@@ -116,16 +114,6 @@ def check_vectors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return vectors
 
 
-def write_embedding_file(
-    path: Path, vectors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None
-) -> None:
-    """One word's vectors by name, as safetensors or pickled, as `path` ends."""
-    if is_pickled(path):
-        write_pickle(path, vectors, dtype=dtype)
-    else:
-        write_safetensors(path, vectors, add_hashes(metadata, vectors, dtype=dtype), dtype=dtype)
-
-
 def write_embedding_folder(
     path: Path,
     words: Mapping[str, Mapping[str, Tensor]],
@@ -137,7 +125,7 @@ def write_embedding_folder(
     with write_folder_atomically(path) as folder:
         for word, vectors in words.items():
             name = f"{name_file(word, words)}{suffix}"
-            write_embedding_file(folder / name, vectors, {**metadata, WORD_KEY: word}, dtype)
+            write_hashed_file(folder / name, vectors, {**metadata, WORD_KEY: word}, dtype)
 
 
 def name_file(word: str, words: Iterable[str]) -> str:

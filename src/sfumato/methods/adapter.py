@@ -17,7 +17,7 @@ from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.formats.adapter_file import write_adapter_file
+from sfumato.formats.hashed_file import write_hashed_file
 from sfumato.formats.metadata import make_adapter_metadata
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.adapter_builder import AdapterBuilder, describe_adapter, find_matching_groups
@@ -167,7 +167,7 @@ class AdapterMethod:
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         tensors = {**self.engine.export_tensors(), **self.embeddings.export_bundle()}
-        write_adapter_file(path, tensors, metadata, dtype)
+        write_hashed_file(path, tensors, metadata, dtype)
         if not self.readers_noted:
             self.readers_noted = True
             for line in self._find_reader_notes(model):

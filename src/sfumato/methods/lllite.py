@@ -17,7 +17,7 @@ from sfumato.data.batch import Extras, Tensors
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.formats.adapter_file import write_adapter_file
+from sfumato.formats.hashed_file import write_hashed_file
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.inference_lllite import make_no_lllite_error, show_control_image
@@ -153,7 +153,7 @@ class LLLiteMethod:
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         own = {name: str(value) for name, value in self.trained.file_metadata().items()}
-        write_adapter_file(path, self.trained.parts.state_dict(), {**metadata, **own}, dtype)
+        write_hashed_file(path, self.trained.parts.state_dict(), {**metadata, **own}, dtype)
 
     def report(self) -> list[str]:
         names = [name for name, parameter in self.trained.parts.named_parameters() if parameter.grad is None]

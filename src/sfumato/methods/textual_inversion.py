@@ -14,7 +14,8 @@ from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.families.base import Family
 from sfumato.families.blueprint import Blueprint
-from sfumato.formats.embedding_file import write_embedding_file, write_embedding_folder
+from sfumato.formats.embedding_file import write_embedding_folder
+from sfumato.formats.hashed_file import write_hashed_file
 from sfumato.formats.pickled import get_file_suffix
 from sfumato.methods.base import METHODS, PlanNotes, TrainablePart
 from sfumato.methods.trained_embeddings import TrainedEmbeddings
@@ -109,7 +110,7 @@ class TextualInversionMethod:
             write_embedding_folder(path, words, metadata, dtype, get_file_suffix(self.config.save.save_model_as))
         else:
             (vectors,) = words.values()
-            write_embedding_file(path, vectors, metadata, dtype)
+            write_hashed_file(path, vectors, metadata, dtype)
 
     def report(self) -> list[str]:
         return []

@@ -35,7 +35,6 @@ EXTRAS = {  # extra -> what it brings
     "tagger": "sfumato dataset tag",
     "deepspeed": "--deepspeed, on several GPUs (Linux)",
 }
-DEVELOPERS = ("test", "recipe")  # extras that only work on sfumato itself needs
 BY_HAND = {  # module -> what it brings; none of them is in an extra
     "triton": "--compile on a GPU (on Windows the package triton-windows)",
     "xformers": "--attention xformers",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
@@ -148,8 +147,3 @@ def _make_widest_rule(op: Any) -> Rule:
             return op(*args, **kwargs)
 
     return rule
-
-
-def list_rules() -> list[str]:
-    """The names of all operators with a rule."""
-    return list(chain(LOWER_PRECISION, FLOAT32, FLOAT32_OUTPUT, WIDEST))

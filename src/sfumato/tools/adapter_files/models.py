@@ -174,10 +174,6 @@ def _list_groups(known: KnownFiles) -> Sequence[object]:
     return sorted((group.name, group.paths, group.rows) for group in known.groups)
 
 
-def list_matched(known: KnownFiles) -> list[LayerMatch]:
-    return list(chain.from_iterable(known.matches))
-
-
 def list_input_paths(path: Path) -> list[Path]:
     """A file itself, or all files of a folder."""
     return [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]

@@ -15,7 +15,8 @@ from sfumato.common.names import DEFAULT_NETWORK_MODULE
 from sfumato.errors import Problems
 from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, write_entries
 from sfumato.families.source import MODEL_INDEX
-from sfumato.formats.adapter_file import AdapterFile, write_adapter_file
+from sfumato.formats.adapter_file import AdapterFile
+from sfumato.formats.hashed_file import write_hashed_file
 from sfumato.formats.hashes import HASH_KEYS
 from sfumato.formats.peft_config import DIFFUSERS_KEY
 from sfumato.formats.pickled import convert_to_pickle, is_pickled
@@ -126,7 +127,7 @@ def write_adapter(
         values.check(path, name, tensor, dtype or tensor.dtype)
     named = name_output(path)
     check_space(path, count_tensor_bytes(tensors, dtype))
-    write_adapter_file(path, tensors, metadata, dtype)
+    write_hashed_file(path, tensors, metadata, dtype)
     return named
 
 
