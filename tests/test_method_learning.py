@@ -99,7 +99,7 @@ WAYS: dict[str, tuple[dict[str, Any], str]] = {  # options of training, and the 
     "LLLite 1": ({**LLLITE, "lllite_version": 1}, "control_net_lllite_models"),
     "LLLite 2": ({**LLLITE, "lllite_version": 2, "lllite_target_layers": EVERY_LAYER}, "control_net_lllite_models"),
     "ControlNet": (
-        {"method": "control_net", "learning_rate": "1e-3", "max_train_steps": "100"}, "controlnet_model_name_or_path",
+        {"method": "control_net", "learning_rate": "1e-3", "max_train_steps": "60"}, "controlnet_model_name_or_path",
     ),
 }  # fmt: skip
 

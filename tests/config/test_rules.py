@@ -49,6 +49,10 @@ CASES = {
         "--mixed_precision fp16 --network_args ggpo_sigma=0.03 ggpo_beta=0.01",
     ),
     "full-fp16-rounding": ("--full_fp16 --mixed_precision fp16", "--mixed_precision fp16"),
+    "masked-input-in-latents": (
+        "--method lllite --lllite_inpaint_masked_input --lllite_cond_in_channels 4 --lllite_cond_input latent",
+        "--method lllite --lllite_cond_in_channels 4 --lllite_cond_input latent",
+    ),
     "masked-input-without-mask": (
         "--method lllite --lllite_inpaint_masked_input",
         "--method lllite --lllite_inpaint_masked_input --lllite_cond_in_channels 4",

@@ -25,7 +25,7 @@ OURS = {
     "strict",
     "lllite_version", "lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp",
     "lllite_cond_in_channels", "lllite_inpaint_masked_input", "lllite_multiplier",
-    "debug", "emb_normalize_mode", "add_system_prompt_to_negative_prompt",
+    "lllite_cond_input", "debug", "emb_normalize_mode", "add_system_prompt_to_negative_prompt",
     "soft_min_snr_gamma", "p2_gamma", "p2_k", "max_bad_steps", "plan", "plot_timesteps", "profile", "report",
     "text_cache_variants", "cached_encoder", "save_best", "preserve_reg_images", "masked_prior_preservation_weight",
     "timestep_stratified", "extract_lora_at_end", "save_at_steps", "save_at_epochs",

@@ -30,7 +30,7 @@ class ControlModules(nn.Module, ABC):
         self.layers = layers
         self.widths = widths
         self.parts = nn.ModuleDict(parts)
-        self.image: Tensor | None = None  # (B, C, H, W) in [-1, 1]; None: nothing is changed
+        self.image: Tensor | None = None  # (B, C, H, W), what is read; None: nothing is changed
         self.strength = 1.0
         self.image_strength = 1.0  # of this image, beside it
         self._handles: list[RemovableHandle] = []
@@ -53,9 +53,14 @@ class ControlModules(nn.Module, ABC):
         """Whether it reads a mask beside the image."""
         return False
 
+    @property
+    def reads_latents(self) -> bool:
+        """Whether its image is the latents of the control image."""
+        return False
+
     def set_image(self, image: Tensor | None, strength: float = 1.0, mask: Tensor | None = None) -> None:
-        """For every forward until the next call. image: (B, 3, H, W) in [-1, 1]. mask: (B, 1, H, W), for those that
-        read one.
+        """For every forward until the next call. image: (B, 3, H, W) in [-1, 1], or latents. mask: (B, 1, H, W) in
+        [0, 1], for those that read one.
         """
         self.image, self.image_strength = image, strength
 

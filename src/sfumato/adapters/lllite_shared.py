@@ -5,8 +5,7 @@ Structure and names of tensors are those of sd-scripts' anima_train_control_net_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,99 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.adapters.control_modules import ControlModules, pad_image
+from sfumato.adapters.lllite_trunk import TRUNK_SIDE, LatentTrunk, LLLiteSizes, PixelTrunk
 from sfumato.common.seeds import seed_of
 from sfumato.formats.controlled import ControlledLayer
 
 TRUNK = "lllite_conditioning1"
-TRUNK_SIDE = 16  # pixels of the image that become one of the trunk's
-DILATIONS = (1, 2, 4, 8)  # of the pyramid's branches
-_COLORS = 3
-_MOST_GROUPS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class LLLiteSizes:
-    """What its options choose."""
-
-    width: int  # of a module's layers
-    image_width: int  # of what the trunk gives
-    trunk_width: int
-    residual_blocks: int
-    has_pyramid: bool = False
-    dilations: tuple[int, ...] = DILATIONS  # of its branches
-    image_channels: int = 3  # 4: and a mask, of what is to be filled in
-    hides_masked: bool = False  # whether the image is gray where the mask is
-
-
-def make_norm(channels: int) -> nn.GroupNorm:
-    """With eight groups, or fewer where these do not divide the channels."""
-    groups = _MOST_GROUPS
-    while channels % groups:
-        groups //= 2
-    return nn.GroupNorm(groups, channels)
-
-
-class ResidualBlock(nn.Module):
-    """Normalization before each of its convolutions."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm1 = make_norm(channels)
-        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.norm2 = make_norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(hidden)))
-
-
-class Pyramid(nn.Module):
-    """Atrous spatial pyramid pooling (Chen et al. 2017): several dilations and the image's mean."""
-
-    def __init__(self, channels: int, dilations: Sequence[int]) -> None:
-        super().__init__()
-
-        def make_branch(inputs: int, dilation: int) -> nn.Sequential:
-            kernel, around = (3, dilation) if dilation > 1 else (1, 0)
-            convolution = nn.Conv2d(inputs, channels, kernel_size=kernel, padding=around, dilation=dilation)
-            return nn.Sequential(convolution, make_norm(channels), nn.SiLU())
-
-        self.branches = nn.ModuleList(make_branch(channels, dilation) for dilation in dilations)
-        self.global_conv = make_branch(channels, 1)
-        self.proj = make_branch(channels * (len(dilations) + 1), 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        seen = [branch(x) for branch in self.branches]
-        whole = self.global_conv(x.mean((2, 3), keepdim=True)).expand_as(x)
-        return self.proj(torch.cat([*seen, whole], dim=1))
-
-
-class Trunk(nn.Module):
-    """The control image (B, C, H, W) -> (B, image_width, H / 16, W / 16), normalized over the channels."""
-
-    def __init__(self, sizes: LLLiteSizes) -> None:
-        super().__init__()
-        width = sizes.trunk_width
-        self.conv1 = nn.Conv2d(sizes.image_channels, width // 2, kernel_size=4, stride=4)
-        self.norm1 = make_norm(width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width // 2, kernel_size=3, padding=1)
-        self.norm2 = make_norm(width // 2)
-        self.conv3 = nn.Conv2d(width // 2, width, kernel_size=4, stride=4)
-        self.norm3 = make_norm(width)
-        self.resblocks = nn.ModuleList(ResidualBlock(width) for _ in range(sizes.residual_blocks))
-        self.aspp = Pyramid(width, sizes.dilations) if sizes.has_pyramid else None
-        self.proj = nn.Conv2d(width, sizes.image_width, kernel_size=1)
-        self.out_norm = nn.LayerNorm(sizes.image_width)
-
-    def forward(self, image: Tensor) -> Tensor:
-        hidden = F.silu(self.norm1(self.conv1(image)))
-        hidden = F.silu(self.norm2(self.conv2(hidden)))
-        hidden = F.silu(self.norm3(self.conv3(hidden)))
-        for block in self.resblocks:
-            hidden = block(hidden)
-        hidden = hidden if self.aspp is None else self.aspp(hidden)
-        return self.out_norm(self.proj(hidden).movedim(1, -1)).movedim(-1, 1)
 
 
 class SharedModule(nn.Module):
@@ -145,28 +56,38 @@ class SharedLLLite(ControlModules):
         """layers: by name in files. seed: of what is drawn, whatever was drawn before."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "new LLLite"))
-            made: dict[str, nn.Module] = {TRUNK: Trunk(sizes)}
+            made: dict[str, nn.Module] = {TRUNK: LatentTrunk(sizes) if sizes.latent_channels else PixelTrunk(sizes)}
             made |= {name: SharedModule(layer, sizes, dropout) for name, layer in layers.items()}
         super().__init__(layers, made, (sizes.width, sizes.image_width))
         self.sizes = sizes
+        self.mask: Tensor | None = None  # (B, 1, H, W) of 1 and -1, beside latents
         self._seen: dict[int, Tensor] = {}  # pixels a side of a token -> what the trunk gave (B, tokens, image_width)
         self._text_lengths: int | Tensor = 0  # tokens of text before the image's, one number or (B,)
 
     @property
     def reads_mask(self) -> bool:
-        return self.sizes.image_channels > _COLORS
+        return self.sizes.reads_mask
+
+    @property
+    def reads_latents(self) -> bool:
+        return self.sizes.latent_channels > 0
 
     def set_image(self, image: Tensor | None, strength: float = 1.0, mask: Tensor | None = None) -> None:
         """One that reads a mask changes nothing without it."""
-        if image is not None and self.reads_mask:
-            image = None if mask is None else join_mask(image, mask, hides_masked=self.sizes.hides_masked)
+        if image is not None and self.reads_mask and mask is None:
+            image = None
+        if image is not None and mask is not None and self.reads_mask and not self.reads_latents:
+            image = join_mask(image, mask, hides_masked=self.sizes.hides_masked)
+        self.mask = None if mask is None or not self.reads_latents else 2 * (mask >= 0.5).float() - 1
         super().set_image(image, strength)
 
     def begin_forward(self, arguments: Mapping[str, Any]) -> None:
         assert self.image is not None
-        image = pad_image(self.image, TRUNK_SIDE)
-        grid = self.parts[TRUNK](image)
-        height, width = self.image.shape[-2:]
+        scale = self.sizes.latent_side if self.reads_latents else 1  # pixels a side of one that the trunk reads
+        image = pad_image(self.image, 2 if self.reads_latents else TRUNK_SIDE)
+        mask = None if self.mask is None else pad_image(self.mask.to(image), TRUNK_SIDE)
+        grid = self.parts[TRUNK](image, mask)
+        height, width = (scale * length for length in self.image.shape[-2:])
         self._seen = {}
         for side in {layer.token_side for layer in self.layers.values()}:
             size = (-(-height // side), -(-width // side))
@@ -201,6 +122,8 @@ class SharedLLLite(ControlModules):
             "cond_in_channels": sizes.image_channels,
             "inpaint_masked_input": str(sizes.hides_masked).lower(),
         }
+        if self.reads_latents:
+            facts["cond_input_space"] = "latent"
         if sizes.has_pyramid:
             facts["aspp_dilations"] = ",".join(map(str, sizes.dilations))
         return {f"lllite.{name}": value for name, value in facts.items()}

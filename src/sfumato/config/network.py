@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
@@ -64,6 +64,9 @@ class LLLiteOptions(Options):
     lllite_use_aspp: bool = option(False, "that network also sees at several distances, and the image's mean")
     lllite_cond_in_channels: int = option(
         3, "channels that it reads: 3 colors, or 4 with a mask of what is to be filled in (version 2)", ge=3, le=4
+    )
+    lllite_cond_input: Literal["pixel", "latent"] = option(
+        "pixel", "what it reads of the control image: its pixels, or its latents (version 2.1)"
     )
     lllite_inpaint_masked_input: bool = option(
         False, "the control image is gray where the mask is, with --lllite_cond_in_channels 4"

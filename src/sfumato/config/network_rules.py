@@ -223,6 +223,16 @@ _CONTROL_NET = (
         fix="give --method lllite, or remove it",
     ),
     OptionRule(
+        code="masked-input-in-latents",
+        severity="conflict",
+        options=("lllite_inpaint_masked_input", "lllite_cond_input"),
+        is_broken=lambda c: (
+            c.run.method == "lllite" and c.lllite.lllite_inpaint_masked_input and c.lllite.lllite_cond_input == "latent"
+        ),
+        what="--lllite_inpaint_masked_input with --lllite_cond_input latent: latents are made before there is a mask",
+        fix="remove one of them",
+    ),
+    OptionRule(
         code="masked-input-without-mask",
         severity="no effect",
         options=("lllite_inpaint_masked_input", "lllite_cond_in_channels"),

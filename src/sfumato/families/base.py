@@ -26,9 +26,9 @@ from sfumato.families._file_kinds import describe_keys
 from sfumato.families._other_models import name_other_model
 from sfumato.families.blueprint import Blueprint, Component, Sampling
 from sfumato.families.control_net import (
-    CONTROL_NET,
     ControlNetSupport,
     is_control_net,
+    name_control_net,
     scale_arguments,
     sum_arguments,
 )
@@ -87,6 +87,7 @@ class Family(ABC):
         self.text_parts = blueprint.text_parts
         self.tokenizers: dict[str, Any] = dict(self.load_tokenizers(blueprint, model))  # of each text encoder
         self.control_adapters = 0  # how many that read a control image are attached to the denoiser
+        self.controls_in_latents: set[int] = set()  # the numbers of those that read it as latents
         self.takes_control_mask = False  # whether one of them reads a mask beside its image
         self.vae_tile_size = 0  # pixels a side of the autoencoder's tiles; 0: whole images
         self.overflow_warned = False  # whether the warning about half precision was given
@@ -252,13 +253,22 @@ class Family(ABC):
 
     @property
     def takes_control_latents(self) -> bool:
-        """Whether its ControlNet reads the control image as latents, not as pixels."""
-        return self.reads_control_latents(CONTROL_NET)
+        """Whether what reads the first control image reads it as latents."""
+        return self.reads_control_latents(0)
 
-    def reads_control_latents(self, part: str) -> bool:
-        """The same of one of several; False where the model has no such part."""
+    def reads_control_latents(self, number: int) -> bool:
+        """Whether the ControlNet or the LLLite of this number reads its control image as latents."""
+        return number in self.controls_in_latents or self._reads_net_latents(name_control_net(number)) is True
+
+    def reads_control_pixels(self, number: int) -> bool:
+        """Whether one of them reads it as pixels."""
+        by_adapter = number < self.control_adapters and number not in self.controls_in_latents
+        return by_adapter or self._reads_net_latents(name_control_net(number)) is False
+
+    def _reads_net_latents(self, part: str) -> bool | None:
+        """Whether a ControlNet reads latents; None where the model has no such part."""
         if self.control_net is None or part not in self.parts:
-            return False
+            return None
         return self.control_net.takes_latents(self.parts[part].network.config)
 
     def add_control(self, arguments: dict[str, object], images: Images) -> dict[str, object]:
@@ -269,7 +279,7 @@ class Family(ABC):
             if control is None:
                 continue
             assert self.control_net is not None
-            image = control.pixels if control.latents is None else control.latents
+            image = control.latents if self._reads_net_latents(name) else control.pixels
             assert image is not None
             image = image.to(self.parts[name].device, self.parts[name].dtype, non_blocking=True)
             own = self.control_net.run(self, name, arguments, image)

@@ -112,6 +112,7 @@ def attach_in_turn(
     """
     changes = {name: list(part.changes) for name, part in model.parts.items()}
     tokenizers, controls = dict(model.tokenizers), (model.control_adapters, model.takes_control_mask)
+    in_latents = set(model.controls_in_latents)
     adapters = InferenceAdapters(model, files, embeddings=embeddings, lllite=lllite)
     try:
         yield adapters
@@ -123,6 +124,7 @@ def attach_in_turn(
                 part.unload()
         model.tokenizers.update(tokenizers)
         model.control_adapters, model.takes_control_mask = controls
+        model.controls_in_latents = in_latents
 
 
 def extend_to(values: Sequence[float], count: int) -> list[float]:

@@ -18,10 +18,12 @@ def attach_lllite(model: Family, path: Path) -> ControlModules:
     list_layers = type(model).list_controlled_layers
     if list_layers is None:
         raise make_no_lllite_error(model.blueprint)
-    made = read_lllite_file(path, list_layers(model.blueprint))
+    made = read_lllite_file(path, list_layers(model.blueprint), model.latents)
     made.to(model.device).requires_grad_(False).eval()
     model.parts["denoiser"].load()
     made.attach(model.denoiser)
+    if made.reads_latents:
+        model.controls_in_latents.add(model.control_adapters)
     model.control_adapters += 1
     model.takes_control_mask = model.takes_control_mask or made.reads_mask
     return made
@@ -33,8 +35,8 @@ def show_control_image(attached: Sequence[ControlModules], model: Family, extras
     mask = None if given is None or given.pixels is None else given.pixels.to(model.device, non_blocking=True)
     for number, each in enumerate(attached):
         control = extras.images.get(name_control(number))
-        pixels = None if control is None else control.pixels
-        image = None if pixels is None else pixels.to(model.device, non_blocking=True)
+        own = None if control is None else control.latents if each.reads_latents else control.pixels
+        image = None if own is None else own.to(model.device, non_blocking=True)
         each.set_image(image, strength=1.0 if control is None else control.strength, mask=mask)
 
 

@@ -39,6 +39,7 @@ class LLLiteMethod:
         self.modules = nn.ModuleDict()
         self.live_text: frozenset[str] = frozenset()
         self.layers: Layers = {}
+        self.reads_latents = False  # as of ControlModules; known once the plan is made
         self.widths = (0, 0)  # those that train: of the options, or of the file; known once the plan is made
 
     @property
@@ -58,7 +59,7 @@ class LLLiteMethod:
         if not self.config.optim.learning_rate:
             raise make_zero_learning_rates_error("--learning_rate 1e-4")
         made = make_control_modules(self.config, self.layers, blueprint)
-        self.widths = made.widths
+        self.widths, self.reads_latents = made.widths, made.reads_latents
         return [
             TrainablePart(
                 part=NAME,
@@ -75,7 +76,9 @@ class LLLiteMethod:
         return ()
 
     def change_frozen(self, model: Family) -> None:
-        pass
+        """Nothing of that; the caches, which are filled before `prepare`, have to know what is read."""
+        if self.reads_latents:
+            model.controls_in_latents = {0}
 
     def prepare(self, model: Family) -> list[ParameterGroup]:
         made = make_control_modules(self.config, self.layers, model.blueprint).to(model.device).train()

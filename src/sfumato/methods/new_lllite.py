@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from sfumato.adapters.control_modules import ControlModules
 from sfumato.adapters.lllite import LLLite
 from sfumato.adapters.lllite_file import read_lllite_file
-from sfumato.adapters.lllite_shared import LLLiteSizes, SharedLLLite
+from sfumato.adapters.lllite_shared import SharedLLLite
+from sfumato.adapters.lllite_trunk import MASK_SIDE, LLLiteSizes
 from sfumato.common.layer_kinds import parse_layer_kinds
 from sfumato.config import Config
 from sfumato.config.network import LLLiteOptions
@@ -19,7 +20,8 @@ Layers = Mapping[str, ControlledLayer]
 DEFAULT_WIDTH = 64  # of --network_dim
 DEFAULT_IMAGE_WIDTH = 32  # of --cond_emb_dim
 OF_VERSION_2 = (
-    "lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp", "lllite_inpaint_masked_input"
+    "lllite_target_layers", "lllite_cond_dim", "lllite_cond_resblocks", "lllite_use_aspp", "lllite_cond_input",
+    "lllite_inpaint_masked_input",
 )  # fmt: skip
 OF_TRAINING = {"lllite_multiplier"}  # not of a file
 
@@ -28,7 +30,7 @@ def make_control_modules(config: Config, layers: Layers, blueprint: Blueprint) -
     """Those of --network_weights, else new ones of either version. UserError where the model has no such layers."""
     file, dropout = config.network.network_weights, config.network.network_dropout or 0.0
     if file is not None:
-        return read_lllite_file(file, layers, dropout=dropout)
+        return read_lllite_file(file, layers, blueprint.latents, dropout=dropout)
     if choose_version(config, layers, blueprint) == 1:
         return make_first(config, layers)
     return make_shared(config, layers, blueprint)
@@ -64,7 +66,8 @@ def choose_version(config: Config, layers: Layers, blueprint: Blueprint) -> int:
             code="lllite-version-without-mask",
             fix="--lllite_version 2",
         )
-    return version or (1 if has_first and not reads_mask(config) else 2)
+    needs_second = reads_mask(config) or config.lllite.lllite_cond_input == "latent"
+    return version or (1 if has_first and not needs_second else 2)
 
 
 def reads_mask(config: Config) -> bool:
@@ -99,6 +102,14 @@ def make_shared(config: Config, layers: Layers, blueprint: Blueprint) -> SharedL
             code="lllite-cond-dim-odd",
             fix=f"--lllite_cond_dim {options.lllite_cond_dim + 1}",
         )
+    in_latents = options.lllite_cond_input == "latent"
+    if in_latents and reads_mask(config) and blueprint.latents.downscale != MASK_SIDE:
+        raise UserError(
+            f"--lllite_cond_input latent: masks are read beside latents {MASK_SIDE} times smaller than images, those "
+            f"of {blueprint.title} are {blueprint.latents.downscale} times smaller",
+            code="lllite-mask-size",
+            fix="--lllite_cond_input pixel",
+        )
     sizes = LLLiteSizes(
         width=config.network.network_dim or DEFAULT_WIDTH,
         image_width=options.cond_emb_dim or DEFAULT_IMAGE_WIDTH,
@@ -107,6 +118,8 @@ def make_shared(config: Config, layers: Layers, blueprint: Blueprint) -> SharedL
         has_pyramid=options.lllite_use_aspp,
         image_channels=options.lllite_cond_in_channels,
         hides_masked=options.lllite_inpaint_masked_input,
+        latent_channels=blueprint.latents.channels if in_latents else 0,
+        latent_side=blueprint.latents.downscale,
     )
     return SharedLLLite(some, sizes, dropout=config.network.network_dropout or 0.0, seed=get_seed(config))
 

@@ -17,7 +17,6 @@ from sfumato.data.cache.entries import to_tensor
 from sfumato.data.images import read_image
 from sfumato.data.masks import downscale_mask
 from sfumato.families.base import Family
-from sfumato.families.control_net import name_control_net
 from sfumato.families.encoding import encode_images, encode_inpaint
 from sfumato.sampling.control_images import NO_PREPARATION, prepare_control_image
 from sfumato.sampling.request import ImageRequest
@@ -45,12 +44,11 @@ def encode_controls(model: Family, request: ImageRequest, count: int) -> Images:
         image = read_image(Path(files[number % len(files)]))
         prepared = prepare_control_image(image, find_nth(control.control_net_preps, number, NO_PREPARATION))
         size = (request.width, request.height)
-        in_latents = model.reads_control_latents(name_control_net(number))
-        encoded = encode_resized(model, prepared, size) if in_latents else resize_to_tensor(prepared, size)
-        encoded = encoded.expand(count, -1, -1, -1)
+        latents = encode_resized(model, prepared, size) if model.reads_control_latents(number) else None
+        pixels = resize_to_tensor(prepared, size) if model.reads_control_pixels(number) else None
         images[name_control(number)] = ImageInput(
-            latents=encoded if in_latents else None,
-            pixels=None if in_latents else encoded,
+            latents=None if latents is None else latents.expand(count, -1, -1, -1),
+            pixels=None if pixels is None else pixels.expand(count, -1, -1, -1),
             strength=find_nth(control.control_net_multipliers, number, 1.0),
             starts_at=find_nth(control.control_net_starts, number, 0.0),
             ends_at=find_nth(control.control_net_ratios, number, 1.0),
