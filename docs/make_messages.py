@@ -28,7 +28,7 @@ def listing() -> str:
 def messages(tree: ast.Module) -> Iterator[str]:
     """Every text with a space between words that is no docstring; what is filled in stands in braces."""
     skipped = docstrings(tree) | inside_f_strings(tree)
-    literals = [node for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)]
+    literals = [node for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr | ast.Call)]
     for node in sorted(literals, key=lambda node: (node.lineno, node.col_offset)):
         text = text_of(node) if id(node) not in skipped else None
         if text is not None and " " in text.strip() and any(word.isalpha() for word in text.split()):
@@ -36,7 +36,9 @@ def messages(tree: ast.Module) -> Iterator[str]:
 
 
 def text_of(node: ast.AST) -> str | None:
-    """The text of a literal or f-string; None for anything else."""
+    """The text of a literal, an f-string or a number of things; None for anything else."""
+    if isinstance(node, ast.Call):
+        return counted(node) or None
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if not isinstance(node, ast.JoinedStr):
@@ -44,10 +46,20 @@ def text_of(node: ast.AST) -> str | None:
     pieces: list[str] = []
     for value in node.values:
         if isinstance(value, ast.FormattedValue):
-            pieces.append("{" + ast.unparse(value.value) + "}")
+            pieces.append(counted(value.value) or "{" + ast.unparse(value.value) + "}")
         elif isinstance(value, ast.Constant):
             pieces.append(str(value.value))
     return "".join(pieces)
+
+
+def counted(node: ast.expr) -> str:
+    """What a call of `plural` gives for several; empty for any other expression."""
+    if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "plural"):
+        return ""
+    count, one, *many = node.args
+    noun = many[0] if many else one
+    text = str(noun.value) if isinstance(noun, ast.Constant) else f"{{{ast.unparse(noun)}}}"
+    return f"{{{ast.unparse(count)}}} {text}{'' if many else 's'}"
 
 
 def docstrings(tree: ast.Module) -> set[int]:
@@ -56,11 +68,15 @@ def docstrings(tree: ast.Module) -> set[int]:
 
 
 def inside_f_strings(tree: ast.Module) -> set[int]:
-    """The ids of the literal pieces of f-strings, which are told with the whole."""
+    """The ids of the pieces of f-strings and of numbers of things, which are told with the whole."""
     found: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             found |= {id(value) for value in node.values}
+            filled_in = [value.value for value in node.values if isinstance(value, ast.FormattedValue)]
+            found |= {id(value) for value in filled_in if isinstance(value, ast.Call)}
+        elif isinstance(node, ast.Call) and counted(node):
+            found |= {id(noun) for noun in node.args[1:]}
     return found
 
 

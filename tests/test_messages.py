@@ -14,4 +14,8 @@ def test_the_listing_is_up_to_date() -> None:
 
 def test_what_counts_as_a_message() -> None:
     code = '"""A docstring, no message."""\nx = f"{count} images are damaged" if y else "one"\nz = "a" + "two words"\n'
-    assert list(page_maker("make_messages").messages(ast.parse(code))) == ["{count} images are damaged", "two words"]
+    code += "v = f\"{path} has {plural(len(x), 'entry', 'entries')} and {plural(n, 'key')}\""
+    assert list(page_maker("make_messages").messages(ast.parse(code))) == [
+        *("{count} images are damaged", "two words"),
+        "{path} has {len(x)} entries and {n} keys",
+    ]

@@ -39,7 +39,7 @@ def test_it_prints_everything_and_writes_nothing(
     before = sorted(tmp_path.rglob("*"))
     assert main(["plan", *argv]) == 0
     told = capsys.readouterr().out
-    for word in ("network_dim", "command line", "bucket 64x64", "10 samples", "4, over 1 epochs", "denoiser"):
+    for word in ("network_dim", "command line", "bucket 64x64", "10 samples", "4, over 1 epoch", "denoiser"):
         assert word in told
     assert sorted(tmp_path.rglob("*")) == before
 

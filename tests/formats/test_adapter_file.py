@@ -129,7 +129,7 @@ def test_foreign_tensors_are_passed_over_and_named(tmp_path: Path) -> None:
     (pair("x") | {"x.lokr_w1": torch.ones(4, 1)}, "adapter-kind-unclear", "x has"),
     ({"x.dora_scale": torch.ones(4, 1)}, "adapter-kind-unclear", "x has dora_scale"),
     ({"x.hada_w1_a": torch.ones(1)}, "adapter-matrix-missing", "hada_w1_b"),
-    ({"x.oft_r": torch.ones(1)}, "adapter-kind-unsupported", "a OFT of PEFT before 0.16 (1 layers)"),
+    ({"x.oft_r": torch.ones(1)}, "adapter-kind-unsupported", "is of the kind OFT of PEFT before 0.16 (1 layer)"),
     ({"x.boft_R": torch.ones(1)}, "adapter-matrix-missing", "boft_s"),
     ({"x.boft_R": torch.ones(3, 2, 2, 2), "x.boft_s": torch.ones(4, 1)}, "adapter-matrices-mismatch", "(3, 2, 2, 2)"),
     ({"x.oft_blocks": torch.ones(2, 3, 2)}, "adapter-matrices-mismatch", "(2, 3, 2)"),

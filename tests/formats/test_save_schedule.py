@@ -71,7 +71,7 @@ def test_states_have_spans_of_their_own() -> None:
     assert list(schedule.list_expired_at_epoch(5, state=False)) == ["x-000001", "x-000002"]
     assert list(schedule.list_expired_at_epoch(5, state=True)) == ["x-000001", "x-000002", "x-000003", "x-000004"]
     assert describe_retention(schedule, states=True) == [
-        "saving every 1 epochs; the last 3 epochs are kept; states: the last 1"
+        "saving every epoch; the last 3 epochs are kept; states: the last 1"
     ]
 
 

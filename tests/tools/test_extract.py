@@ -116,7 +116,7 @@ def test_what_an_adapter_cannot_have_is_said(
         == 0
     )
     out = capsys.readouterr().out
-    assert "denoiser: 1 layers" in out
+    assert "denoiser: 1 layer," in out
     assert "2 other tensors differ" in out
     with safe_open(output, "pt") as opened:
         metadata = opened.metadata()

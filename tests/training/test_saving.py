@@ -92,5 +92,5 @@ def test_what_is_kept_is_said_before_the_first_step(toy_shelf: ToyShelf, tmp_pat
         save_last_n_epochs=2, console_log_level="INFO", console_log_file=log,
     )  # fmt: skip
     told = log.read_text()
-    for line in ("saving every 1 epochs; the last 2 epochs are kept", "saving after step 1; these are kept"):
+    for line in ("saving every epoch; the last 2 epochs are kept", "saving after step 1; these are kept"):
         assert 0 < told.index(line) < told.index("saved ")

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sfumato.adapters.perturbation import Perturbation
 from sfumato.common.registry import Registry
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config.base import Options
 from sfumato.data.batch import Tensors
 from sfumato.errors import InternalError
@@ -365,9 +365,9 @@ class AdapterEngine(nn.Module):
             if not is_trainable(adapter) or any(parameter.grad is not None for parameter in adapter.parameters()):
                 continue
             (without_gradient if name in self._names_run else never_run).append(name)
-        lines = [f"{len(never_run)} adapted layers never ran: {list_some(never_run)}"] if never_run else []
+        lines = [f"{plural(len(never_run), 'adapted layer')} never ran: {list_some(never_run)}"] if never_run else []
         if without_gradient:
-            lines.append(f"{len(without_gradient)} adapters got no gradient: {list_some(without_gradient)}")
+            lines.append(f"{plural(len(without_gradient), 'adapter')} got no gradient: {list_some(without_gradient)}")
         return lines
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.adapters.base import ADAPTERS
 from sfumato.adapters.diag_oft import OFT_BLOCKS, RESCALE, DiagOFT
 from sfumato.adapters.rotations import mix_butterfly
+from sfumato.common.text import plural
 from sfumato.config.base import Options
 from sfumato.errors import InternalError
 from sfumato.formats.groups import LayerGroup
@@ -35,7 +36,7 @@ class BOFT(DiagOFT):
     def choose_shape(rows: int, rank: int) -> tuple[int, ...]:
         size = find_block_size(rows, rank)
         if size is None:
-            raise InternalError(f"{rows} rows have no butterfly of blocks up to {rank}")
+            raise InternalError(f"{plural(rows, 'row has', 'rows have')} no butterfly of blocks up to {rank}")
         count = rows // size
         return (count.bit_length(), count, size, size)
 

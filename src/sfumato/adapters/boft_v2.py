@@ -16,6 +16,7 @@ from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, apply_weigh
 from sfumato.adapters.formed_change import apply_formed
 from sfumato.adapters.oft_v2 import count_columns
 from sfumato.adapters.rotations import find_rotation_difference, make_skew, multiply_blocks
+from sfumato.common.text import plural
 from sfumato.config.base import Options, option
 from sfumato.data.batch import Tensors
 from sfumato.errors import UserError
@@ -141,7 +142,8 @@ class BOFTv2(Adapter):
         blocks, factors = tensors[BUTTERFLY].float(), tensors[FACTORS].float().reshape(-1, 1)
         if blocks.shape[1] * blocks.shape[2] != count_columns(group):
             raise UserError(
-                f"{group.name} has {count_columns(group)} inputs, the file has {blocks.shape[1]} blocks of "
+                f"{group.name} has {plural(count_columns(group), 'input')}, the file has "
+                f"{plural(blocks.shape[1], 'block')} of "
                 f"{blocks.shape[2]} for them",
                 code="boft-blocks-of-other-layer",
             )

@@ -18,6 +18,7 @@ from sfumato.adapters.base import (
     over_channels,
     remove_bias,
 )
+from sfumato.common.text import plural
 from sfumato.config.base import Options, option
 from sfumato.errors import UserError
 from sfumato.formats.adapter_kind import FileLayer, LayerTensors
@@ -106,7 +107,7 @@ class IA3(Adapter):
         count = group.layers[0].weight.shape[1] if on_input else group.num_rows
         if len(factors) != count:
             raise UserError(
-                f"{group.name} has {len(factors)} factors in the file, where the model's layer has {count} "
+                f"{group.name} has {plural(len(factors), 'factor')} in the file, where the model's layer has {count} "
                 + ("inputs" if on_input else "outputs"),
                 code="factors-of-other-layer",
             )

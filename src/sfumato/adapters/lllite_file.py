@@ -12,7 +12,7 @@ from sfumato.adapters.control_modules import ControlModules
 from sfumato.adapters.lllite import LLLite
 from sfumato.adapters.lllite_shared import TRUNK, SharedLLLite
 from sfumato.adapters.lllite_trunk import DILATIONS, MASK_SIDE, LLLiteSizes
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.diffusion.objective import LatentSpec
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import open_checkpoint
@@ -97,8 +97,8 @@ def read_sizes(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, str]
     channels = 3 + has_mask if in_latents else first.shape[1]
     if channels not in _CHANNELS or len(branches) not in (0, len(dilations)):
         raise UserError(
-            f"{path} is an LLLite file whose images have {channels} channels and whose pyramid has "
-            f"{len(branches)} branches; those with 3 or 4 channels, and no or {len(dilations)} branches are read",
+            f"{path} is an LLLite file whose images have {plural(channels, 'channel')} and whose pyramid has "
+            f"{plural(len(branches), 'branch', 'branches')}; those with 3 or 4 channels, and no or {len(dilations)} branches are read",
             code="lllite-variant-unsupported",
         )
     return LLLiteSizes(

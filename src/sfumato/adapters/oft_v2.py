@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, apply_weight, drop_module
 from sfumato.adapters.formed_change import apply_formed
 from sfumato.adapters.rotations import find_neumann_difference, find_rotation_difference, multiply_blocks
+from sfumato.common.text import plural
 from sfumato.config.base import Options, option
 from sfumato.data.batch import Tensors
 from sfumato.errors import UserError
@@ -140,7 +141,8 @@ class OFTv2(Adapter):
         size, columns = find_triangle_size(triangles.shape[1]), count_columns(group)
         if columns % size or len(triangles) not in (1, columns // size):
             raise UserError(
-                f"{group.name} has {columns} inputs, the file has {len(triangles)} blocks of {size} for them",
+                f"{group.name} has {plural(columns, 'input')}, the file has {plural(len(triangles), 'block')} of "
+                f"{size} for them",
                 code="oft-blocks-of-other-layer",
             )
         return cls(group, triangles, is_exact=bool(tensors[IS_EXACT]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sfumato.cli.dataset_tag import CAPTION_ALIASES
 from sfumato.cli.options_command import run_with_options
+from sfumato.common.text import plural
 from sfumato.config.base import Options, option
 from sfumato.config.values import Extension, FilePath, MachineShard, ModelPath
 
@@ -77,7 +78,7 @@ def run_captioning(options: CaptioningOptions) -> int:
     workers = options.max_data_loader_n_workers or DEFAULT_WORKERS
     bad = run.caption(images, batch_size=options.batch_size, workers=workers)
     skipped = f", {bad:,} could not be read" if bad else ""
-    sys.stdout.write(f"{len(images) - bad:,} of {len(images):,} images have a caption{skipped}\n")
+    sys.stdout.write(f"{len(images) - bad:,} of {plural(len(images), 'image has', 'images have')} a caption{skipped}\n")
     return 0
 
 

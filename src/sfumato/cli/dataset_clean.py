@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from sfumato.cli.options_command import run_with_options
+from sfumato.common.text import plural
 from sfumato.config.base import Options, option
 from sfumato.config.values import FilePath
 
@@ -30,5 +31,5 @@ def run_cleaning(options: CleanOptions) -> int:
     from sfumato.tools.clean_texts import clean_metadata
 
     changed = clean_metadata(options.in_json, options.out_json)
-    sys.stdout.write(f"{options.out_json}: {changed:,} entries changed\n")
+    sys.stdout.write(f"{options.out_json}: {plural(changed, 'entry changed', 'entries changed')}\n")
     return 0

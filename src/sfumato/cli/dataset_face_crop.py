@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from sfumato.cli.options_command import run_with_options
+from sfumato.common.text import plural
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.values import FilePath
 from sfumato.errors import Problems
@@ -50,8 +51,8 @@ def run_face_crop(options: FaceCropOptions) -> int:
     """Crop; gives the exit code."""
     check_exclusive(options)
     count, faults = make_face_crop(options).run(options.src_dir, options.dst_dir)
-    bad = f", {faults:,} images could not be read" if faults else ""
-    sys.stdout.write(f"{count:,} crops are in {options.dst_dir}{bad}\n")
+    bad = f", {plural(faults, 'image')} could not be read" if faults else ""
+    sys.stdout.write(f"{plural(count, 'crop is', 'crops are')} in {options.dst_dir}{bad}\n")
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sfumato.cli.dataset_tag import CAPTION_ALIASES
 from sfumato.cli.options_command import run_with_options
+from sfumato.common.text import plural
 from sfumato.config.base import Options, option
 from sfumato.config.values import Extension, FilePath
 
@@ -62,5 +63,5 @@ def run_merge_of_texts(options: CaptionMergeOptions | TagMergeOptions) -> int:
         verbose=options.debug,
     )
     count = merge.run(options.train_data_dir)
-    sys.stdout.write(f"{options.out_json} has the {name} of {count:,} images\n")
+    sys.stdout.write(f"{options.out_json} has the {name} of {plural(count, 'image')}\n")
     return 0

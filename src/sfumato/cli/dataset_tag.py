@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from sfumato.cli.options_command import run_with_options
+from sfumato.common.text import plural
 from sfumato.config.base import Metavar, Options, option
 from sfumato.config.values import Extension, FilePath, MachineShard
 
@@ -100,7 +101,7 @@ def run_tagging(options: TagOptions) -> int:
     if options.frequency_tags:
         sys.stdout.write("".join(f"{tag}: {count}\n" for tag, count in chooser.counts.most_common()))
     skipped = f", {bad:,} could not be read" if bad else ""
-    sys.stdout.write(f"{len(images) - bad:,} of {len(images):,} images have tags{skipped}\n")
+    sys.stdout.write(f"{len(images) - bad:,} of {plural(len(images), 'image has', 'images have')} tags{skipped}\n")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sfumato.cli.generate_options import GenerateOptions
+from sfumato.common.text import plural
 from sfumato.config import Config
 from sfumato.config.precision_rules import LOW_PRECISION
 from sfumato.errors import UserError
@@ -19,7 +20,8 @@ def list_networks(options: GenerateOptions, config: Config) -> list[tuple[Path, 
         paths = (config.network.network_weights,)
     if len(multipliers) > len(paths):
         raise UserError(
-            f"--network_mul has {len(multipliers)} values for {len(paths)} files of --network_weights",
+            f"--network_mul has {plural(len(multipliers), 'value')} for {plural(len(paths), 'file')} of "
+            "--network_weights",
             code="network-multiplier-count",
             fix="give one value for each file, or fewer; missing ones are 1",
         )

@@ -6,6 +6,7 @@ import sys
 from typing import Literal
 
 from sfumato.cli.dataset_cache import DatasetCacheOptions, make_cache_config, run_cache_command
+from sfumato.common.text import plural
 from sfumato.compat.file_tool import FileTool
 from sfumato.config.base import Options, option
 from sfumato.config.command import NO_DRY_RUN, read_command
@@ -69,7 +70,9 @@ def prepare_buckets(options: BucketPreparationOptions) -> int:
     config = make_cache_config(line, FILLED)
     count, missing = write_train_resolutions(config, options.in_json, options.out_json)
     rest = f", {missing:,} of its images have none" if missing else ""
-    sys.stdout.write(f"{options.out_json} has the buckets of {count:,} images{rest}; their latents are in the cache\n")
+    sys.stdout.write(
+        f"{options.out_json} has the buckets of {plural(count, 'image')}{rest}; their latents are in the cache\n"
+    )
     return 0
 
 

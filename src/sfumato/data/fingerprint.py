@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sfumato.common.text import plural
 from sfumato.data.find.image_table import ImageTable, TextColumn
 from sfumato.data.plans import DataPlan, DatasetPlan, SubsetPlan
 
@@ -66,7 +67,7 @@ def digest_bytes(*contents: bytes) -> str:
 def compare_fingerprints(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """A line for everything that was different in the data of the saved run."""
     if before["processes"] != now["processes"]:
-        yield f"the run had {before['processes']} processes, now it has {now['processes']}"
+        yield f"the run had {plural(before['processes'], 'process', 'processes')}, now it has {now['processes']}"
     old, new = before["datasets"], now["datasets"]
     for name in dict.fromkeys((*old, *new)):
         if name not in old or name not in new:
@@ -81,9 +82,9 @@ def compare_fingerprints(before: Mapping[str, Any], now: Mapping[str, Any]) -> I
 def compare_subsets(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for name in dict.fromkeys((*old, *new)):
         if name not in new:
-            yield f"the {old[name]['images']} images of {name} are gone from the dataset"
+            yield f"the {plural(old[name]['images'], 'image')} of {name} are gone from the dataset"
         elif name not in old:
-            yield f"the {new[name]['images']} images of {name} are new in the dataset"
+            yield f"the {plural(new[name]['images'], 'image')} of {name} are new in the dataset"
         else:
             yield from compare_images(name, old[name], new[name])
 

@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config import Config
 from sfumato.data.batch_sampler import ValidationSampler
 from sfumato.data.find.findings import Findings
@@ -81,7 +81,8 @@ def refuse_overlap(training: Sequence[DatasetPlan], validation: Sequence[Dataset
             overlap = [path for path in subset.items.images.paths() if path in held_out]
             if overlap:
                 problems.add(
-                    f"{subset.settings.where} trains on {len(overlap)} images that another subset holds out for "
+                    f"{subset.settings.where} trains on {plural(len(overlap), 'image')} that another subset holds out "
+                    "for "
                     f"validation: {list_some(overlap)}",
                     code="validation-images-trained-on",
                     fix="give all subsets with these images the same validation_split and validation_seed",
@@ -95,12 +96,13 @@ def check_validation_split(plan: DataPlan, config: Config, report: Findings) -> 
         for subset in empty:
             report.note(
                 f"{subset.settings.where}: validation_split {subset.settings.validation_split:g} of "
-                f"{len(subset.items)} images holds out none"
+                f"{plural(len(subset.items), 'image')} holds out none"
             )
     elif empty:
         settings, count = empty[0].settings, len(empty[0].items)
         report.problems.add(
-            f"{settings.where}: validation_split {settings.validation_split:g} of {count} images holds out none",
+            f"{settings.where}: validation_split {settings.validation_split:g} of {plural(count, 'image')} holds out "
+            "none",
             code="validation-split-empty",
             fix="raise validation_split, or add images",
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from random import Random
 
 from sfumato.common.seeds import python_random
+from sfumato.common.text import plural
 from sfumato.data.captions import CaptionRules, drops_caption, process_caption
 from sfumato.data.plans import DataPlan, SubsetPlan
 from sfumato.errors import Problems
@@ -84,4 +85,7 @@ def describe_variants(plan: DataPlan, *, variants: int) -> Iterator[str]:
     subsets = [subset for subset in list_used_subsets(plan) if subset.settings.rules.varying_options]
     if subsets and variants > 1:
         texts = variants * sum(len(subset.items) for subset in subsets)
-        yield f"text is cached in {variants} variants of each caption, {texts} in total; each sample uses a random one"
+        yield (
+            f"text is cached in {plural(variants, 'variant')} of each caption, {texts} in total; each sample uses a "
+            "random one"
+        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from sfumato.common import files
+from sfumato.common.text import plural
 from sfumato.config import load_config
 from sfumato.demo.base import ASSETS, Base, tiny_base
 from sfumato.demo.plot import draw_loss_plot
@@ -80,7 +81,9 @@ def run_demo(output: Path, *, options: Mapping[str, str] | None = None, base: Ba
     base = base or tiny_base()
     line = make_command_line(base, output, options or {})
     count = count_lesson_images()
-    print(f"Teaching {base.title} what a {SUBJECT} is, from {count} images in {LESSON_FOLDER}. The command:\n")
+    print(
+        f"Teaching {base.title} what a {SUBJECT} is, from {plural(count, 'image')} in {LESSON_FOLDER}. The command:\n"
+    )
     print(f"sfumato train {shlex.join(line)}\n", flush=True)
     train(load_config(line))
 
@@ -98,7 +101,7 @@ def run_demo(output: Path, *, options: Mapping[str, str] | None = None, base: Ba
         others_before=before.accuracy(OTHER_SUBJECTS),
         others_after=after.accuracy(OTHER_SUBJECTS),
     )
-    facts = f"{base.title}, LoRA, {len(losses)} steps on {count} images of a {SUBJECT}"
+    facts = f"{base.title}, LoRA, {len(losses)} steps on {plural(count, 'image')} of a {SUBJECT}"
     save_png(result.plot, draw_loss_plot(losses, title="Training loss", subtitle=facts))
     rows = [make_sheet_row(prompt, subject, before, after) for prompt, subject in (SUBJECTS | OTHER_SUBJECTS).items()]
     subtitle = f"{facts}; seeds {', '.join(map(str, SEEDS))}"

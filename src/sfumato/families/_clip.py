@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.common.text import plural
 from sfumato.config import ModelOptions
 from sfumato.data.batch import Tensors
 from sfumato.data.prompt_weighting import WeightedText, compute_token_weights, strip_weights
@@ -149,7 +150,7 @@ def check_clip_skip(model: ModelOptions, config: Mapping[str, Any]) -> None:
     layers = config["num_hidden_layers"]
     if (model.clip_skip or 1) > layers:
         raise UserError(
-            f"--clip_skip {model.clip_skip} is beyond the {layers} layers of the text encoder",
+            f"--clip_skip {model.clip_skip} is beyond the {plural(layers, 'layer')} of the text encoder",
             code="clip-skip-beyond-layers",
             fix=f"give 1 (the last layer) to {layers}; 2 is usual for models of anime images",
         )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families._other_models import name_other_model
 
@@ -102,7 +103,8 @@ def check_input_channels(place: object, found: int, latents: int, variant: str) 
     """Raise UserError where a denoiser sees more channels than latents have. variant: what such a checkpoint is."""
     if found != latents:
         raise UserError(
-            f"{place}: denoisers with {found} input channels instead of {latents} ({variant}) are not supported",
+            f"{place}: denoisers with {plural(found, 'input channel')} instead of {latents} ({variant}) are not "
+            "supported",
             code="denoiser-variant-unsupported",
             fix="start from the plain text-to-image checkpoint",
         )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.common import files
 from sfumato.common.json_toml import decode_json
+from sfumato.common.text import plural
 from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
 from sfumato.families.source import read_json
@@ -87,7 +88,7 @@ def check_vocabulary_size(tokens: int, rows: int, *, owner: str) -> None:
     """Raise UserError where a tokenizer has not as many tokens as its encoder's embedding has rows."""
     if tokens != rows:
         raise UserError(
-            f"the tokenizer has {tokens} tokens, the text encoder {rows}",
+            f"the tokenizer has {plural(tokens, 'token')}, the text encoder {rows}",
             code="tokenizer-vocabulary-mismatch",
             fix=f"give the folder of the tokenizer of {owner} with --tokenizer",
         )
@@ -273,7 +274,7 @@ def _check_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
     missing = [token for token in vocabulary.ids if token not in reachable and not token.startswith("<")]
     unknown = sorted(merged - vocabulary.ids.keys())
     if missing or unknown:
-        what = f"merges of {len(missing)} tokens" if missing else f"tokens of {len(unknown)} merges"
+        what = f"merges of {plural(len(missing), 'token')}" if missing else f"tokens of {plural(len(unknown), 'merge')}"
         raise UserError(
             f"{folder} lacks the {what}, e.g. {(missing or unknown)[0]!r}: a file of it is cut short or damaged",
             code="clip-merges-incomplete",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sfumato.common.text import plural
 from sfumato.data.batch import Tensors, pad_stack
 from sfumato.data.prompt_weighting import has_weights, parse_weights, strip_weights
 from sfumato.diffusion.objective import LatentSpec
@@ -172,7 +173,7 @@ def describe_cut_captions(model: Family, captions: Sequence[str], *, weighted: b
         return ""
     over = sum(length > largest.limit for length in largest.lengths)
     longest = max(range(len(texts)), key=largest.lengths.__getitem__)
-    cut = f"{over} of {len(texts)} captions have more than {largest.limit} tokens and are cut"
+    cut = f"{over} of {plural(len(texts), 'caption has', 'captions have')} more than {largest.limit} tokens and are cut"
     return f"{cut}; the longest has {largest.lengths[longest]}: {captions[longest][:60]!r}" if over else ""
 
 

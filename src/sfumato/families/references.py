@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sfumato.common.text import plural
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems
 from sfumato.families.base import FAMILIES, Family
@@ -23,7 +24,8 @@ def check_reference_folders(family: type[Family], source: Source, data: DataPlan
             given = max(len(subset.settings.reference_data_dirs), len(subset.items.images.references))
             if given > taken:
                 problems.add(
-                    f"{subset.settings.where}: each image has {given} reference images, and a model of the family "
+                    f"{subset.settings.where}: each image has {plural(given, 'reference image')}, and a model of the "
+                    "family "
                     f"{family.name} takes {taken or 'none'}",
                     code="reference-images-unused",
                     fix=fix,

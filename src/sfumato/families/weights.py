@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.errors import UserError
 from sfumato.families._file_kinds import ShapeTable
 from sfumato.families.finite_check import FiniteCheck
@@ -78,7 +78,7 @@ class Weights:
         conflicts = find_conflicts(unknown, known) if unknown else []
         if conflicts:
             raise UserError(
-                f"{self.file.header.path} has {len(conflicts)} unknown keys: {list_some(conflicts)}",
+                f"{self.file.header.path} has {plural(len(conflicts), 'unknown key')}: {list_some(conflicts)}",
                 code="network-keys-unknown",
             )
         return ShapeTable(self.file.header.path, shapes)
@@ -183,7 +183,7 @@ class Weights:
         missing = [name for name in expected if name not in state]
         if missing:
             raise UserError(
-                f"{self.file.header.path} lacks {len(missing)} tensors: {list_some(missing)}",
+                f"{self.file.header.path} lacks {plural(len(missing), 'tensor')}: {list_some(missing)}",
                 code="network-tensors-missing",
             )
 

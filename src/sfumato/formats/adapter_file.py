@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.errors import UserError
 from sfumato.formats.adapter_keys import (
     ALPHA,
@@ -63,11 +63,8 @@ class AdapterFile:
     def describe_passed_over(self) -> list[str]:
         """A line about the keys that are not used; none where all are."""
         count = len(self.passed_over)
-        return (
-            [f"{self.path}: {count} tensors are no adapter and not used: {list_some(self.passed_over)}"]
-            if count
-            else []
-        )
+        what = plural(count, "tensor is", "tensors are")
+        return [f"{self.path}: {what} no adapter and not used: {list_some(self.passed_over)}"] if count else []
 
     def find_weight_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the weight that a layer of the file changes, of all its layers stacked."""
@@ -167,9 +164,9 @@ def _check_kinds(file: AdapterFile, known: Sequence[AdapterKind]) -> None:
     foreign = Counter(next(filter(None, map(find_foreign_kind, tensors)), "") for tensors in file.layers.values())
     del foreign[""]
     if foreign:
-        text = " and ".join(f"a {name} ({count} layers)" for name, count in foreign.items())
+        text = " and ".join(f"{name} ({plural(count, 'layer')})" for name, count in foreign.items())
         raise UserError(
-            f"{file.path} is {text}; only {', '.join(kind.label for kind in known)} are supported",
+            f"{file.path} is of the kind {text}; only {', '.join(kind.label for kind in known)} are supported",
             code="adapter-kind-unsupported",
             fix="merge it into the model with the program that made it, or give one of a supported kind",
         )
@@ -202,8 +199,8 @@ def check_whole_weights(path: Path, keys: Sequence[str]) -> None:
     """UserError where there are tensors of the model's networks that an adapter cannot express."""
     if keys:
         raise UserError(
-            f"{path} holds {len(keys)} more tensors of its networks, without which the result would be wrong: "
-            + list_some(keys),
+            f"{path} holds {plural(len(keys), 'more tensor')} of its networks, without which the result would be "
+            "wrong: " + list_some(keys),
             code="adapter-with-whole-weights",
             fix="merge it into the model with the program that made it",
         )
@@ -231,7 +228,7 @@ def _complete_layer(
     lists = [tensor for tensor in (ALPHA, SCALAR) if tensor in tensors and tensors[tensor].numel() != 1]
     if lists:
         raise UserError(
-            f"{path}: {name}.{lists[0]} has {tensors[lists[0]].numel()} numbers instead of one",
+            f"{path}: {name}.{lists[0]} has {plural(tensors[lists[0]].numel(), 'number')} instead of one",
             code="adapter-alpha-shape",
         )
     network, _, rest = name.partition(".")

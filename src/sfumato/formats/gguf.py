@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.common.files import open_file
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.formats.header import DOWNLOAD_AGAIN, TensorHeader, TensorInfo
 from sfumato.quantization.gguf_blocks import BLOCK_TYPES, GgufBlocks
@@ -146,7 +147,7 @@ def _make_info(path: Path, name: str, shape: Any, stored: tuple[int, ...], kind:
         )
     block = BLOCK_TYPES[GGML_BLOCKS[kind]]
     if numel % block.columns or math.prod(shape) != numel:
-        raise ValueError(f"{name} has the shape {shape}, and {numel} numbers in blocks of {block.columns}")
+        raise ValueError(f"{name} has the shape {shape}, and {plural(numel, 'number')} in blocks of {block.columns}")
     return TensorInfo(dtype=BLOCKS_AS, shape=shape, start=start, end=start + numel // block.columns * block.size)
 
 

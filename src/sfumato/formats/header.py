@@ -12,7 +12,7 @@ from typing import Any
 
 from sfumato.common.files import open_file
 from sfumato.common.json_toml import Pairs, decode_json
-from sfumato.common.text import has_lone_surrogate
+from sfumato.common.text import has_lone_surrogate, plural
 from sfumato.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # bytes; what the safetensors library accepts
@@ -67,7 +67,7 @@ def read_header(path: Path | str) -> TensorHeader:
         raise _truncation_error(path, expected, size)
     if expected < size:
         raise UserError(
-            f"{path} is damaged: it has {size - expected:,} bytes more than its header says",
+            f"{path} is damaged: it has {plural(size - expected, 'byte')} more than its header says",
             code="tensor-file-too-long",
             fix=DOWNLOAD_AGAIN,
         )
@@ -124,7 +124,7 @@ def _parse_header_length(path: Path, start: bytes, size: int) -> int:
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if length < 2 or length > MAX_HEADER_BYTES or (size > 8 and start[8:9] != b"{"):
         kinds = [kind for signature, kind in FILE_SIGNATURES.items() if start.lstrip().startswith(signature)]
-        reason = f"it looks like {kinds[0]}" if kinds else f"it has {size:,} bytes and does not begin like one"
+        reason = f"it looks like {kinds[0]}" if kinds else f"it has {plural(size, 'byte')} and does not begin like one"
         raise UserError(
             f"{path} is not a safetensors file: {reason}",
             code="not-safetensors",
@@ -197,7 +197,7 @@ def _parse_entry(path: Path, name: str, entry: Any, first: int) -> TensorInfo:
 
 def _truncation_error(path: Path, expected: int, size: int) -> UserError:
     return UserError(
-        f"{path} is truncated: it should have {expected:,} bytes and has {size:,}",
+        f"{path} is truncated: it should have {plural(expected, 'byte')} and has {size:,}",
         code="tensor-file-truncated",
         fix=DOWNLOAD_AGAIN,
     )

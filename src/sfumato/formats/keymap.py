@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.errors import InternalError, UserError
 
 Op = Literal["", "swap", "transpose", "squeeze"]
@@ -110,7 +110,7 @@ class KeyMap:
         rows = [shapes[name][0] if shapes[name] else 1 for name in names]
         if len(names) > 1 and sum(rows) != tensor.shape[0]:
             raise UserError(
-                f"{original!r} has {tensor.shape[0]} rows where {' + '.join(map(str, rows))} are expected",
+                f"{original!r} has {plural(tensor.shape[0], 'row')} where {' + '.join(map(str, rows))} are expected",
                 code="stacked-rows-mismatch",
             )
         pieces = tensor.split(rows) if len(names) > 1 else (tensor,)

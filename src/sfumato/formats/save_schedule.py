@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sfumato.common.text import plural
 from sfumato.config import SaveOptions
 
 
@@ -95,7 +96,7 @@ def describe_retention(schedule: SaveSchedule, *, states: bool) -> list[str]:
         if every:
             retention = f"the last {last} {unit}s are kept" if last is not None else "all are kept"
             retention += f"; states: {'all' if last_state is None else f'the last {last_state}'}" if states else ""
-            lines.append(f"saving every {every} {unit}s; {retention}")
+            lines.append(f"saving every {plural(every, unit) if every > 1 else unit}; {retention}")
     for unit, listed in (("step", schedule.steps), ("epoch", schedule.epochs)):
         if listed:
             lines.append(f"saving after {unit} {', '.join(map(str, listed))}; these are kept")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sfumato.common.files import read_file
 from sfumato.common.json_toml import decode_json
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.errors import UserError
 from sfumato.formats.header import DOWNLOAD_AGAIN, TensorHeader, read_header
 
@@ -75,7 +75,7 @@ def read_sharded_headers(path: Path | str) -> dict[Path, TensorHeader]:
         differing = sorted(listed ^ set(header.tensors))
         if differing:
             raise UserError(
-                f"{main} and {file.name} disagree about {len(differing)} tensors, e.g. {differing[0]!r}",
+                f"{main} and {file.name} disagree about {plural(len(differing), 'tensor')}, e.g. {differing[0]!r}",
                 code="shard-index-mismatch",
                 fix=DOWNLOAD_AGAIN,
             )

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 
+from sfumato.common.text import plural
 from sfumato.config import Config
 from sfumato.errors import Problems
 from sfumato.families.base import Family
@@ -59,7 +60,7 @@ def describe_kept_weights(part: Part) -> str:
     counts = Counter(own.label for own in formats.values())
     small = sum(own.count_bytes(shapes[name]) for name, own in formats.items())
     rest = sum(shape.numel() for name, shape in shapes.items() if name not in formats) * part.dtype.itemsize
-    listed = ", ".join(f"{count} weights in {label}" for label, count in counts.items())
+    listed = ", ".join(f"{plural(count, 'weight')} in {label}" for label, count in counts.items())
     return (
         f"{listed}, {small / 1e9:.2f} GB; biases, norms, embeddings and layers outside the blocks in "
         f"{describe_precision(part.dtype, None)}, {rest / 1e9:.2f} GB"

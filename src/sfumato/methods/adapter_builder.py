@@ -9,7 +9,7 @@ from itertools import chain
 from sfumato.adapters.base import ADAPTERS, Adapter, AdapterRequest, Dropout, is_trainable
 from sfumato.adapters.kinds import choose_kinds, create_adapter, list_kinds, read_adapter_file, restore_adapter
 from sfumato.adapters.perturbation import Perturbation
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config import Config
 from sfumato.diffusion.randomness import Randomness
 from sfumato.errors import UserError
@@ -155,7 +155,8 @@ class AdapterBuilder:
             frozen = [name for name, adapter in self.weights.items() if adapter.group.part == part]
             if frozen and len(frozen) == len(self.weights):
                 raise UserError(
-                    f"{self.file.path}: all {len(frozen)} adapters are for the part {part!r}, which does not train",
+                    f"{self.file.path}: all {plural(len(frozen), 'adapter is', 'adapters are')} for the part "
+                    f"{part!r}, which does not train",
                     code="weights-of-frozen-part",
                     fix="let it train, or merge the file with --base_weights",
                 )
@@ -174,18 +175,21 @@ class AdapterBuilder:
         if words and not self.token_string:
             unused.append(f"{path}: its new words are not in the result; --token_string WORD keeps them")
         unused += [
-            f"{path}: {count} adapters of {part}, which does not train, are set aside: neither used nor saved"
+            f"{path}: {plural(count, 'adapter')} of {part}, which does not train, are set aside: neither used nor saved"
             for part, count in self.set_aside.items()
         ]
         names = [adapter.group.name for adapter in adapters]
         new = [name for name in names if name not in self.weights]
         rest = f"; {len(new)} start from new values, e.g. {list_some(new, 2)}" if new else ""
-        remarks = [f"{path}: {len(names) - len(new)} of {len(names)} adapters start from it{rest}"]
+        remarks = [
+            f"{path}: {len(names) - len(new)} of {plural(len(names), 'adapter starts', 'adapters start')} from it{rest}"
+        ]
         joined = [own for own in self.weights.values() if len(own.matches) > 1]
         rank = next((each.known_rank for each in adapters if joined and each.group is joined[0].group), None)
         if joined and rank is not None:
             remarks.append(
-                f"{path}: {len(joined)} fused layers, e.g. {joined[0].group.name}, have an adapter of their own for "
+                f"{path}: {plural(len(joined), 'fused layer')}, e.g. {joined[0].group.name}, have an adapter of their "
+                "own for "
                 f"each of their layers there; they train as one of rank {rank}"
             )
         return unused, remarks

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sfumato.adapters.base import Adapter, is_trainable
+from sfumato.common.text import plural
 from sfumato.config import NetworkOptions, OptimOptions
 from sfumato.config.values import to_tuple
 from sfumato.errors import UserError
@@ -212,7 +213,8 @@ def parse_block_factors(option: str, value: Any, count: int) -> list[float]:
     texts = value.split(",") if isinstance(value, str) else [str(item) for item in to_tuple(value)]
     if len(texts) > count:
         raise UserError(
-            f"--network_args {option} has {len(texts)} numbers for {count} blocks", code="block-factors-too-many"
+            f"--network_args {option} has {plural(len(texts), 'number')} for {plural(count, 'block')}",
+            code="block-factors-too-many",
         )
     return [_parse_factor(option, text.strip() or "0") for text in texts]
 

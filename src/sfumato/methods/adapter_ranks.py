@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sfumato.adapters.base import ADAPTERS
 from sfumato.adapters.kinds import choose_kinds, list_related
 from sfumato.common.names import DEFAULT_KIND, DEFAULT_RANK, LycorisPreset
+from sfumato.common.text import plural
 from sfumato.config import NetworkOptions
 from sfumato.config.base import Options
 from sfumato.errors import UserError
@@ -212,8 +213,9 @@ class AdapterRanks:
         ]
         near = sorted(sorted(possible, key=lambda other: abs(other - dim))[:4])
         raise UserError(
-            f"--network_dim is {kind.dim_meaning}: with {dim}, {len(wrong)} of {len(groups)} layers can have no "
-            f"{kind.label}, e.g. {first.name} with a weight of {first.num_rows} rows",
+            f"--network_dim is {kind.dim_meaning}: with {dim}, {len(wrong)} of {plural(len(groups), 'layer')} can "
+            "have no "
+            f"{kind.label}, e.g. {first.name} with a weight of {plural(first.num_rows, 'row')}",
             code="network-dim-impossible",
             fix=f"a --network_dim that works for all of them, e.g. {', '.join(map(str, near))}"
             if near
@@ -318,6 +320,6 @@ def check_lengths(args: AdapterArgs, specs: Sequence[PartSpec]) -> None:
 def check_length(option: str, values: Sequence[float] | None, count: int) -> None:
     if values is not None and len(values) != count:
         raise UserError(
-            f"--network_args {option} has {len(values)} numbers, this model needs {count}",
+            f"--network_args {option} has {plural(len(values), 'number')}, this model needs {count}",
             code="network-arg-wrong-length",
         )

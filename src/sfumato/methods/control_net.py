@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.common import files
-from sfumato.common.text import list_some, strip_paths
+from sfumato.common.text import list_some, plural, strip_paths
 from sfumato.config import Config
 from sfumato.data.batch import CONTROL, Extras, Tensors
 from sfumato.errors import UserError
@@ -180,4 +180,4 @@ class ControlNetMethod:
             for name, parameter in self.modules[CONTROL_NET].named_parameters()
             if parameter.grad is None and not any(matches(pattern, name) for pattern in self.unread)
         ]
-        return [f"{len(names)} weights got no gradient: {list_some(names)}"] if names else []
+        return [f"{plural(len(names), 'weight')} got no gradient: {list_some(names)}"] if names else []

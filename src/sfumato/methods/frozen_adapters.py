@@ -16,6 +16,7 @@ from torch import nn
 
 from sfumato.adapters.base import Adapter, AdapterEngine
 from sfumato.adapters.kinds import read_adapter_file, restore_adapter
+from sfumato.common.text import plural
 from sfumato.config.frozen import FrozenAdapter
 from sfumato.errors import UserError
 from sfumato.families.adapter_names import match_file_layers
@@ -38,7 +39,7 @@ class FrozenFile:
 
     def make_remark(self) -> str:
         uses = {"train": "in training and validation", "sample": "in previews", "both": "in training and previews"}
-        counts = ", ".join(f"{len(found)} layers of {part}" for part, found in self.matches.items())
+        counts = ", ".join(f"{plural(len(found), 'layer')} of {part}" for part, found in self.matches.items())
         kinds = Counter(match.kinds[-1].label for found in self.matches.values() for match in found)
         request = self.request
         return (

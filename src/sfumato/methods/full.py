@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.errors import UserError
@@ -208,7 +208,7 @@ class FullMethod:
             for name, parameter in self._parameters().items()
             if parameter.grad is None and not any(matches(pattern, name) for pattern in self.unread)
         ]
-        return [f"{len(names)} weights got no gradient: {list_some(names)}"] if names else []
+        return [f"{plural(len(names), 'weight')} got no gradient: {list_some(names)}"] if names else []
 
     def _find_lost(self, output: str, kept: Iterable[str]) -> bool:
         """Whether the files that an output copies from have changed; a warning then. kept: the networks in memory."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from sfumato.common.text import plural
 from sfumato.config import Config, OptimOptions
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
@@ -112,7 +113,8 @@ def find_last_blocks(spec: PartSpec, names: Iterable[str], count: int) -> tuple[
                 found.add((place, int(number), f"{start}{number}."))
     if count > len(found):
         raise UserError(
-            f"--num_last_block_to_freeze {count}: this model has {len(found)} blocks", code="last-blocks-too-many"
+            f"--num_last_block_to_freeze {count}: this model has {plural(len(found), 'block')}",
+            code="last-blocks-too-many",
         )
     return tuple(prefix for _, _, prefix in sorted(found)[len(found) - count :])
 
@@ -129,7 +131,7 @@ def read_block_lr(optim: OptimOptions, spec: PartSpec) -> Sequence[float] | None
         )
     if len(optim.block_lr) != len(spec.lr_blocks):
         raise UserError(
-            f"--block_lr has {len(optim.block_lr)} values, this model needs {len(spec.lr_blocks)}",
+            f"--block_lr has {plural(len(optim.block_lr), 'value')}, this model needs {len(spec.lr_blocks)}",
             code="block-lr-wrong-length",
         )
     return optim.block_lr

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.adapters.control_modules import ControlModules
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config import Config
 from sfumato.data.batch import Extras, Tensors
 from sfumato.errors import UserError
@@ -160,4 +160,4 @@ class LLLiteMethod:
 
     def report(self) -> list[str]:
         names = [name for name, parameter in self.trained.parts.named_parameters() if parameter.grad is None]
-        return [f"{len(names)} weights got no gradient: {list_some(names)}"] if names else []
+        return [f"{plural(len(names), 'weight')} got no gradient: {list_some(names)}"] if names else []

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sfumato.common.text import plural
 from sfumato.config import Config
 from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems, UserError
@@ -103,7 +104,7 @@ def count_vectors(file: EmbeddingFile, wanted: int | None) -> int:
     count = max(len(vectors) for vectors in file.vectors.values())
     if wanted not in (None, count):
         raise UserError(
-            f"{file.path} holds {count} vectors, --num_vectors_per_token asks for {wanted}",
+            f"{file.path} holds {plural(count, 'vector')}, --num_vectors_per_token asks for {wanted}",
             code="embedding-vector-count",
             fix=f"--num_vectors_per_token {count}, or start without the file",
         )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from sfumato.common.text import plural
 from sfumato.config import Config, MemoryOptions, OptimOptions
 from sfumato.errors import UserError
 from sfumato.families.blueprint import Blueprint
@@ -31,13 +32,13 @@ def describe_text_encoder_lr(optim: OptimOptions, order: Sequence[str], parts: C
     values = optim.text_encoder_lr or ()
     if not set(parts) & set(order):
         return []
+    given = f"--text_encoder_lr has {plural(len(values), 'value')} for {plural(len(order), 'text encoder')}"
     if len(values) > len(order):
         kept = ", ".join(f"{lr:g} for {part}" for part, lr in zip(order, values, strict=False))
-        return [f"--text_encoder_lr has {len(values)} values for {len(order)} text encoders; used: {kept}"]
+        return [f"{given}; used: {kept}"]
     shared = [part for part in order[max(0, len(values) - 1) :] if part in parts]
     if len(values) > 1 and len(shared) > 1:
-        served = " and ".join(shared)
-        return [f"--text_encoder_lr has {len(values)} values for {len(order)} text encoders; the last serves {served}"]
+        return [f"{given}; the last serves {' and '.join(shared)}"]
     return []
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.common.library_call import read_first_line
+from sfumato.common.text import plural
 from sfumato.config.paths import looks_like_path, suggest_path
 from sfumato.config.prompt_options import CLIP_VISION_MODEL
 from sfumato.data.batch import Tensors
@@ -76,7 +77,7 @@ def with_image_vector(features: Mapping[str, Tensors], start: StartImage, device
     widths = {part: tensors["pooled"].shape[-1] for part, tensors in features.items() if "pooled" in tensors}
     if vector.shape[-1] not in widths.values():
         raise UserError(
-            f"--clip_vision_model {name} gives vectors of {vector.shape[-1]} numbers; this model takes "
+            f"--clip_vision_model {name} gives vectors of {plural(vector.shape[-1], 'number')}; this model takes "
             + ", ".join(f"{width} of {part}" for part, width in widths.items()),
             code="clip-vision-width-mismatch",
             fix="give the CLIP that the text encoder is a half of",

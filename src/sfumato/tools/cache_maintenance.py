@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from sfumato.common.text import format_bytes
+from sfumato.common.text import format_bytes, plural
 from sfumato.config import Config
 from sfumato.data.cache.entries import ContentHashes
 from sfumato.data.cache.maintenance import (
@@ -67,9 +67,9 @@ def verify_cache(config: Config) -> None:
     damaged = sum(total.records for kind, total in totals.items() if kind not in USEFUL_TYPES and kind != "repeated")
     faults = []
     if damaged:
-        faults.append(f"{damaged} damaged entries")
+        faults.append(plural(damaged, "damaged entry", "damaged entries"))
     if changed:
-        faults.append(f"entries of {len(changed)} images whose content changed but not their size and time")
+        faults.append(f"entries of {plural(len(changed), 'image')} whose content changed but not their size and time")
     if faults:
         raise UserError(
             f"the cache holds {' and '.join(faults)}",

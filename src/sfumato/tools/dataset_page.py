@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sfumato.common.text import plural
 from sfumato.data.find.inspect import DatasetInspection, SubsetInspection
 from sfumato.data.plans import DataPlan
 from sfumato.tools.dataset_text import format_repeats
@@ -168,7 +169,7 @@ def render_facts(subset: SubsetInspection) -> Iterator[str]:
     """The rows of a subset's table."""
     settings, count = subset.plan.settings, len(subset.plan.items)
     repeats = format_repeats(settings.num_repeats)
-    yield render_row("images", f"{count:,}, {repeats} each: {subset.plan.num_samples:,} samples per epoch")
+    yield render_row("images", f"{count:,}, {repeats} each: {plural(subset.plan.num_samples, 'sample')} per epoch")
     yield from render_files("not images", dict.fromkeys(subset.no_images, ""))
     yield from render_files("damaged", {Path(path).name: reason for path, reason in subset.damaged.items()})
     yield from render_files("with transparent parts", dict.fromkeys(subset.transparent, ""))
@@ -183,7 +184,11 @@ def render_facts(subset: SubsetInspection) -> Iterator[str]:
     if subset.references:
         yield render_row("reference images", escape(subset.references))
     for name, tokens in subset.tokens.items():
-        cut = f'<span class="bad">{tokens.over:,} of {count:,} captions are cut</span>' if tokens.over else ""
+        cut = (
+            f'<span class="bad">{tokens.over:,} of {plural(count, "caption is", "captions are")} cut</span>'
+            if tokens.over
+            else ""
+        )
         longest = f"<details><summary>the longest has {tokens.longest} of {tokens.limit}</summary>"
         yield render_row(f"tokens ({escape(name)})", f"{cut}{longest}{escape(tokens.caption)}</details>")
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sfumato.common.files import read_file
+from sfumato.common.text import plural
 from sfumato.data.images import decode_image
 from sfumato.errors import UserError
 from sfumato.tools.caption_faults import list_text_faults
@@ -59,7 +60,7 @@ class DatasetReview:
     faults: dict[str, dict[Path, str]] = field(default_factory=dict[str, dict[Path, str]])
 
     def list_lines(self) -> Iterator[str]:
-        yield f"{self.count:,} images"
+        yield plural(self.count, "image")
         for group in self.groups:
             first, *others = group
             names = ", ".join(f"{image.path.name} ({describe_size(image)})" for image in others)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config import Config
 from sfumato.data.find.inspect import DatasetInspection, SubsetInspection
 from sfumato.data.plans import DataPlan
@@ -27,7 +27,7 @@ def describe_subset(subset: SubsetInspection) -> Iterator[tuple[str, str]]:
     """(name, value) of every fact about one folder that is worth a line."""
     settings, count = subset.plan.settings, len(subset.plan.items)
     kind = "regularization images" if settings.is_reg else "images"
-    samples = f"{subset.plan.num_samples} samples per epoch"
+    samples = f"{plural(subset.plan.num_samples, 'sample')} per epoch"
     yield kind, f"{count}, each {format_repeats(settings.num_repeats)}, {samples}"
     damaged = [f"{Path(path).name} {reason}" for path, reason in subset.damaged.items()]
     for name, files in (("not images", subset.no_images), ("damaged", damaged)):
@@ -47,7 +47,7 @@ def describe_subset(subset: SubsetInspection) -> Iterator[tuple[str, str]]:
     if subset.references:
         yield "references", subset.references
     for name, tokens in subset.tokens.items():
-        cut = f"{tokens.over} of {count} captions are cut; " if tokens.over else ""
+        cut = f"{tokens.over} of {plural(count, 'caption is', 'captions are')} cut; " if tokens.over else ""
         yield f"tokens ({name})", f"{cut}the longest caption has {tokens.longest} of {tokens.limit}"
     if subset.distinct_tags:
         yield "tags", f"{subset.distinct_tags} different: {list_tags(subset)}"

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import sfumato
 from sfumato.common.files import check_writable
-from sfumato.common.text import GIB, format_bytes
+from sfumato.common.text import GIB, format_bytes, plural
 from sfumato.config.presets import Preset, list_presets
 from sfumato.data.find.index import get_default_cache_dir
 from sfumato.errors import Problems
@@ -85,7 +85,7 @@ def describe_devices(problems: Problems) -> Iterator[str]:
                 code="torch-without-cuda",
                 fix="install the build of torch for the driver's version of CUDA",
             )
-    yield f"  cpu     {os.cpu_count()} threads, {format_bytes(read_main_memory())} of memory"
+    yield f"  cpu     {plural(os.cpu_count() or 1, 'thread')}, {format_bytes(read_main_memory())} of memory"
 
 
 def read_main_memory() -> int:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sfumato.common.json_toml import decode_json
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import SAFETENSORS_DTYPES, TensorFile
 from sfumato.formats.checkpoint_writer import write_safetensors, write_stream
@@ -61,7 +62,7 @@ def reconstruct_ema(
     solution, error = solve_coefficients(steps, gammas, last.steps, gamma_from_sigma_rel(sigma_rel))
     coefficients = {ema.path: coefficient for ema, coefficient in zip(saved, solution, strict=True)}
     warnings = write_weighted_sum(output, coefficients, last.path, sigma_rel)
-    made = f"{output}: {len(saved)} files, step {last.steps}, relative error of the profile {error:.2%}"
+    made = f"{output}: {plural(len(saved), 'file')}, step {last.steps}, relative error of the profile {error:.2%}"
     return "\n".join([*warnings, made])
 
 

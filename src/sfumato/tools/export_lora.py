@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.kinds import get_class, read_adapter_file
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.families.part import PartSpec
@@ -165,8 +166,8 @@ def summarize_routes(routes: Sequence[Route], tensors: Collection[str], program:
     counts = Counter((describe_kinds(route.match.kinds), route.part) for route in routes)
     parts = ", ".join(f"{count} {kinds} of {part}" for (kinds, part), count in counts.items())
     layers = sum(len(route.diffusers_names) for route in routes)
-    written = f"{layers} layers in diffusers, " if program in ("diffusers", "aitoolkit") else ""
-    return f"{parts}; {written}{len(tensors)} tensors"
+    written = f"{plural(layers, 'layer')} in diffusers, " if program in ("diffusers", "aitoolkit") else ""
+    return f"{parts}; {written}{plural(len(tensors), 'tensor')}"
 
 
 # ---------------------------------------------------------------- tensors

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sfumato.common import files
+from sfumato.common.text import plural
 from sfumato.config import Config
 from sfumato.config.write import write_options
 from sfumato.errors import UserError
@@ -33,7 +34,7 @@ def show_fit(plan: RunPlan, config: Config, *, memory: int, apply: Path | None, 
     series = make_series(plan, config, memory - ALLOWANCE)
     found = find_levels(series)
     print("\n".join(describe_found(series, found, deadline=started + LONGEST_SEARCH)))
-    print(f"found in {time.monotonic() - started:.0f} s with {len(series.trials)} trials")
+    print(f"found in {time.monotonic() - started:.0f} s with {plural(len(series.trials), 'trial')}")
     values = series.list_values(found)
     if apply is not None:
         write_options(drop_stand_ins(config.with_values(values)), apply, option="--apply")

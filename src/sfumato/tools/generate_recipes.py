@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from sfumato.common.text import plural
 from sfumato.config.prompts import Prompt
 from sfumato.errors import UserError
 from sfumato.families.base import Family
@@ -42,9 +43,11 @@ def list_ignored_strengths(request: GenerateRequest, prompt: Prompt) -> Iterator
     if not given or given <= count:
         return
     why = (
-        f"{request.merged} are merged with theirs" if request.merged else f"there are {len(request.networks)} adapters"
+        f"{request.merged} are merged with theirs"
+        if request.merged
+        else f"there are {plural(len(request.networks), 'adapter')}"
     )
-    what = "--am has no effect" if count <= 0 else f"--am has {given} values and {count} count"
+    what = "--am has no effect" if count <= 0 else f"--am has {plural(given, 'value')} and {count} count"
     yield f"the prompt {prompt.prompt[:40]!r}: {what}, {why}"
 
 
@@ -55,7 +58,8 @@ def limit_adapters(request: GenerateRequest, image: ImageRequest) -> ImageReques
         return image
     if request.calculates_weights or request.merged or len(attached) > len(image.regions.parts):
         raise UserError(
-            f"the prompt {image.prompt[:40]!r} has {len(image.regions.parts)} parts, and {len(request.networks)} "
+            f"the prompt {image.prompt[:40]!r} has {plural(len(image.regions.parts), 'part')}, and "
+            f"{len(request.networks)} "
             "adapters cannot act in one of them each",
             code="regional-adapters",
             fix="give at most one adapter for each part, without --network_merge and --network_pre_calc",

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 from PIL import Image
 
 from sfumato.common.files import read_file
+from sfumato.common.text import plural
 from sfumato.data.find.folders import list_folder, list_recursively
 from sfumato.data.find.headers import parse_image_header
 from sfumato.data.images import decode_image
@@ -126,4 +127,4 @@ def report_unreadable(faults: Sequence[str], what: str) -> None:
     for fault in sorted(faults)[:MAX_NAMED]:
         sys.stderr.write(f"{what}: {fault}\n")
     if len(faults) > MAX_NAMED:
-        sys.stderr.write(f"{what}: {len(faults) - MAX_NAMED:,} further images that cannot be read\n")
+        sys.stderr.write(f"{what}: {plural(len(faults) - MAX_NAMED, 'further image')} that cannot be read\n")

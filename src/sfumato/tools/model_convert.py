@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sfumato.common.text import plural
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.errors import UserError
 from sfumato.families import register_families
@@ -151,12 +152,12 @@ def join_networks(parts: Mapping[str, Path], output: Path, precision: str | None
             twice = entries.keys() & own.keys()
             if twice:
                 raise UserError(
-                    f"{path} has {len(twice)} keys that another file has, too: {min(twice)}",
+                    f"{path} has {plural(len(twice), 'key')} that another file has, too: {min(twice)}",
                     code="join-keys-twice",
                     fix="give the files of the networks alone",
                 )
             entries |= own
-            lines.append(f"{path}: {len(own)} tensors as {prefix}...")
+            lines.append(f"{path}: {plural(len(own), 'tensor')} as {prefix}...")
         metadata, named = {"format": "pt", **make_spec_entries(output, ())}, name_output(output)
         lines += write_checkpoint(output, iter(entries.items()), metadata, TOOL_DTYPES[precision])
-    return [*lines, f"{named}: {len(entries)} tensors"]
+    return [*lines, f"{named}: {plural(len(entries), 'tensor')}"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sfumato.common.text import format_bytes
+from sfumato.common.text import format_bytes, plural
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.errors import UserError
 from sfumato.families import register_families
@@ -152,7 +152,7 @@ def render_model(facts: CheckpointFacts) -> list[str]:
     for part in facts.parts:
         kinds = ", ".join(f"{count} {name}" for name, count in part.dtypes.items())
         lines.append(f"  {part.name:<14}{part.tensors:>8}{part.parameters:>16,}{format_bytes(part.size):>10}  {kinds}")
-        lines += [f"  {'':<48}  {count} weights in {label}" for label, count in part.formats.items()]
+        lines += [f"  {'':<48}  {plural(count, 'weight')} in {label}" for label, count in part.formats.items()]
     lines += [
         "",
         *(f"  {name}: {shorten_entry(value)}" for name, value in sorted(facts.metadata.items()) if name != METADATA),
@@ -166,4 +166,4 @@ def render_model(facts: CheckpointFacts) -> list[str]:
 
 
 def shorten_entry(value: str) -> str:
-    return value if len(value) <= LONGEST_ENTRY else f"{value[:LONGEST_ENTRY]}... ({len(value):,} letters)"
+    return value if len(value) <= LONGEST_ENTRY else f"{value[:LONGEST_ENTRY]}... ({plural(len(value), 'letter')})"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families.checkpoint_saving import SOURCE_METADATA, TensorEntry
 from sfumato.families.part import DENOISER_PREFIX
@@ -42,7 +43,7 @@ def merge_models(request: SumRequest) -> list[str]:
     count = len(request.models)
     if request.ratios and len(request.ratios) != count:
         raise UserError(
-            f"--ratios has {len(request.ratios)} numbers for {count} models",
+            f"--ratios has {plural(len(request.ratios), 'number')} for {plural(count, 'model')}",
             code="model-ratio-count",
             fix="give one for each",
         )
@@ -68,7 +69,7 @@ def merge_models(request: SumRequest) -> list[str]:
         metadata |= {"format": "pt", **make_spec_entries(request.output, ()), "modelspec.merged_from": merged}
         named = name_output(request.output)
         lines += write_checkpoint(request.output, iter(entries.items()), metadata, TOOL_DTYPES[request.precision])
-    return [*lines, f"{named}: {len(entries)} tensors"]
+    return [*lines, f"{named}: {plural(len(entries), 'tensor')}"]
 
 
 def normalize_key(key: str) -> str:
@@ -84,7 +85,8 @@ def check_common_keys(models: Sequence[Path], names: Sequence[dict[str, str]]) -
         common = len(own.keys() & names[0].keys())
         if 2 * common < min(len(own), len(names[0])):
             raise UserError(
-                f"{path} shares {common} of its {len(own)} tensors with {models[0]}, which has {len(names[0])}",
+                f"{path} shares {common} of its {plural(len(own), 'tensor')} with {models[0]}, which has "
+                f"{len(names[0])}",
                 code="models-of-several-kinds",
                 fix="give models of one family, in one layout (sfumato model convert)",
             )
@@ -121,9 +123,11 @@ def describe_skipped(request: SumRequest, names: Sequence[dict[str, str]]) -> li
     for path, own in zip(request.models[1:], names[1:], strict=True):
         missing, further = [k for k in names[0] if k not in own], [own[k] for k in own if k not in names[0]]
         if missing:
-            lines.append(f"{path} lacks {len(missing)} tensors, for which the first model's count")
+            lines.append(f"{path} lacks {plural(len(missing), 'tensor')}, for which the first model's count")
         if further:
-            lines.append(f"{path} has {len(further)} tensors that the first model lacks; they are not written")
+            lines.append(
+                f"{path} has {plural(len(further), 'tensor')} that the first model lacks; they are not written"
+            )
         if request.show_skipped:
             lines += [f"  {key}" for key in (*missing, *further)]
     return lines

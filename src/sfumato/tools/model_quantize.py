@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.common.text import format_bytes
+from sfumato.common.text import format_bytes, plural
 from sfumato.errors import UserError
 from sfumato.families.checkpoint_saving import SOURCE_METADATA, TensorEntries, TensorEntry, iterate_pair, iterate_stored
 from sfumato.families.part import Network
@@ -81,7 +81,7 @@ def quantize_model(request: QuantizeRequest) -> list[str]:
         named = name_output(request.output)
         warnings = write_checkpoint(request.output, entries, metadata, None)
     size = f"{format_bytes(request.output.stat().st_size)}, from {format_bytes(before)}"
-    head = f"{model.source.name}: {model.family.name}, {len(layers)} weights in {describe_layout(request)}"
+    head = f"{model.source.name}: {model.family.name}, {plural(len(layers), 'weight')} in {describe_layout(request)}"
     return [head, *render_errors(layers, errors, verbose=request.verbose), *warnings, f"{named}: {size}"]
 
 

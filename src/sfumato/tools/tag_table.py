@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 from sfumato.common.json_toml import decode_json
+from sfumato.common.text import plural
 from sfumato.common.text_files import read_text_file
 from sfumato.errors import UserError
 
@@ -146,7 +147,7 @@ def check_outputs(table: TagTable, outputs: int, path: Path) -> None:
     """UserError where the model has another number of outputs than the table has tags."""
     if len(table.names) != outputs:
         raise UserError(
-            f"{path} has {len(table.names):,} tags, the model gives {outputs:,}",
+            f"{path} has {plural(len(table.names), 'tag')}, the model gives {outputs:,}",
             code="tag-table-of-other-model",
             fix="give the table that belongs to the model",
         )

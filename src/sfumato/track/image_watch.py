@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sfumato.common.text import plural
 from sfumato.track.image_cards import ImageCard, make_image_tag, render_cards
 from sfumato.track.image_list import ListedImage, find_image_list, read_image_list
 from sfumato.track.loss_watch import ImageLoss, rank_images
@@ -35,7 +36,7 @@ def rank_run(curves: Curves, images: Sequence[ListedImage]) -> list[RankedImage]
 
 def make_loss_card(entry: RankedImage, tag: str) -> ImageCard:
     image, loss = entry.image, entry.loss
-    facts = f"{loss.samples:,} samples"
+    facts = plural(loss.samples, "sample")
     return ImageCard(tag=tag, path=image.path, value=f"{loss.ratio:.2f}", facts=facts, caption=image.caption)
 
 

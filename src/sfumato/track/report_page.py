@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from sfumato.common.text import plural
 from sfumato.track.charts.chart import format_number
 from sfumato.track.html import make_document, make_table
 from sfumato.track.progress import format_duration
@@ -164,7 +165,9 @@ def render_previews(grid: PreviewGrid) -> Iterator[str]:
     heads = "".join(f'<th scope="col">step {step:,}</th>' for step in grid.steps)
     rows = "".join(f"<tbody>{render_prompt(grid, number)}</tbody>" for number in grid.prompts)
     more = (
-        f'<p class="note">Samples of {grid.omitted} more prompts are in the folder sample.</p>' if grid.omitted else ""
+        f'<p class="note">Samples of {plural(grid.omitted, "more prompt")} are in the folder sample.</p>'
+        if grid.omitted
+        else ""
     )
     yield (
         '<section class="samples"><h2>Samples</h2><div class="scroll" tabindex="0"><table>'
@@ -231,7 +234,7 @@ def render_datasets(datasets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         buckets = [[f"{width}×{height}", f"{count:,}"] for width, height, count in dataset["buckets"]]
         if len(buckets) > 1:
             table = make_table(["bucket", "samples per epoch"], buckets, caption="Buckets, width × height")
-            tables.append(f"<details><summary>{len(buckets)} buckets</summary>{table}</details>")
+            tables.append(f"<details><summary>{plural(len(buckets), 'bucket')}</summary>{table}</details>")
     if tables:
         yield f"<section><h2>Data</h2>{''.join(tables)}</section>"
 

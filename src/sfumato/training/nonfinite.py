@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class NonfiniteGuard:
 
     def error(self, state: Path) -> UserError:
         return UserError(
-            f"training stops: {self.skipped} steps in a row had a non-finite loss or gradient; the last: {self.reason}",
+            f"training stops: {plural(self.skipped, 'step')} in a row had a non-finite loss or gradient; the last: "
+            f"{self.reason}",
             code="training-nonfinite",
             fix=f"go on from before them with --resume {state}, and a lower --learning_rate or --mixed_precision no",
         )
@@ -125,12 +127,12 @@ class TrainingCheck:
     def _refuse(self, name: str) -> None:
         if name not in self.with_gradient:
             raise UserError(
-                f"{name} was asked to train, but in {self.steps[name]} steps it got no gradient",
+                f"{name} was asked to train, but in {plural(self.steps[name], 'step')} it got no gradient",
                 code="trained-part-without-gradient",
                 fix="give the part the learning rate 0, if it is not meant to train",
             )
         raise UserError(
-            f"{name} was asked to train, but in {self.steps[name]} steps it got gradients and did not change",
+            f"{name} was asked to train, but in {plural(self.steps[name], 'step')} it got gradients and did not change",
             code="trained-part-unchanged",
             fix="raise the learning rate, or train with weights in float32",
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from sfumato.common.text import plural
 from sfumato.config import Config
 from sfumato.config.listing import public_options
 from sfumato.config.process_rules import name_engine, name_engine_option
@@ -89,7 +90,7 @@ def data_lines(config: Config, data: DataPlan) -> Iterator[str]:
         yield "run"
         first = requested_first_step(config, data)
         since = f", of which {first} count as done" if first else ""
-        yield f"  {'steps':<32} {total}, over {epochs} epochs{since}"
+        yield f"  {'steps':<32} {total}, over {plural(epochs, 'epoch')}{since}"
     yield from (f"note: {note}" for note in (*config.notes, *data.notes))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from sfumato.common.text import EMPTY
+from sfumato.common.text import EMPTY, plural
 from sfumato.config import Config
 from sfumato.config.listing import public_options
 from sfumato.config.schema import vocabulary
@@ -133,7 +133,7 @@ def check_weights_fit(saved: Mapping[str, Any], own: Mapping[str, Any], changes:
         (now.keys() - shapes.keys(), "only in this run"),
     ):
         if names and not changes:
-            facts.append(f"{len(names)} weights are {text}, e.g. {min(names)}")
+            facts.append(f"{plural(len(names), 'weight is', 'weights are')} {text}, e.g. {min(names)}")
     other = [name for name in shapes if name in now and shapes[name] != now[name]]
     if other and not changes:
         facts.append(f"{other[0]} was {shapes[other[0]]}, now it is {now[other[0]]}")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from sfumato.common import files
-from sfumato.common.text import EMPTY
+from sfumato.common.text import EMPTY, plural
 from sfumato.errors import UserError
 from sfumato.formats.checkpoint import SAVE_DTYPES
 from sfumato.formats.metadata import EMA_KEY, add_save_facts, keep_minimum, make_modelspec
@@ -85,7 +85,8 @@ def check_saves(run: Run) -> None:
     """At the end of complete training: UserError where a save failed."""
     if run.failed_saves and run.step == run.plan.total_steps:
         raise UserError(
-            f"training is complete, but {len(run.failed_saves)} saves failed; the last: {run.failed_saves[-1]}",
+            f"training is complete, but {plural(len(run.failed_saves), 'save')} failed; the last: "
+            f"{run.failed_saves[-1]}",
             code="saves-failed",
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.common import files
+from sfumato.common.text import plural
 from sfumato.data.buckets import Size
 from sfumato.plan import RunPlan
 
@@ -54,7 +55,7 @@ def write_timestep_plot(plan: RunPlan, samples: Mapping[tuple[Size, float], int]
 
     sizes = {size for size, _ in samples}
     width, height = next(iter(sizes))
-    shown = f"images of {len(sizes)} sizes" if len(sizes) > 1 else f"images of {width}x{height}"
+    shown = f"images of {plural(len(sizes), 'size')}" if len(sizes) > 1 else f"images of {width}x{height}"
     chart = draw_timestep_plot(measure_run(plan, samples), subtitle=f"{plan.blueprint.title}, {shown}")
     with files.write_atomically(path) as temporary:
         chart.save(temporary, "PNG", optimize=True)

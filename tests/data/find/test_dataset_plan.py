@@ -79,4 +79,4 @@ def test_small_images_are_skipped_where_asked(find, tmp_path):
     write_images(tmp_path / "b", 1, size=(128, 128))
     plan = find.toml(text)
     assert len(list_items(plan)) == 1
-    assert any("1 images of at most 64x64 are skipped" in note for note in plan.notes)
+    assert any("skipped 1 image of at most 64x64" in note for note in plan.notes)

@@ -66,7 +66,7 @@ def test_where_no_images_are_found_near_matches_are_reported(find, tmp_path, fol
         (["x/y/3_cat/a.png", "x/2_dog/b.png", "x/z/c.png"], {"a.png": 3, "b.png": 2}, "x/2_dog, x/y/3_cat"),
         (["5_cat/near/a.png", "5_cat/far/b.png"], {"near/a.png": 5, "far/b.png": 5}, "2 images in the subfolders"),
         (["5_cat/a.png", "5_cat/far/b.png"], {"a.png": 5}, "far/b.png) are skipped"),
-        (["5_cat/a.png", "old/far/b.png"], {"a.png": 5}, "old (1 images)"),
+        (["5_cat/a.png", "old/far/b.png"], {"a.png": 5}, "old (1 image)"),
     ],
 )  # fmt: skip
 def test_folders_at_any_depth_are_used_numbered_ones_first(find, tmp_path, files, expected, note):

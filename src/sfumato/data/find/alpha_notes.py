@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 
+from sfumato.common.text import plural
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_notes import find_rows_with, list_names
 from sfumato.data.find.image_table import ImageTable, IntColumn
@@ -49,12 +50,15 @@ def report_transparent(
     images: ImageTable, with_alpha: IntColumn, transparent: IntColumn | None, subset: SubsetSettings, findings: Findings
 ) -> None:
     if transparent is None:
-        what = f"{len(with_alpha)} of {len(images)} images have an alpha channel, and where they are transparent"
+        what = (
+            f"{len(with_alpha)} of {plural(len(images), 'image has', 'images have')} an alpha channel, and where they "
+            "are transparent"
+        )
         findings.note(f"{subset.where}: {what}, {TRANSPARENT_FIX}: {list_names(images, with_alpha)}")
     elif len(transparent):
-        of = f"{len(images)} images"
+        of = plural(len(images), "image")
         if len(with_alpha) > EXAMINED_IMAGES:
-            of = f"the first {EXAMINED_IMAGES} of the {len(with_alpha)} images with an alpha channel"
+            of = f"the first {EXAMINED_IMAGES} of the {plural(len(with_alpha), 'image')} with an alpha channel"
         what = f"{len(transparent)} of {of} have transparent parts"
         findings.note(f"{subset.where}: {what}, and {TRANSPARENT_FIX}: {list_names(images, transparent)}")
 
@@ -67,8 +71,13 @@ def report_opaque(
     may_be_transparent = np.concatenate([unexamined, unexamined[:0] if transparent is None else transparent])
     opaque = np.setdiff1d(np.arange(len(images)), may_be_transparent)
     if len(opaque) == len(images):
-        findings.report_no_effect(f"{subset.where}: alpha_mask has no effect: all {len(images)} images are opaque")
+        findings.report_no_effect(
+            f"{subset.where}: alpha_mask has no effect: all {plural(len(images), 'image is', 'images are')} opaque"
+        )
     elif len(opaque):
         least = "at least " if len(unexamined) else ""
-        what = f"{least}{len(opaque)} of {len(images)} images are opaque, so that the loss covers all of them"
+        what = (
+            f"{least}{len(opaque)} of {plural(len(images), 'image is', 'images are')} opaque, so that the loss covers "
+            "all of them"
+        )
         findings.note(f"{subset.where}: alpha_mask: {what}: {list_names(images, opaque)}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.common.json_toml import decode_json
-from sfumato.common.text import has_lone_surrogate, list_some
+from sfumato.common.text import has_lone_surrogate, list_some, plural
 from sfumato.data.captions import check_caption_size, parse_caption_file
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import read_captions
@@ -232,7 +232,8 @@ def report_shortened(names: Sequence[str], images: int, subset: SubsetSettings, 
     """Report captions of several lines, of which the first is used. names: of their images."""
     if names:
         findings.note(
-            f"{subset.where}: {len(names)} of {images} captions have several lines, and only the first line of each is "
+            f"{subset.where}: {len(names)} of {plural(images, 'caption has', 'captions have')} several lines, and "
+            "only the first line of each is "
             f"used: {list_some(names)} (--enable_wildcard: one of the lines is chosen at random each time)"
         )
 
@@ -243,7 +244,8 @@ def report_bad_captions(faults: Mapping[int, UserError], subset: SubsetSettings,
     findings.problems.found.extend(distinct[:MAX_LISTED_FAULTS])
     if len(distinct) > MAX_LISTED_FAULTS:
         findings.problems.add(
-            f"{subset.where}: {len(distinct) - MAX_LISTED_FAULTS} more captions are wrong",
+            f"{subset.where}: {plural(len(distinct) - MAX_LISTED_FAULTS, 'more caption is', 'more captions are')} "
+            "wrong",
             code="more-bad-captions",
             fix="fix the ones listed first",
         )
@@ -259,7 +261,7 @@ def report_missing_captions(
     empty: int,
 ) -> bool:
     """Report what happens to the images without a caption; returns whether they are skipped."""
-    what = f"{len(missing)} of {images} images have no caption {where}"
+    what = f"{len(missing)} of {plural(images, 'image has', 'images have')} no caption {where}"
     if empty:
         what += f", {empty} of them an empty {'file' if subset.metadata_file is None else 'entry'}"
     if subset.rules.templates:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 
+from sfumato.common.text import plural
 from sfumato.config.evaluation import VALIDATION_LEVELS
 from sfumato.data.batch_sampler import ValidationSampler
 from sfumato.data.buckets import Size
@@ -42,8 +43,8 @@ def make_dataset_rows(group: str, dataset: DatasetPlan) -> list[ReportRow]:
     rows += [(group, *make_subset_row(subset)) for subset in dataset.subsets]
     enlarged = count_enlarged(dataset)
     for size, count in dataset.buckets.items():
-        note = f", {enlarged[size]} images enlarged" if enlarged[size] else ""
-        rows.append((group, f"bucket {size[0]}x{size[1]}", f"{count} samples{note}"))
+        note = f", {plural(enlarged[size], 'image')} enlarged" if enlarged[size] else ""
+        rows.append((group, f"bucket {size[0]}x{size[1]}", f"{plural(count, 'sample')}{note}"))
     return rows
 
 
@@ -60,7 +61,7 @@ def make_subset_row(subset: SubsetPlan) -> tuple[str, str]:
         facts.append("preserving the output of the untrained model")
     if settings.timestep_offset:
         facts.append(f"timestep offset {settings.timestep_offset:+g}")
-    return str(settings.source), ", ".join([*facts, f"{subset.num_samples} samples per epoch"])
+    return str(settings.source), ", ".join([*facts, f"{plural(subset.num_samples, 'sample')} per epoch"])
 
 
 def count_enlarged(dataset: DatasetPlan) -> Counter[Size]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from sfumato.common.text import plural
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_table import ImageTable, IntColumn
 from sfumato.data.find.settings import DatasetSettings, SubsetSettings
@@ -28,7 +29,7 @@ def plan_dataset(
         dropped = len(items) - len(train_rows) - len(validation_rows)
         if dropped and settings.skip_image_resolution:
             width, height = settings.skip_image_resolution
-            findings.note(f"{subset.where}: {dropped} images of at most {width}x{height} are skipped")
+            findings.note(f"{subset.where}: skipped {plural(dropped, 'image')} of at most {width}x{height}")
         if len(validation_rows):
             held_out = items.take(validation_rows)
             validation.append(
@@ -81,7 +82,10 @@ def balance_regularization(
     repeats = count_repeats(groups, wanted)
     surplus = sum(counts.count(0) for counts in repeats)
     if surplus:
-        findings.note(f"{where}: {surplus} of {available} regularization images are more than needed")
+        findings.note(
+            f"{where}: {surplus} of {plural(available, 'regularization image is', 'regularization images are')} more "
+            "than needed"
+        )
     balanced = iter(repeats)
     for subset in subsets:
         yield replace(subset, repeats=next(balanced)) if subset.settings.is_reg else subset

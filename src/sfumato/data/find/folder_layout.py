@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config import Config
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import Listing, describe_listing, list_folder, list_recursively
@@ -37,7 +37,8 @@ def find_folder_subsets(root: Path, option: str, is_reg: bool, findings: Finding
     numbered = [Path(root, name) for name in listing.folders if FOLDER_NAME.fullmatch(name)]
     if numbered and listing.images:
         raise UserError(
-            f"{option}: {root} has {len(listing.images)} images ({list_some(listing.images, 3)}) beside the folder "
+            f"{option}: {root} has {plural(len(listing.images), 'image')} ({list_some(listing.images, 3)}) beside the "
+            "folder "
             f"{numbered[0].name}",
             code="images-beside-numbered-folders",
             fix="move them into a folder named N_text, where N is the number of repeats",
@@ -111,7 +112,7 @@ def report_skipped_folders(root: Path, used: Sequence[Path], option: str, findin
             if not f"{folder}/{name}".startswith(prefixes):
                 counts[folder] = counts.get(folder, 0) + 1
     if counts:
-        skipped = list_some([f"{name} ({count} images)" for name, count in counts.items()])
+        skipped = list_some([f"{name} ({plural(count, 'image')})" for name, count in counts.items()])
         findings.note(f"{option}: skipped {skipped}: the name does not begin with a number of repeats")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.image_formats import get_extension
 from sfumato.data.find.image_table import ImageTable, IntColumn
@@ -29,14 +29,16 @@ def report_unread(names: Sequence[str], where: str, findings: Findings) -> None:
     if names:
         counts = Counter(map(get_extension, names)).most_common()
         kinds = ", ".join(f"{extension} ({count})" for extension, count in counts)
-        files = "1 file is no image" if len(names) == 1 else f"{len(names)} files are no images"
+        files = plural(len(names), "file is no image", "files are no images")
         findings.note(f"{where}: {files} that sfumato reads: {kinds}")
 
 
 def report_image_folders(folders: Sequence[str], where: str, findings: Findings) -> None:
     """Report folders whose names end like those of images."""
     if folders:
-        findings.note(f"{where}: {len(folders)} names end like those of images and are folders: {list_some(folders)}")
+        one = "name ends like that of an image and is a folder"
+        what = plural(len(folders), one, "names end like those of images and are folders")
+        findings.note(f"{where}: {what}: {list_some(folders)}")
 
 
 def report_traits(images: ImageTable, where: str, findings: Findings) -> None:
@@ -44,7 +46,7 @@ def report_traits(images: ImageTable, where: str, findings: Findings) -> None:
     for trait, text in TRAIT_NOTES:
         rows = find_rows_with(images, trait)
         if len(rows):
-            count = f"{len(rows)} of {len(images)} images"
+            count = f"{len(rows)} of {plural(len(images), 'image')}"
             findings.note(f"{where}: {text.format(images=count)}: {list_names(images, rows)}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sfumato.common.text import plural
 from sfumato.data.buckets import Size
 from sfumato.data.find.data_rows import count_enlarged
 from sfumato.data.find.image_table import ImageTable
@@ -163,7 +164,10 @@ def describe_masks(items: Sequence[Item], subset: SubsetPlan) -> str:
     if paired:
         what = "mask" if rules.masked_loss else "control image"
         folder = subset.settings.conditioning_data_dir
-        return f"{paired} of {len(items)} images have a {what} {f'in {folder}' if folder else 'by their metadata'}"
+        return (
+            f"{paired} of {plural(len(items), 'image has', 'images have')} a {what} "
+            f"{f'in {folder}' if folder else 'by their metadata'}"
+        )
     return "the alpha channel of each image that has one" if rules.alpha_mask else ""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.common.json_toml import decode_json, decode_json_value
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.common.text_files import read_text_file
 from sfumato.data.find.caption_files import fill_missing_captions, join_caption_fields, report_shortened
 from sfumato.data.find.findings import Findings
@@ -192,7 +192,8 @@ def load_named_images(named: NamedImages, policy: Policy, findings: Findings) ->
     subset, where = named.subset, named.where
     if named.repeated:
         findings.note(
-            f"{where}: {len(named.repeated)} images are named more than once and the first entry counts: "
+            f"{where}: {plural(len(named.repeated), 'image is', 'images are')} named more than once and the first "
+            "entry counts: "
             f"{list_some(named.repeated)}"
         )
     captions = TextColumn.encode(named.captions)
@@ -203,7 +204,7 @@ def load_named_images(named: NamedImages, policy: Policy, findings: Findings) ->
     if missing:
         report_unread([key for key in missing if get_extension(key) in UNREAD_EXTENSIONS], where, findings)
         findings.problems.add(
-            f"{subset.where}: {len(missing)} of {len(paths)} images that {where} names are missing: "
+            f"{subset.where}: {len(missing)} of {plural(len(paths), 'image')} that {where} names are missing: "
             f"{list_some(missing)}",
             code="metadata-images-missing",
             fix="check image_dir" if subset.image_dir else "give image_dir",

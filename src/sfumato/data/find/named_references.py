@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import read_images
 from sfumato.data.find.image_table import ImageTable, IntColumn
@@ -40,7 +40,8 @@ def attach_named_references(
     lacking = [name for name, own in zip(images.names, names, strict=True) if len(own) < count]
     if lacking:
         findings.problems.add(
-            f"{subset.where}: {len(lacking)} images have fewer reference images than the {count} of others: "
+            f"{subset.where}: {plural(len(lacking), 'image has', 'images have')} fewer reference images than the "
+            f"{count} of others: "
             f"{list_some(lacking)}",
             code="metadata-references-incomplete",
             fix="name as many for each, or put the images without into a subset of their own",
@@ -69,7 +70,8 @@ def read_named_references(
     missing = [key for key, path in zip(keys, paths, strict=True) if path is None]
     if missing:
         findings.problems.add(
-            f"{where}: {len(missing)} reference images are missing: {list_some(missing)}",
+            f"{where}: {plural(len(missing), 'reference image is', 'reference images are')} missing: "
+            f"{list_some(missing)}",
             code="metadata-references-missing",
             fix="give paths relative to image_dir, or absolute ones",
         )

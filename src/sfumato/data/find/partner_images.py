@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config.paths import suggest_path
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import Listing, list_folder, list_recursively, read_images
@@ -71,12 +71,12 @@ def report_misshapen(names: Sequence[str], partner: PartnerFolder, subset: Subse
     if partner.is_reference:
         findings.note(
             f"{subset.where}: the reference image in {partner.folder} has another shape than the image, and is cropped "
-            f"to it, for {len(names)} images: {list_some(names)}"
+            f"to it, for {plural(len(names), 'image')}: {list_some(names)}"
         )
         return
     findings.problems.add(
         f"{subset.where}: the conditioning image in {partner.folder} has another shape than the image for "
-        f"{len(names)} images: {list_some(names)}",
+        f"{plural(len(names), 'image')}: {list_some(names)}",
         code="conditioning-image-shape-mismatch",
         fix="give each image a conditioning image of its own shape",
     )
@@ -88,7 +88,8 @@ def check_partner_names(
     """unmatched: images without a partner. names: of the images in the partners' folder."""
     if len(unmatched):
         findings.problems.add(
-            f"{subset.where}: {len(unmatched)} images have no {partner.noun} of the same name in {partner.folder}: "
+            f"{subset.where}: {plural(len(unmatched), 'image has', 'images have')} no {partner.noun} of the same name "
+            f"in {partner.folder}: "
             f"{list_some(unmatched)}",
             code="conditioning-image-missing",
             fix=f"give each image one {partner.noun} of its name",
@@ -97,7 +98,7 @@ def check_partner_names(
     repeated = [name for name in names if counts[strip_extension(name)] > 1]
     if repeated:
         findings.problems.add(
-            f"{subset.where}: {len(repeated)} images in {partner.folder} differ only in their extension: "
+            f"{subset.where}: {plural(len(repeated), 'image')} in {partner.folder} differ only in their extension: "
             f"{list_some(repeated)}",
             code="conditioning-image-ambiguous",
             fix=f"keep one {partner.noun} per name",
@@ -147,7 +148,8 @@ def check_unmatched_images(subsets: Iterable[tuple[SubsetSettings, ImageTable]],
         unmatched = [name for name in names if strip_extension(name).lower() not in known]
         if unmatched:
             findings.problems.add(
-                f"{labels[folder]}: {len(unmatched)} images in {folder} have no training image of the same name: "
+                f"{labels[folder]}: {plural(len(unmatched), 'image')} in {folder} have no training image of the same "
+                "name: "
                 f"{list_some(unmatched)}",
                 code="conditioning-image-unmatched",
                 fix="remove them, or add the training images",

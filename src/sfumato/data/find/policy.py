@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.data.find.findings import Findings
 from sfumato.data.find.folders import ImageHeaders
 from sfumato.data.find.image_formats import MISSING_PLUGINS
@@ -65,12 +65,14 @@ def report_bad_images(bad: Sequence[tuple[str, UserError]], where: str, policy: 
             str(fault) if fault.code in MISSING_PLUGINS else fault.what for fault in faults[:MAX_FAULTS_IN_NOTE]
         )
         more = f"; {len(faults) - MAX_FAULTS_IN_NOTE} more: {INSPECT_HINT}" if len(faults) > MAX_FAULTS_IN_NOTE else ""
-        findings.note(f"{where}: {len(bad)} bad images are skipped: {first}{more}")
+        findings.note(f"{where}: {plural(len(bad), 'bad image is', 'bad images are')} skipped: {first}{more}")
         return
     findings.problems.found.extend(faults[:MAX_LISTED_FAULTS])
     if len(faults) > MAX_LISTED_FAULTS:
         findings.problems.add(
-            f"{where}: {len(faults) - MAX_LISTED_FAULTS} more bad images", code="more-bad-images", fix=INSPECT_HINT
+            f"{where}: {plural(len(faults) - MAX_LISTED_FAULTS, 'more bad image')}",
+            code="more-bad-images",
+            fix=INSPECT_HINT,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.config.paths import suggest_path
 from sfumato.data.find.caption_files import load_caption_files, pair_caption_files
 from sfumato.data.find.findings import Findings
@@ -72,7 +72,7 @@ def find_images(folder: str, subset: SubsetSettings, findings: Findings) -> List
             )
         return listing
     if below and below.images:
-        findings.note(f"{subset.where}: using the {len(below.images)} images in the subfolders of {folder}")
+        findings.note(f"{subset.where}: using the {plural(len(below.images), 'image')} in the subfolders of {folder}")
         return below
     findings.problems.add(
         f"{subset.where}: no images in {folder}; {describe_listing(listing)}",

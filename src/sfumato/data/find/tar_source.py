@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 
 from sfumato.common.files import open_descriptor, open_file, refuse_special_file
-from sfumato.common.text import list_some
+from sfumato.common.text import list_some, plural
 from sfumato.common.text_files import decode_text
 from sfumato.data.captions import check_caption_size
 from sfumato.data.find.caption_files import FALLBACK_EXTENSIONS, fill_missing_captions, parse_captions, report_shortened
@@ -62,7 +62,8 @@ def load_archive_images(subset: SubsetSettings, policy: Policy, findings: Findin
     missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113
     if missing:
         findings.problems.add(
-            f"{subset.where}: {len(missing)} of {len(paths)} archives are missing: {list_some(missing)}",
+            f"{subset.where}: {len(missing)} of {plural(len(paths), 'archive is', 'archives are')} missing: "
+            f"{list_some(missing)}",
             code="archives-missing",
             fix="check image_dir",
         )
@@ -321,7 +322,8 @@ def report_fallback_extensions(
         count = int((used == index).sum())
         if count:
             findings.note(
-                f"{subset.where}: {count} captions are from {extension} files, because there is no {extensions[0]} file"
+                f"{subset.where}: {plural(count, 'caption is', 'captions are')} from {extension} files, because there "
+                f"is no {extensions[0]} file"
             )
 
 

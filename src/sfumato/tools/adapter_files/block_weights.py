@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from sfumato.common.json_toml import decode_json
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families.part import PartSpec
 from sfumato.formats.adapter_kind import LayerMatch
@@ -30,7 +31,9 @@ def parse_block_weights(texts: Sequence[str], files: int) -> list[dict[str, floa
     """--lbws: a JSON list for each file -> the strength of each block. UserError for others."""
     if texts and len(texts) != files:
         raise UserError(
-            f"--lbws has {len(texts)} lists for {files} files", code="block-weights-count", fix="give one for each file"
+            f"--lbws has {plural(len(texts), 'list')} for {plural(files, 'file')}",
+            code="block-weights-count",
+            fix="give one for each file",
         )
     return [_parse_list(text) for text in texts] or [{}] * files
 

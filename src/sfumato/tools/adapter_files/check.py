@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.formats.adapter_file import find_adapter_files
 from sfumato.formats.checkpoint import open_checkpoint
@@ -24,7 +25,7 @@ def check_adapter(path: Path, *, all_keys: bool = False) -> tuple[list[str], boo
     for file, _ in find_adapter_files(path):
         with open_checkpoint(file) as checkpoint:
             keys = [key for key in checkpoint.header.tensors if all_keys or key.endswith(MATRIX_ENDS)]
-            lines.append(f"{file}: {len(checkpoint.header.tensors)} tensors, {len(keys)} shown")
+            lines.append(f"{file}: {plural(len(checkpoint.header.tensors), 'tensor')}, {len(keys)} shown")
             for key in keys:
                 lines.append(describe_tensor(key, checkpoint.read(key)))
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato.adapters.kinds import get_class, read_adapter_file
 from sfumato.adapters.low_rank import Factors, decompose_randomly
+from sfumato.common.text import plural
 from sfumato.formats.adapter_kind import LayerMatch
 from sfumato.formats.adapter_layers import collect_groups
 from sfumato.formats.groups import LayerGroup
@@ -106,7 +107,7 @@ def render_comparison(comparison: Comparison) -> list[str]:
     first, second = comparison.paths
     alone = f"{comparison.alone[0]} only in the first, {comparison.alone[1]} only in the second"
     lines = [
-        f"{first} and {second}: {len(comparison.shared)} layers in both, {alone}",
+        f"{first} and {second}: {plural(len(comparison.shared), 'layer')} in both, {alone}",
         "",
         f"  {'block':<44}{'layers':>6}{'norms':>19}{'cosine':>9}{'outputs':>9}{'inputs':>9}",
     ]

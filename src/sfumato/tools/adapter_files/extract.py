@@ -20,6 +20,7 @@ from sfumato.adapters.low_rank import (
     make_norm_tensors,
     sum_squares,
 )
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families.part import Network
 from sfumato.families.weights import Weights
@@ -72,10 +73,15 @@ class PartResult:
     def make_line(self, part: str) -> str:
         ranks = sorted({rank for rank, _ in self.dims}) or [0]
         error = (self.lost / self.square) ** 0.5 if self.square else 0.0
-        others = f"; {self.others} other tensors differ, which it does not have" if self.others else ""
-        norms = f" and {self.norms} norm layers" if self.norms else ""
+        others = (
+            f"; {plural(self.others, 'other tensor differs', 'other tensors differ')}, which it does not have"
+            if self.others
+            else ""
+        )
+        norms = f" and {plural(self.norms, 'norm layer')}" if self.norms else ""
         return (
-            f"{part}: {len(self.dims)} layers{norms}, rank {describe_range(ranks)}, relative error {error:.3%}{others}"
+            f"{part}: {plural(len(self.dims), 'layer')}{norms}, rank {describe_range(ranks)}, relative error "
+            f"{error:.3%}{others}"
         )
 
 
@@ -112,7 +118,7 @@ def extract_adapter(request: ExtractRequest) -> list[str]:
     written = write_adapter(request.output, tensors, metadata, TOOL_DTYPES[request.precision])
     lines = [result.make_line(part) for part, result in found.items()]
     lines += [f"{part}: nothing differs by more than {request.min_diff:g}, it gets no layers" for part in skipped]
-    return [*lines, f"{written}: {len(dims)} layers"]
+    return [*lines, f"{written}: {plural(len(dims), 'layer')}"]
 
 
 def collect_inputs(model: str, encoders: Encoders) -> list[Path]:

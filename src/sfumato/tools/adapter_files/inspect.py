@@ -11,7 +11,7 @@ import torch
 
 from sfumato.adapters.kinds import get_class, read_adapter_file
 from sfumato.adapters.low_rank import Svd, count_effective_rank, decompose_product, decompose_randomly
-from sfumato.common.text import format_bytes, list_some
+from sfumato.common.text import format_bytes, list_some, plural
 from sfumato.errors import UserError
 from sfumato.families.part import PartSpec
 from sfumato.formats.adapter_file import AdapterFile
@@ -162,14 +162,17 @@ def find_problems(file: AdapterFile, layers: Sequence[LayerFacts]) -> Iterator[s
     """What a user should know before using or sharing the file."""
     zero = [layer.name for layer in layers if layer.norm == 0]
     if zero:
-        yield f"{len(zero)} of {len(layers)} changes are 0: {list_some(zero)}"
+        yield f"{len(zero)} of {plural(len(layers), 'change is', 'changes are')} 0: {list_some(zero)}"
     large = [layer.name for layer in layers if layer.norm is not None and layer.norm > LARGE_NORM]
     if large:
-        yield f"{len(large)} changes have a norm above {LARGE_NORM:g}: {list_some(large)}"
+        yield f"{plural(len(large), 'change has', 'changes have')} a norm above {LARGE_NORM:g}: {list_some(large)}"
     ends = {key.rpartition(".")[0] for key in file.keys if key.endswith(".alpha")}
     without = [layer.name for layer in layers if ends and layer.rank and layer.name not in ends]
     if without and len(without) < len(layers):
-        yield f"{len(without)} layers have no alpha, others have one; theirs counts as the rank: {list_some(without)}"
+        yield (
+            f"{plural(len(without), 'layer has', 'layers have')} no alpha, others have one; theirs counts as the "
+            f"rank: {list_some(without)}"
+        )
     yield from file.describe_passed_over()
 
 

@@ -19,6 +19,7 @@ from sfumato.adapters.low_rank import (
     join_factors,
     make_low_rank_tensors,
 )
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families.part import Network
 from sfumato.formats.adapter_file import AdapterFile
@@ -122,7 +123,7 @@ def join_adapters(request: JoinRequest) -> list[str]:
     lines = [f"{path} x {ratio:g}" for path, ratio in zip(request.adapters, ratios, strict=True)]
     lines += [line for file in files for line in file.describe_passed_over()]
     how = "exact" if max(errors, default=0.0) < 1e-5 else f"relative error up to {max(errors):.2%}"
-    return [*lines, f"{written}: {len(dims)} layers, rank {describe_range(ranks)}, {how}"]
+    return [*lines, f"{written}: {plural(len(dims), 'layer')}, rank {describe_range(ranks)}, {how}"]
 
 
 def find_layers_of(
@@ -203,7 +204,7 @@ def form_matrix(
     if network is None and any(get_class(kind).reads_weights for kind in match.kinds):
         option = ENCODER_OPTIONS.get(match.view.part)
         raise UserError(
-            f"{match.name} is a {describe_kinds(match.kinds)}, whose change depends on the model's weights",
+            f"{match.name} is of the kind {describe_kinds(match.kinds)}, whose change depends on the model's weights",
             code="adapter-change-needs-model",
             fix="--base_model FILE" + (f" --{option} FILE" if option else ""),
         )

@@ -89,7 +89,9 @@ def find_ratios(ratios: Sequence[float], count: int) -> Sequence[float]:
     """One for each file; UserError where there are others."""
     if ratios and len(ratios) != count:
         raise UserError(
-            f"--ratios has {len(ratios)} numbers for {count} files", code="merge-ratio-count", fix="give one for each"
+            f"--ratios has {plural(len(ratios), 'number')} for {plural(count, 'file')}",
+            code="merge-ratio-count",
+            fix="give one for each",
         )
     return ratios or [1.0] * count
 

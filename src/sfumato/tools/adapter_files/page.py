@@ -12,7 +12,7 @@ import numpy as np
 
 from sfumato import __version__
 from sfumato.common import files
-from sfumato.common.text import format_bytes
+from sfumato.common.text import format_bytes, plural
 from sfumato.errors import UserError
 from sfumato.tools.adapter_files.inspect import (
     SHOWN_METADATA,
@@ -85,7 +85,7 @@ def list_blocks(facts: FileFacts) -> list[BlockRow]:
 def render_head(facts: FileFacts) -> str:
     count = len(facts.problems)
     state = "finished" if not count else "stopped"
-    problems = "no problems found" if not count else "1 problem" if count == 1 else f"{count} problems"
+    problems = "no problems found" if not count else plural(count, "problem")
     writer = f" · names of {facts.writer}" if facts.writer else ""
     subtitle = f"{facts.family or 'of no known model'} · {describe_layers(facts.layers)}{writer}"
     listed = {
@@ -247,4 +247,4 @@ def render_metadata(metadata: Mapping[str, str]) -> Iterator[str]:
 def shorten_text(text: str) -> str:
     if len(text) <= LONGEST_VALUE_SHOWN:
         return text
-    return f"{text[:LONGEST_VALUE_SHOWN]}... ({len(text):,} letters)"
+    return f"{text[:LONGEST_VALUE_SHOWN]}... ({plural(len(text), 'letter')})"

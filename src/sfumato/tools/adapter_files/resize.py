@@ -17,6 +17,7 @@ from sfumato.adapters.low_rank import (
     make_low_rank_tensors,
     make_peft_tensors,
 )
+from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_keys import ALPHA
@@ -100,7 +101,7 @@ def resize_adapter(request: ResizeRequest) -> list[str]:
 def make_no_rank_error(file: AdapterFile, name: str, request: ResizeRequest) -> UserError:
     of_norms = get_class(file.kinds[name][0]).of_norms
     return UserError(
-        f"{file.path}: {name} is a {describe_kinds(file.kinds[name])}, which has no rank that could be cut",
+        f"{file.path}: {name} is of the kind {describe_kinds(file.kinds[name])}, which has no rank that could be cut",
         code="resize-kind-unsupported",
         fix="" if of_norms else f"sfumato lora merge {file.path} --new_rank {request.new_rank} --save_to FILE",
     )
@@ -157,6 +158,6 @@ def summarize_layers(layers: list[ResizedLayer]) -> str:
     lost = sum((layer.error * layer.norm) ** 2 for layer in layers)
     average = sum(layer.rank for layer in layers) / len(layers)
     return (
-        f"{len(layers)} layers, rank {describe_range(ranks)} ({average:.1f} on average), "
+        f"{plural(len(layers), 'layer')}, rank {describe_range(ranks)} ({average:.1f} on average), "
         f"relative error of all changes {(lost / norm) ** 0.5 if norm else 0.0:.3%}"
     )

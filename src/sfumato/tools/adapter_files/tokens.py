@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sfumato.common.text import plural
 from sfumato.config import ModelOptions, NoiseOptions
 from sfumato.config.frozen import FrozenAdapter
 from sfumato.errors import UserError
@@ -46,7 +47,7 @@ def rank_tokens(request: TokensRequest) -> list[str]:
         if any(part in file.matches for file in adapters.files):
             tokens = list_tokens(model.tokenizers[part])
             changes = measure_tokens(model, part, adapters, list(tokens), request)
-            lines += ["", f"{part}: {len(tokens):,} tokens, mean change {float(changes.mean()):.4g}"]
+            lines += ["", f"{part}: {plural(len(tokens), 'token')}, mean change {float(changes.mean()):.4g}"]
             lines += format_tokens(tokens, changes, request.top)
             model.parts[part].unload()
     return [f"{request.adapter} on {model.blueprint.source.name}", *lines]

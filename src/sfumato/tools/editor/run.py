@@ -9,6 +9,7 @@ import webbrowser
 from pathlib import Path
 
 from sfumato.common.files import remove_leftovers
+from sfumato.common.text import plural
 from sfumato.config import Config
 from sfumato.data.find.index import cache_folder
 from sfumato.tools.caption_tokens import load_tokenizers
@@ -30,7 +31,7 @@ def edit_dataset(config: Config, *, port: int, open_browser: bool) -> None:
     server = EditorServer(session=session, thumbnails=thumbnails, token=make_token())
     listener = open_listener(server, port)
     address = f"http://{listener.server_address[0]}:{listener.server_address[1]}/{server.token}/"
-    sys.stdout.write(f"{len(dataset.images):,} images of {dataset.title}\n")
+    sys.stdout.write(f"{plural(len(dataset.images), 'image')} of {dataset.title}\n")
     for note in dataset.notes:
         sys.stdout.write(f"note: {note}\n")
     sys.stdout.write(f"open {address}\nCtrl-C ends it; what is saved in the page is saved on disk\n")
