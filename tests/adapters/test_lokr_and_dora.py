@@ -43,6 +43,20 @@ def test_a_file_of_lycoris_gives_what_lycoris_gives(case: LycorisCase) -> None:
 
 
 @each_case
+def test_two_on_a_layer_change_it_by_the_sum(case: LycorisCase) -> None:
+    """Each changes what the layer alone gives: the second does so as the first."""
+    stored, layer = GOLDENS[case.name], make_layer(case)
+    kinds, tensors = complete(fill_tensors(stored["shapes"], stored["alpha"]))
+    group, x = make_group(nn.Sequential(layer)), make_input(case)
+    with torch.no_grad():
+        plain = layer(x).flatten()[:60]
+        for _ in range(2):
+            AdapterEngine().attach([group], lambda group: restore_adapter(kinds, group, tensors))
+        expected = 2 * torch.tensor(stored["output"]) - plain
+        torch.testing.assert_close(layer(x).flatten()[:60], expected, rtol=2e-6, atol=4e-6)
+
+
+@each_case
 def test_a_new_adapter_has_lycoris_tensors_and_changes_nothing(case: LycorisCase) -> None:
     stored, group = GOLDENS[case.name], make_group(nn.Sequential(make_layer(case)))
     words = {WORDS.get(name, name): value for name, value in case.options.items()}

@@ -202,7 +202,7 @@ def test_what_is_no_plain_file_is_named(find, tmp_path):
     assert sorted(find.codes) == ["data-file-unreadable", "file-is-special", "file-is-special"]
     plan = find("--train_data_dir", tmp_path / "t", "--resolution", 64, "--on_bad_image", "skip")
     assert list_captions(plan) == {"a.png": "cat"}
-    assert any("folder.png" in note and "are folders" in note for note in plan.notes)
+    assert any("folder.png" in note and "is a folder" in note for note in plan.notes)
     row = next(item.image for _, _, item in plan.iterate_used())
     (folder / "a.png").unlink()
     os.mkfifo(folder / "a.png")

@@ -198,7 +198,7 @@ def test_words_that_were_read(caption: str, expected: str) -> None:
 def test_a_model_that_describes_no_images(images: Path, tmp_path: Path, codes: list[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     assert main(["dataset", "caption", str(images), "--model", str(tmp_path)]) == 2
-    assert codes == ["captioner-unavailable"]
+    assert codes == ["image-model-unavailable"]
     assert not read_captions(images)
 
 

@@ -219,7 +219,7 @@ def test_a_folder_without_held_out_images(trained: Path, tmp_path: Path, codes: 
     assert main([*argv, "--held_out", str(tmp_path)]) == 2
     assert codes == ["held-out-folder-empty"]
     assert main([*argv, "--image_encoder", str(tmp_path / "none")]) == 2
-    assert codes[1:] == ["image-encoder-missing"]
+    assert codes[1:] == ["image-model-missing"]
 
 
 def test_checkpoints_are_known_by_their_names(tmp_path: Path) -> None:

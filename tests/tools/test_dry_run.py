@@ -15,7 +15,8 @@ from sfumato.memory.rehearsal.backend import is_supported
 from sfumato.methods.adapter import AdapterMethod
 from sfumato.plan import make_run_plan
 from sfumato.tools import dry_run
-from sfumato.tools.dry_run import DeviceMeter, format_dry_run, take_dry_run
+from sfumato.tools.device_meter import DeviceMeter
+from sfumato.tools.dry_run import format_dry_run, take_dry_run
 from sfumato.tools.rehearsal_stages import STEP, Stage
 from toy_runs import make_arguments, make_images
 

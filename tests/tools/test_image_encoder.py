@@ -74,11 +74,11 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="is no folder") as missing:
         load_image_encoder(str(tmp_path / "clpi"), CPU)
-    assert missing.value.code == "image-encoder-missing"
+    assert missing.value.code == "image-model-missing"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as empty:
         load_image_encoder(str(tmp_path / "empty"), CPU)
-    assert empty.value.code == "image-encoder-unavailable"
+    assert empty.value.code == "image-model-unavailable"
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30)
     BertModel(config).save_pretrained(write_clip(tmp_path / "text"))
     with pytest.raises(UserError) as text:
@@ -94,4 +94,4 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError) as error:
         load_image_encoder(str(folder), CPU)
-    assert error.value.code == "image-encoder-unavailable"
+    assert error.value.code == "image-model-unavailable"

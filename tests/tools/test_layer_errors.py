@@ -13,7 +13,8 @@ from families.toys import ToyShelf
 from quantization.meant import FLOAT8, round_scaled
 from sfumato.config import load_config
 from sfumato.plan import make_run_plan
-from sfumato.tools.dry_run import DeviceMeter, take_dry_run
+from sfumato.tools.device_meter import DeviceMeter
+from sfumato.tools.dry_run import take_dry_run
 from sfumato.tools.layer_errors import LayerError, describe_layer_errors, watch_layers
 from toy_runs import SEVERAL_TOKENS, build_toy_run, make_arguments, make_images
 

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from families.toys import ToyShelf
 from others.models import compute_output, load_toy
@@ -32,7 +34,6 @@ from tools.adapter_cases import (
 )
 from toy_runs import equal_tensors
 
-LYCORIS = "lycoris.kohya"
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"network_args": {}},
     "split": {"network_args": {"split_qkv": True}},
@@ -41,6 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"network_args": {"dora_wd": True}},
     "dora, columns": {"network_args": {"dora_wd": True, "wd_on_output": False}},
     "full": {"network_module": "full_difference"},
+    "norm": {"network_args": {"train_norm": True}},
     "ia3": {"network_module": "ia3"},
     "glora": {"network_module": "glora", "network_alpha": 0.3},
     "oft": {"network_module": "oft"},
@@ -48,66 +50,61 @@ KINDS: dict[str, dict[str, Any]] = {
     "boft": {"network_module": "boft", "network_dim": 384},
     "oft v2": {"network_module": "oft_v2"},
     "boft v2": {"network_module": "boft_v2"},
+    "tucker": {"network_args": {"conv_dim": 2, "use_tucker": True}},
+    "pissa": {"network_args": {"pissa": True}},
+    "lora_fa": {"network_module": "networks.lora_fa", "network_args": {}},
+    "dylora": {"network_module": "networks.dylora", "network_args": {"unit": 1}},
+    "scalar": {"network_args": {"use_scalar": True}},
 }
-FAMILIES = ("sd", "sdxl", "flux", "sd3", "chroma", "lumina")
-FUSED = ("flux", "sd3", "chroma", "lumina")
-CASES = [(family, kind) for family in FAMILIES for kind in KINDS if kind != "split" or family in FUSED]
-ROTATIONS = ("oft", "diag-oft", "boft", "oft v2", "boft v2")  # each on two families, which covers all of these
-OTHERS = tuple(kind for kind in KINDS if kind not in ROTATIONS)  # on a UNet, on fused layers, and on half of the rest
-RARE: dict[str, tuple[str, dict[str, Any]]] = {  # kinds whose change is that of another one: on one family each
-    "tucker": ("sd", {"network_args": {"conv_dim": 2, "use_tucker": True}}),
-    "pissa": ("flux", {"network_args": {"pissa": True}}),
-    "lora_fa": ("sd3", {"network_module": "networks.lora_fa", "network_args": {}}),
-    "dylora": ("sdxl", {"network_module": "networks.dylora", "network_args": {"unit": 1}}),
-    "scalar": ("chroma", {"network_args": {"use_scalar": True}}),
-}
-FAST = {("flux", "plain"), ("sd", "dora"), ("sd3", "lokr")}
-
-
-def is_tried(family: str, kind: str) -> bool:
-    if kind in ROTATIONS:
-        return (FAMILIES.index(family) - ROTATIONS.index(kind)) % 3 == 0
-    is_in_turn = (FAMILIES.index(family) - OTHERS.index(kind)) % 2 == 0
-    return family in ("sd", "flux") or is_in_turn or (family, kind) in FAST
-
-
-CASES = [(family, kind) for family, kind in CASES if is_tried(family, kind)]
-CASES += [(family, kind) for kind, (family, _) in RARE.items()]
+FAMILIES = ("sd", "sdxl", "flux", "flux_kontext", "sd3", "chroma", "lumina")
+FUSED = ("flux", "flux_kontext", "sd3", "chroma", "lumina")
+# Every kind of docs/adapters.md on every family, several in one model: each changes what it would change alone.
+GROUPS = (
+    ("plain", "lokr", "oft"), ("loha", "dora", "diag-oft"), ("dora, columns", "full", "boft"),
+    ("ia3", "glora", "oft v2"), ("norm", "scalar", "boft v2"), ("pissa", "lora_fa", "dylora"),
+)  # fmt: skip
+FAST = (("flux", ("plain",)), ("sd", ("dora",)), ("sd3", ("lokr",)))
 
 
 def list_cases() -> list[Any]:
-    return [case if case in FAST else pytest.param(*case, marks=pytest.mark.full) for case in CASES]
+    every = [(family, kinds) for family in FAMILIES for kinds in GROUPS]
+    every += [(family, ("split" if family in FUSED else "tucker",)) for family in FAMILIES]
+    slow = [pytest.param(*case, marks=pytest.mark.full, id=f"{case[0]}-{'+'.join(case[1])}") for case in every]
+    return [*(pytest.param(*case, id=f"{case[0]}-{case[1][0]}") for case in FAST), *slow]
 
 
-def attach(model: Family, file: Path, strength: float) -> dict[str, torch.Tensor]:
-    """The outputs of all networks with a file attached."""
-    adapters = InferenceAdapters(model, [(file, strength)])
-    found = {part: compute_output(model, part) for part in ("denoiser", *model.text_parts)}
+def attach(model: Family, files: Sequence[Path], strength: float, *, parts: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The outputs of networks, by default of all, with files attached."""
+    adapters = InferenceAdapters(model, [(file, strength) for file in files])
+    found = {part: compute_output(model, part) for part in parts or ("denoiser", *model.text_parts)}
     for engine in chain.from_iterable(file.engines for file in adapters.files):
         engine.detach()
     return found
 
 
 def kind_options(family: str, kind: str) -> dict[str, Any]:
-    options = dict(RARE[kind][1] if kind in RARE else KINDS[kind])
+    options = dict(KINDS[kind])
     if options.get("network_module", "networks.lora").startswith("networks."):
         options["network_args"] = {**options.get("network_args", {}), **ALL_PARTS.get(family, {})}
     return options
 
 
-@pytest.mark.parametrize(("family", "kind"), list_cases())
-def test_merged_runs_as_attached(family: str, kind: str, toy_shelf: ToyShelf, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "kinds"), list_cases())
+def test_merged_runs_as_attached(family: str, kinds: Sequence[str], toy_shelf: ToyShelf, tmp_path: Path) -> None:
     model = load_toy(toy_shelf, family)
-    file = draw_adapter(model, tmp_path / "a.safetensors", **kind_options(family, kind))
-    plain = {part: compute_output(model, part) for part in ("denoiser", *model.text_parts)}
-    expected = attach(model, file, 0.7)
-    command = make_merge_command(toy_shelf, family, [file], tmp_path / "out")
-    assert main([*command, "--ratios", "0.7"]) == 0
+    paths = {kind: tmp_path / f"{i}.safetensors" for i, kind in enumerate(kinds)}
+    files = [draw_adapter(model, path, **kind_options(family, kind)) for kind, path in paths.items()]
+    plain = compute_output(model, "denoiser")
+    expected = attach(model, files, 0.7)
+    command = make_merge_command(toy_shelf, family, files, tmp_path / "out")
+    assert main([*command, "--ratios", *["0.7"] * len(files)]) == 0
     merged = load_files(toy_shelf, family, files=list_merged_files(toy_shelf, family, tmp_path / "out"))
     for part, output in expected.items():
         error = (compute_output(merged, part) - output).abs().max() / output.abs().max()
         assert error < 1e-5, (part, float(error))
-    assert (expected["denoiser"] - plain["denoiser"]).abs().max() > 1e-3, "the adapter must matter"
+    for file in files:
+        alone = attach(model, [file], 0.7, parts=["denoiser"])["denoiser"]
+        assert (alone - plain).abs().max() > 1e-3, f"{file.name} must matter"
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +202,7 @@ def test_weights_with_scales_stay_so(toy_shelf: ToyShelf, small: Path, tmp_path:
 def test_folders_of_diffusers_and_pickled_files(toy_shelf: ToyShelf, flux: Family, small: Path, tmp_path: Path) -> None:
     folder = toy_shelf.paths("flux", "diffusers")[MODEL]
     assert main(command_for(toy_shelf, [small], tmp_path / "folder", model=folder)) == 0
-    expected = attach(flux, small, 1.0)["denoiser"]
+    expected = attach(flux, [small], 1.0)["denoiser"]
     merged = load_files(toy_shelf, "flux", files={MODEL: tmp_path / "folder"})
     torch.testing.assert_close(compute_output(merged), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     for name in ("text_encoder", "vae", "tokenizer"):

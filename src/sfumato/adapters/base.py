@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import ClassVar, Self
 
 import torch
@@ -125,6 +126,11 @@ class Adapter(nn.Module, ABC):
 
         strength: one number, or (rows,), one for each row of the batch. Subclasses may save a pass over the output.
         """
+        return add_change(output, self(x, i), strength)
+
+    def add_beside(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
+        """The same where other adapters have changed the output already: each changes what the layer alone gives, so
+        that their order does not count and their sum is what merging them gives."""
         return add_change(output, self(x, i), strength)
 
     def limit_norm(self, maximum: float) -> tuple[Tensor, Tensor]:
@@ -267,6 +273,12 @@ def over_channels(layer: Layer, values: Tensor) -> Tensor:
     return values.flatten() if isinstance(layer, nn.Linear) else values.reshape(-1, 1, 1)
 
 
+def has_adapter(layer: nn.Module) -> bool:
+    """Whether an engine adds an adapter's change to the layer's output."""
+    hooks = (hook.func for hook in layer._forward_hooks.values() if isinstance(hook, partial))
+    return any(isinstance(hook, MethodType) and hook.__func__ is AdapterEngine._add for hook in hooks)
+
+
 class AdapterEngine(nn.Module):
     """Attaches adapters by forward hooks; the networks' own modules and state dicts stay untouched."""
 
@@ -291,7 +303,8 @@ class AdapterEngine(nn.Module):
             assert group.name not in self.adapters, f"the adapter name {group.name} is used twice"
             self.adapters[group.name] = adapter
             for i, layer in enumerate(group.layers):
-                hook = partial(self._add, adapter, group.name, i)
+                add = adapter.add_to if not has_adapter(layer) else adapter.add_beside
+                hook = partial(self._add, adapter, add, group.name, i)
                 self._handles.append(layer.register_forward_hook(hook))
 
     def detach(self) -> None:
@@ -301,7 +314,14 @@ class AdapterEngine(nn.Module):
         self._handles.clear()
 
     def _add(
-        self, adapter: Adapter, name: str, i: int, layer: nn.Module, args: tuple[Tensor], output: Tensor
+        self,
+        adapter: Adapter,
+        add: Callable[[Tensor, Tensor, int, float | Tensor], Tensor],
+        name: str,
+        i: int,
+        layer: nn.Module,
+        args: tuple[Tensor],
+        output: Tensor,
     ) -> Tensor:
         if not torch.compiler.is_compiling():  # a compiled graph with the name in it would serve this layer alone
             self._names_run.add(name)
@@ -311,7 +331,7 @@ class AdapterEngine(nn.Module):
             strength = strength.repeat_interleave(output.shape[0] // strength.shape[0])
         elif strength == 0:
             return output
-        return adapter.perturb(adapter.add_to(output, x, i, strength), x, i)
+        return adapter.perturb(add(output, x, i, strength), x, i)
 
     @contextmanager
     def use_multiplier(self, multiplier: float | Tensor) -> Iterator[None]:

@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     return run_with_options("sfumato dataset caption", argv, CaptioningOptions, run_captioning, aliases=CAPTION_ALIASES)
 
 
-def run_captioning(options: CaptioningOptions) -> int:
-    """Caption the images; gives the exit code."""
+def run_captioning(options: CaptioningOptions, *, named_by: str = "model") -> int:
+    """Caption the images; gives the exit code. named_by: the option that gave the model."""
     import torch
 
     from sfumato.parallel.start import choose_device
@@ -68,7 +68,7 @@ def run_captioning(options: CaptioningOptions) -> int:
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     beside = FilesBeside(extension=options.caption_extension)
     run = CaptionRun(
-        captioner=load_captioner(options.model, make_wording(options), dtype=dtype, device=device),
+        captioner=load_captioner(options.model, make_wording(options), named_by, dtype=dtype, device=device),
         output=MetadataFile(path=options.output_path, name="caption") if options.output_path else beside,
         prompt=options.prompt,
         remove_words=options.remove_words,

@@ -64,7 +64,8 @@ def caption_by_blip(options: BlipOptions) -> int:
             prompt=BLIP_PROMPT,
             num_beams=1 if by_chance else options.num_beams,
             top_p=options.top_p if by_chance else None,
-        )
+        ),
+        named_by="caption_weights",
     )
 
 
@@ -83,7 +84,7 @@ def find_blip(weights: str) -> str:
 
 def caption_by_git(options: GitOptions) -> int:
     given = options.model_dump(exclude={"model_id"})
-    return run_captioning(CaptioningOptions.model_construct(**given, model=options.model_id))
+    return run_captioning(CaptioningOptions.model_construct(**given, model=options.model_id), named_by="model_id")
 
 
 CAPTION_TOOLS = (

@@ -10,41 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.common.library_call import read_first_line
 from sfumato.common.text import plural
-from sfumato.config.paths import looks_like_path, suggest_path
 from sfumato.config.prompt_options import CLIP_VISION_MODEL
 from sfumato.data.batch import Tensors
 from sfumato.data.images import read_image
 from sfumato.errors import UserError
+from sfumato.sampling.image_models import open_image_model
 from sfumato.sampling.settings import StartImage
 
 
 def open_vision_model(name: str, kind: Any, *, option: str) -> tuple[Any, Any]:
-    """A model of transformers in main memory, and the processor of its images.
-
-    name: a folder, or OWNER/NAME on the hub. kind: its class. option: that named it. Reads safetensors alone, and runs
-    no code that comes with a model.
-    """
+    """A model that sees images, and the processor of these. kind: its class of transformers. option: that named it."""
     from transformers import AutoImageProcessor
 
-    path = Path(name)
-    if looks_like_path(name) and not path.is_dir():
-        raise UserError(
-            f"--{option}: {name} is no folder",
-            code="image-encoder-missing",
-            fix=suggest_path(path) or "give a folder of transformers with CLIP or DINOv2, or OWNER/NAME on the hub",
-        )
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        model = kind.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
-        raise UserError(
-            f"--{option}: transformers cannot open {name} as a model that sees images ({read_first_line(error)})",
-            code="image-encoder-unavailable",
-            fix="give a folder or a name on the hub with CLIP or DINOv2 in safetensors",
-        ) from error
-    return model.eval(), processor
+    return open_image_model(
+        name, kind, AutoImageProcessor, option=option, purpose="sees images", examples="CLIP or DINOv2"
+    )
 
 
 @lru_cache(maxsize=1)

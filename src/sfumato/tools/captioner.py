@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.common.library_call import read_first_line
-from sfumato.errors import UserError
+from sfumato.sampling.image_models import open_image_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +88,17 @@ def remove_beginning(text: str, prompt: str) -> str:
     return text
 
 
-def load_captioner(name: str, wording: Wording, *, dtype: torch.dtype, device: torch.device) -> Captioner:
-    """name: a folder, or OWNER/NAME on the hub. No code that comes with a model is run."""
+def load_captioner(name: str, wording: Wording, option: str, *, dtype: torch.dtype, device: torch.device) -> Captioner:
+    """name: a folder, or OWNER/NAME on the hub. option: that gave it. UserError where there is no such model."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
-        raise UserError(
-            f"transformers cannot open {name} as a model that describes images ({read_first_line(error)})",
-            code="captioner-unavailable",
-            fix="give the folder or the name on the hub of such a model that needs no code of its own",
-        ) from error
-    return Captioner(model=model.to(device).eval(), processor=processor, wording=wording)
+    model, processor = open_image_model(
+        name,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        option=option,
+        purpose="describes images",
+        examples="BLIP, GIT or Qwen-VL",
+        dtype=dtype,
+    )
+    return Captioner(model=model.to(device), processor=processor, wording=wording)

@@ -7,21 +7,16 @@ every further step. A CPU has nothing to measure a peak with; there the run itse
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
 
 from sfumato.config import Config
 from sfumato.config.environment import read_launch
 from sfumato.errors import UserError
-from sfumato.memory.device_memory import forget_peak_memory, read_peak_memory
 from sfumato.parallel.start import choose_device
 from sfumato.plan import RunPlan
+from sfumato.tools.device_meter import DeviceMeter, report_exhaustion
 from sfumato.tools.layer_errors import LayerError, describe_layer_errors, measure_layer_errors
 from sfumato.tools.plan import show_plan
 from sfumato.tools.rehearsal_data import keep_largest_batches
@@ -33,36 +28,6 @@ from sfumato.tools.rehearse_apart import rehearse_apart
 from sfumato.track.guard import Guard
 
 FIRST_STEP = "first step"
-
-
-@dataclass
-class DeviceMeter:
-    """Measures time, and on a GPU the peak of torch's allocator."""
-
-    device: torch.device
-    started: float = field(default_factory=time.perf_counter)
-
-    @property
-    def measures_memory(self) -> bool:
-        return self.device.type == "cuda"
-
-    def name_networks(self, networks: Mapping[str, nn.Module]) -> None:
-        return
-
-    def start(self) -> None:
-        self._wait()
-        forget_peak_memory(self.device)
-        self.started = time.perf_counter()
-
-    def finish(self, name: str, resident: Mapping[str, Sequence[Tensor]]) -> Stage:
-        self._wait()
-        seconds = time.perf_counter() - self.started
-        peak = read_peak_memory(self.device) or 0
-        return Stage(name=name, peak=peak, resident={}, largest=(), waits=(), seconds=seconds)
-
-    def _wait(self) -> None:
-        if self.measures_memory:
-            torch.cuda.synchronize(self.device)
 
 
 def show_dry_run(config: Config) -> None:
@@ -113,20 +78,6 @@ def take_dry_run(plan: RunPlan, meter: DeviceMeter) -> tuple[list[Stage], list[L
 def find_existing(folder: Path) -> Path:
     """The folder, or the nearest above it that exists."""
     return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-
-
-@contextmanager
-def report_exhaustion(recorder: StageRecorder) -> Iterator[None]:
-    """A context in which too little memory on the GPU is the user's to fix."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        done = recorder.stages[-1].name if recorder.stages else "the start"
-        raise UserError(
-            f"the GPU has too little memory for what follows {done}: {' '.join(str(error).split())}",
-            code="dry-run-out-of-memory",
-            fix="`sfumato plan --fit` finds options with which the run fits",
-        ) from error
 
 
 def format_dry_run(stages: Sequence[Stage], predicted: Sequence[Stage], meter: DeviceMeter) -> Iterator[str]:

@@ -60,7 +60,7 @@ def test_what_cannot_be_decoded_is_skipped_and_named(find, folder, tmp_path, sou
             archive.add(folder, "deep")
     plan = find.toml(SUBSET + source_path, *SKIP)
     assert sorted(list_names(plan)) == ["0.png", "2.png", "3.png", "photo.jpg"]
-    assert any("1 bad images are skipped" in note and "1.png is damaged" in note for note in plan.notes)
+    assert any("1 bad image is skipped" in note and "1.png is damaged" in note for note in plan.notes)
     assert len(decoded) == 5
     assert list_names(find.toml(SUBSET + source_path, *SKIP)) == list_names(plan)
     assert decoded[5:] == ["1.png"]  # the others are known to be undamaged
