@@ -147,4 +147,4 @@ def test_report_names_what_did_not_train() -> None:
     engine = AdapterEngine()
     engine.attach(groups_of(module), lambda group: LoRA(group, rank=1, alpha=1.0))
     module["used"](torch.randn(1, 2)).sum().backward()
-    assert engine.report() == ["1 adapted layers never ran: lora_unet_idle"]
+    assert engine.report() == ["1 adapted layer never ran: lora_unet_idle"]

@@ -20,18 +20,10 @@ from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_kind import LayerMatch, describe_kinds
 from sfumato.formats.adapter_layers import collect_groups
 from sfumato.formats.checkpoint import SAVE_DTYPES
-from sfumato.formats.checkpoint_writer import write_safetensors
 from sfumato.formats.groups import make_adapter_name
-from sfumato.formats.hashes import add_hashes
 from sfumato.formats.peft_config import DIFFUSERS_KEY
 from sfumato.tools.adapter_files.models import KnownFiles, match_files
-from sfumato.tools.adapter_files.outputs import (
-    check_output,
-    check_space,
-    count_tensor_bytes,
-    find_widest_dtype,
-    name_output,
-)
+from sfumato.tools.adapter_files.outputs import check_output, find_widest_dtype, write_adapter
 from sfumato.tools.adapter_files.written_values import find_largest
 
 Program = Literal["kohya", "diffusers", "aitoolkit", "comfyui"]
@@ -79,9 +71,7 @@ def export_lora(
         check_need(file.path, routes)
         tensors = rename_for_comfyui(file.path, routes, precision)
     metadata = {name: value for name, value in file.metadata.items() if name != DIFFUSERS_KEY}
-    named = name_output(target)
-    check_space(target, count_tensor_bytes(tensors, None))
-    write_safetensors(target, tensors, add_hashes({"format": "pt", **metadata}, tensors))
+    named = write_adapter(target, tensors, {"format": "pt", **metadata}, None)
     print(f"{named}: {summarize_routes(routes, tensors, program)}")
     if program in ("diffusers", "aitoolkit") and not any(route.comfyui_name != route.match.name for route in routes):
         print(f"note: this file is for diffusers alone; ComfyUI and other programs read {source} as it is")

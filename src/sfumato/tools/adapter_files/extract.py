@@ -26,9 +26,8 @@ from sfumato.families.part import Network
 from sfumato.families.weights import Weights
 from sfumato.formats.checkpoint import TOOL_DTYPES, TensorFile
 from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise
-from sfumato.tools.adapter_files.join import describe_range
 from sfumato.tools.adapter_files.models import Encoders, ToolModel, list_input_paths, open_tool_model
-from sfumato.tools.adapter_files.outputs import check_output, make_extracted_metadata, write_adapter
+from sfumato.tools.adapter_files.outputs import check_output, describe_layers, make_extracted_metadata, write_adapter
 from sfumato.tools.adapter_files.resize import check_method
 from sfumato.tools.adapter_files.written_values import find_largest
 from sfumato.track.progress_task import ProgressTask
@@ -71,7 +70,6 @@ class PartResult:
     others: int = 0  # further tensors that differ, for which an adapter has no place
 
     def make_line(self, part: str) -> str:
-        ranks = sorted({rank for rank, _ in self.dims}) or [0]
         error = (self.lost / self.square) ** 0.5 if self.square else 0.0
         others = (
             f"; {plural(self.others, 'other tensor differs', 'other tensors differ')}, which it does not have"
@@ -79,10 +77,8 @@ class PartResult:
             else ""
         )
         norms = f" and {plural(self.norms, 'norm layer')}" if self.norms else ""
-        return (
-            f"{part}: {plural(len(self.dims), 'layer')}{norms}, rank {describe_range(ranks)}, relative error "
-            f"{error:.3%}{others}"
-        )
+        layers = describe_layers([rank for rank, _ in self.dims], norms)
+        return f"{part}: {layers}, relative error {error:.3%}{others}"
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from sfumato.adapters.low_rank import (
     join_factors,
     make_low_rank_tensors,
 )
-from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.families.part import Network
 from sfumato.formats.adapter_file import AdapterFile
@@ -40,6 +39,7 @@ from sfumato.tools.adapter_files.models import (
 )
 from sfumato.tools.adapter_files.outputs import (
     check_output,
+    describe_layers,
     find_widest_dtype,
     make_adapter_metadata_from,
     write_adapter,
@@ -119,11 +119,10 @@ def join_adapters(request: JoinRequest) -> list[str]:
     dtype = TOOL_DTYPES[request.precision] or find_widest_dtype(files)
     metadata = make_adapter_metadata_from(request.output, files, dims, minimal=request.minimal_metadata)
     written = write_adapter(request.output, tensors, metadata, dtype)
-    ranks = sorted({rank for rank, _ in dims})
     lines = [f"{path} x {ratio:g}" for path, ratio in zip(request.adapters, ratios, strict=True)]
     lines += [line for file in files for line in file.describe_passed_over()]
     how = "exact" if max(errors, default=0.0) < 1e-5 else f"relative error up to {max(errors):.2%}"
-    return [*lines, f"{written}: {plural(len(dims), 'layer')}, rank {describe_range(ranks)}, {how}"]
+    return [*lines, f"{written}: {describe_layers([rank for rank, _ in dims])}, {how}"]
 
 
 def find_layers_of(
@@ -135,11 +134,6 @@ def find_layers_of(
     model = open_tool_model(request.base_model, request.encoders, request.family)
     stack.enter_context(closing(model))
     return match_base_model(files, model), model.networks
-
-
-def describe_range(values: Sequence[float]) -> str:
-    """ "4", or "4 to 8"; values: sorted."""
-    return f"{values[0]:g}" if values[0] == values[-1] else f"{values[0]:g} to {values[-1]:g}"
 
 
 def find_strengths(known: KnownFiles, ratios: Sequence[float], lists: Sequence[str]) -> dict[LayerMatch, float]:

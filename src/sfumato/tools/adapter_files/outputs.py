@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato import __version__
 from sfumato.common.files import DiskNeed, check_disk_space, check_writable
 from sfumato.common.names import DEFAULT_NETWORK_MODULE
+from sfumato.common.text import plural
 from sfumato.errors import Problems
 from sfumato.families.checkpoint_saving import TensorEntries, TensorEntry, write_entries
 from sfumato.families.source import MODEL_INDEX
@@ -161,6 +162,12 @@ def make_adapter_metadata_from(
     if minimal:
         return {"format": "pt", **kept, **own}
     return {"format": "pt", **kept, **own, **make_spec_entries(path, files, comment)}
+
+
+def describe_layers(ranks: Collection[int], more: str = "") -> str:
+    """ "1 layer, rank 4", or "12 layers, rank 4 to 8"; more: after the number of layers. ranks: that of each."""
+    low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
+    return f"{plural(len(ranks), 'layer')}{more}, rank {low:g}" + ("" if low == high else f" to {high:g}")
 
 
 def make_network_entries(dims: Iterable[tuple[int, float]]) -> dict[str, str]:

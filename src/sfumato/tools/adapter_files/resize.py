@@ -17,15 +17,14 @@ from sfumato.adapters.low_rank import (
     make_low_rank_tensors,
     make_peft_tensors,
 )
-from sfumato.common.text import plural
 from sfumato.errors import UserError
 from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.adapter_keys import ALPHA
 from sfumato.formats.adapter_kind import describe_kinds
 from sfumato.formats.checkpoint import TOOL_DTYPES
-from sfumato.tools.adapter_files.join import describe_range
 from sfumato.tools.adapter_files.outputs import (
     check_output,
+    describe_layers,
     find_widest_dtype,
     make_adapter_metadata_from,
     write_adapter,
@@ -153,11 +152,10 @@ def find_kernel(file: AdapterFile, name: str) -> tuple[int, ...]:
 
 
 def summarize_layers(layers: list[ResizedLayer]) -> str:
-    ranks = sorted({layer.rank for layer in layers})
     norm = sum(layer.norm**2 for layer in layers)
     lost = sum((layer.error * layer.norm) ** 2 for layer in layers)
     average = sum(layer.rank for layer in layers) / len(layers)
     return (
-        f"{plural(len(layers), 'layer')}, rank {describe_range(ranks)} ({average:.1f} on average), "
+        f"{describe_layers([layer.rank for layer in layers])} ({average:.1f} on average), "
         f"relative error of all changes {(lost / norm) ** 0.5 if norm else 0.0:.3%}"
     )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.common.text import plural
 from sfumato.config import Config
 from sfumato.config.prompts import Prompt, read_prompts
 from sfumato.config.secrets import collect_secrets
@@ -73,8 +72,7 @@ def plan_comparison(config: Config, folder: Path, name: str, wanted: Wanted) -> 
     notes = list(wanted.notes)
     if len(chosen) < len(found):
         notes.append(
-            f"{len(chosen)} of {plural(len(found), 'checkpoint')} are compared; --max_checkpoints {len(found)} takes "
-            "all."
+            f"{len(chosen)} of {len(found)} checkpoints are compared; --max_checkpoints {len(found)} takes all."
         )
     family, blueprint = describe_model(config)
     config = resolve_options(config, family, blueprint.objective)
