@@ -27,7 +27,7 @@ from sfumato.families.weights import Weights
 from sfumato.formats.checkpoint import TOOL_DTYPES, TensorFile
 from sfumato.formats.groups import LayerGroup, group_layers, is_norm, is_pointwise
 from sfumato.tools.adapter_files.models import Encoders, ToolModel, list_input_paths, open_tool_model
-from sfumato.tools.adapter_files.outputs import check_output, describe_layers, make_extracted_metadata, write_adapter
+from sfumato.tools.adapter_files.outputs import check_output, describe_ranks, make_extracted_metadata, write_adapter
 from sfumato.tools.adapter_files.resize import check_method
 from sfumato.tools.adapter_files.written_values import find_largest
 from sfumato.track.progress_task import ProgressTask
@@ -77,7 +77,7 @@ class PartResult:
             else ""
         )
         norms = f" and {plural(self.norms, 'norm layer')}" if self.norms else ""
-        layers = describe_layers([rank for rank, _ in self.dims], norms)
+        layers = describe_ranks([rank for rank, _ in self.dims], norms)
         return f"{part}: {layers}, relative error {error:.3%}{others}"
 
 

@@ -39,7 +39,7 @@ from sfumato.tools.adapter_files.models import (
 )
 from sfumato.tools.adapter_files.outputs import (
     check_output,
-    describe_layers,
+    describe_ranks,
     find_widest_dtype,
     make_adapter_metadata_from,
     write_adapter,
@@ -122,7 +122,7 @@ def join_adapters(request: JoinRequest) -> list[str]:
     lines = [f"{path} x {ratio:g}" for path, ratio in zip(request.adapters, ratios, strict=True)]
     lines += [line for file in files for line in file.describe_passed_over()]
     how = "exact" if max(errors, default=0.0) < 1e-5 else f"relative error up to {max(errors):.2%}"
-    return [*lines, f"{written}: {describe_layers([rank for rank, _ in dims])}, {how}"]
+    return [*lines, f"{written}: {describe_ranks([rank for rank, _ in dims])}, {how}"]
 
 
 def find_layers_of(

@@ -164,7 +164,7 @@ def make_adapter_metadata_from(
     return {"format": "pt", **kept, **own, **make_spec_entries(path, files, comment)}
 
 
-def describe_layers(ranks: Collection[int], more: str = "") -> str:
+def describe_ranks(ranks: Collection[int], more: str = "") -> str:
     """ "1 layer, rank 4", or "12 layers, rank 4 to 8"; more: after the number of layers. ranks: that of each."""
     low, high = (min(ranks), max(ranks)) if ranks else (0, 0)
     return f"{plural(len(ranks), 'layer')}{more}, rank {low:g}" + ("" if low == high else f" to {high:g}")

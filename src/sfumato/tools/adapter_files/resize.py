@@ -24,7 +24,7 @@ from sfumato.formats.adapter_kind import describe_kinds
 from sfumato.formats.checkpoint import TOOL_DTYPES
 from sfumato.tools.adapter_files.outputs import (
     check_output,
-    describe_layers,
+    describe_ranks,
     find_widest_dtype,
     make_adapter_metadata_from,
     write_adapter,
@@ -156,6 +156,6 @@ def summarize_layers(layers: list[ResizedLayer]) -> str:
     lost = sum((layer.error * layer.norm) ** 2 for layer in layers)
     average = sum(layer.rank for layer in layers) / len(layers)
     return (
-        f"{describe_layers([layer.rank for layer in layers])} ({average:.1f} on average), "
+        f"{describe_ranks([layer.rank for layer in layers])} ({average:.1f} on average), "
         f"relative error of all changes {(lost / norm) ** 0.5 if norm else 0.0:.3%}"
     )
