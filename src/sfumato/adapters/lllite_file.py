@@ -98,7 +98,8 @@ def read_sizes(path: Path, state: Mapping[str, Tensor], facts: Mapping[str, str]
     if channels not in _CHANNELS or len(branches) not in (0, len(dilations)):
         raise UserError(
             f"{path} is an LLLite file whose images have {plural(channels, 'channel')} and whose pyramid has "
-            f"{plural(len(branches), 'branch', 'branches')}; those with 3 or 4 channels, and no or {len(dilations)} branches are read",
+            f"{plural(len(branches), 'branch', 'branches')}; those with 3 or 4 channels, and no or "
+            f"{len(dilations)} branches are read",
             code="lllite-variant-unsupported",
         )
     return LLLiteSizes(
