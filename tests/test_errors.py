@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from families.toys import ToyShelf
 from sfumato.cli.main import main
 from sfumato.demo.toy import write_toy
 from sfumato.errors import InternalError
@@ -17,8 +18,8 @@ Case = Callable[[Mapping[str, Path], Path], list[str]]
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+def toy(toy_shelf: ToyShelf) -> Mapping[str, Path]:
+    return toy_shelf.paths("sd")
 
 
 def with_images(toy: Mapping[str, Path], folder: Path, **options: object) -> list[str]:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from families.toys import ToyShelf
 from sfumato.cli.main import main
 from sfumato.config import load_config
 from sfumato.config.listing import public_options
-from sfumato.demo.toy import write_toy
 from sfumato.plan import make_run_plan
 from sfumato.training.plan_report import model_lines
 from toy_runs import make_arguments, make_images, read_weights, train_toy
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "flux", "chroma", "sd3", "lumina"])
-def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return write_toy(request.param, tmp_path_factory.mktemp(request.param))
+def toy(request: pytest.FixtureRequest, toy_shelf: ToyShelf) -> Mapping[str, Path]:
+    return toy_shelf.paths(request.param)
 
 
 def test_the_header_tells_what_trains(toy: Mapping[str, Path], tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_it_prints_everything_and_writes_nothing(
 
 
 def test_options_of_other_models_are_reported_and_refused_when_strict(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    toy_shelf: ToyShelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    toy = write_toy("sd", tmp_path / "toy")
+    toy = toy_shelf.paths("sd")
     argv = make_arguments(toy, make_images(tmp_path / "images"), tmp_path / "out", timestep_sampling="shift")
     assert main(["plan", *argv]) == 0
     assert "--timestep_sampling has no effect" in capsys.readouterr().out
@@ -55,7 +55,9 @@ def test_options_of_other_models_are_reported_and_refused_when_strict(
     assert "--timestep_sampling has no effect" in capsys.readouterr().err
 
 
-def test_what_is_written_down_has_no_paths_and_no_secrets(tmp_path: Path) -> None:
-    toy = write_toy("sd", tmp_path / "toy")
+def test_what_is_written_down_has_no_paths_and_no_secrets(toy_shelf: ToyShelf, tmp_path: Path) -> None:
+    toy = toy_shelf.paths("sd")
     config = load_config(make_arguments(toy, make_images(tmp_path / "images"), tmp_path / "out"))
-    assert str(tmp_path) not in str(public_options(config))
+    shown = str(public_options(config))
+    assert str(tmp_path) not in shown
+    assert str(toy_shelf.folder) not in shown

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from sfumato.demo.toy import write_toy
+from families.toys import ToyShelf
 from sfumato.errors import UserError
 from sfumato.formats.state import load_state
 from sfumato.sample import generate_batch
@@ -40,13 +40,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return write_toy(request.param, tmp_path_factory.mktemp(request.param))
+def toy(request: pytest.FixtureRequest, toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths(request.param)
 
 
 @pytest.fixture(scope="session")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+def sd(toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths("sd")
 
 
 def metadata(path: Path) -> dict[str, str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from data.conftest import write_image
+from families.toys import ToyShelf
 from sfumato.compat.launch import main as launch
-from sfumato.demo.toy import write_toy
 from tools.test_caption_images import save_blip
 from tools.test_tag_images import write_model
 
@@ -118,8 +118,8 @@ BUCKET_LINES = (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy("sd", tmp_path_factory.mktemp("toy"))["pretrained_model_name_or_path"]
+def model(toy_shelf: ToyShelf) -> Path:
+    return toy_shelf.paths("sd")["pretrained_model_name_or_path"]
 
 
 @pytest.mark.full

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from families.toys import ToyShelf
 from sfumato.config import load_config
-from sfumato.demo.toy import write_toy
 from sfumato.errors import SeveralErrors, UserError
 from sfumato.formats.state import load_state
 from sfumato.plan import make_run_plan
@@ -26,8 +26,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+def sd(toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths("sd")
 
 
 RUNS = {

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from families.toys import ToyShelf
 from sfumato.cli.dataset_cache import DatasetCacheOptions, make_cache_config
 from sfumato.cli.main import main
 from sfumato.config.command import read_command
-from sfumato.demo.toy import write_toy
 from sfumato.tools.cache_maintenance import prune_cache
 from tools.cache_helpers import CACHED, change_letter, counts, fill
 from toy_runs import make_images
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return write_toy("sdxl", tmp_path_factory.mktemp("sdxl"))
+def sdxl(toy_shelf: ToyShelf) -> Mapping[str, Path]:
+    return toy_shelf.paths("sdxl")
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families.toys import ToyShelf
 from sfumato.config import load_config
 from sfumato.data.cache.entries import LATENTS
 from sfumato.data.cache.maintenance import read_records
 from sfumato.data.cache.store import DiskStore
-from sfumato.demo.toy import write_toy
 from sfumato.errors import UserError
 from sfumato.families.part import Part
 from sfumato.tools import cache_plan
@@ -25,13 +25,13 @@ from warm_python import run_ranks
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "flux"])
-def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return write_toy(request.param, tmp_path_factory.mktemp(request.param))
+def toy(request: pytest.FixtureRequest, toy_shelf: ToyShelf) -> Mapping[str, Path]:
+    return toy_shelf.paths(request.param)
 
 
 @pytest.fixture(scope="module")
-def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return write_toy("sdxl", tmp_path_factory.mktemp("sdxl"))
+def sdxl(toy_shelf: ToyShelf) -> Mapping[str, Path]:
+    return toy_shelf.paths("sdxl")
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
+from families.toys import ToyShelf
 from sfumato.config import load_config
 from sfumato.config.listing import public_options
 from sfumato.data.plans import DataPlan
-from sfumato.demo.toy import write_toy
 from sfumato.track.image_list import find_image_list, read_image_list
 from sfumato.track.report_facts import describe_run
 from toy_runs import equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
@@ -24,8 +24,8 @@ PROMPT = "a <script>alert(1)</script> cat & dog"
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+def sd(toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths("sd")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from sfumato.config import load_config
 from sfumato.config.noise import NoiseOptions
 from sfumato.data.batch_sampler import ValidationSampler
 from sfumato.data.split import choose_validation_seed
-from sfumato.demo.toy import write_toy
 from sfumato.diffusion.timesteps import timestep_quantiles
 from sfumato.errors import UserError
 from sfumato.plan import with_seed
@@ -46,8 +45,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    return write_toy("sd", tmp_path_factory.mktemp("sd"))
+def sd(toy_shelf: ToyShelf) -> Toy:
+    return toy_shelf.paths("sd")
 
 
 def told(output: Path) -> dict[int, float]:
