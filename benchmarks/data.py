@@ -211,7 +211,8 @@ def caching(folder: Path, *, batch_size: int, encoding: float = 0.0) -> Figures:
     import torch
 
     from sfumato.config import load_config
-    from sfumato.data.cache.entries import ContentHashes, LatentKeys, TensorCache, fill_latents, list_latent_items
+    from sfumato.data.cache.entries import ContentHashes, LatentKeys, TensorCache
+    from sfumato.data.cache.filling import fill_latents, list_latent_items
     from sfumato.data.cache.store import DiskStore
     from sfumato.data.find.discover import find_data
     from sfumato.errors import Problems

@@ -10,13 +10,8 @@ from pathlib import Path
 import torch
 
 from sfumato.data.batch_sampler import BatchSampler
-from sfumato.data.cache.entries import (
-    ContentHashes,
-    LatentKeys,
-    TensorCache,
-    fill_latents,
-    list_latent_items,
-)
+from sfumato.data.cache.entries import ContentHashes, LatentKeys, TensorCache
+from sfumato.data.cache.filling import fill_latents, list_latent_items
 from sfumato.data.cache.store import MemoryStore
 from sfumato.data.caches import Caches
 from sfumato.data.loader import Loader, LoaderSettings

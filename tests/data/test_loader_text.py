@@ -9,11 +9,8 @@ import torch
 
 from data.loaders import SUBSET, features, make_loader, plan_maker
 from sfumato.data.batch import pad_stack
-from sfumato.data.cache.entries import (
-    TensorCache,
-    TextKeys,
-    fill_text,
-)
+from sfumato.data.cache.entries import TensorCache, TextKeys
+from sfumato.data.cache.filling import fill_text
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.caches import TextFeatures
 from sfumato.errors import UserError

@@ -14,14 +14,9 @@ from PIL import Image
 
 from data.loaders import encode, make_caches
 from sfumato.data.batch_sampler import BatchSampler
-from sfumato.data.cache.entries import (
-    ContentHashes,
-    FillOptions,
-    LatentKeys,
-    TensorCache,
-    fill_latents,
-    list_latent_items,
-)
+from sfumato.data.cache.entries import ContentHashes, LatentKeys, TensorCache
+from sfumato.data.cache.filling import fill_latents, list_latent_items
+from sfumato.data.cache.sharing import FillOptions
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.loader import Loader, LoaderSettings
 from sfumato.data.masks import MASK, MaskKeys, downscale_mask, fill_masks, list_mask_items

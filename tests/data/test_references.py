@@ -15,15 +15,8 @@ from PIL import Image
 from data.loaders import encode, make_caches
 from sfumato.data.batch import Batch
 from sfumato.data.batch_sampler import BatchSampler
-from sfumato.data.cache.entries import (
-    REFERENCE,
-    ContentHashes,
-    LatentKeys,
-    TensorCache,
-    fill_latents,
-    list_latent_items,
-    make_key,
-)
+from sfumato.data.cache.entries import REFERENCE, ContentHashes, LatentKeys, TensorCache, make_key
+from sfumato.data.cache.filling import fill_latents, list_latent_items
 from sfumato.data.cache.store import MemoryStore
 from sfumato.data.find.inspect import inspect_plan
 from sfumato.data.fingerprint import compare_fingerprints, fingerprint_data

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from data.loaders import make_caches
 from sfumato.common.seeds import python_random
 from sfumato.data.batch_sampler import BatchSampler
-from sfumato.data.cache.entries import TensorCache, TextKeys, fill_text
+from sfumato.data.cache.entries import TensorCache, TextKeys
+from sfumato.data.cache.filling import fill_text
 from sfumato.data.cache.store import MemoryStore
 from sfumato.data.caches import TextFeatures
 from sfumato.data.captions import CaptionRules, process_caption

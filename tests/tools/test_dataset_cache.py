@@ -50,8 +50,8 @@ def test_training_finds_everything_and_trains_the_same(
     assert counts(fill(toy, images, tmp_path / "cache"))["latents"] == (5, 0)
     options = {"network_train_unet_only": True, "max_train_steps": 3}
     plain = train_toy(toy, images, tmp_path / "plain", **options)
-    monkeypatch.setattr("sfumato.training.cache_job.encode_images", never)
-    monkeypatch.setattr("sfumato.training.cache_job.encode_captions", never)
+    monkeypatch.setattr("sfumato.training.cache_encoders.encode_images", never)
+    monkeypatch.setattr("sfumato.training.cache_encoders.encode_captions", never)
     disk = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True, "cache_dir": tmp_path / "cache"}
     cached = train_toy(toy, images, tmp_path / "cached", **options, **disk)
     assert read_metrics(plain) == read_metrics(cached)

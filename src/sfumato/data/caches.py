@@ -12,13 +12,13 @@ from sfumato.data.cache.entries import (
     LATENTS,
     REFERENCE,
     CacheItem,
-    FillCounts,
     LatentKeys,
     Store,
     TensorCache,
     TextKeys,
     make_entry_seed,
 )
+from sfumato.data.cache.sharing import FillCounts
 from sfumato.data.images import Pixels
 from sfumato.data.masks import MASK, MaskItem, MaskKeys, downscale_mask
 from sfumato.data.painted import PaintedItem, PaintedKeys

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sfumato.data.augment import ImageRules
-from sfumato.data.cache.entries import ContentHashes, FillCounts, FillOptions, TensorCache, make_key, share_work
+from sfumato.data.cache.entries import ContentHashes, TensorCache, make_key
 from sfumato.data.cache.references import write_reference
+from sfumato.data.cache.sharing import FillCounts, FillOptions, share_work
 from sfumato.data.find.image_table import ImageRow
 from sfumato.data.images import Mask, Transform, hash_content, prepare_mask, prepare_with_alpha
 from sfumato.data.plans import DataPlan, Item

@@ -11,22 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.data.cache.entries import (
-    LATENTS,
-    CacheItem,
-    FillCounts,
-    FillOptions,
-    LatentKeys,
-    TensorCache,
-    batch_by_size,
-    convert_for_storage,
-    make_entry_seed,
-    make_key,
-    make_not_finite_error,
-    share_work,
-    to_tensor,
-)
+from sfumato.data.cache.entries import LATENTS, CacheItem, LatentKeys, TensorCache, make_entry_seed, make_key, to_tensor
+from sfumato.data.cache.filling import batch_by_size, convert_for_storage, make_not_finite_error
 from sfumato.data.cache.references import write_reference
+from sfumato.data.cache.sharing import FillCounts, FillOptions, share_work
 from sfumato.data.images import Transform
 from sfumato.data.masks import MaskItem, MaskKeys, downscale_mask, find_mask
 from sfumato.data.plans import DataPlan

@@ -8,34 +8,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from sfumato.config import Config
-from sfumato.data.batch import Tensors
-from sfumato.data.cache.entries import (
-    REFERENCE,
-    CacheItem,
-    ContentHashes,
-    FillCounts,
-    FillOptions,
-    LatentKeys,
-    Store,
-    TensorCache,
-    fill_latents,
-    fill_text,
-    list_latent_items,
-)
+from sfumato.data.cache.entries import REFERENCE, CacheItem, ContentHashes, LatentKeys, Store, TensorCache
+from sfumato.data.cache.filling import fill_latents, fill_text, list_latent_items
 from sfumato.data.cache.references import describe_cache_use
+from sfumato.data.cache.sharing import FillCounts, FillOptions
 from sfumato.data.cache.store import DiskStore
 from sfumato.data.caches import Caches, TextFeatures
 from sfumato.data.masks import MaskKeys, fill_masks, list_mask_items
 from sfumato.data.painted import PaintedKeys, fill_painted, list_painted_items
 from sfumato.data.plans import DataPlan
-from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.families.encoding import encode_captions, encode_images, encode_unpainted
 from sfumato.parallel.base import ParallelStrategy
 from sfumato.track.progress_task import ProgressTask
+from sfumato.training.cache_encoders import CacheEncoders
 from sfumato.training.fingerprints import fingerprint_part, make_text_keys
 
 log = logging.getLogger(__name__)
@@ -50,6 +37,10 @@ class CacheJob:
     model: Family
     parallel: ParallelStrategy
     machine: tuple[int, int]
+
+    @property
+    def encoders(self) -> CacheEncoders:
+        return CacheEncoders(config=self.config, model=self.model)
 
     def fill_image_caches(self, caches: Caches, store: Store) -> None:
         """The latents, and masks where images have any."""
@@ -78,15 +69,6 @@ class CacheJob:
         caches.text[part] = features
         caches.counts[f"text of {part}"] = self.fill_text(features, part, captions)
 
-    def refuse_missing(self, part: str, unit: str) -> Callable[[int, int], UserError] | None:
-        """The error for entries that are missing and whose encoder is not here; None where it is."""
-        network = self.model.parts[part].network
-        if not network.is_absent:
-            return None
-        return lambda missing, total: network.make_absent_error(
-            f"the outputs of {part} for {missing} of {total} {unit} are not in the cache"
-        )
-
     def fill_latents(self, cache: TensorCache, names: LatentKeys, items: Sequence[CacheItem], kind: str) -> FillCounts:
         chunk = self.config.cache.vae_batch_size
         with self.start_progress(kind, "images") as progress:
@@ -94,30 +76,15 @@ class CacheJob:
                 cache,
                 names,
                 items,
-                self.encode_references if names.role else self.encode_images,
+                self.encoders.encode_references if names.role else self.encoders.encode_images,
                 batch_size=chunk,
                 workers=self.config.loader.workers,
                 options=replace(
                     self.fill_options(kind, names.fingerprint, cache.store, progress),
-                    refuse=self.refuse_missing("vae", "images"),
+                    refuse=self.encoders.refuse_missing("vae", "images"),
                 ),
             )
         return self.report_counts(kind, counts, cache.store)
-
-    def encode_references(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Without the posterior's noise, so the seeds are not used."""
-        self.model.parts["vae"].load()
-        return encode_images(self.model, pixels, None, vae_batch_size=self.config.cache.vae_batch_size)
-
-    def encode_images(self, pixels: Tensor, seeds: Sequence[int]) -> Tensor:
-        """The autoencoder is loaded for the first images, and stays until all are encoded."""
-        self.model.parts["vae"].load()
-        return encode_images(self.model, pixels, seeds, vae_batch_size=self.config.cache.vae_batch_size)
-
-    def encode_captions(self, part: str, captions: Sequence[str]) -> list[Tensors]:
-        """The encoder is loaded for the first captions, and stays until all are encoded."""
-        self.model.parts[part].load()
-        return encode_captions(self.model, part, captions, weighted=self.config.captions.weighted_captions)
 
     def fill_masks(self, cache: TensorCache, names: MaskKeys) -> FillCounts:
         with self.start_progress("masks", "images") as progress:
@@ -134,20 +101,15 @@ class CacheJob:
                 cache,
                 keys,
                 list_painted_items(self.data),
-                self.encode_painted,
+                self.encoders.encode_painted,
                 batch_size=self.config.cache.vae_batch_size,
                 workers=self.config.loader.workers,
                 options=replace(
                     self.fill_options(kind, keys.latents.fingerprint, cache.store, progress),
-                    refuse=self.refuse_missing("vae", "masked images"),
+                    refuse=self.encoders.refuse_missing("vae", "masked images"),
                 ),
             )
         return self.report_counts(kind, counts, cache.store)
-
-    def encode_painted(self, pixels: Tensor, masks: Tensor, seeds: Sequence[int]) -> Tensor:
-        self.model.parts["vae"].load()
-        size = self.config.cache.vae_batch_size
-        return encode_unpainted(self.model, pixels, masks, seeds, vae_batch_size=size)
 
     def fill_text(self, features: TextFeatures, part: str, captions: Sequence[str]) -> FillCounts:
         kind, store = f"text of {part}", features.cache.store
@@ -156,11 +118,11 @@ class CacheJob:
                 features.cache,
                 features.keys,
                 captions,
-                partial(self.encode_captions, part),
+                partial(self.encoders.encode_captions, part),
                 batch_size=self.config.cache.text_encoder_batch_size or 1,
                 options=replace(
                     self.fill_options(kind, features.keys.fingerprint, store, progress),
-                    refuse=self.refuse_missing(part, "captions"),
+                    refuse=self.encoders.refuse_missing(part, "captions"),
                 ),
             )
         return self.report_counts(kind, counts, store)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sfumato.common.seeds import python_random
 from sfumato.config import Config
 from sfumato.data.batch import CONTROL, CONTROL_MASK, INPAINT, Batch, ImageInput, is_reference
-from sfumato.data.cache.entries import make_not_finite_error
+from sfumato.data.cache.filling import make_not_finite_error
 from sfumato.data.inpaint_masks import draw_mask
 from sfumato.data.loader import Loader
 from sfumato.data.painted import enlarge_mask, says_what_is_painted

@@ -13,18 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data.cache import entries as cache_module
-from sfumato.data.cache.entries import (
-    LATENTS,
-    ContentHashes,
-    FillOptions,
-    LatentKeys,
-    TensorCache,
-    fill_latents,
-    list_latent_items,
-    make_entry_seed,
-    to_tensor,
-)
+from sfumato.data.cache import entries as entries_module
+from sfumato.data.cache import sharing as sharing_module
+from sfumato.data.cache.entries import LATENTS, ContentHashes, LatentKeys, TensorCache, make_entry_seed, to_tensor
+from sfumato.data.cache.filling import fill_latents, list_latent_items
+from sfumato.data.cache.sharing import FillOptions
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.find.image_table import ImageRow
 from sfumato.errors import UserError
@@ -266,7 +259,7 @@ def test_processes_share_the_work_and_each_waits_for_all(plan, tmp_path):
 
 
 def test_the_share_of_a_dead_process_is_created_by_the_others(plan, disk, monkeypatch):
-    monkeypatch.setattr(cache_module, "PEER_TIMEOUT", 0.3)
+    monkeypatch.setattr(sharing_module, "PEER_TIMEOUT", 0.3)
     counts, found = disk(plan(), rank=0, processes=2)
     assert counts.created == 6
     assert all(tensors is not None for tensors in found.values())
@@ -352,7 +345,7 @@ def test_machines_share_the_work_without_waiting(plan, tmp_path):
 def test_images_are_decoded_while_the_encoder_works(plan, disk, monkeypatch):
     """The encoder of one batch waits until an image of the next has been read, which would hang if it came after."""
     decoded, waits = [], []
-    original = cache_module.prepare_pixels
+    original = entries_module.prepare_pixels
 
     def prepare(data, transform, *, size, path):
         decoded.append(path)
@@ -366,7 +359,7 @@ def test_images_are_decoded_while_the_encoder_works(plan, disk, monkeypatch):
         waits.append(time.monotonic() < until)
         return encode(pixels, seeds)
 
-    monkeypatch.setattr(cache_module, "prepare_pixels", prepare)
+    monkeypatch.setattr(entries_module, "prepare_pixels", prepare)
     disk(plan(), batch_size=2, workers=1, encode=encode_slowly)
     assert waits == [True, True, True]
 

@@ -17,20 +17,11 @@ import torch
 
 from sfumato.config import load_config
 from sfumato.data.cache import store as store_module
-from sfumato.data.cache.entries import (
-    LATENTS,
-    ContentHashes,
-    FillOptions,
-    LatentKeys,
-    TensorCache,
-    belongs_to_part,
-    fill_latents,
-    list_latent_items,
-    make_entry_seed,
-    to_tensor,
-)
+from sfumato.data.cache.entries import LATENTS, ContentHashes, LatentKeys, TensorCache, make_entry_seed, to_tensor
+from sfumato.data.cache.filling import fill_latents, list_latent_items
 from sfumato.data.cache.maintenance import DAMAGED, HASHES, TORN, read_records
 from sfumato.data.cache.shards import MAGIC
+from sfumato.data.cache.sharing import FillOptions, belongs_to_part
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.data.find.discover import find_data
 from sfumato.data.plans import DataPlan

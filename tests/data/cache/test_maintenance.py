@@ -12,18 +12,8 @@ import torch
 
 from sfumato.data.cache import maintenance
 from sfumato.data.cache import store as store_module
-from sfumato.data.cache.entries import (
-    LATENTS,
-    ContentHashes,
-    FillOptions,
-    LatentKeys,
-    TensorCache,
-    TextKeys,
-    fill_latents,
-    fill_text,
-    list_latent_items,
-    make_key,
-)
+from sfumato.data.cache.entries import LATENTS, ContentHashes, LatentKeys, TensorCache, TextKeys, make_key
+from sfumato.data.cache.filling import fill_latents, fill_text, list_latent_items
 from sfumato.data.cache.maintenance import (
     DAMAGED,
     HASHES,
@@ -38,6 +28,7 @@ from sfumato.data.cache.maintenance import (
 )
 from sfumato.data.cache.references import CacheReference, read_references, select_current, write_reference
 from sfumato.data.cache.shards import HEADER_BYTES
+from sfumato.data.cache.sharing import FillOptions
 from sfumato.data.cache.store import DiskStore
 from sfumato.errors import UserError
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sfumato.data.cache.entries import TensorCache, TextKeys, fill_text
+from sfumato.data.cache.entries import TensorCache, TextKeys
+from sfumato.data.cache.filling import fill_text
 from sfumato.data.cache.store import DiskStore
 
 
