@@ -10,12 +10,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
 REHEARSED = ROOT / "benchmarks" / "methods.json"
 sys.path[:0] = [str(ROOT / "tests")]
-from methods.test_every_method import FAMILIES, NOES, OPTIONS  # pyright: ignore[reportMissingImports]
+from methods.method_cells import FAMILIES, NOES, ROWS, list_cells  # pyright: ignore[reportMissingImports]
 
 TITLES = {
-    "sd": "Stable Diffusion 1 and 2",
+    "sd": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
     "sdxl": "Stable Diffusion XL",
-    "sd3": "Stable Diffusion 3 and 3.5",
+    "sd3": "Stable Diffusion 3",
+    "sd35": "Stable Diffusion 3.5",
     "flux": "FLUX.1",
     "flux_kontext": "FLUX.1 Kontext",
     "chroma": "Chroma",
@@ -32,16 +34,29 @@ METHODS = {
 }
 HEAD = """# What can be trained
 
-Each yes is a variant of the test in `tests/methods/test_every_method.py`: two steps on the same samples lower
-their loss and change all that trains and, bit for bit, nothing else, and the file is whole; a whole model's file has
-exactly the names, shapes and dtypes of its original. The other tests of `tests/methods` and `tests/families` train each
-method longer, resume it bitwise, and compare what it saves with diffusers; `tests/test_learning.py`,
-`tests/test_method_learning.py` and `tests/test_slider_learning.py` have a small model learn something with each.
+Each yes names its runs of the test in `tests/methods/test_every_method.py`, at toy size. Two steps on the same samples
+lower their loss and change all that trains and, bit for bit, nothing else. A run that is resumed after the first step
+ends with the same file, bit for bit. Training that goes on from the file (`--network_weights`, `--weights`,
+`--controlnet_model_name_or_path`, `--pretrained_model_name_or_path`) and the options of `sfumato generate` both predict
+what training did, bit for bit. Another program that reads the file computes the same, to 2e-5 of the largest number:
+
+| what is saved | who reads it |
+| --- | --- |
+| adapters, concepts and sliders | PEFT's layers in diffusers' denoiser, from `sfumato lora convert` |
+| whole models | `from_single_file` of diffusers, and transformers; the files have the entries of the originals |
+| new words | the pipeline's `load_textual_inversion` and its tokenizers, or rows of transformers' table (SD3, Lumina) |
+| ControlNet | diffusers' class, from a folder with the file and the configuration in its metadata |
+| ControlNet-LLLite | no other library: its structure, written out in functions of torch |
+
+The other tests of `tests/methods` and `tests/families` train each method longer, and compare whole images with those of
+diffusers' pipelines; `tests/test_learning.py`, `tests/test_method_learning.py` and `tests/test_slider_learning.py` have
+a small model learn something with each.
 
 """
 TAIL = """
 FLUX.1 covers dev, schnell and what is made from them; its model for inpainting is FLUX.1 Fill. Inpainting models are
-trained as adapters, whole, or with new words. U-Nets have both versions of LLLite, the other models the second.
+trained as adapters, whole, or with new words. U-Nets have both versions of LLLite, the other models the second, which
+reads the control image or its latents.
 """
 MODEL_TITLES = {
     "sd15": "Stable Diffusion 1.5",
@@ -66,7 +81,7 @@ takes less: [memory.md](memory.md).
 def page() -> str:
     lines = ["| | " + " | ".join(TITLES[family] for family in FAMILIES) + " |\n", "| --- |" + " --- |" * len(FAMILIES)]
     rows = [lines[0], lines[1] + "\n"]
-    for method in OPTIONS:
+    for method in ROWS:
         title, link = METHODS[method]
         cells = [describe_cell(method, family) for family in FAMILIES]
         rows.append(f"| {title}: {link} | " + " | ".join(cells) + " |\n")
@@ -78,7 +93,7 @@ def make_memory_table(rehearsed: dict[str, dict[str, dict[str, int]]]) -> str:
     models = [name for name in MODEL_TITLES if name in rehearsed]
     lines = ["| | " + " | ".join(f"{MODEL_TITLES[name]} (`{name}`)" for name in models) + " |"]
     lines.append("| --- |" + " ---: |" * len(models))
-    for method in OPTIONS:
+    for method in ROWS:
         found = [rehearsed[name].get(method) for name in models]
         if any(found):
             cells = [f"{values['peak'] / 1e9:.1f}" if values else "" for values in found]
@@ -89,7 +104,7 @@ def make_memory_table(rehearsed: dict[str, dict[str, dict[str, int]]]) -> str:
 def describe_cell(method: str, family: str) -> str:
     if (method, family) in NOES:
         return f"no: {NOES[method, family][1]}"
-    return f"yes (`{method}-{family}`)"
+    return f"yes ({', '.join(f'`{cell}`' for cell in list_cells(method, family))})"
 
 
 if __name__ == "__main__":

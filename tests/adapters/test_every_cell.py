@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from adapters.cells import KINDS, REFUSED, VARIANTS, goes_to_diffusers, list_cells, make_options, parse_options
 from families.toys import ToyShelf
-from others.models import compute_output, compute_with_file
+from others.models import attached_by_diffusers, compute_output, compute_with_file, find_text_parts
 from pages import page_maker
 from sfumato.adapters.kinds import list_kinds, read_adapter_file
 from sfumato.config import load_config
@@ -121,7 +119,8 @@ def check_use(run: Run, file: Path, *, exported: bool) -> None:
     limit = 2e-5 * float(trained.abs().max().clamp(min=1))
     torch.testing.assert_close(compute_with_file(model, file), trained, rtol=0, atol=limit)
     if exported:
-        found = compute_in_diffusers(model, file, file.with_name("exported.safetensors"))
+        with attached_by_diffusers(model, file, file.with_name("exported.safetensors")):
+            found = compute_output(model)
         torch.testing.assert_close(found, trained, rtol=0, atol=limit)
     InferenceAdapters(model, (), base=[(file, 1.0)])
     torch.testing.assert_close(compute_output(model), trained, rtol=0, atol=limit)
@@ -133,28 +132,6 @@ def assert_not_exported(model: Family, file: Path) -> None:
         export_lora(file, target, program="diffusers", without=find_text_parts(model, load_file(file)))
     assert error.value.code == "export-kind-unknown"
     assert not target.exists()
-
-
-def find_text_parts(model: Family, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The text encoders that a file changes."""
-    starts = {name: f"{model.parts[name].spec.adapter_prefix}_" for name in model.text_parts}
-    return [name for name, start in starts.items() if any(key.startswith(start) for key in tensors)]
-
-
-def compute_in_diffusers(model: Family, file: Path, target: Path) -> Tensor:
-    """The output with PEFT's layers in the denoiser, from an export; the text encoders have our own."""
-    part, denoiser = model.parts["denoiser"], cast("Any", model.parts["denoiser"].module)
-    tensors = load_file(file)
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(part.spec.adapter_prefix)}
-    export_lora(file, target, program="diffusers", without=find_text_parts(model, others))
-    denoiser.load_lora_adapter(load_file(target), prefix=model.components["denoiser"].folder)
-    try:
-        if not others:
-            return compute_output(model)
-        save_file(others, target)
-        return compute_with_file(model, target)
-    finally:
-        denoiser.unload_lora()
 
 
 @pytest.mark.full

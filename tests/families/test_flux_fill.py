@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from families.loading import NoMethod, load_model, read_model
 from families.toys import ToyShelf, write_fill_toy
@@ -25,13 +24,7 @@ from sfumato.tools.rehearse import rehearse_plan
 from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 TRAINING = {"timestep_sampling": "flux_shift", "model_prediction_type": "raw", "train_inpainting": True}
-METHODS: dict[str, dict[str, Any]] = {
-    "adapter": {"network_module": "networks.lora_flux"},
-    "full": {"network_dim": None, "method": "full"},
-    "textual_inversion": {
-        "network_dim": None, "method": "textual_inversion", "token_string": "zwx", "use_object_template": True
-    },
-}  # fmt: skip
+ADAPTER = {"network_module": "networks.lora_flux"}
 
 
 @pytest.fixture(scope="module")
@@ -101,25 +94,6 @@ def test_diffusers_paints_the_same(options: ModelOptions, toy_shelf: ToyShelf, t
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", METHODS)
-def test_it_trains_and_resumes_exactly(
-    method: str, toy: Mapping[str, Path], options: ModelOptions, images: Path, tmp_path: Path
-) -> None:
-    common = {"max_train_steps": 2, "save_state": True, **TRAINING, **METHODS[method]}
-    straight = train_toy(toy, images, tmp_path / "straight", **common)
-    parts = train_toy(toy, images, tmp_path / "parts", **common, save_every_n_steps=1)
-    train_toy(toy, images, parts, **common, resume=parts / "lora-step00000001-state")
-    assert read_metrics(straight) == read_metrics(parts)
-    assert equal_tensors(read_weights(straight), read_weights(parts))
-    if method == "full":
-        saved, original = read_weights(straight), load_file(toy["pretrained_model_name_or_path"])
-        assert {key: value.dtype for key, value in saved.items()} == {k: v.dtype for k, v in original.items()}
-        assert read_model(
-            options.model_copy(update={"pretrained_model_name_or_path": str(straight / "lora.safetensors")})
-        ).inpaints
-
-
-@pytest.mark.full
 def test_what_is_left_of_masked_images_is_cached(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
     """The denoiser learns the same as without a cache, and no step needs the autoencoder."""
     masks = tmp_path / "masks" / "2_cat"
@@ -129,7 +103,7 @@ def test_what_is_left_of_masked_images_is_cached(toy: Mapping[str, Path], images
         mask = np.zeros((height, width), np.uint8)
         mask[8 * number : 8 * number + 24, 16:40] = 255
         Image.fromarray(mask).save(masks / path.name)
-    options = {**TRAINING, **METHODS["adapter"], "masked_loss": True, "conditioning_data_dir": masks.parent}
+    options = {**TRAINING, **ADAPTER, "masked_loss": True, "conditioning_data_dir": masks.parent}
     options |= {"max_train_steps": 3, "train_batch_size": 2, "flip_aug": True, "learning_rate": "1e-2"}
     plain = train_toy(toy, images, tmp_path / "plain", **options)
     memory = train_toy(toy, images, tmp_path / "memory", **options, cache_latents=True)
@@ -153,7 +127,7 @@ def test_previews_paint_within_the_mask(toy: Mapping[str, Path], images: Path, t
     line = "a cat --w 64 --h 64 --s 2 --d 5"
     (tmp_path / "prompts.txt").write_text(f"{line} --img {images / '2_cat' / '0.png'} --mk {mask}\n{line}\n")
     output = train_toy(toy, images, tmp_path / "out", max_train_steps=1, sample_every_n_steps=1,
-                       sample_prompts=tmp_path / "prompts.txt", **TRAINING, **METHODS["adapter"])  # fmt: skip
+                       sample_prompts=tmp_path / "prompts.txt", **TRAINING, **ADAPTER)  # fmt: skip
     painted, free = (Image.open(path) for path in sorted((output / "sample").iterdir()))
     assert painted.tobytes() != free.tobytes()
     assert "--mk" in painted.info["command"] or "--mask" in painted.info["command"]
@@ -162,6 +136,6 @@ def test_previews_paint_within_the_mask(toy: Mapping[str, Path], images: Path, t
 @needs_rehearsal
 @pytest.mark.full
 def test_it_rehearses(toy: Mapping[str, Path], images: Path, tmp_path: Path) -> None:
-    argv = make_arguments(toy, images, tmp_path / "out", **TRAINING, **METHODS["adapter"], network_train_unet_only=True)
+    argv = make_arguments(toy, images, tmp_path / "out", **TRAINING, **ADAPTER, network_train_unet_only=True)
     stages = {stage.name: stage for stage in rehearse_plan(make_run_plan(load_config(argv), processes=1))}
     assert stages["training step"].resident["vae"] > 0

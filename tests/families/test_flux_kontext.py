@@ -144,13 +144,13 @@ def edit_options(data: tuple[Path, Path], **more: Any) -> Mapping[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(toy_shelf: ToyShelf, data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps, the state after two of them, and a preview."""
+    """Four steps and a preview."""
     output = tmp_path_factory.mktemp("trained")
     prompts = output / "prompts.txt"
     prompts.write_text(f"a cat --w 64 --h 64 --s 2 --d 1 --ref {data[1] / '2_cat' / '0.png'}\n")
     return train_toy(
         toy_shelf.paths("flux_kontext"), data[0], output,
-        **edit_options(data, save_every_n_steps=2, save_state=True, sample_prompts=prompts, sample_every_n_steps=4),
+        **edit_options(data, sample_prompts=prompts, sample_every_n_steps=4),
     )  # fmt: skip
 
 
@@ -170,12 +170,7 @@ def test_the_reference_is_learned_from(toy_shelf: ToyShelf, data: tuple[Path, Pa
     assert equal_tensors(read_weights(dropped), read_weights(plain))
 
 
-def test_a_resumed_run_is_bitwise_the_same(toy_shelf: ToyShelf, data: tuple[Path, Path], trained: Path, tmp_path: Path):
-    resumed = train_toy(
-        toy_shelf.paths("flux_kontext"), data[0], tmp_path,
-        **edit_options(data, resume=trained / "lora-step00000002-state"),
-    )  # fmt: skip
-    assert equal_tensors(read_weights(resumed), read_weights(trained))
+def test_what_the_file_says(trained: Path) -> None:
     with safe_open(trained / "lora.safetensors", "pt") as file:
         assert file.metadata()["modelspec.architecture"] == "flux-1-kontext-dev/lora"
 

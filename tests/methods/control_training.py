@@ -49,7 +49,7 @@ def predict(model: Family, control: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Trained:
-    """Four steps, the state after two of them, and a preview; images and their control images."""
+    """Four steps and a preview; images and their control images."""
 
     family: str
     toy: Mapping[str, Path]
@@ -95,7 +95,5 @@ class ControlShelf:
         trained = Trained(family, toy, options, images, controls, root / "out")
         prompts = root / "prompts.txt"
         prompts.write_text(f"a cat --w 64 --h 64 --s 2 --d 1 --cn {trained.control_image}\n")
-        trained.train(
-            trained.output, save_every_n_steps=2, save_state=True, sample_prompts=prompts, sample_every_n_steps=4
-        )
+        trained.train(trained.output, sample_prompts=prompts, sample_every_n_steps=4)
         return trained

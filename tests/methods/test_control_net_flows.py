@@ -1,4 +1,4 @@
-"""ControlNets of flow models: against diffusers' classes and pipelines, trained, resumed, in others' layouts."""
+"""ControlNets of flow models: against diffusers' classes and pipelines, trained, in others' layouts."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_a_new_one_is_diffusers_copy_and_changes_nothing(family: str, toy_shelf:
 
 @pytest.mark.full
 @families
-def test_training_and_resuming(family: str, control_shelf: ControlShelf, tmp_path: Path) -> None:
-    """The loss falls, at about one timestep; caches change no number; a resumed run is bitwise the same."""
+def test_training(family: str, control_shelf: ControlShelf, tmp_path: Path) -> None:
+    """The loss falls, at about one timestep; caches change no number."""
     trained = control_shelf.get(family)
     options = {"weighting_scheme": "logit_normal", "timestep_sampling": None, "logit_mean": 0, "logit_std": 0.001}
     options |= {"learning_rate": "3e-3", "max_train_steps": 16}
@@ -73,8 +73,6 @@ def test_training_and_resuming(family: str, control_shelf: ControlShelf, tmp_pat
         for place in (live, trained.output)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
-    resumed = trained.train(tmp_path / "resumed", resume=trained.output / "lora-step00000002-state")
-    assert equal_tensors(read_weights(resumed), read_weights(trained.output))
     other = trained.train(tmp_path / "other", conditioning_data_dir=trained.images)
     assert not equal_tensors(read_weights(other), read_weights(trained.output))
 

@@ -163,14 +163,10 @@ def denoise(run: Run, plain: Family, batch: Batch, t: Tensor, recorder: Recorder
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_and_its_file(toy_shelf: ToyShelf, prompts: Path, tmp_path: Path, family: str) -> None:
-    """Resumed bit by bit; the file is the LoRA of any other run that trains the denoiser, but for its metadata."""
-    toy, options = toy_shelf.paths(family), {**LECO, "prompts_file": prompts}
+def test_a_run_and_its_file(toy_shelf: ToyShelf, prompts: Path, tmp_path: Path) -> None:
+    """The file is the LoRA of any other run that trains the denoiser, but for its metadata."""
+    toy, options = toy_shelf.paths("flux"), {**LECO, "prompts_file": prompts}
     whole = train_toy(toy, tmp_path, tmp_path / "whole", **options)
-    train_toy(toy, tmp_path, tmp_path / "part", **(options | {"max_train_steps": 2, "save_state": True}))
-    rest = train_toy(toy, tmp_path, tmp_path / "rest", **options, resume=tmp_path / "part" / "lora-state")
-    assert equal_tensors(read_weights(whole), read_weights(rest))
     assert {row["step"] for row in read_metrics(whole)} == {1, 2, 3, 4}
     with safe_open(whole / "lora.safetensors", "pt") as file:
         metadata = file.metadata()

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from families.loading import load_model
 from families.toys import ToyShelf
-from methods.lllite_files import TRUNK, WrittenOut, read_layers, write_drawn_file
+from methods.lllite_files import read_layers, write_drawn_file
+from methods.lllite_written_out import TRUNK, VersionTwo
 from sfumato.cli.generate import main as generate_command
 from sfumato.errors import UserError
 from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
@@ -49,7 +50,7 @@ def test_the_trunk_is_as_written_out(reads_mask: bool, toy_shelf: ToyShelf, tmp_
     seen: list[torch.Tensor] = []
     made.parts[TRUNK].register_forward_hook(lambda module, inputs, output: seen.append(output))
     made.begin_forward({})
-    expected = WrittenOut(load_file(file)).read_latents(latents, 2 * mask - 1 if reads_mask else None)
+    expected = VersionTwo(load_file(file)).read_latents(latents, 2 * mask - 1 if reads_mask else None)
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
     facts = made.file_metadata()
     assert (facts["lllite.cond_input_space"], facts["lllite.version"]) == ("latent", 2)

@@ -23,7 +23,6 @@ from sfumato.config import load_config
 from sfumato.errors import UserError
 from sfumato.families.encoding import encode_with_grad
 from sfumato.families.new_tokens import NewVectors
-from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.plan import make_run_plan
 from sfumato.tools.rehearse import rehearse_plan
 from sfumato.train import train_step
@@ -101,7 +100,7 @@ def test_exactly_the_new_vectors_train(family: str, toy_shelf: ToyShelf, images:
 
 @pytest.mark.fast_for("sd-")
 @pytest.mark.parametrize(("family", "more"), [
-    ("sd", {}), ("sdxl", {"full_bf16": True, "mixed_precision": "bf16"}), ("flux", {"ema_decay": 0.9}), ("lumina", {}),
+    ("sd", {}), ("sdxl", {"full_bf16": True, "mixed_precision": "bf16"}), ("flux", {"ema_decay": 0.9}),
 ], ids=lambda value: f"{value}-" if isinstance(value, str) else "")  # fmt: skip
 def test_resume_is_exact(family: str, more: dict[str, Any], toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
     common = {**WORD, "max_train_steps": 3, "save_state": True, **more}
@@ -117,51 +116,6 @@ def test_resume_is_exact(family: str, more: dict[str, Any], toy_shelf: ToyShelf,
         build_toy_run(toy, images, parts, **{**common, "token_string": ["zwx", "yqv"], "num_vectors_per_token": 1},
                       resume=parts / "lora-step00000002-state", output_name="other", caption_prefix="yqv")  # fmt: skip
     assert error.value.code == "resume-weights-mismatch"
-
-
-def test_diffusers_loads_the_file(toy_shelf: ToyShelf, images: Path, trained: Path) -> None:
-    """Its text encoder gives what ours gives, with its own tokens for the word."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-
-    toy = toy_shelf.paths("sd", "diffusers")
-    pipe = StableDiffusionPipeline.from_pretrained(toy["pretrained_model_name_or_path"], safety_checker=None)
-    pipe.load_textual_inversion(str(trained), token="zwx")
-    theirs, _ = pipe.encode_prompt(CAPTION, torch.device("cpu"), 1, False)
-    model, words = load_with_words(toy_shelf, "sd", trained)
-    ours = encode(model, words, CAPTION)["clip.hidden"]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    plain = encode(model, words, "a photo of cat, sitting")["clip.hidden"]
-    assert (ours - plain).abs().max() > 1e-3
-
-
-@pytest.mark.full
-def test_diffusers_loads_both_encoders(toy_shelf: ToyShelf, images: Path, tmp_path: Path) -> None:
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
-
-    file = train_toy(toy_shelf.paths("sdxl"), images, tmp_path, **WORD) / "lora.safetensors"
-    toy = toy_shelf.paths("sdxl", "diffusers")
-    pipe = StableDiffusionXLPipeline.from_pretrained(toy["pretrained_model_name_or_path"])
-    state = load_file(file)
-    first, second = ({"zwx": state[name]} for name in ("clip_l", "clip_g"))
-    pipe.load_textual_inversion(first, "zwx", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
-    pipe.load_textual_inversion(second, "zwx", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
-    hidden, _, pooled, _ = pipe.encode_prompt(CAPTION, device=torch.device("cpu"), do_classifier_free_guidance=False)
-    ours = encode(*load_with_words(toy_shelf, "sdxl", file), CAPTION)
-    joined = torch.cat([ours["clip_l.hidden"], ours["clip_g.hidden"]], dim=-1)
-    torch.testing.assert_close(joined, hidden, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours["clip_g.pooled"], pooled, rtol=1e-5, atol=1e-5)
-
-
-def load_with_words(shelf: ToyShelf, family: str, file: Path, word: str = "zwx") -> tuple[Any, Any]:
-    """A model that knows the file's word, and what replaces it in prompts."""
-    from families.loading import load_family, read_model
-    from sfumato.families.base import find_family
-
-    options = shelf.options(family)
-    blueprint = read_model(options, family=family)
-    model = load_family(find_family(family, blueprint.source), blueprint, options)
-    adapters = InferenceAdapters(model, [], embeddings=[(file, word)])
-    return model, adapters.words
 
 
 @pytest.mark.parametrize("more", [

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from families.loading import load_family
@@ -21,6 +22,7 @@ from sfumato.families.base import Family, find_family
 from sfumato.families.encoding import encode_with_grad
 from sfumato.families.source import open_source
 from sfumato.methods.inference_adapters import InferenceAdapters
+from sfumato.tools.export_lora import export_lora
 
 PROMPT = "a red cup of coffee"
 CPU = torch.device("cpu")
@@ -112,6 +114,32 @@ def compute_with_file(model: Family, path: Path, part: str = "denoiser", strengt
     for engine in chain.from_iterable(file.engines for file in adapters.files):
         engine.multiplier = 0.0
     return found
+
+
+def find_text_parts(model: Family, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The text encoders that a file changes."""
+    starts = {name: f"{model.parts[name].spec.adapter_prefix}_" for name in model.text_parts}
+    return [name for name, start in starts.items() if any(key.startswith(start) for key in tensors)]
+
+
+@contextmanager
+def attached_by_diffusers(model: Family, file: Path, target: Path) -> Iterator[None]:
+    """A context in which the denoiser has PEFT's layers, from an export; the text encoders have our own."""
+    part, denoiser = model.parts["denoiser"], cast("Any", model.parts["denoiser"].module)
+    tensors = load_file(file)
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith(part.spec.adapter_prefix)}
+    export_lora(file, target, program="diffusers", without=find_text_parts(model, others))
+    denoiser.load_lora_adapter(load_file(target), prefix=model.components["denoiser"].folder)
+    try:
+        if not others:
+            yield
+            return
+        save_file(others, target)
+        adapters = InferenceAdapters(model, [(target, 1.0)])
+        yield
+        adapters.detach()
+    finally:
+        denoiser.unload_lora()
 
 
 def assert_same_output(found: Tensor, expected: Tensor, plain: Tensor) -> None:
