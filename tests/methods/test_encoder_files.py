@@ -19,6 +19,7 @@ from sfumato.cli.main import main
 from sfumato.errors import UserError
 from sfumato.families._sd3_text import ENCODER_LOCATIONS
 from sfumato.families._vae import VAE_PREFIX
+from sfumato.formats.state import load_state
 from sfumato.methods.full import FullMethod
 from toy_runs import equal_tensors, read_metrics, read_weights
 
@@ -124,6 +125,8 @@ def test_saves_between_go_with_the_models_and_resume_is_exact(apart: Toy, images
     raw, average = read_encoders(straight), read_encoders(straight, "lora-ema")
     assert all(not equal_tensors(raw[option], average[option]) for option in OPTIONS)
     state = straight / "lora-step00000003-state"
+    tables = [name for name in load_state(state)[0]["weights"] if name.endswith(("shared.weight", TIED))]
+    assert tables == ["t5.shared.weight"]  # one parameter, as tied as in the file
     again = full(apart, images, tmp_path / "again", **common, ema_decay=[0.5], resume=state)
     for name in ("lora", "lora-ema"):
         assert equal_tensors(read_weights(straight, name), read_weights(again, name))

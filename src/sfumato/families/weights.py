@@ -170,6 +170,9 @@ class Weights:
         self._check_complete(state, expected)
         finite.finish(self.file)
         module.load_state_dict(state, assign=True)
+        for name, other in self.tied.items():  # which assigning makes two parameters of
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, module.get_parameter(other))
 
     def _check_shape(self, original: str, piece: torch.Tensor, expected: torch.Size) -> None:
         if piece.shape != expected:
