@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -17,11 +18,13 @@ from sfumato.adapters.base import ADAPTERS
 from sfumato.common import extensions
 from sfumato.common.extensions import ADAPTERS_GROUP, LOSSES_GROUP, find_registered
 from sfumato.config import LossOptions, load_config
+from sfumato.config.write import format_toml
 from sfumato.diffusion.losses import LOSSES, make_loss
 from sfumato.errors import UserError
-from toy_runs import build_toy_run, make_arguments, make_images, read_metrics, read_weights, train_toy
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, read_metrics, read_weights, train_toy
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "extend"
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +100,26 @@ def test_a_name_that_nothing_has(toy_shelf: ToyShelf, images: Path, tmp_path: Pa
     for options in ({"network_module": "network.lora"}, {"loss_type": "hubber"}):
         with pytest.raises(UserError, match=r"networks\.lora|huber"):
             load_config(make_arguments(toy_shelf.paths("sd"), images, tmp_path, **options))
+
+
+@pytest.mark.full
+def test_the_program_of_the_page_trains(
+    toy_shelf: ToyShelf,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """docs/extending.md, run as it stands: it saves what a command line does, and a fault is printed with its code."""
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    config = load_config(make_arguments(toy_shelf.paths("sd"), images, tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(format_toml(config), encoding="utf-8")
+    found: dict[str, object] = {}
+    exec(program, found)
+    assert found["saved"] == tmp_path / "out" / "lora.safetensors"
+    command = train_toy(toy_shelf.paths("sd"), images, tmp_path / "command", max_train_steps=2)
+    assert equal_tensors(read_weights(tmp_path / "out"), read_weights(command))
+    exec(program.replace('"2"', '"two"'), found)
+    assert found["saved"] is None
+    assert "--max_train_steps" in capsys.readouterr().out
