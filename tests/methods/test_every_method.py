@@ -53,7 +53,7 @@ CONTINUES = {  # method -> the option that training goes on with from its file
     **dict.fromkeys(("textual_inversion", "inpainting_words"), "weights"),
     "control_net": "controlnet_model_name_or_path",
 }
-FAST = ("[control_net-sdxl]", "[textual_inversion-sd]", "[lllite-chroma]")
+FAST = ("[control_net-sdxl]", "[textual_inversion-sd]", "[lllite-chroma]", "[full_text-chroma]")
 
 
 @pytest.mark.fast_for(*FAST)
