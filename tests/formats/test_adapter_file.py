@@ -156,6 +156,8 @@ def test_foreign_tensors_are_passed_over_and_named(tmp_path: Path) -> None:
     (pair("x") | pair("x", "lora_A.weight", "lora_B.weight"), "adapter-tensor-twice", "x"),
     ({"model.diffusion_model.a.weight": torch.ones(1)}, "adapter-file-without-adapter", "a checkpoint"),
     ({"emb_params": torch.ones(1)}, "adapter-file-without-adapter", "a textual inversion"),
+    ({"lllite_dit_x.down.weight": torch.ones(2, 3), "lllite_dit_x.up.weight": torch.ones(3, 2)},
+     "adapter-file-without-adapter", "--control_net_lllite_models"),
 ])  # fmt: skip
 def test_refusals(state: dict[str, Tensor], code: str, word: str, tmp_path: Path) -> None:
     error = read_error(tmp_path, state)

@@ -15,6 +15,7 @@ from sfumato.errors import UserError
 from sfumato.formats.adapter_keys import (
     ALPHA,
     COMMON_SPELLINGS,
+    CONTROL_PREFIX,
     SCALAR,
     find_foreign_kind,
     guess_contents,
@@ -170,7 +171,7 @@ def _check_kinds(file: AdapterFile, known: Sequence[AdapterKind]) -> None:
             code="adapter-kind-unsupported",
             fix="merge it into the model with the program that made it, or give one of a supported kind",
         )
-    if not any(file.kinds.values()):
+    if not any(file.kinds.values()) or all(key.startswith(CONTROL_PREFIX) for key in file.keys):
         contents = guess_contents(file.keys)
         raise UserError(
             f"{file.path} holds no adapter" + (f" but {contents}" if contents else f": {list_some(file.keys)}"),

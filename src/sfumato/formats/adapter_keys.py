@@ -40,7 +40,9 @@ WRITERS = (  # what keys look like -> who writes such
     (r"(unet\.)?\w+\..*processor\.", "an early version of diffusers"),
     (r"lora_(unet|te\d?)_", "the kohya format"),
 )
+CONTROL_PREFIX = "lllite_"  # of every key in files of ControlNet-LLLite, whose tensors end as those of adapters
 CONTENTS = (  # what keys look like in files that are no adapter -> what these are
+    (CONTROL_PREFIX, "a ControlNet-LLLite, which --control_net_lllite_models takes"),
     (r"emb_params|clip_[lg]|string_to_param|t5emb|<.+>", "a textual inversion"),
     (r"control_model\.|controlnet_|input_hint_block", "a ControlNet"),
     (r"model\.diffusion_model\.|diffusion_model\.|double_blocks\.|joint_blocks\.", "a checkpoint"),
