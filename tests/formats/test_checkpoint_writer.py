@@ -168,7 +168,7 @@ print(write, peak() - before)
 
 @pytest.mark.full
 def test_neither_reading_nor_writing_needs_as_much_as_one_more_tensor(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])}
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     write, read = map(int, done.stdout.split())

@@ -307,7 +307,7 @@ for line in sys.stdin:  # what was saved last, seconds until the kill
 
 def kill_while_saving(folder, rng, kills):
     """Let a program save again and again, kill it at a random moment, look, and go on from there."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])}
     command = [sys.executable, "-c", SAVER, str(folder)]
     number, seen = 0, set()
     with subprocess.Popen(

@@ -28,7 +28,7 @@ from sfumato.data.plans import DataPlan
 from sfumato.errors import Problems, UserError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-SOURCE = Path(store_module.__file__).parents[2]
+SOURCE = Path(store_module.__file__).parents[3]  # what sfumato is imported from
 SERVER = """
 import importlib.util, os, sys
 spec = importlib.util.spec_from_file_location("kills", sys.argv[1])

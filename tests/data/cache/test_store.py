@@ -19,7 +19,7 @@ from sfumato.data.cache.shards import HEADER_BYTES, ShardWriter
 from sfumato.data.cache.store import DiskStore, MemoryStore
 from sfumato.errors import UserError
 
-SOURCE = Path(store_module.__file__).parents[2]
+SOURCE = Path(store_module.__file__).parents[3]  # what sfumato is imported from
 RECORDS = 400
 
 
