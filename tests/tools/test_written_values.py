@@ -92,3 +92,19 @@ def test_what_a_tool_would_make_is_refused(name: str, files: dict[str, Path], tm
     assert main([word.format(**files, out=tmp_path / "out.safetensors") for word in command.split()]) == 2
     assert codes == [code]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_mistyped_path_means(
+    files: dict[str, Path], tmp_path: Path, codes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mein Ordner").mkdir()
+    (tmp_path / "Übung 1.safetensors").write_bytes(files["lora"].read_bytes())
+    assert main(["lora", "inspect", str(tmp_path / "Übung.safetensors")]) == 2
+    for output in ("mein Ordner", "a.txt", "v1.5"):
+        assert main(["lora", "merge", str(files["lora"]), "--save_to", str(tmp_path / output)]) == 2
+    assert codes == ["tensor-file-missing", "tool-output-is-folder", "tool-output-suffix", "tool-output-suffix"]
+    lines = capsys.readouterr().err.splitlines()
+    for line, end in zip(
+        lines, ("Übung 1.safetensors?", "to write", "/a.safetensors", "/v1.5.safetensors"), strict=True
+    ):
+        assert line.endswith(end)

@@ -17,7 +17,7 @@ class LoraCompareOptions(Options):
     first: FilePath = option(
         None, "an adapter: a file, or a folder of PEFT or diffusers", positional=True, required=True
     )
-    second: FilePath = option(None, "another one", positional=True, required=True)
+    second: FilePath = option(None, "the other adapter of the same model", positional=True, required=True)
     family: str | None = option(None, "the model family of the adapters, where their names do not say it")
 
 

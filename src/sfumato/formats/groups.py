@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -71,17 +72,25 @@ def is_pointwise(layer: Layer) -> bool:
 def make_meta_layers(shapes: Mapping[str, Sequence[int]]) -> dict[str, Layer]:
     """Layers on the meta device from the shapes of weights and biases; with them a plan counts what a run trains."""
     layers: dict[str, Layer] = {}
-    for name, shape in shapes.items():
-        path = name.removesuffix(".weight")
-        has_bias = f"{path}.bias" in shapes
-        if path != name and len(shape) == 2:
-            layers[path] = nn.Linear(shape[1], shape[0], bias=has_bias, device="meta")
-        elif path != name and len(shape) == 4:
-            kernel = (shape[2], shape[3])
-            layers[path] = nn.Conv2d(shape[1], shape[0], kernel, bias=has_bias, device="meta")
-        elif path != name and len(shape) == 1:
-            layers[path] = cast(Layer, nn.LayerNorm(shape[0], bias=has_bias, device="meta"))
+    with warnings.catch_warnings():  # of layers without columns, which stand for those whose size no file tells
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
+        for name, shape in shapes.items():
+            _add_meta_layer(layers, name, shape, shapes)
     return layers
+
+
+def _add_meta_layer(
+    layers: dict[str, Layer], name: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    path = name.removesuffix(".weight")
+    has_bias = f"{path}.bias" in shapes
+    if path != name and len(shape) == 2:
+        layers[path] = nn.Linear(shape[1], shape[0], bias=has_bias, device="meta")
+    elif path != name and len(shape) == 4:
+        kernel = (shape[2], shape[3])
+        layers[path] = nn.Conv2d(shape[1], shape[0], kernel, bias=has_bias, device="meta")
+    elif path != name and len(shape) == 1:
+        layers[path] = cast(Layer, nn.LayerNorm(shape[0], bias=has_bias, device="meta"))
 
 
 def find_layers(module: nn.Module) -> dict[str, Layer]:

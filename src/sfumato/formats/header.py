@@ -13,6 +13,7 @@ from typing import Any
 from sfumato.common.files import open_file
 from sfumato.common.json_toml import Pairs, decode_json
 from sfumato.common.text import has_lone_surrogate, plural
+from sfumato.config.paths import suggest_path
 from sfumato.errors import UserError
 
 MAX_HEADER_BYTES = 100_000_000  # bytes; what the safetensors library accepts
@@ -55,7 +56,7 @@ def read_header(path: Path | str) -> TensorHeader:
             file.seek(8)
             text = file.read(min(length, size))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist", code="tensor-file-missing") from None
+        raise UserError(f"{path} does not exist", code="tensor-file-missing", fix=suggest_path(path)) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})", code="tensor-file-unreadable") from error
     if len(text) < length:

@@ -200,7 +200,9 @@ def form_matrix(
         raise UserError(
             f"{match.name} is of the kind {describe_kinds(match.kinds)}, whose change depends on the model's weights",
             code="adapter-change-needs-model",
-            fix="--base_model FILE" + (f" --{option} FILE" if option else ""),
+            fix="sfumato lora merge with --base_model FILE"
+            + (f" --{option} FILE" if option else "")
+            + " reads them, and with --new_rank N makes a LoRA of it",
         )
     adapter = restore_on(match, {}, network)
     if with_biases and any(adapter.bias_delta(i) is not None for i in range(len(match.view.paths))):

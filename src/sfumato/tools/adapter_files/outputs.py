@@ -33,14 +33,14 @@ def check_output(
 ) -> None:
     """UserError where an output has none of the suffixes, is a folder, is one of the inputs, or cannot be written."""
     problems = Problems()
-    if not is_folder and output.suffix not in suffixes:
+    if output.is_dir() and not is_folder:
+        problems.add(f"{output} is a folder", code="tool-output-is-folder", fix="name the file to write")
+    elif not is_folder and output.suffix not in suffixes:
         problems.add(
             f"{output} must end in {', '.join(suffixes)}",
             code="tool-output-suffix",
-            fix=str(output.with_suffix("" if output.suffix in SUFFIXES else output.suffix)) + ".safetensors",
+            fix=str(output.with_suffix("" if output.suffix[1:].isalpha() else output.suffix)) + ".safetensors",
         )
-    if output.is_dir() and not is_folder:
-        problems.add(f"{output} is a folder", code="tool-output-is-folder", fix="name the file to write")
     if is_folder and output.is_file():
         problems.add(f"{output} is a file", code="tool-output-is-file", fix="name a folder to write")
     for path in inputs:
