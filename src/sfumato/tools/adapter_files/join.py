@@ -200,9 +200,9 @@ def form_matrix(
         raise UserError(
             f"{match.name} is of the kind {describe_kinds(match.kinds)}, whose change depends on the model's weights",
             code="adapter-change-needs-model",
-            fix="sfumato lora merge with --base_model FILE"
+            fix="merge it with --base_model FILE"
             + (f" --{option} FILE" if option else "")
-            + " reads them, and with --new_rank N makes a LoRA of it",
+            + " --new_rank N, which gives a file of low rank",
         )
     adapter = restore_on(match, {}, network)
     if with_biases and any(adapter.bias_delta(i) is not None for i in range(len(match.view.paths))):
