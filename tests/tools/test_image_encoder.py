@@ -86,12 +86,17 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
     assert text.value.code == "image-encoder-without-vectors"
 
 
-def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+def test_of_pickled_weights_only_tensors_are_read(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     folder = write_dino(tmp_path / "dino")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    safe = load_image_encoder(str(folder), CPU)
+    weights, pickled = load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
     (folder / "model.safetensors").unlink()
+    torch.save(weights, pickled)
+    found = load_image_encoder(str(folder), CPU).model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in safe.model.state_dict().items())
+    torch.save({**weights, "more": Path("x")}, pickled)
     with pytest.raises(UserError) as error:
         load_image_encoder(str(folder), CPU)
     assert error.value.code == "image-model-unavailable"

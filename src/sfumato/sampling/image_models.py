@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def open_image_model(
     """A model of transformers in main memory, and its processor.
 
     name: a folder, or OWNER/NAME on the hub. option: that gave it. purpose: what the model has to do, e.g. "describes
-    images", and examples of such. dtype: None is that of its files. Reads safetensors alone, and runs no code that
-    comes with a model. UserError where there is none.
+    images", and examples of such. dtype: None is that of its files. Of a pickled file only tensors are read, and no
+    code that comes with a model is run. UserError where there is none.
     """
     path = Path(name)
     if looks_like_path(name) and not path.is_dir():
@@ -37,11 +38,12 @@ def open_image_model(
         )
     try:
         processor = processor_class.from_pretrained(name, trust_remote_code=False)
-        model = model_class.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:  # not found, no such model, a package is missing
+        model = model_class.from_pretrained(name, dtype=dtype, weights_only=True, trust_remote_code=False)
+    # Not found, no such model, a package is missing, a pickle of more than tensors.
+    except (OSError, ValueError, KeyError, ImportError, UnpicklingError) as error:
         raise UserError(
             f"--{option}: transformers cannot open {name} as a model that {purpose} ({read_first_line(error)})",
             code="image-model-unavailable",
-            fix=f"give a folder or a name on the hub with {examples} in safetensors, which needs no code of its own",
+            fix=f"give a folder or a name on the hub with {examples}, which needs no code of its own",
         ) from error
     return model.eval(), processor
