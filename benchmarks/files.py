@@ -148,7 +148,7 @@ def read(path: Path, tensors: dict, dtype: str | None = None) -> dict:
     from sfumato.formats.checkpoint import open_checkpoint
 
     with open_checkpoint(path) as file:
-        return {name: file.read(name, dtype=dtype and getattr(torch, dtype)) for name in file.header.tensors}
+        return {name: file.read(name, dtype=getattr(torch, dtype) if dtype else None) for name in file.header.tensors}
 
 
 def read_with_library(path: Path, tensors: dict, dtype: str = "float16") -> dict:
@@ -172,7 +172,7 @@ def write(path: Path, tensors: dict, dtype: str | None = None) -> dict:
 
     from sfumato.formats.checkpoint_writer import write_safetensors
 
-    write_safetensors(path.with_name("out.safetensors"), tensors, dtype=dtype and getattr(torch, dtype))
+    write_safetensors(path.with_name("out.safetensors"), tensors, dtype=getattr(torch, dtype) if dtype else None)
     return {}
 
 

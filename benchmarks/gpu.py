@@ -281,7 +281,7 @@ def measure_steps(config: Any, device: torch.device, *, steps: int) -> dict[str,
         return result.loss
 
     with run.output_lock, run.hub, run.metrics:
-        planned = prefetch(run, 0)
+        planned, loss = prefetch(run, 0), torch.zeros(())
         for step in islice(planned, WARM_UP):
             loss = take(step)
         if device.type == "cuda":

@@ -122,9 +122,10 @@ def attach_plain(layer: nn.Module) -> list[nn.Parameter]:
         kernel, padding = layer.kernel_size, layer.padding
         down = nn.Conv2d(layer.in_channels, RANK, kernel, padding=padding, bias=False)  # pyright: ignore
         up = nn.Conv2d(RANK, layer.out_channels, 1, bias=False)
-    down.to(layer.weight.dtype), up.to(layer.weight.dtype)
+    for each in (down, up):
+        each.to(layer.weight.dtype)
     inner = layer.forward
-    layer.forward = lambda x: inner(x) + up(down(x)) * 1.0 * (ALPHA / RANK)
+    layer.forward = lambda x: inner(x) + up(down(x)) * 1.0 * (ALPHA / RANK)  # pyright: ignore
     return [*down.parameters(), *up.parameters()]
 
 

@@ -143,6 +143,7 @@ def climb(config: Config, ladder: Iterable[Mapping[str, Any]], largest: int) -> 
 
 
 def format_preset(preset: Preset, options: str, config: Config) -> str:
+    assert config.buckets.resolution
     height, width = config.buckets.resolution
     needed = "--pretrained_model_name_or_path ... --train_data_dir ... --output_dir ..."
     return (

@@ -54,7 +54,7 @@ def load_sprites(work: Path, package: str, names: Iterable[str]) -> dict[str, Im
     folder.mkdir(parents=True, exist_ok=True)
     missing = [name for name in wanted if not (folder / f"{name}.png").is_file()]
     if missing:
-        import resvg_py
+        import resvg_py  # pyright: ignore  (only this recipe needs it)
 
         icons = json.loads((work / "packages" / package / "icons.json").read_text(encoding="utf-8"))
         for name in missing:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from sfumato.demo import demo
 from sfumato.demo.base import ASSETS, CHECKPOINT, tiny_base
-from sfumato.demo.classifier import NO_DRAWING, Classifier, load_classifier
+from sfumato.demo.classifier import NO_DRAWING, Classifier, find_background_color, load_classifier
 from sfumato.demo.pipeline import DemoPipeline, load_pipeline
 from sfumato.errors import UserError
 
@@ -50,15 +50,6 @@ def test_a_missing_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.safetensors") as error:
         tiny_base(tmp_path / "nothing.safetensors")
     assert error.value.code == "demo-model-missing"
-
-
-def find_background_color(image: Image.Image) -> tuple[int, int, int]:
-    """The median color of an image's border, three pixels wide."""
-    pixels = np.asarray(image.convert("RGB"))
-    edges = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
-    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
-    red, green, blue = (int(median) for median in np.median(border, axis=0))
-    return red, green, blue
 
 
 @pytest.mark.full

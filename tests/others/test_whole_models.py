@@ -21,7 +21,7 @@ from sfumato.data.batch import Sizes
 from sfumato.diffusion.objective import VariancePreserving
 from sfumato.errors import UserError
 from sfumato.families.base import Family
-from sfumato.families.checkpoint_saving import list_all_weights, save_single_file
+from sfumato.families.checkpoint_saving import list_all_weights, list_saved_networks, save_single_file
 from sfumato.families.diffusers_folder import save_folder
 from sfumato.families.encoding import encode_with_grad
 from sfumato.formats.scaled import ScaledFile
@@ -266,7 +266,8 @@ def test_a_model_turned_into_v_says_so(family: str, toy_shelf: ToyShelf, tmp_pat
         options.model_copy(update={"v_parameterization": True}), noise=NoiseOptions(zero_terminal_snr=True)
     )
     assert isinstance(model.objective, VariancePreserving)
-    save_single_file(model, tmp_path / "v.safetensors", {}, changed=list_all_weights(model))
+    changed = list_all_weights(model, list_saved_networks(model.blueprint))
+    save_single_file(model, tmp_path / "v.safetensors", {}, changed=changed)
     saved = load_file(tmp_path / "v.safetensors")
     assert saved["v_pred"].numel() == saved["ztsnr"].numel() == 0
     again = options.model_copy(update={BASE: str(tmp_path / "v.safetensors")})

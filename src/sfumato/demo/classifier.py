@@ -78,3 +78,12 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     size = (IMAGE_SIZE, IMAGE_SIZE)
     arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def find_background_color(image: Image.Image) -> tuple[int, int, int]:
+    """The median color of an image's border, three pixels wide."""
+    pixels = np.asarray(image.convert("RGB"))
+    edges = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
+    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
+    red, green, blue = (int(median) for median in np.median(border, axis=0))
+    return red, green, blue

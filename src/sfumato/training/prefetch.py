@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 
 from sfumato.data.batch import Batch
@@ -11,7 +11,7 @@ from sfumato.loss import draw_noise
 from sfumato.training.run import Run
 
 
-def prefetch(run: Run, first_step: int) -> Iterator[Step]:
+def prefetch(run: Run, first_step: int) -> Generator[Step, None, None]:
     """The loader's steps from this one on. Its threads draw timesteps and noise, and put all of it into pinned memory.
 
     Since no step waits for the device, the next one is asked for while the device has a whole one to compute: its
