@@ -35,8 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {  # method -> its options
     },
     "control_net": {"method": "control_net", **dict.fromkeys(CACHED, True)},
     "lllite": {"method": "lllite", **dict.fromkeys(CACHED, True)},
+    "leco": {"method": "leco", "network_dim": 16},
     "inpainting": {"network_dim": 16, "network_train_unet_only": True, "cache_text_encoder_outputs": True},
 }  # fmt: skip
+CONCEPT = '[[prompts]]\ntarget = "a cat"\npositive = "a dog"\nresolution = {side}\n'
 INPAINTING = {"sd15": "sd15-inpainting", "sdxl": "sdxl-inpainting", "flux-dev": "flux-fill-dev"}
 WITHOUT_CONTROL_NET = ("flux-kontext-dev", "chroma", "lumina-2")
 MODELS = ("sd15", "sdxl", "sd35-medium", "flux-dev", "flux-kontext-dev", "chroma", "lumina-2")
@@ -60,6 +62,9 @@ def rehearse(model: str, method: str) -> dict[str, Any]:
     options = {**METHODS[method], "mixed_precision": "bf16", "gradient_checkpointing": True}
     with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as folder:
         path = Path(folder) / "stages.json"
+        if method == "leco":
+            (Path(folder) / "concept.toml").write_text(CONCEPT.format(side=512 if model == "sd15" else 1024))
+            options["prompts_file"] = Path(folder) / "concept.toml"
         line = ["plan", "--rehearse", "--published", model, "--json", str(path)]
         line += [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
         with redirect_stdout(StringIO()):

@@ -71,9 +71,9 @@ MEMORY = """
 ## What a step needs
 
 The peak of a training step in GB, rehearsed without a GPU by `python benchmarks/methods.py`: bfloat16, AdamW, one image
-of the model's resolution, gradient checkpointing, latents and text cached where they can be. Adapters and inpainting
-are LoRA of rank 16; the whole model has its weights in float32; new words keep the text encoders on the card. What
-takes less: [memory.md](memory.md).
+of the model's resolution, gradient checkpointing, latents and text cached where they can be. Adapters, concepts and
+inpainting are LoRA of rank 16; the whole model has its weights in float32; new words keep the text encoders on the
+card. What takes less: [memory.md](memory.md).
 
 """
 
