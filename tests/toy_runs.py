@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sfumato.config import load_config
+from sfumato.data.loader import Step
 from sfumato.parallel.start import start_parallel
-from sfumato.train import train
+from sfumato.train import train, train_step
 from sfumato.training.run import Run
 from sfumato.training.setup_run import build_run
 
@@ -33,6 +35,15 @@ def make_images(folder: Path, count: int = 5, *, name: str = "2_cat") -> Path:
         Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / name / f"{i}.png")
         (folder / name / f"{i}.txt").write_text(f"a photo of a cat, number {i}")
     return folder
+
+
+def make_controlled_images(root: Path, count: int = 4) -> tuple[Path, Path]:
+    """Folders of images and of control images, each of which is its image upside down."""
+    images, controls = make_images(root / "images", count), make_images(root / "controls", count)
+    for file in (controls / "2_cat").glob("*.png"):
+        image = Image.open(file)
+        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(file)
+    return images, controls
 
 
 def make_arguments(toy: Mapping[str, Path], images: Path, output: Path, **options: Any) -> list[str]:
@@ -68,6 +79,16 @@ def build_toy_run(toy: Mapping[str, Path], images: Path, output: Path, **options
     found = build_run(load_config(make_arguments(toy, images, output, **options)), start_parallel())
     assert found is not None
     return found
+
+
+def take_steps(run: Run, step: Step, numbers: Iterable[int]) -> list[float]:
+    """As the loop does, but of one batch again and again; the losses."""
+    losses: list[float] = []
+    for number in numbers:
+        losses.append(float(train_step(run, replace(step, index=number)).loss))
+        run.method.after_step()
+        run.complete_step(number + 1)
+    return losses
 
 
 def read_weights(output: Path, name: str = "lora") -> dict[str, torch.Tensor]:

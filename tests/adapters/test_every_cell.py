@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,17 +15,15 @@ from pages import page_maker
 from sfumato.adapters.kinds import list_kinds, read_adapter_file
 from sfumato.config import load_config
 from sfumato.data.batch import Extras
-from sfumato.data.loader import Step
 from sfumato.errors import UserError
 from sfumato.families.base import Family
 from sfumato.methods.adapter import AdapterMethod
 from sfumato.methods.inference_adapters import InferenceAdapters
 from sfumato.plan import make_run_plan
 from sfumato.tools.export_lora import export_lora
-from sfumato.train import train_step
 from sfumato.training.run import Run
 from sfumato.training.saving import collect_state, save_output, state_folder, write_state_folder
-from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images
+from toy_runs import build_toy_run, equal_tensors, make_arguments, make_images, take_steps
 
 IN_FILES_OF_OTHERS = ("trained_scalar",)  # its factor is multiplied into a matrix
 REFUSES_EXPORTS = ("flux", "lumina")  # families on which kinds without a counterpart in diffusers are tried
@@ -66,16 +62,6 @@ def test_trains_resumes_and_is_taken_everywhere(
     check_use(run, file, exported=goes_to_diffusers(kind, family))
     if family in REFUSES_EXPORTS and not goes_to_diffusers(kind, family):
         assert_not_exported(run.model, file)
-
-
-def take_steps(run: Run, step: Step, numbers: Iterable[int]) -> list[float]:
-    """As the loop does, but of one batch again and again; the losses."""
-    losses: list[float] = []
-    for number in numbers:
-        losses.append(float(train_step(run, replace(step, index=number)).loss))
-        run.method.after_step()
-        run.complete_step(number + 1)
-    return losses
 
 
 def is_in_file(kind: str, file: Path) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from families.toys import ToyShelf
@@ -19,7 +18,7 @@ from sfumato.families.base import Family, find_family
 from sfumato.families.control_net_files import add_control_net
 from sfumato.families.source import open_source
 from sfumato.sample import encode_prompts
-from toy_runs import make_images, train_toy
+from toy_runs import make_controlled_images, train_toy
 
 OPTIONS = {"method": "control_net", "network_dim": None, "cache_latents": True, "max_train_steps": 4}
 
@@ -87,10 +86,7 @@ class ControlShelf:
 
     def _train(self, family: str) -> Trained:
         root = self.folder / family
-        images, controls = make_images(root / "images", 4), make_images(root / "controls", 4)
-        for file in (controls / "2_cat").glob("*.png"):
-            image = Image.open(file)
-            image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(file)
+        images, controls = make_controlled_images(root)
         toy, options = self.toys.paths(family), self.toys.options(family)
         trained = Trained(family, toy, options, images, controls, root / "out")
         prompts = root / "prompts.txt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -31,10 +31,9 @@ from sfumato.families.encoding import encode_with_grad
 from sfumato.families.foreign_keys import V_MARK, ZERO_SNR_MARK
 from sfumato.sampling.denoise import Predictor
 from sfumato.tools.generate_setup import load_requested_model, make_adapters
-from sfumato.train import train_step
 from sfumato.training.run import Run
 from sfumato.training.saving import collect_state, save_output, state_folder, write_state_folder
-from toy_runs import equal_tensors
+from toy_runs import equal_tensors, take_steps
 
 UNREACHED = {  # names of what trains in vain in the toys, and is zero, so that it does not decay either
     # In the middle one token attends to itself alone.
@@ -118,16 +117,6 @@ def train_and_check(cell: str, run: Run, step: Step) -> None:
     if "token_string" in OPTIONS[method]:
         assert all((tensor != before[name]).any(1).all() for name, tensor in after.items()), "every row, the first too"
     assert all(tensor.isfinite().all() for tensor in after.values())
-
-
-def take_steps(run: Run, step: Step, numbers: Iterable[int]) -> list[float]:
-    """As the loop does, but of one batch again and again; the losses."""
-    losses: list[float] = []
-    for number in numbers:
-        losses.append(float(train_step(run, replace(step, index=number)).loss))
-        run.method.after_step()
-        run.complete_step(number + 1)
-    return losses
 
 
 def copy_weights(run: Run) -> dict[str, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from methods.lllite_files import read_layers, write_drawn_file
 from methods.lllite_written_out import TRUNK, VersionTwo
 from sfumato.cli.generate import main as generate_command
 from sfumato.errors import UserError
-from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
+from toy_runs import equal_tensors, make_controlled_images, read_metrics, read_weights, train_toy
 
 OPTIONS = {
     "method": "lllite", "network_dim": 8, "cond_emb_dim": 4, "lllite_cond_dim": 6, "learning_rate": "1e-2",
@@ -26,12 +26,7 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("data")
-    images, controls = make_images(root / "images", 4), make_images(root / "controls", 4)
-    for file in (controls / "2_cat").glob("*.png"):
-        image = Image.open(file)
-        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(file)
-    return images, controls
+    return make_controlled_images(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("reads_mask", [False, True])

@@ -24,7 +24,7 @@ from sfumato.data.batch import CONTROL, Extras, ImageInput, Sizes, pad_stack
 from sfumato.errors import UserError
 from sfumato.families.encoding import encode_text
 from sfumato.methods.inference_adapters import InferenceAdapters
-from toy_runs import equal_tensors, make_images, read_metrics, read_weights, train_toy
+from toy_runs import equal_tensors, make_controlled_images, read_metrics, read_weights, train_toy
 
 FAMILIES = ("flux", "sd", "sdxl", "sd3", "chroma", "lumina", "flux_kontext")
 EVERY_LAYER = "self_attn_q_pre,self_attn_kv_pre,cross_attn_q_pre,mlp_fc1_pre"
@@ -36,12 +36,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("data")
-    images, controls = make_images(root / "images", 4), make_images(root / "controls", 4)
-    for file in (controls / "2_cat").glob("*.png"):
-        image = Image.open(file)
-        image.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(file)
-    return images, controls
+    return make_controlled_images(tmp_path_factory.mktemp("data"))
 
 
 def train_it(toy: Mapping[str, Path], data: tuple[Path, Path], output: Path, **options: Any) -> Path:

@@ -126,7 +126,7 @@ class Adapter(nn.Module, ABC):
 
         strength: one number, or (rows,), one for each row of the batch. Subclasses may save a pass over the output.
         """
-        return add_change(output, self(x, i), strength)
+        return self.add_beside(output, x, i, strength)
 
     def add_beside(self, output: Tensor, x: Tensor, i: int, strength: float | Tensor) -> Tensor:
         """The same where other adapters have changed the output already: each changes what the layer alone gives, so

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.data.cache.entries import LATENTS, CacheItem, LatentKeys, TensorCache, make_entry_seed, make_key, to_tensor
-from sfumato.data.cache.filling import batch_by_size, convert_for_storage, make_not_finite_error
+from sfumato.data.cache.entries import CacheItem, LatentKeys, TensorCache, make_entry_seed, make_key, to_tensor
+from sfumato.data.cache.filling import batch_by_size, put_latents
 from sfumato.data.cache.references import write_reference
 from sfumato.data.cache.sharing import FillCounts, FillOptions, share_work
 from sfumato.data.images import Transform
@@ -98,10 +98,7 @@ def fill_painted(
                 pixels, masks = zip(*pool.map(read, [item for _, item in batch]), strict=True)
                 seeds = [make_entry_seed(keys.latents.make_key(item.item)) for _, item in batch]
                 latents = encode(torch.cat(pixels), torch.cat(masks), seeds)
-                for (key, item), tensor in zip(batch, convert_for_storage(latents, keys.latents.dtype), strict=True):
-                    if not torch.isfinite(tensor).all():
-                        raise make_not_finite_error([item.item.image])
-                    cache.put(key, {LATENTS: tensor})
+                put_latents(cache, [(key, item.item.image) for key, item in batch], latents, keys.latents.dtype)
                 yield len(batch)
 
         return share_work(cache, list(items_by_key), make, options)

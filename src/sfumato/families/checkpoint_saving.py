@@ -60,11 +60,7 @@ def save_single_file(
     kept = {} if source.is_folder else {k: v for k, v in source.file.header.metadata.items() if k in SOURCE_METADATA}
     entries, metadata = _iterate_single_file(model, changed, from_memory), {**kept, **metadata}
     entries = watch(path, entries, dtype) if watch else entries
-    if is_pickled(path):
-        with convert_to_pickle(path, metadata) as temporary:
-            write_entries(temporary, entries, metadata, dtype)
-    else:
-        write_entries(path, entries, metadata, dtype)
+    write_entries(path, entries, metadata, dtype)
     close_files(model.blueprint)
 
 
@@ -88,16 +84,16 @@ def save_network_file(
     own = [(key, entry) for key, entry in stored if key.startswith(weights.prefix)]
     names = frozenset(module.state_dict() if from_memory else changed)
     entries = iter([*own, *iterate_changed(model, name, names)])
-    if is_pickled(path):
-        with convert_to_pickle(path, kept) as temporary:
-            write_entries(temporary, entries, kept, dtype)
-    else:
-        write_entries(path, entries, kept, dtype)
+    write_entries(path, entries, kept, dtype)
     weights.file.close()
 
 
 def write_entries(path: Path, entries: TensorEntries, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
-    """Write a file of these entries; the last one of a key counts."""
+    """Write a file of these entries, tensor by tensor; the last one of a key counts. The suffix is the format."""
+    if is_pickled(path):
+        with convert_to_pickle(path, metadata) as temporary:
+            write_entries(temporary, entries, metadata, dtype)
+        return
     by_key = dict(entries)
     specs = {
         key: (dtype if dtype and entry.spec[0].is_floating_point else entry.spec[0], entry.spec[1])

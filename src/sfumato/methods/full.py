@@ -56,7 +56,6 @@ class FullMethod:
         self.live_text: frozenset[str] = frozenset()
         self.trained: list[TrainedWeights[nn.Parameter]] = []
         self.unread: list[str] = []  # patterns on weights that the model's features do not depend on
-        self.beside: Mapping[str, str] = {}  # part -> option, of those that are saved in files beside the model's
 
     def extend(self, family: type[Family], blueprint: Blueprint) -> Blueprint:
         return blueprint
@@ -102,8 +101,8 @@ class FullMethod:
             self.trained += learning_rates.select_weights(part.spec, part.module.named_parameters())
         for parameter in self._parameters().values():
             parameter.requires_grad_(True)
-        self.beside = self._list_beside(model.blueprint)
-        self.origins = {network: SourceFiles.record(model.blueprint, [network]) for network in self.beside}
+        beside = self._list_beside(model.blueprint)
+        self.origins = {network: SourceFiles.record(model.blueprint, [network]) for network in beside}
         self.origins[MODEL] = SourceFiles.record(model.blueprint, self._list_inside(model.blueprint))
         outdated = find_ema_keys(model.blueprint.source)
         if outdated and "denoiser" in learning_rates.parts:
@@ -193,7 +192,7 @@ class FullMethod:
 
     def write(self, model: Family, path: Path, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
         trained = self._list_changed()
-        for network, option in self.beside.items():
+        for network, option in self._list_beside(model.blueprint).items():
             lost = self._find_lost(network, [network])
             place = path.with_name(name_beside(path.name, option))
             save_network_file(model, network, place, dtype, changed=trained[network], from_memory=lost)

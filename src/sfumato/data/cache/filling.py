@@ -61,10 +61,7 @@ def fill_latents(
             write_reference(options.reference, [*items_by_key, *hash_keys])
 
         def write(batch: Sequence[tuple[bytes, CacheItem]], latents: Tensor) -> None:
-            for (key, item), tensor in zip(batch, convert_for_storage(latents, latent_keys.dtype), strict=True):
-                if not torch.isfinite(tensor).all():
-                    raise make_not_finite_error([item.image])
-                cache.put(key, {LATENTS: tensor})
+            put_latents(cache, [(key, item.image) for key, item in batch], latents, latent_keys.dtype)
 
         def make(missing: Sequence[bytes]) -> Iterator[int]:
             with ThreadPoolExecutor(1, thread_name_prefix="sfumato-write") as writer:
@@ -88,6 +85,16 @@ def make_item_keys(latent_keys: LatentKeys, items: Sequence[CacheItem], pool: Th
     for chunk_keys in pool.map(lambda chunk: [latent_keys.make_key(item) for item in chunk], chunks):
         keys += chunk_keys
     return keys
+
+
+def put_latents(
+    cache: TensorCache, batch: Sequence[tuple[bytes, ImageRow]], latents: Tensor, dtype: torch.dtype
+) -> None:
+    """Store the latents (B, C, h, w) of these images under their keys. UserError where they are not finite."""
+    for (key, image), tensor in zip(batch, convert_for_storage(latents, dtype), strict=True):
+        if not torch.isfinite(tensor).all():
+            raise make_not_finite_error([image])
+        cache.put(key, {LATENTS: tensor})
 
 
 def make_not_finite_error(images: Sequence[ImageRow]) -> UserError:

@@ -20,7 +20,6 @@ from sfumato.formats.adapter_file import AdapterFile
 from sfumato.formats.hashed_file import write_hashed_file
 from sfumato.formats.hashes import HASH_KEYS
 from sfumato.formats.peft_config import DIFFUSERS_KEY
-from sfumato.formats.pickled import convert_to_pickle, is_pickled
 from sfumato.tools.adapter_files.written_values import WrittenValues
 from sfumato.track.progress_task import ProgressTask
 
@@ -108,11 +107,7 @@ def write_checkpoint(
     with ProgressTask(output.name, "tensors") as progress:
         values = WrittenValues(progress)
         watched = values.watch(output, iter(by_key.items()), dtype)
-        if is_pickled(output):
-            with convert_to_pickle(output, metadata) as temporary:
-                write_entries(temporary, watched, metadata, dtype)
-        else:
-            write_entries(output, watched, metadata, dtype)
+        write_entries(output, watched, metadata, dtype)
     return values.list_warnings()
 
 
